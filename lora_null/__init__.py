@@ -1,0 +1,8 @@
+"""LoRA-Null: start LoRA adapters in the null space of the activations that carry a model's knowledge."""
+
+from pathlib import Path
+
+_checkout = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "recipes").is_dir() and (_checkout / "recipes" / "__init__.py").is_file():
+    # Imported straight from a source checkout, where the subpackages lie beside this folder, not inside it.
+    __path__.append(str(_checkout))
