@@ -1,0 +1,83 @@
+"""`LoraNullConfig`: a `peft.LoraConfig` that says which form of LoRA-Null to start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_null.errors import UserError
+from lora_null.layer import LoraNullLinear
+
+VARIANTS = ("v1", "v2")
+
+# PEFT features that change what an adapter computes; LoRA-Null's equations hold for W0 x + s·B(A x) alone.
+_UNSUPPORTED = {
+    "use_dora": "DoRA rescales the whole weight",
+    "lora_bias": "the saved rank-2r adapter has no place for a bias",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+    "alora_invocation_tokens": "aLoRA adapts only some tokens",
+    "layer_replication": "replicated layers share one weight",
+    "target_parameters": "only linear modules have a measured input",
+    "eva_config": "EVA is another initialization",
+    "corda_config": "CorDA is another initialization",
+    "lora_ga_config": "LoRA-GA is another initialization",
+    "arrow_config": "Arrow mixes several adapters",
+    "kasa_config": "KaSA changes the base weight",
+    "velora_config": "VeLoRA compresses the saved inputs",
+    "monteclora_config": "MonteCLoRA samples the adapter",
+    "use_bdlora": "BD-LoRA's factors are block diagonal",
+}
+
+
+@dataclass
+class LoraNullConfig(LoraConfig):
+    """Configuration of a LoRA adapter that starts in the null space of the calibration activations.
+
+    Every argument is `peft.LoraConfig`'s, and what it saves is a plain LoRA config. Two defaults differ: `lora_alpha`
+    is `r` (the paper's scaling s = 1) and `target_modules` is "all-linear" (the paper's seven linears of a block).
+
+    Args:
+        variant: "v2" (default) freezes A and trains B: the base is left untouched, B starts at zero. "v1" trains A and
+            B from the factors of W0 U Uᵀ, on the base W0 − s·B0A0 (paper, section 3.3).
+
+    Raises:
+        UserError: for a PEFT feature with which LoRA-Null's equations do not hold.
+    """
+
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scaling numerator; r when not given (s = 1)."})
+    variant: Literal["v1", "v2"] = field(default="v2", metadata={"help": "v1 trains A and B, v2 trains B alone."})
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
+        super().__post_init__()
+        self._check()
+        self._register_custom_module({nn.Linear: LoraNullLinear, Conv1D: LoraNullLinear})
+
+    def _check(self) -> None:
+        if self.variant not in VARIANTS:
+            raise UserError(f"variant: {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
+        if self.variant == "v1" and self.lora_dropout > 0:
+            raise UserError("lora_dropout: v1 needs 0, since dropping inputs of B0A0 alone would change the base model")
+        if self.init_lora_weights is not True:
+            raise UserError(f"init_lora_weights: LoRA-Null sets the weights itself, remove {self.init_lora_weights!r}")
+        if self.bias != "none":
+            raise UserError(f"bias: must be 'none' (found {self.bias!r}), a plain adapter carries no bias")
+        for name, reason in _UNSUPPORTED.items():
+            if getattr(self, name, None):
+                raise UserError(f"{name}: not supported with LoRA-Null, {reason}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of a plain LoRA config: nothing that PEFT alone would not understand is ever saved."""
+        plain = super().to_dict()
+        plain.pop("variant")
+        return plain

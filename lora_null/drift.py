@@ -1,0 +1,103 @@
+"""Knowledge drift of a live adapter, ‖ΔW X‖_F / ‖W0 X‖_F per layer, without a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file
+
+from lora_null.calibration import Calibration
+from lora_null.files import write_safetensors
+from lora_null.initialize import adapted_layers
+
+
+@dataclass
+class _Probe:
+    """What one layer's drift needs of the calibration inputs X.
+
+    Attributes:
+        inputs: S (d_in, k) with E[S Sᵀ] = X Xᵀ; or, where A is frozen, L (r, r) with L Lᵀ = A X Xᵀ Aᵀ exactly.
+        projected: whether `inputs` is L, already seen through A.
+        scale: 1 / ‖W0 X‖_F.
+    """
+
+    inputs: torch.Tensor
+    projected: bool
+    scale: float
+
+
+class DriftMeter:
+    """Measures how far the adapted weights move the outputs on the calibration inputs.
+
+    With ΔW = W* − W0, drift = ‖ΔW X‖_F / ‖W0 X‖_F; the denominator is measured exactly during calibration. Where A is
+    frozen (v2, LoRA-FA) the numerator is exact too, from the r × r matrix A X Xᵀ Aᵀ; elsewhere it is the unbiased
+    estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run.
+
+    Args:
+        peft_model: the model whose adapter is followed.
+        calibration: of the inputs, from `measure_inputs`; with Grams where A is frozen, else sketches are used.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, peft_model: PeftModel, calibration: Calibration, *, adapter_name: str = "default") -> None:
+        self.layers = adapted_layers(peft_model, adapter_name)
+        self.adapter_name = adapter_name
+        self.probes = {name: _probe(layer, name, calibration, adapter_name) for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return the drift of every layer, by module name; 0 before the first step."""
+        pairs = [(name, self._layer_drift(layer, self.probes[name])) for name, layer in self.layers.items()]
+        return dict(zip([name for name, _ in pairs], torch.stack([drift.cpu() for _, drift in pairs]).tolist()))
+
+    def summary(self) -> dict[str, float]:
+        """Return {"mean", "max"} of the drift over the layers."""
+        values = list(self.measure().values())
+        return {"mean": sum(values) / len(values), "max": max(values)}
+
+    def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
+        A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        probe.inputs = probe.inputs.to(A.device)
+        inputs = probe.inputs.to(A.dtype)
+        moved = B @ (inputs if probe.projected else A @ inputs)
+        residual = getattr(layer, "residual", None)
+        if residual is not None:
+            moved = moved - residual.B.to(B) @ (residual.A.to(A) @ inputs)
+        return layer.scaling[self.adapter_name] * probe.scale * torch.linalg.matrix_norm(moved.float())
+
+    def save(self, path: Path) -> None:
+        """Write the probes, so that a resumed run follows the same drift without calibrating."""
+        tensors = {f"{name}.{'L' if probe.projected else 'S'}": probe.inputs for name, probe in self.probes.items()}
+        tensors |= {f"{name}.scale": torch.tensor(p.scale, dtype=torch.float64) for name, p in self.probes.items()}
+        write_safetensors(path, tensors, {})
+
+    @classmethod
+    def load(cls, path: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> DriftMeter:
+        """Read what `save` wrote."""
+        meter = cls.__new__(cls)
+        meter.layers, meter.adapter_name = adapted_layers(peft_model, adapter_name), adapter_name
+        tensors = load_file(path)
+        meter.probes = {name: _read_probe(name, tensors) for name in meter.layers}
+        return meter
+
+
+def _read_probe(name: str, tensors: Mapping[str, torch.Tensor]) -> _Probe:
+    projected = f"{name}.L" in tensors
+    inputs = tensors[f"{name}.{'L' if projected else 'S'}"]
+    return _Probe(inputs, projected, tensors[f"{name}.scale"].item())
+
+
+def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: str) -> _Probe:
+    stats = calibration.input_of(name)
+    scale = calibration.output_energy[name] ** -0.5
+    A = layer.lora_A[adapter_name].weight
+    if A.requires_grad or stats.gram is None:
+        return _Probe(stats.sketch.float(), False, scale)
+    A = A.detach().to(stats.gram)
+    values, vectors = torch.linalg.eigh(A @ stats.gram @ A.T)
+    return _Probe(vectors * values.clamp(min=0).sqrt(), True, scale)

@@ -1,0 +1,85 @@
+"""The trained adapter as a plain LoRA for the original base model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+
+from lora_null.config import LoraNullConfig
+from lora_null.files import replacing, write_safetensors
+from lora_null.initialize import adapted_layers
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B with s·BA = W* − W0, the change of the *original* weight.
+
+    Where the base carries a residual that is the exact rank-2r form A = [A; A0], B = [B, −B0]: only copies, no
+    arithmetic, so the factors lose nothing.
+
+    Returns:
+        A (r or 2r, d_in) and B (d_out, r or 2r), in the adapter's dtype.
+    """
+    A, B = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    residual = getattr(layer, "residual", None)
+    if residual is None or residual.adapter != adapter_name:
+        return A, B
+    return torch.cat([A, residual.A.to(A)]), torch.cat([B, -residual.B.to(B)], dim=1)
+
+
+def plain_adapter(
+    peft_model: PeftModel, adapter_name: str = "default"
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Return the state dict and the config of a plain LoRA that PEFT loads onto the original base.
+
+    One rank and one scaling hold for all layers, as servers such as vLLM expect: where layers differ, smaller ranks are
+    padded with zeros and differing scalings are folded into B. Where none differ the factors are exact copies.
+    """
+    layers = adapted_layers(peft_model, adapter_name)
+    factors = {name: plain_factors(layer, adapter_name) for name, layer in layers.items()}
+    rank = max(A.shape[0] for A, _ in factors.values())
+    scaling = next(iter(layers.values())).scaling[adapter_name]
+    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    for name, layer in layers.items():
+        A, B = factors[name]
+        pad = rank - A.shape[0]
+        ratio = layer.scaling[adapter_name] / scaling
+        B = B if ratio == 1 else B * ratio
+        state[_key(state, name, "lora_A")] = torch.nn.functional.pad(A, (0, 0, 0, pad))
+        state[_key(state, name, "lora_B")] = torch.nn.functional.pad(B, (0, pad))
+    return state, _plain_config(peft_model.peft_config[adapter_name], rank, scaling)
+
+
+def _key(state: dict[str, torch.Tensor], module: str, factor: str) -> str:
+    return next(key for key in (f"base_model.model.{module}.{factor}.weight",) if key in state)
+
+
+def _plain_config(config: LoraConfig, rank: int, scaling: float) -> LoraConfig:
+    fields = config.to_dict() if isinstance(config, LoraNullConfig) else copy.deepcopy(config).to_dict()
+    alpha = scaling * rank
+    fields |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False}
+    fields |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
+    return LoraConfig(**fields)
+
+
+def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: str = "default") -> int:
+    """Write the adapter for the original base: `adapter_model.safetensors` and `adapter_config.json`.
+
+    It loads with `peft.PeftModel.from_pretrained(base, directory)`, lora_null not needed.
+
+    Returns:
+        The number of parameters written.
+    """
+    state, config = plain_adapter(peft_model, adapter_name)
+    write_safetensors(directory / WEIGHTS_FILE, state, {})
+    with replacing(directory / "adapter_config.json") as temporary:
+        scratch = temporary.with_suffix(".dir")
+        config.save_pretrained(scratch)
+        (scratch / "adapter_config.json").replace(temporary)
+        scratch.rmdir()
+    return sum(tensor.numel() for tensor in state.values())

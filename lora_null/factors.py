@@ -1,0 +1,101 @@
+"""From a weight and a null space to the initial factors: pure tensor mathematics, nothing of models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class NullFactors:
+    """The factors of T = W0 U Uᵀ, with s·B0A0 = T (method, step 2).
+
+    Attributes:
+        A: (r, d_in) float64, rows spanning U (theorem 1).
+        B: (d_out, r) float64.
+        energy: ‖T‖²_F / ‖W0‖²_F, the share of the weight's energy that moves into the adapter.
+        condition: largest over smallest singular value of T, inf where T has lost rank.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    energy: float
+    condition: float
+
+
+def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float) -> NullFactors:
+    """Factor the part of a weight that reads the null space.
+
+    T = W0 U Uᵀ has rank r, and M = W0 U = P S Qᵀ gives T = P S (U Q)ᵀ: one thin SVD, no d_out × d_in product.
+    Each row of A has its entry of largest magnitude positive, so equal inputs give equal factors whatever signs the SVD
+    returns.
+
+    Args:
+        weight: W0, (d_out, d_in), any floating dtype.
+        null_space: U, (d_in, r) with orthonormal columns.
+        scaling: PEFT's s; A and B are divided by √s each.
+    """
+    weight = weight.to(null_space)
+    P, S, Qh = torch.linalg.svd(weight @ null_space, full_matrices=False)
+    rows = Qh @ null_space.T  # (r, d_in)
+    signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
+    root = (S / scaling).sqrt()
+    return NullFactors(
+        A=root[:, None] * rows * signs,
+        B=P * signs.T * root,
+        energy=(S.square().sum() / weight.square().sum()).item(),
+        condition=(S[0] / S[-1]).item() if S[-1] > 0 else float("inf"),
+    )
+
+
+def leakage(A: torch.Tensor, gram: torch.Tensor) -> float:
+    """Return ‖A X‖_F / (‖A‖_F ‖X‖_F) from C = X Xᵀ: how far A is from the null space, 0 inside it, at most 1.
+
+    Args:
+        A: (r, d_in).
+        gram: C, (d_in, d_in) float64.
+    """
+    A = A.to(gram)
+    seen = ((A @ gram) * A).sum().clamp(min=0)
+    return (seen / (A.square().sum() * gram.trace())).sqrt().item()
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One line of the layer report: how the initialization of one linear went.
+
+    Attributes:
+        name: the module's name in the base model.
+        shape: (d_out, d_in) of the weight.
+        r: rank of the adapter.
+        tokens: calibration tokens that the input was measured on.
+        gram_rank: numerical rank of C = X Xᵀ.
+        leakage: ‖A0 X‖ / (‖A0‖ ‖X‖), of the factor as stored.
+        energy: share of ‖W0‖² in W0 U Uᵀ.
+        condition: largest over smallest singular value of W0 U Uᵀ.
+        solver: what found the eigenspace.
+        seconds: solving, factoring and writing this layer (its eigenspace counted where it was solved).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    r: int
+    tokens: int
+    gram_rank: int
+    leakage: float
+    energy: float
+    condition: float
+    solver: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; an infinite condition is null."""
+        return {**asdict(self), "condition": self.condition if isfinite(self.condition) else None}
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> LayerStats:
+        condition = float("inf") if line["condition"] is None else line["condition"]
+        return cls(**{**line, "shape": tuple(line["shape"]), "condition": condition})

@@ -1,0 +1,101 @@
+"""The PEFT layer of LoRA-Null: a LoRA linear whose base may carry a residual, and whose A may be frozen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+
+class Residual(NamedTuple):
+    """What was taken out of a base weight: W0' = W0 − scaling · B0 A0. Kept on the CPU, it is rarely needed."""
+
+    adapter: str
+    A: torch.Tensor  # (r, d_in)
+    B: torch.Tensor  # (d_out, r)
+    scaling: float
+
+    def delta(self) -> torch.Tensor:
+        """Return scaling · B0 A0, (d_out, d_in), in float64."""
+        return self.scaling * (self.B.double() @ self.A.double())
+
+
+class LoraNullLinear(Linear):
+    """A `peft` LoRA linear that never shows a half-changed base.
+
+    Under v1 the base weight is W0 − s·B0A0. Whenever the adapter that belongs to it does not take part (disabled,
+    another adapter active, deleted, unloaded), the layer adds s·B0A0 back, so that what remains is the original model,
+    to the rounding of the weight's dtype.
+    """
+
+    residual: Residual | None = None
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        if getattr(config, "variant", None) == "v2":
+            self.freeze_A(adapter_name)
+
+    def freeze_A(self, adapter_name: str) -> None:
+        """Keep A out of training through PEFT's own record of frozen weights, which survives `set_adapter`."""
+        frozen = {**self.frozen_peft_weight_names}
+        frozen[adapter_name] = tuple({*frozen.get(adapter_name, ()), "lora_A"})
+        self.frozen_peft_weight_names = frozen
+        self._freeze_non_trainable_peft_weights(adapter_name)
+
+    def subtract_residual(self, adapter_name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Turn the base weight W0 into W0 − s·BA, in place, computed in float64 and rounded once.
+
+        Args:
+            adapter_name: the adapter that starts from these factors.
+            A: (r, d_in).
+            B: (d_out, r).
+
+        Raises:
+            RuntimeError: when the base already carries a residual.
+        """
+        if self.residual is not None:
+            raise RuntimeError(f"the base already carries the residual of adapter {self.residual.adapter!r}")
+        residual = Residual(adapter_name, A.detach().cpu(), B.detach().cpu(), self.scaling[adapter_name])
+        self._add_to_base(-residual.delta())
+        self.residual = residual
+
+    def restore_base(self) -> None:
+        """Put s·B0A0 back into the base weight: W0 to the rounding of its dtype. Without a residual, do nothing."""
+        if self.residual is not None:
+            self._add_to_base(self.residual.delta())
+            self.residual = None
+
+    @torch.no_grad()
+    def _add_to_base(self, delta: torch.Tensor) -> None:
+        weight = self.get_base_layer().weight
+        delta = delta.T if self.fan_in_fan_out else delta
+        weight.copy_((weight.double() + delta.to(weight.device)).to(weight.dtype))
+
+    def _residual_is_compensated(self) -> bool:
+        taking_part = self.merged_adapters or self.active_adapters
+        return self.residual is None or (not self.disable_adapters and self.residual.adapter in taking_part)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = super().forward(x, *args, **kwargs)
+        if self._residual_is_compensated():
+            return result
+        A, B = (factor.to(x.device, torch.float32) for factor in (self.residual.A, self.residual.B))
+        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * self.residual.scaling
+        return result + offset.to(result.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.residual is not None and self.residual.adapter == adapter_name:
+            self.restore_base()
+        super().delete_adapter(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give back the base layer, as PEFT's `merge_and_unload` and `unload` ask: merged, or the original."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not (merge and self._residual_is_compensated()):
+            self.restore_base()
+        return self.get_base_layer()
