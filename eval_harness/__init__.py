@@ -1,0 +1,259 @@
+"""Evaluation before and after training: lm-eval tasks and answer likelihoods on a live model, over all ranks.
+
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
+
+before = evaluate(model, tokenizer, ["nq_open", LmEvalTask("webqs", path="test.jsonl", fields={"answers": "answer"})])
+before.metrics["nq_open"]  # {"value": …, "stderr": …, "n": …, …}
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.api.metrics import mean
+from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
+from lora_null.eval_harness.lm import ShardedLM, quiet
+from lora_null.eval_harness.preserve import preserve, seed_everything
+from lora_null.eval_harness.ranks import broadcast, device_of, rank_and_world
+from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, build, describe, result_names, validate_tasks
+from torch import nn
+
+from lora_null.errors import UserError
+
+__all__ = ["AnswerTask", "Evaluation", "LmEvalTask", "assert_logits_differ", "evaluate", "validate_tasks"]
+
+PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
+BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: {name: {"value", "stderr", "n", "higher_is_better", "role", "unit"}}. "unit" is "fraction", "nats" per
+            answer token, or, for a metric of lm-eval that is neither, the metric's own name. "stderr" is None where
+            there is none.
+        settings: everything that must be the same in two evaluations for their metrics to be comparable.
+        seconds: wall-clock time, on rank 0.
+        samples: {name: one number per document or question, in order}, for paired comparisons: lm-eval's metric, or the
+            question's mean nats per answer token. Only for metrics that have them.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    seconds: float
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return this evaluation as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Return the evaluation that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    tasks: Sequence[LmEvalTask | AnswerTask | str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    reference_dir: Path | str | None = None,
+    record_reference: bool = False,
+    seed: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate a live model; leave it, the tokenizer and all random states as they were.
+
+    Under torch.distributed, every rank calls this with the same arguments; the work is shared (so a model whose
+    parameters are whole on each rank), and every rank returns the same metrics.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel` on its device.
+        tokenizer: its tokenizer.
+        tasks: what to evaluate; a plain name is an `LmEvalTask`.
+        limit: the most documents or pairs of each task that has no limit of its own.
+        batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
+        reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)`.
+        record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
+        seed: for sampling few-shot examples and for tasks that sample their generations.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+
+    Returns:
+        The metrics. A KL is missing where no reference was recorded.
+
+    Raises:
+        UserError: for mistakes in the tasks (see `validate_tasks`), or a reference for other pairs or another vocabulary.
+    """
+    began, tasks = time.perf_counter(), validate_tasks(tasks)
+    if record_reference and reference_dir is None:
+        raise UserError("record_reference needs reference_dir, the folder to record into")
+    metrics, samples, described = {}, {}, {}
+    with preserve(model, tokenizer), quiet(), torch.no_grad():
+        model.eval()
+        for task in tasks:
+            seed_everything(seed)
+            task_limit = getattr(task, "limit", None) or limit
+            if isinstance(task, AnswerTask):
+                path = Path(reference_dir, f"{quote(task.name, safe=' ')}.safetensors") if reference_dir else None
+                found = _evaluate_answers(
+                    model, tokenizer, task, task_limit, batch_size, path, record_reference, autocast_dtype
+                )
+            else:
+                found = _evaluate_lm_eval(model, tokenizer, task, task_limit, batch_size, seed, autocast_dtype)
+            task_metrics, task_samples, extra = broadcast(found)
+            metrics |= task_metrics
+            samples |= task_samples
+            described["/".join(filter(None, (task.label, getattr(task, "metric", None))))] = (
+                describe(task, task_limit) | extra
+            )
+    settings = _settings(model, batch_size, seed, autocast_dtype) | {"tasks": described}
+    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples)
+
+
+def assert_logits_differ(model: nn.Module, tokenizer, text: str) -> None:
+    """Check that the active adapter changes the model's predictions on `text`, so that a score is not the base's.
+
+    Args:
+        model: a `PeftModel`; it is left as it was.
+        text: a few words that the tokenizer turns into at least one token.
+
+    Raises:
+        RuntimeError: if the logits with and without the adapter are equal.
+        TypeError: if the model has no adapter to disable.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise TypeError(f"{type(model).__name__} has no adapter to disable; pass a PeftModel")
+    inputs = tokenizer(text, return_tensors="pt").to(device_of(model))
+    with preserve(model), torch.no_grad():
+        model.eval()
+        adapted = model(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            base = model(input_ids=inputs["input_ids"]).logits
+    if torch.equal(adapted, base):
+        raise RuntimeError(
+            "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"
+        )
+
+
+def _evaluate_answers(
+    model: nn.Module,
+    tokenizer,
+    task: AnswerTask,
+    limit: int | None,
+    batch_size: int,
+    reference: Path | None,
+    record: bool,
+    autocast_dtype: torch.dtype | None,
+) -> tuple[dict, dict, dict]:
+    """Return (metrics, samples, nothing more for the settings)."""
+    has_reference = task.kl and reference is not None and (record or broadcast(reference.is_file()))
+    pairs = tokenize_pairs(
+        tokenizer, task.pairs[:limit], task.name, getattr(model.config, "max_position_embeddings", None)
+    )
+    scores = score_answers(
+        model,
+        pairs,
+        batch_size=batch_size,
+        reference=reference if has_reference else None,
+        record=record and has_reference,
+        autocast_dtype=autocast_dtype,
+        progress=task.name,
+    )
+    metrics, samples = {}, {}
+    for measure in ("nll", "kl"):
+        if (sums := getattr(scores, measure)) is not None:
+            value, stderr = ratio_estimate(sums, scores.tokens)
+            metrics[f"{task.name} {measure}"] = _metric(value, stderr, len(pairs), False, task.role, "nats")
+            samples[f"{task.name} {measure}"] = (sums / scores.tokens).tolist()
+    return metrics, samples, {}
+
+
+def _evaluate_lm_eval(
+    model: nn.Module,
+    tokenizer,
+    task: LmEvalTask,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    autocast_dtype: torch.dtype | None,
+) -> tuple[dict, dict, dict]:
+    """Return (metrics, samples, the tasks' versions and few-shot numbers for the settings)."""
+    loaded = build(task, seed)
+    results = evaluator.evaluate(
+        lm=ShardedLM(model, tokenizer, batch_size, autocast_dtype),
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        confirm_run_unsafe_code=task.confirm_run_unsafe_code,
+    )
+    metrics, samples = {}, {}
+    for name, (owner, metric, filter_) in result_names(task, loaded, results).items():
+        scores, aggregations = (
+            results["results"][owner],
+            [t.aggregation().get(metric) for t in loaded["tasks"].values()],
+        )
+        stderr = scores.get(f"{metric}_stderr,{filter_}")
+        metrics[name] = _metric(
+            float(scores[f"{metric},{filter_}"]),
+            float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
+            sum(results["n-samples"][leaf]["effective"] for leaf in _members(owner, loaded)),
+            results["higher_is_better"].get(owner, {}).get(metric),
+            task.role,
+            "fraction" if all(aggregation is mean for aggregation in aggregations) else metric,
+        )
+        samples |= dict(_samples(name, metric, filter_, results["samples"].get(owner, [])))
+    extra = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
+    return metrics, samples, json.loads(json.dumps(extra, default=str))
+
+
+def _samples(name: str, metric: str, filter_: str, documents: list[dict]) -> Iterator[tuple[str, list[float]]]:
+    """Yield the metric's value for each document, if it is one plain number for each."""
+    values = [document.get(metric) for document in documents if document["filter"] == filter_]
+    if values and all(isinstance(value, int | float | np.number) for value in values):
+        yield name, [float(value) for value in values]
+
+
+def _members(owner: str, loaded: dict[str, Any]) -> list[str]:
+    """Return the names of the tasks in a group, or of the task itself."""
+    group = (loaded.get("groups") or {}).get(owner)
+    return [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
+
+
+def _metric(
+    value: float, stderr: float | None, n: int, higher_is_better: bool, role: str, unit: str
+) -> dict[str, Any]:
+    return {
+        "value": value,
+        "stderr": stderr,
+        "n": n,
+        "higher_is_better": higher_is_better,
+        "role": role,
+        "unit": unit,
+    }
+
+
+def _settings(model: nn.Module, batch_size: int, seed: int, autocast_dtype: torch.dtype | None) -> dict[str, Any]:
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "dtype": str(model.dtype),
+        "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
+        "batch_size": batch_size,
+        "ranks": rank_and_world()[1],
+        "device": device_of(model).type,
+        "seed": seed,
+    }

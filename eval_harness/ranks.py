@@ -1,0 +1,93 @@
+"""Sharing evaluation work over the ranks of a torch.distributed group that somebody else has initialized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return (rank, number of ranks); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's `value` (any picklable object) on every rank."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Return every rank's `value` in rank order on rank 0, None on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values = [None] * world if rank == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Return every rank's `value` in rank order, on every rank."""
+    world = rank_and_world()[1]
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def parameters_are_sharded(model: nn.Module) -> bool:
+    """Return whether forward passes are collective: FSDP1, FSDP2 or tensor parallel (DTensor), or ZeRO-3."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
+    """Return the positions in `keys` that this rank computes: those whose key is `rank` modulo the number of ranks.
+
+    Where the model's parameters are sharded, every forward pass needs every rank, and generation stops at a different
+    length for each batch; then all ranks compute everything in step, which is slow and always right.
+    """
+    rank, world = (0, 1) if parameters_are_sharded(model) else rank_and_world()
+    return [position for position, key in enumerate(keys) if key % world == rank]
+
+
+def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, Any]:
+    """Run `compute` on every rank and return the union of the results, the same on every rank.
+
+    Raises:
+        Exception: what `compute` raised here, or a RuntimeError naming the rank where it failed, so that no rank waits
+            for ever for one that is gone.
+    """
+    share, failure = {}, None
+    try:
+        share = compute()
+    except Exception as error:
+        if rank_and_world()[1] == 1:
+            raise
+        failure = error
+    failures = all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise RuntimeError(f"evaluation failed on rank {rank}: {message}")
+    return {key: value for part in all_gather(share) for key, value in part.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that the model's inputs belong on."""
+    return next(model.parameters()).device

@@ -1,0 +1,395 @@
+"""What to evaluate: lm-eval tasks, from the hub or from a local file, and pairs of prompts and answers."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import lm_eval.tasks
+from lm_eval import evaluator
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
+from lora_null.eval_harness.lm import BlankLM, quiet
+
+from lora_null.errors import UserError, nearest
+
+Role = Literal["retention", "task"]
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_TASKS = Path(lm_eval.tasks.__file__).parent
+SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
+
+
+@dataclass(frozen=True)
+class LmEvalTask:
+    """A task, group or tag of lm-evaluation-harness.
+
+    Args:
+        task: its name there, e.g. "nq_open".
+        path: a local json, jsonl, parquet or csv file with the documents to evaluate, instead of the hub data set. A
+            group whose members differ only in their subset (hendrycks_math) is then run as one task over the file.
+        fields: the task's field names → the file's, where they differ, e.g. {"answers": "answer"}.
+        num_fewshot: examples in the prompt; None keeps the task's own number (0 where it has none).
+        limit: evaluate only the first `limit` documents (of each member of a group).
+        metric: report only this one of several results: a metric, a filter, or "metric/filter".
+        fewshot_path: a local file for the few-shot examples; `path` never serves for that, as it would leak answers.
+        role: "retention" for what the model should keep knowing, "task" for what it is trained on.
+        name: what to call the results, if not `task`; needed to run one task on two files.
+        confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+    """
+
+    task: str
+    path: str | None = None
+    fields: dict[str, str] | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    metric: str | None = None
+    fewshot_path: str | None = None
+    role: Role = "task"
+    name: str | None = None
+    confirm_run_unsafe_code: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name of the results."""
+        return self.name or self.task
+
+
+@dataclass(frozen=True)
+class AnswerTask:
+    """Prompts with their right answers; measures how likely, and how changed, the answers are.
+
+    Args:
+        name: what to call the results ("NAME nll", "NAME kl").
+        pairs: (prompt text, answer text), e.g. ("Q: who wrote Emma?\\nA:", " Jane Austen").
+        kl: also measure KL(base || model) on the answers, against the base model's recorded predictions. Those take
+            (answer tokens) × (vocabulary) × 4 bytes on disk: short answers only.
+        role: as in `LmEvalTask`.
+    """
+
+    name: str
+    pairs: list[tuple[str, str]] = field(repr=False)
+    kl: bool = False
+    role: Role = "task"
+
+    @property
+    def label(self) -> str:
+        """The name of the results."""
+        return self.name
+
+
+Task = LmEvalTask | AnswerTask
+
+
+def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
+    """Check everything about `tasks` that needs no model, and return them with plain names turned into `LmEvalTask`s.
+
+    Each lm-eval task is built, its documents are read, and its rules are tried on the first document.
+
+    Raises:
+        UserError: for an unknown task, a missing file or field, an unreachable hub data set, few-shot examples out of
+            the evaluated file, an unknown metric, empty pairs, or two tasks of the same name.
+    """
+    tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
+    for task in tasks:
+        _check_plain_fields(task)
+    seen = set()
+    for task in tasks:
+        key = (task.label, getattr(task, "metric", None))
+        if key in seen:
+            raise UserError(f"evaluation task {task.label!r} is listed twice; give one of them another name")
+        seen.add(key)
+        if isinstance(task, LmEvalTask):
+            _try_first_document(task)
+    return tasks
+
+
+def build(task: LmEvalTask, seed: int = 0) -> dict[str, Any]:
+    """Return lm-eval's {"tasks", "groups", …} for `task`, its documents read and its few-shot sampler seeded.
+
+    Raises:
+        UserError: see `validate_tasks`.
+    """
+    manager = _manager(task.task)
+    with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
+        loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+    for leaf in loaded["tasks"].values():
+        _set_fewshot(task, leaf)
+        leaf.set_fewshot_seed(seed)
+        if getattr(leaf, "UNSAFE_CODE", False) and not task.confirm_run_unsafe_code:
+            raise UserError(
+                f"evaluation task {task.label!r} runs code that the model writes; "
+                "consent with confirm_run_unsafe_code: true"
+            )
+    return loaded
+
+
+def result_names(task: LmEvalTask, loaded: dict[str, Any], results: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Return {name of a result: (lm-eval's task, metric, filter)} for what `task` asks for.
+
+    The name is the task's label; "/metric" is added where there are several metrics, and "/filter" where there are
+    several filters: "nq_open", "arc_easy/acc_norm", "gsm8k/strict-match".
+    """
+    groups = [name for name in loaded.get("groups") or {} if name == task.task and _scores(results, name)]
+    owners = groups or list(loaded["tasks"])
+    names = {}
+    for owner in owners:
+        label = task.label if len(owners) == 1 else f"{task.name}/{owner}" if task.name else owner
+        scores = _scores(results, owner)
+        metrics, filters = ({score[i] for score in scores} for i in (0, 1))
+        for metric, filter_ in scores:
+            parts = [label, *[metric] * (len(metrics) > 1), *[filter_] * (len(filters) > 1)]
+            if task.metric in (None, metric, filter_, f"{metric}/{filter_}"):
+                names["/".join(parts)] = (owner, metric, filter_)
+    if not names or (task.metric is not None and len(names) > len(owners)):
+        choices = {f"{metric}/{filter_}" for owner in owners for metric, filter_ in _scores(results, owner)}
+        raise UserError(
+            f"evaluation task {task.label!r}: metric {task.metric!r} names {len(names)} of its results"
+            + nearest(task.metric, choices)
+        )
+    return names
+
+
+def describe(task: Task, limit: int | None) -> dict[str, Any]:
+    """Return what must not change between two evaluations of `task`, files by the hash of their contents."""
+    if isinstance(task, AnswerTask):
+        pairs = repr(task.pairs[: limit or None]).encode()
+        return {"kl": task.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+    settings = {key: getattr(task, key) for key in ("task", "fields", "metric")} | {"limit": limit}
+    for key in ("path", "fewshot_path"):
+        if (path := getattr(task, key)) is not None:
+            settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return settings
+
+
+def _scores(results: dict[str, Any], owner: str) -> list[tuple[str, str]]:
+    """Return the (metric, filter) pairs of lm-eval's results for one task or group."""
+    keys = (key.split(",", 1) for key in results["results"].get(owner, {}) if "," in key)
+    return [(metric, filter_) for metric, filter_ in keys if not metric.endswith("_stderr")]
+
+
+def _check_plain_fields(task: Task) -> None:
+    """Refuse what is wrong in itself, before anything is read."""
+    where = f"evaluation task {task.label!r}"
+    if task.role not in ("retention", "task"):
+        raise UserError(f"{where}: unknown role {task.role!r}{nearest(task.role, ('retention', 'task'))}")
+    if isinstance(task, AnswerTask):
+        if not task.pairs:
+            raise UserError(f"{where} has no pairs of prompt and answer")
+        return
+    for key in ("limit", "num_fewshot"):
+        value, least = getattr(task, key), int(key == "limit")
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UserError(f"{where}: {key} must be a whole number of at least {least}, not {value!r}")
+    for key in ("fields", "fewshot_path"):
+        if getattr(task, key) and task.path is None:
+            raise UserError(f"{where}: {key} needs path, the local file with the documents")
+    if (
+        task.path is not None
+        and task.fewshot_path is not None
+        and Path(task.path).resolve() == Path(task.fewshot_path).resolve()
+    ):
+        raise UserError(f"{where}: fewshot_path is the evaluated file itself; name another file")
+
+
+def _try_first_document(task: LmEvalTask) -> None:
+    """Run the task on one document with a stand-in model, to find missing fields and unknown metrics."""
+    loaded = build(task)
+    with quiet(logging.ERROR):
+        try:
+            results = evaluator.evaluate(
+                lm=BlankLM(),
+                task_dict=loaded,
+                limit=1,
+                bootstrap_iters=0,
+                log_samples=False,
+                confirm_run_unsafe_code=task.confirm_run_unsafe_code,
+            )
+        except Exception as error:
+            if task.path is None:
+                raise
+            raise _unreadable(task, error) from error
+    result_names(task, loaded, results)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def _manager(name: str) -> TaskManager:
+    """Return a task manager that knows `name`, after parsing as few of lm-eval's 14,000 task files as possible.
+
+    Most tasks live in the folder that their name starts with. Only a name that is not found there, and does occur in
+    the files, costs the parsing of all of them (some 10 s), once in a process.
+    """
+    words = name.split("_")
+    for length in range(len(words), 0, -1):
+        folder = _TASKS / "_".join(words[:length])
+        if folder.is_dir() and name in (manager := _folder_manager(folder)).task_index:
+            return manager
+    if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", _all_yaml()) and name in _full_manager().task_index:
+        return _full_manager()
+    known = re.findall(r"""^["']?(?:task|group)["']?:[ "']*([^\s"']+)""", _all_yaml(), re.MULTILINE)
+    close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
+    raise UserError(f"unknown lm-eval task {name!r} ({hint})")
+
+
+@functools.cache
+def _folder_manager(folder: Path) -> TaskManager:
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=folder, include_defaults=False)
+
+
+@functools.cache
+def _full_manager() -> TaskManager:
+    with quiet(logging.ERROR):
+        return TaskManager()
+
+
+@functools.cache
+def _all_yaml() -> str:
+    """Return the text of all of lm-eval's task files; reading them takes a twentieth of parsing them."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(_TASKS.glob("**/*yaml")))
+
+
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    try:
+        return manager.load(task.task)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # No network, no such data set, or one that is a script, which datasets no longer runs.
+        raise UserError(
+            f"evaluation task {task.label!r}: its hub data set cannot be read ({_first_line(error)}); "
+            "give a local copy with path: FILE"
+        ) from error
+
+
+def _load_from_file(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    config = _local_config(task, manager)
+    try:
+        loaded = manager.load(config)
+        for leaf in loaded["tasks"].values():
+            for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+                # lm-eval takes a bare field name that is not in the data for literal text, and scores that.
+                if isinstance(rule := leaf.get_config(key), str) and rule.isidentifier() and rule not in leaf.features:
+                    raise KeyError(rule)
+        return loaded
+    except Exception as error:
+        raise _unreadable(task, error) from error
+
+
+def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    """Return the task's full configuration with its documents replaced by the local file's."""
+    config = _single_config(task, manager)
+    fewshot = config.get("fewshot_config") or {}
+    shots = config.get("num_fewshot") or 0 if task.num_fewshot is None else task.num_fewshot
+    splits = {config[key] for key in SPLITS if config.get(key)}
+    if task.fewshot_path is not None:
+        config["fewshot_split"] = "fewshot examples"
+        config["fewshot_config"] = {k: v for k, v in fewshot.items() if k not in ("split", "samples")}
+    elif shots > 0 and (fewshot.get("samples") is None or config.get("fewshot_split") or fewshot.get("split")):
+        raise UserError(
+            f"evaluation task {task.label!r} would take its {shots} few-shot examples from the evaluated file "
+            f"{task.path}; set num_fewshot: 0, or fewshot_path: another file"
+        )
+    splits |= {fewshot["split"]} if "split" in fewshot else set()
+    documents = dict.fromkeys(splits, _read(task, task.path))
+    if task.fewshot_path is not None:
+        documents["fewshot examples"] = _read(task, task.fewshot_path)
+
+    def read(**_: Any) -> dict[str, datasets.Dataset]:
+        return documents
+
+    return config | {"task": task.task, "custom_dataset": read, "dataset_kwargs": None}
+
+
+def _single_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    """Return the full configuration of a task, or of the one task that a group's members are subsets of."""
+    leaves = list(_leaves(task.task, manager))
+    rules = [{k: v for k, v in manager.task_index[leaf].cfg.items() if k not in SUBSET_KEYS} for leaf in leaves]
+    if any(rule != rules[0] for rule in rules):
+        raise UserError(
+            f"evaluation task {task.label!r} is a group of different tasks, so path cannot stand in for their data; "
+            f"list its members instead ({', '.join(leaves[:3])}, …)"
+        )
+    config = load_yaml(manager.task_index[leaves[0]].yaml_path, resolve_func=True)
+    if "class" in config:
+        raise UserError(f"evaluation task {task.label!r} reads its data with its own code; it cannot use path")
+    return {key: value for key, value in config.items() if key not in ("tag", "group", "task_alias")}
+
+
+def _leaves(name: str, manager: TaskManager) -> Iterable[str]:
+    """Yield the names of the tasks in a task (itself), group or tag."""
+    entry = manager.task_index[name]
+    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task")
+    if not isinstance(members, list):
+        yield name
+        return
+    for member in members:
+        if not isinstance(member, str) or member not in manager.task_index:
+            raise UserError(f"group {name!r} changes its members' rules, so it cannot use path; list its members")
+        yield from _leaves(member, manager)
+
+
+def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
+    """Return the documents of a local file under the task's field names."""
+    where = f"evaluation task {task.label!r}"
+    if not Path(path).is_file():
+        raise UserError(f"{where}: there is no file {path}")
+    kind = FILE_KINDS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"{where}: cannot read {path}{nearest(Path(path).suffix, FILE_KINDS)}")
+    with quiet(logging.ERROR):
+        try:
+            documents = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except Exception as error:
+            raise UserError(
+                f"{where}: cannot read {path} as {kind} ({_first_line(error.__cause__ or error)})"
+            ) from error
+    if not len(documents):
+        raise UserError(f"{where}: {path} has no documents")
+    names = documents.column_names
+    for wanted, given in (task.fields or {}).items():
+        if given not in names:
+            raise UserError(f"{where}: {path} has no field {given!r}; its fields: {', '.join(names)}")
+        column = list(documents[given])
+        documents = documents.remove_columns([wanted] if wanted in names else []).add_column(wanted, column)
+    return documents
+
+
+def _unreadable(task: LmEvalTask, error: Exception) -> UserError:
+    """Return the mistake behind an error in a task's rules over a local file: mostly a missing field."""
+    names = _read(task, task.path).column_names
+    undefined = re.match(r"'(\w+)' is undefined", str(error))
+    missing = error.args[0] if isinstance(error, KeyError) and error.args else undefined and undefined.group(1)
+    if missing and missing not in names:
+        return UserError(
+            f"evaluation task {task.label!r}: {task.path} has no field {missing!r}; its fields: {', '.join(names)}; "
+            f"map one with fields: {{{missing}: FIELD}}"
+        )
+    return UserError(
+        f"evaluation task {task.label!r} cannot use {task.path} ({type(error).__name__}: {_first_line(error)}); "
+        f"its fields: {', '.join(names)}"
+    )
+
+
+def _set_fewshot(task: LmEvalTask, leaf: Any) -> None:
+    """Set the number of few-shot examples as lm-eval's command line does; it never changes a task's own 0."""
+    own = leaf.get_config("num_fewshot")
+    if own == 0 and task.num_fewshot:
+        raise UserError(f"evaluation task {task.label!r} allows no few-shot examples; leave num_fewshot out")
+    leaf.set_config("num_fewshot", (own or 0) if task.num_fewshot is None else task.num_fewshot)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
