@@ -7,6 +7,7 @@ and add their measurements up.
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,10 +49,12 @@ class Calibration:
     Attributes:
         inputs: one entry per distinct input.
         output_energy: per module name ‖W0 X‖²_F, the bias excluded.
+        seconds: wall time of the pass.
     """
 
     inputs: list[InputStats] = field(default_factory=list)
     output_energy: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -90,6 +93,7 @@ def measure_inputs(
         UserError: no batches, fewer than `min_tokens` tokens, a module that no batch reaches, an input that is all
             zero, NaN or infinite.
     """
+    start = time.perf_counter()
     batches = list(batches)
     if not batches:
         raise UserError("calibration: there is no batch to measure")
@@ -111,6 +115,7 @@ def measure_inputs(
     if world > 1:
         _sum_over_ranks(calibration)
     _check(calibration, modules, min_tokens)
+    calibration.seconds = time.perf_counter() - start
     return calibration
 
 

@@ -67,7 +67,9 @@ class LoraNullConfig(LoraConfig):
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
         if self.variant == "v1" and self.lora_dropout > 0:
-            raise UserError("lora_dropout: v1 needs 0, since dropping inputs of B0A0 alone would change the base model")
+            raise UserError(
+                "lora_dropout: v1 needs 0, since dropping inputs of B0A0 alone would change the base model"
+            )
         if self.init_lora_weights is not True:
             raise UserError(f"init_lora_weights: LoRA-Null sets the weights itself, remove {self.init_lora_weights!r}")
         if self.bias != "none":

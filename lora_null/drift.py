@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lora_null.calibration import Calibration
 from lora_null.files import write_safetensors
-from lora_null.initialize import adapted_layers
+from lora_null.layer import adapted_layers
 
 
 @dataclass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 
-from lora_null.config import LoraNullConfig
 from lora_null.files import replacing, write_safetensors
-from lora_null.initialize import adapted_layers
+from lora_null.layer import adapted_layers
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -32,9 +32,7 @@ def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torc
     return torch.cat([A, residual.A.to(A)]), torch.cat([B, -residual.B.to(B)], dim=1)
 
 
-def plain_adapter(
-    peft_model: PeftModel, adapter_name: str = "default"
-) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Return the state dict and the config of a plain LoRA that PEFT loads onto the original base.
 
     One rank and one scaling hold for all layers, as servers such as vLLM expect: where layers differ, smaller ranks are
@@ -50,17 +48,13 @@ def plain_adapter(
         pad = rank - A.shape[0]
         ratio = layer.scaling[adapter_name] / scaling
         B = B if ratio == 1 else B * ratio
-        state[_key(state, name, "lora_A")] = torch.nn.functional.pad(A, (0, 0, 0, pad))
-        state[_key(state, name, "lora_B")] = torch.nn.functional.pad(B, (0, pad))
+        state[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, pad))
+        state[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, pad))
     return state, _plain_config(peft_model.peft_config[adapter_name], rank, scaling)
 
 
-def _key(state: dict[str, torch.Tensor], module: str, factor: str) -> str:
-    return next(key for key in (f"base_model.model.{module}.{factor}.weight",) if key in state)
-
-
 def _plain_config(config: LoraConfig, rank: int, scaling: float) -> LoraConfig:
-    fields = config.to_dict() if isinstance(config, LoraNullConfig) else copy.deepcopy(config).to_dict()
+    fields = copy.deepcopy(config).to_dict()
     alpha = scaling * rank
     fields |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False}
     fields |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
@@ -83,3 +77,19 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
         (scratch / "adapter_config.json").replace(temporary)
         scratch.rmdir()
     return sum(tensor.numel() for tensor in state.values())
+
+
+def save_plainly(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Make `peft_model.save_pretrained` write the plain adapter for as long as the base carries a residual.
+
+    Without this it would write A and B alone, which belong to W0 − s·B0A0: garbage on the model that the config names.
+    """
+    original = peft_model.save_pretrained
+
+    def save_pretrained(save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        original(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process and adapter_name in peft_model.peft_config:
+            inside = adapter_name if adapter_name != "default" else ""
+            save_plain_adapter(peft_model, Path(save_directory) / inside, adapter_name=adapter_name)
+
+    peft_model.save_pretrained = save_pretrained

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError
+from lora_null.export import save_plainly
 from lora_null.factors import LayerStats, leakage, null_factors
 from lora_null.files import write_json, write_safetensors
-from lora_null.layer import LoraNullLinear
+from lora_null.layer import LoraNullLinear, adapted_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 
 MIN_TOKENS = 256
@@ -91,24 +92,10 @@ def initialize_lora_null_weights(
     """
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
-    start = time.perf_counter()
-    calibration = measure_inputs(
-        peft_model, layers, batches, min_tokens=min_tokens, seed=seed, progress=progress
-    )
-    seconds = {"calibrate": time.perf_counter() - start}
+    calibration = measure_inputs(peft_model, layers, batches, min_tokens=min_tokens, seed=seed, progress=progress)
     return initialize_from(
-        peft_model, calibration, adapter_name=adapter_name, solver=solver, seed=seed, progress=progress, seconds=seconds
+        peft_model, calibration, adapter_name=adapter_name, solver=solver, seed=seed, progress=progress
     )
-
-
-def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Return the LoRA layers that carry the adapter, by the name of the module in the base model."""
-    base = peft_model.get_base_model()
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
 
 
 def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> None:
@@ -153,7 +140,6 @@ def initialize_from(
     solver: str = "auto",
     seed: int = 0,
     progress: bool = True,
-    seconds: dict[str, float] | None = None,
 ) -> LayerReport:
     """Solve and write the factors from statistics already measured: `initialize_lora_null_weights` without its pass.
 
@@ -169,10 +155,8 @@ def initialize_from(
             stats.update(_solve_input(measured, layers, adapter_name, solver, seed))
     if world > 1:
         stats = _share_factors(calibration, layers, adapter_name, stats)
-    variant = peft_model.peft_config[adapter_name].variant
-    for layer in layers.values():
-        _settle(layer, adapter_name, variant)
-    seconds = {**(seconds or {}), "solve": time.perf_counter() - start}
+    _settle(peft_model, adapter_name)
+    seconds = {"calibrate": calibration.seconds, "solve": time.perf_counter() - start}
     return LayerReport([stats[name] for name in layers], seconds, calibration.tokens)
 
 
@@ -234,15 +218,18 @@ def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "defaul
 
 
 @torch.no_grad()
-def _settle(layer: LoraNullLinear, adapter_name: str, variant: str) -> None:
+def _settle(peft_model: PeftModel, adapter_name: str) -> None:
     """Make the step-0 output the base's: v2 sets B to zero, v1 takes s·B0A0, of the factors as stored, out of W0."""
-    if variant == "v2":
-        nn.init.zeros_(layer.lora_B[adapter_name].weight)
-        layer.freeze_A(adapter_name)
-    else:
-        layer.subtract_residual(
-            adapter_name, layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        )
+    variant = peft_model.peft_config[adapter_name].variant
+    for layer in adapted_layers(peft_model, adapter_name).values():
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        if variant == "v2":
+            nn.init.zeros_(B)
+            layer.freeze_A(adapter_name)
+        else:
+            layer.subtract_residual(adapter_name, A, B)
+    if variant == "v1":
+        save_plainly(peft_model, adapter_name)
 
 
 def save_initialization(
@@ -280,6 +267,6 @@ def load_initialization(directory: Path, peft_model: PeftModel, *, adapter_name:
     for name, layer in layers.items():
         layer.lora_A[adapter_name].weight.copy_(tensors[f"{name}.lora_A"])
         layer.lora_B[adapter_name].weight.copy_(tensors[f"{name}.lora_B"])
-        _settle(layer, adapter_name, variant)
+    _settle(peft_model, adapter_name)
     raw = json.loads((directory / REPORT_FILE).read_text())
     return LayerReport([LayerStats.from_json(line) for line in raw["layers"]], raw["seconds"], raw["tokens"])

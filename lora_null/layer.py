@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 
@@ -20,6 +21,15 @@ class Residual(NamedTuple):
     def delta(self) -> torch.Tensor:
         """Return scaling · B0 A0, (d_out, d_in), in float64."""
         return self.scaling * (self.B.double() @ self.A.double())
+
+
+def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Return the LoRA layers that carry the adapter, by the name of the module in the base model."""
+    return {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
 
 
 class LoraNullLinear(Linear):
@@ -57,7 +67,8 @@ class LoraNullLinear(Linear):
         """
         if self.residual is not None:
             raise RuntimeError(f"the base already carries the residual of adapter {self.residual.adapter!r}")
-        residual = Residual(adapter_name, A.detach().cpu(), B.detach().cpu(), self.scaling[adapter_name])
+        A0, B0 = (factor.detach().to("cpu", copy=True) for factor in (A, B))  # copies: A and B go on to be trained
+        residual = Residual(adapter_name, A0, B0, self.scaling[adapter_name])
         self._add_to_base(-residual.delta())
         self.residual = residual
 

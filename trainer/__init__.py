@@ -1,0 +1,7 @@
+"""Trainers: TRL's own, with LoRA-Null's initialization inside `train()`."""
+
+from lora_null.trainer.calibration import CalibrationArgs, calibration_windows
+from lora_null.trainer.mixin import LoraNullMixin
+from lora_null.trainer.sft import LoraNullSFTTrainer
+
+__all__ = ["CalibrationArgs", "LoraNullMixin", "LoraNullSFTTrainer", "calibration_windows"]
