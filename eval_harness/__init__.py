@@ -21,14 +21,22 @@ import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.api.metrics import mean
+from torch import nn
+
+from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
 from lora_null.eval_harness.preserve import preserve, seed_everything
 from lora_null.eval_harness.ranks import broadcast, device_of, rank_and_world
-from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, build, describe, result_names, validate_tasks
-from torch import nn
-
-from lora_null.errors import UserError
+from lora_null.eval_harness.tasks import (
+    AnswerTask,
+    LmEvalTask,
+    describe,
+    list_tasks,
+    prepare,
+    result_names,
+    validate_tasks,
+)
 
 __all__ = ["AnswerTask", "Evaluation", "LmEvalTask", "assert_logits_differ", "evaluate", "validate_tasks"]
 
@@ -99,28 +107,29 @@ def evaluate(
     Raises:
         UserError: for mistakes in the tasks (see `validate_tasks`), or a reference for other pairs or another vocabulary.
     """
-    began, tasks = time.perf_counter(), validate_tasks(tasks)
+    began, tasks = time.perf_counter(), list_tasks(tasks)
+    for name, value in {"limit": limit, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
     if record_reference and reference_dir is None:
         raise UserError("record_reference needs reference_dir, the folder to record into")
     metrics, samples, described = {}, {}, {}
     with preserve(model, tokenizer), quiet(), torch.no_grad():
         model.eval()
+        prepared = {task.key: prepare(task, seed) for task in tasks if isinstance(task, LmEvalTask)}
         for task in tasks:
             seed_everything(seed)
-            task_limit = getattr(task, "limit", None) or limit
-            if isinstance(task, AnswerTask):
-                path = Path(reference_dir, f"{quote(task.name, safe=' ')}.safetensors") if reference_dir else None
-                found = _evaluate_answers(
-                    model, tokenizer, task, task_limit, batch_size, path, record_reference, autocast_dtype
-                )
+            options = {"limit": getattr(task, "limit", None) or limit, "batch_size": batch_size}
+            options |= {"autocast_dtype": autocast_dtype}
+            if isinstance(task, LmEvalTask):
+                found = _run_lm_eval(model, tokenizer, task, prepared[task.key], **options)
             else:
-                found = _evaluate_lm_eval(model, tokenizer, task, task_limit, batch_size, seed, autocast_dtype)
-            task_metrics, task_samples, extra = broadcast(found)
+                reference = _reference_path(task, reference_dir, record_reference)
+                found = _run_answers(model, tokenizer, task, reference, record_reference, **options)
+            task_metrics, task_samples, task_settings = broadcast(found)
             metrics |= task_metrics
             samples |= task_samples
-            described["/".join(filter(None, (task.label, getattr(task, "metric", None))))] = (
-                describe(task, task_limit) | extra
-            )
+            described[task.key] = describe(task, options["limit"]) | task_settings
     settings = _settings(model, batch_size, seed, autocast_dtype) | {"tasks": described}
     return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples)
 
@@ -150,27 +159,34 @@ def assert_logits_differ(model: nn.Module, tokenizer, text: str) -> None:
         )
 
 
-def _evaluate_answers(
+def _reference_path(task: AnswerTask, folder: Path | str | None, record: bool) -> Path | None:
+    """Return the file of the base model's predictions for `task`; None if it has none, or there is none to read."""
+    if not task.kl or folder is None:
+        return None
+    path = Path(folder, f"{quote(task.name, safe=' ')}.safetensors")
+    return path if record or broadcast(path.is_file()) else None
+
+
+def _run_answers(
     model: nn.Module,
     tokenizer,
     task: AnswerTask,
-    limit: int | None,
-    batch_size: int,
     reference: Path | None,
     record: bool,
+    *,
+    limit: int | None,
+    batch_size: int,
     autocast_dtype: torch.dtype | None,
 ) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, nothing more for the settings)."""
-    has_reference = task.kl and reference is not None and (record or broadcast(reference.is_file()))
-    pairs = tokenize_pairs(
-        tokenizer, task.pairs[:limit], task.name, getattr(model.config, "max_position_embeddings", None)
-    )
+    max_length = getattr(model.config, "max_position_embeddings", None)
+    pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, max_length)
     scores = score_answers(
         model,
         pairs,
         batch_size=batch_size,
-        reference=reference if has_reference else None,
-        record=record and has_reference,
+        reference=reference,
+        record=record and reference is not None,
         autocast_dtype=autocast_dtype,
         progress=task.name,
     )
@@ -183,38 +199,35 @@ def _evaluate_answers(
     return metrics, samples, {}
 
 
-def _evaluate_lm_eval(
+def _run_lm_eval(
     model: nn.Module,
     tokenizer,
     task: LmEvalTask,
+    loaded: dict[str, Any],
+    *,
     limit: int | None,
     batch_size: int,
-    seed: int,
     autocast_dtype: torch.dtype | None,
 ) -> tuple[dict, dict, dict]:
-    """Return (metrics, samples, the tasks' versions and few-shot numbers for the settings)."""
-    loaded = build(task, seed)
+    """Return (metrics, samples, the versions and few-shot numbers of the tasks for the settings)."""
     results = evaluator.evaluate(
         lm=ShardedLM(model, tokenizer, batch_size, autocast_dtype),
         task_dict=loaded,
         limit=limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results are broadcast
         confirm_run_unsafe_code=task.confirm_run_unsafe_code,
     )
     metrics, samples = {}, {}
     for name, (owner, metric, filter_) in result_names(task, loaded, results).items():
-        scores, aggregations = (
-            results["results"][owner],
-            [t.aggregation().get(metric) for t in loaded["tasks"].values()],
-        )
+        scores, members = results["results"][owner], _members(owner, loaded)
         stderr = scores.get(f"{metric}_stderr,{filter_}")
         metrics[name] = _metric(
             float(scores[f"{metric},{filter_}"]),
             float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
-            sum(results["n-samples"][leaf]["effective"] for leaf in _members(owner, loaded)),
+            sum(results["n-samples"][leaf]["effective"] for leaf in members),
             results["higher_is_better"].get(owner, {}).get(metric),
             task.role,
-            "fraction" if all(aggregation is mean for aggregation in aggregations) else metric,
+            "fraction" if loaded["tasks"][members[0]].aggregation().get(metric) is mean else metric,
         )
         samples |= dict(_samples(name, metric, filter_, results["samples"].get(owner, [])))
     extra = {"versions": results["versions"], "num_fewshot": results["n-shot"]}

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lora_null.eval_harness.ranks import broadcast, device_of, gather, merge_shares, my_share, rank_and_world
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from lora_null.errors import UserError
+from lora_null.eval_harness.ranks import broadcast, device_of, gather, merge_shares, my_share, rank_and_world
 
 TOKENS_HASH = "token_ids_sha256"
 

@@ -16,8 +16,9 @@ import tqdm
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lora_null.eval_harness.ranks import merge_shares, my_share, rank_and_world
 from torch import nn
+
+from lora_null.eval_harness.ranks import merge_shares, my_share, rank_and_world
 
 
 class ShardedLM(HFLM):

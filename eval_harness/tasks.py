@@ -17,9 +17,9 @@ import lm_eval.tasks
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
-from lora_null.eval_harness.lm import BlankLM, quiet
 
 from lora_null.errors import UserError, nearest
+from lora_null.eval_harness.lm import BlankLM, quiet
 
 Role = Literal["retention", "task"]
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -62,6 +62,11 @@ class LmEvalTask:
         """The name of the results."""
         return self.name or self.task
 
+    @property
+    def key(self) -> str:
+        """What tells this task from the others of an evaluation: one task may be listed once for each metric."""
+        return self.label if self.metric is None else f"{self.label}/{self.metric}"
+
 
 @dataclass(frozen=True)
 class AnswerTask:
@@ -85,6 +90,11 @@ class AnswerTask:
         """The name of the results."""
         return self.name
 
+    @property
+    def key(self) -> str:
+        """What tells this task from the others of an evaluation."""
+        return self.name
+
 
 Task = LmEvalTask | AnswerTask
 
@@ -98,37 +108,53 @@ def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
         UserError: for an unknown task, a missing file or field, an unreachable hub data set, few-shot examples out of
             the evaluated file, an unknown metric, empty pairs, or two tasks of the same name.
     """
-    tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
+    tasks = list_tasks(tasks)
     for task in tasks:
-        _check_plain_fields(task)
-    seen = set()
-    for task in tasks:
-        key = (task.label, getattr(task, "metric", None))
-        if key in seen:
-            raise UserError(f"evaluation task {task.label!r} is listed twice; give one of them another name")
-        seen.add(key)
         if isinstance(task, LmEvalTask):
-            _try_first_document(task)
+            prepare(task)
     return tasks
 
 
-def build(task: LmEvalTask, seed: int = 0) -> dict[str, Any]:
-    """Return lm-eval's {"tasks", "groups", …} for `task`, its documents read and its few-shot sampler seeded.
+def list_tasks(tasks: Sequence[Task | str]) -> list[Task]:
+    """Return `tasks` with plain names turned into `LmEvalTask`s, each checked for what is wrong in itself.
+
+    Raises:
+        UserError: for a value that no task can have, or two tasks of the same name.
+    """
+    tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
+    keys = [task.key for task in tasks]
+    for task in tasks:
+        _check_values(task)
+        if keys.count(task.key) > 1:
+            raise UserError(f"evaluation task {task.key!r} is listed twice; give one of them another name")
+    return tasks
+
+
+def prepare(task: LmEvalTask, seed: int = 0) -> dict[str, Any]:
+    """Return lm-eval's {"tasks", "groups", …} for `task`, ready to run: documents read, few-shot sampling seeded.
+
+    The task has been tried on its first document with a stand-in model, to find missing fields and unknown metrics.
 
     Raises:
         UserError: see `validate_tasks`.
     """
-    manager = _manager(task.task)
     with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
-        loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
-    for leaf in loaded["tasks"].values():
-        _set_fewshot(task, leaf)
-        leaf.set_fewshot_seed(seed)
-        if getattr(leaf, "UNSAFE_CODE", False) and not task.confirm_run_unsafe_code:
-            raise UserError(
-                f"evaluation task {task.label!r} runs code that the model writes; "
-                "consent with confirm_run_unsafe_code: true"
+        loaded = _load(task)
+        try:
+            results = evaluator.evaluate(
+                lm=BlankLM(),
+                task_dict=loaded,
+                limit=1,
+                bootstrap_iters=0,
+                log_samples=False,
+                confirm_run_unsafe_code=task.confirm_run_unsafe_code,
             )
+        except Exception as error:
+            if task.path is None:
+                raise
+            raise _unreadable(task, error) from error
+    result_names(task, loaded, results)
+    _seed_fewshot(loaded, seed)
     return loaded
 
 
@@ -176,7 +202,7 @@ def _scores(results: dict[str, Any], owner: str) -> list[tuple[str, str]]:
     return [(metric, filter_) for metric, filter_ in keys if not metric.endswith("_stderr")]
 
 
-def _check_plain_fields(task: Task) -> None:
+def _check_values(task: Task) -> None:
     """Refuse what is wrong in itself, before anything is read."""
     where = f"evaluation task {task.label!r}"
     if task.role not in ("retention", "task"):
@@ -184,6 +210,9 @@ def _check_plain_fields(task: Task) -> None:
     if isinstance(task, AnswerTask):
         if not task.pairs:
             raise UserError(f"{where} has no pairs of prompt and answer")
+        for i, pair in enumerate(task.pairs):
+            if len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+                raise UserError(f"{where}: pair {i} must be a prompt and an answer, both with text, not {pair!r}")
         return
     for key in ("limit", "num_fewshot"):
         value, least = getattr(task, key), int(key == "limit")
@@ -200,24 +229,24 @@ def _check_plain_fields(task: Task) -> None:
         raise UserError(f"{where}: fewshot_path is the evaluated file itself; name another file")
 
 
-def _try_first_document(task: LmEvalTask) -> None:
-    """Run the task on one document with a stand-in model, to find missing fields and unknown metrics."""
-    loaded = build(task)
-    with quiet(logging.ERROR):
-        try:
-            results = evaluator.evaluate(
-                lm=BlankLM(),
-                task_dict=loaded,
-                limit=1,
-                bootstrap_iters=0,
-                log_samples=False,
-                confirm_run_unsafe_code=task.confirm_run_unsafe_code,
+def _load(task: LmEvalTask) -> dict[str, Any]:
+    """Return lm-eval's {"tasks", "groups", …} with this task's own few-shot number."""
+    manager = _manager(task.task)
+    loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+    for leaf in loaded["tasks"].values():
+        _set_fewshot(task, leaf)
+        if getattr(leaf, "UNSAFE_CODE", False) and not task.confirm_run_unsafe_code:
+            raise UserError(
+                f"evaluation task {task.label!r} runs code that the model writes; "
+                "consent with confirm_run_unsafe_code: true"
             )
-        except Exception as error:
-            if task.path is None:
-                raise
-            raise _unreadable(task, error) from error
-    result_names(task, loaded, results)
+    _seed_fewshot(loaded, 0)
+    return loaded
+
+
+def _seed_fewshot(loaded: dict[str, Any], seed: int) -> None:
+    for leaf in loaded["tasks"].values():
+        leaf.set_fewshot_seed(seed)
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -226,26 +255,28 @@ def _try_first_document(task: LmEvalTask) -> None:
 def _manager(name: str) -> TaskManager:
     """Return a task manager that knows `name`, after parsing as few of lm-eval's 14,000 task files as possible.
 
-    Most tasks live in the folder that their name starts with. Only a name that is not found there, and does occur in
-    the files, costs the parsing of all of them (some 10 s), once in a process.
+    Most tasks live in the folder that their name starts with. Others are looked for in the files' text; only a name
+    that occurs there without being defined costs the parsing of all files (some 10 s), once in a process.
     """
     words = name.split("_")
     for length in range(len(words), 0, -1):
-        folder = _TASKS / "_".join(words[:length])
-        if folder.is_dir() and name in (manager := _folder_manager(folder)).task_index:
-            return manager
-    if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", _all_yaml()) and name in _full_manager().task_index:
+        folder = "_".join(words[:length])
+        if (_TASKS / folder).is_dir() and name in _folder_manager(folder).task_index:
+            return _folder_manager(folder)
+    if (folder := _homes().get(name)) and name in _folder_manager(folder).task_index:
+        return _folder_manager(folder)
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    if any(word.search(text) for _, text in _all_yaml()) and name in _full_manager().task_index:
         return _full_manager()
-    known = re.findall(r"""^["']?(?:task|group)["']?:[ "']*([^\s"']+)""", _all_yaml(), re.MULTILINE)
-    close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(_homes()), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
 
 
 @functools.cache
-def _folder_manager(folder: Path) -> TaskManager:
+def _folder_manager(folder: str) -> TaskManager:
     with quiet(logging.ERROR):
-        return TaskManager(include_path=folder, include_defaults=False)
+        return TaskManager(include_path=_TASKS / folder, include_defaults=False)
 
 
 @functools.cache
@@ -255,9 +286,17 @@ def _full_manager() -> TaskManager:
 
 
 @functools.cache
-def _all_yaml() -> str:
-    """Return the text of all of lm-eval's task files; reading them takes a twentieth of parsing them."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(_TASKS.glob("**/*yaml")))
+def _homes() -> dict[str, str]:
+    """Return {name of a task or group: the folder of lm-eval's tasks that defines it}, as far as the text tells."""
+    definition = re.compile(r"""^["']?(?:task|group)["']?:[ "']*([^\s"']+)""", re.MULTILINE)
+    return {name: folder for folder, text in _all_yaml() for name in definition.findall(text)}
+
+
+@functools.cache
+def _all_yaml() -> list[tuple[str, str]]:
+    """Return (folder, text) of all of lm-eval's task files; reading them takes a twentieth of parsing them."""
+    paths = sorted(_TASKS.glob("*/**/*yaml"))
+    return [(path.relative_to(_TASKS).parts[0], path.read_text(encoding="utf-8")) for path in paths]
 
 
 # --- documents -----------------------------------------------------------------------------------------------------

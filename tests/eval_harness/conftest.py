@@ -1,0 +1,122 @@
+"""A tiny random Llama with a tiny character-level tokenizer, and small local files of documents."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LETTERS = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]  # printable ASCII; ByteLevel's space and newline
+MERGE = (":", "Ġ")  # tokens that join prompt and answer: "Q:" + " x" starts with "Q", ":Ġ"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS, "".join(MERGE)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [MERGE], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def tiny_model(seed: int = 0, vocab_size: int = 101) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_peft_model(seed: int = 0):
+    model = get_peft_model(tiny_model(seed), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    torch.manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def make_model():
+    return tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def peft_model():
+    return tiny_peft_model()
+
+
+@pytest.fixture
+def pairs():
+    """Prompts and answers of different lengths, one of them sharing a token with its prompt."""
+    return [(f"Q: {'why ' * i}?\nA:", f" {'because ' * (i % 3)}{i}") for i in range(1, 8)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write rows as a jsonl file and return its path."""
+
+    def write_rows(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write_rows
+
+
+@pytest.fixture
+def nq_file(write):
+    return write("nq.jsonl", [{"question": f"who is number {i}", "answer": [f"n{i}", f"m{i}"]} for i in range(7)])
+
+
+@pytest.fixture
+def sciq_file(write):
+    rows = [
+        {"question": f"what is {i}", "support": f"it is {i * i}", "correct_answer": f"{'c' * (i % 4)}{i}"}
+        | {f"distractor{k}": f"{'d' * k}{i}" for k in (1, 2, 3)}
+        for i in range(9)
+    ]
+    return write("sciq.jsonl", rows)
+
+
+@pytest.fixture
+def lambada_file(write):
+    return write("lambada.jsonl", [{"text": f"a short text {i} ends in word{i}", "domain": None} for i in range(6)])
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with the tiny model and its tokenizer in `model`, and a nonzero adapter in `adapter`."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    tiny_peft_model().save_pretrained(folder / "adapter")
+    return folder

@@ -1,0 +1,147 @@
+"""Answer likelihoods against plain float64 computations."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import AnswerTask, evaluate
+from lora_null.eval_harness.answers import (
+    TokenizedPair,
+    answer_log_probs,
+    open_reference,
+    ratio_estimate,
+    save_reference,
+    score_answers,
+    tokenize_pairs,
+)
+
+
+def plain_log_probs(model, pair):
+    """The log-probabilities at one pair's answer tokens, alone, from all logits, in float64."""
+    model = model.double()
+    logits = model(input_ids=torch.tensor([pair.ids])).logits[0]
+    model.float()
+    return logits[pair.start - 1 : -1].log_softmax(-1).detach()
+
+
+def test_tokenized_as_trl_does(tokenizer):
+    (pair,) = tokenize_pairs(tokenizer, [("Q:", " yes")], "t", None)
+    tokens = tokenizer.convert_ids_to_tokens(pair.ids)
+    assert tokens == ["Q", ":Ġ", "y", "e", "s"]
+    assert pair.start == 1  # the prompt alone ends in ":", which the answer's space has joined
+
+
+def test_nll_and_kl_equal_a_plain_float64_computation(model, peft_model, tokenizer, pairs, tmp_path):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    peft_model.eval()
+    score_answers(model, tokenized, reference=tmp_path / "r.safetensors", record=True)
+    scores = score_answers(peft_model, tokenized, reference=tmp_path / "r.safetensors")
+    for i, pair in enumerate(tokenized):
+        base, other = plain_log_probs(model, pair), plain_log_probs(peft_model, pair)
+        targets = torch.tensor(pair.ids[pair.start :])
+        assert scores.nll[i] == pytest.approx(-other[range(len(targets)), targets].sum().item(), rel=1e-5)
+        assert scores.kl[i] == pytest.approx((base.exp() * (base - other)).sum().item(), rel=1e-4)
+        assert scores.tokens[i] == len(targets)
+
+
+def test_only_needed_logits_equal_all_logits(model, tokenizer, pairs, monkeypatch):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    few = answer_log_probs(model, tokenized)
+    monkeypatch.setattr("lora_null.eval_harness.answers._keeps_logits", lambda model: False)
+    for kept, full in zip(few, answer_log_probs(model, tokenized), strict=True):
+        torch.testing.assert_close(kept, full, rtol=0, atol=1e-5)
+
+
+def test_kl_of_the_base_with_itself_is_zero(model, tokenizer, pairs, tmp_path):
+    task = AnswerTask("nq", pairs, kl=True, role="retention")
+    recorded = evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
+    again = evaluate(model, tokenizer, [task], reference_dir=tmp_path)
+    assert recorded.metrics["nq kl"]["value"] == recorded.metrics["nq kl"]["stderr"] == 0.0
+    assert again.metrics["nq kl"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert again.metrics["nq nll"] == recorded.metrics["nq nll"]
+    assert again.metrics["nq kl"]["role"] == "retention" and not again.metrics["nq kl"]["higher_is_better"]
+
+
+def test_kl_is_missing_without_a_reference(model, tokenizer, pairs, tmp_path):
+    task = AnswerTask("nq", pairs, kl=True)
+    assert set(evaluate(model, tokenizer, [task], reference_dir=tmp_path).metrics) == {"nq nll"}
+    assert set(evaluate(model, tokenizer, [AnswerTask("nq", pairs, kl=False)]).metrics) == {"nq nll"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batch_size_and_padding_do_not_matter(model, tokenizer, pairs, batch_size):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    expected = [score_answers(model, [pair]).nll[0] for pair in tokenized]
+    np.testing.assert_allclose(score_answers(model, tokenized, batch_size=batch_size).nll, expected, rtol=1e-5)
+
+
+def test_autocast_is_close_and_different(model, tokenizer, pairs):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    full = score_answers(model, tokenized).nll
+    half = score_answers(model, tokenized, autocast_dtype=torch.bfloat16).nll
+    assert not np.array_equal(full, half)
+    np.testing.assert_allclose(half, full, rtol=0.1)
+
+
+def test_clustered_standard_error():
+    sums, counts = np.array([2.0, 9.0, 4.0, 1.0]), np.array([1, 3, 4, 2])
+    ratio = 16 / 10
+    residuals = [2 - ratio * 1, 9 - ratio * 3, 4 - ratio * 4, 1 - ratio * 2]
+    value, stderr = ratio_estimate(sums, counts)
+    assert value == pytest.approx(ratio)
+    assert stderr == pytest.approx((4 / 3 * sum(r * r for r in residuals)) ** 0.5 / 10)
+    # With equal counts it is the ordinary standard error of the questions' means.
+    value, stderr = ratio_estimate(sums, np.full(4, 2))
+    assert stderr == pytest.approx(np.std(sums / 2, ddof=1) / 2)
+    assert ratio_estimate(sums[:1], counts[:1]) == (2.0, None)
+
+
+def test_reference_holds_the_full_distribution_in_float32(model, tokenizer, pairs, tmp_path):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    path = tmp_path / "new folder" / "r.safetensors"
+    score_answers(model, tokenized, reference=path, record=True)
+    assert [p.name for p in path.parent.iterdir()] == ["r.safetensors"]  # no temporary file is left
+    with safe_open(path, "pt") as reference:
+        assert set(reference.keys()) == {str(i) for i in range(len(pairs))}
+        tensor = reference.get_tensor("3")
+    assert tensor.dtype == torch.float32 and tensor.shape == (len(tokenized[3].ids) - tokenized[3].start, 101)
+    torch.testing.assert_close(tensor.exp().sum(-1), torch.ones(len(tensor)))
+
+
+def test_an_interrupted_write_keeps_the_old_reference(tmp_path, monkeypatch):
+    path, pairs = tmp_path / "r.safetensors", [TokenizedPair((1, 2), 1)]
+    save_reference(path, {"0": torch.zeros(1, 4)}, pairs)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_reference(path, {"0": torch.ones(1, 4)}, pairs)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+    assert open_reference(path, pairs).get_tensor("0").sum() == 0
+
+
+def test_a_reference_for_other_tokens_or_vocabulary_is_refused(model, make_model, tokenizer, pairs, tmp_path):
+    task = AnswerTask("nq", pairs, kl=True)
+    evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
+    with pytest.raises(UserError, match=r"nq\.safetensors was recorded for other prompts"):
+        evaluate(model, tokenizer, [task], reference_dir=tmp_path, limit=3)
+    with pytest.raises(UserError, match="vocabulary of 101 tokens, the model 120"):
+        evaluate(make_model(vocab_size=120), tokenizer, [task], reference_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "'t' has no pairs"),
+        ([("Q:", "")], "the answer of pair 0 has no tokens"),
+        ([("", "yes")], "the prompt of pair 0 has no tokens"),
+        ([("Q:", "x" * 600)], "pair 0 has 602 tokens, the model takes 512"),
+    ],
+)
+def test_pairs_that_cannot_be_scored(tokenizer, pairs, message):
+    with pytest.raises(UserError, match=message):
+        tokenize_pairs(tokenizer, pairs, "t", 512)

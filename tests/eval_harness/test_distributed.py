@@ -1,0 +1,55 @@
+"""Two processes share the work and report what one process reports."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_null.eval_harness import Evaluation
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+
+
+def start(folder, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen([sys.executable, SCRIPT, folder], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def folder(saved, tmp_path, pairs, nq_file, sciq_file):
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    for name in ("model", "adapter"):
+        (tmp_path / name).symlink_to(saved / name)
+    return tmp_path
+
+
+def test_two_ranks_equal_one_and_compute_each_request_once(folder, pairs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start(folder, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    single = start(folder)
+    assert single.wait(120) == 0, single.stderr.read()
+
+    one = json.loads((folder / "rank0-of-1.json").read_text())
+    two = [json.loads((folder / f"rank{rank}-of-2.json").read_text()) for rank in range(2)]
+    assert sorted(two[0]["requests"] + two[1]["requests"]) == sorted(one["requests"])
+    assert two[0]["requests"] and two[1]["requests"]
+    assert [rank["scored"] for rank in two] == [4, 3] and one["scored"] == len(pairs)
+    assert "%|" in errors[0] and "%|" not in errors[1]  # bars on rank 0 only
+    for moment in ("before", "after"):
+        evaluations = [Evaluation.from_json(result[moment]) for result in (one, *two)]
+        assert evaluations[1] == evaluations[2]
+        for name, metric in evaluations[0].metrics.items():
+            assert evaluations[1].metrics[name] == pytest.approx(metric, rel=1e-5), name
+            assert evaluations[1].samples[name] == pytest.approx(evaluations[0].samples[name], rel=1e-4, abs=1e-7)
+    files = [load_file(folder / f"references-{world}" / "a.safetensors") for world in (1, 2)]
+    assert set(files[0]) == set(files[1]) == {str(i) for i in range(len(pairs))}

@@ -1,0 +1,105 @@
+"""Our values for a saved adapter are those of the lm_eval command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness.lm import ShardedLM
+
+TASKS = Path(lm_eval.tasks.__file__).parent
+BATCH_SIZE = 4
+
+
+@pytest.fixture
+def model_and_tokenizer(saved):
+    base = AutoModelForCausalLM.from_pretrained(saved / "model", dtype=torch.float32)
+    return PeftModel.from_pretrained(base, saved / "adapter"), AutoTokenizer.from_pretrained(saved / "model")
+
+
+@pytest.fixture
+def half_right_nq(write, model_and_tokenizer):
+    """Questions of which the model answers about half exactly right: their answers are its own."""
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = model_and_tokenizer
+    questions = [f"who is number {i}" for i in range(10)]
+    stop = {"until": ["\n", ".", ","], "do_sample": False, "temperature": 0.0}
+    prompts = [f"Answer these questions:\n\nQ: {question}?\nA:" for question in questions]
+    requests = [Instance("generate_until", {}, (p, stop), 0, ("t", i, 1)) for i, p in enumerate(prompts)]
+    answers = ShardedLM(model.eval(), tokenizer, BATCH_SIZE).generate_until(requests, disable_tqdm=True)
+    rows = [
+        {"question": q, "answer": [a.strip() if i % 2 else "no"]} for i, (q, a) in enumerate(zip(questions, answers))
+    ]
+    return write("half.jsonl", rows)
+
+
+def run_lm_eval(saved, folder, files):
+    """Run the command line over local copies of standard tasks; return its results."""
+    for name, (yaml, splits, path) in files.items():
+        data_files = "".join(f"    {split}: {path}\n" for split in splits)
+        (folder / f"{name}.yaml").write_text(
+            f"include: {TASKS / yaml}\ntask: {name}\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs:\n  data_files:\n{data_files}"
+        )
+    model = f"pretrained={saved / 'model'},peft={saved / 'adapter'},dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", ",".join(files)]
+    command += [
+        "--include_path",
+        folder,
+        "--batch_size",
+        str(BATCH_SIZE),
+        "--device",
+        "cpu",
+        "--output_path",
+        folder / "out",
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (folder / "out").glob("**/results_*.json")
+    return json.loads(results.read_text())["results"]
+
+
+def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, half_right_nq, sciq_file, lambada_file):
+    files = {
+        "my_nq": ("nq_open/nq_open.yaml", ["train", "validation"], half_right_nq),
+        "my_sciq": ("sciq/sciq.yaml", ["train", "validation", "test"], sciq_file),
+        "my_lambada": ("lambada/lambada_openai.yaml", ["test"], lambada_file),
+    }
+    expected = run_lm_eval(saved, tmp_path, files)
+    ours = evaluate(
+        *model_and_tokenizer,
+        [
+            LmEvalTask("nq_open", path=half_right_nq),
+            LmEvalTask("sciq", path=sciq_file),
+            LmEvalTask("lambada_openai", path=lambada_file),
+        ],
+        batch_size=BATCH_SIZE,
+    ).metrics
+    pairs = {
+        "nq_open": ("my_nq", "exact_match", "remove_whitespace"),
+        "sciq/acc": ("my_sciq", "acc", "none"),
+        "sciq/acc_norm": ("my_sciq", "acc_norm", "none"),
+        "lambada_openai/perplexity": ("my_lambada", "perplexity", "none"),
+        "lambada_openai/acc": ("my_lambada", "acc", "none"),
+    }
+    assert set(ours) == set(pairs)
+    for name, (task, metric, filter_) in pairs.items():
+        assert ours[name]["value"] == expected[task][f"{metric},{filter_}"], name
+        if metric != "perplexity":  # whose standard error is bootstrapped
+            assert ours[name]["stderr"] == expected[task][f"{metric}_stderr,{filter_}"], name
+    assert 0 < ours["nq_open"]["value"] < 1 and 0 < ours["sciq/acc"]["value"] < 1
+    assert ours["lambada_openai/perplexity"]["unit"] == "perplexity"

@@ -1,0 +1,76 @@
+"""One rank of test_distributed.py: `RANK=0 WORLD_SIZE=2 … python two_ranks.py FOLDER`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
+
+computed = []
+
+
+def count(name):
+    """Let lm-eval's method note the requests that it gets on this rank."""
+    method = getattr(HFLM, name)
+
+    def counted(self, requests, disable_tqdm=False):
+        computed.extend(f"{name} {request.task_name} {request.doc_id} {request.idx}" for request in requests)
+        return method(self, requests, disable_tqdm=disable_tqdm)
+
+    setattr(HFLM, name, counted)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    for name in ("generate_until", "loglikelihood"):
+        count(name)
+    rank = int(os.environ.get("RANK", 0))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    pairs = json.loads((folder / "pairs.json").read_text())
+    base.register_forward_hook(lambda module, args, kwargs, out: computed.append(len(out.logits)), with_kwargs=True)
+    answers = [AnswerTask("a", pairs, kl=True)]
+    references = folder / f"references-{os.environ.get('WORLD_SIZE', 1)}"
+    before = evaluate(base, tokenizer, answers, batch_size=2, reference_dir=references, record_reference=True)
+    scored = sum(n for n in computed if isinstance(n, int))
+    model = PeftModel.from_pretrained(base, folder / "adapter")
+    tasks = [
+        *answers,
+        LmEvalTask("nq_open", path=str(folder / "nq.jsonl")),
+        LmEvalTask("sciq", path=str(folder / "sciq.jsonl")),
+        LmEvalTask("nq_open", path=str(folder / "nq.jsonl"), limit=1, name="fewer than ranks"),
+    ]
+    after = evaluate(model, tokenizer, tasks, batch_size=2, reference_dir=references)
+    result = {"before": before.to_json(), "after": after.to_json(), "scored": scored}
+    result["requests"] = [key for key in computed if isinstance(key, str)]
+    (folder / f"rank{rank}-of-{os.environ.get('WORLD_SIZE', 1)}.json").write_text(json.dumps(result))
+    if dist.is_initialized():
+        check_failures(rank, model, tokenizer)
+        dist.destroy_process_group()
+
+
+def check_failures(rank, model, tokenizer) -> None:
+    """A failure on one rank ends all of them."""
+    if rank == 1:
+        model.forward = None
+    try:
+        evaluate(model, tokenizer, [AnswerTask("a", [("Q:", " a"), ("Q:", " b")])])
+    except Exception as error:
+        assert rank == 1 or "evaluation failed on rank 1" in str(error), error
+    else:
+        raise AssertionError("no failure")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
