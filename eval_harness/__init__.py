@@ -27,7 +27,7 @@ from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
 from lora_null.eval_harness.preserve import preserve, seed_everything
-from lora_null.eval_harness.ranks import broadcast, device_of, rank_and_world
+from lora_null.eval_harness.ranks import broadcast, device_of, rank_and_world, together
 from lora_null.eval_harness.tasks import (
     AnswerTask,
     LmEvalTask,
@@ -116,7 +116,7 @@ def evaluate(
     metrics, samples, described = {}, {}, {}
     with preserve(model, tokenizer), quiet(), torch.no_grad():
         model.eval()
-        prepared = {task.key: prepare(task, seed) for task in tasks if isinstance(task, LmEvalTask)}
+        prepared = together(lambda: {t.key: prepare(t, seed) for t in tasks if isinstance(t, LmEvalTask)})
         for task in tasks:
             seed_everything(seed)
             options = {"limit": getattr(task, "limit", None) or limit, "batch_size": batch_size}
@@ -179,7 +179,7 @@ def _run_answers(
     autocast_dtype: torch.dtype | None,
 ) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, nothing more for the settings)."""
-    max_length = getattr(model.config, "max_position_embeddings", None)
+    max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, max_length)
     scores = score_answers(
         model,

@@ -65,7 +65,8 @@ def _restore_adapter(layer: BaseTunerLayer, state: tuple[bool, list[str], list[s
     """Put back (disabled, active, merged); a layer that nobody touched is not touched here either."""
     disabled, active, merged = state
     if list(layer.merged_adapters) != merged:
-        layer.unmerge()
+        if layer.merged:
+            layer.unmerge()
         if merged:
             layer.merge(adapter_names=merged)
     if list(layer.active_adapters) != active:

@@ -65,27 +65,30 @@ def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
     return [position for position, key in enumerate(keys) if key % world == rank]
 
 
-def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, Any]:
-    """Run `compute` on every rank and return the union of the results, the same on every rank.
+def together(compute: Callable[[], Any]) -> Any:
+    """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
 
     Raises:
         Exception: what `compute` raised here, or a RuntimeError naming the rank where it failed, so that no rank waits
             for ever for one that is gone.
     """
-    share, failure = {}, None
+    result, failure = None, None
     try:
-        share = compute()
+        result = compute()
     except Exception as error:
-        if rank_and_world()[1] == 1:
-            raise
         failure = error
-    failures = all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    for rank, message in enumerate(failures):
+    for rank, message in enumerate(messages):
         if message is not None:
             raise RuntimeError(f"evaluation failed on rank {rank}: {message}")
-    return {key: value for part in all_gather(share) for key, value in part.items()}
+    return result
+
+
+def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, Any]:
+    """Run `compute` on every rank and return the union of all ranks' results, the same on every rank."""
+    return {key: value for share in all_gather(together(compute)) for key, value in share.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:

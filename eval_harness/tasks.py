@@ -232,16 +232,23 @@ def _check_values(task: Task) -> None:
 def _load(task: LmEvalTask) -> dict[str, Any]:
     """Return lm-eval's {"tasks", "groups", …} with this task's own few-shot number."""
     manager = _manager(task.task)
-    loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+    _check_code(task, (manager.task_index[task.task].cfg or {}).get("unsafe_code"))
+    try:
+        loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+    except ImportError as error:
+        raise UserError(f"evaluation task {task.label!r} needs another package ({_first_line(error)})") from error
     for leaf in loaded["tasks"].values():
         _set_fewshot(task, leaf)
-        if getattr(leaf, "UNSAFE_CODE", False) and not task.confirm_run_unsafe_code:
-            raise UserError(
-                f"evaluation task {task.label!r} runs code that the model writes; "
-                "consent with confirm_run_unsafe_code: true"
-            )
+        _check_code(task, getattr(leaf, "UNSAFE_CODE", False))
     _seed_fewshot(loaded, 0)
     return loaded
+
+
+def _check_code(task: LmEvalTask, unsafe: bool) -> None:
+    if unsafe and not task.confirm_run_unsafe_code:
+        raise UserError(
+            f"evaluation task {task.label!r} runs code that the model writes; consent with confirm_run_unsafe_code: true"
+        )
 
 
 def _seed_fewshot(loaded: dict[str, Any], seed: int) -> None:
@@ -255,15 +262,15 @@ def _seed_fewshot(loaded: dict[str, Any], seed: int) -> None:
 def _manager(name: str) -> TaskManager:
     """Return a task manager that knows `name`, after parsing as few of lm-eval's 14,000 task files as possible.
 
-    Most tasks live in the folder that their name starts with. Others are looked for in the files' text; only a name
-    that occurs there without being defined costs the parsing of all files (some 10 s), once in a process.
+    Most tasks live in the folder that their name starts with; others are looked for in the files' text. Only tags, and
+    groups over several folders, cost the parsing of all files (some 10 s), once in a process.
     """
     words = name.split("_")
-    for length in range(len(words), 0, -1):
-        folder = "_".join(words[:length])
-        if (_TASKS / folder).is_dir() and name in _folder_manager(folder).task_index:
+    folders = ["_".join(words[:length]) for length in range(len(words), 0, -1)]
+    for folder in folders:
+        if (_TASKS / folder).is_dir() and _knows(_folder_manager(folder), name):
             return _folder_manager(folder)
-    if (folder := _homes().get(name)) and name in _folder_manager(folder).task_index:
+    if (folder := _homes().get(name)) and _knows(_folder_manager(folder), name):
         return _folder_manager(folder)
     word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
     if any(word.search(text) for _, text in _all_yaml()) and name in _full_manager().task_index:
@@ -271,6 +278,15 @@ def _manager(name: str) -> TaskManager:
     close = difflib.get_close_matches(name, sorted(_homes()), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
+
+
+def _knows(manager: TaskManager, name: str) -> bool:
+    """Return whether `manager` has the task, or the group with all its members; a tag may go on in other folders."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.cfg is None:
+        return False
+    members = entry.cfg.get("task")
+    return not isinstance(members, list) or all(isinstance(m, str) and _knows(manager, m) for m in members)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ def test_evaluation_leaves_no_trace(peft_model, tokenizer, pairs, nq_file):
     peft_model.config.use_cache = False
     frozen = next(p for p in peft_model.parameters() if p.requires_grad)
     frozen.requires_grad_(False)
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side, tokenizer.pad_token = "right", None  # lm-eval would choose a padding token
     before = [m.training for m in peft_model.modules()], [p.requires_grad for p in peft_model.parameters()]
     weights = {k: v.clone() for k, v in peft_model.state_dict().items()}
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -32,6 +32,7 @@ def test_evaluation_leaves_no_trace(peft_model, tokenizer, pairs, nq_file):
     assert draw() == expected
     assert ([m.training for m in peft_model.modules()], [p.requires_grad for p in peft_model.parameters()]) == before
     assert peft_model.config.use_cache is False and tokenizer.padding_side == "right"
+    assert tokenizer.pad_token is None
     assert torch.is_grad_enabled() and "tie_weights" not in vars(peft_model)
     assert all(torch.equal(v, weights[k]) for k, v in peft_model.state_dict().items())
 

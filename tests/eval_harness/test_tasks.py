@@ -88,6 +88,35 @@ def test_names_of_results(model, tokenizer, write, nq_file):
     assert type(found).from_json(found.to_json()) == found
 
 
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """Let every hub data set be these few rows."""
+
+    def serve(rows):
+        splits = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(rows))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: splits)
+
+    return serve
+
+
+def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_hub):
+    fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
+    found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match")], limit=2)
+    assert set(found.metrics) == {"hendrycks_math"} and not found.samples
+    assert found.metrics["hendrycks_math"]["n"] == 7 * 2 and found.metrics["hendrycks_math"]["unit"] == "fraction"
+
+
+def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
+    choices = {"text": ["a", "b"], "label": ["A", "B"]}
+    fake_hub([{"id": str(i), "question": f"q{i}", "choices": choices, "answerKey": "A"} for i in range(3)])
+    found = evaluate(model, tokenizer, [LmEvalTask("ai2_arc", metric="acc", limit=1), "arc_easy"], limit=2)
+    assert {name: metric["n"] for name, metric in found.metrics.items()} == {
+        "arc_challenge/acc": 1,
+        "arc_easy/acc": 2,
+        "arc_easy/acc_norm": 2,
+    }
+
+
 def test_several_metrics_are_told_apart(write):
     rows = [{"text": f"one two three {i}", "domain": None} for i in range(2)]
     task = LmEvalTask("lambada_openai", path=write("l.jsonl", rows))
@@ -98,6 +127,7 @@ def test_several_metrics_are_told_apart(write):
 
 MISTAKES = {
     "unknown lm-eval task 'nq_opne' (did you mean 'nq_open'": LmEvalTask("nq_opne"),
+    "'humaneval' runs code that the model writes; consent with": LmEvalTask("humaneval"),
     "'zzzz' (list them with": LmEvalTask("zzzz"),
     "'nq_open': there is no file nowhere.jsonl": LmEvalTask("nq_open", path="nowhere.jsonl"),
     "unknown role 'retension' (did you mean 'retention'?)": LmEvalTask("nq_open", role="retension"),
