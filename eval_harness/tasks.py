@@ -187,7 +187,7 @@ def result_names(task: LmEvalTask, loaded: dict[str, Any], results: dict[str, An
 def describe(task: Task, limit: int | None) -> dict[str, Any]:
     """Return what must not change between two evaluations of `task`, files by the hash of their contents."""
     if isinstance(task, AnswerTask):
-        pairs = repr(task.pairs[: limit or None]).encode()
+        pairs = repr(task.pairs[:limit]).encode()
         return {"kl": task.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
     settings = {key: getattr(task, key) for key in ("task", "fields", "metric")} | {"limit": limit}
     for key in ("path", "fewshot_path"):

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
 def start(folder, **variables):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")} | variables
     return subprocess.Popen([sys.executable, SCRIPT, folder], env=environment, stderr=subprocess.PIPE, text=True)
 
 

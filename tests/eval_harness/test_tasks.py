@@ -1,7 +1,10 @@
 """lm-eval tasks from local files, and every mistake with its line."""
 
+import math
+
 import datasets
 import pytest
+import torch
 
 from lora_null.errors import UserError
 from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, tasks, validate_tasks
@@ -123,6 +126,18 @@ def test_several_metrics_are_told_apart(write):
     loaded = tasks.prepare(task)
     results = {"results": {"lambada_openai": {"perplexity,none": 1.0, "perplexity_stderr,none": 0.1, "acc,none": 0.5}}}
     assert set(tasks.result_names(task, loaded, results)) == {"lambada_openai/perplexity", "lambada_openai/acc"}
+
+
+def test_rolling_likelihood_equals_a_plain_computation(model, tokenizer, write):
+    text = "a page about nothing at all"
+    found = evaluate(model, tokenizer, [LmEvalTask("wikitext", path=write("w.jsonl", [{"page": text}] * 2))])
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    nats = -log_probs.gather(-1, ids[0, 1:, None]).sum().item()
+    word_perplexity = found.metrics["wikitext/word_perplexity"]
+    assert word_perplexity["value"] == pytest.approx(math.exp(nats / 6), rel=1e-4)
+    assert word_perplexity["unit"] == "word_perplexity" and not word_perplexity["higher_is_better"]
+    assert word_perplexity["stderr"] is None
 
 
 MISTAKES = {
