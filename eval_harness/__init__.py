@@ -82,7 +82,7 @@ def evaluate(
     batch_size: int = 8,
     reference_dir: Path | str | None = None,
     record_reference: bool = False,
-    seed: int = 0,
+    seed: int = 1234,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
@@ -98,7 +98,7 @@ def evaluate(
         batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
         reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)`.
         record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
-        seed: for sampling few-shot examples and for tasks that sample their generations.
+        seed: for sampling few-shot examples and for tasks that sample their generations; lm-eval's own default.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
 
     Returns:

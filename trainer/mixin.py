@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -64,6 +65,7 @@ class LoraNullMixin:
         self._init_solver = init_solver
         self._prepared = False
         self.layer_report: LayerReport | None = None
+        self.init_seconds = 0.0
         self.drift_meter: DriftMeter | None = None
         if self._starts_lora_null:
             check_layers(self.model, adapted_layers(self.model))
@@ -86,8 +88,10 @@ class LoraNullMixin:
             if resume_from_checkpoint is None:
                 raise UserError(f"resume: no checkpoint in {self.args.output_dir}")
         if not self._prepared:
+            start = time.perf_counter()
             self._prepare(resuming=bool(resume_from_checkpoint))
             self._prepared = True
+            self.init_seconds = time.perf_counter() - start
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.state.global_step and isinstance(self.model, PeftModel):
             self._check_something_moved()

@@ -1,0 +1,10 @@
+"""The report of a run: which method kept more, which learned more, and by how much beyond the error.
+
+from lora_null.recipes.report import write_report
+write_report("runs/quickstart")     # report.md, report.html, forgetting.png
+"""
+
+from .render import print_table, write_report
+from .results import load_results
+
+__all__ = ["load_results", "print_table", "write_report"]

@@ -1,0 +1,112 @@
+"""The command: `accelerate launch -m lora_null.recipes RECIPE [options] [key.subkey=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_null.errors import UserError
+
+USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
+       %(prog)s --list
+       %(prog)s report DIR ..."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; overrides and folders are collected as extra words."""
+    made = argparse.ArgumentParser(
+        prog="lora_null.recipes",
+        usage=USAGE,
+        description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
+    )
+    made.add_argument("recipe", nargs="?", help="a shipped name, the path of a YAML, or 'report'")
+    made.add_argument("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
+    made.add_argument("--method", help="methods to run, separated by commas")
+    made.add_argument("--output-dir", help="where everything goes (default: runs/RECIPE)")
+    made.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    made.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    made.add_argument(
+        "--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights"
+    )
+    made.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    made.add_argument("--list", action="store_true", help="list the shipped recipes")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0 done, 2 a user's mistake, told in one line on stderr."""
+    arguments = parser().parse_intermixed_args(argv)
+    _quiet()
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(arguments: argparse.Namespace) -> None:
+    if arguments.list:
+        _list()
+    elif arguments.recipe is None:
+        raise UserError("give a recipe, or --list to see them")
+    elif arguments.recipe == "report":
+        _report(arguments.words)
+    else:
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from lora_null.recipes.load import load_recipe
+    from lora_null.recipes.output import dump
+
+    recipe = load_recipe(arguments.recipe, arguments.words, methods=arguments.method, output_dir=arguments.output_dir)
+    if arguments.print_config:
+        print(dump(recipe), end="")
+        return
+    from lora_null.recipes.environment import use_all_cores
+    from lora_null.recipes.run import dry_run, run
+
+    use_all_cores()
+    if arguments.dry_run:
+        dry_run(recipe)
+    else:
+        run(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _list() -> None:
+    from lora_null.recipes.load import load_recipe, shipped
+
+    for name in shipped():
+        recipe = load_recipe(name)
+        print(f"{name:12} {recipe.description} [{recipe.model.name_or_path}]")
+
+
+def _report(folders: Sequence[str]) -> None:
+    from lora_null.recipes.report import write_report
+
+    if not folders:
+        raise UserError("report: give the folder of a run")
+    for folder in folders:
+        write_report(Path(folder))
+        print(Path(folder) / "report.html")
+
+
+def _quiet() -> None:
+    """Keep the libraries' notes out of the way of ours; their warnings about what we decide ourselves are noise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

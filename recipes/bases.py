@@ -1,0 +1,124 @@
+"""Load the base model a recipe names, or only its shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelerate import PartialState, init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lora_null.errors import UserError
+from lora_null.recipes import smollm2
+from lora_null.recipes.schema import ModelSection
+
+SHAPES = Path(__file__).parent / "shapes.json"
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
+
+
+def resolve_name(model: ModelSection) -> str:
+    """Return the folder or hub id to load; the quick start's model is fetched here, once a machine.
+
+    Raises:
+        UserError: a local folder that holds no model, or weights that cannot be fetched.
+    """
+    if model.name_or_path == smollm2.NAME:
+        with PartialState().local_main_process_first():
+            return smollm2.smollm2()
+    path = Path(model.name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.name_or_path: {path} holds no model (config.json is missing)")
+    if not path.exists() and (model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1):
+        raise UserError(f"model.name_or_path: no folder {model.name_or_path}")
+    return model.name_or_path
+
+
+def known_shape(name: str) -> Any | None:
+    """Return the configuration of one of the paper's models from the package's own table; None for any other."""
+    shapes = json.loads(SHAPES.read_text())
+    return AutoConfig.for_model(**shapes[name]) if name in shapes else None
+
+
+def load_config(model: ModelSection, name: str) -> Any:
+    """Return the model's configuration, from its folder or the hub.
+
+    Raises:
+        UserError: the hub does not give it: gated, unknown or unreachable.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise UserError(_unreachable(name, error)) from None
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    text = str(error)
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        reason = "gated: ask for access on its hub page, then `hf auth login`"
+    elif Path(name).exists():
+        reason = text.splitlines()[0]
+    else:
+        reason = "not a local folder, and the hub does not give it"
+    return f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"
+
+
+def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
+    """Return the model without weights (meta device), to count and to check by."""
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+    empty.tie_weights()
+    return empty
+
+
+def attention(model: ModelSection) -> str:
+    """Return the attention implementation: "auto" takes flash-attn where it is installed and supported, else sdpa."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and model.dtype != "float32"
+    return "flash_attention_2" if fits and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a padding token that is not its end token.
+
+    Raises:
+        UserError: it cannot be loaded, or has no token to pad with.
+    """
+    try:
+        options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        raise UserError(_unreachable(name, error)) from None
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        pad = next((token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token), None)
+        if pad is None:
+            raise UserError(f"model: the tokenizer of {name} has no token to pad with that is not its end token")
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def load_base(model: ModelSection, name: str) -> PreTrainedModel:
+    """Return a fresh base model with its weights, on the CPU; the trainer moves it.
+
+    Raises:
+        UserError: the weights cannot be loaded.
+    """
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=model.revision or "main",
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=attention(model),
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_unreachable(name, error)) from None

@@ -1,0 +1,79 @@
+"""What a result depends on besides its recipe: versions, source, device, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "lora_null")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, git state of the package's source, device and platform, ready for results.json."""
+    state = PartialState()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "git": _git_state(),
+        "device": device,
+        "processes": state.num_processes,
+        "platform": platform.platform(),
+    }
+
+
+def _git_state() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None
+
+
+def use_all_cores() -> None:
+    """Share this machine's cores among its processes where there is no accelerator.
+
+    `accelerate launch` without a config file sets OMP_NUM_THREADS=1, which is meant for processes that feed a GPU; on a
+    CPU it would leave all cores but one idle. Any other value of OMP_NUM_THREADS is a user's wish and is kept.
+    """
+    if torch.accelerator.is_available() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def reset_peak_memory() -> None:
+    """Start counting peak memory anew, where the system allows it (CUDA; on Linux the process's own peak)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Return peak memory since `reset_peak_memory`: of the GPU, or of this process on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

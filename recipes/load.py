@@ -1,0 +1,121 @@
+"""Find a recipe, lay overrides over it, validate it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_null.errors import UserError, nearest
+from lora_null.recipes.schema import Recipe, parse_recipe
+
+FOLDER = Path(__file__).parent
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """Return the YAML of a shipped recipe's name or of a path.
+
+    Raises:
+        UserError: naming the nearest recipe, or the missing file.
+    """
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"recipe: no file {name}")
+        return path
+    raise UserError(f"recipe: none is called {name!r}{nearest(name, recipes)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, safely.
+
+    Raises:
+        UserError: for text that is no YAML or no mapping.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay `key.subkey=value` assignments over a recipe; values are read as YAML, nothing is null.
+
+    Raises:
+        UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
+    """
+    raw = copy.deepcopy(dict(raw))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {assignment!r}: expected key.subkey=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
+        *parents, last = key.split(".")
+        target = raw
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UserError(f"argument {assignment!r}: {parent!r} holds a value, not keys")
+        target[last] = _number(value)
+    return raw
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-4 as a number: YAML 1.1 takes it for a string, as no recipe writer ever means it."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(digit in value for digit in "0123456789") else value
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _number(inner) for key, inner in value.items()}
+    return value
+
+
+def load_recipe(
+    name: str, assignments: Sequence[str] = (), *, methods: str | None = None, output_dir: str | None = None
+) -> Recipe:
+    """Return the validated recipe with all overrides laid over it; `name` as in `find`.
+
+    Raises:
+        UserError: for anything wrong with the name, the YAML or an override.
+    """
+    path = find(name)
+    raw = override(read_yaml(path), assignments)
+    raw["training"] = {key: _number(value) for key, value in (raw.get("training") or {}).items()}
+    raw["eval"] = {
+        key: [] if value is None and key in ("retention", "task") else value
+        for key, value in (raw.get("eval") or {}).items()
+    }
+    if methods is not None:
+        raw.setdefault("method", {})["name"] = methods
+    recipe = parse_recipe(raw, path.stem)
+    recipe.name = recipe.name or path.stem
+    recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}"
+    return _with_paths(recipe, path.parent)
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
+    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
+        beside = folder / holder.path if holder.path else None
+        if beside is not None and not Path(holder.path).exists() and beside.exists():
+            holder.path = str(beside)
+    return recipe

@@ -1,0 +1,100 @@
+"""The output folder of a run: taken once, never overwritten unasked, continued when asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from lora_null.errors import UserError
+from lora_null.files import write_text
+from lora_null.recipes.schema import Recipe
+
+RECIPE_FILE, LAST_FILE = "recipe.yaml", "report.html"
+OWN_FILES = ("base", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the folder holds a finished run: the report is written last."""
+    return (folder / LAST_FILE).is_file()
+
+
+def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+    """Make the output folder ours: check what it holds, and that it can be written.
+
+    Raises:
+        UserError: it is in use and neither --resume nor --overwrite fits, or it cannot be written or has no space.
+    """
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and not overwrite:
+        _check_held(folder, held, recipe, resume)
+    _probe(folder)
+    if overwrite:
+        _clear(folder)
+    if not (folder / RECIPE_FILE).is_file():
+        write_text(folder / RECIPE_FILE, dump(recipe))
+    return folder
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe, every default written out, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _check_held(folder: Path, held: list[str], recipe: Recipe, resume: bool) -> None:
+    if RECIPE_FILE not in held:
+        raise UserError(f"output_dir: {folder} holds other files ({held[0]}); choose an empty folder")
+    if is_finished(folder):
+        raise UserError(
+            f"output_dir: {folder} holds a finished run; --overwrite replaces it, --output-dir goes elsewhere"
+        )
+    if not resume:
+        raise UserError(
+            f"output_dir: {folder} holds an unfinished run; --resume continues it, --overwrite replaces it"
+        )
+    before = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    now = yaml.safe_load(dump(recipe))
+    differing = next((key for key in now if key != "output_dir" and now[key] != before.get(key)), None)
+    if differing:
+        raise UserError(f"--resume: {differing!r} differs from the run in {folder}; resume it with the same recipe")
+
+
+def _probe(folder: Path) -> None:
+    """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            with open(probe, "wb") as file:
+                file.write(b"\0" * 2**20)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raise a UserError unless `size` bytes are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run of ours left, and nothing else."""
+    if not (folder / RECIPE_FILE).is_file():
+        return
+    before = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    for name in (*before.get("method", {}).get("name", []), *OWN_FILES):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""What a run will cost, counted on the model's shape alone: no weights, no data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from lora_null.config import LoraNullConfig
+from lora_null.errors import UserError, nearest
+from lora_null.initialize import check_layers
+from lora_null.layer import adapted_layers
+from lora_null.recipes.bases import empty_model
+from lora_null.recipes.schema import MethodSection, Recipe
+from lora_null.trainer.methods import METHODS
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """Counts of one method.
+
+    Attributes:
+        name: the method.
+        rank: r as configured.
+        trainable: parameters that train.
+        saved: parameters of the adapter that is saved for the original model (v1: rank 2r).
+        gram_bytes: float64 Gram matrices of all distinct inputs, held at once while calibrating; 0 where none are.
+        extra_bytes: adapter weights (float32), gradients and the two AdamW moments of what trains.
+    """
+
+    name: str
+    rank: int
+    trainable: int
+    saved: int
+    gram_bytes: int
+    extra_bytes: int
+
+
+def adapter_config(section: MethodSection, name: str) -> Any:
+    """Return the PEFT config of a method under the recipe's settings."""
+    alpha = section.rank if section.alpha is None else section.alpha
+    return METHODS[name](
+        r=section.rank,
+        lora_alpha=alpha,
+        target_modules=section.target_modules,
+        use_rslora=section.use_rslora,
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+        task_type="CAUSAL_LM",
+    )
+
+
+def plan_methods(recipe: Recipe, model_config: Any) -> list[MethodPlan]:
+    """Put each method's adapter on the model without weights and count.
+
+    Raises:
+        UserError: no module matched, r too large for a layer, or a target that cannot be started.
+    """
+    return [_plan_method(recipe, model_config, name) for name in recipe.method.name]
+
+
+def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
+    empty = empty_model(model_config, recipe.model)
+    config = adapter_config(recipe.method, name)
+    peft_model = _wrap(empty, config, recipe.method)
+    layers = adapted_layers(peft_model)
+    starts_null = isinstance(config, LoraNullConfig)
+    if starts_null:
+        check_layers(peft_model, layers)
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    adapter = sum(p.numel() for n, p in peft_model.named_parameters() if "lora_" in n)
+    widest = max(layer.r["default"] for layer in layers.values()) * (
+        2 if getattr(config, "variant", "") == "v1" else 1
+    )
+    return MethodPlan(
+        name=name,
+        rank=recipe.method.rank,
+        trainable=trainable,
+        saved=sum(widest * (layer.in_features + layer.out_features) for layer in layers.values()),
+        gram_bytes=_gram_bytes(layers) if starts_null else 0,
+        extra_bytes=4 * adapter + 12 * trainable,
+    )
+
+
+def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
+    linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
+    try:
+        return get_peft_model(empty, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        targets = section.target_modules
+        if "not found" in str(error) or "No modules" in str(error):
+            wrong = targets if isinstance(targets, str) else next((t for t in targets if t not in linears), targets[0])
+            raise UserError(f"method.target_modules: no module matches {wrong!r}{nearest(wrong, linears)}") from None
+        raise UserError(f"method: {str(error).splitlines()[0]}") from None
+
+
+def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
+    """Return the bytes of one float64 Gram per distinct input; siblings of one width in one block part share theirs.
+
+    Which modules share an input is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
+    """
+    shared = {"k_proj", "v_proj", "up_proj"}
+    widths = [layer.in_features for name, layer in layers.items() if name.rpartition(".")[2] not in shared]
+    return sum(8 * width * width for width in widths)
+
+
+def activation_bytes(model_config: Any, training: SFTConfig) -> int:
+    """Estimate the activations of one training step on one GPU, in bytes, for 16-bit compute.
+
+    With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths a token inside a
+    block (the usual count for a Llama block with a fused attention). Without it every block keeps them all.
+    """
+    tokens = training.per_device_train_batch_size * (training.max_length or 1024)
+    text = model_config.get_text_config()
+    inside, between = 34 * text.hidden_size * tokens, 2 * text.hidden_size * tokens
+    blocks = text.num_hidden_layers
+    return blocks * between + inside if training.gradient_checkpointing else blocks * inside
+
+
+def optimizer_steps(training: SFTConfig, rows: int, batch: int) -> int:
+    """Return the number of optimizer steps for `rows` training rows in batches of `batch`."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
+
+
+def files_of(recipe: Recipe) -> list[str]:
+    """Return what the run will leave in its output folder."""
+    files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
+    for name in recipe.method.name:
+        parts = ("init/", "adapter/", "eval.json", "train_log.jsonl")
+        files += [f"{name}/{part}" for part in parts]
+    return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
+
+
+def print_plan(recipe: Recipe, model_config: Any, training: SFTConfig, batch: int, rows: int | None) -> None:
+    """Print the plan of a run: counts, tokens, steps, memory, files."""
+    console = Console()
+    empty = empty_model(model_config, recipe.model)
+    size = sum(p.numel() for p in empty.parameters())
+    weights = size * {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.model.dtype]
+    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {recipe.model.dtype}")
+    _print_training(console, recipe, training, batch, rows)
+    cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
+    console.print(
+        f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
+        f"{recipe.calibration.max_length} tokens, {cut}"
+    )
+    console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
+    console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}", soft_wrap=True)
+
+
+def _print_training(console: Console, recipe: Recipe, training: SFTConfig, batch: int, rows: int | None) -> None:
+    rows = rows or recipe.data.limit
+    console.print(
+        f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
+    )
+    if rows is None and training.max_steps <= 0:
+        console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
+        return
+    steps = optimizer_steps(training, rows or 0, batch)
+    tokens = steps * batch * (training.max_length or 1024)
+    console.print(
+        f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "
+        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type})"
+    )
+
+
+def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
+    table = Table(title="per method, and estimated memory on each GPU in GiB")
+    for column in (
+        "method",
+        "rank",
+        "trainable",
+        "saved",
+        "weights",
+        "Grams",
+        "activations",
+        "adapter + optimizer",
+        "peak",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for plan in plans:
+        peak = weights + max(plan.gram_bytes, activations + plan.extra_bytes)
+        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, peak)
+        counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
+        table.add_row(plan.name, str(plan.rank), *counts, *(f"{size / GIB:.1f}" for size in sizes))
+    return table

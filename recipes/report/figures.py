@@ -1,0 +1,258 @@
+"""The pictures of the report, drawn off-screen and without global state, so that equal numbers give equal bytes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from .headline import Measure, forgetting, learning
+from .results import Results, TrainLog
+
+# One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
+COLORS = {
+    "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
+    "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
+    "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
+}  # fmt: skip
+OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
+MARKERS = "osD^vP"
+INK, FAINT, GOOD = "#1f2937", "#d1d5db", "#15803d"
+
+
+def row_colors(results: Results) -> list[str]:
+    """A color per row: fixed for the methods we know, from a cycle for others."""
+    unknown = list(dict.fromkeys(row.method for row in results.rows if row.method not in COLORS))
+    cycle = dict(zip(unknown, itertools.cycle(OTHER_COLORS)))
+    return [COLORS.get(row.method) or cycle[row.method] for row in results.rows]
+
+
+def row_markers(results: Results) -> list[str]:
+    """A marker per row, which tells apart the rows of one method, since they share its color."""
+    seen = [sum(other.method == row.method for other in results.rows[:i]) for i, row in enumerate(results.rows)]
+    return [MARKERS[times % len(MARKERS)] for times in seen]
+
+
+def forgetting_png(results: Results) -> bytes:
+    """The learning-forgetting plane; one measure alone is drawn as a strip, none as a sentence."""
+    kept, learned = forgetting(results), learning(results)
+    if kept and learned and plane_points(kept, learned):
+        return _png(_plane(results, kept, learned))
+    measures = [measure for measure in (kept, learned) if measure]
+    return _png(_strips(results, measures) if measures else _sentence("No retention or task metric was measured."))
+
+
+def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tuple[float, float]]:
+    """Where each method with both measures lies: row -> (learned, forgotten), both counted from the base."""
+    if kept is None or learned is None:
+        return {}
+    along = {i: (learned.change(i), kept.change(i)) for i in learned.measured if i in kept.measured}
+    x_sign, y_sign = (1 if learned.higher_is_better else -1), (-1 if kept.higher_is_better else 1)
+    return {i: (x_sign * x, y_sign * y) for i, (x, y) in sorted(along.items()) if None not in (x, y)}
+
+
+def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str) -> bytes | None:
+    """Small multiples of a logged quantity against the step, one panel a method; None where no log has it.
+
+    Args:
+        logs: one per row of `results`, the base's included (it is empty).
+        key: name of the logged quantity.
+        title: label of the vertical axis.
+    """
+    series = {i: log.series(key) for i, log in enumerate(logs) if log.series(key)[0]}
+    return _png(_curves(results, series, title)) if series else None
+
+
+def _plane(results: Results, kept: Measure, learned: Measure) -> Figure:
+    points = plane_points(kept, learned)
+    figure, axes = _figure(8.0, 5.4)
+    _plane_limits(axes, kept, learned, points)
+    _shade_good_corner(axes)
+    labels, colors, markers = results.labels(), row_colors(results), row_markers(results)
+    scale = [100 if m.unit in ("fraction", "points") else 1 for m in (learned, kept)]
+    anchors = [(0.0, 0.0)]
+    axes.plot(
+        0, 0, marker="o", color="white", markeredgecolor=COLORS["base"], markeredgewidth=2, markersize=9, zorder=4
+    )
+    for i, (x, y) in points.items():
+        x, y = x * scale[0], y * scale[1]
+        errors = [factor * (m.estimates[i].stderr or 0) for factor, m in zip(scale, (learned, kept))]
+        axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], color=colors[i], elinewidth=1.4, alpha=0.75, zorder=3)
+        axes.plot(x, y, marker=markers[i], color=colors[i], markeredgecolor="white", markersize=10, zorder=4)
+        anchors.append((x, y))
+    direction = "rise" if learned.higher_is_better else "fall"
+    axes.set_xlabel(f"Learned: {direction} of {learned.title} from the base{_unit(learned)}  →")
+    axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept)}  →")
+    axes.set_title("Learned much, forgot little: lower right is better", loc="left", fontweight="bold")
+    texts = ["base", *(labels[i] for i in points)]
+    _place_labels(axes, anchors, texts, [_darker(colors[i]) for i in (0, *points)])
+    return figure
+
+
+def _plane_limits(axes: Axes, kept: Measure, learned: Measure, points: dict[int, tuple[float, float]]) -> None:
+    """Fit points and error bars, with the base at the corner: below it only what improved on it, and a margin."""
+    for measure, values, set_limits in (
+        (learned, [p[0] for p in points.values()], axes.set_xlim),
+        (kept, [p[1] for p in points.values()], axes.set_ylim),
+    ):
+        scale = 100 if measure.unit in ("fraction", "points") else 1
+        errors = [measure.estimates[i].stderr or 0 for i in points]
+        low = scale * min(0, *(v - e for v, e in zip(values, errors)))
+        high = scale * max(0, *(v + e for v, e in zip(values, errors)))
+        span = (high - low) or 1
+        set_limits(low - 0.12 * span, high + 0.14 * span)
+    axes.axhline(0, color=FAINT, linewidth=1, zorder=1)
+    axes.axvline(0, color=FAINT, linewidth=1, zorder=1)
+
+
+def _shade_good_corner(axes: Axes) -> None:
+    across, down = np.meshgrid(np.linspace(0, 1, 128), np.linspace(0, 1, 128))
+    nearness = np.clip(1 - np.hypot(1 - across, 1 - down), 0, 1)
+    fade = LinearSegmentedColormap.from_list("good", [(*to_rgb(GOOD), 0.0), (*to_rgb(GOOD), 0.28)])
+    axes.imshow(
+        nearness, extent=(0, 1, 0, 1), transform=axes.transAxes, cmap=fade, aspect="auto", origin="upper", zorder=0
+    )
+    axes.text(
+        0.985, 0.02, "learned much, forgot little", transform=axes.transAxes, ha="right", va="bottom", color=GOOD,
+        fontsize=10, fontstyle="italic", zorder=2,
+    )  # fmt: skip
+
+
+def _place_labels(axes: Axes, anchors: list[tuple[float, float]], texts: list[str], colors: list[str]) -> None:
+    """Write each text beside its point, at the nearest place that hides no point, error bar or other text."""
+    renderer = axes.figure.canvas.get_renderer()
+    pixels = axes.transData.transform(anchors)
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels]
+    taken += [line.get_window_extent(renderer) for bars in axes.collections for line in [bars]]
+    taken += [text.get_window_extent(renderer) for text in axes.texts]
+    for (x, y), anchor, text, color in zip(pixels, anchors, texts, colors):
+        label = axes.annotate(
+            _wrapped(text), anchor, (0, 0), textcoords="offset pixels", ha="center", va="center", color=color,
+            fontsize=11, fontweight="bold", zorder=5, linespacing=1.1,
+        )  # fmt: skip
+        box = label.get_window_extent(renderer)
+        offset = _free_offset(box, (x, y), taken, axes.get_window_extent(renderer))
+        label.set_position(offset)
+        taken.append(
+            Bbox.from_bounds(x + offset[0] - box.width / 2, y + offset[1] - box.height / 2, box.width, box.height)
+        )
+        if np.hypot(offset[0], offset[1]) > box.width / 2 + 40:
+            axes.annotate("", anchor, offset, textcoords="offset pixels",
+                          arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 6})  # fmt: skip
+
+
+def _free_offset(box: Bbox, point: tuple[float, float], taken: list[Bbox], frame: Bbox) -> tuple[float, float]:
+    """Offset in pixels of a text of the size of `box` from `point`: the least crowded of rings of candidates."""
+    half_width, half_height = box.width / 2, box.height / 2
+    choices = []
+    for gap in range(14, 240, 12):
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            offset = (dx * (half_width + gap), dy * (half_height + gap))
+            place = Bbox.from_bounds(
+                point[0] + offset[0] - half_width, point[1] + offset[1] - half_height, box.width, box.height
+            )
+            outside = place.x0 < frame.x0 or place.x1 > frame.x1 or place.y0 < frame.y0 or place.y1 > frame.y1
+            choices.append((10 * outside + sum(place.overlaps(other) for other in taken), offset))
+            if choices[-1][0] == 0:
+                return offset
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _strips(results: Results, measures: list[Measure]) -> Figure:
+    """Methods as rows, the measure along the axis: what is drawn where the plane lacks a side or the base."""
+    rows = sorted({i for measure in measures for i in measure.measured})
+    figure, panels = _figure(8.0, 1.5 + 0.4 * len(rows), columns=len(measures))
+    colors, markers, labels = row_colors(results), row_markers(results), results.labels()
+    for axes, measure in zip(np.atleast_1d(panels), measures):
+        scale = 100 if measure.unit in ("fraction", "points") else 1
+        for height, i in enumerate(reversed(rows)):
+            if i in measure.measured:
+                value, error = measure.estimates[i]
+                axes.errorbar(
+                    scale * value, height, xerr=scale * (error or 0), fmt=markers[i], color=colors[i], markersize=9
+                )
+        if measure.estimates[0]:
+            axes.axvline(scale * measure.estimates[0].value, color=COLORS["base"], linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(rows)), [_wrapped(labels[i]) for i in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        better = "→ higher is better" if measure.higher_is_better else "← lower is better"
+        axes.set_xlabel(f"{measure.title}{_unit(measure)}  {better}\n(dashed: the base)")
+    return figure
+
+
+def _curves(results: Results, series: dict[int, tuple[list[float], list[float]]], title: str) -> Figure:
+    wide = min(len(series), 4 if len(series) > 6 else 3)
+    tall = -(-len(series) // wide)
+    figure, panels = _figure(8.0, 0.6 + 1.9 * tall, rows=tall, columns=wide, sharex=True, sharey=True)
+    labels, colors, panels = results.labels(), row_colors(results), np.atleast_1d(panels).ravel()
+    smooth = {i: _moving_average(values) for i, (_, values) in series.items()}
+    for axes, (i, (steps, values)) in zip(panels, series.items()):
+        for j, (other_steps, _) in series.items():
+            axes.plot(other_steps, smooth[j], color=FAINT, linewidth=1, zorder=1)
+        axes.plot(steps, values, color=colors[i], linewidth=0.8, alpha=0.35, zorder=2)
+        axes.plot(steps, smooth[i], color=colors[i], linewidth=2, zorder=3, marker="o" if len(steps) == 1 else None)
+        axes.set_title(_wrapped(labels[i]), fontsize=10, fontweight="bold", color=_darker(colors[i]), loc="left")
+    for axes in panels[len(series) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step", fontsize=10, color=INK)
+    figure.supylabel(title, fontsize=10, color=INK)
+    return figure
+
+
+def _moving_average(values: Sequence[float]) -> np.ndarray:
+    """Centered mean over a tenth of the curve, over what there is of the window at the ends."""
+    reach = len(values) // 20
+    padded = np.asarray(values, dtype=float)
+    return np.array([padded[max(0, i - reach) : i + reach + 1].mean() for i in range(len(padded))])
+
+
+def _sentence(text: str) -> Figure:
+    figure, axes = _figure(8.0, 1.2)
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=INK, fontsize=12)
+    return figure
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared):
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, **shared)
+    for axes in np.atleast_1d(panels).ravel():
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#9ca3af")
+        axes.tick_params(colors=INK, labelsize=10)
+        axes.xaxis.label.set(color=INK, fontsize=11)
+        axes.yaxis.label.set(color=INK, fontsize=11)
+    return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _unit(measure: Measure) -> str:
+    return {"nats": " (nats)", "fraction": " (%)", "points": " (points)"}.get(measure.unit, "")
+
+
+def _wrapped(text: str, width: int = 24) -> str:
+    """Break a long name into lines, at a hyphen or space where there is one; `$` would start a formula."""
+    lines = [""]
+    for word in text.replace("$", r"\$").replace("-", "-\0").replace(" ", " \0").split("\0"):
+        pieces = [word[i : i + width] for i in range(0, len(word), width)] or [""]
+        for piece in pieces:
+            lines[-1:] = [lines[-1] + piece] if len(lines[-1] + piece) <= width else [lines[-1], piece]
+    return "\n".join(line.strip() for line in lines)
+
+
+def _darker(color: str) -> str:
+    """`color` dark enough to be read as text on white."""
+    return to_hex([0.72 * part for part in to_rgb(color)])

@@ -1,0 +1,168 @@
+"""Writes the report of a run: `report.md`, `report.html` (one file, no network) and `forgetting.png`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .figures import curves_png, forgetting_png, plane_points, row_colors
+from .headline import Measure, forgetting, headline, learning, verdicts
+from .results import Results, load_log, load_results, method_folder, parse_results
+from .table import Column, Table, build_table
+
+STYLES = {"best": "bold", "second": "underline", None: ""}
+CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
+
+
+def write_report(output_dir: str | Path) -> None:
+    """Write the three files of the report from what lies in `output_dir`; equal inputs give equal bytes.
+
+    Raises:
+        UserError: when `results.json` is missing or malformed.
+    """
+    output_dir = Path(output_dir)
+    results = load_results(output_dir)
+    picture = forgetting_png(results)
+    content = _content(results, output_dir) | {"plane": _data_uri(picture)}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name == "page.html.j2",
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": escape_markdown}
+    pages = {
+        page: environment.get_template(template).render(content).encode()
+        for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
+    }
+    for name, data in ({"forgetting.png": picture} | pages).items():
+        _replace(output_dir / name, data)
+
+
+def print_table(results: dict | Results, console: Console | None = None) -> None:
+    """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
+    results, console = parse_results(results), console or Console()
+    table = build_table(results)
+    console.print(Text(headline(results), style="bold"))
+    for columns in _fitting(table, console.width):
+        drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
+        drawn.add_column("Method", overflow="fold", min_width=_name_width(table), max_width=_name_width(table))
+        for column in columns:
+            drawn.add_column(Text(column.heading), justify="right", overflow="fold")
+        for i, label in enumerate(table.labels):
+            cells = [Text(str(c.cells[i]), STYLES[c.cells[i].mark]) for c in columns]
+            drawn.add_row(Text(label), *cells, style="dim" if i == 0 else "", end_section=i == 0)
+        console.print(drawn)
+
+
+def escape_markdown(text: object) -> str:
+    """`text` as literal Markdown on one line, safe inside a table cell."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
+
+
+def _name_width(table: Table) -> int:
+    return min(24, max(map(len, [*table.labels, "Method"])))
+
+
+def _fitting(table: Table, width: int) -> list[list[Column]]:
+    """The columns, split into as few runs as fit `width` beside the method's name."""
+    room = width - _name_width(table)
+    runs: list[list[Column]] = [[]]
+    left = room
+    for column in table.columns:
+        needs = 3 + max(max(len(str(cell)) for cell in column.cells), max(map(len, column.heading.split())))
+        if needs > left and runs[-1]:
+            runs.append([])
+            left = room
+        runs[-1].append(column)
+        left -= needs
+    return runs
+
+
+def _content(results: Results, output_dir: Path) -> dict[str, Any]:
+    """Everything the two templates show, as text and numbers ready to print."""
+    labels = results.labels()
+    folders = [method_folder(output_dir, results, i) for i in range(len(labels))]
+    logs = [load_log(output_dir / folder / "train_log.jsonl") for folder in folders]
+    curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
+    found = verdicts(results)
+    adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
+    best = next((i for verdict in found for i in verdict.winners if i in adapters), next(iter(adapters), None))
+    return {
+        "results": results,
+        "title": f"{results.recipe}: what was learned, what was forgotten",
+        "headline": headline(results),
+        "verdicts": found,
+        "labels": labels,
+        "colors": row_colors(results),
+        "table": build_table(results),
+        "alt": plane_alt(results),
+        "curves": [(title, _data_uri(png)) for title, png in curves if png],
+        "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
+        "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
+        "snippet": None if best is None else peft_snippet(results.model, f"{folders[best]}/adapter"),
+        "adapter_folders": [f"{folders[i]}/adapter" for i in adapters if i != best],
+        "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),
+        "environment": _flat(results.environment),
+    }
+
+
+def plane_alt(results: Results) -> str:
+    """What the plane shows, in words, for those who do not see it."""
+    kept, learned = forgetting(results), learning(results)
+    labels, points = results.labels(), plane_points(kept, learned)
+    if not points:
+        return "; ".join(f"{m.title}: {_values(labels, m)}" for m in (kept, learned) if m) or "No metric was measured."
+    said = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
+    return f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; " + "; ".join(said) + "."
+
+
+def _values(labels: list[str], measure: Measure) -> str:
+    return ", ".join(f"{labels[i]} {measure.text(i)}" for i in sorted(measure.measured))
+
+
+def peft_snippet(model: str, adapter: str) -> str:
+    """Three lines of Python that load an adapter, to be run in the output directory."""
+    return (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(model)})\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)})"
+    )
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text)."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            pairs.append(
+                (f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            )
+    return pairs
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

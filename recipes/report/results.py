@@ -1,0 +1,202 @@
+"""What a run leaves on disk, as the report reads it: `results.json` and each method's `train_log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from lora_null.errors import UserError
+
+
+class Estimate(NamedTuple):
+    """A measured mean and its standard error; the error is None where none was measured."""
+
+    value: float
+    stderr: float | None = None
+
+
+class Metric(BaseModel):
+    """One metric of one row. A `unit` of None is a scale of its own and is shown as it is."""
+
+    value: float | None
+    stderr: float | None = Field(default=None, ge=0)
+    n: int | None = None
+    higher_is_better: bool
+    role: Literal["retention", "task"]
+    unit: Literal["fraction", "nats"] | None = None
+
+
+class Drift(BaseModel):
+    """Relative change of the layers' outputs, ||dW X|| / ||W0 X||, over the adapted layers."""
+
+    mean: float | None = None
+    max: float | None = None
+
+
+class Seconds(BaseModel):
+    """Wall-clock seconds of the three phases."""
+
+    init: float | None = None
+    train: float | None = None
+    eval: float | None = None
+
+
+class Row(BaseModel):
+    """One method of a run, or the untouched base."""
+
+    method: str
+    variant: str | None = None
+    rank: int | None = None
+    trainable_params: int | None = None
+    adapter_params: int | None = None
+    metrics: dict[str, Metric] = {}
+    drift: Drift | None = None
+    seconds: Seconds | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def estimate(self, name: str) -> Estimate | None:
+        """The metric `name`, or None where it is missing or not a finite number (a run that diverged)."""
+        metric = self.metrics.get(name)
+        if metric is None or metric.value is None or not math.isfinite(metric.value):
+            return None
+        known = metric.stderr is not None and math.isfinite(metric.stderr)
+        return Estimate(metric.value, metric.stderr if known else None)
+
+
+class Results(BaseModel):
+    """A whole `results.json`; the first row is the base."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    recipe: str
+    model: str
+    seed: int | None = None
+    environment: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    rows: list[Row] = Field(min_length=1)
+
+    @field_validator("rows")
+    @classmethod
+    def _base_first(cls, rows: list[Row]) -> list[Row]:
+        if [row.method == "base" for row in rows] != [True] + [False] * (len(rows) - 1):
+            raise ValueError("the first row, and no other, must be the untouched base (method 'base')")
+        return rows
+
+    @property
+    def base(self) -> Row:
+        return self.rows[0]
+
+    def labels(self) -> list[str]:
+        """One distinct name per row, as papers write it: `LoRA-FA (r = 128)` where a method occurs more than once."""
+        names = [DISPLAY.get(row.method, row.method) for row in self.rows]
+        names = [f"{name} ({row.variant})" if row.variant else name for name, row in zip(names, self.rows)]
+        for describe in (lambda i: f"r = {self.rows[i].rank}", lambda i: f"row {i}"):
+            times = Counter(names)
+            names = [f"{name} ({describe(i)})" if times[name] > 1 else name for i, name in enumerate(names)]
+        return names
+
+    def metric_names(self, role: str) -> list[str]:
+        """Names of the metrics with `role`, in order of first appearance."""
+        return list(dict.fromkeys(n for row in self.rows for n, m in row.metrics.items() if m.role == role))
+
+    def metric(self, name: str) -> Metric:
+        """The first row's entry for `name`: what is true of the metric in every row (unit, direction, role)."""
+        return next(row.metrics[name] for row in self.rows if name in row.metrics)
+
+
+DISPLAY = {
+    "base": "base",
+    "full": "Full fine-tuning",
+    "lora": "LoRA",
+    "lora-fa": "LoRA-FA",
+    "pissa": "PiSSA",
+    "milora": "MiLoRA",
+    "corda": "CorDA",
+    "roselora": "RoseLoRA",
+    "lora-null-v1": "LoRA-Null-v1",
+    "lora-null-v2": "LoRA-Null-v2",
+    "osf": "OSF",
+    "mica": "MiCA",
+    "eva": "EVA",
+    "lora-ga": "LoRA-GA",
+}
+
+
+def parse_results(raw: Any, where: str = "results") -> Results:
+    """Validate a decoded `results.json`.
+
+    Raises:
+        UserError: naming `where`, the first wrong entry and how many more there are.
+    """
+    if isinstance(raw, Results):
+        return raw
+    try:
+        return Results.model_validate(raw)
+    except ValidationError as error:
+        first, *rest = error.errors()
+        entry = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        more = f" (and {len(rest)} more)" if rest else ""
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise UserError(f"{where}: {entry}: {message}{more}") from None
+
+
+def load_results(path: str | Path) -> Results:
+    """Read and validate `results.json`; `path` is the file or the output directory that holds it.
+
+    Raises:
+        UserError: in one line, when the file is missing, is not JSON, or does not follow the schema.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a finished run leaves it there") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
+    return parse_results(raw, str(path))
+
+
+def method_folder(output_dir: Path, results: Results, index: int) -> str:
+    """Name of the folder that holds row `index`: METHOD, or METHOD-VARIANT where a run has several variants."""
+    row = results.rows[index]
+    own = f"{row.method}-{row.variant}" if row.variant else row.method
+    shared = sum(other.method == row.method for other in results.rows) > 1
+    return own if shared or (output_dir / own).is_dir() else row.method
+
+
+class TrainLog(NamedTuple):
+    """A training log: entries by rising step, and how many lines could not be read."""
+
+    entries: list[dict[str, float]]
+    unreadable: int = 0
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of `key`, over the entries that have it."""
+        known = [entry for entry in self.entries if isinstance(entry.get(key), int | float)]
+        return [entry["step"] for entry in known], [entry[key] for entry in known]
+
+
+def load_log(path: Path) -> TrainLog:
+    """Read a `train_log.jsonl`; a missing file is an empty log.
+
+    A run that was killed may leave half a line, and a resumed one repeats steps: the half line is counted, not fatal
+    (a report after hours of training must not fail on it), and the last entry of a step wins.
+    """
+    if not path.is_file():
+        return TrainLog([])
+    by_step, unreadable = {}, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            by_step[float(entry["step"])] = entry
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    return TrainLog([by_step[step] for step in sorted(by_step)], unreadable)

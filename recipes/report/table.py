@@ -1,0 +1,225 @@
+"""Turns results into the table of the paper: columns, cells, and the marks on best and second best.
+
+The Markdown, HTML and terminal reports all draw this one table; none of them formats a number itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .results import Estimate, Results, Row
+
+MISSING = "–"
+WORDS = {
+    "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
+    "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
+    "mbpp": "MBPP", "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: the text, its standard error as text, and its rank in the column where the error allows one."""
+
+    text: str
+    error: str = ""
+    mark: Literal["best", "second"] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.error}" if self.error else self.text
+
+
+@dataclass
+class Column:
+    """A titled column: `arrow` is the better direction, `definition` one line for the legend."""
+
+    title: str
+    group: str
+    definition: str
+    cells: list[Cell]
+    arrow: str = ""
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} {self.arrow}".strip()
+
+
+@dataclass
+class Table:
+    """Rows are `labels`; `columns` hold one cell per row. Columns nobody measured are not there."""
+
+    labels: list[str]
+    columns: list[Column] = field(default_factory=list)
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Runs of neighboring columns with the same group, as (group, number of columns)."""
+        runs: list[tuple[str, int]] = []
+        for column in self.columns:
+            same = bool(runs) and runs[-1][0] == column.group
+            runs[-1:] = [(column.group, runs[-1][1] + 1)] if same else [*runs[-1:], (column.group, 1)]
+        return runs
+
+
+def build_table(results: Results) -> Table:
+    """The table of `results`: #params, retention, tasks, their average, drift, cost."""
+    columns = [_plain("#Params", "", "number of trained parameters.", results, lambda r: count(r.trainable_params))]
+    for role in ("retention", "task"):
+        columns += [_metric_column(results, name) for name in results.metric_names(role)]
+    columns += [column for column in (_average_column(results),) if column]
+    columns += [
+        _plain("Drift", "", "mean over the adapted layers of ||ΔW X|| / ||W₀ X|| on calibration inputs X.", results, _drift),
+        _plain("Init / train / eval", "Cost", "wall-clock time of the three phases.", results, _times),
+        _plain("Tokens/s", "Cost", "training tokens a second.", results, lambda r: count(r.tokens_per_second)),
+        _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
+    ]  # fmt: skip
+    return Table(results.labels(), [c for c in columns if any(cell.text != MISSING for cell in c.cells)])
+
+
+def separated(a: Estimate, b: Estimate) -> bool:
+    """Whether `a` and `b` differ by more than their combined standard error; never so where an error is unknown."""
+    return None not in (a.stderr, b.stderr) and abs(a.value - b.value) > math.hypot(a.stderr, b.stderr)
+
+
+def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> list[Literal["best", "second"] | None]:
+    """Mark the best, and the second best, of `estimates`, each only where it is `separated` from the next.
+
+    A second best is marked only below a marked best: underlining the loser of a tie would invent an order.
+    """
+    order = sorted(
+        (i for i, estimate in enumerate(estimates) if estimate),
+        key=lambda i: estimates[i].value * (-1 if higher_is_better else 1),
+    )
+    marks: list[Literal["best", "second"] | None] = [None] * len(estimates)
+    for mark, better, next_best in zip(("best", "second"), order, order[1:]):
+        if not separated(estimates[better], estimates[next_best]):
+            break
+        marks[better] = mark
+    return marks
+
+
+def average(results: Results) -> tuple[list[str], list[Estimate | None]]:
+    """The names of the averaged metrics (fractions, higher is better) and their mean per row; none if under two."""
+    named = [(name, results.metric(name)) for role in ("retention", "task") for name in results.metric_names(role)]
+    names = [name for name, metric in named if metric.unit == "fraction" and metric.higher_is_better]
+    return (
+        (names, [mean([row.estimate(name) for name in names]) for row in results.rows]) if len(names) > 1 else ([], [])
+    )
+
+
+def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable."""
+    if not estimates or None in estimates:
+        return None
+    errors = [estimate.stderr for estimate in estimates]
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return Estimate(sum(estimate.value for estimate in estimates) / len(estimates), error)
+
+
+def metric_title(name: str) -> str:
+    """`gsm8k/strict-match` as a reader would write it: `GSM8K strict-match`."""
+    return " ".join(WORDS.get(word.lower(), word) for word in re.split(r"[ /]+", name))
+
+
+def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
+    """Decimals that the standard errors warrant: one for a percentage known to a point or worse, else two; nats three.
+
+    One more where three would print an error as 0.000.
+    """
+    errors = [estimate.stderr for estimate in estimates if estimate and estimate.stderr]
+    if unit in ("fraction", "points"):
+        return 1 if errors and min(errors) >= 0.0095 else 2
+    return 4 if errors and min(errors) < 0.0005 else 3
+
+
+def show(estimate: Estimate, unit: str | None, digits: int) -> Cell:
+    """`estimate` as text; fractions and differences of fractions ("points") as percent, without the sign.
+
+    An error of exactly zero is not shown: the value is known by definition, as the base's KL to itself.
+    """
+    scale = 100 if unit in ("fraction", "points") else 1
+    error = f"{scale * estimate.stderr:.{digits}f}" if estimate.stderr else ""
+    text = f"{scale * estimate.value:.{digits}f}"
+    return Cell(text.removeprefix("-") if float(text) == 0 else text, error)
+
+
+def count(number: float | None) -> str:
+    """A count as papers write it: 9.8M, 336M, 8,366M."""
+    if number is None:
+        return MISSING
+    size, letter = next(((s, c) for s, c in ((1e6, "M"), (1e3, "K")) if number >= s), (1, ""))
+    number = number / size
+    return f"{number:,.0f}{letter}" if number >= 99.95 or not letter else f"{number:.1f}{letter}"
+
+
+def _metric_column(results: Results, name: str) -> Column:
+    metric = results.metric(name)
+    estimates = [row.estimate(name) for row in results.rows]
+    sizes = sorted({row.metrics[name].n for row in results.rows if name in row.metrics and row.metrics[name].n})
+    size = f"; n = {'–'.join(f'{s:,}' for s in dict.fromkeys([sizes[0], sizes[-1]]))}" if sizes else ""
+    column = Column(
+        title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
+        group=metric.role.capitalize(),
+        definition=_definition(name, metric.unit) + size + ".",
+        cells=_marked_cells(estimates, metric.unit, metric.higher_is_better),
+        arrow="↑" if metric.higher_is_better else "↓",
+    )
+    for i, row in enumerate(results.rows):
+        if estimates[i] is None and name in row.metrics and row.metrics[name].value is not None:
+            column.cells[i] = Cell("not finite")
+    return column
+
+
+def _definition(name: str, unit: str | None) -> str:
+    kind = name.lower().split()[-1]
+    if kind == "kl":
+        return "KL divergence between the base's and the method's next-token distributions (nats per token; 0 is the base)"
+    if kind == "nll":
+        return "negative log-likelihood of the reference answers (nats per token)"
+    return {"fraction": "percent of the items answered right", "nats": "nats"}.get(unit, "score on its own scale")
+
+
+def _average_column(results: Results) -> Column | None:
+    names, estimates = average(results)
+    if not names:
+        return None
+    titles = ", ".join(metric_title(name) for name in names)
+    return Column("Avg %", "", f"mean of {titles}.", _marked_cells(estimates, "fraction", True), "↑")
+
+
+def _marked_cells(estimates: list[Estimate | None], unit: str | None, higher_is_better: bool) -> list[Cell]:
+    digits = decimals(unit, estimates)
+    cells = [show(estimate, unit, digits) if estimate else Cell(MISSING) for estimate in estimates]
+    marks = [None, *rank_marks(estimates[1:], higher_is_better)]  # the base is no competitor
+    return [Cell(cell.text, cell.error, mark) for cell, mark in zip(cells, marks)]
+
+
+def _plain(title: str, group: str, definition: str, results: Results, text) -> Column:
+    return Column(title, group, definition, [Cell(text(row)) for row in results.rows])
+
+
+def _drift(row: Row) -> str:
+    if row.drift is None or row.drift.mean is None:
+        return MISSING
+    percent = 100 * row.drift.mean
+    return f"{percent:.1f}%" if percent >= 0.1 or percent == 0 else f"{percent:.2g}%"
+
+
+def _times(row: Row) -> str:
+    phases = [row.seconds.init, row.seconds.train, row.seconds.eval] if row.seconds else []
+    return " / ".join(map(_time, phases)) if any(phase is not None for phase in phases) else MISSING
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(row: Row) -> str:
+    return MISSING if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.1f} GiB"

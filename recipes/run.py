@@ -1,0 +1,285 @@
+"""Run a recipe: check, evaluate the base, train and evaluate each method, report. Data flows one way."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import Evaluation, assert_logits_differ, evaluate, validate_tasks
+from lora_null.export import save_plain_adapter
+from lora_null.files import write_json, write_text
+from lora_null.initialize import MIN_TOKENS
+from lora_null.recipes import output
+from lora_null.recipes.bases import (
+    attention,
+    known_shape,
+    load_base,
+    load_config,
+    load_tokenizer,
+    resolve_name,
+)
+from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
+from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
+from lora_null.recipes.progress import ProgressBar, TrainLog
+from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.schema import Recipe
+from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+
+ROW_FILE = "row.json"
+
+
+@dataclass
+class Job:
+    """All that a run needs, checked, before any weight is loaded."""
+
+    recipe: Recipe
+    folder: Path
+    model_name: str
+    tokenizer: PreTrainedTokenizerBase
+    plans: list[MethodPlan]
+    rows: datasets.Dataset
+    windows: list[list[int]]
+    tasks: list[Any]
+
+    @property
+    def is_main(self) -> bool:
+        return PartialState().is_main_process
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
+    """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
+
+    Raises:
+        UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
+    """
+    options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
+    total = options.pop("total_batch_size", None)
+    world = PartialState().num_processes
+    one_pass = options.get("per_device_train_batch_size", 8) * world
+    if total is not None:
+        if total % one_pass:
+            raise UserError(
+                f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
+                f"= {one_pass}"
+            )
+        options["gradient_accumulation_steps"] = total // one_pass
+    try:
+        return SFTConfig(output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training: {str(error).splitlines()[0]}") from None
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the plan; loads no weights and no data.
+
+    Raises:
+        UserError: for whatever is already known to be wrong.
+    """
+    name = resolve_name(recipe.model)
+    config = known_shape(name) or load_config(recipe.model, name)
+    training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
+    rows = len(training_rows(recipe.data)) if Path(recipe.data.path).is_file() else None
+    if PartialState().is_main_process:
+        print_plan(recipe, config, training, total_batch(training), rows)
+
+
+def total_batch(training: SFTConfig) -> int:
+    """Return the sequences of one optimizer step over all processes."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run the recipe and return its output folder.
+
+    Raises:
+        UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
+            is said before.
+    """
+    job = prepare(recipe, resume=resume, overwrite=overwrite)
+    if not job.tasks and job.is_main:
+        print("nothing to evaluate: eval.retention and eval.task are empty")
+    rows = [_base_row(job)]
+    for plan in job.plans:
+        rows.append(_method_row(job, plan))
+    results = {
+        "schema": 1,
+        "recipe": recipe.name,
+        "model": recipe.model.name_or_path,
+        "seed": recipe.seed,
+        "environment": environment(),
+        "settings": _settings(job),
+        "rows": rows,
+    }
+    if job.is_main:
+        write_json(job.folder / "results.json", results)
+        write_report(job.folder)
+        print_table(results)
+        print(f"report: {job.folder / 'report.html'}")
+    PartialState().wait_for_everyone()
+    return job.folder
+
+
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
+    """Check everything that can be known before a model loads, and take the output folder."""
+    set_seed(recipe.seed)
+    training_arguments(recipe, Path(recipe.output_dir))
+    rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe), eval_tasks(recipe.eval)
+    validate_tasks(tasks)
+    name = resolve_name(recipe.model)
+    plans = plan_methods(recipe, load_config(recipe.model, name))
+    tokenizer = load_tokenizer(recipe.model, name)
+    section = recipe.calibration
+    cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
+    windows = calibration_windows(texts, tokenizer, cut)
+    _check_tokens(windows, plans)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
+            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in plans))
+    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, rows, windows, tasks)
+
+
+def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
+    tokens = sum(len(window) for window in windows)
+    if tokens < MIN_TOKENS and any(plan.gram_bytes for plan in plans):
+        raise UserError(
+            f"calibration: only {tokens} tokens, at least {MIN_TOKENS} are needed; give more texts or samples"
+        )
+
+
+def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
+    """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
+    found = evaluate(
+        model,
+        job.tokenizer,
+        job.tasks,
+        limit=job.recipe.eval.limit,
+        batch_size=job.recipe.eval.batch_size,
+        reference_dir=job.folder / "base",
+        record_reference=base,
+        autocast_dtype=torch.bfloat16 if job.recipe.eval.bf16 else None,
+    )
+    if job.is_main:
+        write_text(folder / "eval.json", found.to_json())
+    return found
+
+
+def _base_row(job: Job) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": "base", "rank": None, "trainable_params": None, "adapter_params": None}
+    row |= {"metrics": {}, "drift": None, "seconds": {"init": None, "train": None, "eval": None}}
+    row |= {"tokens_per_second": None, "peak_memory_bytes": None}
+    saved = job.folder / "base" / "eval.json"
+    if not job.recipe.eval.before or not job.tasks:
+        return row
+    if saved.is_file():
+        found = Evaluation.from_json(saved.read_text())
+    else:
+        model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
+        found = _evaluate(job, model, job.folder / "base", base=True)
+        del model
+        _free()
+    return row | {"metrics": found.metrics, "seconds": {"init": None, "train": None, "eval": found.seconds}}
+
+
+def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
+    """Train and evaluate one method; a finished one is read back."""
+    folder = job.folder / plan.name
+    finished = folder / ROW_FILE
+    if finished.is_file():
+        return json.loads(finished.read_text())
+    reset_peak_memory()
+    trainer = _trainer(job, plan, folder)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = {"init": trainer.init_seconds, "train": time.perf_counter() - start - trainer.init_seconds}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter_params = save_plain_adapter(model, folder / "adapter") if job.is_main else plan.saved
+    if job.is_main:
+        job.tokenizer.save_pretrained(folder / "adapter")
+    assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
+    found = _evaluate(job, model, folder, base=False) if job.tasks else None
+    row = {
+        "method": plan.name,
+        "rank": plan.rank,
+        "trainable_params": plan.trainable,
+        "adapter_params": adapter_params,
+        "metrics": found.metrics if found else {},
+        "drift": trainer.drift_meter.summary() if trainer.drift_meter else None,
+        "seconds": {**seconds, "eval": found.seconds if found else None},
+        "tokens_per_second": _tokens_per_second(trainer, seconds["train"]),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if job.is_main:
+        write_json(finished, row)
+    PartialState().wait_for_everyone()
+    del trainer, model
+    _free()
+    return row
+
+
+def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
+    recipe = job.recipe
+    arguments = training_arguments(recipe, folder)
+    trainer = LoraNullSFTTrainer(
+        model=load_base(recipe.model, job.model_name),
+        args=arguments,
+        train_dataset=job.rows,
+        processing_class=job.tokenizer,
+        peft_config=adapter_config(recipe.method, plan.name),
+        calibration_dataset=[{"input_ids": window} for window in job.windows],
+    )
+    for callback in ProgressBar.REPLACES:
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar(plan.name))
+    trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
+    return trainer
+
+
+def _tokens_per_second(trainer: LoraNullSFTTrainer, seconds: float) -> float | None:
+    tokens = next((line["num_tokens"] for line in reversed(trainer.state.log_history) if "num_tokens" in line), None)
+    return tokens / seconds if tokens and seconds else None
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    recipe = job.recipe
+    training = training_arguments(recipe, job.folder)
+    batch = total_batch(training)
+    return {
+        "learning_rate": training.learning_rate,
+        "schedule": str(training.lr_scheduler_type),
+        "optimizer_steps": optimizer_steps(training, len(job.rows), batch),
+        "batch": batch,
+        "max_length": training.max_length,
+        "training_rows": len(job.rows),
+        "training_data": recipe.data.path,
+        "template": recipe.data.template,
+        "rank": recipe.method.rank,
+        "alpha": recipe.method.alpha or recipe.method.rank,
+        "calibration_data": recipe.calibration.path,
+        "calibration_windows": len(job.windows),
+        "calibration_tokens": sum(len(window) for window in job.windows),
+        "calibration_mode": recipe.calibration.mode,
+        "dtype": recipe.model.dtype,
+        "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        "attention": attention(recipe.model),
+    }
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,212 @@
+"""The recipe: every key a YAML may have, its type and its default. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from trl import SFTConfig
+
+from lora_null.errors import UserError, nearest
+from lora_null.recipes.templates import check_template
+from lora_null.trainer.methods import METHODS
+
+# Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
+DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
+TRAINING_KEYS = ({field.name for field in fields(SFTConfig) if field.init} - DECIDED) | {"total_batch_size"}
+
+
+class Section(BaseModel):
+    """A part of the recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def _one_or_more(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str = Field(min_length=1, description="hub id, local folder, or 'smollm2' (fetched by quickstart)")
+    revision: str | None = Field(None, description="hub revision of the model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
+    quantization: None = Field(None, description="none: quantized bases are not supported yet")
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash-attn where installed and on a GPU, sdpa otherwise"
+    )
+    trust_remote_code: bool = Field(False, description="run code that a model repository ships")
+
+
+class MethodSection(Section):
+    """What is trained: one or more methods under equal conditions."""
+
+    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names")
+    rank: int = Field(128, ge=1, description="r")
+    alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
+    target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
+    use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
+    rank_pattern: dict[str, int] = Field({}, description="module pattern → rank")
+    alpha_pattern: dict[str, float] = Field({}, description="module pattern → alpha")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+        if len(set(names)) != len(names):
+            raise ValueError("a method is named twice")
+        return names
+
+
+class CalibrationSection(Section):
+    """The knowledge to keep: texts whose activations are measured before training."""
+
+    path: str = Field(min_length=1, description="hub id, local file or folder")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split; a single file is its own")
+    field: str = Field("question", description="field that holds the text")
+    samples: int = Field(256, ge=1, description="number of windows")
+    max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
+    mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
+
+
+class DataSection(Section):
+    """What to learn: prompts and responses."""
+
+    path: str = Field(min_length=1, description="hub id, local file or folder")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split; a single file is its own")
+    prompt: str = Field("prompt", description="field of the prompt")
+    response: str = Field("response", description="field of the response, the only part with a loss")
+    template: str = Field("alpaca", description="alpaca, qa, plain, or a text with {prompt}")
+    limit: int | None = Field(None, ge=1, description="first rows only")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str) -> str:
+        check_template(template, "data.template")
+        return template
+
+
+class LmEvalEntry(Section):
+    """A task of lm-eval, by name; with `path` its documents come from a local file."""
+
+    task: str = Field(min_length=1)
+    path: str | None = None
+    fewshot_path: str | None = None
+    fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
+    num_fewshot: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
+    metric: str | None = None
+
+
+class AnswersEntry(Section):
+    """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
+
+    answers: str = Field(min_length=1, description="a name for the columns")
+    path: str
+    subset: str | None = None
+    split: str = "test"
+    prompt: str = "question"
+    response: str = "answer"
+    template: str = "qa"
+    offset: int = Field(0, ge=0, description="rows to skip")
+    limit: int | None = Field(None, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str) -> str:
+        check_template(template, "eval template")
+        return template
+
+
+def _task_entry(value: Any) -> Any:
+    if isinstance(value, str):
+        return LmEvalEntry(task=value)
+    if isinstance(value, dict):
+        return (AnswersEntry if "answers" in value else LmEvalEntry)(**value)
+    return value
+
+
+EvalEntry = Annotated[Union[LmEvalEntry, AnswersEntry], BeforeValidator(_task_entry)]  # noqa: UP007
+
+
+class EvalSection(Section):
+    """What is measured before and after training."""
+
+    retention: list[EvalEntry] = Field([], description="what must be kept")
+    task: list[EvalEntry] = Field([], description="what is learned")
+    limit: int | None = Field(None, ge=1, description="first documents of every task only")
+    batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
+    before: bool = Field(True, description="evaluate the base first")
+    bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
+
+
+class Recipe(Section):
+    """A whole recipe, resolved."""
+
+    name: str = Field("", description="the recipe's name; the file's when not given")
+    description: str = ""
+    model: ModelSection
+    method: MethodSection
+    calibration: CalibrationSection
+    data: DataSection
+    training: dict[str, Any] = {}
+    eval: EvalSection = EvalSection()
+    output_dir: str = ""
+    seed: int = Field(0, ge=0)
+
+    @field_validator("training")
+    @classmethod
+    def _training_keys(cls, training: dict[str, Any]) -> dict[str, Any]:
+        for key in training:
+            if key in DECIDED:
+                raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
+            if key not in TRAINING_KEYS:
+                raise ValueError(f"training has no key {key!r}{nearest(key, TRAINING_KEYS)}")
+        return training
+
+
+def _instead(key: str) -> str:
+    instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
+    return f", use {instead.get(key, key.removeprefix('data_'))}"
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """Validate a resolved mapping.
+
+    Raises:
+        UserError: all that is wrong with it, in one line, each with the nearest valid key where a key is unknown.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        parent = Recipe
+        for part in path[:-1]:
+            parent = _section(parent, part)
+        known = parent.model_fields if parent else ()
+        return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
+    if problem["type"] == "missing":
+        return f"{'.'.join(path)} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}"
+
+
+def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    field = parent.model_fields.get(name) if parent else None
+    kinds = (
+        [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)] if field else []
+    )
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
