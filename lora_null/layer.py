@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class Residual(NamedTuple):
@@ -41,6 +42,11 @@ class LoraNullLinear(Linear):
     """
 
     residual: Residual | None = None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, Conv1D):  # as PEFT does for its own layers: GPT-2 stores its weights transposed
+            config.fan_in_fan_out = kwargs["is_target_conv_1d_layer"] = True
+        super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, config=config, **kwargs)
@@ -92,7 +98,7 @@ class LoraNullLinear(Linear):
         result = super().forward(x, *args, **kwargs)
         if self._residual_is_compensated():
             return result
-        A, B = (factor.to(x.device, torch.float32) for factor in (self.residual.A, self.residual.B))
+        A, B = (factor.to(x.device) for factor in (self.residual.A, self.residual.B))
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * self.residual.scaling
         return result + offset.to(result.dtype)
 

@@ -70,10 +70,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(dump(recipe), end="")
         return
-    from lora_null.recipes.environment import use_all_cores
+    from lora_null.recipes.environment import keep_freed_memory, use_all_cores
     from lora_null.recipes.run import dry_run, run
 
     use_all_cores()
+    keep_freed_memory()
     if arguments.dry_run:
         dry_run(recipe)
     else:

@@ -6,39 +6,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-LETTERS = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]  # printable ASCII; ByteLevel's space and newline
-MERGE = (":", "Ġ")  # tokens that join prompt and answer: "Q:" + " x" starts with "Q", ":Ġ"
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS, "".join(MERGE)])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [MERGE], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def tiny_model(seed: int = 0, vocab_size: int = 101) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
-
+from tiny import tiny_model, tiny_tokenizer
 
 def tiny_peft_model(seed: int = 0):
     model = get_peft_model(tiny_model(seed), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))

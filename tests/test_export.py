@@ -1,0 +1,104 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import random_batches, tiny_model
+
+from lora_null import LoraNullConfig, initialize_lora_null_weights
+from lora_null.export import plain_factors, save_plain_adapter
+from lora_null.layer import adapted_layers
+
+BATCHES = random_batches()
+CASES = {
+    "plain": {},
+    "alpha": {"lora_alpha": 1},
+    "rslora": {"use_rslora": True, "lora_alpha": 8},
+    "rank pattern": {"rank_pattern": {"down_proj": 7}},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 9}},
+    "both with rslora": {"use_rslora": True, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"k_proj": 3}},
+}
+
+
+def trained(variant, **config):
+    """A model whose adapter has moved away from its start in every factor that may move."""
+    peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant, **config))
+    initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return peft_model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_saved_adapter_on_a_fresh_base_is_the_live_model(tmp_path, variant, case):
+    live = trained(variant, **CASES[case])
+    saved = save_plain_adapter(live, tmp_path)
+    fresh = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert (logits(fresh) - logits(live)).abs().max() < 1e-4
+    assert (logits(fresh) - logits(tiny_model())).abs().max() > 1e-2
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and "variant" not in config
+    assert saved == sum(p.numel() for n, p in fresh.named_parameters() if "lora_" in n)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("variant, rank", [("v1", 8), ("v2", 4)])
+def test_rank_is_2r_for_v1_and_r_for_v2(tmp_path, variant, rank):
+    save_plain_adapter(trained(variant), tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_alpha, config.use_rslora) == (rank, rank, False)
+
+
+def test_v1_factors_are_copies_without_arithmetic():
+    layer = next(iter(adapted_layers(trained("v1")).values()))
+    A, B = plain_factors(layer)
+    assert torch.equal(A[:4], layer.lora_A["default"].weight) and torch.equal(A[4:], layer.residual.A)
+    assert torch.equal(B[:, :4], layer.lora_B["default"].weight) and torch.equal(B[:, 4:], -layer.residual.B)
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_save_pretrained_too_writes_an_adapter_for_the_original_base(tmp_path, variant):
+    live = trained(variant)
+    live.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(tiny_model(), tmp_path)) - logits(live)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_merging_the_live_model_is_the_live_model(variant):
+    live = trained(variant)
+    before = logits(live)
+    assert (logits(live.merge_and_unload()) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_loads_where_lora_null_cannot_be_imported(tmp_path, variant):
+    live = trained(variant)
+    save_plain_adapter(live, tmp_path / "adapter")
+    tiny_model().save_pretrained(tmp_path / "base")
+    torch.save({"input_ids": BATCHES[0]["input_ids"], "mask": BATCHES[0]["attention_mask"]}, tmp_path / "batch.pt")
+    script = f"""
+import sys
+sys.modules["lora_null"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+batch = torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}), {str(tmp_path / "adapter")!r})
+with torch.no_grad():
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["mask"]).logits
+torch.save(out, {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
+    out = torch.load(tmp_path / "out.pt", weights_only=True)[BATCHES[0]["attention_mask"].bool()]
+    assert (out - logits(live)).abs().max() < 1e-4

@@ -1,0 +1,255 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import random_batches, tiny_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null.calibration import measure_inputs
+from lora_null.initialize import load_initialization, save_initialization
+from lora_null.layer import adapted_layers
+
+BATCHES = random_batches()
+PROBE = BATCHES[0]
+
+
+def start(variant="v2", *, dtype=torch.float64, model=None, batches=BATCHES, min_tokens=1, **config):
+    model = (model or tiny_model()).to(dtype).eval()
+    peft_model = get_peft_model(model, LoraNullConfig(variant=variant, **{"r": 4, **config}), autocast_adapter_dtype=False)
+    report = initialize_lora_null_weights(peft_model, batches, min_tokens=min_tokens, progress=False, solver="eigh")
+    return peft_model, report
+
+
+def linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_every_layer_against_the_full_svd_of_its_inputs(variant):
+    model = tiny_model().double()
+    names = linears(model)
+    W = {name: model.get_submodule(name).weight.detach().double().numpy().copy() for name in names}
+    X = oracle.capture_inputs(model, W, BATCHES)
+    peft_model, report = start(variant, model=model)
+    stats = {line.name: line for line in report.layers}
+    assert set(stats) == set(W)
+    for name, layer in adapted_layers(peft_model).items():
+        T = oracle.projection(W[name], X[name], 4)
+        A0, B0 = oracle.factors(T, 4, 1.0)
+        A, B = layer.lora_A["default"].weight.detach().numpy(), layer.lora_B["default"].weight.detach().numpy()
+        signs = np.sign(np.sum(A0 * A, axis=1))
+        assert np.abs(A - signs[:, None] * A0).max() < 1e-8
+        assert np.abs(B - (signs * B0 if variant == "v1" else 0)).max() < 1e-8
+        base = layer.get_base_layer().weight.detach().numpy()
+        assert np.abs(base - (W[name] - T if variant == "v1" else W[name])).max() < 1e-8
+        assert stats[name].leakage == pytest.approx(oracle.leak(A0, X[name]), rel=1e-5)
+        assert stats[name].energy == pytest.approx(np.linalg.norm(T) ** 2 / np.linalg.norm(W[name]) ** 2)
+        assert stats[name].tokens == X[name].shape[1] == int(sum(b["attention_mask"].sum() for b in BATCHES))
+        assert stats[name].gram_rank == np.linalg.matrix_rank(X[name])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize("rslora, alpha", [(False, None), (False, 1), (True, 8)])
+def test_step_0_is_the_base_and_disabling_gives_it_back(variant, dtype, tolerance, rslora, alpha):
+    model = tiny_model().to(dtype)
+    before = logits(model)
+    peft_model, _ = start(variant, dtype=dtype, model=model, use_rslora=rslora, lora_alpha=alpha)
+    limit = 0 if variant == "v2" else tolerance * float(before.abs().max())
+    assert (logits(peft_model) - before).abs().max() <= limit
+    with torch.no_grad():
+        for layer in adapted_layers(peft_model).values():
+            layer.lora_B["default"].weight.add_(0.5)
+    assert (logits(peft_model) - before).abs().max() > 0.2
+    with peft_model.disable_adapter():
+        assert (logits(peft_model) - before).abs().max() <= limit
+    assert (logits(peft_model.unload()) - before).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype, leak_factor", [(torch.float32, 1.01), (torch.bfloat16, 1.01)])
+def test_low_precision_models_still_give_the_null_space_of_what_they_read(dtype, leak_factor):
+    model = tiny_model().to(dtype)
+    X = oracle.capture_inputs(model, linears(model), BATCHES)
+    peft_model = get_peft_model(model, LoraNullConfig(r=4))  # adapters in float32, as PEFT makes them
+    report = initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    for line in report.layers:
+        best = oracle.leak(oracle.null_space(X[line.name], 4).T, X[line.name])
+        A = adapted_layers(peft_model)[line.name].lora_A["default"].weight.detach().double().numpy()
+        # T weighs the null directions by W0, so compare with the best rows of that very shape.
+        W = peft_model.get_base_model().get_submodule(line.name).get_base_layer().weight.detach().double().numpy()
+        ideal = oracle.leak(oracle.factors(oracle.projection(W, X[line.name], 4), 4, 1.0)[0], X[line.name])
+        assert line.leakage == pytest.approx(oracle.leak(A, X[line.name]), rel=1e-3)
+        assert oracle.leak(A, X[line.name]) <= leak_factor * ideal + 1e-7
+        assert best <= ideal * 1.5
+
+
+def test_theorem_2_outputs_on_calibration_inputs_stay_whatever_b_becomes():
+    few = random_batches(count=1, size=2, length=8)  # at most 16 tokens for 32 dimensions: an exact null space
+    peft_model, _ = start("v2", batches=few)
+    with torch.no_grad():
+        before = peft_model(**few[0]).logits
+        for layer in adapted_layers(peft_model).values():
+            nn.init.normal_(layer.lora_B["default"].weight, std=3.0)
+        after = peft_model(**few[0]).logits
+    kept = few[0]["attention_mask"].bool()
+    assert (after - before)[kept].abs().max() < 1e-8
+    assert (logits(peft_model) - logits(tiny_model().double())).abs().max() > 1e-2
+
+
+def test_padding_is_not_measured():
+    wider = [
+        {key: nn.functional.pad(value, (0, 5), value=9 if key == "input_ids" else 0) for key, value in batch.items()}
+        for batch in BATCHES
+    ]
+    one, other = start("v2")[0], start("v2", batches=wider)[0]
+    for a, b in zip(adapted_layers(one).values(), adapted_layers(other).values()):
+        assert torch.allclose(a.lora_A["default"].weight, b.lora_A["default"].weight, atol=1e-9)
+
+
+def test_shared_inputs_are_measured_once():
+    peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+    calibration = measure_inputs(peft_model, adapted_layers(peft_model), BATCHES, progress=False)
+    groups = [{name.rpartition(".")[2] for name in stats.modules} for stats in calibration.inputs]
+    assert groups[:4] == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    assert len(groups) == 8
+
+
+def test_conv1d_with_bias_gpt2():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=2, n_positions=64)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    before = logits(model)
+    for variant in ("v1", "v2"):
+        peft_model, report = start(variant, model=model, target_modules=["c_attn", "c_fc", "mlp.c_proj"])
+        assert report.layers[0].shape == (96, 32)
+        assert (logits(peft_model) - before).abs().max() < 1e-10
+        with peft_model.disable_adapter():
+            assert (logits(peft_model) - before).abs().max() < 1e-10
+        model = peft_model.unload()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], r".*layers\.1\.mlp\.(up|down)_proj", "all-linear"])
+def test_targets_as_list_regex_or_all(targets):
+    peft_model, report = start("v1", target_modules=targets)
+    assert len(report.layers) == {0: 4, 1: 2, 2: 14}[[["q_proj", "down_proj"], r".*layers\.1\.mlp\.(up|down)_proj", "all-linear"].index(targets)]
+    assert (logits(peft_model) - logits(tiny_model().double())).abs().max() < 1e-10
+
+
+def test_rank_and_alpha_patterns():
+    peft_model, report = start("v1", rank_pattern={"down_proj": 7}, alpha_pattern={"q_proj": 9})
+    assert {line.r for line in report.layers if "down_proj" in line.name} == {7}
+    assert {line.r for line in report.layers if "down_proj" not in line.name} == {4}
+    assert (logits(peft_model) - logits(tiny_model().double())).abs().max() < 1e-10
+
+
+def test_tied_embeddings_are_left_out_by_all_linear_and_refused_by_name():
+    model = tiny_model(tie_word_embeddings=True)
+    before = logits(model.double())
+    peft_model, report = start("v1", model=model)
+    assert not any("lm_head" in line.name for line in report.layers)
+    assert (logits(peft_model) - before).abs().max() < 1e-10
+    with pytest.raises(UserError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        start("v1", model=tiny_model(tie_word_embeddings=True), target_modules=["lm_head"])
+
+
+def test_mode_gradients_and_random_state_are_as_before():
+    peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
+    peft_model.train()
+    wanted = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in peft_model.modules())
+    assert wanted == {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
+    assert not any(module._forward_hooks for module in peft_model.modules())
+
+
+def test_v2_keeps_a_frozen_through_adapter_switching():
+    peft_model, _ = start("v2")
+    peft_model.set_adapter("default")
+    with peft_model.disable_adapter():
+        pass
+    trains = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert trains and all("lora_B" in name for name in trains)
+
+
+def test_another_adapter_sees_the_original_base_under_v1():
+    peft_model, _ = start("v1")
+    before = logits(tiny_model().double())
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    peft_model.set_adapter("other")
+    assert (logits(peft_model) - before).abs().max() < 1e-10
+    peft_model.delete_adapter("default")
+    assert (logits(peft_model) - before).abs().max() < 1e-10
+
+
+def test_saved_initialization_gives_the_same_bits(tmp_path):
+    for variant in ("v1", "v2"):
+        one, report = start(variant, dtype=torch.float32)
+        save_initialization(tmp_path / variant, one, report)
+        other = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant))
+        again = load_initialization(tmp_path / variant, other)
+        assert again.to_json() == report.to_json()
+        for a, b in zip(one.state_dict().values(), other.state_dict().values()):
+            assert torch.equal(a, b)
+    other = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
+    with pytest.raises(UserError, match="was written for LoRA-Null-v2, this run asks for v1"):
+        load_initialization(tmp_path / "v2", other)
+
+
+MISTAKES = {
+    "r: 33 is larger than model.layers.0.self_attn.q_proj allows": dict(r=33),
+    "at least 100000 are needed": dict(min_tokens=100_000),
+    "there is no batch": dict(batches=[]),
+    "NaN or infinite inputs at model.layers.0": dict(poison=True),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_said_before_anything_changes(message):
+    options = dict(MISTAKES[message])
+    model = tiny_model()
+    if options.pop("poison", False):
+        model.model.embed_tokens.weight.data[5:90] = float("nan")
+    with pytest.raises(UserError, match=message):
+        start("v1", model=model, dtype=torch.float32, **options)
+
+
+def test_a_plain_lora_config_is_refused():
+    peft_model = get_peft_model(tiny_model(), LoraConfig(r=4))
+    with pytest.raises(UserError, match="not a LoraNullConfig"):
+        initialize_lora_null_weights(peft_model, BATCHES)
+
+
+def test_starting_twice_is_refused():
+    peft_model, _ = start("v1")
+    with pytest.raises(UserError, match="already carries an adapter"):
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(use_dora=True), "use_dora: not supported"),
+        (dict(bias="all"), "bias: must be 'none'"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(variant="v3"), "'v3' is not one of v1, v2"),
+        (dict(variant="v1", lora_dropout=0.1), "lora_dropout"),
+        (dict(r=0), "a rank is a whole number"),
+    ],
+)
+def test_configurations_that_cannot_be_right_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        LoraNullConfig(**{"r": 4, **config})

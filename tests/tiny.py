@@ -1,0 +1,56 @@
+"""A tiny random Llama, its character-level tokenizer, and folders of both: models that tests make themselves."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LETTERS = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]  # printable ASCII; ByteLevel's space and newline
+MERGE = (":", "Ġ")  # tokens that join prompt and answer: "Q:" + " x" starts with "Q", ":Ġ"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS, "".join(MERGE)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [MERGE], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def tiny_model(seed: int = 0, vocab_size: int = 101, **shape) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    defaults = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **shape}))
+
+
+def save_tiny(folder: Path, seed: int = 0, **shape) -> Path:
+    """Write a model folder that loads like any checkpoint."""
+    tiny_model(seed, **shape).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_batches(count: int = 6, size: int = 8, length: int = 12, seed: int = 0, vocab_size: int = 101):
+    """Batches of random tokens with right padding of varying length."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(4, vocab_size, (size, length), generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (size, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
