@@ -100,4 +100,4 @@ def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: 
         return _Probe(stats.sketch.float(), False, scale)
     A = A.detach().to(stats.gram)
     values, vectors = torch.linalg.eigh(A @ stats.gram @ A.T)
-    return _Probe(vectors * values.clamp(min=0).sqrt(), True, scale)
+    return _Probe((vectors * values.clamp(min=0).sqrt()).contiguous(), True, scale)

@@ -50,6 +50,7 @@ class TrainLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds_before = 0.0
+        self.tokens_before = 0
         self.start = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -61,7 +62,8 @@ class TrainLog(TrainerCallback):
             lines = [json.loads(line) for line in self.path.read_text().splitlines()]
             kept = [line for line in lines if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        if kept:  # TRL counts tokens from zero in every process; the log goes on
+            self.seconds_before, self.tokens_before = kept[-1]["seconds"], kept[-1].get("tokens", 0)
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -69,6 +71,8 @@ class TrainLog(TrainerCallback):
             return
         line = {ours: logs[theirs] for theirs, ours in KEYS.items() if theirs in logs}
         line = {"step": state.global_step, **line}
+        if "tokens" in line:
+            line["tokens"] += self.tokens_before
         line["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 3)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -18,7 +18,9 @@ PROBE = BATCHES[0]
 
 def start(variant="v2", *, dtype=torch.float64, model=None, batches=BATCHES, min_tokens=1, **config):
     model = (model or tiny_model()).to(dtype).eval()
-    peft_model = get_peft_model(model, LoraNullConfig(variant=variant, **{"r": 4, **config}), autocast_adapter_dtype=False)
+    peft_model = get_peft_model(
+        model, LoraNullConfig(variant=variant, **{"r": 4, **config}), autocast_adapter_dtype=False
+    )
     report = initialize_lora_null_weights(peft_model, batches, min_tokens=min_tokens, progress=False, solver="eigh")
     return peft_model, report
 
@@ -142,7 +144,12 @@ def test_conv1d_with_bias_gpt2():
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], r".*layers\.1\.mlp\.(up|down)_proj", "all-linear"])
 def test_targets_as_list_regex_or_all(targets):
     peft_model, report = start("v1", target_modules=targets)
-    assert len(report.layers) == {0: 4, 1: 2, 2: 14}[[["q_proj", "down_proj"], r".*layers\.1\.mlp\.(up|down)_proj", "all-linear"].index(targets)]
+    assert (
+        len(report.layers)
+        == {0: 4, 1: 2, 2: 14}[
+            [["q_proj", "down_proj"], r".*layers\.1\.mlp\.(up|down)_proj", "all-linear"].index(targets)
+        ]
+    )
     assert (logits(peft_model) - logits(tiny_model().double())).abs().max() < 1e-10
 
 

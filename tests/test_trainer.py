@@ -1,0 +1,245 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import random_batches, tiny_model, tiny_tokenizer
+from trl import SFTConfig, SFTTrainer
+
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null.layer import adapted_layers
+from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer.calibration import as_batches, padded_batches
+
+TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
+ROWS = Dataset.from_dict(
+    {"prompt": [f"Q: {i}+{i}\nA:" for i in range(48)], "completion": [f" {2 * i} is it" for i in range(48)]}
+)
+CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
+
+
+def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, tokenizer=None, **options):
+    arguments = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    return LoraNullSFTTrainer(
+        model=model or tiny_model(),
+        args=SFTConfig(**{**arguments, **options}),
+        train_dataset=rows,
+        processing_class=tokenizer or tiny_tokenizer(),
+        peft_config=config or LoraNullConfig(r=4, variant="v2"),
+        calibration_dataset=calibration,
+        calibration_args=CUT,
+    )
+
+
+def losses(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_initializes_once_before_the_first_step(tmp_path, variant):
+    trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant))
+    assert isinstance(trainer, SFTTrainer)
+    trainer.train()
+    assert {path.name for path in (tmp_path / "init").iterdir()} == {
+        "factors.safetensors",
+        "layers.json",
+        "drift.safetensors",
+    }
+    start = load_file(tmp_path / "init" / "factors.safetensors")
+    for name, layer in adapted_layers(trainer.model).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert torch.equal(A, start[f"{name}.lora_A"]) == (variant == "v2")
+        assert not torch.equal(B, start[f"{name}.lora_B"])
+    plain = SFTTrainer(
+        model=tiny_model(),
+        args=trainer.args,
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    plain.train()
+    first = [line["loss"] for line in plain.state.log_history if "loss" in line][0]
+    assert losses(trainer)[0] == pytest.approx(first, rel=1e-5)  # the same first batch, before any step
+    drift = [line["drift_mean"] for line in trainer.state.log_history if "drift_mean" in line]
+    assert len(drift) == 6 and drift[-1] > 0
+    report = json.loads((tmp_path / "init" / "layers.json").read_text())
+    assert len(report["layers"]) == 14 and report["tokens"] > 256
+
+
+@pytest.mark.parametrize("variant, trains", [("v1", {"lora_A", "lora_B"}), ("v2", {"lora_B"})])
+def test_exactly_the_right_parameters_move(tmp_path, variant, trains):
+    trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant))
+    trainer._prepare(resuming=False)
+    trainer._prepared = True
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {name for name in before if any(part in name for part in trains)}
+
+
+def test_zero_b_form_is_the_papers_residual_form_in_float64():
+    """v2 as the paper writes it: base W0 − s·B0A0, A0 frozen, B trained from B0; the same losses over 20 Adam steps."""
+    batches = random_batches()
+    ours = get_peft_model(tiny_model().double(), LoraNullConfig(r=4, variant="v2"), autocast_adapter_dtype=False)
+    initialize_lora_null_weights(ours, batches, min_tokens=1, progress=False)
+    paper = get_peft_model(tiny_model().double(), LoraNullConfig(r=4, variant="v1"), autocast_adapter_dtype=False)
+    initialize_lora_null_weights(paper, batches, min_tokens=1, progress=False)
+    for layer in adapted_layers(paper).values():
+        layer.lora_A["default"].weight.requires_grad_(False)
+
+    def run(model):
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, found = torch.optim.Adam(trained, lr=3e-3), []
+        for step in range(20):
+            batch = batches[step % len(batches)]
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            loss = model(**batch, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    zero_b, residual = run(ours), run(paper)
+    assert max(abs(a - b) for a, b in zip(zero_b, residual)) < 1e-5
+    assert zero_b[0] - min(zero_b) > 0.1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraNullConfig(r=4, variant="v1"),
+        LoraNullConfig(r=4, variant="v2"),
+        LoraConfig(r=4, target_modules="all-linear"),
+    ],
+    ids=["v1", "v2", "lora"],
+)
+def test_resumed_run_ends_in_the_same_bits(tmp_path, config):
+    whole = make(tmp_path / "whole", config, save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = make(tmp_path / "whole", config, save_strategy="steps", save_steps=3)
+    resumed._calibration_dataset = "must not be read"
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert losses(resumed) == losses(whole)
+    assert resumed.drift_meter.measure() == whole.drift_meter.measure()
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_a_checkpoint_loads_with_plain_peft_on_the_original_base(tmp_path, variant):
+    trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant), save_strategy="steps", save_steps=6)
+    trainer.train()
+    fresh = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-6").eval()
+    batch = random_batches(1)[0]
+    with torch.no_grad():
+        kept = batch["attention_mask"].bool()
+        difference = (trainer.model.eval()(**batch).logits - fresh(**batch).logits)[kept].abs().max()
+    assert difference < 1e-4
+
+
+def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_gradient_checkpointing_trains(tmp_path, variant):
+    with_it = make(tmp_path / "a", LoraNullConfig(r=4, variant=variant), gradient_checkpointing=True)
+    with_it.train()
+    without = make(tmp_path / "b", LoraNullConfig(r=4, variant=variant))
+    without.train()
+    assert losses(with_it) == pytest.approx(losses(without), rel=1e-4)
+
+
+def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):
+    trainer = make(tmp_path, LoraConfig(r=4, target_modules="all-linear"))
+    trainer.train()
+    assert trainer.layer_report is None and trainer.drift_meter.summary()["mean"] > 0
+    assert not (tmp_path / "init" / "layers.json").exists()
+
+
+def test_no_calibration_data_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="calibration_dataset"):
+        make(tmp_path, calibration=None)
+
+
+class TestPreflight:
+    def test_pad_is_eos(self, tmp_path):
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        with pytest.raises(UserError, match="pad_token and eos_token are both"):
+            make(tmp_path, tokenizer=tokenizer).train()
+
+    def test_end_is_never_trained(self, tmp_path):
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100, 6, 7]] * 8})
+        with pytest.raises(UserError, match="is in no label"):
+            make(tmp_path, rows=rows, max_length=16).train()
+
+    def test_all_labels_masked(self, tmp_path):
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100] * 3] * 8})
+        with pytest.raises(UserError, match="every label is masked"):
+            make(tmp_path, rows=rows, max_length=None).train()
+
+    def test_nothing_trains(self, tmp_path):
+        trainer = make(tmp_path)
+        for parameter in trainer.model.parameters():
+            parameter.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="no parameter"):
+            trainer._initialize = lambda: None
+            trainer.train()
+
+
+class TestCalibration:
+    def test_packed_windows_are_full_and_joined_by_blank_lines(self):
+        tokenizer = tiny_tokenizer()
+        windows = calibration_windows(TEXTS, tokenizer, CalibrationArgs(samples=5, max_length=40, mode="packed"))
+        assert [len(window) for window in windows] == [40] * 5
+        text = tokenizer.decode([token for window in windows for token in window])
+        assert "\n\nwho was the" in text
+
+    def test_separate_windows_are_single_texts(self):
+        windows = calibration_windows(
+            TEXTS, tiny_tokenizer(), CalibrationArgs(samples=9, max_length=10, mode="separate")
+        )
+        assert len(windows) == 9 and all(len(window) <= 10 for window in windows)
+
+    def test_the_draw_depends_on_the_seed_alone(self):
+        draw = lambda seed: calibration_windows(TEXTS, tiny_tokenizer(), CalibrationArgs(8, 32, "packed", seed))  # noqa: E731
+        assert draw(1) == draw(1) != draw(2)
+
+    def test_batches_hold_every_window_once(self):
+        windows = [[7] * n for n in (3, 900, 50, 50, 2, 1024, 700, 3000)]
+        batches = padded_batches(windows, 0)
+        assert sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1)) == sorted(map(len, windows))
+        assert all(batch["input_ids"].numel() <= 4096 for batch in batches)
+
+    @pytest.mark.parametrize("rows", [[], [{"question": "who"}], [" ", ""]])
+    def test_unusable_data_is_a_users_mistake(self, rows):
+        with pytest.raises(UserError, match="calibration"):
+            as_batches(rows, tiny_tokenizer(), CUT)
+
+
+def test_two_trainers_from_one_seed_start_equal(tmp_path):
+    one, other = make(tmp_path / "a"), make(tmp_path / "b")
+    for trainer in (one, other):
+        trainer._prepare(resuming=False)
+    for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values()):
+        assert torch.equal(a, b)
