@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_null.errors import UserError
+from lora_null.recipes.launch import start_missing_processes
 
 USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
        %(prog)s --list
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     _quiet()
     try:
+        status = start_missing_processes(sys.argv[1:] if argv is None else argv)
+        if status is not None:
+            return status
         _dispatch(arguments)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:

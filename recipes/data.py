@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,22 @@ def training_rows(data: DataSection) -> datasets.Dataset:
 
 
 def calibration_texts(recipe: Recipe) -> list[str]:
-    """Return the calibration texts.
+    """Return the calibration texts: one field of each row, or a template filled with several.
 
     Raises:
         UserError: as `load_rows`, and for a missing field.
     """
     section = recipe.calibration
     rows = load_rows(section.path, subset=section.subset, split=section.split, where="calibration")
-    need_field(rows, section.field, "calibration.field")
-    return [str(text) for text in rows[section.field] if text]
+    if section.template is None:
+        need_field(rows, section.field, "calibration.field")
+        return [str(text) for text in rows[section.field] if text]
+    names = re.findall(r"{(\w+)}", section.template)
+    if not names:
+        raise UserError(f"calibration.template: {section.template!r} names no field, such as {{{rows.column_names[0]}}}")
+    for name in names:
+        need_field(rows, name, "calibration.template")
+    return [re.sub(r"{(\w+)}", lambda match, row=row: _first(row[match[1]]), section.template) for row in rows]
 
 
 def _first(answer: Any) -> str:

@@ -74,7 +74,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 1 << 28)
+        libc.mallopt(top_pad, 1 << 26)
+
+
+def release_freed_memory() -> None:
+    """Give freed blocks back to the kernel after all, between two methods."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

@@ -89,6 +89,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _as_meant(key: str, value: Any) -> Any:
+    """Undo two readings of YAML 1.1 that no recipe writer means: 1e-4 as text, and `save_strategy: no` as false."""
+    return "no" if key.endswith("_strategy") and value is False else _number(value)
+
+
 def load_recipe(
     name: str, assignments: Sequence[str] = (), *, methods: str | None = None, output_dir: str | None = None
 ) -> Recipe:
@@ -99,7 +104,7 @@ def load_recipe(
     """
     path = find(name)
     raw = override(read_yaml(path), assignments)
-    raw["training"] = {key: _number(value) for key, value in (raw.get("training") or {}).items()}
+    raw["training"] = {key: _as_meant(key, value) for key, value in (raw.get("training") or {}).items()}
     raw["eval"] = {
         key: [] if value is None and key in ("retention", "task") else value
         for key, value in (raw.get("eval") or {}).items()

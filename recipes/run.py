@@ -31,7 +31,7 @@ from lora_null.recipes.bases import (
     resolve_name,
 )
 from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
-from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.progress import ProgressBar, TrainLog
 from lora_null.recipes.report import print_table, write_report
@@ -66,6 +66,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
+    _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
     one_pass = options.get("per_device_train_batch_size", 8) * world
@@ -80,6 +81,14 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
         return SFTConfig(output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
+
+
+def _check_positive(options: dict[str, Any]) -> None:
+    """Refuse the zeros and negative numbers that TRL would take and train nonsense with."""
+    for key in ("learning_rate", "num_train_epochs", "total_batch_size", "per_device_train_batch_size", "max_length"):
+        value = options.get(key)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"training.{key}: must be greater than 0, not {value}")
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -281,5 +290,6 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _free() -> None:
     gc.collect()
+    release_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

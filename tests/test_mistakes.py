@@ -1,0 +1,132 @@
+"""Every mistake of a user: exit status 2, one line on stderr, nothing written, no model loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from world import make_world
+
+from lora_null.recipes import bases, run
+from lora_null.recipes.__main__ import main
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def fails(recipe, monkeypatch, capsys):
+    """Run the command and return its one line; a model load or an output folder fails the test."""
+
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run, "load_base", load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*words, name=None):
+        assert main([name or str(recipe), *words]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return call
+
+
+CASES = [
+    (["modle.dtype=float32"], "no key 'modle' (did you mean 'model'?)"),
+    (["model.dtyp=float32"], "no key 'model.dtyp' (did you mean 'dtype'?)"),
+    (["training.learning_rat=1"], "training has no key 'learning_rat' (did you mean 'learning_rate'?)"),
+    (["training.seed=3"], "training.seed is decided by the recipe's own keys, use seed"),
+    (["model.dtype=float31"], "model.dtype: input should be 'float32'"),
+    (["method.rank=0"], "method.rank: input should be greater than or equal to 1"),
+    (["method.rank=x", "seed=-1"], "seed: input should be greater than or equal to 0"),
+    (["--method", "lora-null-v3"], "no method 'lora-null-v3' (did you mean 'lora-null-v"),
+    (["--method", "lora,lora"], "a method is named twice"),
+    (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows (min(d_in, d_out) = 32)"),
+    (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
+    (["data.path=nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
+    (["data.prompt=qestion"], "data.prompt: the data has no field 'qestion' (did you mean 'question'?)"),
+    (["data.template=alpacca"], "no template 'alpacca' (did you mean 'alpaca'?)"),
+    (["calibration.field=txt"], "calibration.field: the data has no field 'txt'"),
+    (["calibration.samples=1"], "calibration: only 32 tokens, at least 256 are needed"),
+    (["calibration.path=./empty.jsonl"], "calibration.path: no file or folder ./empty.jsonl"),
+    (["eval.task=[gsm9k]"], "gsm9k"),
+    (["eval.task=[{answers: n, path: nowhere.jsonl}]"], "eval.task.path: no file or folder nowhere.jsonl"),
+    (["training.total_batch_size=3"], "total_batch_size: 3 is not a multiple of per_device_train_batch_size"),
+    (["training.optim=sdg"], "training: "),
+    (["training.learning_rate=-1"], "training.learning_rate: must be greater than 0, not -1"),
+    (["model.name_or_path=./nomodel"], "model.name_or_path: no folder ./nomodel"),
+    (["model.name_or_path=some/model"], "not a local folder, and the hub does not give it"),
+    (["rank"], "argument 'rank': expected key.subkey=value"),
+    (["data.limit=[1"], "the value is not valid YAML"),
+    (["seed=1", "seed.x=1"], "holds a value, not keys"),
+]
+
+
+@pytest.mark.parametrize("words, message", CASES, ids=[" ".join(words) for words, _ in CASES])
+def test_said_in_one_line_before_a_model_loads(fails, tmp_path, words, message):
+    assert message in fails(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_recipe(fails):
+    assert "none is called 'quikstart' (did you mean 'quickstart'?)" in fails(name="quikstart")
+    assert "no file nowhere.yaml" in fails(name="nowhere.yaml")
+
+
+def test_all_mistakes_of_a_recipe_at_once(fails):
+    line = fails("method.rank=0", "nonsense=1", "eval.batch_size=0")
+    assert "method.rank" in line and "nonsense" in line and "eval.batch_size" in line
+
+
+def test_empty_data(fails, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "is empty" in fails(f"data.path={tmp_path / 'empty.jsonl'}")
+    (tmp_path / "blank.jsonl").write_text(json.dumps({"question": "", "answer": ""}) + "\n")
+    assert "has an empty 'question' or 'answer'" in fails(f"data.path={tmp_path / 'blank.jsonl'}")
+
+
+def test_broken_yaml(fails, tmp_path):
+    (tmp_path / "broken.yaml").write_text("model: [")
+    assert "not valid YAML" in fails(name=str(tmp_path / "broken.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "a recipe is a mapping" in fails(name=str(tmp_path / "list.yaml"))
+
+
+def test_output_folder_in_use(fails, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert "holds other files (thesis.tex)" in fails()
+    (out / "recipe.yaml").write_text("method: {name: [lora]}")
+    assert "unfinished run; --resume continues it" in fails()
+    assert "differs from the run" in fails("--resume")
+    (out / "report.html").write_text("done")
+    assert "finished run; --overwrite replaces it" in fails()
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_output_that_cannot_be_written(fails, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails("--output-dir", str(tmp_path / "file"))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "cannot write to" in fails() and "No space left on device" in fails()
+
+
+def test_gated_model(fails, monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo. 401 Client Error")
+
+    monkeypatch.setattr(bases.AutoConfig, "from_pretrained", gated)
+    assert "gated: ask for access on its hub page" in fails("model.name_or_path=meta-llama/Llama-2-7b-hf")
+
+
+def test_through_the_real_command(recipe):
+    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), "--method", "loar"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("error: ") and "did you mean 'lora'" in run.stderr
+    assert "Traceback" not in run.stderr and run.stdout == ""
