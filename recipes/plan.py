@@ -144,7 +144,7 @@ def files_of(recipe: Recipe) -> list[str]:
 
 def print_plan(recipe: Recipe, model_config: Any, training: SFTConfig, batch: int, rows: int | None) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
-    console = Console()
+    console = Console(soft_wrap=True)
     empty = empty_model(model_config, recipe.model)
     size = sum(p.numel() for p in empty.parameters())
     weights = size * {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.model.dtype]
@@ -156,7 +156,7 @@ def print_plan(recipe: Recipe, model_config: Any, training: SFTConfig, batch: in
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
     console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
-    console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}", soft_wrap=True)
+    console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
 def _print_training(console: Console, recipe: Recipe, training: SFTConfig, batch: int, rows: int | None) -> None:
@@ -171,24 +171,14 @@ def _print_training(console: Console, recipe: Recipe, training: SFTConfig, batch
     tokens = steps * batch * (training.max_length or 1024)
     console.print(
         f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "
-        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type})"
+        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type.value})"
     )
 
 
 def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
-    table = Table(title="per method, and estimated memory on each GPU in GiB")
-    for column in (
-        "method",
-        "rank",
-        "trainable",
-        "saved",
-        "weights",
-        "Grams",
-        "activations",
-        "adapter + optimizer",
-        "peak",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = Table(title="estimated memory on each GPU in GiB", title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "adapter\n+ AdamW", "peak"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for plan in plans:
         peak = weights + max(plan.gram_bytes, activations + plan.extra_bytes)
         sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, peak)

@@ -126,7 +126,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     results = {
         "schema": 1,
         "recipe": recipe.name,
-        "model": recipe.model.name_or_path,
+        "model": job.model_name,
         "seed": recipe.seed,
         "environment": environment(),
         "settings": _settings(job),
@@ -269,7 +269,7 @@ def _settings(job: Job) -> dict[str, Any]:
     batch = total_batch(training)
     return {
         "learning_rate": training.learning_rate,
-        "schedule": str(training.lr_scheduler_type),
+        "schedule": training.lr_scheduler_type.value,
         "optimizer_steps": optimizer_steps(training, len(job.rows), batch),
         "batch": batch,
         "max_length": training.max_length,
