@@ -26,8 +26,6 @@ from torch import nn
 from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
-from lora_null.eval_harness.preserve import preserve, seed_everything
-from lora_null.eval_harness.ranks import broadcast, device_of, rank_and_world, together
 from lora_null.eval_harness.tasks import (
     AnswerTask,
     LmEvalTask,
@@ -37,6 +35,8 @@ from lora_null.eval_harness.tasks import (
     result_names,
     validate_tasks,
 )
+from lora_null.preserve import preserve, seed_everything
+from lora_null.ranks import broadcast, device_of, rank_and_world, together
 
 __all__ = ["AnswerTask", "Evaluation", "LmEvalTask", "assert_logits_differ", "evaluate", "validate_tasks"]
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from lora_null.errors import UserError
-from lora_null.eval_harness.ranks import broadcast, device_of, gather, merge_shares, my_share, rank_and_world
+from lora_null.files import write_safetensors
+from lora_null.ranks import broadcast, device_of, gather, merge_shares, my_share, rank_and_world
 
 TOKENS_HASH = "token_ids_sha256"
 
@@ -191,17 +189,7 @@ def open_reference(path: Path, pairs: Sequence[TokenizedPair]) -> safe_open:
 
 def save_reference(path: Path, log_probs: dict[str, torch.Tensor], pairs: Sequence[TokenizedPair]) -> None:
     """Write the file that `open_reference` reads: complete, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(log_probs, temporary, metadata={TOKENS_HASH: _hash(pairs)})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_safetensors(path, log_probs, {TOKENS_HASH: _hash(pairs)})
 
 
 def _forward(

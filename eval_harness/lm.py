@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from lora_null.eval_harness.ranks import merge_shares, my_share, rank_and_world
+from lora_null.ranks import merge_shares, my_share, rank_and_world
 
 
 class ShardedLM(HFLM):

@@ -20,7 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_null.errors import UserError
-from lora_null.preserve import preserved_modes
+from lora_null.preserve import preserve
+from lora_null.ranks import rank_and_world
 
 SKETCH_COLUMNS = 64
 
@@ -97,11 +98,11 @@ def measure_inputs(
     batches = list(batches)
     if not batches:
         raise UserError("calibration: there is no batch to measure")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     meter = _InputMeter(modules, gram=gram)
     device = next(model.parameters()).device
     base_only = getattr(model, "disable_adapter", contextlib.nullcontext)
-    with preserved_modes(model), base_only(), meter.attached(), torch.no_grad():
+    with preserve(model), base_only(), meter.attached(), torch.no_grad():
         model.eval()
         for index, batch in _share(batches, rank, world, progress):
             idle = index is None  # more ranks than batches: run one to learn the shared inputs, count none of it

@@ -27,6 +27,7 @@ from lora_null.factors import LayerStats, leakage, null_factors
 from lora_null.files import write_json, write_safetensors
 from lora_null.layer import LoraNullLinear, adapted_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
+from lora_null.ranks import all_gather, rank_and_world
 
 MIN_TOKENS = 256
 FACTORS_FILE, REPORT_FILE = "factors.safetensors", "layers.json"
@@ -147,7 +148,7 @@ def initialize_from(
     """
     start = time.perf_counter()
     layers = adapted_layers(peft_model, adapter_name)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     stats: dict[str, LayerStats] = {}
     bar = tqdm(calibration.inputs, desc="solving", unit="input", disable=not progress or rank != 0)
     for index, measured in enumerate(bar):
@@ -196,13 +197,12 @@ def _solve_input(
 def _share_factors(
     calibration: Calibration, layers: Mapping[str, LoraLayer], adapter_name: str, stats: dict[str, LayerStats]
 ) -> dict[str, LayerStats]:
-    world = dist.get_world_size()
+    world = rank_and_world()[1]
     for index, measured in enumerate(calibration.inputs):
         for name in measured.modules:
             for factor in (layers[name].lora_A, layers[name].lora_B):
                 dist.broadcast(factor[adapter_name].weight, src=index % world)
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, (stats, factor_checksum(layers, adapter_name)))
+    gathered = all_gather((stats, factor_checksum(layers, adapter_name)))
     if len({checksum for _, checksum in gathered}) != 1:
         raise RuntimeError("the ranks hold different initial factors")
     return {name: line for part, _ in gathered for name, line in part.items()}

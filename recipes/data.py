@@ -108,7 +108,9 @@ def calibration_texts(recipe: Recipe) -> list[str]:
         return [str(text) for text in rows[section.field] if text]
     names = re.findall(r"{(\w+)}", section.template)
     if not names:
-        raise UserError(f"calibration.template: {section.template!r} names no field, such as {{{rows.column_names[0]}}}")
+        raise UserError(
+            f"calibration.template: {section.template!r} names no field, such as {{{rows.column_names[0]}}}"
+        )
     for name in names:
         need_field(rows, name, "calibration.template")
     return [re.sub(r"{(\w+)}", lambda match, row=row: _first(row[match[1]]), section.template) for row in rows]

@@ -71,7 +71,9 @@ class CalibrationSection(Section):
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split; a single file is its own")
     field: str = Field("question", description="field that holds the text")
-    template: str | None = Field(None, description="text made of a row's fields, such as 'Q: {question}'; over `field`")
+    template: str | None = Field(
+        None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
+    )
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")

@@ -48,13 +48,29 @@ def test_editable_install_works_from_anywhere(tmp_path):
 
 
 def test_wheel_holds_everything_and_works_in_and_outside_the_checkout(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    for name in ("recipes/quickstart.yaml", "recipes/shapes.json", "recipes/samples/README.md", "recipes/report/page.html.j2"):
+    for name in (
+        "recipes/quickstart.yaml",
+        "recipes/shapes.json",
+        "recipes/samples/README.md",
+        "recipes/report/page.html.j2",
+    ):
         assert f"lora_null/{name}" in held
     assert not any(name.startswith(("tests/", "recipes/")) for name in held)
     where = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

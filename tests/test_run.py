@@ -60,7 +60,9 @@ def test_results_follow_the_schema(finished):
     assert v1["trainable_params"] == lora["trainable_params"] == lora["adapter_params"] == v1["adapter_params"] // 2
     assert v2["trainable_params"] < v2["adapter_params"] == lora["adapter_params"]
     for row in (lora, v1, v2):
-        assert row["seconds"]["init"] > 0 and row["seconds"]["train"] > 0 and row["drift"]["max"] >= row["drift"]["mean"]
+        assert (
+            row["seconds"]["init"] > 0 and row["seconds"]["train"] > 0 and row["drift"]["max"] >= row["drift"]["mean"]
+        )
         assert row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 2**20
 
 
@@ -135,7 +137,9 @@ def test_two_processes_start_alike_and_write_once(finished, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("report:") == 1
     for method in METHODS[1:]:
-        one, two = (load_file(folder / "out" / method / "init" / "factors.safetensors") for folder in (finished, tmp_path))
+        one, two = (
+            load_file(folder / "out" / method / "init" / "factors.safetensors") for folder in (finished, tmp_path)
+        )
         assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
     ours, theirs = results(tmp_path), results(finished)
     assert ours["environment"]["processes"] == 2

@@ -34,7 +34,9 @@ def folder():
 
 @pytest.fixture(scope="module")
 def batches(folder):
-    questions = [json.loads(line)["question"] for line in (SAMPLES / "nq_open_calibration.jsonl").read_text().splitlines()]
+    questions = [
+        json.loads(line)["question"] for line in (SAMPLES / "nq_open_calibration.jsonl").read_text().splitlines()
+    ]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return padded_batches(calibration_windows(questions, tokenizer, CalibrationArgs(256, 256, "separate")), 0)
 
@@ -54,10 +56,14 @@ def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, dty
         A = adapted_layers(peft_model)[line.name].lora_A["default"].weight.detach().double().numpy()
         T = oracle.projection(W[line.name], X[line.name], 32)
         ideal = oracle.leak(oracle.factors(T, 32, 1.0)[0], X[line.name])
-        print(f"{dtype} {line.name}: leakage {line.leakage:.3e}, float64 full SVD {ideal:.3e}, energy {line.energy:.2%}")
+        print(
+            f"{dtype} {line.name}: leakage {line.leakage:.3e}, float64 full SVD {ideal:.3e}, energy {line.energy:.2%}"
+        )
         assert line.leakage == pytest.approx(oracle.leak(A, X[line.name]), rel=1e-3)
         assert line.leakage <= 1.01 * ideal
-        best, found = (oracle.leak(Q.T, X[line.name]) for Q in (oracle.null_space(X[line.name], 32), np.linalg.qr(A.T)[0]))
+        best, found = (
+            oracle.leak(Q.T, X[line.name]) for Q in (oracle.null_space(X[line.name], 32), np.linalg.qr(A.T)[0])
+        )
         assert found <= 1.01 * best  # the space itself, whatever weight T gives to its directions
 
 
@@ -83,7 +89,9 @@ def test_theorem_2_on_real_activations(folder, batches):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_saved_adapter_gives_the_live_logits(folder, batches, variant, tmp_path):
-    live = get_peft_model(load(folder), LoraNullConfig(r=8, variant=variant, target_modules=["q_proj", "up_proj", "down_proj"]))
+    live = get_peft_model(
+        load(folder), LoraNullConfig(r=8, variant=variant, target_modules=["q_proj", "up_proj", "down_proj"])
+    )
     initialize_lora_null_weights(live, batches[-1:], progress=False, min_tokens=1)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -95,5 +103,7 @@ def test_saved_adapter_gives_the_live_logits(folder, batches, variant, tmp_path)
         fresh = PeftModel.from_pretrained(load(folder), tmp_path)
         ours, theirs = live.eval()(**inputs).logits, fresh.eval()(**inputs).logits
         base = load(folder)(**inputs).logits
-    print(f"{variant}: live against saved {(ours - theirs).abs().max():.1e}, against base {(ours - base).abs().max():.1e}")
+    print(
+        f"{variant}: live against saved {(ours - theirs).abs().max():.1e}, against base {(ours - base).abs().max():.1e}"
+    )
     assert (ours - theirs).abs().max() < 1e-4 < 1e-1 < (ours - base).abs().max()

@@ -72,7 +72,7 @@ def test_initializes_once_before_the_first_step(tmp_path, variant):
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     plain.train()
-    first = [line["loss"] for line in plain.state.log_history if "loss" in line][0]
+    first = next(line["loss"] for line in plain.state.log_history if "loss" in line)
     assert losses(trainer)[0] == pytest.approx(first, rel=1e-5)  # the same first batch, before any step
     drift = [line["drift_mean"] for line in trainer.state.log_history if "drift_mean" in line]
     assert len(drift) == 6 and drift[-1] > 0

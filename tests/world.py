@@ -16,7 +16,10 @@ def make_world(folder: Path, **changes) -> Path:
     """Write model, data and `tiny.yaml` into the folder; return the recipe's path."""
     save_tiny(folder / "model")
     numbers = [{"question": f"what is {i}+{i}", "answer": f"it is {2 * i}"} for i in range(40)]
-    facts = [{"question": f"who was king {i} of the {'old ' * (i % 3)}land", "answer": [f"k{i}", f"King {i}"]} for i in range(60)]
+    facts = [
+        {"question": f"who was king {i} of the {'old ' * (i % 3)}land", "answer": [f"k{i}", f"King {i}"]}
+        for i in range(60)
+    ]
     write_rows(folder / "numbers.jsonl", numbers)
     write_rows(folder / "facts.jsonl", facts)
     recipe = {

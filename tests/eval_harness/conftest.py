@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 
+
 def tiny_peft_model(seed: int = 0):
     model = get_peft_model(tiny_model(seed), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     torch.manual_seed(seed + 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, assert_logits_differ, evaluate
-from lora_null.eval_harness.preserve import preserve
+from lora_null.preserve import preserve
 
 
 def draw():

@@ -1,4 +1,4 @@
-"""Sharing evaluation work over the ranks of a torch.distributed group that somebody else has initialized."""
+"""Sharing work over the ranks of a torch.distributed group that somebody else has initialized."""
 
 from __future__ import annotations
 
