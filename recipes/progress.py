@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lora_null.recipes.environment import release_freed_memory
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
 KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}
@@ -42,6 +45,14 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class ReleaseMemory(TrainerCallback):
+    """Give what calibration and solving have freed back to the system before the first step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        gc.collect()
+        release_freed_memory()
 
 
 class TrainLog(TrainerCallback):

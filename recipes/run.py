@@ -33,7 +33,7 @@ from lora_null.recipes.bases import (
 from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.progress import ProgressBar, TrainLog
+from lora_null.recipes.progress import ProgressBar, ReleaseMemory, TrainLog
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import Recipe
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
@@ -253,6 +253,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
+    trainer.add_callback(ReleaseMemory())
     trainer.add_callback(ProgressBar(plan.name))
     trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
     return trainer
