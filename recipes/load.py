@@ -89,9 +89,18 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _as_meant(key: str, value: Any) -> Any:
-    """Undo two readings of YAML 1.1 that no recipe writer means: 1e-4 as text, and `save_strategy: no` as false."""
-    return "no" if key.endswith("_strategy") and value is False else _number(value)
+def _section_as_meant(name: str, section: Any) -> Any:
+    """Undo three readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
+
+    1e-4 is a number, `save_strategy: no` is not false, and an empty list of tasks is not null.
+    """
+    if not isinstance(section, dict):
+        return section
+    if name == "training":
+        return {k: "no" if k.endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
+    if name == "eval":
+        return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
+    return section
 
 
 def load_recipe(
@@ -104,13 +113,9 @@ def load_recipe(
     """
     path = find(name)
     raw = override(read_yaml(path), assignments)
-    raw["training"] = {key: _as_meant(key, value) for key, value in (raw.get("training") or {}).items()}
-    raw["eval"] = {
-        key: [] if value is None and key in ("retention", "task") else value
-        for key, value in (raw.get("eval") or {}).items()
-    }
+    raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     if methods is not None:
-        raw.setdefault("method", {})["name"] = methods
+        raw = override(raw, [f"method.name={methods}"])
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}"
