@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 
 from .headline import Measure, forgetting, learning
@@ -24,6 +26,21 @@ COLORS = {
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 MARKERS = "osD^vP"
+# Where a label may stand: right, left, above, below, the corners, and above or below but shifted sideways.
+SIDES = (
+    (1, 0),
+    (-1, 0),
+    (0, 1),
+    (0, -1),
+    (1, 1),
+    (-1, 1),
+    (1, -1),
+    (-1, -1),
+    (0.5, 1),
+    (-0.5, 1),
+    (0.5, -1),
+    (-0.5, -1),
+)
 INK, FAINT, GOOD = "#1f2937", "#d1d5db", "#15803d"
 
 
@@ -72,12 +89,12 @@ def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str)
 
 def _plane(results: Results, kept: Measure, learned: Measure) -> Figure:
     points = plane_points(kept, learned)
-    figure, axes = _figure(8.0, 5.4)
+    figure, axes = _figure(6.8, 4.9)
     _plane_limits(axes, kept, learned, points)
     _shade_good_corner(axes)
     labels, colors, markers = results.labels(), row_colors(results), row_markers(results)
     scale = [100 if m.unit in ("fraction", "points") else 1 for m in (learned, kept)]
-    anchors = [(0.0, 0.0)]
+    anchors, bars = [(0.0, 0.0)], [(0.0, 0.0)]
     axes.plot(
         0, 0, marker="o", color="white", markeredgecolor=COLORS["base"], markeredgewidth=2, markersize=9, zorder=4
     )
@@ -87,12 +104,13 @@ def _plane(results: Results, kept: Measure, learned: Measure) -> Figure:
         axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], color=colors[i], elinewidth=1.4, alpha=0.75, zorder=3)
         axes.plot(x, y, marker=markers[i], color=colors[i], markeredgecolor="white", markersize=10, zorder=4)
         anchors.append((x, y))
+        bars.append(tuple(errors))
     direction = "rise" if learned.higher_is_better else "fall"
-    axes.set_xlabel(f"Learned: {direction} of {learned.title} from the base{_unit(learned)}  →")
-    axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept)}  →")
+    axes.set_xlabel(f"Learned: {direction} of {learned.title} from the base{_unit(learned, change=True)}  →")
+    axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept, change=True)}  →")
     axes.set_title("Learned much, forgot little: lower right is better", loc="left", fontweight="bold")
     texts = ["base", *(labels[i] for i in points)]
-    _place_labels(axes, anchors, texts, [_darker(colors[i]) for i in (0, *points)])
+    _place_labels(axes, anchors, bars, texts, [_darker(colors[i]) for i in (0, *points)])
     return figure
 
 
@@ -125,44 +143,97 @@ def _shade_good_corner(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _place_labels(axes: Axes, anchors: list[tuple[float, float]], texts: list[str], colors: list[str]) -> None:
-    """Write each text beside its point, at the nearest place that hides no point, error bar or other text."""
-    renderer = axes.figure.canvas.get_renderer()
-    pixels = axes.transData.transform(anchors)
+def _place_labels(
+    axes: Axes,
+    anchors: list[tuple[float, float]],
+    errors: list[tuple[float, float]],
+    texts: list[str],
+    colors: list[str],
+) -> None:
+    """Write each text beside its point, at the nearest place that hides no point, error bar or other text.
+
+    Args:
+        axes: with its final limits and titles, since places are counted in pixels.
+        anchors: the points, in data coordinates.
+        errors: half lengths of the error bars of each point, in data coordinates.
+    """
+    axes.figure.draw_without_rendering()  # lets the layout settle
+    renderer, frame = axes.figure.canvas.get_renderer(), axes.get_window_extent()
+    pixels = [tuple(pixel) for pixel in axes.transData.transform(anchors)]
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels]
-    taken += [line.get_window_extent(renderer) for bars in axes.collections for line in [bars]]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
-    for (x, y), anchor, text, color in zip(pixels, anchors, texts, colors):
-        label = axes.annotate(
+    for (x, y), (dx, dy) in zip(anchors, errors):
+        for sides in ([(x - dx, y), (x + dx, y)], [(x, y - dy), (x, y + dy)]):
+            taken.append(Bbox(axes.transData.transform(sides)).padded(2))
+    written = [text.get_window_extent(renderer) for text in axes.texts]
+    labels = [
+        axes.annotate(
             _wrapped(text), anchor, (0, 0), textcoords="offset pixels", ha="center", va="center", color=color,
-            fontsize=11, fontweight="bold", zorder=5, linespacing=1.1,
-        )  # fmt: skip
-        box = label.get_window_extent(renderer)
-        offset = _free_offset(box, (x, y), taken, axes.get_window_extent(renderer))
-        label.set_position(offset)
-        taken.append(
-            Bbox.from_bounds(x + offset[0] - box.width / 2, y + offset[1] - box.height / 2, box.width, box.height)
+            fontsize=10.5, fontweight="bold", zorder=5, linespacing=1.1, in_layout=False,
         )
-        if np.hypot(offset[0], offset[1]) > box.width / 2 + 40:
-            axes.annotate("", anchor, offset, textcoords="offset pixels",
-                          arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 6})  # fmt: skip
+        for anchor, text, color in zip(anchors, texts, colors)
+    ]  # fmt: skip
+    places = _arrange([label.get_window_extent(renderer) for label in labels], pixels, taken, written, frame)
+    for label, place, (x, y), anchor in zip(labels, places, pixels, anchors):
+        label.set_position(((place.x0 + place.x1) / 2 - x, (place.y0 + place.y1) / 2 - y))
+        end, far = _leader(place, (x, y))
+        if far:
+            line = {"arrowstyle": "-", "color": label.get_color(), "linewidth": 1, "shrinkA": 0, "shrinkB": 5}
+            axes.annotate("", anchor, end, textcoords="offset pixels", arrowprops=line, in_layout=False)
 
 
-def _free_offset(box: Bbox, point: tuple[float, float], taken: list[Bbox], frame: Bbox) -> tuple[float, float]:
-    """Offset in pixels of a text of the size of `box` from `point`: the least crowded of rings of candidates."""
-    half_width, half_height = box.width / 2, box.height / 2
-    choices = []
-    for gap in range(14, 240, 12):
-        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-            offset = (dx * (half_width + gap), dy * (half_height + gap))
-            place = Bbox.from_bounds(
-                point[0] + offset[0] - half_width, point[1] + offset[1] - half_height, box.width, box.height
-            )
-            outside = place.x0 < frame.x0 or place.x1 > frame.x1 or place.y0 < frame.y0 or place.y1 > frame.y1
-            choices.append((10 * outside + sum(place.overlaps(other) for other in taken), offset))
-            if choices[-1][0] == 0:
-                return offset
-    return min(choices, key=lambda choice: choice[0])[1]
+def _arrange(
+    boxes: list[Bbox], pixels: list[tuple[float, float]], taken: list[Bbox], written: list[Bbox], frame: Bbox
+) -> list[Bbox]:
+    """Places of all texts: each takes the best that is left, in whichever of a few orders crowds them least.
+
+    Args:
+        boxes: the texts' sizes.
+        pixels: the points they belong to.
+        taken: the points and error bars, which a text must not hide.
+        written: other texts, which neither a text nor the line that leads to it may cross.
+        frame: the axes.
+    """
+    everyone = range(len(boxes))
+    orders = [sorted(everyone, key=key) for key in (lambda i: i, lambda i: -i)]
+    orders += [sorted(everyone, key=lambda i: sign * pixels[i][axis]) for axis in (1, 0) for sign in (1, -1)]
+    best, least = [], float("inf")
+    for order in orders:
+        places, total = {}, 0
+        for i in order:
+            places[i], crowd = _free_place(boxes[i], pixels[i], taken, [*written, *places.values()], frame)
+            total += crowd
+        if total < least:
+            best, least = [places[i] for i in everyone], total
+    return best
+
+
+def _leader(place: Bbox, point: tuple[float, float]) -> tuple[tuple[float, float], bool]:
+    """From `point` to the nearest edge of a text at `place`, and whether that is too far to be read as one."""
+    x, y = np.clip(point[0], place.x0, place.x1) - point[0], np.clip(point[1], place.y0, place.y1) - point[1]
+    return (x, y), bool(np.hypot(x, y) > 30)
+
+
+def _free_place(
+    box: Bbox, point: tuple[float, float], taken: list[Bbox], written: list[Bbox], frame: Bbox
+) -> tuple[Bbox, float]:
+    """Where a text of the size of `box` fits beside `point`, and how crowded it is there: the first free place, else
+    the least crowded, nearest first. A far place counts a little, a text across another much."""
+    least, least_crowd = box, float("inf")
+    for gap, (dx, dy) in itertools.product(range(14, 200, 12), SIDES):
+        x, y = point[0] + dx * (box.width / 2 + gap), point[1] + dy * (box.height / 2 + gap)
+        place = Bbox.from_bounds(x - box.width / 2, y - box.height / 2, box.width, box.height)
+        outside = place.x0 < frame.x0 or place.x1 > frame.x1 or place.y0 < frame.y0 or place.y1 > frame.y1
+        end, far = _leader(place, point)
+        crowd = 100 * outside + sum(place.overlaps(other) for other in taken)
+        crowd += 10 * sum(place.overlaps(other) for other in written) + 0.5 * far
+        if far and crowd < least_crowd:
+            line = Path([point, (point[0] + end[0], point[1] + end[1])])
+            crowd += 5 * sum(line.intersects_bbox(other) for other in written)
+        if crowd < least_crowd:
+            least, least_crowd = place, crowd
+        if crowd == 0:
+            break
+    return least, least_crowd
 
 
 def _strips(results: Results, measures: list[Measure]) -> Figure:
@@ -198,9 +269,11 @@ def _curves(results: Results, series: dict[int, tuple[list[float], list[float]]]
             axes.plot(other_steps, smooth[j], color=FAINT, linewidth=1, zorder=1)
         axes.plot(steps, values, color=colors[i], linewidth=0.8, alpha=0.35, zorder=2)
         axes.plot(steps, smooth[i], color=colors[i], linewidth=2, zorder=3, marker="o" if len(steps) == 1 else None)
-        axes.set_title(_wrapped(labels[i]), fontsize=10, fontweight="bold", color=_darker(colors[i]), loc="left")
+        axes.set_title(_wrapped(labels[i], 18), fontsize=10, fontweight="bold", color=_darker(colors[i]), loc="left")
     for axes in panels[len(series) :]:
         axes.set_visible(False)
+    for axes in panels[len(series) - wide : len(series)]:
+        axes.tick_params(labelbottom=True)  # the lowest of each column, where a panel is missing below
     figure.supxlabel("step", fontsize=10, color=INK)
     figure.supylabel(title, fontsize=10, color=INK)
     return figure
@@ -239,16 +312,18 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _unit(measure: Measure) -> str:
-    return {"nats": " (nats)", "fraction": " (%)", "points": " (points)"}.get(measure.unit, "")
+def _unit(measure: Measure, change: bool = False) -> str:
+    """The unit in parentheses; a `change` of a percentage is in points."""
+    percent = " (points)" if change else " (%)"
+    return {"nats": " (nats)", "fraction": percent, "points": " (points)"}.get(measure.unit, "")
 
 
 def _wrapped(text: str, width: int = 24) -> str:
     """Break a long name into lines, at a hyphen or space where there is one; `$` would start a formula."""
     lines = [""]
-    for word in text.replace("$", r"\$").replace("-", "-\0").replace(" ", " \0").split("\0"):
-        pieces = [word[i : i + width] for i in range(0, len(word), width)] or [""]
-        for piece in pieces:
+    text = text.replace("$", r"\$").replace(" = ", "\u00a0=\u00a0")
+    for word in re.findall(r"[^- ]*[- ]?", text):
+        for piece in [word[i : i + width] for i in range(0, len(word), width)]:
             lines[-1:] = [lines[-1] + piece] if len(lines[-1] + piece) <= width else [lines[-1], piece]
     return "\n".join(line.strip() for line in lines)
 

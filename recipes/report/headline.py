@@ -47,12 +47,23 @@ class Measure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who did best by one measure: `winners` (several: not distinguishable; none: nobody stands out) and the sentence."""
+    """Who did best by one measure, in words.
+
+    Attributes:
+        title: "Forgot least" or "Learned most".
+        winners: the best row, then those not distinguishable from it; empty where nobody stands out.
+        detail: the numbers.
+        sentence: the claim with the numbers.
+        qualification: what must be said with it: who is not distinguishable, who has no value. May be empty.
+        against: the row that the best is compared with.
+    """
 
     title: str
     winners: list[int]
     detail: str
     sentence: str
+    qualification: str
+    against: int | None = None
 
 
 def forgetting(results: Results) -> Measure | None:
@@ -107,12 +118,20 @@ def headline(results: Results) -> str:
         return "Only the untouched base was evaluated: there is no method to compare yet."
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.measured) == 1]
-    sentences = [verdict.sentence for verdict in verdicts(results)] + sentences
+    sentences = _told(verdicts(results), results) + sentences
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
         sentences.append("Learning was not measured: there is no task metric with a value.")
     return " ".join(sentences)
+
+
+def _told(found: list[Verdict], results: Results) -> list[str]:
+    """The sentences of the verdicts; the same comparison is not spelled out twice."""
+    told = [verdict.sentence + verdict.qualification for verdict in found]
+    if len(found) == 2 and found[0].against == found[1].against and found[0].winners[:1] == found[1].winners[:1] != []:
+        told[1] = f"{results.labels()[found[0].winners[0]]} also learned most.{found[1].qualification}"
+    return told
 
 
 def _loss(results: Results, i: int, name: str) -> Estimate | None:
@@ -131,25 +150,23 @@ def _verdict(
     labels, ranked = results.labels(), measure.measured
     best, *rest = ranked
     absent = [labels[i] for i in range(1, len(labels)) if i not in ranked]
-    tail = f" No value for {_listed(absent)}." if absent else ""
-    extremes = (
-        f"{measure.title} from {measure.text(best)} ({labels[best]}) to {measure.text(rest[-1])} ({labels[rest[-1]]})"
-    )
+    unmeasured = f" No value of {measure.title} for {_listed(absent)}." if absent else ""
+    ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
+    extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
     if measure.unknown_error(ranked):
-        sentence = f"Without standard errors no method can be called best in {noun}: {extremes}.{tail}"
-        return Verdict(title, [], f"No standard errors: {extremes}", sentence)
+        sentence = f"Without standard errors no method can be called best in {noun}: {extremes}."
+        return Verdict(title, [], f"No standard errors. {extremes}", sentence, unmeasured)
     ties = [i for i in rest if not measure.separated(best, i)]
     if len(ties) == len(rest):
-        sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}.{tail}"
-        return Verdict(title, [], extremes, sentence)
+        sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
+        return Verdict(title, [], extremes, sentence, unmeasured)
     against = _reference(results, [i for i in rest if i not in ties])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
     detail += _percent_less(measure, best, against)
     sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
-    if ties:
-        verb = "is" if len(ties) == 1 else "are"
-        sentence += f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from it."
-    return Verdict(title, [best, *ties], detail, sentence + tail)
+    verb = "is" if len(ties) == 1 else "are"
+    tied = f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from it." if ties else ""
+    return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
 
 
 def _reference(results: Results, beaten: list[int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import jinja2
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from lora_null.files import replacing
 
 from .figures import curves_png, forgetting_png, plane_points, row_colors
 from .headline import Measure, forgetting, headline, learning, verdicts
@@ -25,6 +26,8 @@ CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' output
 
 def write_report(output_dir: str | Path) -> None:
     """Write the three files of the report from what lies in `output_dir`; equal inputs give equal bytes.
+
+    `report.html` is written last: it stands for a finished run.
 
     Raises:
         UserError: when `results.json` is missing or malformed.
@@ -47,7 +50,8 @@ def write_report(output_dir: str | Path) -> None:
         for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
     }
     for name, data in ({"forgetting.png": picture} | pages).items():
-        _replace(output_dir / name, data)
+        with replacing(output_dir / name) as temporary:
+            temporary.write_bytes(data)
 
 
 def print_table(results: dict | Results, console: Console | None = None) -> None:
@@ -92,7 +96,7 @@ def _fitting(table: Table, width: int) -> list[list[Column]]:
 
 def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers ready to print."""
-    labels = results.labels()
+    labels, table = results.labels(), build_table(results)
     folders = [method_folder(output_dir, results, i) for i in range(len(labels))]
     logs = [load_log(output_dir / folder / "train_log.jsonl") for folder in folders]
     curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
@@ -106,7 +110,8 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
         "verdicts": found,
         "labels": labels,
         "colors": row_colors(results),
-        "table": build_table(results),
+        "table": table,
+        "name_width": _name_width(table),
         "alt": plane_alt(results),
         "curves": [(title, _data_uri(png)) for title, png in curves if png],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
@@ -156,13 +161,3 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,14 +21,14 @@ class Estimate(NamedTuple):
 
 
 class Metric(BaseModel):
-    """One metric of one row. A `unit` of None is a scale of its own and is shown as it is."""
+    """One metric of one row. `unit` is "fraction", "nats", or the name of another scale, which is shown as it is."""
 
     value: float | None
     stderr: float | None = Field(default=None, ge=0)
     n: int | None = None
     higher_is_better: bool
     role: Literal["retention", "task"]
-    unit: Literal["fraction", "nats"] | None = None
+    unit: str | None = None
 
 
 class Drift(BaseModel):

@@ -71,9 +71,8 @@ def build_table(results: Results) -> Table:
         columns += [_metric_column(results, name) for name in results.metric_names(role)]
     columns += [column for column in (_average_column(results),) if column]
     columns += [
-        _plain("Drift", "", "mean over the adapted layers of ||ΔW X|| / ||W₀ X|| on calibration inputs X.", results, _drift),
+        _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, _drift),
         _plain("Init / train / eval", "Cost", "wall-clock time of the three phases.", results, _times),
-        _plain("Tokens/s", "Cost", "training tokens a second.", results, lambda r: count(r.tokens_per_second)),
         _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
     ]  # fmt: skip
     return Table(results.labels(), [c for c in columns if any(cell.text != MISSING for cell in c.cells)])
@@ -176,7 +175,7 @@ def _metric_column(results: Results, name: str) -> Column:
 def _definition(name: str, unit: str | None) -> str:
     kind = name.lower().split()[-1]
     if kind == "kl":
-        return "KL divergence between the base's and the method's next-token distributions (nats per token; 0 is the base)"
+        return "KL(base ‖ method) of the next-token distributions over the answers (nats per token; 0 is the base)"
     if kind == "nll":
         return "negative log-likelihood of the reference answers (nats per token)"
     return {"fraction": "percent of the items answered right", "nats": "nats"}.get(unit, "score on its own scale")
