@@ -249,12 +249,14 @@ def _strips(results: Results, measures: list[Measure]) -> Figure:
                 axes.errorbar(
                     scale * value, height, xerr=scale * (error or 0), fmt=markers[i], color=colors[i], markersize=9
                 )
+        note = ""
         if measure.estimates[0]:
             axes.axvline(scale * measure.estimates[0].value, color=COLORS["base"], linestyle="--", linewidth=1)
+            note = "\n(dashed: the base)"
         axes.set_yticks(range(len(rows)), [_wrapped(labels[i]) for i in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         better = "→ higher is better" if measure.higher_is_better else "← lower is better"
-        axes.set_xlabel(f"{measure.title}{_unit(measure)}  {better}\n(dashed: the base)")
+        axes.set_xlabel(f"{measure.title}{_unit(measure)}  {better}{note}")
     return figure
 
 

@@ -165,7 +165,7 @@ def _verdict(
     detail += _percent_less(measure, best, against)
     sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
     verb = "is" if len(ties) == 1 else "are"
-    tied = f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from it." if ties else ""
+    tied = f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
 
 

@@ -1,0 +1,407 @@
+"""The report says what the numbers say, and no more."""
+
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from lora_null.errors import UserError
+from lora_null.recipes.report import load_results, print_table, write_report
+from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
+from lora_null.recipes.report.headline import forgetting, headline, learning, verdicts
+from lora_null.recipes.report.render import escape_markdown
+from lora_null.recipes.report.results import Estimate, load_log, parse_results
+from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show
+
+
+def kl(value, stderr=0.01):
+    return {"nq kl": metric(value, stderr, "retention", "nats")}
+
+
+def nll(value, stderr=0.01):
+    return {"gsm8k nll": metric(value, stderr, "task", "nats")}
+
+
+def share(name, value, stderr=0.01, role="retention"):
+    return {name: metric(value, stderr, role, "fraction", True)}
+
+
+def metric(value, stderr, role, unit, higher_is_better=False):
+    return {
+        "value": value,
+        "stderr": stderr,
+        "n": 500,
+        "higher_is_better": higher_is_better,
+        "role": role,
+        "unit": unit,
+    }
+
+
+def raw(**methods):
+    """A results.json of one row per keyword, `lora_null_v1={…metrics…}`, the base's first."""
+    rows = [
+        {
+            "method": name.replace("_", "-"),
+            "rank": None if name == "base" else 32,
+            "trainable_params": None if name == "base" else 9_773_056,
+            "adapter_params": None if name == "base" else 9_773_056,
+            "metrics": metrics,
+            "drift": None if name == "base" else {"mean": 0.008, "max": 0.04},
+            "seconds": {"init": None, "train": None, "eval": 34.0},
+            "tokens_per_second": None,
+            "peak_memory_bytes": None,
+        }
+        for name, metrics in methods.items()
+    ]
+    return {
+        "schema": 1,
+        "recipe": "quickstart",
+        "model": "org/model",
+        "seed": 0,
+        "environment": {"python": "3.11"},
+        "settings": {"learning_rate": 3e-4},
+        "rows": rows,
+    }
+
+
+def measured(**changes):
+    """The measured quick start, with `changes` to it."""
+    rows = {
+        "base": kl(0.0, 0.0) | nll(1.530),
+        "lora": kl(0.127) | nll(0.982),
+        "lora_null_v1": kl(0.119) | nll(0.890),
+        "lora_null_v2": kl(0.049, 0.004) | nll(0.957),
+    }
+    return raw(**(rows | changes))
+
+
+def say(**methods):
+    return headline(parse_results(raw(**methods)))
+
+
+def write(folder, results):
+    (folder / "results.json").write_text(json.dumps(results))
+    write_report(folder)
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+# --- marks ---
+
+
+def estimates(*pairs):
+    return [pair and Estimate(*pair) for pair in pairs]
+
+
+def test_marks_only_beyond_the_combined_error():
+    # 0.10 against 0.12 is within sqrt(0.015² + 0.015²) = 0.0212; against 0.13 it is beyond.
+    assert rank_marks(estimates((0.10, 0.015), (0.12, 0.015), (0.5, 0.015)), False) == [None, None, None]
+    assert rank_marks(estimates((0.10, 0.015), (0.13, 0.015), (0.5, 0.015)), False) == ["best", "second", None]
+    assert rank_marks(estimates((0.10, 0.015), (0.13, 0.015), (0.14, 0.015)), False) == ["best", None, None]
+
+
+def test_marks_follow_the_better_direction():
+    assert rank_marks(estimates((0.1, 0.01), (0.3, 0.01), (0.2, 0.01)), True) == [None, "best", "second"]
+
+
+def test_no_mark_without_an_error_or_a_rival():
+    assert rank_marks(estimates((0.1, None), (0.9, None)), True) == [None, None]
+    assert rank_marks(estimates((0.1, 0.01)), True) == [None]
+    assert rank_marks(estimates(None, (0.1, 0.01), (0.5, 0.01)), True) == [None, None, "best"]
+
+
+def test_the_base_is_never_marked():
+    table = build_table(parse_results(measured()))
+    assert all(column.cells[0].mark is None for column in table.columns)
+    column = next(column for column in table.columns if column.title == "NQ KL")
+    assert [cell.mark for cell in column.cells] == [None, None, None, "best"]  # LoRA and v1 are within error
+
+
+# --- cells ---
+
+
+def test_numbers_as_the_errors_warrant():
+    assert decimals("fraction", estimates((0.3, 0.021))) == 1
+    assert decimals("fraction", estimates((0.3, 0.004))) == 2
+    assert str(show(Estimate(0.3421, 0.021), "fraction", 1)) == "34.2 ± 2.1"
+    assert str(show(Estimate(0.9571, 0.0121), "nats", 3)) == "0.957 ± 0.012"
+    assert show(Estimate(-0.00001, None), "nats", 3).text == "0.000"
+    assert decimals("nats", estimates((0.005, 0.0003))) == 4  # "± 0.000" would claim too much
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, "–"), (9_773_056, "9.8M"), (336e6, "336M"), (8366e6, "8,366M"), (460_800, "461K")]
+)
+def test_counts_as_in_the_paper(number, text):
+    assert count(number) == text
+
+
+def test_missing_stays_missing(tmp_path):
+    html, text = write(tmp_path, measured(lora=nll(0.982)))
+    assert "| LoRA | 9.8M | – | **" not in text and re.search(r"\| LoRA \| 9\.8M \| – \| 0\.982", text)
+    assert "nan" not in text.lower() and "None" not in text + html
+    assert "No value of KL to base on NQ for LoRA." in text
+
+
+def test_a_value_that_is_not_finite_is_said_and_not_ranked(tmp_path):
+    results = measured(lora=kl(float("nan")) | nll(0.982))
+    assert "not finite" in [
+        cell.text for column in build_table(parse_results(results)).columns for cell in column.cells
+    ]
+    assert "No value of KL to base on NQ for LoRA." in write(tmp_path, results)[1]
+
+
+def test_average_is_over_fractions_only():
+    both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task") | nll(1.0)
+    names, means = average(parse_results(raw(base=both, lora=both)))
+    assert names == ["nq_open", "gsm8k"]
+    assert means[1].value == pytest.approx(0.3) and means[1].stderr == pytest.approx(0.01 / 2**0.5)
+
+
+def test_no_average_of_one_fraction_nor_over_a_missing_one():
+    assert average(parse_results(raw(base={}, lora=share("nq_open", 0.2) | nll(1.0)))) == ([], [])
+    both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
+    assert average(parse_results(raw(base=share("nq_open", 0.2), lora=both)))[1][0] is None
+
+
+def test_labels_tell_rows_of_one_method_apart():
+    results = measured()
+    results["rows"] += [results["rows"][3] | {"rank": 64}, results["rows"][1] | {"variant": "long"}]
+    assert parse_results(results).labels() == [
+        "base", "LoRA", "LoRA-Null-v1", "LoRA-Null-v2 (r = 32)", "LoRA-Null-v2 (r = 64)", "LoRA (long)"
+    ]  # fmt: skip
+
+
+# --- headline ---
+
+
+def test_headline_of_the_measured_run():
+    said = headline(parse_results(measured()))
+    assert said.startswith(
+        "LoRA-Null-v2 forgot least: KL to base on NQ 0.049 ± 0.004 against LoRA's 0.127 ± 0.010 (61% less), "
+        "and learned more (GSM8K NLL 0.957 ± 0.010 against 0.982 ± 0.010)."
+    )
+    assert "LoRA-Null-v1 learned most: GSM8K NLL 0.890 ± 0.010 against LoRA's 0.982 ± 0.010." in said
+
+
+def test_headline_when_lora_wins_both():
+    said = say(base=kl(0, 0) | nll(1.5), lora=kl(0.1) | nll(0.8), lora_null_v1=kl(0.3) | nll(0.9))
+    assert said.startswith("LoRA forgot least: KL to base on NQ 0.100 ± 0.010 against LoRA-Null-v1's 0.300 ± 0.010")
+    assert said.endswith("and learned more (GSM8K NLL 0.800 ± 0.010 against 0.900 ± 0.010). LoRA also learned most.")
+
+
+def test_headline_tells_that_the_best_keeper_learned_less():
+    said = say(base=kl(0, 0) | nll(1.5), lora=kl(0.3) | nll(0.8), lora_null_v2=kl(0.1) | nll(1.4))
+    assert "LoRA-Null-v2 forgot least" in said and "but learned less (GSM8K NLL 1.400" in said
+    assert "LoRA learned most" in said
+
+
+def test_headline_within_the_error():
+    said = say(base=kl(0, 0) | nll(1.5), lora=kl(0.127) | nll(0.98), lora_null_v1=kl(0.119) | nll(0.975))
+    assert "Forgetting is not distinguishable between the methods" in said
+    assert "Learning is not distinguishable between the methods" in said
+    assert "least" not in said and "most" not in said
+
+
+def test_headline_names_who_ties_with_the_best():
+    said = headline(parse_results(measured(lora_null_v1=kl(0.052) | nll(0.890))))
+    assert "LoRA-Null-v2 forgot least" in said and "LoRA-Null-v1 is not distinguishable from LoRA-Null-v2." in said
+
+
+def test_headline_without_errors_claims_nothing():
+    said = say(base=kl(0, None), lora=kl(0.3, None), lora_null_v2=kl(0.1, None))
+    assert said.startswith("Without standard errors no method can be called best in forgetting")
+    assert "forgot least" not in said
+
+
+def test_headline_of_one_method():
+    said = say(base=kl(0, 0) | nll(1.5), lora=kl(0.1) | nll(0.8))
+    assert (
+        said == "LoRA: KL to base on NQ 0.100 ± 0.010. LoRA: GSM8K NLL 1.500 ± 0.010 before and 0.800 ± 0.010 after."
+    )
+    assert "not distinguishable" in say(base=nll(1.5), lora=nll(1.495))
+
+
+def test_headline_of_the_base_alone_and_without_metrics():
+    assert say(base=kl(0, 0)) == "Only the untouched base was evaluated: there is no method to compare yet."
+    assert say(base={}, lora={}).startswith("Forgetting was not measured")
+
+
+def test_headline_without_retention_or_task():
+    without_retention = say(base=nll(1.5), lora=nll(0.8), pissa=nll(1.0))
+    assert "LoRA learned most" in without_retention and "Forgetting was not measured" in without_retention
+    without_task = say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.1))
+    assert "PiSSA forgot least" in without_task and "Learning was not measured" in without_task
+
+
+def test_forgetting_is_the_mean_loss_of_retention_where_no_kl_was_measured():
+    before = share("triviaqa", 0.60) | share("nq_open", 0.20) | {"nq nll": metric(4.2, 0.1, "retention", "nats")}
+    after = share("triviaqa", 0.50) | share("nq_open", 0.16)
+    results = parse_results(raw(base=before, lora=after, lora_null_v1=before))
+    assert forgetting(results).estimates[1].value == pytest.approx(0.07)  # fractions alone: no sum with nats
+    assert headline(results).startswith("LoRA-Null-v1 forgot least: mean loss of retention")
+    assert "7.00 ± 0.71 points" in headline(results)
+
+
+def test_retention_without_a_base_is_compared_as_it_is():
+    results = parse_results(raw(base={}, lora=share("nq_open", 0.1), pissa=share("nq_open", 0.3)))
+    assert forgetting(results).higher_is_better
+    assert headline(results).startswith("PiSSA forgot least: NQ open 30.0")
+
+
+def test_verdicts_name_rows():
+    kept, learned = verdicts(parse_results(measured()))
+    assert (kept.winners, learned.winners) == ([3], [2])
+    assert learning(parse_results(measured())).measured == [2, 3, 1]
+
+
+# --- files ---
+
+
+def test_report_is_one_file_that_loads_nothing(tmp_path):
+    html, text = write(tmp_path, measured())
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s]+)""", html)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in html and "@import" not in html
+    assert re.search(r'alt="Learning against forgetting\. [^"]*LoRA-Null-v2: [^"]*0\.049', html)
+    assert 'scope="row"' in html and 'scope="col"' in html
+    assert "![Learning against" in text and "(forgetting.png)" in text
+    assert 'from_pretrained(base, "lora-null-v2/adapter")' in text
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", "report.html", "forgetting.png"}
+
+
+def test_everything_is_escaped(tmp_path):
+    results = measured()
+    results["model"] = "<script>alert(1)</script>"
+    results["rows"][1]["method"] = "<b>|x|_$y$"
+    results["settings"]["note"] = "<img src=http://example.com>"
+    html, text = write(tmp_path, results)
+    assert "<script" not in html and "<img src=http" not in html and "&lt;b&gt;|x|" in html
+    assert r"\<b\>\|x\|\_\$y\$" in text and r"\<img" in text
+    assert escape_markdown("a\nb|c") == r"a b\|c"
+
+
+def test_markdown_marks_and_columns(tmp_path):
+    _, text = write(tmp_path, measured())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0].startswith(r"| Method | \#Params | NQ KL ↓ | GSM8K NLL ↓ | Drift |")
+    assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1
+    assert "| **0.049 ± 0.004** | <u>0.957 ± 0.010</u> |" in rows[-1]
+    assert text[text.index(rows[0]) - 2 : text.index(rows[0])] == "\n\n"  # else it is no table
+
+
+def test_full_fine_tuning_has_no_adapter_to_load(tmp_path):
+    results = raw(base=nll(1.5), full=nll(0.8))
+    results["rows"][1]["adapter_params"] = None
+    assert "PeftModel" not in "".join(write(tmp_path, results))
+
+
+def test_rebuilding_gives_the_same_bytes(tmp_path):
+    write_log(tmp_path / "lora", [{"step": step, "loss": 1 / step, "drift_mean": 0.01} for step in range(1, 9)])
+    write(tmp_path, measured())
+    names = ("report.md", "report.html", "forgetting.png")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    write_report(tmp_path)
+    assert before == [(tmp_path / name).read_bytes() for name in names]
+
+
+# --- pictures and logs ---
+
+
+def is_picture(png):
+    return png.startswith(b"\x89PNG") and len(png) > 5_000
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        measured(),
+        raw(base=kl(0, 0) | nll(1.5), lora=kl(0.1, None) | nll(1.6, None)),  # unlearned, no errors
+        raw(base=nll(1.5), lora=nll(0.8), pissa=nll(0.9)),  # no retention
+        raw(base={}, lora=nll(0.8) | share("nq_open", 0.2)),  # no base
+        raw(base={}, lora={}),
+        raw(base=kl(0, 0) | nll(1.5)),
+        raw(base=kl(0, 0) | nll(1.5), **{f"method_{i}": kl(0.1) | nll(1) for i in range(12)}),  # all in one place
+    ],
+    ids=["measured", "unlearned", "no retention", "no base", "nothing", "base alone", "twelve"],
+)
+def test_a_picture_is_always_drawn(results):
+    assert is_picture(forgetting_png(parse_results(results)))
+
+
+def test_a_long_or_odd_name_is_drawn():
+    assert is_picture(forgetting_png(parse_results(measured(**{"x" * 80 + " $\\frac{": kl(0.1) | nll(0.9)}))))
+
+
+def test_colors_belong_to_methods():
+    assert row_colors(parse_results(measured()))[1:] == [COLORS[m] for m in ("lora", "lora-null-v1", "lora-null-v2")]
+    colors = row_colors(parse_results(raw(base={}, mine={}, lora={}, yours={})))
+    assert len(set(colors)) == 4
+
+
+def write_log(folder, entries, tail=""):
+    folder.mkdir(exist_ok=True)
+    (folder / "train_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + tail)
+
+
+def test_log_of_a_killed_and_resumed_run(tmp_path):
+    entries = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0, "drift_mean": None}]
+    write_log(tmp_path, entries, '{"step": 3, "lo')
+    log = load_log(tmp_path / "train_log.jsonl")
+    assert log.series("loss") == ([1, 2], [2.0, 1.0]) and log.series("drift_mean") == ([], [])
+    assert log.unreadable == 1
+    assert load_log(tmp_path / "missing.jsonl").entries == []
+
+
+def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
+    results = parse_results(measured())
+    write_log(tmp_path / "lora", [{"step": step, "loss": 1.0} for step in range(40)])
+    logs = [load_log(tmp_path / row.method / "train_log.jsonl") for row in results.rows]
+    assert is_picture(curves_png(results, logs, "loss", "Loss"))
+    assert curves_png(results, logs, "drift_mean", "Drift") is None
+    html, text = write(tmp_path, measured())
+    assert "No training log for LoRA-Null-v1, LoRA-Null-v2" in html and html.count("<figure>") == 2
+    assert "No training log for LoRA-Null-v1, LoRA-Null-v2" in text
+
+
+# --- terminal ---
+
+
+def printed(results, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_table(results, console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_terminal_table_fits_and_holds_everything(width):
+    text = printed(measured(), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(word in text for word in ("LoRA-Null-v2", "0.049 ± 0.004", "9.8M", "0.8%"))
+
+
+def test_terminal_takes_names_literally():
+    assert "[bold]x[/nope]" in printed(measured(**{"[bold]x[/nope]": kl(0.2)}), 200)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "not valid JSON"),
+        ("[]", "the whole file"),
+        ('{"schema": 2, "recipe": "a", "model": "b", "rows": [{"method": "base"}]}', "schema"),
+        ('{"schema": 1, "recipe": "a", "model": "b", "rows": []}', "rows"),
+        ('{"schema": 1, "recipe": "a", "model": "b", "rows": [{"method": "lora"}]}', "untouched base"),
+        ('{"schema": 1, "recipe": "a", "model": "b", "rows": [{"method": "base", "rank": "x"}]}', "rows.0.rank"),
+    ],
+)
+def test_a_malformed_file_is_a_mistake_in_one_line(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_results(tmp_path)
+    assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
