@@ -117,7 +117,7 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
         "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
         "snippet": None if best is None else peft_snippet(results.model, f"{folders[best]}/adapter"),
-        "adapter_folders": [f"{folders[i]}/adapter" for i in adapters if i != best],
+        "adapter_folders": list(dict.fromkeys(f"{folders[i]}/adapter" for i in adapters if i != best)),
         "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),
         "environment": _flat(results.environment),
     }

@@ -213,11 +213,12 @@ def _times(row: Row) -> str:
 
 
 def _time(seconds: float | None) -> str:
+    """`seconds` in the unit that suits them, held together by a no-break space."""
     if seconds is None:
         return MISSING
     if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}\u00a0s" if seconds >= 9.95 else f"{seconds:.1f}\u00a0s"
+    return f"{seconds / 60:.0f}\u00a0min" if seconds < 5970 else f"{seconds / 3600:.1f}\u00a0h"
 
 
 def _memory(row: Row) -> str:
