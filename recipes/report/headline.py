@@ -160,6 +160,9 @@ def _verdict(
     if len(ties) == len(rest):
         sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
         return Verdict(title, [], extremes, sentence, unmeasured)
+    if noun == "learning" and _not_above_base(measure, best):
+        sentence = f"No method learned more than the base knew ({measure.text(0)}) beyond the error: {extremes}."
+        return Verdict(title, [], f"None above the base's {measure.text(0)}. {extremes}", sentence, unmeasured)
     against = _reference(results, [i for i in rest if i not in ties])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
     detail += _percent_less(measure, best, against)
@@ -167,6 +170,14 @@ def _verdict(
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
+
+
+def _not_above_base(measure: Measure, best: int) -> bool:
+    """Whether even the best row is not better than the base beyond the error; False where that is unknown."""
+    change = measure.change(best)
+    if change is None or measure.unknown_error([0]):
+        return False
+    return not measure.separated(best, 0) or (change > 0) != measure.higher_is_better
 
 
 def _reference(results: Results, beaten: list[int]) -> int:
@@ -178,7 +189,8 @@ def _percent_less(measure: Measure, best: int, against: int) -> str:
     a, b = measure.estimates[best].value, measure.estimates[against].value
     if measure.higher_is_better or a < 0 or b <= 0 or measure.title.endswith("NLL"):
         return ""  # a ratio means something only for what starts at zero, the base
-    return f" ({100 * (b - a) / b:.0f}% less)"
+    percent = f"{100 * (b - a) / b:.0f}"
+    return f" ({'over 99' if percent == '100' and a else percent}% less)"
 
 
 def _meanwhile(other: Measure | None, best: int, against: int) -> str:
@@ -186,12 +198,12 @@ def _meanwhile(other: Measure | None, best: int, against: int) -> str:
     if other is None or not {best, against} <= set(other.measured):
         return ""
     numbers = f"{other.title} {other.text(best)} against {other.text(against)}"
-    if other.unknown_error([best, against]):
+    better = min((best, against), key=other.measured.index)
+    if other.unknown_error([best, against]) or _not_above_base(other, better):
         return f", at {numbers}"
     if not other.separated(best, against):
         return f", with learning not distinguishable ({numbers})"
-    better = other.measured.index(best) < other.measured.index(against)
-    return f", {'and learned more' if better else 'but learned less'} ({numbers})"
+    return f", {'and learned more' if better == best else 'but learned less'} ({numbers})"
 
 
 def _single(results: Results, measure: Measure) -> str:

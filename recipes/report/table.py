@@ -84,7 +84,7 @@ def separated(a: Estimate, b: Estimate) -> bool:
 
 
 def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> list[Literal["best", "second"] | None]:
-    """Mark the best, and the second best, of `estimates`, each only where it is `separated` from the next.
+    """Mark the best, and the second best, of `estimates`, each only where it is `separated` from all that are worse.
 
     A second best is marked only below a marked best: underlining the loser of a tie would invent an order.
     """
@@ -93,8 +93,8 @@ def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> 
         key=lambda i: estimates[i].value * (-1 if higher_is_better else 1),
     )
     marks: list[Literal["best", "second"] | None] = [None] * len(estimates)
-    for mark, better, next_best in zip(("best", "second"), order, order[1:]):
-        if not separated(estimates[better], estimates[next_best]):
+    for mark, (place, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
+        if not all(separated(estimates[better], estimates[worse]) for worse in order[place:]):
             break
         marks[better] = mark
     return marks
@@ -126,12 +126,12 @@ def metric_title(name: str) -> str:
 def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
     """Decimals that the standard errors warrant: one for a percentage known to a point or worse, else two; nats three.
 
-    One more where three would print an error as 0.000.
+    More where the smallest error would be printed as zero.
     """
     errors = [estimate.stderr for estimate in estimates if estimate and estimate.stderr]
     if unit in ("fraction", "points"):
         return 1 if errors and min(errors) >= 0.0095 else 2
-    return 4 if errors and min(errors) < 0.0005 else 3
+    return min(6, max(3, -math.floor(math.log10(2 * min(errors))))) if errors else 3
 
 
 def show(estimate: Estimate, unit: str | None, digits: int) -> Cell:
@@ -216,7 +216,7 @@ def _time(seconds: float | None) -> str:
     """`seconds` in the unit that suits them, held together by a no-break space."""
     if seconds is None:
         return MISSING
-    if seconds < 99.5:
+    if seconds < 599.5:
         return f"{seconds:.0f}\u00a0s" if seconds >= 9.95 else f"{seconds:.1f}\u00a0s"
     return f"{seconds / 60:.0f}\u00a0min" if seconds < 5970 else f"{seconds / 3600:.1f}\u00a0h"
 

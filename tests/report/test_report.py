@@ -100,6 +100,11 @@ def test_marks_only_beyond_the_combined_error():
     assert rank_marks(estimates((0.10, 0.015), (0.13, 0.015), (0.14, 0.015)), False) == ["best", None, None]
 
 
+def test_no_best_while_any_other_is_within_its_error():
+    # The next is clear of the best, but the worst is measured so badly that it may be the best: no mark, as the headline.
+    assert rank_marks(estimates((0.10, 0.01), (0.20, 0.01), (0.25, 0.5)), False) == [None, None, None]
+
+
 def test_marks_follow_the_better_direction():
     assert rank_marks(estimates((0.1, 0.01), (0.3, 0.01), (0.2, 0.01)), True) == [None, "best", "second"]
 
@@ -127,6 +132,17 @@ def test_numbers_as_the_errors_warrant():
     assert str(show(Estimate(0.9571, 0.0121), "nats", 3)) == "0.957 ± 0.012"
     assert show(Estimate(-0.00001, None), "nats", 3).text == "0.000"
     assert decimals("nats", estimates((0.005, 0.0003))) == 4  # "± 0.000" would claim too much
+    assert decimals("nats", estimates((0.0008, 0.00003))) == 5
+    assert decimals("nats", estimates((0.1, 1e-12))) == 6
+
+
+def test_times_do_not_jump_in_coarseness():
+    results = measured()
+    for row, seconds in zip(results["rows"][1:], (95.4, 100.4, 9000.0)):
+        row["seconds"] = {"init": 9.3, "train": seconds, "eval": None}
+    column = next(column for column in build_table(parse_results(results)).columns if "train" in column.title)
+    texts = [str(cell).replace("\u00a0", " ") for cell in column.cells[1:]]
+    assert texts == ["9.3 s / 95 s / –", "9.3 s / 100 s / –", "9.3 s / 2.5 h / –"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +178,14 @@ def test_no_average_of_one_fraction_nor_over_a_missing_one():
     assert average(parse_results(raw(base={}, lora=share("nq_open", 0.2) | nll(1.0)))) == ([], [])
     both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
     assert average(parse_results(raw(base=share("nq_open", 0.2), lora=both)))[1][0] is None
+
+
+def test_the_average_is_a_column_only_of_two_fractions():
+    def titles(metrics):
+        return [column.title for column in build_table(parse_results(raw(base=metrics, lora=metrics))).columns]
+
+    two = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
+    assert "Avg %" in titles(two | nll(1.0)) and "Avg %" not in titles(share("nq_open", 0.2) | nll(1.0))
 
 
 def test_labels_tell_rows_of_one_method_apart():
@@ -212,6 +236,24 @@ def test_headline_without_errors_claims_nothing():
     said = say(base=kl(0, None), lora=kl(0.3, None), lora_null_v2=kl(0.1, None))
     assert said.startswith("Without standard errors no method can be called best in forgetting")
     assert "forgot least" not in said
+
+
+def test_nobody_learned_most_when_none_is_above_the_base():
+    """A method that merely lost least is not praised for learning."""
+    task = {
+        name: share("gsm8k", value, role="task") for name, value in {"base": 0.5, "lora": 0.3, "pissa": 0.5}.items()
+    }
+    results = parse_results(raw(**task))
+    assert headline(results).startswith("No method learned more than the base knew (50.0 ± 1.0%) beyond the error")
+    kept = say(base=kl(0, 0) | task["base"], lora=kl(0.3) | task["lora"], pissa=kl(0.1) | task["pissa"])
+    assert "learned more (" not in kept and "(67% less), at GSM8K 50.0 ± 1.0% against 30.0 ± 1.0%." in kept
+    assert "learned most" not in headline(results) and verdicts(results)[0].winners == []
+    assert "LoRA learned most" in say(**(task | {"lora": share("gsm8k", 0.6, role="task")}))
+
+
+def test_a_hundred_percent_less_is_said_of_zero_alone():
+    assert "(over 99% less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))
+    assert "(100% less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0, 0.0))
 
 
 def test_headline_of_one_method():
@@ -305,6 +347,13 @@ def test_rebuilding_gives_the_same_bytes(tmp_path):
     assert before == [(tmp_path / name).read_bytes() for name in names]
 
 
+def test_a_failed_write_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "report.html").mkdir()  # cannot be replaced by a file
+    with pytest.raises(OSError):
+        write(tmp_path, measured())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 # --- pictures and logs ---
 
 
@@ -321,9 +370,9 @@ def is_picture(png):
         raw(base={}, lora=nll(0.8) | share("nq_open", 0.2)),  # no base
         raw(base={}, lora={}),
         raw(base=kl(0, 0) | nll(1.5)),
-        raw(base=kl(0, 0) | nll(1.5), **{f"method_{i}": kl(0.1) | nll(1) for i in range(12)}),  # all in one place
+        raw(base=kl(0, 0) | nll(1.5), **{f"method_{i}": kl(0.1) | nll(1) for i in range(8)}),  # all in one place
     ],
-    ids=["measured", "unlearned", "no retention", "no base", "nothing", "base alone", "twelve"],
+    ids=["measured", "unlearned", "no retention", "no base", "nothing", "base alone", "eight"],
 )
 def test_a_picture_is_always_drawn(results):
     assert is_picture(forgetting_png(parse_results(results)))
