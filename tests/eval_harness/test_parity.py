@@ -1,6 +1,7 @@
 """Our values for a saved adapter are those of the lm_eval command line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -98,8 +99,11 @@ def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, hal
     }
     assert set(ours) == set(pairs)
     for name, (task, metric, filter_) in pairs.items():
-        assert ours[name]["value"] == expected[task][f"{metric},{filter_}"], name
-        if metric != "perplexity":  # whose standard error is bootstrapped
+        value = expected[task][f"{metric},{filter_}"]
+        if metric == "perplexity":  # exp of a float32 sum, whose last bits depend on the number of threads
+            assert math.log(ours[name]["value"]) == pytest.approx(math.log(value), rel=1e-6), name
+        else:
+            assert ours[name]["value"] == value, name
             assert ours[name]["stderr"] == expected[task][f"{metric}_stderr,{filter_}"], name
     assert 0 < ours["nq_open"]["value"] < 1 and 0 < ours["sciq/acc"]["value"] < 1
     assert ours["lambada_openai/perplexity"]["unit"] == "perplexity"
