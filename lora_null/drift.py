@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
 from lora_null.calibration import Calibration
+from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers
 
@@ -96,8 +97,10 @@ def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: 
     stats = calibration.input_of(name)
     scale = calibration.output_energy[name] ** -0.5
     A = layer.lora_A[adapter_name].weight
-    if A.requires_grad or stats.gram is None:
+    if A.requires_grad:
         return _Probe(stats.sketch.float(), False, scale)
-    A = A.detach().to(stats.gram)
-    values, vectors = torch.linalg.eigh(A @ stats.gram @ A.T)
-    return _Probe((vectors * values.clamp(min=0).sqrt()).contiguous(), True, scale)
+    if name in calibration.projected:
+        return _Probe(calibration.projected[name], True, scale)
+    if stats.gram is not None:
+        return _Probe(projected_inputs(A, stats.gram), True, scale)
+    return _Probe(stats.sketch.float(), False, scale)

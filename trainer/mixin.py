@@ -19,15 +19,9 @@ from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter
 from lora_null.errors import UserError
 from lora_null.files import write_safetensors
-from lora_null.initialize import (
-    MIN_TOKENS,
-    LayerReport,
-    check_layers,
-    initialize_from,
-    load_initialization,
-    save_initialization,
-)
+from lora_null.initialize import InitOptions, LayerReport, check_layers, load_initialization, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.preflight import check_batch, check_trainable
 
@@ -45,7 +39,8 @@ class LoraNullMixin:
         calibration_dataset: texts, rows with `text` or `input_ids`, or ready batches; see `as_batches`. Needed by
             LoRA-Null; for other adapters optional, and then only the drift depends on it.
         calibration_args: how windows are cut from texts.
-        init_solver: see `lora_null.nullspace.bottom_eigenspace`.
+        init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
+        init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
 
     Raises:
         UserError: LoRA-Null without calibration data, or a batch from which nothing or no end would be learned.
@@ -56,20 +51,23 @@ class LoraNullMixin:
         *args: Any,
         calibration_dataset: Iterable[Any] | None = None,
         calibration_args: CalibrationArgs | None = None,
-        init_solver: str = "auto",
+        init_options: InitOptions | None = None,
+        init_folder: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._calibration_dataset = calibration_dataset
         self._calibration_args = calibration_args or CalibrationArgs(seed=self.args.seed)
-        self._init_solver = init_solver
+        defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
+        self._init_options = init_options or defaults
+        self._init_folder = init_folder and find_initialization(Path(init_folder))
         self._prepared = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | None = None
         if self._starts_lora_null:
             check_layers(self.model, adapted_layers(self.model))
-            if calibration_dataset is None:
+            if calibration_dataset is None and init_folder is None:
                 raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
 
     @property
@@ -105,43 +103,43 @@ class LoraNullMixin:
             return
         if resuming:
             self._restore()
-        elif self._calibration_dataset is not None:
+        elif self._calibration_dataset is not None or self._starts_lora_null:
             self._initialize()
         check_trainable(self.model, self._expected_trainable())
 
     def _initialize(self) -> None:
-        calibration = self._measure()
-        if self._starts_lora_null:
-            self.layer_report = initialize_from(
-                self.model,
-                calibration,
-                solver=self._init_solver,
-                seed=self.args.seed,
-                progress=not self.args.disable_tqdm,
+        if not self._starts_lora_null:
+            calibration = self._measure()
+        elif self._init_folder is not None:
+            self.layer_report, calibration = load_initialization(self._init_folder, self.model)
+            if self.args.should_save:
+                copy_store(self._init_folder, self.init_dir)
+        else:
+            self.layer_report, calibration = start_adapter(
+                self.model, self._batches(), self._init_options, folder=self.init_dir
             )
         self.drift_meter = DriftMeter(self.model, calibration)
         if self.args.should_save:
             self.drift_meter.save(self.init_dir / DRIFT_FILE)
-            if self.layer_report is not None:
-                save_initialization(self.init_dir, self.model, self.layer_report)
         self.accelerator.wait_for_everyone()
 
-    def _measure(self) -> Calibration:
+    def _batches(self) -> list[dict[str, Any]]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        batches = as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+        return as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+
+    def _measure(self) -> Calibration:
         return measure_inputs(
             self.model,
             adapted_layers(self.model),
-            batches,
-            gram=self._starts_lora_null,
-            min_tokens=MIN_TOKENS if self._starts_lora_null else 1,
+            self._batches(),
+            gram=False,
             seed=self.args.seed,
             progress=not self.args.disable_tqdm,
         )
 
     def _restore(self) -> None:
         if self._starts_lora_null:
-            self.layer_report = load_initialization(self.init_dir, self.model)
+            self.layer_report, _ = load_initialization(self.init_dir, self.model)
         if (self.init_dir / DRIFT_FILE).is_file():
             self.drift_meter = DriftMeter.load(self.init_dir / DRIFT_FILE, self.model)
 
