@@ -24,7 +24,7 @@ SHAPES = {
     "qwen2": tf.Qwen2Config(**GATED),
     "qwen3": tf.Qwen3Config(**GATED, head_dim=8),
     "gemma": tf.GemmaConfig(**GATED, head_dim=8),
-    "gemma2": tf.Gemma2Config(**GATED, head_dim=8, sliding_window=4),
+    "gemma2": tf.Gemma2Config(**GATED, head_dim=8, sliding_window=8),
     "gemma3": tf.Gemma3TextConfig(**{**GATED, "num_hidden_layers": 7}, head_dim=8, sliding_window=4),
     "phi": tf.PhiConfig(**GATED),
     "phi3": tf.Phi3Config(**GATED),
