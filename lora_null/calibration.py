@@ -148,8 +148,9 @@ def measure_inputs(
             zero, NaN or infinite.
     """
     start = time.perf_counter()
-    mine = token_batches(checked_batches(batches, min_tokens), input_device(model), seed)
-    meter = InputMeter(modules, gram=gram)
+    batches = checked_batches(batches, min_tokens)
+    mine = token_batches(batches, input_device(model), seed)
+    meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
     with measuring(model), meter.attached():
         for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
             meter.begin(batch)
@@ -165,10 +166,15 @@ def checked_batches(batches: Iterable[Mapping[str, Any]], min_tokens: int) -> li
     batches = list(batches)
     if not batches:
         raise UserError("calibration: there is no batch to measure")
-    tokens = sum(int(torch.as_tensor(batch["attention_mask"]).sum()) for batch in batches)
+    tokens = count_tokens(batches)
     if tokens < min_tokens:
         raise UserError(f"calibration: only {tokens} tokens, at least {min_tokens} are needed")
     return batches
+
+
+def count_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Return the number of tokens in the batches, padding excluded."""
+    return sum(int(torch.as_tensor(batch["attention_mask"]).sum()) for batch in batches)
 
 
 @contextlib.contextmanager
@@ -198,10 +204,12 @@ class InputMeter:
     Args:
         modules: name → linear, or the layer that wraps it.
         gram: whether to add up C as well.
+        tokens: N, how many tokens there are in all batches of all ranks.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, gram: bool) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], *, gram: bool, tokens: int) -> None:
         self.modules = modules
+        self.tokens = tokens
         self.with_gram = gram
         self.stats: dict[str, InputStats] = {}  # by leader: the first module to read the input
         self.grams: dict[str, Gram] = {}
@@ -254,7 +262,7 @@ class InputMeter:
             sketch = torch.zeros(x.shape[-1], SKETCH_COLUMNS, dtype=torch.float64, device=x.device)
             self.stats[name] = InputStats([], None, sketch)
             if self.with_gram:
-                self.grams[name] = Gram(x.shape[-1], x.device)
+                self.grams[name] = Gram(x.shape[-1], x.device, self.tokens)
         if name not in self.stats[now].modules:
             self.stats[now].modules.append(name)
         return now

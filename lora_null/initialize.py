@@ -38,7 +38,7 @@ class LayerReport:
 
     Attributes:
         layers: one `LayerStats` per adapted linear, in the model's order.
-        seconds: wall time of the parts: calibrate (forward passes and Grams), solve, write.
+        seconds: wall time of the parts: calibrate (forward passes and Grams), solve (over all ranks), all.
         tokens: calibration tokens.
         base: fingerprint of the base weights it was made for.
     """
@@ -56,7 +56,7 @@ class LayerReport:
         worst = max(self.layers, key=lambda layer: layer.leakage)
         energy = sum(layer.energy for layer in self.layers) / len(self.layers)
         return (
-            f"LoRA-Null: {len(self.layers)} layers from {self.tokens} tokens in {sum(self.seconds.values()):.1f} s; "
+            f"LoRA-Null: {len(self.layers)} layers from {self.tokens} tokens in {self.seconds['all']:.1f} s; "
             f"leakage at most {worst.leakage:.1e} ({worst.name}), {energy:.2%} of the weights' energy"
         )
 

@@ -25,6 +25,7 @@ from lora_null.calibration import (
     TokenBatch,
     backbone,
     checked_batches,
+    count_tokens,
     input_device,
     measuring,
     sum_over_ranks,
@@ -99,6 +100,7 @@ def walk_layers(
         UserError: as `measure_inputs`.
     """
     batches = checked_batches(batches, min_tokens)
+    tokens = count_tokens(batches)
     layers = decoder_layers(model, modules)
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
@@ -116,7 +118,7 @@ def walk_layers(
             targets = _inside(name, modules)
             with _resident(layers[name], name, states.device, weights):
                 start = time.perf_counter()
-                meter = InputMeter({} if skip(name) else targets, gram=gram)
+                meter = InputMeter({} if skip(name) else targets, gram=gram, tokens=tokens)
                 with meter.attached():
                     for batch, call, at in zip(mine, calls, range(len(mine))):
                         meter.begin(batch)

@@ -11,7 +11,7 @@ import datasets
 
 from lora_null.errors import UserError, nearest
 from lora_null.eval_harness import AnswerTask, LmEvalTask
-from lora_null.recipes.schema import AnswersEntry, DataSection, EvalSection, Recipe
+from lora_null.recipes.schema import AnswersEntry, CalibrationSection, DataSection, EvalSection
 from lora_null.recipes.templates import render
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -95,13 +95,12 @@ def training_rows(data: DataSection) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
 
 
-def calibration_texts(recipe: Recipe) -> list[str]:
+def calibration_texts(section: CalibrationSection) -> list[str]:
     """Return the calibration texts: one field of each row, or a template filled with several.
 
     Raises:
         UserError: as `load_rows`, and for a missing field.
     """
-    section = recipe.calibration
     rows = load_rows(section.path, subset=section.subset, split=section.split, where="calibration")
     if section.template is None:
         need_field(rows, section.field, "calibration.field")

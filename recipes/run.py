@@ -145,7 +145,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
     set_seed(recipe.seed)
     training_arguments(recipe, Path(recipe.output_dir))
-    rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe), eval_tasks(recipe.eval)
+    rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe.calibration), eval_tasks(recipe.eval)
     validate_tasks(tasks)
     name = resolve_name(recipe.model)
     plans = plan_methods(recipe, load_config(recipe.model, name))

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import random_batches, save_tiny, tiny_model
+from tiny import random_batches, tiny_model
 from torch import nn
 
 from lora_null import LoraNullConfig, UserError
@@ -13,7 +13,6 @@ from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.weight_files import WeightFiles
 
 BATCHES = random_batches(count=3, size=4)
 SMALL = dict(vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
@@ -67,7 +66,7 @@ def test_grams_equal_the_hook_form(shape):
 
 
 def test_grams_equal_the_oracle_without_padding():
-    model, names = tiny_model().double().eval(), None
+    model = tiny_model().double().eval()
     modules = targets(model)
     X = oracle.capture_inputs(model, modules, BATCHES)
     for part in dict(walk_layers(model, modules, BATCHES, progress=False)).values():
@@ -75,7 +74,6 @@ def test_grams_equal_the_oracle_without_padding():
             for name in stats.modules:
                 expected = X[name] @ X[name].T
                 assert torch.allclose(stats.gram, torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
-    assert names is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,7 +83,7 @@ def test_grams_of_low_precision_inputs_are_exact_to_their_own_rounding(dtype):
 
     scales = torch.logspace(0, -5, 700)
     rows = (torch.randn(1500, 700, generator=torch.Generator().manual_seed(0)) * scales).to(dtype)
-    gram = Gram(700, rows.device)
+    gram = Gram(700, rows.device, tokens=len(rows))
     for chunk in rows.split(400):
         gram.add(chunk)
     exact, size = rows.double().T @ rows.double(), rows.double().abs().T @ rows.double().abs()
@@ -141,18 +139,6 @@ def test_hidden_states_wait_in_a_file_where_memory_is_short(monkeypatch):
             assert torch.equal(one.gram, other.gram)
 
 
-def test_weights_still_in_their_files_give_the_same_factors(tmp_path):
-    save_tiny(tmp_path / "model")
-    whole = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    with torch.device("meta"):
-        empty = tf.AutoModelForCausalLM.from_config(whole.config, dtype=torch.float32)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    adapted = [
-        get_peft_model(model, LoraNullConfig(r=4), low_cpu_mem_usage=model is empty) for model in (whole, empty)
-    ]
-    assert adapted
-
-
 def test_out_of_memory_is_solved_on_the_cpu_and_said(monkeypatch, capsys):
     from lora_null import initialize
 
@@ -197,8 +183,6 @@ def test_experts_are_named_not_measured_wrong():
 
 def test_nan_is_named_by_module_batch_and_sample():
     model = tiny_model().eval()
-    bad = {key: value.clone() for key, value in BATCHES[1].items()}
-    bad["input_ids"][2, 0] = 77
     model.model.embed_tokens.weight.data[77] = float("nan")
     clean = [
         {key: torch.where(value == 77, 5, value) if key == "input_ids" else value for key, value in b.items()}
@@ -209,4 +193,3 @@ def test_nan_is_named_by_module_batch_and_sample():
         UserError, match=r"sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj"
     ):
         list(walk_layers(model, targets(model), clean, progress=False))
-    assert bad is not None
