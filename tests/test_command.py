@@ -116,7 +116,7 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
     "words, line",
     [
         (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
-        (["--field", "qestion"], "no field 'qestion', did you mean 'question'"),
+        (["--field", "qestion"], "no field 'qestion' (did you mean 'question'?)"),
         (["--residual"], "--residual: only with --variant v1"),
         (["--device", "gpu"], "--device"),
         (["--model", "/nowhere"], "no folder /nowhere"),
