@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,13 +120,11 @@ def start_adapter(
     *,
     folder: Path | None = None,
     adapter_name: str = "default",
-    settle: bool = True,
 ) -> tuple[LayerReport, Calibration]:
     """`initialize_lora_null_weights`, which also returns the calibration, without Grams, for a `DriftMeter`.
 
     Args:
         folder: where to leave the result for `load_initialization`; with `options.cache` also in the cache.
-        settle: put the factors in place (v2: B to zero; v1: the residual base); False leaves A0, B0 and W0.
     """
     start = time.perf_counter()
     layers = adapted_layers(peft_model, adapter_name)
@@ -136,16 +135,17 @@ def start_adapter(
     done = broadcast(store.read_parts(place) if place and rank_and_world()[0] == 0 else {})
     _say_what_is_reused(done, layers, place)
     parts: dict[str, SolvedPart] = {}
-    measured = _parts(peft_model, layers, batches, options, done)
-    for name, part in _solved(measured, layers, adapter_name, options, done):
-        parts[name] = part
-        if place and name not in done and rank_and_world()[0] == 0:
-            store.write_part(place, name, part)
+    with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
+        measured = stack.enter_context(contextlib.closing(_parts(peft_model, layers, batches, options, done)))
+        solved = _solved(measured, layers, adapter_name, options, done)
+        for name, part in stack.enter_context(contextlib.closing(solved)):
+            parts[name] = part
+            if place and name not in done and rank_and_world()[0] == 0:
+                store.write_part(place, name, part)
     report = _report(parts, layers, base, time.perf_counter() - start)
     if rank_and_world()[0] == 0:
         _finish(report, place, folder)
-    if settle:
-        settle_adapter(peft_model, adapter_name)
+    settle_adapter(peft_model, adapter_name)
     calibration = Calibration()
     for part in parts.values():
         calibration.add(part.measured)

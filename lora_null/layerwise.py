@@ -84,7 +84,8 @@ def walk_layers(
 ) -> Iterator[tuple[str, Calibration | None]]:
     """Measure the inputs of `modules` layer by layer; yields (layer name, what its modules read) in order.
 
-    While a layer is yielded its weights are at hand. A layer without target modules is not yielded. Under an
+    While a layer is yielded its weights are at hand, and the model is in the state of `measuring`: exhaust the generator
+    or close it. A layer without target modules is not yielded. Under an
     initialized `torch.distributed` group every rank walks its share of the batches; the sums are everywhere, a Gram on
     its owner alone.
 

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import oracle
 import pytest
@@ -278,7 +280,10 @@ def test_a_killed_initialization_continues_with_the_same_bits(tmp_path, monkeypa
 
     monkeypatch.setattr(store, "write_part", write_one_and_die)
     with pytest.raises(KeyboardInterrupt):
-        start_adapter(wrapped("v1"), BATCHES, QUIET, folder=tmp_path / "killed")
+        start_adapter(wrapped("v1").train(), BATCHES, QUIET, folder=tmp_path / "killed")
+    assert torch.is_grad_enabled()
+    gc.collect()
+    assert torch.is_grad_enabled()  # nothing half done is left to be undone later
     with pytest.raises(UserError, match=r"no complete initialization"):
         load_initialization(tmp_path / "killed", wrapped("v1"))
     monkeypatch.setattr(store, "write_part", write)
