@@ -18,7 +18,6 @@ from trl import SFTConfig
 
 from lora_null.errors import UserError
 from lora_null.eval_harness import Evaluation, assert_logits_differ, evaluate, validate_tasks
-from lora_null.export import save_plain_adapter
 from lora_null.files import write_json, write_text
 from lora_null.initialize import MIN_TOKENS
 from lora_null.recipes import output
@@ -33,10 +32,11 @@ from lora_null.recipes.bases import (
 from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.progress import ProgressBar, ReleaseMemory, TrainLog
+from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import Recipe
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer.methods import make_method
 
 ROW_FILE = "row.json"
 
@@ -66,6 +66,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
+    options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
@@ -216,18 +217,19 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = {"init": trainer.init_seconds, "train": time.perf_counter() - start - trainer.init_seconds}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter_params = save_plain_adapter(model, folder / "adapter") if job.is_main else plan.saved
-    if job.is_main:
-        job.tokenizer.save_pretrained(folder / "adapter")
-    assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
-    found = _evaluate(job, model, folder, base=False) if job.tasks else None
+    diverged = diverged_at(trainer)
+    saved = None if diverged else _save(job, plan, trainer, folder)
+    if hasattr(model, "disable_adapter") and not diverged:
+        assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
+    found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
     row = {
         "method": plan.name,
         "rank": plan.rank,
-        "trainable_params": plan.trainable,
-        "adapter_params": adapter_params,
+        "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_params": saved if plan.saves == "adapter" else None,
+        "diverged": diverged,
         "metrics": found.metrics if found else {},
-        "drift": trainer.drift_meter.summary() if trainer.drift_meter else None,
+        "drift": trainer.drift_meter.summary() if trainer.drift_meter and not diverged else None,
         "seconds": {**seconds, "eval": found.seconds if found else None},
         "tokens_per_second": _tokens_per_second(trainer, seconds["train"]),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -240,19 +242,32 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     return row
 
 
+def _save(job: Job, plan: MethodPlan, trainer: LoraNullSFTTrainer, folder: Path) -> int:
+    """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters."""
+    if not job.is_main:
+        return plan.saved
+    model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
+    saved = trainer.method.save(model, place)
+    job.tokenizer.save_pretrained(place)
+    return saved
+
+
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
     recipe = job.recipe
     arguments = training_arguments(recipe, folder)
+    method = make_method(plan.name, recipe.method.options.get(plan.name))
     trainer = LoraNullSFTTrainer(
         model=load_base(recipe.model, job.model_name),
         args=arguments,
         train_dataset=job.rows,
         processing_class=job.tokenizer,
-        peft_config=adapter_config(recipe.method, plan.name),
+        peft_config=adapter_config(recipe.method, method, plan.rank),
+        method=method,
         calibration_dataset=[{"input_ids": window} for window in job.windows],
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
+    trainer.add_callback(StopDiverged())
     trainer.add_callback(ReleaseMemory())
     trainer.add_callback(ProgressBar(plan.name))
     trainer.add_callback(TrainLog(folder / "train_log.jsonl"))

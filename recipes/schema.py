@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from lora_null.errors import UserError, nearest
 from lora_null.recipes.templates import check_template
-from lora_null.trainer.methods import METHODS
+from lora_null.trainer.methods import METHODS, load_method_file, make_method
 
 # Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
@@ -47,6 +47,11 @@ class MethodSection(Section):
 
     name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names")
     rank: int = Field(128, ge=1, description="r")
+    match: str | None = Field(
+        None,
+        description="the largest rank whose trained parameters do not exceed this: a count (320M), or 'lora' at `rank`",
+    )
+    options: dict[str, dict[str, Any]] = Field({}, description="method → its own options")
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
     target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
     use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
@@ -56,12 +61,45 @@ class MethodSection(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
+        names = [known for name in names for known in (load_method_file(name) if name.endswith(".py") else [name])]
         for name in names:
             if name not in METHODS:
                 raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
         if len(set(names)) != len(names):
             raise ValueError("a method is named twice")
         return names
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _budget(cls, match: Any) -> str | None:
+        if match is not None and match != "lora":
+            parse_count(match)
+        return None if match is None else str(match)
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, chosen in options.items():
+            make_method(name, chosen)
+        return options
+
+
+def parse_count(text: Any) -> int:
+    """Return 320_000_000 for "320M"; K, M, B or no letter.
+
+    Raises:
+        ValueError: it is no positive count.
+    """
+    number, unit = str(text), 1
+    if number[-1:].upper() in ("K", "M", "B"):
+        number, unit = number[:-1], {"K": 10**3, "M": 10**6, "B": 10**9}[number[-1].upper()]
+    try:
+        count = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"{text!r} is neither a count of parameters, such as 320M, nor 'lora'")
+    return count
 
 
 class CalibrationSection(Section):
