@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import Recipe
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.methods import make_method
+from lora_null.trainer.mixin import DRIFT_FILE
 
 ROW_FILE = "row.json"
 
@@ -53,6 +56,8 @@ class Job:
     rows: datasets.Dataset
     windows: list[list[int]]
     tasks: list[Any]
+    base: Path
+    initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
 
     @property
     def is_main(self) -> bool:
@@ -121,14 +126,27 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     job = prepare(recipe, resume=resume, overwrite=overwrite)
     if not job.tasks and job.is_main:
         print("nothing to evaluate: eval.retention and eval.task are empty")
-    rows = [_base_row(job)]
+    results = run_job(job)
+    if job.is_main:
+        print_table(results)
+        print(f"report: {job.folder / 'report.html'}")
+    return job.folder
+
+
+def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Evaluate the base, train and evaluate each method, write results and report; return the results."""
+    rows = [base_row(job)]
     for plan in job.plans:
+        if plan.name not in job.recipe.method.name:
+            continue  # of another run that shares this job
         rows.append(_method_row(job, plan))
+        if after_row is not None:
+            after_row(rows[-1])
     results = {
         "schema": 1,
-        "recipe": recipe.name,
+        "recipe": job.recipe.name,
         "model": job.model_name,
-        "seed": recipe.seed,
+        "seed": job.recipe.seed,
         "environment": environment(),
         "settings": _settings(job),
         "rows": rows,
@@ -136,14 +154,27 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     if job.is_main:
         write_json(job.folder / "results.json", results)
         write_report(job.folder)
-        print_table(results)
-        print(f"report: {job.folder / 'report.html'}")
     PartialState().wait_for_everyone()
-    return job.folder
+    return results
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
+    job = inspect_recipe(recipe)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
+            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans))
+    return job
+
+
+def inspect_recipe(recipe: Recipe, *, base: Path | None = None) -> Job:
+    """Check everything that can be known before a model loads; nothing is written.
+
+    Args:
+        recipe: what to run.
+        base: the folder of the base's evaluation, where runs share one; the run's own when not given.
+    """
     set_seed(recipe.seed)
     training_arguments(recipe, Path(recipe.output_dir))
     rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe), eval_tasks(recipe.eval)
@@ -155,11 +186,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
     cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
-            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in plans))
-    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, rows, windows, tasks)
+    folder = Path(recipe.output_dir)
+    return Job(recipe, folder, name, tokenizer, plans, rows, windows, tasks, base or folder / "base")
 
 
 def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
@@ -178,7 +206,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
         job.tasks,
         limit=job.recipe.eval.limit,
         batch_size=job.recipe.eval.batch_size,
-        reference_dir=job.folder / "base",
+        reference_dir=job.base,
         record_reference=base,
         autocast_dtype=torch.bfloat16 if job.recipe.eval.bf16 else None,
     )
@@ -187,18 +215,19 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     return found
 
 
-def _base_row(job: Job) -> dict[str, Any]:
+def base_row(job: Job) -> dict[str, Any]:
+    """Evaluate the untouched base, or read back what a run that shares it found."""
     row: dict[str, Any] = {"method": "base", "rank": None, "trainable_params": None, "adapter_params": None}
     row |= {"metrics": {}, "drift": None, "seconds": {"init": None, "train": None, "eval": None}}
     row |= {"tokens_per_second": None, "peak_memory_bytes": None}
-    saved = job.folder / "base" / "eval.json"
+    saved = job.base / "eval.json"
     if not job.recipe.eval.before or not job.tasks:
         return row
     if saved.is_file():
         found = Evaluation.from_json(saved.read_text())
     else:
         model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
-        found = _evaluate(job, model, job.folder / "base", base=True)
+        found = _evaluate(job, model, job.base, base=True)
         del model
         _free()
     return row | {"metrics": found.metrics, "seconds": {"init": None, "train": None, "eval": found.seconds}}
@@ -256,6 +285,8 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
     recipe = job.recipe
     arguments = training_arguments(recipe, folder)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
+    reuses = _take_initialization(job, plan, folder)
+    set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     trainer = LoraNullSFTTrainer(
         model=load_base(recipe.model, job.model_name),
         args=arguments,
@@ -263,6 +294,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
         processing_class=job.tokenizer,
         peft_config=adapter_config(recipe.method, method, plan.rank),
         method=method,
+        reuse_init=reuses,
         calibration_dataset=[{"input_ids": window} for window in job.windows],
     )
     for callback in ProgressBar.REPLACES:
@@ -272,6 +304,17 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
     trainer.add_callback(ProgressBar(plan.name))
     trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
     return trainer
+
+
+def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
+    """Copy the initialization of a finished run that started in the same way; return whether there was one."""
+    source = job.initialized.get(plan.name)
+    if source is None or not (source / "init" / DRIFT_FILE).is_file():
+        return False
+    if job.is_main:
+        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True)
+    PartialState().wait_for_everyone()
+    return True
 
 
 def _tokens_per_second(trainer: LoraNullSFTTrainer, seconds: float) -> float | None:

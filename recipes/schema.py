@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from trl import SFTConfig
 
 from lora_null.errors import UserError, nearest
@@ -14,6 +14,8 @@ from lora_null.trainer.methods import METHODS, load_method_file, make_method
 
 # Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
+# What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
+SWEEPABLE = ("training", "method", "calibration", "data")
 TRAINING_KEYS = ({field.name for field in fields(SFTConfig) if field.init} - DECIDED) | {"total_batch_size"}
 
 
@@ -189,6 +191,46 @@ class EvalSection(Section):
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
 
 
+class GridSection(Section):
+    """Several runs that differ in what is named here alone; empty for a single run."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([], description="one run for each seed")
+    sweep: dict[str, list[Any]] = Field({}, description="recipe key → its values, every combination")
+    per_method: dict[str, dict[str, list[Any]]] = Field(
+        {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
+    )
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweepable(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for key, values in sweep.items():
+            if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
+                raise ValueError(f"{key!r} cannot be swept, only keys of {', '.join(SWEEPABLE)}")
+            if not values or len(set(map(repr, values))) < len(values):
+                raise ValueError(f"{key!r} needs values, each once")
+        return sweep
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> GridSection:
+        for name, sweep in self.per_method.items():
+            if name not in METHODS:
+                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            for key, values in sweep.items():
+                if key not in self.sweep or not values:
+                    raise ValueError(f"per_method.{name}: {key!r} is not swept, or has no values")
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.seeds or self.sweep)
+
+
 class Recipe(Section):
     """A whole recipe, resolved."""
 
@@ -200,6 +242,8 @@ class Recipe(Section):
     data: DataSection
     training: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
+    grid: GridSection = GridSection()
+    quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = ""
     seed: int = Field(0, ge=0)
 

@@ -49,6 +49,7 @@ class LoraNullMixin:
         calibration_args: how windows are cut from texts.
         init_solver: see `lora_null.nullspace.bottom_eigenspace`.
         method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
+        reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
 
     Raises:
         UserError: LoRA-Null without calibration data, or a batch from which nothing or no end would be learned.
@@ -61,6 +62,7 @@ class LoraNullMixin:
         calibration_args: CalibrationArgs | None = None,
         init_solver: str = "auto",
         method: Method | None = None,
+        reuse_init: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +75,7 @@ class LoraNullMixin:
         self._calibration_dataset = calibration_dataset
         self._calibration_args = calibration_args or CalibrationArgs(seed=self.args.seed)
         self._init_solver = init_solver
+        self._reuse_init = reuse_init
         self._prepared = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
@@ -113,7 +116,7 @@ class LoraNullMixin:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not self._measures:
             return
-        if resuming:
+        if resuming or self._reuse_init:
             self._restore()
         elif self._calibration_dataset is not None:
             self._initialize()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from .results import DISPLAY, Results, Row
+
 TABLES = Path(__file__).parent / "paper_tables.csv"
 MODELS = {
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
@@ -97,3 +99,45 @@ def comparable(model: str, metrics: list[str]) -> list[PaperRow]:
     groups = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
     rows = [row for row in paper_rows() if row.model == MODELS.get(model)]
     return [row for row in rows if groups.get(row.task_group, set()) & known]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """The paper's rows beside ours, as text: `titles` of the columns, and for each row its label and cells.
+
+    A cell is "paper / ours", either of which may be "–"; "?" marks a figure of a row that was not read exactly.
+    """
+
+    titles: list[str]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def paper_table(results: Results) -> PaperTable | None:
+    """Return the paper's figures for this model and task beside ours, None where the paper has none.
+
+    Ours are matched by method and rank.
+    """
+    names = {name: paper_name(name) for role in ("retention", "task") for name in results.metric_names(role)}
+    rows = comparable(results.model, list(names))
+    if not rows:
+        return None
+    titles = [title for title in dict.fromkeys(names.values()) if title]
+    table, notes = [], []
+    for row in rows:
+        rank = f" (r = {row.rank})" if row.rank else ""
+        label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
+        ours = next((r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)), None)
+        table.append((label, [_both(row, ours, names, title) for title in titles]))
+        if row.doubtful:
+            notes.append(f"{label}: {row.reading}; {row.note}")
+    return PaperTable(titles, table, notes)
+
+
+def _both(row: PaperRow, ours: Row | None, names: dict[str, str | None], title: str) -> str:
+    theirs = f"{row.metrics[title]:.2f}{'?' if row.doubtful else ''}" if title in row.metrics else "–"
+    metric = next((name for name, known in names.items() if known == title), None)
+    found = ours.estimate(metric) if ours and metric else None
+    if found is None:
+        return f"{theirs} / –"
+    return f"{theirs} / {found.value * (100 if ours.metrics[metric].unit == 'fraction' else 1):.2f}"

@@ -169,6 +169,8 @@ def _metric_column(results: Results, name: str) -> Column:
     for i, row in enumerate(results.rows):
         if estimates[i] is None and name in row.metrics and row.metrics[name].value is not None:
             column.cells[i] = Cell("not finite")
+        if row.diverged is not None:
+            column.cells[i] = Cell("diverged")
     return column
 
 
