@@ -27,6 +27,7 @@ from lora_null.files import write_json
 from lora_null.recipes import output
 from lora_null.recipes.environment import environment
 from lora_null.recipes.load import put
+from lora_null.recipes.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.grid import paired_difference
 from lora_null.recipes.run import ROW_FILE, Job, base_row, inspect_recipe, run_job, training_arguments
@@ -95,8 +96,7 @@ def run_grid(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     with PartialState().main_process_first():
         if is_main:
             output.claim(recipe, resume=resume, overwrite=overwrite)
-            largest = [4 * plan.saved + 3 * plan.extra_bytes for plan in whole.plans]
-            output.need_space(root, sum(largest) * len(cells) // 4)
+            output.need_space(root, _space(recipe, cells, whole.plans))
     base = base_row(whole)
     progress = Progress(root, cells)
     for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
@@ -116,6 +116,13 @@ def run_grid(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
+
+
+def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
+    """Return the bytes that the grid may take: what is saved of every run, and the checkpoints of the largest."""
+    by_name = {plan.name: plan for plan in plans}
+    saved = sum(4 * by_name[name].saved for cell in cells for name in cell.methods) if recipe.grid.keep_weights else 0
+    return saved + max(4 * plan.saved + 3 * plan.extra_bytes for plan in plans)
 
 
 def check_grid(recipe: Recipe, cells: Sequence[Cell]) -> Job:
@@ -144,7 +151,8 @@ def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None) -> Job:
     if before is None or not only_training(cell):
         before = inspect_recipe(own.model_copy(update={"method": _of_all(recipe, own)}), base=root / "base")
     started = _started_alike(recipe, root, cell) if only_training(cell) else {}
-    return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started)
+    keep = recipe.grid.keep_weights
+    return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)
 
 
 def _of_all(recipe: Recipe, own: Recipe) -> MethodSection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class Job:
     tasks: list[Any]
     base: Path
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
+    keep_weights: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -271,8 +273,10 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     return row
 
 
-def _save(job: Job, plan: MethodPlan, trainer: LoraNullSFTTrainer, folder: Path) -> int:
-    """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters."""
+def _save(job: Job, plan: MethodPlan, trainer: LoraNullSFTTrainer, folder: Path) -> int | None:
+    """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
+    if not job.keep_weights:
+        return None
     if not job.is_main:
         return plan.saved
     model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
@@ -312,9 +316,18 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     if source is None or not (source / "init" / DRIFT_FILE).is_file():
         return False
     if job.is_main:
-        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True)
+        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=_link)
     PartialState().wait_for_everyone()
     return True
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk cannot; ours are replaced whole, never written into."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _tokens_per_second(trainer: LoraNullSFTTrainer, seconds: float) -> float | None:

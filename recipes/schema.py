@@ -199,6 +199,7 @@ class GridSection(Section):
     per_method: dict[str, dict[str, list[Any]]] = Field(
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
     )
+    keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
 
     @field_validator("sweep")
     @classmethod
