@@ -30,8 +30,14 @@ def _panels(drawn: list[Frontier], kept: str, task: str):
     forgotten = [y.value for f in drawn for _, y in f.mean_path()]
     logarithmic = min(forgotten) > 0 and max(forgotten) > LOG_FROM * min(forgotten)
     for index, (axes, frontier) in enumerate(zip(panels, drawn)):
-        for other in drawn:
-            _draw(axes, other, FAINT, behind=True, from_base=not logarithmic)
+        for other in drawn:  # LoRA, what all are compared with, dashed in its own color
+            _draw(
+                axes,
+                other,
+                COLORS["lora"] if other.method == "lora" else FAINT,
+                behind=True,
+                from_base=not logarithmic,
+            )
         color = COLORS.get(frontier.method, OTHER_COLORS[index % len(OTHER_COLORS)])
         _draw(axes, frontier, color, behind=False, from_base=not logarithmic)
         axes.set_title(_wrapped(frontier.label, 18), fontsize=10, fontweight="bold", color=_darker(color), loc="left")
@@ -41,7 +47,7 @@ def _panels(drawn: list[Frontier], kept: str, task: str):
         axes.set_visible(False)
     for axes in panels[len(drawn) - wide : len(drawn)]:
         axes.tick_params(labelbottom=True)
-    figure.supxlabel(f"learned: {metric_title(task)}, change from the base  →", fontsize=10)
+    figure.supxlabel(f"learned: {metric_title(task)}, improvement on the base  →", fontsize=10)
     scale = ", logarithmic" if logarithmic else ""
     figure.supylabel(f"forgotten: {metric_title(kept)}{scale}  →", fontsize=10)
     return figure
@@ -51,7 +57,9 @@ def _draw(axes: Axes, frontier: Frontier, color: str, *, behind: bool, from_base
     path = frontier.mean_path()
     x, y = ([point[i].value for point in path] for i in (0, 1))
     start = [0.0] if from_base else []
-    axes.plot([*start, *x], [*start, *y], color=color, linewidth=1 if behind else 2, zorder=1 if behind else 3)
+    dashed = "--" if behind and frontier.method == "lora" else "-"
+    width, above = (1, 1 + (dashed == "--")) if behind else (2, 3)
+    axes.plot([*start, *x], [*start, *y], dashed, color=color, linewidth=width, zorder=above)
     if behind:
         return
     errors = [[point[i].stderr or 0 for point in path] for i in (0, 1)]

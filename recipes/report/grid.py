@@ -71,11 +71,15 @@ class Target:
     rows: list[AtEqual]
 
 
-def metric_pair(results: Results) -> tuple[str, str] | None:
-    """Return the names of the (retention, task) metrics that the frontier is drawn of: the headline's own."""
+def retention_metrics(results: Results) -> list[str]:
+    """Return the names of the retention metrics that are read at equal learning: every KL, or all if there is none."""
     kept = results.metric_names("retention")
-    kept = [n for n in kept if n.lower().split()[-1] == "kl"] or kept
-    task = results.metric_names("task")
+    return [name for name in kept if name.lower().split()[-1] == "kl"] or kept
+
+
+def metric_pair(results: Results) -> tuple[str, str] | None:
+    """Return the names of the (retention, task) metrics that the frontier is drawn of: the first of each."""
+    kept, task = retention_metrics(results), results.metric_names("task")
     return (kept[0], task[0]) if kept and task else None
 
 
@@ -137,13 +141,17 @@ def reach(
 
 
 def equal_learning(results: Results, kept: str, task: str) -> list[Target]:
-    """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first."""
+    """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first.
+
+    A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much.
+    """
     every = frontiers(results, kept, task)
     lora = next((frontier for frontier in every if frontier.method == "lora"), None)
     targets = []
     for where, (learned, _) in zip(_swept(results, "lora"), lora.mean_path() if lora else []):
-        if learned.value > 0:
-            targets.append(Target(learned.value, where, _holm(_at(every, lora, learned.value))))
+        level = min([learned.value, *(max(x for x, _ in path) for path in lora.points.values())])
+        if level > 0:
+            targets.append(Target(level, where, _holm(_at(every, lora, level))))
     return sorted(targets, key=lambda target: target.learned)
 
 
@@ -262,41 +270,35 @@ def _pm(estimate: Estimate) -> str:
 def grid_content(results: Results) -> dict[str, object]:
     """Return what the templates show of a grid: tables of text, ready to print."""
     pair = metric_pair(results)
-    kept, task = pair or ("", "")
-    targets = equal_learning(results, *pair) if pair else []
     diverged = [run for run in results.grid.cells if run.diverged is not None]
     return {
         "done": len(results.grid.cells),
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
-        "task": metric_title(task),
-        "kept": metric_title(kept),
-        "levels": [f"{metric_title(task)} {level_text(results, task, t)} (LoRA, {t.where})" for t in targets],
-        "equal": _equal_rows(targets),
-        "paired": [_paired_row(entry) for entry in results.grid.paired if entry.metric in (kept, task)],
+        "tables": [_equal_table(results, kept, pair[1]) for kept in retention_metrics(results)] if pair else [],
+        "paired": [_paired_row(entry) for entry in results.grid.paired if entry.metric in (pair or ())],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
         "diverged": [f"{DISPLAY.get(r.method, r.method)} in {r.folder} at step {r.diverged}" for r in diverged],
     }
 
 
-def _equal_rows(targets: Sequence[Target]) -> list[tuple[str, list[str]]]:
-    """One row a method: its forgetting at each level, with the difference from LoRA where seeds were compared."""
-    methods = dict.fromkeys(row.method for target in targets for row in target.rows)
-    estimates = [row.value for target in targets for row in target.rows]
-    digits = decimals("nats", estimates)
-    rows = []
-    for method in methods:
-        found = [next(row for row in target.rows if row.method == method) for target in targets]
-        rows.append((found[0].label, [_equal_text(row, digits) for row in found]))
-    return rows
+def _equal_table(results: Results, kept: str, task: str) -> dict[str, object]:
+    """One row a method: its forgetting at each level of learning."""
+    targets = equal_learning(results, kept, task)
+    rows = zip(*(target.rows for target in targets))
+    return {
+        "title": metric_title(kept),
+        "levels": [f"{metric_title(task)} {level_text(results, task, t)} (LoRA, {t.where})" for t in targets],
+        "rows": [(of_method[0].label, [_equal_text(row) for row in of_method]) for of_method in rows],
+    }
 
 
-def _equal_text(row: AtEqual, digits: int) -> str:
+def _equal_text(row: AtEqual) -> str:
     if row.value is None:
         return "not reached"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
     test = f", p = {row.p:.2g}" if row.p is not None else ""
-    return f"{show(row.value, None, digits)}{some}{test}"
+    return f"{_pm(row.value)}{some}{test}"
 
 
 def _paired_row(entry: Paired) -> tuple[str, str, str, str, str]:
@@ -306,10 +308,4 @@ def _paired_row(entry: Paired) -> tuple[str, str, str, str, str]:
     difference = Estimate(entry.mean, entry.stderr)
     p = "–" if entry.p is None else "< 0.001" if entry.p < 0.001 else f"{entry.p:.3f}"
     label = DISPLAY.get(entry.method, entry.method)
-    return (
-        label,
-        settings or "–",
-        metric_title(entry.metric),
-        str(show(difference, None, decimals("nats", [difference]))),
-        p,
-    )
+    return (label, settings or "–", metric_title(entry.metric), _pm(difference), p)
