@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import time
@@ -111,6 +112,16 @@ def dry_run(recipe: Recipe) -> None:
     rows = len(training_rows(recipe.data)) if Path(recipe.data.path).is_file() else None
     if PartialState().is_main_process:
         print_plan(recipe, config, training, total_batch(training), rows)
+        if recipe.grid:
+            _print_grid(recipe)
+
+
+def _print_grid(recipe: Recipe) -> None:
+    grid = recipe.grid
+    swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in grid.sweep.items())
+    print(
+        f"grid: each method for seeds {', '.join(map(str, grid.seeds or [recipe.seed]))}; {swept or 'nothing swept'}"
+    )
 
 
 def total_batch(training: SFTConfig) -> int:
@@ -253,6 +264,8 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     if hasattr(model, "disable_adapter") and not diverged:
         assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
     found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
+    if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
+        diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     row = {
         "method": plan.name,
         "rank": plan.rank,

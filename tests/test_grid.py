@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from world import make_world
 
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.data import eval_tasks
 from lora_null.recipes.grid import grid_cells
 from lora_null.recipes.load import load_recipe
 from lora_null.recipes.report.grid import equal_learning, grid_headline, holm, paired_difference, reach
@@ -174,6 +179,42 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_study_is_what_the_readme_says():
+    study = load_recipe("study")
+    cells = grid_cells(study)
+    assert sum(len(cell.methods) for cell in cells) == 9 * 3 * 3 and len({cell.seed for cell in cells}) == 3
+    assert cells[0].seed == cells[4].seed == 0  # a whole seed before the next
+    quick = load_recipe("study", quick=True)
+    assert sum(len(cell.methods) for cell in grid_cells(quick)) == 18
+    for entry in (*study.eval.retention, *study.eval.task, study.data, study.calibration):
+        assert Path(entry.path).is_file()
+    tasks = eval_tasks(study.eval)
+    assert {task.name: len(task.pairs) for task in tasks} == {"NQ": 128, "WebQS": 128, "WikiText": 48, "GSM8K": 64}
+    assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
+
+
+def test_two_processes_run_every_kind_of_method(tmp_path):
+    """Random starts, factors computed by turns, gradients, training rows, whole weights: all the same on both ranks."""
+    recipe = make_world(tmp_path)
+    names = "full,corda,roselora,eva,lora-ga"
+    words = [str(recipe), "--method", names, "training.max_steps=3", "training.save_strategy=no"]
+    words += ["method.options.eva.batch_rows=20", "method.options.lora-ga.rows=8"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    two = [*launch, "-m", "lora_null.recipes", *words, "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*words, "--output-dir", str(tmp_path / "one")]) == 0
+    one, both = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
+    for a, b in zip(one, both):
+        assert a["trainable_params"] == b["trainable_params"]
+        for name, metric in a["metrics"].items():
+            assert b["metrics"][name]["value"] == pytest.approx(metric["value"], rel=3e-2, abs=3e-3), (
+                a["method"],
+                name,
+            )
 
 
 # --- what the report computes ---

@@ -163,7 +163,7 @@ def test_print_config_and_overrides(capsys, tmp_path):
 
 def test_list_and_report(capsys, finished):
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["math", "quickstart"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["math", "quickstart", "study"]
     html = (finished / "out" / "report.html").read_bytes()
     (finished / "out" / "report.html").unlink()
     assert main(["report", str(finished / "out")]) == 0

@@ -146,12 +146,13 @@ class LoraNullMixin:
     def _measure(self) -> Calibration:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         batches = as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+        needs_gram = self._starts_lora_null or self.method.needs_gram
         return measure_inputs(
             self.model,
             self.method.layers(self.model),
             batches,
-            gram=self._starts_lora_null or self.method.needs_gram,
-            min_tokens=MIN_TOKENS if self._starts_lora_null else 1,
+            gram=needs_gram,
+            min_tokens=MIN_TOKENS if needs_gram else 1,
             seed=self.args.seed,
             progress=not self.args.disable_tqdm,
         )
