@@ -41,7 +41,7 @@ BATCH = random_batches(1)[0]
 OPTIONS = {"eva": {"rows": 32}, "lora-ga": {"rows": 8}}
 
 
-def make(folder, name, *, options=None, adapter=None, **training):
+def make(folder, name, *, options=None, adapter=None, model=None, **training):
     method = make_method(name, options or OPTIONS.get(name))
     arguments = dict(
         output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=6,
@@ -50,7 +50,7 @@ def make(folder, name, *, options=None, adapter=None, **training):
     )  # fmt: skip
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (adapter or {})
     return LoraNullSFTTrainer(
-        model=tiny_model(),
+        model=model or tiny_model(),
         args=SFTConfig(**{**arguments, **training}),
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
@@ -117,6 +117,17 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, name):
     for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(a, b), key
     assert resumed.drift_meter.measure() == whole.drift_meter.measure()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_trains_is_float32_on_a_bf16_base_under_bf16_autocast(tmp_path, name):
+    trainer = make(tmp_path, name, model=tiny_model().bfloat16(), bf16=True, max_steps=2)
+    trainer.train()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 and p.isfinite().all() for p in trained)
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad and p.dtype == torch.bfloat16]
+    assert bool(frozen) == (name != "full")
+    assert trainer.method.save(trainer.model, tmp_path / "saved") > 0
 
 
 @pytest.mark.parametrize("name", ["full", "osf", "pissa"])

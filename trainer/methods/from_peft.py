@@ -81,6 +81,9 @@ class EVA(Method):
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         initialize_lora_eva_weights(model, eva_state_dict=dict(tensors))
+        for layer in adapted_layers(model).values():  # PEFT made them anew, in the base's dtype
+            layer.lora_A.float()
+            layer.lora_B.float()
 
 
 @method
