@@ -107,6 +107,8 @@ def _section_as_meant(name: str, section: Any) -> Any:
         return section
     if name in ("training", "grid"):
         return {k: "no" if k.endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
+    if name == "method":
+        return {k: _number(v) if k == "options" else v for k, v in section.items()}
     if name == "eval":
         return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
     return section

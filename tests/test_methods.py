@@ -394,6 +394,8 @@ def test_unknown_method_and_option():
         make_method("pisa")
     with pytest.raises(UserError, match=r"no option 'rowz'.*did you mean 'rows'"):
         make_method("eva", {"rowz": 3})
+    with pytest.raises(UserError, match="wrong type"):
+        make_method("roselora", {"clamp": "small"})
 
 
 def test_a_quantized_base_is_refused_with_the_methods_that_work():

@@ -49,7 +49,10 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     for key in options:
         if key not in known:
             raise UserError(f"method.options.{name}: no option {key!r}{nearest(key, known) if known else ''}")
-    return kind(**options)
+    try:
+        return kind(**options)
+    except TypeError:
+        raise UserError(f"method.options.{name}: a value is of the wrong type in {options}") from None
 
 
 def load_method_file(path: str) -> list[str]:
