@@ -249,7 +249,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: dict[s
         "rows": [base, *(mean_row(group, _variant(point)) for (_, point), group in groups.items())],
         "grid": {
             "seeds": seeds,
-            "sweep": {key: sorted({dict(cell.point)[key] for cell in cells}) for key in recipe.grid.sweep},
+            "sweep": {key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
             "planned": sum(len(cell.methods) for cell in cells),
             "differing": differing,
             "cells": [

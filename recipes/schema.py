@@ -15,6 +15,7 @@ from lora_null.trainer.methods import METHODS, load_method_file, make_method
 # Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
+Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
 TRAINING_KEYS = ({field.name for field in fields(SFTConfig) if field.init} - DECIDED) | {"total_batch_size"}
 
@@ -195,15 +196,15 @@ class GridSection(Section):
     """Several runs that differ in what is named here alone; empty for a single run."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field([], description="one run for each seed")
-    sweep: dict[str, list[Any]] = Field({}, description="recipe key → its values, every combination")
-    per_method: dict[str, dict[str, list[Any]]] = Field(
+    sweep: dict[str, list[Scalar]] = Field({}, description="recipe key → its values, every combination")
+    per_method: dict[str, dict[str, list[Scalar]]] = Field(
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
     )
     keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
 
     @field_validator("sweep")
     @classmethod
-    def _sweepable(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _sweepable(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
         for key, values in sweep.items():
             if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
                 raise ValueError(f"{key!r} cannot be swept, only keys of {', '.join(SWEEPABLE)}")

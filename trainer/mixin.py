@@ -69,6 +69,7 @@ class LoraNullMixin:
         self.method = method or Method()
         self._measures = method is not None or isinstance(self.model, PeftModel)
         if self._measures:
+            self.method.check(self.model)
             self.method.prepare(self.model)
         for callback in self.method.callbacks():
             self.add_callback(callback)

@@ -27,6 +27,7 @@ METRICS = {
     "triviaqa": "TriviaQA", "nq_open": "NQ open", "webqs": "WebQS", "gsm8k": "GSM8K", "hendrycks_math": "MATH",
     "minerva_math": "MATH", "humaneval": "HumanEval", "mbpp": "MBPP", "mt_bench": "MTBench",
 }  # fmt: skip
+TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,19 @@ def paper_name(metric: str) -> str | None:
     )
 
 
-def comparable(model: str, metrics: list[str]) -> list[PaperRow]:
-    """Return the paper's rows for a model and a task group of which we measured a task metric; else none.
+def comparable(model: str, metrics: list[str], training_data: str = "") -> list[PaperRow]:
+    """Return the paper's rows for a model and the tasks of which we measured a metric; else none.
 
     Args:
         model: hub id of the base.
-        metrics: our metrics' names, task metrics among them.
+        metrics: our metrics' names.
+        training_data: what was trained on; the paper's UltraFeedback table has no metric of its task to know it by.
     """
     known = {paper_name(metric) for metric in metrics} - {None}
-    groups = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
-    rows = [row for row in paper_rows() if row.model == MODELS.get(model)]
-    return [row for row in rows if groups.get(row.task_group, set()) & known]
+    measured = {group for group, names in TASK_METRICS.items() if names & known}
+    if "ultrafeedback" in training_data.lower():
+        measured.add("ultrafeedback")
+    return [row for row in paper_rows() if row.model == MODELS.get(model) and row.task_group in measured]
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,15 @@ def paper_table(results: Results) -> PaperTable | None:
     Ours are matched by method and rank.
     """
     names = {name: paper_name(name) for role in ("retention", "task") for name in results.metric_names(role)}
-    rows = comparable(results.model, list(names))
+    data = str(results.settings.get("training_data") or "")
+    rows = comparable(results.model, list(names), data)
     if not rows:
         return None
     titles = [title for title in dict.fromkeys(names.values()) if title]
-    table, notes = [], []
+    table, notes = (
+        [],
+        [f"Ours: trained on {data or 'what the settings say'}; {', '.join(n for n, known in names.items() if known)}"],
+    )
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
         label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"

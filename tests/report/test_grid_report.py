@@ -53,6 +53,7 @@ def test_nothing_of_the_paper_where_model_or_task_is_another():
     assert paper_table(parse_results(paper_run("org/model"))) is None
     assert comparable(LLAMA, ["nq_open"]) == []
     assert {row.task_group for row in comparable(LLAMA, ["humaneval"])} == {"code"}
+    assert {row.table for row in comparable(LLAMA, ["triviaqa"], "HuggingFaceH4/ultrafeedback_binarized")} == {"4"}
 
 
 def test_a_grids_values_are_not_marked_best(tmp_path):
