@@ -132,8 +132,8 @@ class LoraNullLinear(Linear):
         if scaling != 1:
             hidden = hidden * scaling
         if hidden.dtype == B.dtype == result.dtype:
-            result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), B.T)
-            return result
+            flat = torch.addmm(result.view(-1, result.shape[-1]), hidden.view(-1, hidden.shape[-1]), B.T)
+            return flat.view(result.shape)
         return (result + nn.functional.linear(hidden, B)).to(result.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:

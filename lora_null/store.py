@@ -108,9 +108,10 @@ def find_initialization(folder: Path) -> Path:
         UserError: neither holds a complete initialization.
     """
     inner = folder / "init"
-    found = inner if (inner / REPORT_FILE).is_file() else folder
-    read_report(found)
-    return found
+    if (inner / REPORT_FILE).is_file():
+        return inner
+    read_report(folder)
+    return folder
 
 
 def copy_store(source: Path, target: Path) -> None:

@@ -28,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", nargs="?", help="a shipped name, the path of a YAML, or 'report'")
     made.add_argument("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
     made.add_argument("--method", help="methods to run, separated by commas")
+    made.add_argument("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
+    made.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key"
+    )
+    made.add_argument("--quick", action="store_true", help="the recipe's own short form")
     made.add_argument("--output-dir", help="where everything goes (default: runs/RECIPE)")
     made.add_argument("--resume", action="store_true", help="continue an unfinished run")
     made.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -70,17 +75,28 @@ def _run(arguments: argparse.Namespace) -> None:
     from lora_null.recipes.load import load_recipe
     from lora_null.recipes.output import dump
 
-    recipe = load_recipe(arguments.recipe, arguments.words, methods=arguments.method, output_dir=arguments.output_dir)
+    recipe = load_recipe(
+        arguments.recipe,
+        arguments.words,
+        methods=arguments.method,
+        output_dir=arguments.output_dir,
+        seeds=arguments.seeds,
+        sweeps=arguments.sweep,
+        quick=arguments.quick,
+    )
     if arguments.print_config:
         print(dump(recipe), end="")
         return
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+    from lora_null.recipes.grid import run_grid
     from lora_null.recipes.run import dry_run, run
 
     use_all_cores()
     keep_freed_memory()
     if arguments.dry_run:
         dry_run(recipe)
+    elif recipe.grid:
+        run_grid(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
     else:
         run(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
 
