@@ -98,7 +98,7 @@ class LoraNullMixin:
         return output
 
     def _prepare(self, *, resuming: bool) -> None:
-        rows = list(islice(self.train_dataset, self.args.per_device_train_batch_size))
+        rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not isinstance(self.model, PeftModel):
@@ -108,6 +108,10 @@ class LoraNullMixin:
         elif self._calibration_dataset is not None:
             self._initialize()
         check_trainable(self.model, self._expected_trainable())
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        """Return the first training rows; those with `labels` are checked before anything is spent."""
+        return list(islice(self.train_dataset, self.args.per_device_train_batch_size))
 
     def _initialize(self) -> None:
         calibration = self._measure()
