@@ -27,6 +27,7 @@ from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
 from lora_null.eval_harness.tasks import (
+    TASK_FILES,
     AnswerTask,
     LmEvalTask,
     describe,
@@ -38,7 +39,15 @@ from lora_null.eval_harness.tasks import (
 from lora_null.preserve import preserve, seed_everything
 from lora_null.ranks import broadcast, device_of, rank_and_world, together
 
-__all__ = ["AnswerTask", "Evaluation", "LmEvalTask", "assert_logits_differ", "evaluate", "validate_tasks"]
+__all__ = [
+    "TASK_FILES",
+    "AnswerTask",
+    "Evaluation",
+    "LmEvalTask",
+    "assert_logits_differ",
+    "evaluate",
+    "validate_tasks",
+]
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error

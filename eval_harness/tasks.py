@@ -19,11 +19,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
 
 from lora_null.errors import UserError, nearest
+from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm import BlankLM, quiet
 
 Role = Literal["retention", "task"]
-FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+TASK_FILES = Path(__file__).parent / "task_files"  # this package's own, in lm-eval's format
 _TASKS = Path(lm_eval.tasks.__file__).parent
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
 
@@ -247,7 +248,8 @@ def _load(task: LmEvalTask) -> dict[str, Any]:
 def _check_code(task: LmEvalTask, unsafe: bool) -> None:
     if unsafe and not task.confirm_run_unsafe_code:
         raise UserError(
-            f"evaluation task {task.label!r} runs code that the model writes; consent with confirm_run_unsafe_code: true"
+            f"evaluation task {task.label!r} runs code that the model writes; consent with --allow-code-execution "
+            "(in Python: confirm_run_unsafe_code=True)"
         )
 
 
@@ -265,6 +267,8 @@ def _manager(name: str) -> TaskManager:
     Most tasks live in the folder that their name starts with; others are looked for in the files' text. Only tags, and
     groups over several folders, cost the parsing of all files (some 10 s), once in a process.
     """
+    if _knows(_own_manager(), name):
+        return _own_manager()
     words = name.split("_")
     folders = ["_".join(words[:length]) for length in range(len(words), 0, -1)]
     for folder in folders:
@@ -275,7 +279,8 @@ def _manager(name: str) -> TaskManager:
     word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
     if any(word.search(text) for _, text in _all_yaml()) and name in _full_manager().task_index:
         return _full_manager()
-    close = difflib.get_close_matches(name, sorted(_homes()), n=3, cutoff=0.6)
+    known = sorted({*_homes(), *_own_manager().task_index})
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
 
@@ -287,6 +292,12 @@ def _knows(manager: TaskManager, name: str) -> bool:
         return False
     members = entry.cfg.get("task")
     return not isinstance(members, list) or all(isinstance(m, str) and _knows(manager, m) for m in members)
+
+
+@functools.cache
+def _own_manager() -> TaskManager:
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=TASK_FILES, include_defaults=False)
 
 
 @functools.cache
@@ -399,20 +410,8 @@ def _leaves(name: str, manager: TaskManager) -> Iterable[str]:
 def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
     """Return the documents of a local file under the task's field names."""
     where = f"evaluation task {task.label!r}"
-    if not Path(path).is_file():
-        raise UserError(f"{where}: there is no file {path}")
-    kind = FILE_KINDS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise UserError(f"{where}: cannot read {path}{nearest(Path(path).suffix, FILE_KINDS)}")
     with quiet(logging.ERROR):
-        try:
-            documents = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except Exception as error:
-            raise UserError(
-                f"{where}: cannot read {path} as {kind} ({_first_line(error.__cause__ or error)})"
-            ) from error
-    if not len(documents):
-        raise UserError(f"{where}: {path} has no documents")
+        documents = read_documents([Path(path)], where).rows
     names = documents.column_names
     for wanted, given in (task.fields or {}).items():
         if given not in names:

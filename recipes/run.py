@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError
 from lora_null.eval_harness import Evaluation, assert_logits_differ, evaluate, validate_tasks
@@ -30,14 +29,16 @@ from lora_null.recipes.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
+from lora_null.recipes.data import calibration_texts, eval_tasks, load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
+from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, TrainLog
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.schema import Recipe
-from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 
+TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}
 ROW_FILE = "row.json"
 
 
@@ -50,7 +51,7 @@ class Job:
     model_name: str
     tokenizer: PreTrainedTokenizerBase
     plans: list[MethodPlan]
-    rows: datasets.Dataset
+    data: TrainingData
     windows: list[list[int]]
     tasks: list[Any]
 
@@ -59,7 +60,7 @@ class Job:
         return PartialState().is_main_process
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
+def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
 
     Raises:
@@ -78,7 +79,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
             )
         options["gradient_accumulation_steps"] = total // one_pass
     try:
-        return SFTConfig(output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
+        return CONFIGS[recipe.trainer](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
 
@@ -100,12 +101,17 @@ def dry_run(recipe: Recipe) -> None:
     name = resolve_name(recipe.model)
     config = known_shape(name) or load_config(recipe.model, name)
     training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
-    rows = len(training_rows(recipe.data)) if Path(recipe.data.path).is_file() else None
+    rows = _count_rows(recipe.data) if Path(recipe.data.path).is_file() else None
     if PartialState().is_main_process:
         print_plan(recipe, config, training, total_batch(training), rows)
 
 
-def total_batch(training: SFTConfig) -> int:
+def _count_rows(data: DataSection) -> int:
+    rows = len(load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True).rows)
+    return rows if data.limit is None else min(rows, data.limit)
+
+
+def total_batch(training: SFTConfig | DPOConfig) -> int:
     """Return the sequences of one optimizer step over all processes."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
@@ -144,12 +150,13 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
     set_seed(recipe.seed)
-    training_arguments(recipe, Path(recipe.output_dir))
-    rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe), eval_tasks(recipe.eval)
+    training = training_arguments(recipe, Path(recipe.output_dir))
+    texts, tasks = calibration_texts(recipe), eval_tasks(recipe.eval)
     validate_tasks(tasks)
     name = resolve_name(recipe.model)
     plans = plan_methods(recipe, load_config(recipe.model, name))
     tokenizer = load_tokenizer(recipe.model, name)
+    data = read_training_data(recipe, tokenizer, training)
     section = recipe.calibration
     cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
@@ -158,7 +165,21 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
         if PartialState().is_main_process:
             folder = output.claim(recipe, resume=resume, overwrite=overwrite)
             output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in plans))
-    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, rows, windows, tasks)
+            if data.bad:
+                write_json(Path(recipe.output_dir) / output.SKIPPED_FILE, [asdict(row) for row in data.bad])
+    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, data, windows, tasks)
+
+
+def read_training_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
+) -> TrainingData:
+    """Return the checked training rows; say on the main process which were left out."""
+    cut = None if getattr(training, "packing", False) else training.max_length
+    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
+    if data.bad and PartialState().is_main_process:
+        total = len(data.bad) + len(data.examples)
+        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
+    return data
 
 
 def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
@@ -219,7 +240,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     adapter_params = save_plain_adapter(model, folder / "adapter") if job.is_main else plan.saved
     if job.is_main:
         job.tokenizer.save_pretrained(folder / "adapter")
-    assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
+    assert_logits_differ(model, job.tokenizer, job.data.examples[0].turns[0][0])
     found = _evaluate(job, model, folder, base=False) if job.tasks else None
     row = {
         "method": plan.name,
@@ -240,13 +261,13 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     return row
 
 
-def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
+def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer | LoraNullDPOTrainer:
     recipe = job.recipe
     arguments = training_arguments(recipe, folder)
-    trainer = LoraNullSFTTrainer(
+    trainer = TRAINERS[recipe.trainer](
         model=load_base(recipe.model, job.model_name),
         args=arguments,
-        train_dataset=job.rows,
+        train_dataset=job.data.rows,
         processing_class=job.tokenizer,
         peft_config=adapter_config(recipe.method, plan.name),
         calibration_dataset=[{"input_ids": window} for window in job.windows],
@@ -259,7 +280,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
     return trainer
 
 
-def _tokens_per_second(trainer: LoraNullSFTTrainer, seconds: float) -> float | None:
+def _tokens_per_second(trainer: LoraNullSFTTrainer | LoraNullDPOTrainer, seconds: float) -> float | None:
     tokens = next((line["num_tokens"] for line in reversed(trainer.state.log_history) if "num_tokens" in line), None)
     return tokens / seconds if tokens and seconds else None
 
@@ -271,11 +292,13 @@ def _settings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
-        "optimizer_steps": optimizer_steps(training, len(job.rows), batch),
+        "optimizer_steps": optimizer_steps(training, len(job.data.rows), batch),
         "batch": batch,
         "max_length": training.max_length,
-        "training_rows": len(job.rows),
+        "training_rows": len(job.data.rows),
+        "rows_left_out": describe_bad_rows(job.data.bad) or None,
         "training_data": recipe.data.path,
+        "trainer": recipe.trainer,
         "template": recipe.data.template,
         "rank": recipe.method.rank,
         "alpha": recipe.method.alpha or recipe.method.rank,

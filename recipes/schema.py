@@ -5,16 +5,29 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
-from trl import SFTConfig
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError, nearest
 from lora_null.recipes.templates import check_template
 from lora_null.trainer.methods import METHODS
 
-# Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
+# Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
-TRAINING_KEYS = ({field.name for field in fields(SFTConfig) if field.init} - DECIDED) | {"total_batch_size"}
+TRAINING_KEYS = {
+    trainer: ({field.name for field in fields(config) if field.init} - DECIDED) | {"total_batch_size"}
+    for trainer, config in CONFIGS.items()
+}
 
 
 class Section(BaseModel):
@@ -85,15 +98,20 @@ class DataSection(Section):
     path: str = Field(min_length=1, description="hub id, local file or folder")
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split; a single file is its own")
-    prompt: str = Field("prompt", description="field of the prompt")
-    response: str = Field("response", description="field of the response, the only part with a loss")
-    template: str = Field("alpaca", description="alpaca, qa, plain, or a text with {prompt}")
+    prompt: str = Field("prompt", description="field of the prompt, or a text made of {field}s")
+    response: str = Field("response", description="field of the response (DPO: the chosen one)")
+    rejected: str = Field("rejected", description="DPO: field of the rejected response")
+    messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
+    template: str = Field("alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}")
     limit: int | None = Field(None, ge=1, description="first rows only")
+    on_bad_row: Literal["error", "skip"] | None = Field(
+        None, description="rows that cannot be trained on; when not given, an error only if they are over 1%"
+    )
 
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        check_template(template, "data.template")
+        check_template(template, "data.template", chat=True)
         return template
 
 
@@ -160,6 +178,7 @@ class Recipe(Section):
     method: MethodSection
     calibration: CalibrationSection
     data: DataSection
+    trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
     output_dir: str = ""
@@ -167,13 +186,20 @@ class Recipe(Section):
 
     @field_validator("training")
     @classmethod
-    def _training_keys(cls, training: dict[str, Any]) -> dict[str, Any]:
+    def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        known = TRAINING_KEYS[info.data.get("trainer", "sft")]
         for key in training:
             if key in DECIDED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
-            if key not in TRAINING_KEYS:
-                raise ValueError(f"training has no key {key!r}{nearest(key, TRAINING_KEYS)}")
+            if key not in known:
+                raise ValueError(f"training has no key {key!r}{nearest(key, known)}")
         return training
+
+    @model_validator(mode="after")
+    def _one_turn_preferences(self) -> Recipe:
+        if self.trainer == "dpo" and self.data.messages:
+            raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
+        return self
 
 
 def _instead(key: str) -> str:
