@@ -9,6 +9,7 @@ jail: a program written to break out of Python may read, and write, what its use
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -79,10 +80,8 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -
 
 def _end(child: subprocess.Popen) -> None:
     """Kill the whole session, however it ended, and collect it."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     for pipe in (child.stdin, child.stdout, child.stderr):
         pipe.close()
     child.wait()

@@ -83,7 +83,7 @@ def test_all_of_mbpps_own_solutions_pass_and_none_of_the_bad():
 
 def test_nothing_runs_without_consent(model, tokenizer, write):
     path = write("h.jsonl", [HUMANEVAL] * 2)
-    with pytest.raises(UserError, match="runs code that the model writes; .*--allow-code-execution"):
+    with pytest.raises(UserError, match=r"runs code that the model writes; .*--allow-code-execution"):
         evaluate(model, tokenizer, [LmEvalTask("sandbox_humaneval", path=path)])
 
 
