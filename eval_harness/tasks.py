@@ -7,20 +7,25 @@ import functools
 import hashlib
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from urllib.parse import quote
 
 import datasets
 import lm_eval.tasks
+import torch
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
+from torch import nn
 
 from lora_null.errors import UserError, nearest
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm import BlankLM, quiet
+from lora_null.ranks import broadcast
 
 Role = Literal["retention", "task"]
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -45,6 +50,7 @@ class LmEvalTask:
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         name: what to call the results, if not `task`; needed to run one task on two files.
         confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+        chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
     task: str
@@ -57,6 +63,7 @@ class LmEvalTask:
     role: Role = "task"
     name: str | None = None
     confirm_run_unsafe_code: bool = False
+    chat: bool = False
 
     @property
     def label(self) -> str:
@@ -97,7 +104,67 @@ class AnswerTask:
         return self.name
 
 
-Task = LmEvalTask | AnswerTask
+@dataclass(frozen=True)
+class RunOptions:
+    """How an `OwnTask` is to be run.
+
+    Attributes:
+        limit: documents, at most.
+        batch_size: sequences of a forward pass, on each rank.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        seed: of whatever is drawn.
+        reference_dir: the folder of the base model's predictions, if there is one.
+        record_reference: this is the base model, and its predictions are to be written there.
+        output_dir: where a task may leave what it made; None for nowhere.
+    """
+
+    limit: int | None
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+    seed: int
+    reference_dir: Path | None
+    record_reference: bool
+    output_dir: Path | None
+
+    def reference(self, file: str) -> Path | None:
+        """Return the path of a reference file; None if there is no folder, or nothing to read in it."""
+        if self.reference_dir is None:
+            return None
+        path = self.reference_dir / quote(file, safe=" .")
+        return path if self.record_reference or broadcast(path.is_file()) else None
+
+
+class OwnTask(ABC):
+    """A task that measures a live model by its own code; a dataclass with `name` and `role`."""
+
+    name: str
+    role: Role
+    generates: ClassVar[bool] = False  # whether it generates text
+
+    @property
+    def label(self) -> str:
+        """The name of the results."""
+        return self.name
+
+    @property
+    def key(self) -> str:
+        """What tells this task from the others of an evaluation."""
+        return self.name
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a UserError for what is wrong in itself, before a model is loaded."""
+
+    @abstractmethod
+    def describe(self, limit: int | None) -> dict[str, Any]:
+        """Return what must not change between two evaluations."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, tokenizer: Any, options: RunOptions) -> tuple[dict, dict, dict]:
+        """Return (metrics, samples, more for the settings), on every rank; see `Evaluation`."""
+
+
+Task = LmEvalTask | AnswerTask | OwnTask
 
 
 def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
@@ -187,10 +254,12 @@ def result_names(task: LmEvalTask, loaded: dict[str, Any], results: dict[str, An
 
 def describe(task: Task, limit: int | None) -> dict[str, Any]:
     """Return what must not change between two evaluations of `task`, files by the hash of their contents."""
+    if isinstance(task, OwnTask):
+        return task.describe(limit)
     if isinstance(task, AnswerTask):
         pairs = repr(task.pairs[:limit]).encode()
         return {"kl": task.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
-    settings = {key: getattr(task, key) for key in ("task", "fields", "metric")} | {"limit": limit}
+    settings = {key: getattr(task, key) for key in ("task", "fields", "metric", "chat")} | {"limit": limit}
     for key in ("path", "fewshot_path"):
         if (path := getattr(task, key)) is not None:
             settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -208,6 +277,9 @@ def _check_values(task: Task) -> None:
     where = f"evaluation task {task.label!r}"
     if task.role not in ("retention", "task"):
         raise UserError(f"{where}: unknown role {task.role!r}{nearest(task.role, ('retention', 'task'))}")
+    if isinstance(task, OwnTask):
+        task.check()
+        return
     if isinstance(task, AnswerTask):
         if not task.pairs:
             raise UserError(f"{where} has no pairs of prompt and answer")
