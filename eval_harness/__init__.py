@@ -29,6 +29,7 @@ from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
 from lora_null.eval_harness.merge import merged_if_faster
+from lora_null.eval_harness.mt_bench import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import (
     TASK_FILES,

@@ -8,11 +8,17 @@ cache, as soon as it ends.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import DynamicCache
+
+from lora_null.ranks import device_of, merge_shares, my_share, rank_and_world
 
 NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
 NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
@@ -111,3 +117,93 @@ def _pick(logits: torch.Tensor, temperature: float, generator: torch.Generator |
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    special_tokens: bool = True,
+    batch_size: int = 8,
+    autocast_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[str]:
+    """Generate an answer to each prompt, shared over the ranks, in batches of like length and equal temperature.
+
+    Args:
+        model: in eval mode, on its device; the same on every rank.
+        tokenizer: the model's.
+        prompts: whole texts, templated.
+        temperatures: one for each prompt; 0 takes the likeliest token.
+        max_new_tokens: of an answer, at most; a prompt that leaves too little room loses its beginning.
+        stops: strings that end an answer; it is cut before them.
+        special_tokens: whether the tokenizer adds its own to a prompt.
+        batch_size: sequences of a forward pass, on each rank.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        seed: of the draws.
+        progress: the label of a progress bar on rank 0; None for no bar.
+
+    Returns:
+        The answers, in the order of the prompts, the same on every rank.
+    """
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
+    encoded = [ids if room is None else ids[-max(1, room - max_new_tokens) :] for ids in encoded]
+    mine = my_share(range(len(prompts)), model)
+    ends = end_tokens(model) | {tokenizer.eos_token_id}
+    stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
+    autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
+
+    def compute() -> dict[int, str]:
+        texts = {}
+        bar = tqdm(total=len(mine), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
+        with bar, autocast:
+            for indices in _batches(mine, encoded, temperatures, batch_size):
+                ids, mask = _pad_left([encoded[i] for i in indices], tokenizer.pad_token_id, device_of(model))
+                options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
+                if can_generate_rows(model):
+                    rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
+                else:
+                    rows = _generate_whole(model, ids, mask, pad=tokenizer.pad_token_id, **options)
+                texts |= {i: _until(tokenizer.decode(row, skip_special_tokens=True), stops) for i, row in zip(indices, rows)}
+                bar.update(len(indices))
+        return texts
+
+    texts = merge_shares(compute)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def _generate_whole(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, temperature: float, pad: int
+) -> list[list[int]]:
+    """Generate by `transformers.generate`, for models with rules of their own."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+
+
+def _batches(
+    mine: Sequence[int], encoded: Sequence[Sequence[int]], temperatures: Sequence[float], batch_size: int
+) -> Iterator[list[int]]:
+    order = sorted(mine, key=lambda i: (temperatures[i], -len(encoded[i])))
+    for _, group in groupby(order, key=lambda i: temperatures[i]):
+        same = list(group)
+        yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text
