@@ -52,6 +52,9 @@ __all__ = [
     "AnswerTask",
     "Evaluation",
     "LmEvalTask",
+    "MTBenchTask",
+    "OwnTask",
+    "PreferenceTask",
     "assert_logits_differ",
     "evaluate",
     "validate_tasks",
@@ -151,7 +154,11 @@ def evaluate(
             seed_everything(seed)
             options = replace(base_options, limit=getattr(task, "limit", None) or limit)
             loaded = prepared.get(task.key)
-            with merged_if_faster(model, merge) if lm is None and _generates(task, loaded) else nullcontext(merge) as merge:
+            with (
+                merged_if_faster(model, merge)
+                if lm is None and _generates(task, loaded)
+                else nullcontext(merge) as merge
+            ):
                 found = _run(model, tokenizer, task, loaded, options, lm)
             task_metrics, task_samples, task_settings = broadcast(found)
             metrics |= task_metrics
@@ -242,9 +249,7 @@ def _run_answers(
     return metrics, samples, {}
 
 
-def _run_lm_eval(
-    lm: LM, task: LmEvalTask, loaded: dict[str, Any], limit: int | None
-) -> tuple[dict, dict, dict]:
+def _run_lm_eval(lm: LM, task: LmEvalTask, loaded: dict[str, Any], limit: int | None) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, the versions and few-shot numbers of the tasks for the settings)."""
     results = evaluator.evaluate(
         lm=lm,

@@ -19,16 +19,21 @@ from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.judge import OPENAI, Judge, JudgeError, judge_answers
 from lora_null.eval_harness.mt_bench import as_questions, scores
 
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    made = argparse.ArgumentParser(prog="lora_null.eval_harness", description="Grade MT-Bench answers with a judge model.")
+    made = argparse.ArgumentParser(
+        prog="lora_null.eval_harness", description="Grade MT-Bench answers with a judge model."
+    )
     made.add_argument("command", choices=["judge"])
     made.add_argument("answers", help="answers in FastChat's format")
     made.add_argument("--questions", required=True, help="MT-Bench's questions")
     made.add_argument("--references", help="reference answers, for maths, reasoning and coding")
     made.add_argument("--model", required=True, help="the judge")
     made.add_argument("--base-url", default=OPENAI, help="an OpenAI-compatible endpoint (default: %(default)s)")
-    made.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
+    made.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)"
+    )
     made.add_argument("--prompts", help="FastChat's judge_prompts.jsonl, to judge by its very words")
     made.add_argument("--requests-per-minute", type=float, help="at most")
     made.add_argument("--attempts", type=int, default=5, help="for one grade, at most (default: %(default)s)")

@@ -170,7 +170,9 @@ def generate_texts(
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
                 else:
                     rows = _generate_whole(model, ids, mask, pad=tokenizer.pad_token_id, **options)
-                texts |= {i: _until(tokenizer.decode(row, skip_special_tokens=True), stops) for i, row in zip(indices, rows)}
+                texts |= {
+                    i: _until(tokenizer.decode(row, skip_special_tokens=True), stops) for i, row in zip(indices, rows)
+                }
                 bar.update(len(indices))
         return texts
 

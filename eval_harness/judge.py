@@ -241,7 +241,9 @@ class _Client:
             if score != MISSING:
                 return text, score
         if text is None:
-            raise JudgeError(f"judge: {self.judge.base_url} gave no judgment in {self.judge.attempts} attempts ({failure})")
+            raise JudgeError(
+                f"judge: {self.judge.base_url} gave no judgment in {self.judge.attempts} attempts ({failure})"
+            )
         return text, MISSING
 
     def _ask(self, request: _Request) -> str:

@@ -30,7 +30,9 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
 
 
-def as_questions(rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def as_questions(
+    rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Return questions in one form, from FastChat's files or from the hub's `HuggingFaceH4/mt_bench_prompts`.
 
     Args:
@@ -50,7 +52,9 @@ def as_questions(rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping
         if identity is None or "category" not in row or not isinstance(turns, list) or len(turns) != 2:
             raise UserError(f"MT-Bench: row {number} is no question with question_id, category and two turns")
         reference = known.get(identity) or [text for text in row.get("reference") or [] if text]
-        questions.append({"question_id": identity, "category": row["category"], "turns": turns, "reference": reference})
+        questions.append(
+            {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
+        )
     return questions
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from lora_null.errors import UserError, nearest
-from lora_null.eval_harness import AnswerTask, LmEvalTask
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, read_documents
-from lora_null.recipes.schema import AnswersEntry, EvalSection, Recipe
-from lora_null.recipes.templates import render
+from lora_null.recipes.schema import Recipe
 
 
 def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datasets.Dataset:
@@ -102,39 +100,3 @@ def first_answer(answer: Any) -> str:
     if isinstance(answer, (list, tuple)):
         return str(answer[0]) if answer else ""
     return "" if answer is None else str(answer)
-
-
-def eval_tasks(section: EvalSection) -> list[AnswerTask | LmEvalTask]:
-    """Return the harness's tasks, answers loaded and templated.
-
-    Raises:
-        UserError: as `load_rows`, a missing field, or a name used twice.
-    """
-    tasks = [
-        _task(entry, role, f"eval.{role}")
-        for role, entries in (("retention", section.retention), ("task", section.task))
-        for entry in entries
-    ]
-    _refuse_twins(tasks)
-    return tasks
-
-
-def _refuse_twins(tasks: Iterable[AnswerTask | LmEvalTask]) -> None:
-    names = [task.name if isinstance(task, AnswerTask) else task.task for task in tasks]
-    twin = next((name for name in names if names.count(name) > 1), None)
-    if twin:
-        raise UserError(f"eval: {twin!r} is measured twice")
-
-
-def _task(entry: Any, role: str, where: str) -> AnswerTask | LmEvalTask:
-    if not isinstance(entry, AnswersEntry):
-        return LmEvalTask(**entry.model_dump(), role=role)
-    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
-    need_field(rows, entry.prompt, f"{where}.prompt")
-    need_field(rows, entry.response, f"{where}.response")
-    last = len(rows) if entry.limit is None else min(len(rows), entry.offset + entry.limit)
-    if last <= entry.offset:
-        raise UserError(f"{where}.offset: {entry.path} has only {len(rows)} rows")
-    rows = rows.select(range(entry.offset, last))
-    pairs = [render(entry.template, row[entry.prompt], first_answer(row[entry.response])) for row in rows]
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)

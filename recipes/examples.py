@@ -93,17 +93,17 @@ def training_data(
     return TrainingData(rows, examples, bad)
 
 
-def read_examples(data: DataSection, *, preferences: bool) -> tuple[list[Example], list[BadRow]]:
+def read_examples(data: DataSection, *, preferences: bool, where: str = "data") -> tuple[list[Example], list[BadRow]]:
     """Return the good rows as conversations, and the bad ones.
 
     Raises:
         UserError: as `load_documents`, and for a missing field.
     """
-    documents = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
+    documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True)
     last = data.limit if data.limit is not None else float("inf")
     bad, examples = [row for row in documents.bad if row.row <= last], []
     if len(documents.rows):
-        _need_fields(documents.rows, data, preferences)
+        _need_fields(documents.rows, data, preferences, where)
     for number, row in zip(documents.numbers, documents.rows):
         if number > last:
             break
@@ -119,15 +119,15 @@ def read_examples(data: DataSection, *, preferences: bool) -> tuple[list[Example
     return examples, bad
 
 
-def _need_fields(rows: datasets.Dataset, data: DataSection, preferences: bool) -> None:
+def _need_fields(rows: datasets.Dataset, data: DataSection, preferences: bool, where: str) -> None:
     if data.messages:
-        need_field(rows, data.messages, "data.messages")
+        need_field(rows, data.messages, f"{where}.messages")
     else:
         for name in re.findall(r"{(\w+)}", data.prompt) or [data.prompt]:
-            need_field(rows, name, "data.prompt")
-        need_field(rows, data.response, "data.response")
+            need_field(rows, name, f"{where}.prompt")
+        need_field(rows, data.response, f"{where}.response")
     if preferences:
-        need_field(rows, data.rejected, "data.rejected")
+        need_field(rows, data.rejected, f"{where}.rejected")
 
 
 def _response(value: Any) -> str:
@@ -166,7 +166,7 @@ def _check(turns: Sequence[tuple[str, str]], rejected: str | None, data: DataSec
         raise ValueError("wrong encoding (the replacement character U+FFFD)")
 
 
-def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None) -> None:
+def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None, *, where: str = "data") -> None:
     """Refuse bad rows unless the recipe allows to leave them out: `policy` is `data.on_bad_row`.
 
     Raises:
@@ -175,7 +175,7 @@ def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None) -> No
     allowed = policy == "skip" or (policy is None and len(bad) <= MOST_BAD * total)
     if bad and (not allowed or len(bad) == total):
         hint = "" if len(bad) == total else "; data.on_bad_row=skip leaves them out"
-        raise UserError(f"data: {len(bad)} of {total} rows cannot be trained on: {describe_bad_rows(bad)}{hint}")
+        raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}{hint}")
 
 
 def describe_bad_rows(bad: Iterable[BadRow]) -> str:

@@ -29,8 +29,9 @@ from lora_null.recipes.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.data import calibration_texts, eval_tasks, load_documents
+from lora_null.recipes.data import calibration_texts, load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
+from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, TrainLog
@@ -116,14 +117,14 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run the recipe and return its output folder.
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False) -> Path:
+    """Run the recipe and return its output folder; `allow_code_execution` is the consent that code tasks need.
 
     Raises:
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is said before.
     """
-    job = prepare(recipe, resume=resume, overwrite=overwrite)
+    job = prepare(recipe, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
     if not job.tasks and job.is_main:
         print("nothing to evaluate: eval.retention and eval.task are empty")
     rows = [_base_row(job)]
@@ -147,16 +148,17 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     return job.folder
 
 
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_execution: bool = False) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
     set_seed(recipe.seed)
     training = training_arguments(recipe, Path(recipe.output_dir))
-    texts, tasks = calibration_texts(recipe), eval_tasks(recipe.eval)
-    validate_tasks(tasks)
+    texts = calibration_texts(recipe)
     name = resolve_name(recipe.model)
     plans = plan_methods(recipe, load_config(recipe.model, name))
     tokenizer = load_tokenizer(recipe.model, name)
     data = read_training_data(recipe, tokenizer, training)
+    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
+    tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
     section = recipe.calibration
     cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
@@ -201,6 +203,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
         reference_dir=job.folder / "base",
         record_reference=base,
         autocast_dtype=torch.bfloat16 if job.recipe.eval.bf16 else None,
+        output_dir=folder,
     )
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
@@ -299,7 +302,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "rows_left_out": describe_bad_rows(job.data.bad) or None,
         "training_data": recipe.data.path,
         "trainer": recipe.trainer,
-        "template": recipe.data.template,
+        "template": templates_of(job.tasks, recipe.data.template),
         "rank": recipe.method.rank,
         "alpha": recipe.method.alpha or recipe.method.rank,
         "calibration_data": recipe.calibration.path,

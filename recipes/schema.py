@@ -18,6 +18,7 @@ from pydantic import (
 from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError, nearest
+from lora_null.eval_harness.judge import OPENAI
 from lora_null.recipes.templates import check_template
 from lora_null.trainer.methods import METHODS
 
@@ -119,6 +120,7 @@ class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
     task: str = Field(min_length=1)
+    name: str | None = Field(None, description="what to call the results")
     path: str | None = None
     fewshot_path: str | None = None
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
@@ -147,15 +149,61 @@ class AnswersEntry(Section):
         return template
 
 
+class PreferencesEntry(Section):
+    """Held-out pairs: how often the chosen answer has the higher reward, and by how much; the template is data's."""
+
+    preferences: str = Field(min_length=1, description="a name for the columns")
+    path: str
+    subset: str | None = None
+    split: str = "test"
+    prompt: str = "prompt"
+    response: str = Field("chosen", description="field of the chosen response")
+    rejected: str = "rejected"
+    limit: int | None = Field(None, ge=1)
+
+
+class MTBenchEntry(Section):
+    """MT-Bench: answers to two-turn questions, graded where eval.judge is given; the template is data's."""
+
+    mt_bench: str = Field(min_length=1, description="a name for the columns")
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    references: str | None = Field(None, description="local file of reference answers, where the questions hold none")
+    max_new_tokens: int = Field(1024, ge=1)
+    limit: int | None = Field(None, ge=1)
+
+
+class JudgeSection(Section):
+    """The model that grades MT-Bench answers, behind an OpenAI-compatible endpoint."""
+
+    model: str = Field(min_length=1, description="the endpoint's name for it")
+    base_url: str = Field(OPENAI, description="up to and without /chat/completions")
+    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
+    attempts: int = Field(5, ge=1, description="requests for one grade, at most")
+    requests_per_minute: float | None = Field(None, gt=0)
+    parallel: int = Field(4, ge=1, description="requests under way at once")
+    prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
+
+
+ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
+
+
 def _task_entry(value: Any) -> Any:
     if isinstance(value, str):
         return LmEvalEntry(task=value)
     if isinstance(value, dict):
-        return (AnswersEntry if "answers" in value else LmEvalEntry)(**value)
+        kind = next((kind for kind in ENTRIES if kind in value), None)
+        if kind is None:
+            raise ValueError(f"an entry needs one of the keys {', '.join(ENTRIES)}")
+        return ENTRIES[kind](**value)
     return value
 
 
-EvalEntry = Annotated[Union[LmEvalEntry, AnswersEntry], BeforeValidator(_task_entry)]  # noqa: UP007
+EvalEntry = Annotated[
+    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry],  # noqa: UP007
+    BeforeValidator(_task_entry),
+]
 
 
 class EvalSection(Section):
@@ -166,6 +214,11 @@ class EvalSection(Section):
     limit: int | None = Field(None, ge=1, description="first documents of every task only")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
+    judge: JudgeSection | None = Field(None, description="grades MT-Bench; without one the answers are only written")
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
+    )
+    cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
 
 

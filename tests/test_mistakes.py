@@ -89,9 +89,7 @@ def test_empty_data(fails, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in fails(f"data.path={tmp_path / 'empty.jsonl'}")
     (tmp_path / "blank.jsonl").write_text(json.dumps({"question": "", "answer": ""}) + "\n")
-    assert "1 of 1 rows cannot be trained on: 1 empty 'question' (row 1)" in fails(
-        f"data.path={tmp_path / 'blank.jsonl'}"
-    )
+    assert "1 of 1 rows cannot be used: 1 empty 'question' (row 1)" in fails(f"data.path={tmp_path / 'blank.jsonl'}")
 
 
 def test_broken_yaml(fails, tmp_path):

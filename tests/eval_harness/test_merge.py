@@ -33,7 +33,13 @@ def test_the_faster_form_is_taken_and_every_bit_restored(peft_model, clock, seco
     expected = peft_model(**batch).logits
     with merged_if_faster(peft_model) as faster:
         assert faster is merged
-        assert torch.equal(peft_model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"]) is not merged
+        assert (
+            torch.equal(
+                peft_model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight,
+                before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
+            )
+            is not merged
+        )
         assert torch.allclose(peft_model(**batch).logits, expected, atol=1e-4)
     after = bits(peft_model)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -56,7 +62,9 @@ def test_an_error_inside_leaves_the_weights_as_they_were(peft_model, clock):
     assert all(torch.equal(tensor, before[name]) for name, tensor in peft_model.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [lambda model: copy.deepcopy(model).to(torch.bfloat16), lambda model: model.get_base_model()])
+@pytest.mark.parametrize(
+    "make", [lambda model: copy.deepcopy(model).to(torch.bfloat16), lambda model: model.get_base_model()]
+)
 def test_16_bit_and_plain_models_are_not_merged(peft_model, make):
     with merged_if_faster(make(peft_model.eval())) as faster:
         assert not faster

@@ -96,9 +96,20 @@ def test_the_protocol(tmp_path, monkeypatch):
     with serving((200, "Fine. Rating: [[7]]")) as stub:
         grades = grade(stub, tmp_path)
     assert grades == {(i, turn): 7.0 for i in ANSWERS for turn in (1, 2)}
-    assert all(headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "judge-1" for headers, body in stub.seen)
+    assert all(
+        headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "judge-1" for headers, body in stub.seen
+    )
     judgments = {(line["question_id"], line["turn"]): line for line in lines(tmp_path / "j.jsonl")}
-    assert set(judgments[81, 1]) == {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+    assert set(judgments[81, 1]) == {
+        "question_id",
+        "model",
+        "judge",
+        "user_prompt",
+        "judgment",
+        "score",
+        "turn",
+        "tstamp",
+    }
     names = {key: line["judge"][1] for key, line in judgments.items()}
     assert names[81, 1] == "single-v1" and names[81, 2] == "single-v1-multi-turn"
     assert names[111, 1] == "single-math-v1" and names[121, 2] == "single-math-v1-multi-turn"
@@ -109,7 +120,9 @@ def test_the_protocol(tmp_path, monkeypatch):
     assert not any(KEY in path.read_text() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("passing", [(429, "", {"Retry-After": "0.3"}), (500, ""), (503, ""), (200, None), (200, "hm")])
+@pytest.mark.parametrize(
+    "passing", [(429, "", {"Retry-After": "0.3"}), (500, ""), (503, ""), (200, None), (200, "hm")]
+)
 def test_passing_failures_are_retried(tmp_path, passing):
     with serving(passing, (200, "[[3]]")) as stub:
         grades = grade(stub, tmp_path, parallel=1)
@@ -128,7 +141,10 @@ def test_nonsense_is_retried_then_recorded_as_missing(tmp_path):
 
 
 def test_it_goes_on_where_it_stopped(tmp_path):
-    with serving(*[(200, "[[5]]")] * 4, (401, "")) as stub, pytest.raises(JudgeError, match="check the key in OPENAI_API_KEY"):
+    with (
+        serving(*[(200, "[[5]]")] * 4, (401, "")) as stub,
+        pytest.raises(JudgeError, match="check the key in OPENAI_API_KEY"),
+    ):
         grade(stub, tmp_path, parallel=1)
     with open(tmp_path / "j.jsonl", "a") as file:
         file.write('{"question_id": 81, "judge')  # what a kill may leave
@@ -153,7 +169,10 @@ def test_an_endpoint_that_is_not_there(tmp_path):
         judge_answers(nowhere, QUESTIONS, ANSWERS, tmp_path / "j.jsonl", model_id="m", progress=False)
 
 
-@pytest.mark.parametrize("text, value", [("[[8]]", 8), ("[[7.5]] or [[2]]", 7.5), ("[6]", 6), ("8", -1), ("[[0]]", -1), ("[[11]]", -1), ("", -1)])
+@pytest.mark.parametrize(
+    "text, value",
+    [("[[8]]", 8), ("[[7.5]] or [[2]]", 7.5), ("[6]", 6), ("8", -1), ("[[0]]", -1), ("[[11]]", -1), ("", -1)],
+)
 def test_grades(text, value):
     assert parse_grade(text) == value
 
@@ -171,7 +190,9 @@ def test_users_mistakes(tmp_path, monkeypatch):
 
 def test_the_hubs_form_of_the_questions():
     row = {"prompt_id": 111, "category": "math", "prompt": ["a", "b"], "reference": ["2", "4"]}
-    assert as_questions([row]) == [{"question_id": 111, "category": "math", "turns": ["a", "b"], "reference": ["2", "4"]}]
+    assert as_questions([row]) == [
+        {"question_id": 111, "category": "math", "turns": ["a", "b"], "reference": ["2", "4"]}
+    ]
 
 
 def ask(before, question):
@@ -194,7 +215,9 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
     with serving((200, "[[4]]")) as stub:
         found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path / "lora")
     answers = lines(tmp_path / "lora" / "mt_bench" / "answers.jsonl")
-    assert [row["question_id"] for row in answers] == [81, 111, 121] and {row["model_id"] for row in answers} == {"lora"}
+    assert [row["question_id"] for row in answers] == [81, 111, 121] and {row["model_id"] for row in answers} == {
+        "lora"
+    }
     assert all(set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} for row in answers)
     first, second = answers[0]["choices"][0]["turns"]
     assert asked[0] == (["U: Write a poem.\nA:", "U: What is 1+1?\nA:", "U: Print 1.\nA:"], [0.7, 0.0, 0.0])
@@ -242,7 +265,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_all_80_questions(tmp_path):
     if not (DATA / "mt_bench").is_dir():
         pytest.skip(f"{DATA / 'mt_bench'} is not here")
-    questions = as_questions(*(lines(DATA / "mt_bench" / f"{name}.jsonl") for name in ("question", "reference_answer_gpt-4")))
+    questions = as_questions(
+        *(lines(DATA / "mt_bench" / f"{name}.jsonl") for name in ("question", "reference_answer_gpt-4"))
+    )
     assert len(questions) == 80
     with serving((200, "[[6]]")) as stub:
         answers = {question["question_id"]: ["one", "two"] for question in questions}
