@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
-from world import make_world
+from world import make_world, stand_in_for_roselora
 
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.load import shipped
 
 METHODS = ("lora", "lora-null-v1", "lora-null-v2")
 CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -161,9 +162,10 @@ def test_print_config_and_overrides(capsys, tmp_path):
     assert shown["calibration"]["mode"] == "packed"
 
 
-def test_list_and_report(capsys, finished):
+def test_list_and_report(capsys, finished, monkeypatch):
+    stand_in_for_roselora(monkeypatch)
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["math", "quickstart"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(shipped())
     html = (finished / "out" / "report.html").read_bytes()
     (finished / "out" / "report.html").unlink()
     assert main(["report", str(finished / "out")]) == 0
