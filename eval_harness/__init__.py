@@ -87,6 +87,13 @@ class Evaluation:
         """Return this evaluation as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
+    def __or__(self, other: Evaluation) -> Evaluation:
+        """Return two evaluations of one model, of different tasks, as one; the settings are this one's."""
+        tasks = self.settings["tasks"] | other.settings["tasks"]
+        settings = self.settings | {"backend": other.settings["backend"], "tasks": tasks}
+        metrics, samples = self.metrics | other.metrics, self.samples | other.samples
+        return Evaluation(metrics, settings, self.seconds + other.seconds, samples)
+
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """Return the evaluation that `to_json` wrote."""

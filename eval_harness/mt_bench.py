@@ -111,7 +111,8 @@ class MTBenchTask(OwnTask):
                 grades = self._grade(questions, answers, folder, options.output_dir.name)
         grades = broadcast(grades)
         metrics, samples = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
-        return metrics, samples, {"judged": len(grades), "missing": 2 * len(questions) - len(grades)}
+        missing = {} if self.judge is None else {"missing": 2 * len(questions) - len(grades)}
+        return metrics, samples, {"judged": len(grades)} | missing
 
     def _answer(
         self, model: nn.Module, tokenizer: Any, questions: Sequence[Mapping[str, Any]], options: RunOptions

@@ -16,11 +16,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError
-from lora_null.eval_harness import Evaluation, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness.vllm import open_vllm, require_vllm
 from lora_null.export import save_plain_adapter
 from lora_null.files import write_json, write_text
 from lora_null.initialize import MIN_TOKENS
-from lora_null.recipes import output
+from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
     attention,
     known_shape,
@@ -55,6 +56,7 @@ class Job:
     data: TrainingData
     windows: list[list[int]]
     tasks: list[Any]
+    base_key: str | None
 
     @property
     def is_main(self) -> bool:
@@ -151,10 +153,13 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_execution: bool = False) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
     set_seed(recipe.seed)
+    if recipe.eval.backend == "vllm":
+        require_vllm()
     training = training_arguments(recipe, Path(recipe.output_dir))
     texts = calibration_texts(recipe)
     name = resolve_name(recipe.model)
-    plans = plan_methods(recipe, load_config(recipe.model, name))
+    config = load_config(recipe.model, name)
+    plans = plan_methods(recipe, config)
     tokenizer = load_tokenizer(recipe.model, name)
     data = read_training_data(recipe, tokenizer, training)
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
@@ -169,7 +174,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_executi
             output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in plans))
             if data.bad:
                 write_json(Path(recipe.output_dir) / output.SKIPPED_FILE, [asdict(row) for row in data.bad])
-    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, data, windows, tasks)
+    commit = getattr(config, "_commit_hash", None)
+    key = base_cache.key_of(recipe, name, commit, tasks) if recipe.eval.cache else None
+    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, data, windows, tasks, key)
 
 
 def read_training_data(
@@ -194,19 +201,34 @@ def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
 
 def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
-    found = evaluate(
-        model,
-        job.tokenizer,
-        job.tasks,
-        limit=job.recipe.eval.limit,
-        batch_size=job.recipe.eval.batch_size,
-        reference_dir=job.folder / "base",
-        record_reference=base,
-        autocast_dtype=torch.bfloat16 if job.recipe.eval.bf16 else None,
-        output_dir=folder,
-    )
+    section = job.recipe.eval
+    options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
+    options |= {"reference_dir": job.folder / "base", "record_reference": base}
+    options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
+    outside = [task for task in job.tasks if section.backend == "vllm" and isinstance(task, LmEvalTask)]
+    inside = [task for task in job.tasks if task not in outside]
+    found = evaluate(model, job.tokenizer, inside, **options)
+    if outside:
+        found |= _evaluate_by_vllm(job, model, None if base else folder / "adapter", outside, options)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
+    return found
+
+
+def _evaluate_by_vllm(
+    job: Job, model: Any, adapter: Path | None, tasks: list[LmEvalTask], options: dict[str, Any]
+) -> Evaluation:
+    """Evaluate what is saved, with the live model out of the accelerator's memory meanwhile."""
+    device = model.device
+    model.to("cpu")
+    _free()
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
+    section = job.recipe.model
+    lm = open_vllm(job.model_name, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
+    del lm
+    _free()
+    model.to(device)
     return found
 
 
@@ -217,6 +239,10 @@ def _base_row(job: Job) -> dict[str, Any]:
     saved = job.folder / "base" / "eval.json"
     if not job.recipe.eval.before or not job.tasks:
         return row
+    if not saved.is_file() and job.base_key:
+        if job.is_main and base_cache.fetch(job.base_key, job.folder / "base"):
+            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+        PartialState().wait_for_everyone()
     if saved.is_file():
         found = Evaluation.from_json(saved.read_text())
     else:
@@ -224,6 +250,8 @@ def _base_row(job: Job) -> dict[str, Any]:
         found = _evaluate(job, model, job.folder / "base", base=True)
         del model
         _free()
+        if job.is_main and job.base_key:
+            base_cache.keep(job.base_key, job.folder / "base", found)
     return row | {"metrics": found.metrics, "seconds": {"init": None, "train": None, "eval": found.seconds}}
 
 
