@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from tiny import tiny_tokenizer
 from world import make_world
 
 from lora_null.recipes import base_cache, run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.load import load_recipe
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
@@ -42,32 +44,36 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
     assert measured == ["one", "three"]
 
 
-@pytest.mark.parametrize("change", ["eval.batch_size=2", "eval.limit=5", "model.dtype=bfloat16", "eval.retention=[]"])
-def test_other_settings_are_measured(tmp_path, measured, change):
-    recipe = make_world(tmp_path)
-    assert main([str(recipe), *OPTIONS, "--output-dir", str(tmp_path / "one")]) == 0
-    assert main([str(recipe), *OPTIONS, "--output-dir", str(tmp_path / "two"), change]) == 0
-    assert measured == ["one", "two"]
+def key(recipe, *changes):
+    recipe = load_recipe(str(recipe), changes)
+    tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    return base_cache.key_of(recipe, recipe.model.name_or_path, None, tasks)
 
 
-def test_other_documents_and_other_weights_are_measured(tmp_path, measured):
+@pytest.mark.parametrize(
+    "change", ["eval.batch_size=2", "eval.limit=5", "model.dtype=bfloat16", "eval.retention=[]", "eval.bf16=true"]
+)
+def test_other_settings_are_others(tmp_path, change):
     recipe = make_world(tmp_path)
-    run_to = lambda name: main([str(recipe), *OPTIONS, "--output-dir", str(tmp_path / name)])  # noqa: E731
-    assert run_to("one") == 0
+    assert key(recipe) == key(recipe) != key(recipe, change)
+
+
+@pytest.mark.parametrize("change", ["training.learning_rate=1", "method.rank=2", "seed=7", "calibration.samples=9"])
+def test_the_training_does_not_matter(tmp_path, change):
+    recipe = make_world(tmp_path)
+    assert key(recipe) == key(recipe, change)
+
+
+def test_other_documents_and_other_weights_are_others(tmp_path):
+    recipe = make_world(tmp_path)
+    keys = [key(recipe)]
     rows = (tmp_path / "numbers.jsonl").read_text()
     (tmp_path / "numbers.jsonl").write_text(rows.replace("it is 4", "it was 4"))
-    assert run_to("two") == 0
+    keys.append(key(recipe))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # written anew
-    assert run_to("three") == 0
-    assert measured == ["one", "two", "three"]
-
-
-def test_the_training_does_not_matter(tmp_path):
-    recipe = load_recipe(str(make_world(tmp_path)))
-    key = base_cache.key_of(recipe, recipe.model.name_or_path, None, [])
-    recipe.training["learning_rate"], recipe.method.rank, recipe.seed = 1.0, 2, 7
-    assert base_cache.key_of(recipe, recipe.model.name_or_path, None, []) == key
+    keys.append(key(recipe))
+    assert len(set(keys)) == 3
 
 
 def test_only_the_newest_are_kept(monkeypatch):

@@ -30,6 +30,7 @@ def results(folder):
     return json.loads((folder / "out" / "results.json").read_text())
 
 
+METHODS = ["lora", "lora-null-v1", "lora-null-v2"]
 TRAINING = {"learning_rate": 1e-2, "max_steps": 3, "total_batch_size": 4, "per_device_train_batch_size": 2}
 TRAINING |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
 
@@ -43,6 +44,7 @@ def test_dpo(tmp_path, precompute):
     recipe = world(
         tmp_path,
         trainer="dpo",
+        method={"name": METHODS[1:] if precompute else METHODS, "rank": 4},
         data={"path": path, "template": "qa", **names},
         training={**TRAINING, "beta": 0.3, "precompute_ref_log_probs": precompute},
         eval={"retention": retention, "task": [{"preferences": "pairs", "path": path, "limit": 10, **names}]},
@@ -53,7 +55,7 @@ def test_dpo(tmp_path, precompute):
         base["metrics"]["pairs reward accuracy"]["value"] == 0.5
         and base["metrics"]["pairs reward margin"]["value"] == 0
     )
-    assert [row["method"] for row in rows] == ["lora", "lora-null-v1", "lora-null-v2"]
+    assert [row["method"] for row in rows] == METHODS[precompute:]
     for row in rows:
         assert row["metrics"]["pairs reward accuracy"]["value"] > 0.5 and row["metrics"]["facts kl"]["value"] > 0
         assert row["drift"]["mean"] > 0
