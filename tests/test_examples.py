@@ -112,6 +112,13 @@ def test_conversations_of_both_kinds(tmp_path, tokenizer, keys):
     assert data.examples == [Example(1, tuple(TURNS))]
 
 
+def test_binarized_ultrafeedback_as_the_hub_has_it(tmp_path, tokenizer):
+    said = lambda text: [{"role": "user", "content": "why"}, {"role": "assistant", "content": text}]  # noqa: E731
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "why", "chosen": said("so"), "rejected": said("no")}])
+    data = training_data(section(path, response="chosen"), tokenizer, preferences=True, max_length=None)
+    assert data.examples == [Example(1, (("why", "so"),), "no")]
+
+
 def test_a_prompt_of_several_fields(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Sum", "input": "1 2", "response": "3"}])
     data = training_data(section(path, prompt="{instruction}: {input}"), tokenizer, preferences=False, max_length=None)
