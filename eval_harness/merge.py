@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null.eval_harness.generate import can_generate_rows, generate_rows
-from lora_null.ranks import broadcast, device_of
+from lora_null.ranks import broadcast, device_of, parameters_are_sharded
 
 WORTH = 0.95  # merged must take less than this share of the time
 
@@ -48,7 +48,7 @@ def merged_if_faster(model: nn.Module, known: bool | None = None) -> Iterator[bo
 
 def _mergeable(model: nn.Module) -> list[LoraLayer]:
     """Return the LoRA layers of a model that can be merged; none unless all can."""
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or parameters_are_sharded(model):
         return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = all(

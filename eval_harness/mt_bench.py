@@ -146,7 +146,8 @@ class MTBenchTask(OwnTask):
         try:
             return judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
         except JudgeError as error:
-            print(f"{self.name}: not graded ({error}); the answers are in {folder / ANSWERS_FILE}", file=sys.stderr)
+            later = f"python -m lora_null.eval_harness judge {folder / ANSWERS_FILE}"
+            print(f"{self.name}: not graded ({error}); {later} grades the answers", file=sys.stderr)
             return {}
 
 

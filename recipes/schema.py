@@ -25,8 +25,10 @@ from lora_null.trainer.methods import METHODS
 # Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
+TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
+TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
 TRAINING_KEYS = {
-    trainer: ({field.name for field in fields(config) if field.init} - DECIDED) | {"total_batch_size"}
+    trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
     for trainer, config in CONFIGS.items()
 }
 
@@ -242,7 +244,7 @@ class Recipe(Section):
     def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         known = TRAINING_KEYS[info.data.get("trainer", "sft")]
         for key in training:
-            if key in DECIDED:
+            if key in DECIDED | TOKENIZED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
             if key not in known:
                 raise ValueError(f"training has no key {key!r}{nearest(key, known)}")
@@ -257,6 +259,7 @@ class Recipe(Section):
 
 def _instead(key: str) -> str:
     instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
+    instead |= dict.fromkeys(TOKENIZED, "those of data")
     return f", use {instead.get(key, key.removeprefix('data_'))}"
 
 
