@@ -1,7 +1,7 @@
 """Measure what the target linears read on the calibration batches: Gram matrices and sketches of their inputs.
 
-This is the hook form: one plain forward pass per batch, the Grams of all layers at once. Ranks share the batches out
-and add their measurements up.
+`InputMeter` adds up the statistics while forward passes run; `measure_inputs` is the hook form, one plain forward pass
+per batch and the Grams of all layers at once. `layerwise.walk_layers` is the form that needs one layer at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_null.errors import UserError
+from lora_null.gram import Gram
 from lora_null.preserve import preserve
 from lora_null.ranks import rank_and_world
 
@@ -32,29 +32,33 @@ class InputStats:
 
     Attributes:
         modules: names of the modules that read this input, in the order of their first call.
-        gram: C = X Xᵀ, (d_in, d_in) float64, or None where it was not asked for.
+        gram: C = X Xᵀ, (d_in, d_in) float64; None where it was not asked for, is another rank's, or has been solved.
         sketch: X Ω / √k, (d_in, k) float64 with Ω standard normal, so that E[S Sᵀ] = C; k = 64.
         tokens: N, the columns of X: calibration tokens, padding excluded.
+        owner: the rank that holds the Gram and solves it.
     """
 
     modules: list[str]
     gram: torch.Tensor | None
     sketch: torch.Tensor
     tokens: int = 0
+    owner: int = 0
 
 
 @dataclass
 class Calibration:
-    """All that was measured in one pass over the calibration batches.
+    """What was measured in one pass over the calibration batches: of the whole model, or of one decoder layer.
 
     Attributes:
         inputs: one entry per distinct input.
         output_energy: per module name ‖W0 X‖²_F, the bias excluded.
+        projected: per module name L, (r, r) float64 with L Lᵀ = A0 X Xᵀ A0ᵀ, once its factors are solved.
         seconds: wall time of the pass.
     """
 
     inputs: list[InputStats] = field(default_factory=list)
     output_energy: dict[str, float] = field(default_factory=dict)
+    projected: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -65,6 +69,55 @@ class Calibration:
     def input_of(self, module: str) -> InputStats:
         """Return the statistics of the input that `module` reads."""
         return next(stats for stats in self.inputs if module in stats.modules)
+
+    def add(self, part: Calibration) -> None:
+        """Take in what was measured of other modules."""
+        self.inputs += part.inputs
+        self.output_energy |= part.output_energy
+        self.projected |= part.projected
+        self.seconds += part.seconds
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One calibration batch as the meter needs it.
+
+    Attributes:
+        index: its place among all batches.
+        inputs: `input_ids` and `attention_mask`, (batch, length) each, on the device of the model's inputs.
+        mask: (batch · length,) bool, or None where nothing is padding.
+        omega: (tokens, k) float32, the Gaussian of this batch's sketch over √k.
+        counted: False for a batch that only has to run.
+    """
+
+    index: int
+    inputs: dict[str, torch.Tensor]
+    mask: torch.Tensor | None
+    omega: torch.Tensor
+    counted: bool = True
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (batch, length, d) as (tokens, d) without its padding."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.mask is None else flat[self.mask]
+
+
+def token_batches(batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int) -> list[TokenBatch]:
+    """Return this rank's share of the batches; the Gaussian of a batch is the same whichever rank draws it.
+
+    A rank without a share gets the first batch, not counted, so that it learns which modules share an input.
+    """
+    rank, world = rank_and_world()
+    mine = list(range(rank, len(batches), world))
+    return [_token_batch(batches[i], i, device, seed, bool(mine)) for i in mine or [0]]
+
+
+def _token_batch(batch: Mapping[str, Any], index: int, device: torch.device, seed: int, counted: bool) -> TokenBatch:
+    inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
+    mask = inputs["attention_mask"].bool().flatten()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    omega = torch.randn(int(mask.sum()), SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5
+    return TokenBatch(index, inputs, None if mask.all() else mask, omega.to(device), counted)
 
 
 def measure_inputs(
@@ -95,56 +148,80 @@ def measure_inputs(
             zero, NaN or infinite.
     """
     start = time.perf_counter()
-    batches = list(batches)
-    if not batches:
-        raise UserError("calibration: there is no batch to measure")
-    rank, world = rank_and_world()
-    meter = _InputMeter(modules, gram=gram)
-    device = next(model.parameters()).device
-    base_only = getattr(model, "disable_adapter", contextlib.nullcontext)
-    with preserve(model), base_only(), meter.attached(), torch.no_grad():
-        model.eval()
-        for index, batch in _share(batches, rank, world, progress):
-            idle = index is None  # more ranks than batches: run one to learn the shared inputs, count none of it
-            meter.begin(batch["attention_mask"].to(device), index if not idle else 0, seed, counted=not idle)
-            _backbone(model)(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                use_cache=False,
-            )
+    batches = checked_batches(batches, min_tokens)
+    mine = token_batches(batches, input_device(model), seed)
+    meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
+    with measuring(model), meter.attached():
+        for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
+            meter.begin(batch)
+            backbone(model)(**batch.inputs, use_cache=False)
     calibration = meter.result()
-    if world > 1:
-        _sum_over_ranks(calibration)
-    _check(calibration, modules, min_tokens)
+    sum_over_ranks(calibration)
     calibration.seconds = time.perf_counter() - start
     return calibration
 
 
-def _share(batches: Sequence, rank: int, world: int, progress: bool) -> Iterator[tuple[int | None, Mapping]]:
-    mine = list(islice(enumerate(batches), rank, None, world)) or [(None, batches[0])]
-    return tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank != 0)
+def checked_batches(batches: Iterable[Mapping[str, Any]], min_tokens: int) -> list[Mapping[str, Any]]:
+    """Return the batches as a list; raise a UserError when they hold fewer than `min_tokens` tokens."""
+    batches = list(batches)
+    if not batches:
+        raise UserError("calibration: there is no batch to measure")
+    tokens = count_tokens(batches)
+    if tokens < min_tokens:
+        raise UserError(f"calibration: only {tokens} tokens, at least {min_tokens} are needed")
+    return batches
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def count_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Return the number of tokens in the batches, padding excluded."""
+    return sum(int(torch.as_tensor(batch["attention_mask"]).sum()) for batch in batches)
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run the original model: eval mode, no gradients, adapters off; everything restored afterwards."""
+    base_only = getattr(model, "disable_adapter", contextlib.nullcontext)
+    with preserve(model), base_only(), torch.no_grad():
+        model.eval()
+        yield
+
+
+def backbone(model: nn.Module) -> nn.Module:
     """Return the decoder without its language-model head, whose logits calibration has no use for."""
     inner = getattr(model, "get_base_model", lambda: model)()
     return getattr(inner, getattr(inner, "base_model_prefix", "") or "-", inner)
 
 
-class _InputMeter:
-    """Forward hooks that add up the statistics of each distinct input, found by the identity of the input tensor."""
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that the model's token ids belong on."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return inner.get_input_embeddings().weight.device
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, gram: bool) -> None:
+
+class InputMeter:
+    """Forward hooks that add up the statistics of each distinct input, found by the identity of the input tensor.
+
+    Args:
+        modules: name → linear, or the layer that wraps it.
+        gram: whether to add up C as well.
+        tokens: N, how many tokens there are in all batches of all ranks.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], *, gram: bool, tokens: int) -> None:
         self.modules = modules
-        self.gram = gram
+        self.tokens = tokens
+        self.with_gram = gram
         self.stats: dict[str, InputStats] = {}  # by leader: the first module to read the input
+        self.grams: dict[str, Gram] = {}
         self.leader: dict[str, str] = {}
         self.bias: dict[str, torch.Tensor | None] = {}
         self.output_energy: dict[str, torch.Tensor] = {}
+        self.finite: dict[str, list[tuple[int, torch.Tensor]]] = {}  # by leader: (batch, (sequences,) bool)
         self.recent: list[tuple[weakref.ref, str]] = []
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
+        """Measure every forward pass inside this context."""
         with contextlib.ExitStack() as stack:
             for name, module in self.modules.items():
                 base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
@@ -153,25 +230,24 @@ class _InputMeter:
                 stack.callback(handle.remove)
             yield
 
-    def begin(self, mask: torch.Tensor, index: int, seed: int, *, counted: bool) -> None:
-        """Start a batch: its mask, and the Gaussian for its tokens (the same whichever rank draws it)."""
-        self.mask = mask.bool().flatten()
-        self.index = index
-        self.counted = counted
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        tokens = int(self.mask.sum())
-        omega = torch.randn(tokens, SKETCH_COLUMNS, generator=generator, dtype=torch.float64)
-        self.omega = (omega / SKETCH_COLUMNS**0.5).to(mask.device)
+    def begin(self, batch: TokenBatch) -> None:
+        """Say which batch the next forward pass is of."""
+        self.batch = batch
         self.recent = []
 
     def _see(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        if x.shape[:-1].numel() != self.batch.inputs["input_ids"].numel():
+            raise UserError(
+                f"calibration: {name} reads {x.shape[:-1].numel()} rows of a batch, not its tokens, leave it out"
+            )
         leader = self._leader(name, x)
-        if self.counted:
-            clean = out if self.bias[name] is None else out - self.bias[name]
-            energy = self._rows(clean).double().square().sum()
-            self.output_energy[name] = self.output_energy.get(name, 0.0) + energy
+        if not self.batch.counted:
+            return
+        clean = out if self.bias[name] is None else out - self.bias[name]
+        energy = self.batch.rows(_norms(clean)[..., None]).double().square().sum()
+        self.output_energy[name] = self.output_energy.get(name, 0.0) + energy
         if leader == name:
-            self._add(self.stats[name], x, name)
+            self._add(name, x)
 
     def _leader(self, name: str, x: torch.Tensor) -> str:
         """Return the first module that read this very tensor in this forward pass; remember it at the first batch."""
@@ -183,57 +259,101 @@ class _InputMeter:
             # Shared at first, apart now (or the reverse): measured as its own input from here would miss batches.
             raise RuntimeError(f"{name}: its input is shared with {self.leader[name]} in some batches, not in others")
         if now == name and name not in self.stats:
-            d = x.shape[-1]
-            gram = torch.zeros(d, d, dtype=torch.float64, device=x.device) if self.gram else None
-            sketch = torch.zeros(d, SKETCH_COLUMNS, dtype=torch.float64, device=x.device)
-            self.stats[name] = InputStats([], gram, sketch)
+            sketch = torch.zeros(x.shape[-1], SKETCH_COLUMNS, dtype=torch.float64, device=x.device)
+            self.stats[name] = InputStats([], None, sketch)
+            if self.with_gram:
+                self.grams[name] = Gram(x.shape[-1], x.device, self.tokens)
         if name not in self.stats[now].modules:
             self.stats[now].modules.append(name)
         return now
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(-1, x.shape[-1])[self.mask]
-
-    def _add(self, stats: InputStats, x: torch.Tensor, name: str) -> None:
-        if not self.counted:
-            return
-        # Squared singular values: float32 sums cannot see directions below 3e-4 of the largest, so float64 throughout.
-        rows = self._rows(x).double()
-        if not torch.isfinite(rows).all():
-            raise UserError(f"calibration: batch {self.index} gives NaN or infinite inputs at {name}")
-        if stats.gram is not None:
-            stats.gram.addmm_(rows.T, rows)
-        stats.sketch.addmm_(rows.T, self.omega)
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        stats = self.stats[name]
+        whole = torch.isfinite(_norms(x))
+        if self.batch.mask is not None:
+            whole |= ~self.batch.mask.view_as(whole)
+        self.finite.setdefault(name, []).append((self.batch.index, whole.reshape(len(x), -1).all(1)))
+        rows = self.batch.rows(x)
+        if name in self.grams:
+            self.grams[name].add(rows)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        stats.sketch += rows.to(dtype).T @ self.batch.omega.to(dtype)
         stats.tokens += len(rows)
 
     def result(self) -> Calibration:
-        energy = {name: float(value) for name, value in self.output_energy.items()}
-        return Calibration(list(self.stats.values()), energy)
+        """Return what was measured on this rank.
+
+        Raises:
+            UserError: a module that no token reached, an input that is NaN or infinite.
+        """
+        unreached = [name for name in self.modules if name not in self.leader]
+        if unreached:
+            raise UserError(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
+        for name, flags in self.finite.items():
+            for index, whole in flags:
+                if not whole.all():
+                    sample = int((~whole).nonzero()[0])
+                    raise UserError(
+                        f"calibration: sample {sample} of batch {index} gives NaN or infinite inputs at {name}"
+                    )
+        for name, gram in self.grams.items():
+            self.stats[name].gram = gram.result()
+        return Calibration(list(self.stats.values()), {name: float(e) for name, e in self.output_energy.items()})
 
 
-def _sum_over_ranks(calibration: Calibration) -> None:
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Return the Euclidean norm of every row; NaN or infinite where the row is."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class LoadBalance:
+    """Gives each Gram to the rank with the least to solve so far, in d³; every rank computes the same."""
+
+    def __init__(self) -> None:
+        self.load = [0] * rank_and_world()[1]
+
+    def assign(self, inputs: Sequence[InputStats]) -> None:
+        """Set the owner of every input, the widest first."""
+        for stats in sorted(inputs, key=lambda stats: -len(stats.sketch)):
+            stats.owner = self.load.index(min(self.load))
+            self.load[stats.owner] += len(stats.sketch) ** 3
+
+
+def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None) -> None:
+    """Add the ranks' measurements up, in place: on every rank, but each Gram on its owner alone if `balance` is given.
+
+    Raises:
+        UserError: an input that is zero on every token.
+    """
+    if rank_and_world()[1] > 1:
+        if balance is not None:
+            balance.assign(calibration.inputs)
+        for stats in calibration.inputs:
+            _sum_gram(stats, to_owner=balance is not None)
+            dist.all_reduce(stats.sketch)
+        _sum_numbers(calibration)
     for stats in calibration.inputs:
-        for tensor in (stats.gram, stats.sketch):
-            if tensor is not None:
-                dist.all_reduce(tensor)
+        if not stats.sketch.any():
+            raise UserError(f"calibration: the input of {stats.modules[0]} is zero on every token")
+
+
+def _sum_gram(stats: InputStats, *, to_owner: bool) -> None:
+    if stats.gram is None:
+        return
+    if not to_owner:
+        dist.all_reduce(stats.gram)
+        return
+    dist.reduce(stats.gram, dst=stats.owner)
+    if rank_and_world()[0] != stats.owner:
+        stats.gram = None
+
+
+def _sum_numbers(calibration: Calibration) -> None:
     names = [name for stats in calibration.inputs for name in stats.modules]
-    device = calibration.inputs[0].sketch.device if calibration.inputs else "cpu"
     counts = [stats.tokens for stats in calibration.inputs]
     energies = [calibration.output_energy.get(name, 0.0) for name in names]
-    sums = torch.tensor([*counts, *energies], dtype=torch.float64, device=device)
+    sums = torch.tensor([*counts, *energies], dtype=torch.float64, device=calibration.inputs[0].sketch.device)
     dist.all_reduce(sums)
     for stats, tokens in zip(calibration.inputs, sums[: len(counts)].tolist()):
         stats.tokens = int(tokens)
     calibration.output_energy = dict(zip(names, sums[len(counts) :].tolist()))
-
-
-def _check(calibration: Calibration, modules: Mapping[str, nn.Module], min_tokens: int) -> None:
-    reached = {name for stats in calibration.inputs for name in stats.modules}
-    unreached = [name for name in modules if name not in reached]
-    if unreached:
-        raise UserError(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
-    if calibration.tokens < min_tokens:
-        raise UserError(f"calibration: only {calibration.tokens} tokens, at least {min_tokens} are needed")
-    for stats in calibration.inputs:
-        if not stats.sketch.any():
-            raise UserError(f"calibration: the input of {stats.modules[0]} is zero on every token")

@@ -33,6 +33,12 @@ _UNSUPPORTED = {
 }
 
 
+def use_lora_null_layers(config: LoraConfig) -> LoraConfig:
+    """Let `config` put `LoraNullLinear` on the model, whose base weight may carry a residual; return it."""
+    config._register_custom_module({nn.Linear: LoraNullLinear, Conv1D: LoraNullLinear})
+    return config
+
+
 @dataclass
 class LoraNullConfig(LoraConfig):
     """Configuration of a LoRA adapter that starts in the null space of the calibration activations.
@@ -58,7 +64,7 @@ class LoraNullConfig(LoraConfig):
             self.target_modules = "all-linear"
         super().__post_init__()
         self._check()
-        self._register_custom_module({nn.Linear: LoraNullLinear, Conv1D: LoraNullLinear})
+        use_lora_null_layers(self)
 
     def _check(self) -> None:
         if self.variant not in VARIANTS:

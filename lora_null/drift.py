@@ -10,8 +10,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
+from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers
 
@@ -31,7 +34,19 @@ class _Probe:
     scale: float
 
 
-class DriftMeter:
+class _Meter:
+    """What both meters share: a summary of `measure`."""
+
+    def measure(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def summary(self) -> dict[str, float]:
+        """Return {"mean", "max"} of the drift over the layers."""
+        values = list(self.measure().values())
+        return {"mean": sum(values) / len(values), "max": max(values)}
+
+
+class DriftMeter(_Meter):
     """Measures how far the adapted weights move the outputs on the calibration inputs.
 
     With ΔW = W* − W0, drift = ‖ΔW X‖_F / ‖W0 X‖_F; the denominator is measured exactly during calibration. Where A is
@@ -54,11 +69,6 @@ class DriftMeter:
         """Return the drift of every layer, by module name; 0 before the first step."""
         pairs = [(name, self._layer_drift(layer, self.probes[name])) for name, layer in self.layers.items()]
         return dict(zip([name for name, _ in pairs], torch.stack([drift.cpu() for _, drift in pairs]).tolist()))
-
-    def summary(self) -> dict[str, float]:
-        """Return {"mean", "max"} of the drift over the layers."""
-        values = list(self.measure().values())
-        return {"mean": sum(values) / len(values), "max": max(values)}
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
@@ -86,6 +96,56 @@ class DriftMeter:
         return meter
 
 
+class WeightDriftMeter(_Meter):
+    """The same drift where no low-rank factors hold the change: ‖W S − W0 S‖ / ‖W0 X‖, from the sketch of 64 columns.
+
+    W0 S (d_out, 64) is stored at the start, so no second copy of the weights is kept.
+
+    Args:
+        layers: linears, or PEFT layers with `get_delta_weight`, by name.
+        calibration: of their inputs; sketches are enough.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+        self.layers = dict(layers)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, layer in self.layers.items():
+            sketch = calibration.input_of(name).sketch.float()
+            scale = torch.tensor(calibration.output_energy[name] ** -0.5)
+            self.tensors |= {f"{name}.S": sketch, f"{name}.start": _outputs(layer, sketch), f"{name}.scale": scale}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return the drift of every layer, by module name; 0 before the first step."""
+        found = {}
+        for name, layer in self.layers.items():
+            sketch, start, scale = (self.tensors[f"{name}.{part}"] for part in ("S", "start", "scale"))
+            moved = _outputs(layer, sketch)
+            found[name] = (scale.to(moved) * torch.linalg.matrix_norm(moved - start.to(moved))).item()
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the probes, so that a resumed run follows the same drift without calibrating."""
+        write_safetensors(path, self.tensors, {})
+
+    @classmethod
+    def load(cls, path: Path, layers: Mapping[str, nn.Module]) -> WeightDriftMeter:
+        """Read what `save` wrote."""
+        meter = cls.__new__(cls)
+        meter.layers, meter.tensors = dict(layers), load_file(path)
+        return meter
+
+
+@torch.no_grad()
+def _outputs(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return W S in float32, (d_out, k), of a linear or of a PEFT layer with its change."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    if hasattr(layer, "get_delta_weight"):
+        weight = weight + layer.get_delta_weight("default")
+    return weight.float() @ inputs.to(weight.device)
+
+
 def _read_probe(name: str, tensors: Mapping[str, torch.Tensor]) -> _Probe:
     projected = f"{name}.L" in tensors
     inputs = tensors[f"{name}.{'L' if projected else 'S'}"]
@@ -96,8 +156,10 @@ def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: 
     stats = calibration.input_of(name)
     scale = calibration.output_energy[name] ** -0.5
     A = layer.lora_A[adapter_name].weight
-    if A.requires_grad or stats.gram is None:
+    if A.requires_grad:
         return _Probe(stats.sketch.float(), False, scale)
-    A = A.detach().to(stats.gram)
-    values, vectors = torch.linalg.eigh(A @ stats.gram @ A.T)
-    return _Probe((vectors * values.clamp(min=0).sqrt()).contiguous(), True, scale)
+    if name in calibration.projected:
+        return _Probe(calibration.projected[name], True, scale)
+    if stats.gram is not None:
+        return _Probe(projected_inputs(A, stats.gram), True, scale)
+    return _Probe(stats.sketch.float(), False, scale)

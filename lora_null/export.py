@@ -58,6 +58,7 @@ def _plain_config(config: LoraConfig, rank: int, scaling: float) -> LoraConfig:
     alpha = scaling * rank
     fields |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False}
     fields |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
+    fields |= dict.fromkeys(("eva_config", "lora_ga_config"))  # how it started is no part of what it is
     return LoraConfig(**fields)
 
 

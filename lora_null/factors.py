@@ -39,28 +39,42 @@ def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float)
         scaling: PEFT's s; A and B are divided by √s each.
     """
     weight = weight.to(null_space)
-    P, S, Qh = torch.linalg.svd(weight @ null_space, full_matrices=False)
+    Q, R = torch.linalg.qr(weight @ null_space)  # so that the SVD is of r × r only
+    P, S, Qh = torch.linalg.svd(R, full_matrices=False)
     rows = Qh @ null_space.T  # (r, d_in)
     signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
     root = (S / scaling).sqrt()
     return NullFactors(
         A=root[:, None] * rows * signs,
-        B=P * signs.T * root,
+        B=Q @ P * signs.T * root,
         energy=(S.square().sum() / weight.square().sum()).item(),
         condition=(S[0] / S[-1]).item() if S[-1] > 0 else float("inf"),
     )
 
 
-def leakage(A: torch.Tensor, gram: torch.Tensor) -> float:
-    """Return ‖A X‖_F / (‖A‖_F ‖X‖_F) from C = X Xᵀ: how far A is from the null space, 0 inside it, at most 1.
+def projected_inputs(A: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Return L (r, r) with L Lᵀ = A X Xᵀ Aᵀ: the inputs as A sees them, from C = X Xᵀ.
 
     Args:
         A: (r, d_in).
         gram: C, (d_in, d_in) float64.
     """
-    A = A.to(gram)
-    seen = ((A @ gram) * A).sum().clamp(min=0)
-    return (seen / (A.square().sum() * gram.trace())).sqrt().item()
+    A = A.detach().to(gram)
+    values, vectors = torch.linalg.eigh(A @ gram @ A.T)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def leakage(A: torch.Tensor, gram: torch.Tensor, projected: torch.Tensor | None = None) -> float:
+    """Return ‖A X‖_F / (‖A‖_F ‖X‖_F) from C = X Xᵀ: how far A is from the null space, 0 inside it, at most 1.
+
+    Args:
+        A: (r, d_in).
+        gram: C, (d_in, d_in) float64.
+        projected: `projected_inputs(A, gram)`, if it is at hand.
+    """
+    seen = projected_inputs(A, gram) if projected is None else projected
+    norm = torch.linalg.matrix_norm(A.detach().to(gram))
+    return (torch.linalg.matrix_norm(seen) / (norm * gram.trace().sqrt())).item()
 
 
 @dataclass(frozen=True)

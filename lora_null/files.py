@@ -13,6 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 
+def cache_root() -> Path:
+    """Return the package's cache: $LORA_NULL_CACHE, or lora_null in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LORA_NULL_CACHE") or Path(base) / "lora_null")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it takes the place of `path`, on failure nothing changes."""

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
-from lora_null.calibration import Calibration, measure_inputs
+from lora_null import store
+from lora_null.calibration import Calibration, InputStats, LoadBalance, checked_batches, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError
 from lora_null.export import save_plainly
-from lora_null.factors import LayerStats, leakage, null_factors
-from lora_null.files import write_json, write_safetensors
+from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
 from lora_null.layer import LoraNullLinear, adapted_layers
+from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
-from lora_null.ranks import all_gather, rank_and_world
+from lora_null.ranks import all_gather, broadcast, rank_and_world, say
+from lora_null.store import SolvedPart
+from lora_null.weight_files import WeightFiles
 
 MIN_TOKENS = 256
-FACTORS_FILE, REPORT_FILE = "factors.safetensors", "layers.json"
+Form = Literal["auto", "layers", "hooks"]
 
 
 @dataclass
@@ -39,36 +39,57 @@ class LayerReport:
 
     Attributes:
         layers: one `LayerStats` per adapted linear, in the model's order.
-        seconds: wall time of the parts: calibrate, solve.
+        seconds: wall time of the parts: calibrate (forward passes and Grams), solve (over all ranks), all.
         tokens: calibration tokens.
+        base: fingerprint of the base weights it was made for.
     """
 
     layers: list[LayerStats] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    base: str = ""
 
     def to_json(self) -> dict[str, Any]:
         layers = [layer.to_json() for layer in self.layers]
-        return {"tokens": self.tokens, "seconds": self.seconds, "layers": layers}
+        return {"tokens": self.tokens, "base": self.base, "seconds": self.seconds, "layers": layers}
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda layer: layer.leakage)
         energy = sum(layer.energy for layer in self.layers) / len(self.layers)
         return (
-            f"LoRA-Null: {len(self.layers)} layers from {self.tokens} tokens in {sum(self.seconds.values()):.1f} s; "
+            f"LoRA-Null: {len(self.layers)} layers from {self.tokens} tokens in {self.seconds['all']:.1f} s; "
             f"leakage at most {worst.leakage:.1e} ({worst.name}), {energy:.2%} of the weights' energy"
         )
 
 
+@dataclass(frozen=True)
+class InitOptions:
+    """How to initialize; the defaults are right for a model that is whole on one device.
+
+    Attributes:
+        solver: see `bottom_eigenspace`.
+        form: "layers" walks the decoder layer by layer, "hooks" runs the whole model with hooks, "auto" takes layers
+            where the model is a chain of decoder layers.
+        device: where layers run and are solved; None: where their weights are.
+        weights: the files to read layers from, for a model without weights (meta device).
+        min_tokens: fewest calibration tokens to accept.
+        seed: of the drift sketch and of the choice within a null space larger than r.
+        cache: keep the result in the cache folder, and reuse an equal one.
+        progress: show progress bars (on rank 0).
+    """
+
+    solver: str = "auto"
+    form: Form = "auto"
+    device: torch.device | None = None
+    weights: WeightFiles | None = None
+    min_tokens: int = MIN_TOKENS
+    seed: int = 0
+    cache: bool = False
+    progress: bool = True
+
+
 def initialize_lora_null_weights(
-    peft_model: PeftModel,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    adapter_name: str = "default",
-    solver: str = "auto",
-    min_tokens: int = MIN_TOKENS,
-    seed: int = 0,
-    progress: bool = True,
+    peft_model: PeftModel, batches: Iterable[Mapping[str, Any]], *, adapter_name: str = "default", **options: Any
 ) -> LayerReport:
     """Start the adapters of a PEFT model in the null space of what its linears read on `batches`. In place.
 
@@ -79,10 +100,7 @@ def initialize_lora_null_weights(
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.
         batches: dicts with `input_ids` and `attention_mask`, (batch, length) each; padding is not measured.
         adapter_name: the adapter to start.
-        solver: see `bottom_eigenspace`.
-        min_tokens: fewest calibration tokens to accept.
-        seed: of the drift sketch and of the choice within a null space larger than r.
-        progress: show progress bars (on rank 0).
+        options: those of `InitOptions`.
 
     Returns:
         The layer report.
@@ -91,12 +109,246 @@ def initialize_lora_null_weights(
         UserError: a configuration that is not `LoraNullConfig`, a target that is no plain linear or shares its weight,
             r above min(d_in, d_out), an adapter already started, or calibration data that cannot carry it.
     """
+    return start_adapter(peft_model, batches, InitOptions(**options), adapter_name=adapter_name)[0]
+
+
+@torch.no_grad()
+def start_adapter(
+    peft_model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    options: InitOptions = InitOptions(),
+    *,
+    folder: Path | None = None,
+    adapter_name: str = "default",
+) -> tuple[LayerReport, Calibration]:
+    """`initialize_lora_null_weights`, which also returns the calibration, without Grams, for a `DriftMeter`.
+
+    Args:
+        folder: where to leave the result for `load_initialization`; with `options.cache` also in the cache.
+    """
+    start = time.perf_counter()
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
-    calibration = measure_inputs(peft_model, layers, batches, min_tokens=min_tokens, seed=seed, progress=progress)
-    return initialize_from(
-        peft_model, calibration, adapter_name=adapter_name, solver=solver, seed=seed, progress=progress
-    )
+    batches = checked_batches(batches, options.min_tokens)
+    base = _fingerprint(peft_model, options.weights)
+    place = _working_folder(base, layers, adapter_name, batches, options) if options.cache else folder
+    done = broadcast(store.read_parts(place) if place and rank_and_world()[0] == 0 else {})
+    _say_what_is_reused(done, layers, place)
+    parts: dict[str, SolvedPart] = {}
+    with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
+        measured = stack.enter_context(contextlib.closing(_parts(peft_model, layers, batches, options, done)))
+        solved = _solved(measured, layers, adapter_name, options, done)
+        for name, part in stack.enter_context(contextlib.closing(solved)):
+            parts[name] = part
+            if place and name not in done and rank_and_world()[0] == 0:
+                store.write_part(place, name, part)
+    report = _report(parts, layers, base, time.perf_counter() - start)
+    if rank_and_world()[0] == 0:
+        _finish(report, place, folder)
+    settle_adapter(peft_model, adapter_name)
+    calibration = Calibration()
+    for part in parts.values():
+        calibration.add(part.measured)
+    return report, calibration
+
+
+def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
+    """Return the fingerprint of the base weights, in memory or still in their files."""
+
+    def parameters() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in peft_model.get_base_model().named_parameters():
+            key = name.replace("base_layer.", "")
+            if "lora_" not in name:
+                yield key, weights.read(key) if weights is not None and parameter.is_meta else parameter
+
+    return store.fingerprint(parameters())
+
+
+def _working_folder(
+    base: str, layers: Mapping[str, LoraLayer], adapter_name: str, batches: list, options: InitOptions
+) -> Path:
+    settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(options.device)}
+    return store.cached_folder(base, layers, adapter_name, batches, **settings)
+
+
+def _say_what_is_reused(done: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], place: Path | None) -> None:
+    found = sum(len(part.factors) for part in done.values())
+    if found == len(layers):
+        say(f"initialization: reused, model, calibration and settings are the same ({place})")
+    elif found:
+        say(f"initialization: continued, {found} of {len(layers)} modules are there already ({place})")
+
+
+def _parts(
+    peft_model: PeftModel,
+    layers: Mapping[str, LoraLayer],
+    batches: list[Mapping[str, Any]],
+    options: InitOptions,
+    done: Mapping[str, SolvedPart],
+) -> Iterator[tuple[str, Calibration | None]]:
+    """Yield what is measured, part by part; None for a part that is done."""
+    if sum(len(part.factors) for part in done.values()) == len(layers):
+        yield from ((name, None) for name in done)
+        return
+    common: dict[str, Any] = {"min_tokens": options.min_tokens, "seed": options.seed, "progress": options.progress}
+    if options.form != "hooks":
+        try:
+            walk = walk_layers(
+                peft_model,
+                layers,
+                batches,
+                device=options.device,
+                weights=options.weights,
+                skip=done.__contains__,
+                **common,
+            )
+            yield from walk
+            return
+        except DoesNotFit as reason:
+            if options.form == "layers" or options.weights is not None:
+                raise UserError(f"initialization: this model cannot be walked layer by layer, {reason}") from None
+            say(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
+    part = measure_inputs(peft_model, layers, batches, **common)
+    LoadBalance().assign(part.inputs)
+    yield "all", part
+
+
+def _solved(
+    measured: Iterable[tuple[str, Calibration | None]],
+    layers: Mapping[str, LoraNullLinear],
+    adapter_name: str,
+    options: InitOptions,
+    done: Mapping[str, SolvedPart],
+) -> Iterator[tuple[str, SolvedPart]]:
+    """Solve the parts in rounds of as many as there are ranks, so that each rank has its own to solve meanwhile.
+
+    Where weights are read from files a part has to be solved while its layer is loaded.
+    """
+    waiting: list[tuple[str, Calibration]] = []
+    most = 1 if options.weights is not None else rank_and_world()[1]
+    for name, part in measured:
+        if part is None:
+            _write_factors(done[name], layers, adapter_name)
+            yield name, done[name]
+            continue
+        waiting.append((name, part))
+        if len(waiting) == most:
+            yield from _solve_round(waiting, layers, adapter_name, options)
+            waiting = []
+    yield from _solve_round(waiting, layers, adapter_name, options)
+
+
+def _solve_round(
+    parts: list[tuple[str, Calibration]], layers: Mapping[str, LoraNullLinear], adapter_name: str, options: InitOptions
+) -> Iterator[tuple[str, SolvedPart]]:
+    rank, world = rank_and_world()
+    stats: dict[str, LayerStats] = {}
+    for _, part in parts:
+        for measured in part.inputs:
+            if measured.owner == rank:
+                stats |= _solve_input(part, measured, layers, adapter_name, options)
+            measured.gram = None
+    if world > 1:
+        stats = _share_factors([part for _, part in parts], layers, adapter_name, stats)
+    for name, part in parts:
+        names = [module for measured in part.inputs for module in measured.modules]
+        factors = {n: (layers[n].lora_A[adapter_name].weight, layers[n].lora_B[adapter_name].weight) for n in names}
+        copies = {n: (A.detach().cpu().clone(), B.detach().cpu().clone()) for n, (A, B) in factors.items()}
+        scaling = {n: layers[n].scaling[adapter_name] for n in names}
+        yield name, SolvedPart(copies, scaling, part, [stats[n] for n in names])
+
+
+def _solve_input(
+    part: Calibration,
+    measured: InputStats,
+    layers: Mapping[str, LoraNullLinear],
+    adapter_name: str,
+    options: InitOptions,
+) -> dict[str, LayerStats]:
+    """Solve one input, on the CPU where the accelerator's memory is not enough."""
+    try:
+        return _solve_on(measured.gram, part, measured, layers, adapter_name, options)
+    except torch.OutOfMemoryError:
+        say(
+            f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no memory left"
+        )
+        gram, measured.gram = measured.gram.cpu(), None
+        torch.cuda.empty_cache()
+        return _solve_on(gram, part, measured, layers, adapter_name, options)
+
+
+def _solve_on(
+    gram: torch.Tensor,
+    part: Calibration,
+    measured: InputStats,
+    layers: Mapping[str, LoraNullLinear],
+    adapter_name: str,
+    options: InitOptions,
+) -> dict[str, LayerStats]:
+    """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
+    spaces: dict[int, Eigenspace] = {}
+    stats = {}
+    for name in measured.modules:
+        start = time.perf_counter()
+        layer, r = layers[name], layers[name].r[adapter_name]
+        if r not in spaces:
+            spaces[r] = bottom_eigenspace(gram, r, solver=options.solver, seed=options.seed)
+        space = spaces[r]
+        base = layer.get_base_layer().weight
+        weight = base.T if layer.fan_in_fan_out else base
+        factors = null_factors(weight, space.vectors, layer.scaling[adapter_name])
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        A.copy_(factors.A)
+        B.copy_(factors.B)
+        part.projected[name] = projected_inputs(A, gram)
+        stats[name] = LayerStats(
+            name=name,
+            shape=tuple(weight.shape),
+            r=r,
+            tokens=measured.tokens,
+            gram_rank=min(space.rank, measured.tokens),
+            leakage=leakage(A, gram, part.projected[name]),
+            energy=factors.energy,
+            condition=factors.condition,
+            solver=space.solver,
+            seconds=time.perf_counter() - start,
+        )
+    return stats
+
+
+def _share_factors(
+    parts: list[Calibration], layers: Mapping[str, LoraLayer], adapter_name: str, stats: dict[str, LayerStats]
+) -> dict[str, LayerStats]:
+    """Give every rank the factors and lines of all, from whoever solved them."""
+    for part in parts:
+        for measured in part.inputs:
+            for name in measured.modules:
+                for factor in (layers[name].lora_A, layers[name].lora_B):
+                    dist.broadcast(factor[adapter_name].weight, src=measured.owner)
+    mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
+    gathered = all_gather((stats, mine))
+    for index, part in enumerate(parts):
+        for _, projected in gathered:
+            part.projected |= projected[index]
+    return {name: line for lines, _ in gathered for name, line in lines.items()}
+
+
+def _report(
+    parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], base: str, seconds: float
+) -> LayerReport:
+    lines = {line.name: line for part in parts.values() for line in part.stats}
+    measured = [part.measured for part in parts.values()]
+    calibrate, solve = sum(part.seconds for part in measured), sum(line.seconds for line in lines.values())
+    times = {"calibrate": calibrate, "solve": solve, "all": seconds}
+    return LayerReport([lines[name] for name in layers], times, max(part.tokens for part in measured), base)
+
+
+def _finish(report: LayerReport, place: Path | None, folder: Path | None) -> None:
+    if place is not None:
+        store.finish(place, report.to_json())
+        store.prune_cache(place)
+    if place is not None and folder is not None and place != folder:
+        store.copy_store(place, folder)
 
 
 def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> None:
@@ -132,82 +384,6 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: Mapping
         raise UserError(f"{name}: its base weight already carries an adapter, start from the original model")
 
 
-@torch.no_grad()
-def initialize_from(
-    peft_model: PeftModel,
-    calibration: Calibration,
-    *,
-    adapter_name: str = "default",
-    solver: str = "auto",
-    seed: int = 0,
-    progress: bool = True,
-) -> LayerReport:
-    """Solve and write the factors from statistics already measured: `initialize_lora_null_weights` without its pass.
-
-    The ranks take turns at the inputs; whoever solved one sends its factors to the others.
-    """
-    start = time.perf_counter()
-    layers = adapted_layers(peft_model, adapter_name)
-    rank, world = rank_and_world()
-    stats: dict[str, LayerStats] = {}
-    bar = tqdm(calibration.inputs, desc="solving", unit="input", disable=not progress or rank != 0)
-    for index, measured in enumerate(bar):
-        if index % world == rank:
-            stats.update(_solve_input(measured, layers, adapter_name, solver, seed))
-    if world > 1:
-        stats = _share_factors(calibration, layers, adapter_name, stats)
-    _settle(peft_model, adapter_name)
-    seconds = {"calibrate": calibration.seconds, "solve": time.perf_counter() - start}
-    return LayerReport([stats[name] for name in layers], seconds, calibration.tokens)
-
-
-def _solve_input(
-    measured: Any, layers: Mapping[str, LoraNullLinear], adapter_name: str, solver: str, seed: int
-) -> dict[str, LayerStats]:
-    """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
-    spaces: dict[int, Eigenspace] = {}
-    stats = {}
-    for name in measured.modules:
-        start = time.perf_counter()
-        layer, r = layers[name], layers[name].r[adapter_name]
-        if r not in spaces:
-            spaces[r] = bottom_eigenspace(measured.gram, r, solver=solver, seed=seed)
-        space = spaces[r]
-        base = layer.get_base_layer().weight
-        weight = base.T if layer.fan_in_fan_out else base
-        factors = null_factors(weight, space.vectors, layer.scaling[adapter_name])
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        A.copy_(factors.A)
-        B.copy_(factors.B)
-        stats[name] = LayerStats(
-            name=name,
-            shape=tuple(weight.shape),
-            r=r,
-            tokens=measured.tokens,
-            gram_rank=space.rank,
-            leakage=leakage(A, measured.gram),
-            energy=factors.energy,
-            condition=factors.condition,
-            solver=space.solver,
-            seconds=time.perf_counter() - start,
-        )
-    return stats
-
-
-def _share_factors(
-    calibration: Calibration, layers: Mapping[str, LoraLayer], adapter_name: str, stats: dict[str, LayerStats]
-) -> dict[str, LayerStats]:
-    world = rank_and_world()[1]
-    for index, measured in enumerate(calibration.inputs):
-        for name in measured.modules:
-            for factor in (layers[name].lora_A, layers[name].lora_B):
-                dist.broadcast(factor[adapter_name].weight, src=index % world)
-    gathered = all_gather((stats, factor_checksum(layers, adapter_name)))
-    if len({checksum for _, checksum in gathered}) != 1:
-        raise RuntimeError("the ranks hold different initial factors")
-    return {name: line for part, _ in gathered for name, line in part.items()}
-
-
 def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> str:
     """Return a SHA-256 over the bytes of every A and B, to compare ranks and runs by."""
     digest = hashlib.sha256()
@@ -218,7 +394,7 @@ def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "defaul
 
 
 @torch.no_grad()
-def _settle(peft_model: PeftModel, adapter_name: str) -> None:
+def settle_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     """Make the step-0 output the base's: v2 sets B to zero, v1 takes s·B0A0, of the factors as stored, out of W0."""
     variant = peft_model.peft_config[adapter_name].variant
     for layer in adapted_layers(peft_model, adapter_name).values():
@@ -232,41 +408,45 @@ def _settle(peft_model: PeftModel, adapter_name: str) -> None:
         save_plainly(peft_model, adapter_name)
 
 
-def save_initialization(
-    directory: Path, peft_model: PeftModel, report: LayerReport, *, adapter_name: str = "default"
-) -> None:
-    """Write the initial factors (safetensors) and the layer report (JSON, last: it marks the folder complete)."""
-    tensors = {}
-    for name, layer in adapted_layers(peft_model, adapter_name).items():
-        tensors[f"{name}.lora_A"] = layer.lora_A[adapter_name].weight
-        tensors[f"{name}.lora_B"] = layer.lora_B[adapter_name].weight
-    variant = peft_model.peft_config[adapter_name].variant
-    write_safetensors(directory / FACTORS_FILE, tensors, {"variant": variant})
-    write_json(directory / REPORT_FILE, report.to_json())
-
-
 @torch.no_grad()
-def load_initialization(directory: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> LayerReport:
+def load_initialization(
+    directory: Path, peft_model: PeftModel, *, adapter_name: str = "default"
+) -> tuple[LayerReport, Calibration]:
     """Start the adapters from a saved initialization: the same bits as the run that wrote it, no calibration.
 
+    A folder serves v1 and v2 alike.
+
     Raises:
-        UserError: the folder is incomplete, or was written for another variant or other modules.
+        UserError: the folder is incomplete, or was written for another base, other modules, ranks or scalings.
     """
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
-    if not (directory / REPORT_FILE).is_file():
-        raise UserError(f"{directory}: holds no complete initialization ({REPORT_FILE} is missing)")
-    variant = peft_model.peft_config[adapter_name].variant
-    with safe_open(directory / FACTORS_FILE, "pt") as file:
-        saved = (file.metadata() or {}).get("variant")
-    if saved != variant:
-        raise UserError(f"{directory}: was written for LoRA-Null-{saved}, this run asks for {variant}")
-    tensors = load_file(directory / FACTORS_FILE)
-    if {key.rpartition(".")[0] for key in tensors} != set(layers):
+    raw = store.read_report(directory)
+    report = LayerReport(
+        [LayerStats.from_json(line) for line in raw["layers"]], raw["seconds"], raw["tokens"], raw["base"]
+    )
+    if report.base != _fingerprint(peft_model, None):
+        raise UserError(f"{directory}: was written for other base weights than these")
+    parts = store.read_parts(directory)
+    found = {name: part for part in parts.values() for name in part.factors}
+    if set(found) != set(layers):
         raise UserError(f"{directory}: was written for other modules than this model adapts")
     for name, layer in layers.items():
-        layer.lora_A[adapter_name].weight.copy_(tensors[f"{name}.lora_A"])
-        layer.lora_B[adapter_name].weight.copy_(tensors[f"{name}.lora_B"])
-    _settle(peft_model, adapter_name)
-    raw = json.loads((directory / REPORT_FILE).read_text())
-    return LayerReport([LayerStats.from_json(line) for line in raw["layers"]], raw["seconds"], raw["tokens"])
+        rank, scaling = len(found[name].factors[name][0]), found[name].scaling[name]
+        if (rank, scaling) != (layer.r[adapter_name], layer.scaling[adapter_name]):
+            raise UserError(
+                f"{directory}: {name} was written for rank {rank} and scaling {scaling:g}, this run asks for rank "
+                f"{layer.r[adapter_name]} and scaling {layer.scaling[adapter_name]:g}"
+            )
+    calibration = Calibration()
+    for part in parts.values():
+        _write_factors(part, layers, adapter_name)
+        calibration.add(part.measured)
+    settle_adapter(peft_model, adapter_name)
+    return report, calibration
+
+
+def _write_factors(part: SolvedPart, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    for name, (A, B) in part.factors.items():
+        layers[name].lora_A[adapter_name].weight.copy_(A)
+        layers[name].lora_B[adapter_name].weight.copy_(B)

@@ -95,12 +95,46 @@ class LoraNullLinear(Linear):
         return self.residual is None or (not self.disable_adapters and self.residual.adapter in taking_part)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._is_plain(args, kwargs):
+            return self._plain_forward(x)
         result = super().forward(x, *args, **kwargs)
         if self._residual_is_compensated():
             return result
         A, B = (factor.to(x.device) for factor in (self.residual.A, self.residual.B))
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * self.residual.scaling
         return result + offset.to(result.dtype)
+
+    def _is_plain(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Return whether one live adapter without dropout is all there is: the case while training."""
+        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return False
+        name = self.active_adapters[0]
+        return (
+            name in self.lora_A
+            and name not in self.lora_variant
+            and isinstance(self.lora_dropout[name], nn.Identity)
+            and self._residual_is_compensated()
+        )
+
+    def _plain_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute W x + B (s · A x) as PEFT does, without its passes over wide tensors.
+
+        The scaling multiplies the r-wide tensor; the sum is taken into the base's output while B multiplies; under
+        autocast x is not cast up to the adapter's dtype first, only to be cast down again. Where A is frozen nothing but
+        A x, r wide, is kept for the backward pass.
+        """
+        name = self.active_adapters[0]
+        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        result = self.base_layer(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, A.dtype)
+        hidden = nn.functional.linear(x, A)
+        if scaling != 1:
+            hidden = hidden * scaling
+        if hidden.dtype == B.dtype == result.dtype:
+            flat = torch.addmm(result.view(-1, result.shape[-1]), hidden.view(-1, hidden.shape[-1]), B.T)
+            return flat.view(result.shape)
+        return (result + nn.functional.linear(hidden, B)).to(result.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.residual is not None and self.residual.adapter == adapter_name:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,6 +17,12 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, once whatever the number of ranks, without breaking a progress bar."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 def broadcast(value: Any) -> Any:

@@ -29,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
     made.add_argument("--method", help="methods to run, separated by commas")
     made.add_argument("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
+    made.add_argument("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
+    made.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key"
+    )
+    made.add_argument("--quick", action="store_true", help="the recipe's own short form")
     made.add_argument("--output-dir", help="where everything goes (default: runs/RECIPE)")
     made.add_argument("--resume", action="store_true", help="continue an unfinished run")
     made.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -83,6 +88,9 @@ def _run(arguments: argparse.Namespace) -> None:
         methods=arguments.method,
         output_dir=arguments.output_dir,
         preset=arguments.model_preset,
+        seeds=arguments.seeds,
+        sweeps=arguments.sweep,
+        quick=arguments.quick,
     )
     if arguments.print_config:
         print(dump(recipe), end="")
@@ -93,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         show_samples(recipe, arguments.show_samples)
         return
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+    from lora_null.recipes.grid import run_grid
     from lora_null.recipes.run import dry_run, run
 
     use_all_cores()
@@ -100,12 +109,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         dry_run(recipe)
     else:
-        run(
-            recipe,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            allow_code_execution=arguments.allow_code_execution,
-        )
+        start = run_grid if recipe.grid else run
+        options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+        start(recipe, allow_code_execution=arguments.allow_code_execution, **options)
 
 
 def _list() -> None:

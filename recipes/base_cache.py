@@ -18,9 +18,9 @@ from accelerate import PartialState
 import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, LmEvalTask
 from lora_null.eval_harness.tasks import describe
+from lora_null.files import cache_root
 from lora_null.recipes.bases import attention
 from lora_null.recipes.schema import Recipe
-from lora_null.recipes.smollm2 import cache_folder
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
 KEPT = 16  # the most evaluations that are kept; the longest unused goes first
@@ -28,7 +28,7 @@ KEPT = 16  # the most evaluations that are kept; the longest unused goes first
 
 def folder() -> Path:
     """Return where evaluations are kept."""
-    return cache_folder() / "base_evaluations"
+    return cache_root() / "base_evaluations"
 
 
 def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Any]) -> str:
@@ -86,7 +86,7 @@ def fetch(key: str, target: Path) -> bool:
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(kept.rglob("*"), key=lambda file: file.name == "eval.json"):  # which stands for all, last
         if file.is_file():
-            _link(file, target / file.relative_to(kept))
+            link(file, target / file.relative_to(kept))
     os.utime(kept)
     return True
 
@@ -100,7 +100,7 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
         with tempfile.TemporaryDirectory(dir=folder(), prefix=".new-") as scratch:
             for file in source.rglob("*"):
                 if file.is_file():
-                    _link(file, Path(scratch) / key / file.relative_to(source))
+                    link(file, Path(scratch) / key / file.relative_to(source))
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
         _prune()
@@ -108,8 +108,9 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
         return
 
 
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, so that it takes no space twice; copy it where that does not work."""
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk cannot; ours are replaced whole, never written into."""
+    target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

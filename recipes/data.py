@@ -11,7 +11,7 @@ import datasets
 
 from lora_null.errors import UserError, nearest
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, read_documents
-from lora_null.recipes.schema import Recipe
+from lora_null.recipes.schema import CalibrationSection
 
 
 def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datasets.Dataset:
@@ -67,13 +67,12 @@ def need_field(rows: datasets.Dataset, field: str, where: str) -> None:
         raise UserError(f"{where}: the data has no field {field!r}{nearest(field, rows.column_names)}")
 
 
-def calibration_texts(recipe: Recipe) -> list[str]:
+def calibration_texts(section: CalibrationSection) -> list[str]:
     """Return the calibration texts: one field of each row, or a template filled with several.
 
     Raises:
         UserError: as `load_rows`, and for a missing field.
     """
-    section = recipe.calibration
     rows = load_rows(section.path, subset=section.subset, split=section.split, where="calibration")
     if section.template is None:
         need_field(rows, section.field, "calibration.field")

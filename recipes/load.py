@@ -115,14 +115,23 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
-        *parents, last = key.split(".")
-        target = raw
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise UserError(f"argument {assignment!r}: {parent!r} holds a value, not keys")
-        target[last] = _number(value)
+        put(raw, key, _number(value), f"argument {assignment!r}")
     return raw
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `key.subkey` of a recipe, in place.
+
+    Raises:
+        UserError: naming `where`, for a key below one that holds no keys.
+    """
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{where}: {parent!r} holds a value, not keys")
+    target[last] = value
 
 
 def _number(value: Any) -> Any:
@@ -134,7 +143,7 @@ def _number(value: Any) -> Any:
             return value
     if isinstance(value, dict):
         return {key: _number(inner) for key, inner in value.items()}
-    return value
+    return [_number(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _section_as_meant(name: str, section: Any) -> Any:
@@ -144,8 +153,10 @@ def _section_as_meant(name: str, section: Any) -> Any:
     """
     if not isinstance(section, dict):
         return section
-    if name == "training":
+    if name in ("training", "grid"):
         return {k: "no" if k.endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
+    if name == "method":
+        return {k: _number(v) if k == "options" else v for k, v in section.items()}
     if name == "eval":
         return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
     return section
@@ -158,8 +169,21 @@ def load_recipe(
     methods: str | None = None,
     output_dir: str | None = None,
     preset: str | None = None,
+    seeds: str | None = None,
+    sweeps: Sequence[str] = (),
+    quick: bool = False,
 ) -> Recipe:
-    """Return the validated recipe with a model preset, then all overrides laid over it; `name` as in `find`.
+    """Return the validated recipe with all overrides laid over it.
+
+    Args:
+        name: as in `find`.
+        assignments: `key.subkey=value`.
+        methods: method names, separated by commas.
+        output_dir: where the run goes.
+        preset: the name of a model preset, laid over the recipe first.
+        seeds: seeds of a grid, separated by commas.
+        sweeps: `key.subkey=value,value,…`, the values of a grid.
+        quick: lay the recipe's own `quick` over it first.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -170,14 +194,45 @@ def load_recipe(
         if preset not in presets():
             raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, presets())}")
         raw = merge(raw, resolve_includes(read_yaml(presets()[preset]), presets()[preset]))
-    raw = override(raw, assignments)
+    raw = override(_quick(raw, path) if quick else raw, assignments)
+    _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     if methods is not None:
         raw = override(raw, [f"method.name={methods}"])
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
-    recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}"
+    recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     return _with_paths(recipe, path.parent)
+
+
+def _quick(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    chosen = raw.pop("quick", None)
+    if not isinstance(chosen, dict) or not chosen:
+        raise UserError(f"--quick: {path} has no quick form")
+    for key, value in chosen.items():
+        put(raw, str(key), _number(value), f"{path}: quick.{key}")
+    return raw
+
+
+def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
+    if seeds is not None:
+        put(raw, "grid.seeds", [_number(yaml.safe_load(seed)) for seed in seeds.split(",")], "--seeds")
+    if sweeps:
+        put(raw, "grid.sweep", {}, "--sweep")
+    for sweep in sweeps:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
+        raw["grid"]["sweep"][key] = _number_list(values)
+        for others in (raw["grid"].get("per_method") or {}).values():  # what was asked for holds for every method
+            others.pop(key, None)
+
+
+def _number_list(text: str) -> list[Any]:
+    try:
+        return [_number(yaml.safe_load(value)) for value in text.split(",")]
+    except yaml.YAMLError:
+        raise UserError(f"--sweep: {text!r} is no list of values") from None
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:

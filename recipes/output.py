@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,16 @@ from lora_null.files import write_text
 from lora_null.recipes.schema import Recipe
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
-OWN_FILES = ("base", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
+OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished run: the report is written last."""
-    return (folder / LAST_FILE).is_file()
+    """Return whether the folder holds a finished run: the report is written last, of a grid after any part of it."""
+    results = folder / "results.json"
+    if not (folder / LAST_FILE).is_file():
+        return False
+    grid = json.loads(results.read_text(encoding="utf-8")).get("grid") if results.is_file() else None
+    return grid is None or len(grid["cells"]) == grid["planned"]
 
 
 def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:

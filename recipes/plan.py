@@ -13,13 +13,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError, nearest
-from lora_null.initialize import check_layers
-from lora_null.layer import adapted_layers
 from lora_null.recipes.bases import empty_model
-from lora_null.recipes.schema import MethodSection, Recipe
-from lora_null.trainer.methods import METHODS
+from lora_null.recipes.schema import MethodSection, Recipe, parse_count
+from lora_null.trainer.methods import METHODS, Method, check_base, make_method
 
 GIB = 1024**3
 
@@ -30,27 +27,29 @@ class MethodPlan:
 
     Attributes:
         name: the method.
-        rank: r as configured.
+        rank: r; None where the method has none.
         trainable: parameters that train.
-        saved: parameters of the adapter that is saved for the original model (v1: rank 2r).
+        saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
+        saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices of all distinct inputs, held at once while calibrating; 0 where none are.
-        extra_bytes: adapter weights (float32), gradients and the two AdamW moments of what trains.
+        extra_bytes: what trains in float32, its gradients, the two AdamW moments, and what the method keeps besides.
     """
 
     name: str
-    rank: int
+    rank: int | None
     trainable: int
     saved: int
+    saves: str
     gram_bytes: int
     extra_bytes: int
 
 
-def adapter_config(section: MethodSection, name: str) -> Any:
-    """Return the PEFT config of a method under the recipe's settings."""
-    alpha = section.rank if section.alpha is None else section.alpha
-    return METHODS[name](
-        r=section.rank,
-        lora_alpha=alpha,
+def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
+    """Return the PEFT config of a method under the recipe's settings; None for a method without an adapter."""
+    rank = rank or section.rank
+    return method.config(
+        r=rank,
+        lora_alpha=rank if section.alpha is None else section.alpha,
         target_modules=section.target_modules,
         use_rslora=section.use_rslora,
         rank_pattern=section.rank_pattern,
@@ -63,32 +62,76 @@ def plan_methods(recipe: Recipe, model_config: Any) -> list[MethodPlan]:
     """Put each method's adapter on the model without weights and count.
 
     Raises:
-        UserError: no module matched, r too large for a layer, or a target that cannot be started.
+        UserError: no module matched, r too large for a layer, or a method that cannot start from this base.
     """
+    for name in recipe.method.name:
+        check_base(name, quantized=recipe.model.quantization is not None)
     return [_plan_method(recipe, model_config, name) for name in recipe.method.name]
 
 
+def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
+    """Return the largest rank at which the method trains no more parameters than `method.match` allows.
+
+    What trains grows in proportion to r, so one count at r = 1 tells it.
+
+    Raises:
+        UserError: not even rank 1 fits, or ranks that differ from layer to layer.
+    """
+    section = recipe.method
+    if section.rank_pattern:
+        raise UserError("method.match: a rank_pattern sets the ranks itself, give one of the two")
+    if section.match == "lora":
+        budget = section.rank * _trained_at_one(recipe, model_config, "lora")
+    else:
+        budget = parse_count(section.match)
+    each = _trained_at_one(recipe, model_config, name)
+    if each > budget:
+        raise UserError(f"method.match: {name} trains {each:,} parameters at rank 1, more than {section.match}")
+    return budget // each
+
+
+def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
+    method = make_method(name, recipe.method.options.get(name))
+    model = _put_on(recipe, model_config, method, rank=1)
+    return _count(model, method.trainable(model))
+
+
 def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
-    empty = empty_model(model_config, recipe.model)
-    config = adapter_config(recipe.method, name)
-    peft_model = _wrap(empty, config, recipe.method)
-    layers = adapted_layers(peft_model)
-    starts_null = isinstance(config, LoraNullConfig)
-    if starts_null:
-        check_layers(peft_model, layers)
-    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    adapter = sum(p.numel() for n, p in peft_model.named_parameters() if "lora_" in n)
-    widest = max(layer.r["default"] for layer in layers.values()) * (
-        2 if getattr(config, "variant", "") == "v1" else 1
-    )
+    section = recipe.method
+    method = make_method(name, section.options.get(name))
+    rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
+    model = _put_on(recipe, model_config, method, rank)
+    method.check(model)
+    layers = method.layers(model)
+    trainable = _count(model, method.trainable(model))
+    saved, held = sum(p.numel() for p in model.parameters()), trainable
+    if method.saves == "adapter":
+        held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
+        saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
     return MethodPlan(
         name=name,
-        rank=recipe.method.rank,
+        rank=rank,
         trainable=trainable,
-        saved=sum(widest * (layer.in_features + layer.out_features) for layer in layers.values()),
-        gram_bytes=_gram_bytes(layers) if starts_null else 0,
-        extra_bytes=4 * adapter + 12 * trainable,
+        saved=saved,
+        saves=method.saves,
+        gram_bytes=_gram_bytes(layers) if method.needs_gram else 0,
+        extra_bytes=4 * held + (12 + method.state_bytes) * trainable,
     )
+
+
+def _put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
+    """Return the model without weights with the method on it."""
+    model = empty_model(model_config, recipe.model)
+    config = adapter_config(recipe.method, method, rank)
+    if config is not None:
+        model = _wrap(model, config, recipe.method)
+    method.prepare(model)
+    return model
+
+
+def _count(model: PreTrainedModel, names: set[str]) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
 
 
 def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
@@ -138,7 +181,7 @@ def files_of(recipe: Recipe) -> list[str]:
     """Return what the run will leave in its output folder."""
     files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
     for name in recipe.method.name:
-        parts = ("init/", "adapter/", "eval.json", "train_log.jsonl")
+        parts = ("init/", f"{METHODS[name].saves}/", "eval.json", "train_log.jsonl")
         files += [f"{name}/{part}" for part in parts]
     return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
 
@@ -182,11 +225,11 @@ def _print_training(
 
 def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
     table = Table(title="estimated memory on each GPU in GiB", title_justify="left", box=None, pad_edge=False)
-    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "adapter\n+ AdamW", "peak"):
+    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for plan in plans:
         peak = weights + max(plan.gram_bytes, activations + plan.extra_bytes)
         sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, peak)
         counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
-        table.add_row(plan.name, str(plan.rank), *counts, *(f"{size / GIB:.1f}" for size in sizes))
+        table.add_row(plan.name, str(plan.rank or "–"), *counts, *(f"{size / GIB:.1f}" for size in sizes))
     return table

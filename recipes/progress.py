@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.recipes.environment import release_freed_memory
@@ -48,6 +49,23 @@ class ProgressBar(TrainerCallback):
             self.bar.close()
 
 
+class StopDiverged(TrainerCallback):
+    """End a training whose loss is no longer finite: no later step can mend it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            control.should_training_stop = True
+
+
+def diverged_at(trainer: Trainer) -> int | None:
+    """Return the step at which a trained model was first seen to have diverged (loss or weights not finite), or None."""
+    losses = ((line["step"], float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
+    bad = next((step for step, loss in losses if not math.isfinite(loss)), None)
+    if bad is None and not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
+        return trainer.state.global_step
+    return bad
+
+
 class ReleaseMemory(TrainerCallback):
     """Give what calibration and solving have freed back to the system before the first step."""
 
@@ -81,10 +99,15 @@ class TrainLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        line = {ours: logs[theirs] for theirs, ours in KEYS.items() if theirs in logs}
+        line = {ours: _finite(logs[theirs]) for theirs, ours in KEYS.items() if theirs in logs}
         line = {"step": state.global_step, **line}
         if "tokens" in line:
             line["tokens"] += self.tokens_before
         line["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 3)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a number that is not finite is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,8 @@ from trl import DPOConfig, SFTConfig
 from lora_null.errors import UserError
 from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.vllm import open_vllm, require_vllm
-from lora_null.export import save_plain_adapter
 from lora_null.files import write_json, write_text
-from lora_null.initialize import MIN_TOKENS
+from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
     attention,
@@ -35,11 +37,15 @@ from lora_null.recipes.environment import environment, peak_memory_bytes, releas
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.progress import ProgressBar, ReleaseMemory, TrainLog
+from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
+from lora_null.store import find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer.methods import make_method
+from lora_null.trainer.mixin import DRIFT_FILE
 
+AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}
 ROW_FILE = "row.json"
 
@@ -56,7 +62,10 @@ class Job:
     data: TrainingData
     windows: list[list[int]]
     tasks: list[Any]
-    base_key: str | None
+    base: Path
+    base_key: str | None  # of its kept evaluation; None where none is to be kept
+    initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
+    keep_weights: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +79,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
+    options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
@@ -107,6 +117,16 @@ def dry_run(recipe: Recipe) -> None:
     rows = _count_rows(recipe.data) if Path(recipe.data.path).is_file() else None
     if PartialState().is_main_process:
         print_plan(recipe, config, training, total_batch(training), rows)
+        if recipe.grid:
+            _print_grid(recipe)
+
+
+def _print_grid(recipe: Recipe) -> None:
+    grid = recipe.grid
+    swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in grid.sweep.items())
+    print(
+        f"grid: each method for seeds {', '.join(map(str, grid.seeds or [recipe.seed]))}; {swept or 'nothing swept'}"
+    )
 
 
 def _count_rows(data: DataSection) -> int:
@@ -129,14 +149,27 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
     job = prepare(recipe, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
     if not job.tasks and job.is_main:
         print("nothing to evaluate: eval.retention and eval.task are empty")
-    rows = [_base_row(job)]
+    results = run_job(job)
+    if job.is_main:
+        print_table(results)
+        print(f"report: {job.folder / 'report.html'}")
+    return job.folder
+
+
+def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Evaluate the base, train and evaluate each method, write results and report; return the results."""
+    rows = [base_row(job)]
     for plan in job.plans:
+        if plan.name not in job.recipe.method.name:
+            continue  # of another run that shares this job
         rows.append(_method_row(job, plan))
+        if after_row is not None:
+            after_row(rows[-1])
     results = {
         "schema": 1,
-        "recipe": recipe.name,
+        "recipe": job.recipe.name,
         "model": job.model_name,
-        "seed": recipe.seed,
+        "seed": job.recipe.seed,
         "environment": environment(),
         "settings": _settings(job),
         "rows": rows,
@@ -144,19 +177,37 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
     if job.is_main:
         write_json(job.folder / "results.json", results)
         write_report(job.folder)
-        print_table(results)
-        print(f"report: {job.folder / 'report.html'}")
     PartialState().wait_for_everyone()
-    return job.folder
+    return results
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_execution: bool = False) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
+    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+    if recipe.method.init is not None:
+        find_initialization(Path(recipe.method.init))
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
+            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans))
+            if job.data.bad:
+                write_json(folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
+    return job
+
+
+def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool = False) -> Job:
+    """Check everything that can be known before a model loads; nothing is written.
+
+    Args:
+        recipe: what to run.
+        base: the folder of the base's evaluation, where runs share one; the run's own when not given.
+        allow_code_execution: whether tasks may run what the model writes.
+    """
     set_seed(recipe.seed)
     if recipe.eval.backend == "vllm":
         require_vllm()
     training = training_arguments(recipe, Path(recipe.output_dir))
-    texts = calibration_texts(recipe)
+    texts = calibration_texts(recipe.calibration)
     name = resolve_name(recipe.model)
     config = load_config(recipe.model, name)
     plans = plan_methods(recipe, config)
@@ -168,15 +219,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_executi
     cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
-            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in plans))
-            if data.bad:
-                write_json(Path(recipe.output_dir) / output.SKIPPED_FILE, [asdict(row) for row in data.bad])
-    commit = getattr(config, "_commit_hash", None)
+    folder, commit = Path(recipe.output_dir), getattr(config, "_commit_hash", None)
     key = base_cache.key_of(recipe, name, commit, tasks) if recipe.eval.cache else None
-    return Job(recipe, Path(recipe.output_dir), name, tokenizer, plans, data, windows, tasks, key)
+    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", key)
 
 
 def read_training_data(
@@ -203,28 +248,30 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
     section = job.recipe.eval
     options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
-    options |= {"reference_dir": job.folder / "base", "record_reference": base}
+    options |= {"reference_dir": job.base, "record_reference": base}
     options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
     outside = [task for task in job.tasks if section.backend == "vllm" and isinstance(task, LmEvalTask)]
     inside = [task for task in job.tasks if task not in outside]
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
-        found |= _evaluate_by_vllm(job, model, None if base else folder / "adapter", outside, options)
+        found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     return found
 
 
 def _evaluate_by_vllm(
-    job: Job, model: Any, adapter: Path | None, tasks: list[LmEvalTask], options: dict[str, Any]
+    job: Job, model: Any, folder: Path | None, tasks: list[LmEvalTask], options: dict[str, Any]
 ) -> Evaluation:
-    """Evaluate what is saved, with the live model out of the accelerator's memory meanwhile."""
+    """Evaluate what is saved in a method's folder (None: the base), the live model out of the accelerator's memory."""
     device = model.device
     model.to("cpu")
     _free()
+    adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
+    whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    lm = open_vllm(job.model_name, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm
     _free()
@@ -232,26 +279,27 @@ def _evaluate_by_vllm(
     return found
 
 
-def _base_row(job: Job) -> dict[str, Any]:
+def base_row(job: Job) -> dict[str, Any]:
+    """Evaluate the untouched base, or read back what a run that shares it found."""
     row: dict[str, Any] = {"method": "base", "rank": None, "trainable_params": None, "adapter_params": None}
     row |= {"metrics": {}, "drift": None, "seconds": {"init": None, "train": None, "eval": None}}
     row |= {"tokens_per_second": None, "peak_memory_bytes": None}
-    saved = job.folder / "base" / "eval.json"
+    saved = job.base / "eval.json"
     if not job.recipe.eval.before or not job.tasks:
         return row
     if not saved.is_file() and job.base_key:
-        if job.is_main and base_cache.fetch(job.base_key, job.folder / "base"):
+        if job.is_main and base_cache.fetch(job.base_key, job.base):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         PartialState().wait_for_everyone()
     if saved.is_file():
         found = Evaluation.from_json(saved.read_text())
     else:
         model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
-        found = _evaluate(job, model, job.folder / "base", base=True)
+        found = _evaluate(job, model, job.base, base=True)
         del model
         _free()
         if job.is_main and job.base_key:
-            base_cache.keep(job.base_key, job.folder / "base", found)
+            base_cache.keep(job.base_key, job.base, found)
     return row | {"metrics": found.metrics, "seconds": {"init": None, "train": None, "eval": found.seconds}}
 
 
@@ -268,18 +316,21 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = {"init": trainer.init_seconds, "train": time.perf_counter() - start - trainer.init_seconds}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter_params = save_plain_adapter(model, folder / "adapter") if job.is_main else plan.saved
-    if job.is_main:
-        job.tokenizer.save_pretrained(folder / "adapter")
-    assert_logits_differ(model, job.tokenizer, job.data.examples[0].turns[0][0])
-    found = _evaluate(job, model, folder, base=False) if job.tasks else None
+    diverged = diverged_at(trainer)
+    saved = None if diverged else _save(job, plan, trainer, folder)
+    if hasattr(model, "disable_adapter") and not diverged:
+        assert_logits_differ(model, job.tokenizer, job.data.examples[0].turns[0][0])
+    found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
+    if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
+        diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     row = {
         "method": plan.name,
         "rank": plan.rank,
-        "trainable_params": plan.trainable,
-        "adapter_params": adapter_params,
+        "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_params": saved if plan.saves == "adapter" else None,
+        "diverged": diverged,
         "metrics": found.metrics if found else {},
-        "drift": trainer.drift_meter.summary() if trainer.drift_meter else None,
+        "drift": trainer.drift_meter.summary() if trainer.drift_meter and not diverged else None,
         "seconds": {**seconds, "eval": found.seconds if found else None},
         "tokens_per_second": _tokens_per_second(trainer, seconds["train"]),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -292,26 +343,57 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     return row
 
 
-def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer | LoraNullDPOTrainer:
+def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:
+    """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
+    if not job.keep_weights:
+        return None
+    if not job.is_main:
+        return plan.saved
+    model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
+    saved = trainer.method.save(model, place)
+    job.tokenizer.save_pretrained(place)
+    return saved
+
+
+def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     recipe = job.recipe
     arguments = training_arguments(recipe, folder)
+    method = make_method(plan.name, recipe.method.options.get(plan.name))
+    reuses = _take_initialization(job, plan, folder)
+    set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     trainer = TRAINERS[recipe.trainer](
         model=load_base(recipe.model, job.model_name),
         args=arguments,
         train_dataset=job.data.rows,
         processing_class=job.tokenizer,
-        peft_config=adapter_config(recipe.method, plan.name),
+        peft_config=adapter_config(recipe.method, method, plan.rank),
+        method=method,
+        reuse_init=reuses,
+        init_folder=recipe.method.init,
+        init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
         calibration_dataset=[{"input_ids": window} for window in job.windows],
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
+    trainer.add_callback(StopDiverged())
     trainer.add_callback(ReleaseMemory())
     trainer.add_callback(ProgressBar(plan.name))
     trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
     return trainer
 
 
-def _tokens_per_second(trainer: LoraNullSFTTrainer | LoraNullDPOTrainer, seconds: float) -> float | None:
+def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
+    """Copy the initialization of a finished run that started in the same way; return whether there was one."""
+    source = job.initialized.get(plan.name)
+    if source is None or not (source / "init" / DRIFT_FILE).is_file():
+        return False
+    if job.is_main:
+        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=base_cache.link)
+    PartialState().wait_for_everyone()
+    return True
+
+
+def _tokens_per_second(trainer: AnyTrainer, seconds: float) -> float | None:
     tokens = next((line["num_tokens"] for line in reversed(trainer.state.log_history) if "num_tokens" in line), None)
     return tokens / seconds if tokens and seconds else None
 

@@ -20,7 +20,7 @@ from trl import DPOConfig, SFTConfig
 from lora_null.errors import UserError, nearest
 from lora_null.eval_harness.judge import OPENAI
 from lora_null.recipes.templates import check_template
-from lora_null.trainer.methods import METHODS
+from lora_null.trainer.methods import METHODS, load_method_file, make_method
 
 # Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
@@ -31,6 +31,9 @@ TRAINING_KEYS = {
     trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
     for trainer, config in CONFIGS.items()
 }
+# What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
+Scalar = bool | int | float | str
+SWEEPABLE = ("training", "method", "calibration", "data")
 
 
 class Section(BaseModel):
@@ -63,6 +66,14 @@ class MethodSection(Section):
 
     name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names")
     rank: int = Field(128, ge=1, description="r")
+    match: str | None = Field(
+        None,
+        description="the largest rank whose trained parameters do not exceed this: a count (320M), or 'lora' at `rank`",
+    )
+    options: dict[str, dict[str, Any]] = Field({}, description="method → its own options")
+    init: str | None = Field(
+        None, description="folder of an earlier initialization (a run's METHOD, or `lora-null init`'s) for LoRA-Null"
+    )
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
     target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
     use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
@@ -72,12 +83,45 @@ class MethodSection(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
+        names = [known for name in names for known in (load_method_file(name) if name.endswith(".py") else [name])]
         for name in names:
             if name not in METHODS:
                 raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
         if len(set(names)) != len(names):
             raise ValueError("a method is named twice")
         return names
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _budget(cls, match: Any) -> str | None:
+        if match is not None and match != "lora":
+            parse_count(match)
+        return None if match is None else str(match)
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, chosen in options.items():
+            make_method(name, chosen)
+        return options
+
+
+def parse_count(text: Any) -> int:
+    """Return 320_000_000 for "320M"; K, M, B or no letter.
+
+    Raises:
+        ValueError: it is no positive count.
+    """
+    number, unit = str(text), 1
+    if number[-1:].upper() in ("K", "M", "B"):
+        number, unit = number[:-1], {"K": 10**3, "M": 10**6, "B": 10**9}[number[-1].upper()]
+    try:
+        count = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"{text!r} is neither a count of parameters, such as 320M, nor 'lora'")
+    return count
 
 
 class CalibrationSection(Section):
@@ -93,6 +137,7 @@ class CalibrationSection(Section):
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
+    cache: bool = Field(True, description="reuse an equal initialization of LoRA-Null, and keep this one")
 
 
 class DataSection(Section):
@@ -224,6 +269,47 @@ class EvalSection(Section):
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
 
 
+class GridSection(Section):
+    """Several runs that differ in what is named here alone; empty for a single run."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([], description="one run for each seed")
+    sweep: dict[str, list[Scalar]] = Field({}, description="recipe key → its values, every combination")
+    per_method: dict[str, dict[str, list[Scalar]]] = Field(
+        {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
+    )
+    keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweepable(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
+        for key, values in sweep.items():
+            if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
+                raise ValueError(f"{key!r} cannot be swept, only keys of {', '.join(SWEEPABLE)}")
+            if not values or len(set(map(repr, values))) < len(values):
+                raise ValueError(f"{key!r} needs values, each once")
+        return sweep
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> GridSection:
+        for name, sweep in self.per_method.items():
+            if name not in METHODS:
+                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            for key, values in sweep.items():
+                if key not in self.sweep or not values:
+                    raise ValueError(f"per_method.{name}: {key!r} is not swept, or has no values")
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.seeds or self.sweep)
+
+
 class Recipe(Section):
     """A whole recipe, resolved."""
 
@@ -236,6 +322,8 @@ class Recipe(Section):
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
+    grid: GridSection = GridSection()
+    quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = ""
     seed: int = Field(0, ge=0)
 

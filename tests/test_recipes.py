@@ -1,7 +1,7 @@
 """The shipped recipes: what they inherit, each model by its preset, and a dry run of each at full size."""
 
 import pytest
-from world import make_world, stand_in_for_roselora
+from world import make_world
 
 from lora_null.errors import UserError
 from lora_null.recipes.__main__ import main
@@ -16,13 +16,8 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def roselora(monkeypatch):
-    stand_in_for_roselora(monkeypatch)
-
-
 def test_every_paper_recipe_is_shipped_and_every_model_has_a_preset():
-    assert set(PAPER) | {"quickstart"} == set(shipped()) and set(presets()) == set(MODELS)
+    assert set(PAPER) | {"quickstart", "study"} == set(shipped()) and set(presets()) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PAPER)

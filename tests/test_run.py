@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
-from world import make_world, stand_in_for_roselora
+from world import make_world
 
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.recipes.__main__ import main
@@ -139,7 +139,8 @@ def test_two_processes_start_alike_and_write_once(finished, tmp_path):
     assert done.stdout.count("report:") == 1
     for method in METHODS[1:]:
         one, two = (
-            load_file(folder / "out" / method / "init" / "factors.safetensors") for folder in (finished, tmp_path)
+            load_file(folder / "out" / method / "init" / "factors.model.layers.0.safetensors")
+            for folder in (finished, tmp_path)
         )
         assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
     ours, theirs = results(tmp_path), results(finished)
@@ -152,6 +153,25 @@ def test_two_processes_start_alike_and_write_once(finished, tmp_path):
         assert mine["method"] == "base" or len(log.read_text().splitlines()) == 4
 
 
+def test_a_run_starts_from_an_earlier_initialization(finished, tmp_path, capsys):
+    recipe = make_world(tmp_path)
+    source = finished / "out" / "lora-null-v1"  # A0 and B0 serve v2 as well
+    words = [
+        str(recipe),
+        "--method",
+        "lora-null-v2",
+        f"model.name_or_path={finished / 'model'}",
+        "calibration.cache=false",
+    ]
+    assert main([*words, f"method.init={source}"]) == 0
+    part = "init/factors.model.layers.0.safetensors"
+    assert (tmp_path / "out" / "lora-null-v2" / part).read_bytes() == (source / part).read_bytes()
+    assert main([*words, f"method.init={tmp_path}", f"output_dir={tmp_path / 'b'}"]) == 2
+    assert "holds no complete initialization" in capsys.readouterr().err
+    assert main([*words, f"method.init={source}", "method.rank=3", f"output_dir={tmp_path / 'c'}"]) == 2
+    assert "was written for rank 4 and scaling 1, this run asks for rank 3" in capsys.readouterr().err
+
+
 def test_print_config_and_overrides(capsys, tmp_path):
     recipe = make_world(tmp_path)
     words = ["training.learning_rate=3e-4", "eval.retention=", "eval.task=[gsm8k]", "method.target_modules=[q_proj]"]
@@ -162,8 +182,7 @@ def test_print_config_and_overrides(capsys, tmp_path):
     assert shown["calibration"]["mode"] == "packed"
 
 
-def test_list_and_report(capsys, finished, monkeypatch):
-    stand_in_for_roselora(monkeypatch)
+def test_list_and_report(capsys, finished):
     assert main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(shipped())
     html = (finished / "out" / "report.html").read_bytes()

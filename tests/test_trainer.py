@@ -55,15 +55,20 @@ def test_initializes_once_before_the_first_step(tmp_path, variant):
     assert isinstance(trainer, SFTTrainer)
     trainer.train()
     assert {path.name for path in (tmp_path / "init").iterdir()} == {
-        "factors.safetensors",
+        "factors.model.layers.0.safetensors",
+        "factors.model.layers.1.safetensors",
         "layers.json",
         "drift.safetensors",
     }
-    start = load_file(tmp_path / "init" / "factors.safetensors")
+    start = {
+        key: value
+        for i in (0, 1)
+        for key, value in load_file(tmp_path / f"init/factors.model.layers.{i}.safetensors").items()
+    }
     for name, layer in adapted_layers(trainer.model).items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        assert torch.equal(A, start[f"{name}.lora_A"]) == (variant == "v2")
-        assert not torch.equal(B, start[f"{name}.lora_B"])
+        assert torch.equal(A, start[f"{name}.A"]) == (variant == "v2")
+        assert not torch.equal(B, start[f"{name}.B"])
     plain = SFTTrainer(
         model=tiny_model(),
         args=trainer.args,

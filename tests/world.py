@@ -6,8 +6,6 @@ from pathlib import Path
 import yaml
 from tiny import save_tiny
 
-from lora_null.trainer.methods import METHODS
-
 
 def write_rows(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,9 +48,3 @@ def make_world(folder: Path, **changes) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**recipe, **changes}))
     return path
-
-
-def stand_in_for_roselora(monkeypatch) -> None:
-    """Let LoRA stand in for RoseLoRA where the method is not there yet."""
-    if "roselora" not in METHODS:
-        monkeypatch.setitem(METHODS, "roselora", METHODS["lora"])

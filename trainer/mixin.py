@@ -16,22 +16,24 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
-from lora_null.drift import DriftMeter
+from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.errors import UserError
 from lora_null.files import write_safetensors
 from lora_null.initialize import (
     MIN_TOKENS,
+    InitOptions,
     LayerReport,
     check_layers,
-    initialize_from,
     load_initialization,
-    save_initialization,
+    start_adapter,
 )
 from lora_null.layer import adapted_layers
+from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
+from lora_null.trainer.methods import Method
 from lora_null.trainer.preflight import check_batch, check_trainable
 
-DRIFT_FILE, LIVE_FILE = "drift.safetensors", "live_factors.safetensors"
+DRIFT_FILE, FACTORS_FILE, LIVE_FILE = "drift.safetensors", "factors.safetensors", "live_factors.safetensors"
 
 
 class LoraNullMixin:
@@ -45,7 +47,10 @@ class LoraNullMixin:
         calibration_dataset: texts, rows with `text` or `input_ids`, or ready batches; see `as_batches`. Needed by
             LoRA-Null; for other adapters optional, and then only the drift depends on it.
         calibration_args: how windows are cut from texts.
-        init_solver: see `lora_null.nullspace.bottom_eigenspace`.
+        init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
+        init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
+        method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
+        reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
 
     Raises:
         UserError: LoRA-Null without calibration data, or a batch from which nothing or no end would be learned.
@@ -56,20 +61,33 @@ class LoraNullMixin:
         *args: Any,
         calibration_dataset: Iterable[Any] | None = None,
         calibration_args: CalibrationArgs | None = None,
-        init_solver: str = "auto",
+        init_options: InitOptions | None = None,
+        init_folder: str | Path | None = None,
+        method: Method | None = None,
+        reuse_init: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.method = method or Method()
+        self._measures = method is not None or isinstance(self.model, PeftModel)
+        if self._measures:
+            self.method.check(self.model)
+            self.method.prepare(self.model)
+        for callback in self.method.callbacks():
+            self.add_callback(callback)
         self._calibration_dataset = calibration_dataset
         self._calibration_args = calibration_args or CalibrationArgs(seed=self.args.seed)
-        self._init_solver = init_solver
+        defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
+        self._init_options = init_options or defaults
+        self._init_folder = init_folder and find_initialization(Path(init_folder))
+        self._reuse_init = reuse_init
         self._prepared = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
-        self.drift_meter: DriftMeter | None = None
+        self.drift_meter: DriftMeter | WeightDriftMeter | None = None
         if self._starts_lora_null:
             check_layers(self.model, adapted_layers(self.model))
-            if calibration_dataset is None:
+            if calibration_dataset is None and init_folder is None:
                 raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
 
     @property
@@ -93,7 +111,7 @@ class LoraNullMixin:
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.state.global_step and isinstance(self.model, PeftModel):
+        if self.state.global_step and self._measures:
             self._check_something_moved()
         return output
 
@@ -101,72 +119,74 @@ class LoraNullMixin:
         rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
-        if not isinstance(self.model, PeftModel):
+        if not self._measures:
             return
-        if resuming:
+        if resuming or self._reuse_init:
             self._restore()
-        elif self._calibration_dataset is not None:
+        elif self._calibration_dataset is not None or self._starts_lora_null:
             self._initialize()
-        check_trainable(self.model, self._expected_trainable())
+        check_trainable(self.model, self.method.trainable(self.model))
 
     def _first_rows(self) -> list[dict[str, Any]]:
         """Return the first training rows; those with `labels` are checked before anything is spent."""
         return list(islice(self.train_dataset, self.args.per_device_train_batch_size))
 
     def _initialize(self) -> None:
-        calibration = self._measure()
-        if self._starts_lora_null:
-            self.layer_report = initialize_from(
-                self.model,
-                calibration,
-                solver=self._init_solver,
-                seed=self.args.seed,
-                progress=not self.args.disable_tqdm,
+        if not self._starts_lora_null:
+            calibration = self._measure()
+        elif self._init_folder is not None:
+            self.layer_report, calibration = load_initialization(self._init_folder, self.model)
+            if self.args.should_save:
+                copy_store(self._init_folder, self.init_dir)
+        else:
+            self.layer_report, calibration = start_adapter(
+                self.model, self._batches(), self._init_options, folder=self.init_dir
             )
-        self.drift_meter = DriftMeter(self.model, calibration)
+        factors = self.method.compute(self, calibration)
+        self.method.apply(self.model, factors)
+        self.drift_meter = self.method.drift_meter(self.model, calibration)
         if self.args.should_save:
+            if factors:
+                write_safetensors(self.init_dir / FACTORS_FILE, factors, {"method": self.method.name})
             self.drift_meter.save(self.init_dir / DRIFT_FILE)
-            if self.layer_report is not None:
-                save_initialization(self.init_dir, self.model, self.layer_report)
         self.accelerator.wait_for_everyone()
 
-    def _measure(self) -> Calibration:
+    def _batches(self) -> list[dict[str, Any]]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        batches = as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+        return as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+
+    def _measure(self) -> Calibration:
         return measure_inputs(
             self.model,
-            adapted_layers(self.model),
-            batches,
-            gram=self._starts_lora_null,
-            min_tokens=MIN_TOKENS if self._starts_lora_null else 1,
+            self.method.layers(self.model),
+            self._batches(),
+            gram=self.method.needs_gram,
+            min_tokens=MIN_TOKENS if self.method.needs_gram else 1,
             seed=self.args.seed,
             progress=not self.args.disable_tqdm,
         )
 
     def _restore(self) -> None:
         if self._starts_lora_null:
-            self.layer_report = load_initialization(self.init_dir, self.model)
+            self.layer_report, _ = load_initialization(self.init_dir, self.model)
+        elif (self.init_dir / FACTORS_FILE).is_file():
+            self.method.apply(self.model, load_file(self.init_dir / FACTORS_FILE))
         if (self.init_dir / DRIFT_FILE).is_file():
-            self.drift_meter = DriftMeter.load(self.init_dir / DRIFT_FILE, self.model)
-
-    def _expected_trainable(self) -> set[str]:
-        frozen = {
-            f"base_model.model.{name}.lora_A.default.weight"
-            for name, layer in adapted_layers(self.model).items()
-            if "lora_A" in layer.frozen_peft_weight_names.get("default", ())
-        }
-        parts = (".lora_A.default.", ".lora_B.default.", ".modules_to_save.default.", ".token_adapter.")
-        names = {name for name, _ in self.model.named_parameters() if any(part in name for part in parts)}
-        return names - frozen
+            self.drift_meter = self.method.drift_meter(self.model, self.init_dir / DRIFT_FILE)
 
     @torch.no_grad()
     def _check_something_moved(self) -> None:
-        for layer in adapted_layers(self.model).values():
-            B, residual = layer.lora_B["default"].weight, getattr(layer, "residual", None)
-            start = torch.zeros_like(B) if residual is None else residual.B.to(B)
-            if not torch.equal(B, start):
+        layers = adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+        for layer in layers.values():
+            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
+            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
+            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
+            if not torch.equal(factor, start):
                 return
-        raise RuntimeError(f"after {self.state.global_step} steps no B differs from its start: nothing was trained")
+        if layers or (self.drift_meter is not None and self.drift_meter.summary()["max"] == 0):
+            raise RuntimeError(
+                f"after {self.state.global_step} steps nothing differs from its start: nothing was trained"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the knowledge drift (mean and max over the layers) to every training log line."""

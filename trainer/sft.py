@@ -19,6 +19,5 @@ class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
         )
         trainer.train()
 
-    Every argument but `calibration_dataset`, `calibration_args` and `init_solver` is `SFTTrainer`'s; see
-    `LoraNullMixin` for those three.
+    Every argument but those of `LoraNullMixin` is `SFTTrainer`'s.
     """

@@ -150,7 +150,7 @@ def _verdict(
     labels, ranked = results.labels(), measure.measured
     best, *rest = ranked
     absent = [labels[i] for i in range(1, len(labels)) if i not in ranked]
-    unmeasured = f" No value of {measure.title} for {_listed(absent)}." if absent else ""
+    unmeasured = f" No value of {measure.title} for {listed(absent)}." if absent else ""
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
     if measure.unknown_error(ranked):
@@ -168,7 +168,7 @@ def _verdict(
     detail += _percent_less(measure, best, against)
     sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
     verb = "is" if len(ties) == 1 else "are"
-    tied = f" {_listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
+    tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
 
 
@@ -220,5 +220,6 @@ def _single(results: Results, measure: Measure) -> str:
     return f"{label}: {change}."
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """`names` as words: "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -16,7 +16,10 @@ from rich.text import Text
 from lora_null.files import replacing
 
 from .figures import curves_png, forgetting_png, plane_points, row_colors
+from .frontier import frontier_png
+from .grid import grid_content, grid_headline
 from .headline import Measure, forgetting, headline, learning, verdicts
+from .paper import paper_table
 from .results import Results, load_log, load_results, method_folder, parse_results
 from .table import Column, Table, build_table
 
@@ -35,7 +38,7 @@ def write_report(output_dir: str | Path) -> None:
     """
     output_dir = Path(output_dir)
     results = load_results(output_dir)
-    picture = forgetting_png(results)
+    picture = frontier_png(results) if results.grid else forgetting_png(results)
     content = _content(results, output_dir) | {"plane": _data_uri(picture)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -59,7 +62,7 @@ def print_table(results: dict | Results, console: Console | None = None) -> None
     """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
     results, console = parse_results(results), console or Console()
     table = build_table(results)
-    console.print(Text(headline(results), style="bold"))
+    console.print(Text(_headline(results), style="bold"))
     for columns in _fitting(table, console.width):
         drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
         drawn.add_column("Method", overflow="fold", min_width=_name_width(table), max_width=_name_width(table))
@@ -69,6 +72,10 @@ def print_table(results: dict | Results, console: Console | None = None) -> None
             cells = [Text(str(c.cells[i]), STYLES[c.cells[i].mark]) for c in columns]
             drawn.add_row(Text(label), *cells, style="dim" if i == 0 else "", end_section=i == 0)
         console.print(drawn)
+
+
+def _headline(results: Results) -> str:
+    return grid_headline(results) if results.grid else headline(results)
 
 
 def escape_markdown(text: object) -> str:
@@ -100,25 +107,41 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     labels, table = results.labels(), build_table(results)
     folders = [method_folder(output_dir, results, i) for i in range(len(labels))]
     logs = [load_log(output_dir / folder / "train_log.jsonl") for folder in folders]
+    if results.grid:  # its runs have reports of their own, with their curves
+        return _shared(results, table) | {"grid": grid_content(results)}
     curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
     found = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
     best = next((i for verdict in found for i in verdict.winners if i in adapters), next(iter(adapters), None))
-    return {
-        "results": results,
-        "title": f"{results.recipe}: what was learned, what was forgotten",
-        "headline": headline(results),
+    return _shared(results, table) | {
         "verdicts": found,
-        "labels": labels,
-        "colors": row_colors(results),
-        "table": table,
-        "name_width": _name_width(table),
-        "alt": plane_alt(results),
         "curves": [(title, _data_uri(png)) for title, png in curves if png],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
         "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
         "snippet": None if best is None else peft_snippet(results.model, f"{folders[best]}/adapter"),
         "adapter_folders": list(dict.fromkeys(f"{folders[i]}/adapter" for i in adapters if i != best)),
+    }
+
+
+def _shared(results: Results, table: Table) -> dict[str, Any]:
+    """What the report of a run and that of a grid have in common; a run's own parts are empty."""
+    return {
+        "results": results,
+        "title": f"{results.recipe}: what was learned, what was forgotten",
+        "headline": _headline(results),
+        "verdicts": [],
+        "labels": results.labels(),
+        "colors": row_colors(results),
+        "table": table,
+        "name_width": _name_width(table),
+        "alt": plane_alt(results),
+        "paper": paper_table(results),
+        "grid": None,
+        "curves": [],
+        "without_log": [],
+        "unreadable": [],
+        "snippet": None,
+        "adapter_folders": [],
         "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),
         "environment": _flat(results.environment),
     }

@@ -59,6 +59,8 @@ class Row(BaseModel):
     seconds: Seconds | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    diverged: int | None = None  # the step at which loss or weights were no longer finite
+    runs: int | None = None  # of a grid: the seeds that the row is the mean of
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or not a finite number (a run that diverged)."""
@@ -67,6 +69,38 @@ class Row(BaseModel):
             return None
         known = metric.stderr is not None and math.isfinite(metric.stderr)
         return Estimate(metric.value, metric.stderr if known else None)
+
+
+class Run(Row):
+    """One training of a grid: the row of an ordinary run, with the seed and the swept values it was run with."""
+
+    folder: str
+    seed: int
+    point: dict[str, Any] = {}
+
+
+class Paired(BaseModel):
+    """A method minus LoRA on one metric at the same settings, paired by question and by seed."""
+
+    method: str
+    point: dict[str, Any] = {}
+    metric: str
+    mean: float
+    stderr: float | None = None
+    p: float | None = None
+    questions: int
+    seeds: int
+
+
+class Grid(BaseModel):
+    """What `results.json` of a grid adds: every single training, and what the rows average over."""
+
+    seeds: list[int]
+    sweep: dict[str, list[Any]] = {}
+    planned: int
+    differing: dict[str, list[Any]] = {}
+    cells: list[Run] = []
+    paired: list[Paired] = []
 
 
 class Results(BaseModel):
@@ -79,6 +113,7 @@ class Results(BaseModel):
     environment: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     rows: list[Row] = Field(min_length=1)
+    grid: Grid | None = None
 
     @field_validator("rows")
     @classmethod

@@ -164,12 +164,14 @@ def _metric_column(results: Results, name: str) -> Column:
         title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
         group=metric.role.capitalize(),
         definition=_definition(name, metric.unit) + size + ".",
-        cells=_marked_cells(estimates, metric.unit, metric.higher_is_better),
+        cells=_marked_cells(estimates, metric.unit, metric.higher_is_better, marked=not results.grid),
         arrow="↑" if metric.higher_is_better else "↓",
     )
     for i, row in enumerate(results.rows):
         if estimates[i] is None and name in row.metrics and row.metrics[name].value is not None:
             column.cells[i] = Cell("not finite")
+        if row.diverged is not None:
+            column.cells[i] = Cell("diverged")
     return column
 
 
@@ -193,13 +195,18 @@ def _average_column(results: Results) -> Column | None:
     if not names:
         return None
     titles = ", ".join(metric_title(name) for name in names)
-    return Column("Avg %", "", f"mean of {titles}.", _marked_cells(estimates, "fraction", True), "↑")
+    return Column(
+        "Avg %", "", f"mean of {titles}.", _marked_cells(estimates, "fraction", True, marked=not results.grid), "↑"
+    )
 
 
-def _marked_cells(estimates: list[Estimate | None], unit: str | None, higher_is_better: bool) -> list[Cell]:
+def _marked_cells(
+    estimates: list[Estimate | None], unit: str | None, higher_is_better: bool, *, marked: bool = True
+) -> list[Cell]:
+    """The cells, marked unless they hold one method at several settings, where the one that learned least would win."""
     digits = decimals(unit, estimates)
     cells = [show(estimate, unit, digits) if estimate else Cell(MISSING) for estimate in estimates]
-    marks = [None, *rank_marks(estimates[1:], higher_is_better)]  # the base is no competitor
+    marks = [None, *rank_marks(estimates[1:], higher_is_better)] if marked else [None] * len(cells)  # not the base
     return [Cell(cell.text, cell.error, mark) for cell, mark in zip(cells, marks)]
 
 

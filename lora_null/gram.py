@@ -1,0 +1,62 @@
+"""C = X Xᵀ at full speed without losing its small directions: float32 products of short chunks, summed in float64.
+
+The eigenvalues of C are squares, so a float32 sum cannot see directions below 3e-4 of the largest. What rounds here is
+only the product of one chunk of tokens: entry (i, j) errs by at most a few 2⁻²⁴ of Σ|x_i x_j| over that chunk, which
+is small where either channel is small, and the errors of the chunks average out. Products of bfloat16 numbers are exact
+in float32, so for them it is the additions alone. With few tokens C has an exact null space, which such errors would
+fill: there everything is float64, and cheap because the tokens are few.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+CHUNK_TOKENS = 1024
+EXACT_BELOW = 2  # tokens per dimension
+BLOCK_WIDTH = 192  # narrower blocks multiply too slowly
+
+
+class Gram:
+    """Adds up X Xᵀ from chunks of rows; only the blocks on and below the diagonal are computed.
+
+    Args:
+        d: width of the rows.
+        device: where they are.
+        tokens: N, how many rows there will be in all.
+    """
+
+    def __init__(self, d: int, device: torch.device, tokens: int) -> None:
+        self.exact = tokens < EXACT_BELOW * d
+        self.total = torch.zeros(d, d, dtype=torch.float64, device=device)
+        count = max(1, min(8, d // BLOCK_WIDTH))
+        edges = [round(d * i / count) for i in range(count + 1)]
+        self.blocks = [slice(a, b) for a, b in pairwise(edges)]
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add Xᵀ as rows, (tokens, d) in any floating dtype."""
+        for chunk in self._multipliable(rows).split(CHUNK_TOKENS):
+            for block in self.blocks:
+                part = self.total[block, : block.stop]
+                part += _product(chunk[:, block], chunk[:, : block.stop])
+
+    def result(self) -> torch.Tensor:
+        """Return C, (d, d) float64, exactly symmetric."""
+        for block in self.blocks:
+            corner = self.total[block, block]
+            corner.copy_((corner + corner.T) / 2)
+            self.total[: block.start, block] = self.total[block, : block.start].T
+        return self.total
+
+    def _multipliable(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows in the dtype to multiply in; 16-bit numbers stay where tensor cores add them up in float32."""
+        if self.exact:
+            return rows.double()
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            return rows
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a.T, b, out_dtype=torch.float32) if a.element_size() == 2 else a.T @ b

@@ -1,0 +1,284 @@
+"""Walk the calibration batches through the decoder one layer at a time.
+
+The accelerator holds one decoder layer, its Grams and one batch; hidden states wait on the accelerator, on the CPU or in
+a memory-mapped file, weights wherever the model keeps them, also still in their safetensors files (`WeightFiles`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lora_null.calibration import (
+    Calibration,
+    InputMeter,
+    LoadBalance,
+    TokenBatch,
+    backbone,
+    checked_batches,
+    count_tokens,
+    input_device,
+    measuring,
+    sum_over_ranks,
+    token_batches,
+)
+from lora_null.ranks import rank_and_world
+from lora_null.weight_files import WeightFiles
+
+CHECK_TOKENS = 16
+DEVICE_SHARE = 0.25  # of the free memory, at most, for hidden states
+
+
+class DoesNotFit(Exception):
+    """The model's forward pass is not a chain of decoder layers that hand one tensor on."""
+
+
+@dataclass
+class _Call:
+    """How the decoder calls one layer on one batch, apart from the hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
+        args, kwargs = _to((self.args, self.kwargs), device)
+        out = layer(hidden.to(device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def decoder_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the decoder's layers by name: the outermost module list that holds all `modules`.
+
+    Raises:
+        DoesNotFit: no single list holds them.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    names = list(modules)
+    for name, child in inner.named_modules():
+        if isinstance(child, nn.ModuleList) and all(module.startswith(f"{name}.") for module in names):
+            return {f"{name}.{i}": layer for i, layer in enumerate(child)}
+    raise DoesNotFit("the target modules are not all inside one list of decoder layers")
+
+
+def walk_layers(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gram: bool = True,
+    min_tokens: int = 1,
+    seed: int = 0,
+    device: torch.device | None = None,
+    weights: WeightFiles | None = None,
+    skip: Callable[[str], bool] = lambda name: False,
+    progress: bool = True,
+) -> Iterator[tuple[str, Calibration | None]]:
+    """Measure the inputs of `modules` layer by layer; yields (layer name, what its modules read) in order.
+
+    While a layer is yielded its weights are at hand, and the model is in the state of `measuring`: exhaust the generator
+    or close it. A layer without target modules is not yielded. Under an
+    initialized `torch.distributed` group every rank walks its share of the batches; the sums are everywhere, a Gram on
+    its owner alone.
+
+    Args:
+        model, modules, batches, gram, min_tokens, seed: as in `measure_inputs`.
+        device: where the layers run; where they are, if None.
+        weights: the files to read each layer from, if the model is still without weights (meta device).
+        skip: whether a layer is only to be run, its modules having been measured before; it is yielded with None.
+        progress: show a progress bar (on rank 0).
+
+    Raises:
+        DoesNotFit: before anything is measured, if the model is no such chain.
+        UserError: as `measure_inputs`.
+    """
+    batches = checked_batches(batches, min_tokens)
+    tokens = count_tokens(batches)
+    layers = decoder_layers(model, modules)
+    last = max(i for i, name in enumerate(layers) if _inside(name, modules))
+    with measuring(model), contextlib.ExitStack() as stack:
+        if weights is None:
+            _check_chain(model, layers, token_batches(batches[:1], input_device(model), seed)[0])
+        else:
+            stack.enter_context(weights.outside(model, layers))
+        mine = token_batches(batches, input_device(model), seed)
+        calls, hidden = zip(*(_record(model, layers, batch) for batch in mine))
+        device = device or next(next(iter(layers.values())).parameters()).device
+        states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
+        balance = LoadBalance()
+        names = list(layers)[: last + 1]
+        for i, name in enumerate(tqdm(names, desc="initializing", unit="layer", disable=not progress or _rank() != 0)):
+            targets = _inside(name, modules)
+            with _resident(layers[name], name, states.device, weights):
+                start = time.perf_counter()
+                meter = InputMeter({} if skip(name) else targets, gram=gram, tokens=tokens)
+                with meter.attached():
+                    for batch, call, at in zip(mine, calls, range(len(mine))):
+                        meter.begin(batch)
+                        states[at] = call[i].run(layers[name], states[at], states.device)
+                if targets:
+                    part = None if skip(name) else _finished(meter, balance, start)
+                    yield name, part
+
+
+def _rank() -> int:
+    return rank_and_world()[0]
+
+
+def _inside(layer: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in modules.items() if name.startswith(f"{layer}.")}
+
+
+def _finished(meter: InputMeter, balance: LoadBalance, start: float) -> Calibration:
+    part = meter.result()
+    sum_over_ranks(part, balance)
+    part.seconds = time.perf_counter() - start
+    return part
+
+
+@torch.no_grad()
+def _record(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch) -> tuple[list[_Call], torch.Tensor]:
+    """Run the decoder with layers that only note how they are called; return the calls and the first hidden states.
+
+    Each layer gets its own mask and positions this way, whatever kinds of attention the model mixes.
+    """
+    failures = []
+    for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):  # some decoders expect a tuple of their layers
+        try:
+            return _record_calls(model, layers, batch, wrap)
+        except DoesNotFit as reason:
+            failures.append(reason)
+    raise failures[0]
+
+
+def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch, wrap: Callable) -> tuple:
+    calls: list[_Call] = []
+    first: list[torch.Tensor] = []
+
+    def stub(position: int) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if position != len(calls) or (first and hidden is not first[0]):
+                raise DoesNotFit("its decoder does more between its layers than hand the hidden states on")
+            first[:] = [hidden]
+            calls.append(_Call(args, kwargs))
+            return wrap(hidden)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for position, layer in enumerate(layers.values()):
+            stack.enter_context(_instead_of_forward(layer, stub(position)))
+        try:
+            backbone(model)(**batch.inputs, use_cache=False)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+            raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
+    if len(calls) != len(layers):
+        raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
+    return calls, first[0]
+
+
+@contextlib.contextmanager
+def _instead_of_forward(layer: nn.Module, forward: Callable) -> Iterator[None]:
+    own = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch) -> None:
+    """Compare the walk with a plain forward pass on a few tokens.
+
+    Raises:
+        DoesNotFit: they give different hidden states.
+    """
+    few = {key: value[:1, :CHECK_TOKENS] for key, value in batch.inputs.items()}
+    few = TokenBatch(0, few, None, batch.omega)
+    *_, final = layers.values()
+    seen: list[torch.Tensor] = []
+    handle = final.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        backbone(model)(**few.inputs, use_cache=False)
+    finally:
+        handle.remove()
+    calls, hidden = _record(model, layers, few)
+    for call, layer in zip(calls, layers.values()):
+        hidden = call.run(layer, hidden, next(layer.parameters()).device)
+    error = torch.linalg.vector_norm((hidden - seen[0].to(hidden.device)).double())
+    if not error <= 100 * torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(hidden.double()):
+        raise DoesNotFit("its decoder layers alone do not give what the whole decoder gives")
+
+
+class _HiddenStates:
+    """The hidden states of every batch between two layers, where they fit: device, CPU, or a memory-mapped file."""
+
+    def __init__(self, first: Iterable[torch.Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
+        self.device = device
+        self.tensors = list(first)
+        size = sum(tensor.nbytes for tensor in self.tensors)
+        if size <= DEVICE_SHARE * _free_bytes(device):
+            self.tensors = [tensor.to(device) for tensor in self.tensors]
+        elif size <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
+            self.tensors = [tensor.cpu() for tensor in self.tensors]
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_null_hidden_"))
+            self.tensors = [_mapped(tensor, f"{folder}/{i}") for i, tensor in enumerate(self.tensors)]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.tensors[index]
+
+    def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
+        place = self.tensors[index]
+        if place.device == hidden.device and not getattr(place, "is_file", False):
+            self.tensors[index] = hidden
+        else:
+            place.copy_(hidden)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _mapped(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    mapped.copy_(tensor)
+    mapped.is_file = True
+    return mapped
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Return a nest of tuples, lists and dicts with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _resident(layer: nn.Module, name: str, device: torch.device, weights: WeightFiles | None) -> Iterator[None]:
+    """Have the layer's weights on the device; afterwards back where they were."""
+    with contextlib.ExitStack() as stack:
+        if weights is not None:
+            stack.enter_context(weights.loaded(layer, name))
+        home = next(layer.parameters()).device
+        if home != device:
+            layer.to(device)
+            stack.callback(layer.to, home)
+        yield

@@ -1,0 +1,349 @@
+"""A grid: the same recipe for several seeds and settings, each an ordinary run, the base evaluated once for all.
+
+    accelerate launch -m lora_null.recipes quickstart --seeds 0,1,2 --sweep training.learning_rate=1e-4,3e-4,1e-3
+
+Runs go seed by seed, so that an early end leaves a smaller whole. Whatever finished is never done again: `--resume`
+goes on after a kill. Data order, windows and random starts depend on the seed alone, so they are the same for every
+method and setting of a seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from lora_null.errors import UserError
+from lora_null.files import write_json
+from lora_null.recipes import output
+from lora_null.recipes.environment import environment
+from lora_null.recipes.load import put
+from lora_null.recipes.plan import MethodPlan
+from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.report.grid import paired_difference
+from lora_null.recipes.run import ROW_FILE, Job, base_row, inspect_recipe, run_job, training_arguments
+from lora_null.recipes.schema import MethodSection, Recipe, parse_recipe
+
+CUTTING = ("training.max_length", "training.packing")  # rows are cut before a trainer sees them
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: a seed, a value for every swept key, and the methods that take these values."""
+
+    seed: int
+    point: tuple[tuple[str, Any], ...]
+    methods: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Such as "learning_rate 0.0003, seed 1"."""
+        return ", ".join([*(f"{short(key)} {_plain(value)}" for key, value in self.point), f"seed {self.seed}"])
+
+    @property
+    def folder(self) -> str:
+        """Place below the grid's folder, such as "cells/learning_rate=0.0003/seed=1"."""
+        values = [f"{short(key)}={_plain(value)}".replace("/", "_") for key, value in self.point]
+        return "/".join(["cells", *([",".join(values)] if values else []), f"seed={self.seed}"])
+
+    def recipe(self, whole: Recipe, root: Path) -> Recipe:
+        """Return the ordinary recipe of this run."""
+        raw = whole.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
+        put(raw, "method.name", list(self.methods), "grid")
+        for key, value in self.point:
+            put(raw, key, value, "grid")
+        return parse_recipe(raw, self.title)
+
+
+def short(key: str) -> str:
+    """Return a recipe key's last part."""
+    return key.rpartition(".")[2]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def grid_cells(recipe: Recipe) -> list[Cell]:
+    """Return the runs of a recipe's grid, seed by seed, the methods of equal settings together."""
+    cells = []
+    for seed in recipe.grid.seeds or [recipe.seed]:
+        methods: dict[tuple, list[str]] = {}
+        for name in recipe.method.name:
+            own = recipe.grid.sweep | recipe.grid.per_method.get(name, {})
+            for values in itertools.product(*own.values()):
+                methods.setdefault(tuple(zip(own, values)), []).append(name)
+        cells += [Cell(seed, point, tuple(names)) for point, names in methods.items()]
+    return cells
+
+
+def run_grid(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+) -> Path:
+    """Run every cell that is not finished, and return the grid's folder.
+
+    Raises:
+        UserError: a mistake in the recipe, its data or its output folder, said before a model loads.
+    """
+    root, cells = Path(recipe.output_dir), grid_cells(recipe)
+    whole = check_grid(recipe, cells, allow_code_execution=allow_code_execution)
+    is_main = PartialState().is_main_process
+    with PartialState().main_process_first():
+        if is_main:
+            output.claim(recipe, resume=resume, overwrite=overwrite)
+            output.need_space(root, _space(recipe, cells, whole.plans))
+    base = base_row(whole)
+    progress = Progress(root, cells)
+    for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
+        job = None
+        for cell in of_seed:
+            if output.is_finished(root / cell.folder):
+                continue
+            job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
+            run_job(job, progress.row_done(cell))
+            if is_main:
+                write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
+    if is_main:
+        results = collect(recipe, cells, whole.model_name, base)
+        write_json(root / "results.json", results)
+        write_report(root)
+        print_table(results)
+        print(f"report: {root / 'report.html'}")
+    PartialState().wait_for_everyone()
+    return root
+
+
+def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
+    """Return the bytes that the grid may take: what is saved of every run, and the checkpoints of the largest."""
+    by_name = {plan.name: plan for plan in plans}
+    saved = sum(4 * by_name[name].saved for cell in cells for name in cell.methods) if recipe.grid.keep_weights else 0
+    return saved + max(4 * plan.saved + 3 * plan.extra_bytes for plan in plans)
+
+
+def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool = False) -> Job:
+    """Check all runs before the first; return the job of the whole, which the base's evaluation belongs to."""
+    if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
+        raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
+    root = Path(recipe.output_dir)
+    seeds = {cell.seed for cell in cells}
+    for cell in cells:
+        own = cell.recipe(recipe, root)
+        training_arguments(own, root)
+        if cell.seed == min(seeds) and not only_training(cell):
+            inspect_recipe(own, allow_code_execution=allow_code_execution)
+    return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+
+
+def only_training(cell: Cell) -> bool:
+    """Return whether the swept keys leave the start of every method, and the tokenized rows, as they are."""
+    return all(key.startswith("training.") and key not in CUTTING for key, _ in cell.point)
+
+
+def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool = False) -> Job:
+    """Take the cell's folder and return its job; what does not differ from the seed's job before is not done again."""
+    own = cell.recipe(recipe, root)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            output.claim(own, resume=True, overwrite=False)
+    if before is None or not only_training(cell):
+        every = own.model_copy(update={"method": _of_all(recipe, own)})
+        before = inspect_recipe(every, base=root / "base", allow_code_execution=allow_code_execution)
+    started = _started_alike(recipe, root, cell) if only_training(cell) else {}
+    keep = recipe.grid.keep_weights
+    return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)
+
+
+def _of_all(recipe: Recipe, own: Recipe) -> MethodSection:
+    """Return the run's method section with all methods of the grid, so that one job serves every run of a seed."""
+    return own.method.model_copy(update={"name": recipe.method.name})
+
+
+def _started_alike(recipe: Recipe, root: Path, cell: Cell) -> dict[str, Path]:
+    """Return, by method, a finished run of the same seed, whose initial factors and probes are the same."""
+    found = {}
+    for other in grid_cells(recipe):
+        if other.seed == cell.seed and other != cell:
+            ready = [name for name in other.methods if (root / other.folder / name / ROW_FILE).is_file()]
+            found |= {name: root / other.folder / name for name in ready}
+    return found
+
+
+class Progress:
+    """One line a finished method: where the grid stands, what came out, and the time left by what took how long."""
+
+    def __init__(self, root: Path, cells: Sequence[Cell]) -> None:
+        self.root = root
+        self.waiting = [(cell, name) for cell in cells for name in cell.methods]
+        self.total = len(self.waiting)
+        self.seconds: dict[str, list[float]] = {}
+        for cell, name in list(self.waiting):
+            row = read_row(root, cell, name)
+            if row is not None:
+                self._count(cell, name, row)
+        self.last = time.perf_counter()
+
+    def row_done(self, cell: Cell):
+        """Return what a run calls with each of its rows."""
+
+        def done(row: dict[str, Any]) -> None:
+            new = (cell, row["method"]) in self.waiting
+            spent, self.last = time.perf_counter() - self.last, time.perf_counter()
+            if new:
+                self._count(cell, row["method"], row)
+                if PartialState().is_main_process:
+                    print(self.line(cell, row, spent), flush=True)
+
+        return done
+
+    def _count(self, cell: Cell, name: str, row: dict[str, Any]) -> None:
+        self.waiting.remove((cell, name))
+        spent = [value for value in row["seconds"].values() if value]
+        self.seconds.setdefault(name, []).append(sum(spent))
+
+    def left(self) -> float:
+        """Return the seconds that what is waiting will take, by the means of its methods so far."""
+        every = [value for values in self.seconds.values() for value in values]
+        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) if every else math.nan
+
+    def line(self, cell: Cell, row: dict[str, Any], spent: float) -> str:
+        metrics = ", ".join(f"{name} {metric['value']:.4g}" for name, metric in row["metrics"].items())
+        outcome = f"diverged at step {row['diverged']}" if row.get("diverged") else metrics or "not evaluated"
+        done = self.total - len(self.waiting)
+        return (
+            f"[{done}/{self.total}] {row['method']}, {cell.title}: {outcome}; {_duration(spent)}, "
+            f"about {_duration(self.left())} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 99.5 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+def read_row(root: Path, cell: Cell, method: str) -> dict[str, Any] | None:
+    """Return a finished method's row, None where it is not finished."""
+    path = root / cell.folder / method / ROW_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of what is finished: a row for each method and setting, means over the seeds."""
+    root = Path(recipe.output_dir)
+    rows = [(cell, row) for cell in cells for name in cell.methods if (row := read_row(root, cell, name))]
+    seeds = sorted({cell.seed for cell in cells})
+    groups: dict[tuple[str, tuple], list[dict[str, Any]]] = {}
+    for name in recipe.method.name:  # the settings of a method beside each other
+        for cell, row in rows:
+            if row["method"] == name:
+                groups.setdefault((name, cell.point), []).append(row)
+    same, differing = _settings(root, cells)
+    return {
+        "schema": 1,
+        "recipe": recipe.name,
+        "model": model_name,
+        "seed": seeds[0] if len(seeds) == 1 else None,
+        "environment": environment(),
+        "settings": same,
+        "rows": [base, *(mean_row(group, _variant(point)) for (_, point), group in groups.items())],
+        "grid": {
+            "seeds": seeds,
+            "sweep": {key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
+            "planned": sum(len(cell.methods) for cell in cells),
+            "differing": differing,
+            "cells": [
+                {"folder": cell.folder, "seed": cell.seed, "point": dict(cell.point), **row} for cell, row in rows
+            ],
+            "paired": paired_tests(root, rows),
+        },
+    }
+
+
+def _variant(point: tuple[tuple[str, Any], ...]) -> str | None:
+    return ", ".join(f"{short(key).replace('learning_rate', 'lr')} {_plain(value)}" for key, value in point) or None
+
+
+def mean_row(rows: Sequence[dict[str, Any]], variant: str | None) -> dict[str, Any]:
+    """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
+
+    `stderr` is that of the mean over the seeds, s/√n; of a single seed it is the evaluation's own.
+    """
+    first, bad = rows[0], [row["diverged"] for row in rows if row.get("diverged")]
+    metrics = {}
+    for name, metric in (first["metrics"] if not bad else {}).items():
+        values = [row["metrics"][name]["value"] for row in rows]
+        stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric["stderr"]
+        metrics[name] = metric | {"value": statistics.mean(values), "stderr": stderr}
+    drifts = [row["drift"] for row in rows if row["drift"]]
+    return {
+        "method": first["method"],
+        "variant": variant,
+        "rank": first["rank"],
+        "trainable_params": first["trainable_params"],
+        "adapter_params": first["adapter_params"],
+        "runs": len(rows),
+        "diverged": min(bad) if bad else None,
+        "metrics": metrics,
+        "drift": {key: statistics.mean(d[key] for d in drifts) for key in ("mean", "max")}
+        if drifts and not bad
+        else None,
+        "seconds": {key: _mean(row["seconds"][key] for row in rows) for key in ("init", "train", "eval")},
+        "tokens_per_second": _mean(row["tokens_per_second"] for row in rows),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _settings(root: Path, cells: Sequence[Cell]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return the settings that all finished runs share, and the values of those that differ."""
+    files = [root / cell.folder / "results.json" for cell in cells]
+    found = [json.loads(file.read_text(encoding="utf-8"))["settings"] for file in files if file.is_file()]
+    keys = list(dict.fromkeys(key for settings in found for key in settings))
+    values = {key: _distinct(settings.get(key) for settings in found) for key in keys}
+    same = {key: each[0] for key, each in values.items() if len(each) == 1}
+    return same, {key: each for key, each in values.items() if len(each) > 1}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list({json.dumps(value): value for value in values}.values())
+
+
+def paired_tests(root: Path, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Compare each method with LoRA at the same settings, question by question and seed by seed.
+
+    Returns:
+        One entry for each method, setting and metric with a number a question: {"method", "point", "metric", …} and
+        what `paired_difference` says.
+    """
+    samples = {
+        (cell, row["method"]): _samples(root, cell, row["method"]) for cell, row in rows if not row.get("diverged")
+    }
+    points = list(dict.fromkeys(cell.point for cell, _ in rows))
+    methods = [name for name in dict.fromkeys(row["method"] for _, row in rows) if name != "lora"]
+    entries = []
+    for name, point in itertools.product(methods, points):
+        cells = [cell for cell, row in rows if cell.point == point and row["method"] == name]
+        cells = [cell for cell in cells if (cell, name) in samples and (cell, "lora") in samples]
+        for metric in samples[cells[0], name] if cells else ():
+            ours, lora = (np.array([samples[cell, which][metric] for cell in cells]) for which in (name, "lora"))
+            entry = {"method": name, "point": dict(point), "metric": metric}
+            entries.append(entry | paired_difference(ours, lora))
+    return entries
+
+
+def _samples(root: Path, cell: Cell, method: str) -> dict[str, list[float]]:
+    path = root / cell.folder / method / "eval.json"
+    return json.loads(path.read_text(encoding="utf-8"))["samples"] if path.is_file() else {}

@@ -1,0 +1,154 @@
+"""The paper's own figures, to stand beside ours where model and task are the paper's. They enter no mean and no mark.
+
+`paper_tables.csv` holds every row of the paper's tables. Its `reading` column says how far a row can be trusted as
+read: "exact", "reconstructed" (a digit was illegible and follows from the printed average; the note says which), or
+"unreadable". Retention and task metrics are percent, MT-Bench points.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .results import DISPLAY, Results, Row
+
+TABLES = Path(__file__).parent / "paper_tables.csv"
+MODELS = {
+    "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
+    "meta-llama/Meta-Llama-3-8B": "LLaMA-3-8B",
+    "meta-llama/Llama-3.1-8B": "LLaMA-3.1-8B",
+    "meta-llama/Llama-3.2-3B": "LLaMA-3.2-3B",
+}
+METHODS = {"full_ft": "full"}  # every other name is ours with underscores
+# Our metric's name, up to a filter after a slash, → the paper's name of it.
+METRICS = {
+    "triviaqa": "TriviaQA", "nq_open": "NQ open", "webqs": "WebQS", "gsm8k": "GSM8K", "hendrycks_math": "MATH",
+    "minerva_math": "MATH", "humaneval": "HumanEval", "mbpp": "MBPP", "mt_bench": "MTBench",
+    "math": "MATH", "MT-Bench": "MTBench",
+}  # fmt: skip
+TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of the paper's tables.
+
+    Attributes:
+        table: such as "1a".
+        model, task_group, method: the paper's model and task group, our name of the method.
+        rank: None for base and full.
+        params: trained parameters as printed, such as "320M"; empty for the base.
+        metrics: by the paper's name; those that cannot be read are not there.
+        reading: "exact", "reconstructed" or "unreadable".
+        note: what is odd about the row.
+    """
+
+    table: str
+    model: str
+    task_group: str
+    method: str
+    rank: int | None
+    params: str
+    metrics: dict[str, float]
+    reading: str
+    note: str
+
+    @property
+    def doubtful(self) -> bool:
+        return self.reading != "exact"
+
+
+@cache
+def paper_rows() -> tuple[PaperRow, ...]:
+    """Return every row of the paper's tables, in its order."""
+    with open(TABLES, newline="", encoding="utf-8") as file:
+        return tuple(_row(raw) for raw in csv.DictReader(file))
+
+
+def _row(raw: dict[str, str]) -> PaperRow:
+    values = {"TriviaQA": raw["triviaqa"], "NQ open": raw["nq_open"], "WebQS": raw["webqs"]}
+    values |= {raw[f"task_metric_{i}_name"]: raw[f"task_metric_{i}"] for i in (1, 2)}
+    return PaperRow(
+        table=raw["table"],
+        model=raw["model"],
+        task_group=raw["task_group"],
+        method=METHODS.get(raw["method"], raw["method"].replace("_", "-")),
+        rank=int(raw["rank"]) if raw["rank"] else None,
+        params=raw["params"],
+        metrics={name: float(value) for name, value in values.items() if name and value},
+        reading=raw["reading"],
+        note=raw["note"],
+    )
+
+
+def paper_name(metric: str) -> str | None:
+    """Return the paper's name of one of our metrics, None where it has none.
+
+    Those are NLL, KL, other tasks, single turns of MT-Bench, and MATH by math-verify: the paper's is the string rule.
+    """
+    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith("/math_verify"):
+        return None
+    return METRICS.get(metric.split("/")[0].split(" ")[0])
+
+
+def comparable(model: str, metrics: list[str], training_data: str = "") -> list[PaperRow]:
+    """Return the paper's rows for a model and the tasks of which we measured a metric; else none.
+
+    Args:
+        model: hub id of the base.
+        metrics: our metrics' names.
+        training_data: what was trained on; the paper's UltraFeedback table has no metric of its task to know it by.
+    """
+    known = {paper_name(metric) for metric in metrics} - {None}
+    measured = {group for group, names in TASK_METRICS.items() if names & known}
+    if "ultrafeedback" in training_data.lower():
+        measured.add("ultrafeedback")
+    return [row for row in paper_rows() if row.model == MODELS.get(model) and row.task_group in measured]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """The paper's rows beside ours, as text: `titles` of the columns, and for each row its label and cells.
+
+    A cell is "paper / ours", either of which may be "–"; "?" marks a figure of a row that was not read exactly.
+    """
+
+    titles: list[str]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def paper_table(results: Results) -> PaperTable | None:
+    """Return the paper's figures for this model and task beside ours, None where the paper has none.
+
+    Ours are matched by method and rank.
+    """
+    names = {name: paper_name(name) for role in ("retention", "task") for name in results.metric_names(role)}
+    data = str(results.settings.get("training_data") or "")
+    rows = comparable(results.model, list(names), data)
+    if not rows:
+        return None
+    titles = [title for title in dict.fromkeys(names.values()) if title]
+    table, notes = (
+        [],
+        [f"Ours: trained on {data or 'what the settings say'}; {', '.join(n for n, known in names.items() if known)}"],
+    )
+    for row in rows:
+        rank = f" (r = {row.rank})" if row.rank else ""
+        label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
+        ours = next((r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)), None)
+        table.append((label, [_both(row, ours, names, title) for title in titles]))
+        if row.doubtful:
+            notes.append(f"{label}: {row.reading}; {row.note}")
+    return PaperTable(titles, table, notes)
+
+
+def _both(row: PaperRow, ours: Row | None, names: dict[str, str | None], title: str) -> str:
+    theirs = f"{row.metrics[title]:.2f}{'?' if row.doubtful else ''}" if title in row.metrics else "–"
+    metric = next((name for name, known in names.items() if known == title), None)
+    found = ours.estimate(metric) if ours and metric else None
+    if found is None:
+        return f"{theirs} / –"
+    return f"{theirs} / {found.value * (100 if ours.metrics[metric].unit == 'fraction' else 1):.2f}"

@@ -1,0 +1,73 @@
+"""The parts of the report that only a grid, or only one of the paper's models, has."""
+
+import json
+
+from lora_null.recipes.report import load_results, write_report
+from lora_null.recipes.report.paper import comparable, paper_name, paper_rows, paper_table
+from lora_null.recipes.report.results import parse_results
+
+LLAMA = "meta-llama/Llama-2-7b-hf"
+
+
+def percent(value, role):
+    return {"value": value, "stderr": 0.01, "n": 100, "higher_is_better": True, "role": role, "unit": "fraction"}
+
+
+def paper_run(model=LLAMA, **changes):
+    metrics = {"nq_open": percent(0.0999, "retention"), "gsm8k/strict-match": percent(0.4, "task")} | changes
+    rows = [{"method": "base", "metrics": metrics}, {"method": "lora-null-v2", "rank": 128, "metrics": metrics}]
+    return {"schema": 1, "recipe": "math", "model": model, "rows": rows}
+
+
+def test_every_row_of_the_paper_is_read():
+    rows = paper_rows()
+    assert len(rows) == 116 and {row.reading for row in rows} == {"exact", "reconstructed", "unreadable"}
+    row = next(r for r in rows if (r.table, r.method, r.rank) == ("1a", "lora-null-v2", 235))
+    assert row.metrics == {"TriviaQA": 51.2, "NQ open": 9.7, "WebQS": 6.94, "GSM8K": 44.95, "MATH": 6.34}
+    assert all(row.note for row in rows if row.doubtful)
+
+
+def test_names():
+    assert paper_name("gsm8k/strict-match") == "GSM8K" and paper_name("nq_open") == "NQ open"
+    assert paper_name("math/string_match") == "MATH" and paper_name("math/math_verify") is None
+    assert paper_name("MT-Bench") == "MTBench" and paper_name("MT-Bench turn 2") is None
+    assert paper_name("nq_open kl") is None and paper_name("GSM8K nll") is None and paper_name("arc_easy") is None
+
+
+def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_path):
+    found = parse_results(paper_run())
+    table = paper_table(found)
+    assert table.titles == ["NQ open", "GSM8K"]
+    cells = dict(table.rows)
+    assert cells["LoRA-Null-v2 (r = 128), table 1a"] == ["9.78 / 9.99", "39.65 / 40.00"]
+    assert cells["LoRA-Null-v2 (r = 235), table 1a"] == ["9.70 / –", "44.95 / –"]
+    other = dict(paper_table(parse_results(paper_run("meta-llama/Meta-Llama-3-8B"))).rows)
+    assert other["LoRA (r = 128), table 2a"][1] == "72.86? / –"
+    (tmp_path / "results.json").write_text(json.dumps(paper_run()))
+    write_report(tmp_path)
+    for name in ("report.md", "report.html"):
+        page = (tmp_path / name).read_text()
+        assert "Beside the paper" in page and "39.65 / 40.00" in page
+    assert "44.95" not in (tmp_path / "report.md").read_text().split("Beside the paper")[0]  # in no mean, no mark
+
+
+def test_nothing_of_the_paper_where_model_or_task_is_another():
+    assert paper_table(parse_results(paper_run("org/model"))) is None
+    assert comparable(LLAMA, ["nq_open"]) == []
+    assert {row.task_group for row in comparable(LLAMA, ["humaneval"])} == {"code"}
+    assert {row.table for row in comparable(LLAMA, ["triviaqa"], "HuggingFaceH4/ultrafeedback_binarized")} == {"4"}
+
+
+def test_a_grids_values_are_not_marked_best(tmp_path):
+    raw = paper_run()
+    raw["rows"][1]["metrics"]["nq_open"]["stderr"] = 1e-6
+    raw["rows"].append(raw["rows"][1] | {"method": "lora", "metrics": {"nq_open": percent(0.01, "retention")}})
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    write_report(tmp_path)
+    assert "**9.99" in (tmp_path / "report.md").read_text()
+    raw["grid"] = {"seeds": [0], "planned": 9, "cells": []}
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "**9.99" not in page and "0 of 9 runs are done" in page
+    assert load_results(tmp_path).grid.planned == 9

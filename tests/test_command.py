@@ -1,0 +1,136 @@
+"""`lora-null init`, through the real command: whole or from files, continued, and continued by others."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import random_batches, save_tiny
+from transformers import AutoModelForCausalLM
+from world import write_rows
+
+from lora_null import LoraNullConfig
+from lora_null.__main__ import main
+from lora_null.initialize import load_initialization
+
+PROBE = random_batches(count=1)[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("init")
+    save_tiny(folder / "model", num_hidden_layers=3)
+    write_rows(
+        folder / "facts.jsonl", [{"question": f"who was king {i} of the {'old ' * (i % 3)}land"} for i in range(60)]
+    )
+    return folder
+
+
+def init(world, out, *words):
+    common = ["init", "--model", str(world / "model"), "--calibration", str(world / "facts.jsonl"), "--out", str(out)]
+    return main([*common, "--dtype", "float32", "--rank", "4", "--max-length", "64", "--device", "cpu", *words])
+
+
+def base(world):
+    return AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**PROBE).logits[PROBE["attention_mask"].bool()]
+
+
+def test_v2_is_a_plain_adapter_that_changes_nothing_yet(world, tmp_path, capsys):
+    assert init(world, tmp_path / "out") == 0
+    assert "leakage at most" in capsys.readouterr().out
+    plain = PeftModel.from_pretrained(base(world), tmp_path / "out" / "adapter").eval()
+    assert torch.equal(logits(plain), logits(base(world)))
+    state = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.any()) == ("lora_A" in name) for name, tensor in state.items())
+
+
+def test_v1_as_rank_2r_and_as_a_residual_model(world, tmp_path):
+    assert init(world, tmp_path / "out", "--variant", "v1", "--residual") == 0
+    expected = logits(base(world))
+    plain = PeftModel.from_pretrained(base(world), tmp_path / "out" / "adapter").eval()
+    assert (logits(plain) - expected).abs().max() < 1e-4
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 8
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32).eval()
+    assert (logits(residual) - expected).abs().max() > 0.1
+    residual = PeftModel.from_pretrained(residual, tmp_path / "out" / "model_adapter").eval()
+    assert (logits(residual) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_weights_left_in_their_files_give_the_same_bits(world, tmp_path, variant):
+    assert init(world, tmp_path / "whole", "--variant", variant, "--no-cache") == 0
+    assert init(world, tmp_path / "files", "--variant", variant, "--no-cache", "--low-memory") == 0
+    whole, files = (
+        load_file(tmp_path / form / "adapter" / "adapter_model.safetensors") for form in ("whole", "files")
+    )
+    assert whole.keys() == files.keys() and all(torch.equal(whole[key], files[key]) for key in whole)
+
+
+def test_any_run_starts_from_what_it_wrote(world, tmp_path):
+    from peft import get_peft_model
+
+    assert init(world, tmp_path / "out", "--low-memory") == 0
+    peft_model = get_peft_model(base(world), LoraNullConfig(r=4, variant="v1"))
+    report, _ = load_initialization(tmp_path / "out" / "init", peft_model)
+    assert len(report.layers) == 21
+    assert (logits(peft_model.eval()) - logits(base(world))).abs().max() < 1e-4
+
+
+def test_a_second_init_is_reused_from_the_cache(world, tmp_path, capsys):
+    assert init(world, tmp_path / "one", "--samples", "7") == 0
+    assert init(world, tmp_path / "two", "--samples", "7", "--variant", "v1") == 0
+    assert "reused, model, calibration and settings are the same" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_factors_of_one(world, tmp_path):
+    words = ["--calibration", str(world / "facts.jsonl"), "--dtype", "float32", "--rank", "4", "--max-length", "64"]
+    words += ["--model", str(world / "model"), "--out", str(tmp_path / "two"), "--device", "cpu", "--no-cache"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "lora_null",
+        "init",
+        *words,
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1
+    assert init(world, tmp_path / "one", "--no-cache") == 0
+    one, two = (load_file(tmp_path / form / "adapter" / "adapter_model.safetensors") for form in ("one", "two"))
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
+        (["--field", "qestion"], "no field 'qestion' (did you mean 'question'?)"),
+        (["--residual"], "--residual: only with --variant v1"),
+        (["--device", "gpu"], "--device"),
+        (["--model", "/nowhere"], "no folder /nowhere"),
+        (["--samples", "1"], "at least 256 are needed"),
+    ],
+)
+def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
+    assert init(world, tmp_path / "out", *words) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_an_existing_adapter_is_not_overwritten(world, tmp_path, capsys):
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    assert init(world, tmp_path / "out") == 2
+    assert "holds an adapter already" in capsys.readouterr().err

@@ -1,0 +1,318 @@
+"""Grids: every run once, equal by construction, continued after a kill, and what the report makes of them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from world import make_world
+
+from lora_null.recipes import run
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.data import eval_tasks
+from lora_null.recipes.grid import grid_cells
+from lora_null.recipes.load import load_recipe
+from lora_null.recipes.report.grid import equal_learning, grid_headline, holm, paired_difference, reach
+from lora_null.recipes.report.results import load_results, parse_results
+
+WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
+WORDS += ["training.max_steps=2", "training.save_strategy=no"]
+POINTS = ("learning_rate=0.003", "learning_rate=0.01")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    assert main([str(make_world(folder)), *WORDS]) == 0
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def log(folder, point, seed, method):
+    lines = (folder / "out" / "cells" / point / f"seed={seed}" / method / "train_log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_leaves_ordinary_runs_and_one_base(grid):
+    out = grid / "out"
+    for name in ("recipe.yaml", "results.json", "report.md", "report.html", "forgetting.png", "base/eval.json"):
+        assert (out / name).stat().st_size > 0
+    assert len(list(out.rglob("base"))) == 1
+    for point in POINTS:
+        for seed in (0, 1):
+            cell = out / "cells" / point / f"seed={seed}"
+            own = json.loads((cell / "results.json").read_text())
+            assert [row["method"] for row in own["rows"]] == ["base", "lora", "lora-null-v2", "pissa"]
+            assert own["seed"] == seed and own["settings"]["learning_rate"] == float(point.split("=")[1])
+            assert (cell / "report.html").is_file() and (cell / "pissa" / "adapter").is_dir()
+
+
+def test_rows_are_means_over_the_seeds(grid):
+    found = results(grid)
+    assert found["seed"] is None and found["grid"]["planned"] == len(found["grid"]["cells"]) == 12
+    assert found["grid"]["differing"]["learning_rate"] == [3e-3, 1e-2]
+    row = next(r for r in found["rows"] if r["method"] == "pissa" and r["variant"] == "lr 0.01")
+    values = [c["metrics"]["facts kl"]["value"] for c in found["grid"]["cells"]
+              if c["method"] == "pissa" and c["point"]["training.learning_rate"] == 1e-2]  # fmt: skip
+    assert row["runs"] == len(values) == 2
+    assert row["metrics"]["facts kl"]["value"] == pytest.approx(np.mean(values))
+    assert row["metrics"]["facts kl"]["stderr"] == pytest.approx(stats.sem(values))
+    page = (grid / "out" / "report.html").read_text()
+    assert "Forgetting at equal learning" in page and "LoRA-Null-v2 (lr 0.003)" in page
+
+
+def test_runs_of_a_seed_are_equal_by_construction(grid):
+    for seed in (0, 1):
+        first = [log(grid, point, seed, method)[0] for point in POINTS for method in ("lora", "lora-null-v2", "pissa")]
+        tokens = [[line["tokens"] for line in log(grid, p, seed, m)] for p in POINTS for m in ("lora", "pissa")]
+        assert all(steps == tokens[0] for steps in tokens) and len(tokens[0]) == 2
+        assert all(line["loss"] == pytest.approx(first[0]["loss"], rel=1e-4) for line in first)
+        assert all(line["loss"] == first[0]["loss"] for line in (first[3],))  # lora at either rate: the same bits
+    assert log(grid, POINTS[0], 0, "lora")[0]["loss"] != log(grid, POINTS[0], 1, "lora")[0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["lora-null-v2", "pissa"])
+def test_an_initialization_is_computed_once_a_seed(grid, method):
+    places = [grid / "out" / "cells" / point / f"seed={seed}" / method / "init" for seed in (0, 1) for point in POINTS]
+    files = [sorted(place.glob("factors.*safetensors")) for place in places]
+    starts = [
+        {f"{path.name} {key}": value for path in paths for key, value in load_file(path).items()} for paths in files
+    ]
+    assert all(starts)
+    for a, b in ((0, 1), (2, 3)):
+        assert all(torch.equal(starts[a][key], starts[b][key]) for key in starts[a])
+
+
+def test_paired_tests_are_there_for_every_method_and_setting(grid):
+    paired = results(grid)["grid"]["paired"]
+    assert {(e["method"], e["metric"]) for e in paired} >= {("pissa", "facts kl"), ("lora-null-v2", "numbers nll")}
+    assert all(e["seeds"] == 2 and e["questions"] in (10, 12) for e in paired)
+
+
+def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys):
+    recipe, trained, original = make_world(tmp_path), [], run._trainer
+
+    def counted(job, plan, folder):
+        trained.append((job.recipe.seed, job.recipe.training["learning_rate"], plan.name))
+        if len(trained) == 5 and not (tmp_path / "resumed").exists():
+            raise KeyboardInterrupt
+        return original(job, plan, folder)
+
+    monkeypatch.setattr(run, "_trainer", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(recipe), *WORDS])
+    assert main([str(recipe), *WORDS]) == 2 and "--resume continues it" in capsys.readouterr().err
+    (tmp_path / "resumed").touch()
+    assert main([str(recipe), *WORDS, "--resume"]) == 0
+    assert len(trained) == 13 and len(set(trained)) == 12  # the one that was killed, twice
+    ours, theirs = results(tmp_path), results(grid)
+    for a, b in zip(ours["grid"]["cells"], theirs["grid"]["cells"]):
+        assert a["folder"] == b["folder"] and a["metrics"] == b["metrics"]
+    shown = capsys.readouterr().out
+    assert "[5/12]" in shown and "[12/12]" in shown and "left" in shown and "[4/12]" not in shown
+    assert main([str(recipe), *WORDS]) == 2 and "finished run" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_recorded_and_the_grid_goes_on(tmp_path):
+    words = ["--method", "lora,full", "--sweep", "training.learning_rate=1e30,1e-3", "training.max_steps=3"]
+    assert main([str(make_world(tmp_path)), *words, "training.save_strategy=no"]) == 0
+    found = results(tmp_path)
+    assert len(found["grid"]["cells"]) == 4
+    for cell in found["grid"]["cells"]:
+        wild = cell["point"]["training.learning_rate"] == 1e30
+        assert (cell["diverged"] is not None) == wild and bool(cell["metrics"]) != wild
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "diverged |" in page and "Diverged: LoRA in cells/learning" in page.replace("\\", "")
+    assert not (tmp_path / "out" / "cells" / "learning_rate=1e+30" / "seed=0" / "lora" / "adapter").exists()
+
+
+def test_a_method_may_have_values_of_its_own(tmp_path):
+    raw = {
+        "sweep": {"training.learning_rate": [1e-3, 1e-2]},
+        "per_method": {"full": {"training.learning_rate": [1e-4, 1e-3]}},
+    }
+    recipe = load_recipe(str(make_world(tmp_path, grid=raw)), methods="lora,full", seeds="3")
+    cells = {dict(cell.point)["training.learning_rate"]: cell.methods for cell in grid_cells(recipe)}
+    assert cells == {1e-3: ("lora", "full"), 1e-2: ("lora",), 1e-4: ("full",)}
+    swept = load_recipe(
+        str(make_world(tmp_path, grid=raw)), methods="lora,full", sweeps=["training.learning_rate=5e-3"]
+    )
+    assert [cell.methods for cell in grid_cells(swept)] == [("lora", "full")]  # asked for on the command line
+
+
+def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
+    path = str(make_world(tmp_path, quick={"training.max_steps": 1, "grid.seeds": [7], "eval.limit": 3}))
+    recipe = load_recipe(path, ["eval.limit=5"], quick=True)
+    assert (recipe.training["max_steps"], recipe.grid.seeds, recipe.eval.limit, recipe.quick) == (1, [7], 5, {})
+    assert load_recipe(path).training["max_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--sweep", "eval.limit=1,2"], "'eval.limit' cannot be swept, only keys of training, method"),
+        (["--sweep", "training.learning_rate"], "expected key.subkey=value,value"),
+        (["--sweep", "training.learning_rate=1e-3,1e-3"], "needs values, each once"),
+        (["--sweep", "training.learning_rat=1e-3,1e-2"], "no key 'learning_rat' (did you mean"),
+        (["--sweep", "training.learning_rate=1e-3,-1"], "must be greater than 0"),
+        (["--sweep", "method.rank=4,33"], "r: 33 is larger than"),
+        (["--seeds", "0,0"], "a seed is named twice"),
+        (["--seeds", "0,x"], "grid.seeds"),
+        (["--quick"], "has no quick form"),
+        (["method.match=lroa"], "neither a count of parameters"),
+        (["method.options.roselora.clmp=1"], "no option 'clmp' (did you mean 'clamp'?)"),
+        (["--method", "./mine.py"], "no file ./mine.py"),
+    ],
+)
+def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, words, message):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    recipe = make_world(tmp_path)
+    monkeypatch.setattr(run, "load_base", load)
+    assert main([str(recipe), *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_study_is_what_the_readme_says():
+    study = load_recipe("study")
+    cells = grid_cells(study)
+    assert sum(len(cell.methods) for cell in cells) == 9 * 3 * 3 and len({cell.seed for cell in cells}) == 3
+    assert cells[0].seed == cells[4].seed == 0  # a whole seed before the next
+    quick = load_recipe("study", quick=True)
+    assert sum(len(cell.methods) for cell in grid_cells(quick)) == 18
+    for entry in (*study.eval.retention, *study.eval.task, study.data, study.calibration):
+        assert Path(entry.path).is_file()
+    tasks = eval_tasks(study.eval)
+    assert {task.name: len(task.pairs) for task in tasks} == {"NQ": 128, "WebQS": 128, "WikiText": 48, "GSM8K": 64}
+    assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
+
+
+def test_two_processes_run_every_kind_of_method(tmp_path):
+    """Random starts, factors computed by turns, gradients, training rows, whole weights: all the same on both ranks."""
+    recipe = make_world(tmp_path)
+    names = "full,corda,roselora,eva,lora-ga"
+    words = [str(recipe), "--method", names, "training.max_steps=3", "training.save_strategy=no"]
+    words += ["method.options.eva.batch_rows=20", "method.options.lora-ga.rows=8"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    two = [*launch, "-m", "lora_null.recipes", *words, "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*words, "--output-dir", str(tmp_path / "one")]) == 0
+    one, both = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
+    for a, b in zip(one, both):
+        assert a["trainable_params"] == b["trainable_params"]
+        for name, metric in a["metrics"].items():
+            assert b["metrics"][name]["value"] == pytest.approx(metric["value"], rel=3e-2, abs=3e-3), (
+                a["method"],
+                name,
+            )
+
+
+# --- what the report computes ---
+
+
+def made(points, *, base=(2.0, 0.0), diverged=()):
+    """A grid's results by hand: points[method][seed] = [(task nll, kl), …] for rates 1, 2, …."""
+
+    def metrics(task, kl):
+        kind = {"stderr": 0.01, "n": 9, "higher_is_better": False, "unit": "nats"}
+        return {"q kl": {"value": kl, "role": "retention", **kind}, "t nll": {"value": task, "role": "task", **kind}}
+
+    cells = [
+        {"method": method, "folder": "f", "seed": seed, "point": {"training.learning_rate": float(rate)},
+         "diverged": 3 if (method, rate) in diverged else None,
+         "metrics": {} if (method, rate) in diverged else metrics(*place)}
+        for method, seeds in points.items()
+        for seed, path in enumerate(seeds)
+        for rate, place in enumerate(path, start=1)
+    ]  # fmt: skip
+    rows = [{"method": "base", "metrics": metrics(*base)}]
+    rows += [{"method": cell["method"], "variant": "x", "metrics": cell["metrics"]} for cell in cells]
+    grid = {"seeds": [0, 1, 2], "sweep": {}, "planned": len(cells), "cells": cells}
+    return parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows, "grid": grid})
+
+
+def test_reach_by_hand():
+    path, errors = [(0, 0), (1.0, 0.2), (0.8, 0.5), (2.0, 1.2)], [(0, 0), (0.1, 0.02), (0.1, 0.02), (0.2, 0.04)]
+    assert reach(path, errors, 0.5).value == pytest.approx(0.1)
+    assert reach(path, errors, 0.5).stderr == pytest.approx(0.5 * math.hypot(0.02, 0.2 * 0.1))
+    assert reach(path, errors, 1.4).value == pytest.approx(0.5 + 0.5 * 0.7)
+    assert reach(path, errors, 2.1) is None
+    assert reach(path, [None] * 4, 0.5).stderr is None
+
+
+def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
+    lora = [[(1.5, 0.10), (1.0, 0.40)], [(1.6, 0.12), (1.0, 0.44)], [(1.4, 0.11), (1.0, 0.42)]]
+    other = [[(1.6, 0.01), (1.0, 0.04)], [(1.6, 0.02), (0.8, 0.06)], [(1.5, 0.01), (1.2, 0.03)]]
+    found = made({"lora": lora, "mine": other, "weak": [[(1.9, 0.3), (1.8, 0.4)]] * 3})
+    low, high = equal_learning(found, "q kl", "t nll")
+    assert (low.learned, high.learned) == (pytest.approx(0.5), pytest.approx(1.0))
+    mine = next(row for row in high.rows if row.method == "mine")
+    by_hand = [0.04, 0.02 + (0.6 / 0.8) * 0.04]  # learned 1.0 where 0.4 … 1.0 and 0.4 … 1.2; the third ends at 0.8
+    assert mine.reached == 2 and mine.value.value == pytest.approx(np.mean(by_hand))
+    assert mine.value.stderr == pytest.approx(stats.sem(by_hand))
+    gaps = [by_hand[0] - 0.40, by_hand[1] - 0.44]
+    assert mine.difference.value == pytest.approx(np.mean(gaps))
+    assert mine.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    assert next(row for row in high.rows if row.method == "weak").value is None
+    said = grid_headline(found)
+    assert "mine forgot least" in said and "Not reached by weak" in said and "learning_rate 2" in said
+
+
+def test_a_diverged_run_leaves_its_frontier_shorter():
+    found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "wild": [[(1.5, 0.1), (0, 0)]]}, diverged={("wild", 2)})
+    high = equal_learning(found, "q kl", "t nll")[-1]
+    assert next(row for row in high.rows if row.method == "wild").value is None
+
+
+def test_a_single_seed_has_the_evaluations_error():
+    found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "mine": [[(1.4, 0.1), (0.9, 0.2)]]})
+    row = next(row for row in equal_learning(found, "q kl", "t nll")[0].rows if row.method == "mine")
+    assert row.value.stderr > 0 and row.p is None
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_paired_difference_of_one_seed_is_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(1, 40)) + 0.3, generator.normal(size=(1, 40))
+    found = paired_difference(a, b)
+    assert found["p"] == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue)
+    assert found["stderr"] == pytest.approx(stats.sem(a[0] - b[0]))
+
+
+def test_paired_difference_is_not_too_sure():
+    """Under no difference, with effects of question, seed and both, p < 0.05 in at most about 5% of draws."""
+    generator, hits = np.random.default_rng(1), 0
+    for _ in range(400):
+        D = generator.normal(size=(1, 30)) + 0.3 * generator.normal(size=(3, 1)) + generator.normal(size=(3, 30))
+        hits += paired_difference(D, np.zeros_like(D))["p"] < 0.05
+    assert hits <= 0.07 * 400
+
+
+def test_equal_numbers_have_no_p():
+    assert paired_difference(np.ones((2, 3)), np.ones((2, 3)))["p"] is None
+
+
+def test_the_report_is_rebuilt_from_disk(grid):
+    html = (grid / "out" / "report.html").read_bytes()
+    assert main(["report", str(grid / "out")]) == 0
+    assert (grid / "out" / "report.html").read_bytes() == html
+    assert load_results(grid / "out").grid.seeds == [0, 1]

@@ -1,0 +1,73 @@
+"""The training forward pass of `LoraNullLinear`: PEFT's numbers, and nothing of A's input kept where A is frozen."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_null import LoraNullConfig
+
+BASE = {"base_model.model.linear." + part for part in ("lora_A.default.weight", "lora_B.default.weight")}
+
+
+class One(nn.Module):
+    def __init__(self, d_in=24, d_out=40):
+        super().__init__()
+        self.linear = nn.Linear(d_in, d_out)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def wrapped(config, dtype):
+    torch.manual_seed(0)
+    peft_model = get_peft_model(One().to(dtype), config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            torch.manual_seed(len(name))
+            parameter.data.normal_()
+    return peft_model
+
+
+def outcome(peft_model, dtype, autocast):
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = peft_model(x)
+    y.float().square().sum().backward()
+    gradients = {n: p.grad for n, p in peft_model.named_parameters() if p.grad is not None}
+    return y.detach(), x.grad, gradients
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+@pytest.mark.parametrize("dtype, autocast, close", [
+    (torch.float64, False, 1e-12), (torch.float32, False, 1e-5), (torch.float32, True, 0.03),
+    (torch.bfloat16, False, 0.03), (torch.bfloat16, True, 0.03),
+])  # fmt: skip
+def test_forward_and_gradients_are_pefts(dtype, autocast, close, alpha):
+    theirs = outcome(wrapped(LoraConfig(r=4, lora_alpha=alpha, target_modules=["linear"]), dtype), dtype, autocast)
+    for variant, trains in (("v1", BASE), ("v2", {name for name in BASE if "lora_B" in name})):
+        config = LoraNullConfig(r=4, lora_alpha=alpha, target_modules=["linear"], variant=variant)
+        ours = outcome(wrapped(config, dtype), dtype, autocast)
+        assert ours[0].dtype == theirs[0].dtype and set(ours[2]) == trains
+        pairs = [(ours[0], theirs[0]), (ours[1], theirs[1]), *((ours[2][n], theirs[2][n]) for n in trains)]
+        for one, other in pairs:
+            assert (one.double() - other.double()).abs().max() <= close * other.double().abs().max()
+
+
+def saved_elements(peft_model):
+    sizes = []
+    x = torch.randn(64, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append((t.shape, t.numel())), t)[1], lambda t: t):
+        peft_model(x)
+    weights = {tuple(p.shape) for p in peft_model.parameters()} | {tuple(p.T.shape) for p in peft_model.parameters()}
+    return sum(size for shape, size in sizes if tuple(shape) not in weights)
+
+
+def test_a_frozen_a_keeps_no_input():
+    v1, v2 = (
+        saved_elements(wrapped(LoraNullConfig(r=4, target_modules=["linear"], variant=variant), torch.float32))
+        for variant in ("v1", "v2")
+    )
+    assert v2 == 64 * 4  # A x alone
+    assert v1 == 64 * 4 + 64 * 24

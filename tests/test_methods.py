@@ -1,0 +1,448 @@
+"""Every method: what it starts from, what of it moves, what it saves, and its factors against a float64 oracle."""
+
+import itertools
+import json
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import random_batches, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from lora_null import UserError
+from lora_null.calibration import InputStats
+from lora_null.layer import adapted_layers
+from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
+from lora_null.trainer.methods import METHODS, Method, check_base, load_method_file, make_method
+from lora_null.trainer.methods.residual import CorDA
+from lora_null.trainer.methods.roselora import top_mask
+
+TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
+ROWS = Dataset.from_dict(
+    {"prompt": [f"Q: {i}+{i}\nA:" for i in range(48)], "completion": [f" {2 * i} is it" for i in range(48)]}
+)
+CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
+PAPER = ("full", "lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
+ALL = (*PAPER, "osf", "mica", "eva", "lora-ga")
+TRAINS = dict.fromkeys(ALL, ("lora_A", "lora_B"))
+TRAINS |= {
+    "lora-fa": ("lora_B",),
+    "lora-null-v2": ("lora_B",),
+    "mica": ("lora_A",),
+    "osf": ("osf_svd_params",),
+    "full": ("",),
+}
+BATCH = random_batches(1)[0]
+OPTIONS = {"eva": {"rows": 32}, "lora-ga": {"rows": 8}}
+
+
+def make(folder, name, *, options=None, adapter=None, model=None, **training):
+    method = make_method(name, options or OPTIONS.get(name))
+    arguments = dict(
+        output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=6,
+        learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        gradient_checkpointing=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (adapter or {})
+    return LoraNullSFTTrainer(
+        model=model or tiny_model(),
+        args=SFTConfig(**{**arguments, **training}),
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer(),
+        peft_config=method.config(**adapter),
+        method=method,
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+
+
+def started(folder, name, **options):
+    trainer = make(folder, name, **options)
+    trainer._prepare(resuming=False)
+    trainer._prepared = True
+    return trainer
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCH).logits[BATCH["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_starts_as_the_base_and_moves_exactly_what_it_should(tmp_path, name):
+    trainer = started(tmp_path, name)
+    assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-4
+    assert trainer.drift_meter.summary()["max"] < 1e-5
+    before = {key: parameter.detach().clone() for key, parameter in trainer.model.named_parameters()}
+    trainer.model.train()
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert set(before) == set(after)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    wanted = {key for key in before if any(part in key for part in TRAINS[name])}
+    assert changed == wanted == trainer.method.trainable(trainer.model)
+    assert all(after[key].dtype == torch.float32 for key in wanted)
+    assert trainer.drift_meter.summary()["mean"] > 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_saved_on_a_fresh_base_gives_the_trained_logits(tmp_path, name):
+    trainer = make(tmp_path / "run", name)
+    trainer.train()
+    saved = trainer.method.save(trainer.model, tmp_path / "saved")
+    if trainer.method.saves == "model":
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert saved == sum(p.numel() for p in fresh.parameters())
+    else:
+        fresh = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
+        config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+        assert config["init_lora_weights"] is True and config["rank_pattern"] == {}
+        assert config["r"] == trainer.method.saved_rank(4) or name == "eva"
+    assert (logits(fresh) - logits(trainer.model)).abs().max() < 1e-4
+    assert (logits(fresh) - logits(tiny_model())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resumed_run_ends_in_the_same_bits(tmp_path, name):
+    whole = make(tmp_path, name, save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = make(tmp_path, name, save_strategy="steps", save_steps=3)
+    resumed._calibration_dataset = "must not be read"
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), key
+    assert resumed.drift_meter.measure() == whole.drift_meter.measure()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_trains_is_float32_on_a_bf16_base_under_bf16_autocast(tmp_path, name):
+    trainer = make(tmp_path, name, model=tiny_model().bfloat16(), bf16=True, max_steps=2)
+    trainer.train()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 and p.isfinite().all() for p in trained)
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad and p.dtype == torch.bfloat16]
+    assert bool(frozen) == (name != "full")
+    assert trainer.method.save(trainer.model, tmp_path / "saved") > 0
+
+
+@pytest.mark.parametrize("name", ["full", "osf", "pissa"])
+def test_drift_is_that_of_the_weights(tmp_path, name):
+    trainer = make(tmp_path, name)
+    trainer.train()
+    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+               for ids in tiny_tokenizer()(TEXTS)["input_ids"]]  # fmt: skip
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    after = tiny_model()
+    if trainer.method.saves == "model":
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    else:
+        after = PeftModel.from_pretrained(after, tmp_path / "saved").merge_and_unload()
+    found, base = trainer.drift_meter.measure(), tiny_model()
+    X = oracle.capture_inputs(base, found, batches)
+    for key, value in found.items():
+        W0, W = (m.get_submodule(key).weight.detach().double().numpy() for m in (base, after))
+        exact = np.linalg.norm((W - W0) @ X[key]) / np.linalg.norm(W0 @ X[key])
+        assert value == pytest.approx(exact, rel=0.5)  # 64 random columns
+
+
+# --- initial factors against oracles ---
+
+
+def factors(trainer, name):
+    layer = adapted_layers(trainer.model)[name]
+    A, B = (factor["default"].weight.detach().double().numpy() for factor in (layer.lora_A, layer.lora_B))
+    return A, B, layer.scaling["default"]
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora"])
+@pytest.mark.parametrize("shape", [{}, {"use_rslora": True}])
+def test_svd_factors(tmp_path, name, shape):
+    trainer = started(tmp_path, name, adapter=shape)
+    for key in adapted_layers(trainer.model):
+        W = tiny_model().get_submodule(key).weight.detach().double().numpy()
+        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+        part = slice(None, 4) if name == "pissa" else slice(-4, None)
+        A, B, s = factors(trainer, key)
+        np.testing.assert_allclose(s * B @ A, U[:, part] * S[part] @ Vh[part], atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(A, axis=1) ** 2 * s, S[part], rtol=1e-4)  # A = √S Vᵀ / √s
+        np.testing.assert_allclose(np.linalg.norm(B, axis=0) ** 2 * s, S[part], rtol=1e-4)
+        base = adapted_layers(trainer.model)[key].get_base_layer().weight.detach().double().numpy()
+        np.testing.assert_allclose(base + s * B @ A, W, atol=1e-6)
+
+
+def corda_oracle(W, C, r):
+    """Knowledge-preserved CorDA from the Gram matrix C, by the equations of its paper and code."""
+    damp = 0.01
+    while True:
+        shifted = C + damp * np.mean(np.diag(C)) * np.eye(len(C))
+        inverse = np.linalg.inv(shifted)
+        if np.linalg.norm(shifted @ inverse - np.eye(len(C))) < 0.05:
+            break
+        damp *= 2
+    U, S, Vh = np.linalg.svd(W @ shifted, full_matrices=False)
+    return np.sqrt(S[-r:])[:, None] * (Vh[-r:] @ inverse), U[:, -r:] * np.sqrt(S[-r:])
+
+
+def test_corda_factors_from_the_inputs_without_padding(tmp_path):
+    trainer = started(tmp_path, "corda")
+    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+               for ids in tiny_tokenizer()(TEXTS)["input_ids"]]  # fmt: skip
+    layers = adapted_layers(trainer.model)
+    X = oracle.capture_inputs(tiny_model(), layers, batches)
+    for key in layers:
+        W = tiny_model().get_submodule(key).weight.detach().double().numpy()
+        A0, B0 = corda_oracle(W, X[key] @ X[key].T / X[key].shape[1], 4)
+        A, B, s = factors(trainer, key)
+        assert np.linalg.norm(s * B @ A - B0 @ A0) < 1e-3 * np.linalg.norm(B0 @ A0)
+        np.testing.assert_allclose(np.linalg.norm(B, axis=0) * s**0.5, np.linalg.norm(B0, axis=0), rtol=1e-3)
+
+
+def test_corda_factors_are_pefts_on_the_same_gram():
+    """PEFT's own code in its "kpm" mode, fed our covariance, in float32."""
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import collect_eigens_for_layer
+
+    linear = torch.nn.Linear(24, 16, bias=False)
+    X = torch.randn(24, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    linear.covariance_matrix = (X @ X.T / 400).float()
+    eigens = collect_eigens_for_layer(linear, LoraConfig(corda_config=CordaConfig(corda_method="kpm")))
+    S, U, V = (x.double().detach() for x in (eigens.S_WC[-4:], eigens.U_WC[:, -4:], eigens.V_WC[:, -4:]))
+    theirs = (U * S) @ V.T
+    A, B = CorDA().part(linear.weight.detach().double(), 4, InputStats([], X @ X.T, X[:, :1], 400))
+    assert (B @ A - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_corda_raises_lambda_until_the_inverse_is_good():
+    x = torch.linspace(1, 2, 30, dtype=torch.float64)[:, None]
+    A, B = CorDA().part(torch.eye(30, dtype=torch.float64), 3, InputStats([], x @ x.T, x, 1))  # rank one
+    assert A.isfinite().all() and B.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-fa", "roselora"])
+def test_lora_starts(tmp_path, name):
+    trainer = started(tmp_path, name)
+    for layer in adapted_layers(trainer.model).values():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert not B.any() and A.abs().max() <= layer.in_features**-0.5  # Kaiming uniform with a = √5
+
+
+def test_mica_factors(tmp_path):
+    trainer = started(tmp_path, "mica")
+    for key in adapted_layers(trainer.model):
+        W = tiny_model().get_submodule(key).weight.detach().double().numpy()
+        A, B, _ = factors(trainer, key)
+        U = np.linalg.svd(W, full_matrices=False)[0][:, -4:]
+        np.testing.assert_allclose(B @ B.T, U @ U.T, atol=1e-4)
+        assert not A.any()
+
+
+def test_eva_rows_lie_in_the_leading_input_directions(tmp_path):
+    trainer = started(tmp_path, "eva", options={"rows": 48, "batch_rows": 48, "rho": 1.0})
+    key = "model.layers.0.self_attn.q_proj"
+    rows = [trainer.train_dataset[i] for i in range(48)]
+    batches = [{"input_ids": torch.tensor([row["input_ids"]]), "attention_mask": torch.tensor([row["labels"]]) != -100}
+               for row in rows]  # fmt: skip
+    whole = [b | {"attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
+    X = oracle.capture_inputs(tiny_model(), [key], whole)[key]
+    answers = np.concatenate([b["attention_mask"][0].numpy() for b in batches])
+    X = X[:, answers]
+    A, B, _ = factors(trainer, key)
+    U = np.linalg.svd(X - X.mean(axis=1, keepdims=True), full_matrices=False)[0][:, : len(A)]
+    assert not B.any()
+    assert np.linalg.norm(U.T @ A.T) ** 2 > 0.98 * np.linalg.norm(A) ** 2
+
+
+def test_lora_ga_rows_lie_in_the_gradients_leading_directions(tmp_path):
+    trainer = started(tmp_path, "lora-ga")
+    base = tiny_model().double()
+    for i in (0, 4):
+        batch = trainer.data_collator([trainer.train_dataset[j] for j in range(i, i + 4)])
+        base(**batch).loss.backward()
+    key = "model.layers.1.mlp.up_proj"
+    gradient = base.get_submodule(key).weight.grad.numpy()
+    U, _, Vh = np.linalg.svd(gradient)
+    A, B, _ = factors(trainer, key)
+    np.testing.assert_allclose(A.T @ A, Vh[:4].T @ Vh[:4], atol=1e-2)
+    assert np.linalg.norm(U[:, 4:8].T @ B) ** 2 > 0.98 * np.linalg.norm(B) ** 2
+
+
+def test_osf_keeps_the_leading_space_of_the_weights(tmp_path):
+    trainer = make(tmp_path, "osf")
+    trainer.args.weight_decay = 0.0
+    trainer.train()
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    key = "model.layers.0.self_attn.q_proj"
+    W0, W = (m.get_submodule(key).weight.detach().double().numpy() for m in (tiny_model(), after))
+    U, S, Vh = np.linalg.svd(W0)
+    kept = U[:, :16].T @ W @ Vh[:16].T
+    assert np.linalg.norm(kept - np.diag(S[:16])) < 0.05 * np.linalg.norm(W - W0)
+
+
+# --- RoseLoRA ---
+
+
+def test_roselora_schedule():
+    method = make_method("roselora")
+    kept = [method.kept_fraction(t, 100) for t in range(1, 101)]
+    assert kept[:12] == [1.0] * 12 and kept[12] < 1
+    assert kept[79:] == [0.05] * 21
+    assert all(a >= b for a, b in itertools.pairwise(kept))
+    for t in (20, 46, 70):
+        assert kept[t - 1] == pytest.approx(0.05 + 0.95 * (1 - (t - 12) / 68) ** 3)
+    assert make_method("roselora", {"begin": 0.0, "end": 0.0}).kept_fraction(1, 10) == 0.05
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_top_mask_is_exact_and_breaks_ties_by_position(dim):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (40, 30), generator=generator).float()  # many ties
+    for fraction in (1e-9, 0.05, 0.3, 0.77, 1.0):
+        mask = top_mask(scores, fraction, dim).numpy()
+        n = scores.shape[dim]
+        keep = max(1, round(fraction * n))
+        order = np.argsort(-scores.numpy(), axis=dim, kind="stable")
+        wanted = np.zeros_like(mask)
+        np.put_along_axis(wanted, np.take(order, range(keep), axis=dim), True, axis=dim)
+        assert (mask == wanted).all() and (mask.sum(axis=dim) == keep).all()
+
+
+def test_roselora_sparsity_in_the_saved_adapter(tmp_path):
+    trainer = make(tmp_path / "run", "roselora", options={"final_fraction": 0.1}, max_steps=10)
+    trainer.train()
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    for key, tensor in load_file(tmp_path / "saved" / "adapter_model.safetensors").items():
+        dim = 1 if "lora_A" in key else 0
+        kept = (tensor != 0).sum(dim=dim)
+        assert (kept <= max(1, round(0.1 * tensor.shape[dim]))).all() and kept.sum() > 0
+
+
+def test_roselora_cut_entries_do_not_come_back_through_the_moments(tmp_path):
+    trainer = make(tmp_path, "roselora", options={"final_fraction": 0.2, "begin": 0.0, "end": 0.5}, max_steps=4)
+    seen = []
+
+    def step_without_gradient():
+        for group in trainer.optimizer.param_groups:
+            for parameter in group["params"]:
+                cut, before = parameter == 0, parameter.detach().clone()
+                moments = [
+                    x for x in trainer.optimizer.state[parameter].values() if getattr(x, "shape", None) == cut.shape
+                ]
+                assert len(moments) == 2 and not any(moment[cut].any() for moment in moments)
+                parameter.grad = torch.zeros_like(parameter)
+                seen.append((parameter, cut, before))
+        trainer.optimizer.step()
+        return all(not parameter[cut].any() for parameter, cut, _ in seen), any((p != b).any() for p, _, b in seen)
+
+    trainer.train()
+    still_cut, moved = step_without_gradient()
+    assert still_cut and moved
+
+
+def test_roselora_sensitivity_is_smoothed_by_hand(tmp_path):
+    """Three steps by the formulas, every gradient taken from the run itself."""
+    trainer = make(tmp_path, "roselora", options={"begin": 0.0, "end": 1.0}, max_steps=3)
+    layer = next(iter(adapted_layers(trainer.model).values()))
+    name, A = next(iter(adapted_layers(trainer.model))), layer.lora_A["default"].weight
+    (prune,) = (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_Prune")
+    smooth, original = [], type(prune).on_pre_optimizer_step
+
+    def watched(self, args, state, control, **kwargs):
+        now = (A * A.grad).abs().detach()
+        smooth.append(now if not smooth else 0.8 * smooth[-1] + 0.2 * now)
+        original(self, args, state, control, **kwargs)
+        torch.testing.assert_close(self.sensitivity[f"{name}.lora_A"], smooth[-1])
+
+    prune.on_pre_optimizer_step = watched.__get__(prune)
+    trainer.train()
+    assert len(smooth) == 3 and smooth[-1].any()
+    assert sum(x.numel() for x in prune.sensitivity.values()) == sum(
+        p.numel() for p in trainer.model.parameters() if p.requires_grad
+    )  # memory: one number a trained parameter, whatever the number of steps
+
+
+def test_roselora_clamp(tmp_path):
+    trainer = make(tmp_path, "roselora", options={"clamp": 3e-3})
+    trainer.train()
+    largest = max(p.abs().max() for p in trainer.model.parameters() if p.requires_grad)
+    assert 0 < largest <= 3e-3 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"final_fraction": 0}, {"begin": 0.9}, {"decay": 1.0}, {"clamp": -1.0}, {"clmp": 1}]
+)
+def test_roselora_refuses_nonsense(wrong):
+    with pytest.raises(UserError, match=r"method\.options\.roselora"):
+        make_method("roselora", wrong)
+
+
+# --- the table ---
+
+
+def test_the_table_holds_every_method():
+    assert set(ALL) <= set(METHODS)
+    assert all(issubclass(kind, Method) and kind.name == name for name, kind in METHODS.items())
+
+
+def test_unknown_method_and_option():
+    with pytest.raises(UserError, match="did you mean 'pissa'"):
+        make_method("pisa")
+    with pytest.raises(UserError, match=r"no option 'rowz'.*did you mean 'rows'"):
+        make_method("eva", {"rowz": 3})
+    with pytest.raises(UserError, match="wrong type"):
+        make_method("roselora", {"clamp": "small"})
+
+
+def test_a_quantized_base_is_refused_with_the_methods_that_work():
+    for name in ("pissa", "milora", "corda", "full", "osf", "mica"):
+        with pytest.raises(UserError, match=f"{name} needs plain weights.*lora, lora-fa"):
+            check_base(name, quantized=True)
+    for name in ("lora", "lora-fa", "roselora", "lora-null-v1", "lora-null-v2"):
+        check_base(name, quantized=True)
+
+
+def test_a_method_of_ones_own_is_one_file(tmp_path, monkeypatch):
+    file = tmp_path / "halved.py"
+    file.write_text(
+        "from lora_null.trainer.methods import Method, method\n"
+        "@method\nclass Halved(Method):\n    name = 'halved-b'\n    factor: float = 0.5\n"
+        "    def config(self, **adapter):\n        from peft import LoraConfig\n"
+        "        return LoraConfig(**adapter | {'lora_alpha': self.factor * adapter['lora_alpha']})\n"
+    )
+    monkeypatch.setattr("lora_null.trainer.methods.METHODS", METHODS)
+    assert load_method_file(str(file)) == ["halved-b"]
+    try:
+        trainer = make(tmp_path / "run", "halved-b", options={"factor": 0.25})
+        assert next(iter(adapted_layers(trainer.model).values())).scaling["default"] == 0.5
+        trainer.train()
+    finally:
+        del METHODS["halved-b"]
+    file.write_text("x = 1")
+    with pytest.raises(UserError, match="enters no method"):
+        load_method_file(str(file))
+    file.write_text("import nothing_of_the_kind")
+    with pytest.raises(UserError, match="cannot be imported"):
+        load_method_file(str(file))
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora", "corda", "lora-ga"])
+def test_disabling_gives_the_original_model_back(tmp_path, name):
+    trainer = make(tmp_path, name)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-4
+
+
+def test_shared_weights_and_large_ranks_are_refused():
+    model = tiny_model(tie_word_embeddings=True)
+    method = make_method("pissa")
+    config = method.config(r=4, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(UserError, match="lm_head shares its weight"):
+        method.check(get_peft_model(model, config))
+    with pytest.raises(UserError, match=r"r: 17 is larger than .* allows"):
+        method.check(get_peft_model(tiny_model(), method.config(r=17, target_modules="all-linear")))

@@ -1,0 +1,87 @@
+"""The methods that can be compared, one small file each, and the table of them.
+
+A method is added by writing one more class under `@method`, in a file of this folder or in any file of your own that
+`--method ./mine.py` names; nothing else changes:
+
+    from lora_null.trainer.methods import Method, method
+
+    @method
+    class Mine(Method):
+        name = "mine"
+        def config(self, **adapter): ...        # what is put on the model
+        def prepare(self, model): ...           # what of it does not train
+        def compute(self, trainer, calibration): ...  # its initial factors, from weights and measured inputs
+        def callbacks(self): ...                # what happens after a step
+        def save(self, model, directory): ...   # a plain adapter for the original model
+
+Each has a default, plain LoRA's. Options of a method are its dataclass fields: `method.options.mine.alpha0=3`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lora_null.errors import UserError, nearest
+from lora_null.trainer.methods.base import METHODS, Method, adapter_parameters, method
+
+__all__ = ["METHODS", "Method", "adapter_parameters", "check_base", "load_method_file", "make_method", "method"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Return the method `name` with its options set.
+
+    Raises:
+        UserError: an unknown method or option, naming the nearest, or a value that the method refuses.
+    """
+    if name not in METHODS:
+        raise UserError(f"method: no method {name!r}{nearest(name, METHODS)}")
+    kind, options = METHODS[name], dict(options or {})
+    known = [field.name for field in fields(kind)]
+    for key in options:
+        if key not in known:
+            raise UserError(f"method.options.{name}: no option {key!r}{nearest(key, known) if known else ''}")
+    try:
+        return kind(**options)
+    except TypeError:
+        raise UserError(f"method.options.{name}: a value is of the wrong type in {options}") from None
+
+
+def load_method_file(path: str) -> list[str]:
+    """Import a user's own file and return the names of the methods that it enters in the table.
+
+    Raises:
+        UserError: no such file, it fails to import, or it enters none.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"method: no file {path}")
+    before = dict(METHODS)
+    spec = importlib.util.spec_from_file_location(f"lora_null_method_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"method: {path} cannot be imported ({type(error).__name__}: {error})") from None
+    entered = [name for name, kind in METHODS.items() if before.get(name) is not kind]
+    if not entered:
+        raise UserError(f"method: {path} enters no method; put @method over its class")
+    return entered
+
+
+def check_base(name: str, *, quantized: bool) -> None:
+    """Refuse a method on a base that it cannot start from.
+
+    Raises:
+        UserError: naming the methods that work there.
+    """
+    if quantized and not METHODS[name].quantized_base:
+        able = sorted(other for other, kind in METHODS.items() if kind.quantized_base)
+        raise UserError(f"method: {name} needs plain weights, not a quantized base; those that do: {', '.join(able)}")

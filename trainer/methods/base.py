@@ -1,0 +1,119 @@
+"""What a method of the comparison has to say of itself; the defaults are plain LoRA's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.export import save_plain_adapter
+from lora_null.layer import adapted_layers
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from lora_null.calibration import Calibration
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def method(kind: type[Method]) -> type[Method]:
+    """Enter a subclass of `Method` in the table, as a dataclass whose fields are the method's options."""
+    kind = dataclass(kind)
+    METHODS[kind.name] = kind
+    return kind
+
+
+@dataclass
+class Method:
+    """One method. An instance holds the options of one run, and what its callbacks have to remember.
+
+    Attributes:
+        name: what `--method` calls it.
+        saves: "adapter", a plain LoRA for the original model, or "model", a whole one.
+        needs_gram: whether `compute` reads Gram matrices, not only sketches, of the calibration inputs.
+        quantized_base: whether it can start on a quantized base.
+        ranked: whether `r` says how much of it trains.
+        state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
+    """
+
+    name: ClassVar[str] = "lora"
+    saves: ClassVar[Literal["adapter", "model"]] = "adapter"
+    needs_gram: ClassVar[bool] = False
+    quantized_base: ClassVar[bool] = True
+    ranked: ClassVar[bool] = True
+    state_bytes: ClassVar[int] = 0
+
+    def config(self, **adapter: Any) -> PeftConfig | None:
+        """Return what PEFT puts on the model, from `peft.LoraConfig`'s arguments; None for no adapter."""
+        return LoraConfig(**adapter)
+
+    def saved_rank(self, r: int) -> int:
+        """Return the rank of the adapter that is saved."""
+        return r
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
+        return adapted_layers(model)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Stop what does not train, once, when the adapter is on the model; what trains is float32 for every method."""
+
+    def trainable(self, model: nn.Module) -> set[str]:
+        """Return the names of exactly those parameters that train."""
+        return adapter_parameters(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, on the model without weights, what the method cannot start from (UserError)."""
+
+    def compute(self, trainer: Trainer, calibration: Calibration) -> dict[str, torch.Tensor]:
+        """Return what has to be kept to start the model again in the same bits; nothing for LoRA's own start.
+
+        Args:
+            trainer: the model on its device, the training batches.
+            calibration: the inputs of `layers`, measured; with Grams where `needs_gram`.
+        """
+        return {}
+
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write into the model what `compute` returned, now or, on resuming, in an earlier process."""
+
+    def drift_meter(self, model: nn.Module, measured: Calibration | Path) -> DriftMeter | WeightDriftMeter:
+        """Return what follows the drift of `layers`, from measured inputs or from the probes in an earlier run's file."""
+        return DriftMeter.load(measured, model) if isinstance(measured, Path) else DriftMeter(model, measured)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return what happens around the optimizer's steps."""
+        return []
+
+    def save(self, model: nn.Module, directory: Path) -> int:
+        """Write what loads with `peft` or `transformers` alone; return the number of parameters written."""
+        return save_plain_adapter(model, directory)
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:
+    """Return the names of the adapter's parameters, those left out that PEFT records as frozen."""
+    parts = [f".{part}.{adapter_name}." for part in ("lora_A", "lora_B", "modules_to_save")] + [".token_adapter."]
+    names = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    frozen = {
+        f"base_model.model.{name}.{part}.{adapter_name}.weight"
+        for name, layer in adapted_layers(model, adapter_name).items()
+        for part in layer.frozen_peft_weight_names.get(adapter_name, ())
+    }
+    return names - frozen
+
+
+def freeze_factor(model: nn.Module, part: Literal["lora_A", "lora_B"], adapter_name: str = "default") -> None:
+    """Keep one factor of every layer out of training through PEFT's own record, which survives `set_adapter`."""
+    for layer in adapted_layers(model, adapter_name).values():
+        frozen = {**layer.frozen_peft_weight_names}
+        frozen[adapter_name] = tuple({*frozen.get(adapter_name, ()), part})
+        layer.frozen_peft_weight_names = frozen
+        layer._freeze_non_trainable_peft_weights(adapter_name)

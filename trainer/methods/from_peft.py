@@ -1,0 +1,199 @@
+"""MiCA, EVA, LoRA-GA and OSF as PEFT implements them; only the data they look at and the saving are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import EvaConfig, LoraConfig, LoraGAConfig, OSFConfig, PeftConfig, initialize_lora_eva_weights
+from peft.tuners.lora.eva import get_eva_state_dict
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.osf import OSFLayer
+from torch import nn
+
+from lora_null.calibration import Calibration
+from lora_null.config import use_lora_null_layers
+from lora_null.errors import UserError
+from lora_null.layer import adapted_layers
+from lora_null.preserve import preserve
+from lora_null.ranks import rank_and_world
+from lora_null.trainer.methods.base import Method, method
+from lora_null.trainer.methods.full import WeightMethod
+from lora_null.trainer.methods.residual import ResidualMethod
+
+
+@method
+class MiCA(Method):
+    """B = the r left singular vectors of W0 with the smallest singular values, frozen; A = 0 trains."""
+
+    name = "mica"
+    quantized_base = False
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        return LoraConfig(init_lora_weights="mica", **adapter)
+
+    def check(self, model: nn.Module) -> None:
+        check_room(model, 1)
+
+
+@method
+class EVA(Method):
+    """A = the leading right singular vectors of the inputs on the training rows, ranks dealt out by variance; B = 0.
+
+    Attributes:
+        rows: training rows that are looked at, the first ones.
+        batch_rows: rows of one batch; its answer tokens must be at least rho · r.
+        rho: PEFT's; a layer gets at most rho · r.
+    """
+
+    name = "eva"
+    quantized_base = False
+
+    rows: int = 128
+    batch_rows: int = 16
+    rho: float = 2.0
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        return LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho), **adapter)
+
+    def saved_rank(self, r: int) -> int:
+        return round(self.rho * r)
+
+    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
+        batches = training_batches(trainer, self.rows, self.batch_rows)
+        needed = self.rho * trainer.model.peft_config["default"].r
+        answers = [int((batch["labels"] != -100).sum()) for batch in batches]
+        if min(answers) < needed:
+            raise UserError(
+                f"method.options.eva.batch_rows: a batch has only {min(answers)} answer tokens, rho · r = {needed:g} are "
+                "needed; raise batch_rows"
+            )
+        with preserve(trainer.model):  # every rank sees the same rows, so nothing is gathered
+            return get_eva_state_dict(
+                trainer.model,
+                batches,
+                gather_distributed_inputs=False,
+                show_progress_bar=not trainer.args.disable_tqdm,
+            )
+
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        initialize_lora_eva_weights(model, eva_state_dict=dict(tensors))
+        for layer in adapted_layers(model).values():  # PEFT made them anew, in the base's dtype
+            layer.lora_A.float()
+            layer.lora_B.float()
+
+
+@method
+class LoRAGA(ResidualMethod):
+    """A and B from the singular vectors of the loss's gradient at W0 on training rows; base W0 − s·BA; A and B train.
+
+    Attributes:
+        rows: training rows whose gradient is taken, the first ones.
+        batch_rows: rows of one backward pass.
+    """
+
+    name = "lora-ga"
+
+    rows: int = 32
+    batch_rows: int = 4
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
+        return use_lora_null_layers(config)
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        check_room(model, 2)
+
+    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
+        """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
+        layers, tensors = self.layers(trainer.model), {}
+        with preserve(trainer.model):
+            self._take_gradients(trainer, layers)
+            for name, layer in layers.items():
+                base, A, B = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
+                original, dtype = base.weight.data.clone(), A.weight.dtype
+                layer.lora_ga_init("default", LoraGAConfig())
+                base.weight.data = original
+                for factor in (A, B):  # PEFT leaves them in the base's dtype
+                    factor.weight.data = factor.weight.data.to(dtype)
+                tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
+        if rank_and_world()[1] > 1:
+            for tensor in tensors.values():
+                dist.broadcast(tensor, src=0)
+        return tensors
+
+    def _take_gradients(self, trainer: Any, layers: Mapping[str, nn.Module]) -> None:
+        def train_step() -> None:
+            for batch in training_batches(trainer, self.rows, self.batch_rows):
+                trainer.model(**batch).loss.backward()
+
+        bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
+        bases.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
+
+
+@method
+class OSF(WeightMethod):
+    """The lower half of each weight's singular space trains, gradients projected off the upper half; full rank.
+
+    Saved as a model: the change of a weight has up to half its full rank, more than an adapter is good for.
+
+    Attributes:
+        effective_rank: PEFT's: the number or the fraction of leading directions that are preserved.
+    """
+
+    name = "osf"
+
+    effective_rank: float = 0.5
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        return OSFConfig(
+            target_modules=adapter["target_modules"], effective_rank=self.effective_rank, task_type="CAUSAL_LM"
+        )
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {name: x for name, x in model.get_base_model().named_modules() if isinstance(x, OSFLayer)}
+
+    def prepare(self, model: nn.Module) -> None:
+        for layer in self.layers(model).values():
+            for parameter in layer.osf_svd_params.parameters():
+                parameter.data = parameter.data.float()
+
+    def trainable(self, model: nn.Module) -> set[str]:
+        return {name for name, _ in model.named_parameters() if ".osf_svd_params." in name}
+
+    def check(self, model: nn.Module) -> None:
+        if not self.layers(model):
+            raise UserError("target_modules: osf adapts torch.nn.Linear alone, and none of the model's matches")
+
+    @torch.no_grad()
+    def save(self, model: nn.Module, directory: Path) -> int:
+        layers, base = self.layers(model), model.get_base_model()
+        state = {name.replace(".base_layer.", "."): x for name, x in base.state_dict().items() if "osf_" not in name}
+        for name, layer in layers.items():
+            weight = layer.get_base_layer().weight
+            state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+        base.save_pretrained(directory, state_dict=state)  # which empties it
+        return sum(parameter.numel() for name, parameter in base.named_parameters() if "osf_" not in name)
+
+
+def training_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
+    """Return the first training rows, tokenized and collated as the trainer does, on the model's device."""
+    data, device = trainer.train_dataset, next(trainer.model.parameters()).device
+    taken = [data[i] for i in range(min(rows, len(data)))]
+    groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
+    whole = [group for group in groups if len(group) == batch_rows] or groups
+    return [{key: value.to(device) for key, value in trainer.data_collator(group).items()} for group in whole]
+
+
+def check_room(model: nn.Module, times: int) -> None:
+    """Raise a UserError where `times` · r is more than a layer's smaller dimension."""
+    for name, layer in adapted_layers(model).items():
+        r, smallest = layer.r["default"], min(layer.in_features, layer.out_features)
+        if times * r > smallest:
+            most = smallest // times
+            raise UserError(f"r: {r} is larger than {name} allows here (at most {most})")

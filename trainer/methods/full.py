@@ -1,0 +1,62 @@
+"""Full fine-tuning: no adapter, every weight trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_null.calibration import Calibration
+from lora_null.drift import WeightDriftMeter
+from lora_null.trainer.methods.base import Method, method
+
+
+class WeightMethod(Method):
+    """What changes whole weights: its drift is W S − W0 S, and it is saved as a model."""
+
+    saves = "model"
+    quantized_base = False
+    ranked = False
+
+    def drift_meter(self, model: nn.Module, measured: Calibration | Path) -> WeightDriftMeter:
+        layers = self.layers(model)
+        if isinstance(measured, Path):
+            return WeightDriftMeter.load(measured, layers)
+        return WeightDriftMeter(layers, measured)
+
+
+@method
+class Full(WeightMethod):
+    """Every weight trains, embeddings and norms too, in float32 as the adapters of all other methods do.
+
+    Drift is measured on the linears that `target_modules` names, the ones that an adapter would change.
+    """
+
+    name = "full"
+    target_modules = "all-linear"
+
+    def config(self, **adapter: Any) -> None:
+        self.target_modules = adapter.get("target_modules") or "all-linear"
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        linears = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear | Conv1D)}
+        if self.target_modules == "all-linear":
+            head = model.get_output_embeddings()
+            return {name: linear for name, linear in linears.items() if linear is not head}
+        wanted = LoraConfig(target_modules=self.target_modules)
+        return {name: linear for name, linear in linears.items() if check_target_module_exists(wanted, name)}
+
+    def prepare(self, model: nn.Module) -> None:
+        model.float()  # in place
+        model.requires_grad_(True)
+
+    def trainable(self, model: nn.Module) -> set[str]:
+        return {name for name, _ in model.named_parameters()}
+
+    def save(self, model: nn.Module, directory: Path) -> int:
+        model.save_pretrained(directory)
+        return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,27 @@
+"""LoRA, and LoRA-FA, which keeps LoRA's random A."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_null.trainer.methods.base import Method, freeze_factor, method
+
+
+@method
+class LoRA(Method):
+    """A Kaiming, B = 0; A and B train."""
+
+    name = "lora"
+
+
+@method
+class LoRAFA(Method):
+    """LoRA's start, B trains alone under plain AdamW: the paper's baseline.
+
+    Not PEFT's LoRA-FA optimizer, which multiplies B's gradient by pinv(A Aᵀ): another algorithm.
+    """
+
+    name = "lora-fa"
+
+    def prepare(self, model: nn.Module) -> None:
+        freeze_factor(model, "lora_A")

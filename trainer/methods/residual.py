@@ -1,0 +1,154 @@
+"""Methods that move a part s·BA of each weight into the adapter: PiSSA, MiLoRA, CorDA.
+
+They differ in the part alone. The base becomes W0 − s·B0A0 on `LoraNullLinear`, as for LoRA-Null-v1, so disabling the
+adapter gives the original model back and what is saved is an exact rank-2r LoRA for it. PEFT has PiSSA and CorDA too,
+but rewrites the base for good and saves factors that belong to W0 − s·B0A0 unless they are converted afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftConfig
+from torch import nn
+
+from lora_null.calibration import Calibration, InputStats
+from lora_null.config import use_lora_null_layers
+from lora_null.errors import UserError
+from lora_null.export import save_plainly
+from lora_null.layer import adapted_layers
+from lora_null.ranks import rank_and_world
+from lora_null.trainer.methods.base import Method, method
+
+
+class ResidualMethod(Method):
+    """The common part; a subclass computes `part`."""
+
+    quantized_base = False
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        return use_lora_null_layers(LoraConfig(**adapter))
+
+    def saved_rank(self, r: int) -> int:
+        return 2 * r
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a UserError for an r that a layer does not have room for, or a weight that two modules share."""
+        owners: dict[int, str] = {}
+        for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), name)
+        for name, layer in adapted_layers(model).items():
+            weight, smallest = layer.get_base_layer().weight, min(layer.in_features, layer.out_features)
+            if not owners[id(weight)].startswith(name):
+                raise UserError(
+                    f"target_modules: {name} shares its weight with another module, {self.name} needs its own"
+                )
+            if layer.r["default"] > smallest:
+                raise UserError(
+                    f"r: {layer.r['default']} is larger than {name} allows (min(d_in, d_out) = {smallest})"
+                )
+
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (r, d_in) and B (d_out, r), float64, whose product leaves the base.
+
+        Args:
+            weight: W0, (d_out, d_in) float64.
+            r: the rank.
+            inputs: what the layer reads, measured.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
+        """Return the factors of all layers, rounded as they are stored; the ranks take turns at the layers."""
+        rank, world = rank_and_world()
+        tensors = {}
+        for index, (name, layer) in enumerate(self.layers(trainer.model).items()):
+            A, B = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
+            if index % world == rank:
+                base = layer.get_base_layer().weight.double()
+                weight = base.T if layer.fan_in_fan_out else base
+                found = self.part(weight, layer.r["default"], calibration.input_of(name))
+                for factor, value in zip((A, B), found):
+                    factor.copy_(value / layer.scaling["default"] ** 0.5)
+            for factor in (A, B) if world > 1 else ():
+                dist.broadcast(factor, src=index % world)
+            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        return tensors
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, layer in self.layers(model).items():
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            A.copy_(tensors[f"{name}.lora_A"])
+            B.copy_(tensors[f"{name}.lora_B"])
+            layer.subtract_residual("default", A, B)
+        save_plainly(model)
+
+
+@method
+class PiSSA(ResidualMethod):
+    """B = U√S, A = √S Vᵀ of the r largest singular values of W0 = U S Vᵀ (PEFT's `pissa`, exactly)."""
+
+    name = "pissa"
+
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return _balanced(U[:, :r], S[:r], Vh[:r])
+
+
+@method
+class MiLoRA(ResidualMethod):
+    """PiSSA with the r smallest singular values; PEFT has none."""
+
+    name = "milora"
+
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return _balanced(U[:, -r:], S[-r:], Vh[-r:])
+
+
+@method
+class CorDA(ResidualMethod):
+    """Knowledge-preserved mode: SVD(W0 C') = U S Vᵀ, its last r triples, B = U√S and A = √S Vᵀ C'⁻¹.
+
+    C' = C + λ·mean(diag C)·I with λ = 0.01, 0.02, 0.04, … until ‖C'C'⁻¹ − I‖_F < 0.05, all in float64. C is the Gram
+    matrix divided by the number of tokens: its scale only shifts weight between A and B, their product is unchanged.
+
+    Ours, not PEFT's: PEFT's hook takes one sequence at a time and counts padding, divides each sample by its largest
+    entry, sums in float32, and defaults to the other mode ("ipm"). On the same Gram matrix both give the same factors.
+    """
+
+    name = "corda"
+    needs_gram = True
+
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        covariance, inverse = invertible(inputs.gram / inputs.tokens)
+        U, S, Vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
+        return _balanced(U[:, -r:], S[-r:], Vh[-r:] @ inverse)
+
+
+def invertible(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return C' = C + λ·mean(diag C)·I and its inverse, with the first λ of CorDA's that inverts well.
+
+    Raises:
+        UserError: no λ up to 1e6 does: the matrix is not finite.
+    """
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    damp = 0.01
+    while damp < 1e6:
+        shifted = covariance + damp * covariance.diagonal().mean() * eye
+        inverse, failed = torch.linalg.inv_ex(shifted)
+        if not failed and torch.dist(shifted @ inverse, eye) < 0.05:
+            return shifted, inverse
+        damp *= 2
+    raise UserError("calibration: the covariance of a layer's inputs cannot be inverted (NaN or infinite)")
+
+
+def _balanced(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A = √S Vᵀ and B = U√S."""
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root

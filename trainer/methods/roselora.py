@@ -1,0 +1,139 @@
+"""RoseLoRA: LoRA whose rows of A and columns of B grow sparse by sensitivity while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
+
+from lora_null.errors import UserError
+from lora_null.files import write_safetensors
+from lora_null.layer import adapted_layers
+from lora_null.trainer.methods.base import Method, method
+
+STATE_FILE = "roselora.safetensors"
+
+
+@method
+class RoseLoRA(Method):
+    """LoRA's start; after each step only the most sensitive entries of A's rows and B's columns stay.
+
+    The official code covers knowledge editing only; its schedule is the default here, its clamp is an option.
+
+    Attributes:
+        final_fraction: τ, the fraction that is kept in the end.
+        begin: t_i / T, where pruning begins, as a share of all steps.
+        end: t_f / T, where it has reached τ.
+        decay: weight of the past in the smoothed sensitivity.
+        clamp: clamp A and B to ± this after each step, as the official code does with 3e-3; None (default) does not.
+    """
+
+    name = "roselora"
+    state_bytes = 4  # the smoothed sensitivity
+
+    final_fraction: float = 0.05
+    begin: float = 0.12
+    end: float = 0.8
+    decay: float = 0.8
+    clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        where = "method.options.roselora"
+        if not 0 < self.final_fraction <= 1:
+            raise UserError(f"{where}.final_fraction: must be above 0 and at most 1, not {self.final_fraction}")
+        if not 0 <= self.begin <= self.end <= 1:
+            raise UserError(f"{where}: 0 <= begin <= end <= 1 must hold, not {self.begin} and {self.end}")
+        if not 0 <= self.decay < 1:
+            raise UserError(f"{where}.decay: must be at least 0 and below 1, not {self.decay}")
+        if self.clamp is not None and self.clamp <= 0:
+            raise UserError(f"{where}.clamp: must be above 0, not {self.clamp}")
+
+    def kept_fraction(self, step: int, steps: int) -> float:
+        """Return the fraction kept after optimizer step `step` (from 1) of `steps`: 1, a cubic fall, τ."""
+        first, last = self.begin * steps, self.end * steps
+        if step <= first and step < last:
+            return 1.0
+        if step >= last:
+            return self.final_fraction
+        rest = 1 - (step - first) / (last - first)
+        return self.final_fraction + (1 - self.final_fraction) * rest**3
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return [_Prune(self)]
+
+
+def top_mask(scores: torch.Tensor, fraction: float, dim: int) -> torch.Tensor:
+    """Return where `scores` is among the largest along `dim`: exactly max(1, round(fraction · n)) of each n.
+
+    Ties go to the lower position. Linear time: the k-th value, then the first of those equal to it.
+    """
+    n = scores.shape[dim]
+    keep = max(1, round(fraction * n))
+    least = scores.kthvalue(n - keep + 1, dim=dim, keepdim=True).values
+    above, equal = scores > least, scores == least
+    missing = keep - above.sum(dim=dim, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=dim) <= missing))
+
+
+class _Prune(TrainerCallback):
+    """Holds the smoothed sensitivities: one float32 tensor a trained factor, as large as one of Adam's moments."""
+
+    def __init__(self, method: RoseLoRA) -> None:
+        self.method = method
+        self.sensitivity: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sensitivity = {}
+        if state.global_step:
+            self.sensitivity = load_file(_state_file(args, state))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        """Smooth I = |p · grad|, of the gradients as the optimizer will see them; the first enters whole."""
+        for name, parameter, _dim in _factors(model):
+            if parameter.grad is None:
+                continue
+            now = (parameter * parameter.grad).abs().float()
+            if name in self.sensitivity:
+                past = self.sensitivity[name].to(now.device)
+                self.sensitivity[name] = past.lerp_(now, 1 - self.method.decay)
+            else:
+                self.sensitivity[name] = now
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **_: Any
+    ) -> None:
+        """Keep the top entries; what is cut loses its moments too, so that the next step does not bring it back."""
+        fraction = self.method.kept_fraction(state.global_step + 1, state.max_steps)
+        for name, parameter, dim in _factors(model):
+            if fraction < 1 and name in self.sensitivity:
+                cut = ~top_mask(self.sensitivity[name], fraction, dim)
+                moments = [x for x in optimizer.state.get(parameter, {}).values() if _is_moment(x, parameter)]
+                for tensor in (parameter, *moments):
+                    tensor.masked_fill_(cut, 0)
+            if self.method.clamp is not None:
+                parameter.clamp_(-self.method.clamp, self.method.clamp)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_safetensors(_state_file(args, state), self.sensitivity, {})
+
+
+def _state_file(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+
+
+def _is_moment(value: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
+    """Return (name, factor, the dimension along which entries compete): A's rows over d_in, B's columns over d_out."""
+    layers = adapted_layers(model).items()
+    factors = [(f"{name}.lora_A", layer.lora_A["default"].weight, 1) for name, layer in layers]
+    return factors + [(f"{name}.lora_B", layer.lora_B["default"].weight, 0) for name, layer in layers]
