@@ -34,7 +34,14 @@ from lora_null.recipes.report.grid import paired_difference
 from lora_null.recipes.run import ROW_FILE, Job, base_row, inspect_recipe, run_job, training_arguments
 from lora_null.recipes.schema import MethodSection, Recipe, parse_recipe
 
-CUTTING = ("training.max_length", "training.packing")  # rows are cut before a trainer sees them
+# Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
+STEPS_ONLY = {
+    f"training.{key}"
+    for key in (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,14 +146,14 @@ def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: b
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
-        if cell.seed == min(seeds) and not only_training(cell):
+        if cell.seed == min(seeds) and not starts_alike(cell):
             inspect_recipe(own, allow_code_execution=allow_code_execution)
     return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
 
 
-def only_training(cell: Cell) -> bool:
-    """Return whether the swept keys leave the start of every method, and the tokenized rows, as they are."""
-    return all(key.startswith("training.") and key not in CUTTING for key, _ in cell.point)
+def starts_alike(cell: Cell) -> bool:
+    """Return whether the swept keys leave data, windows and the start of every method as they are."""
+    return all(key in STEPS_ONLY for key, _ in cell.point)
 
 
 def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool = False) -> Job:
@@ -155,10 +162,10 @@ def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allo
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             output.claim(own, resume=True, overwrite=False)
-    if before is None or not only_training(cell):
+    if before is None or not starts_alike(cell):
         every = own.model_copy(update={"method": _of_all(recipe, own)})
         before = inspect_recipe(every, base=root / "base", allow_code_execution=allow_code_execution)
-    started = _started_alike(recipe, root, cell) if only_training(cell) else {}
+    started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}
     keep = recipe.grid.keep_weights
     return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)
 

@@ -104,7 +104,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     method.check(model)
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
-    saved, held = sum(p.numel() for p in model.parameters()), trainable
+    saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
+    held = trainable
     if method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))

@@ -17,7 +17,7 @@ from world import make_world
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.data import eval_tasks
-from lora_null.recipes.grid import grid_cells
+from lora_null.recipes.grid import Cell, grid_cells, starts_alike
 from lora_null.recipes.load import load_recipe
 from lora_null.recipes.report.grid import equal_learning, grid_headline, holm, paired_difference, reach
 from lora_null.recipes.report.results import load_results, parse_results
@@ -148,6 +148,24 @@ def test_a_method_may_have_values_of_its_own(tmp_path):
         str(make_world(tmp_path, grid=raw)), methods="lora,full", sweeps=["training.learning_rate=5e-3"]
     )
     assert [cell.methods for cell in grid_cells(swept)] == [("lora", "full")]  # asked for on the command line
+
+
+def test_only_what_starts_alike_shares_its_start():
+    rate, length = ("training.learning_rate", 1e-3), ("training.max_length", 64)
+    assert starts_alike(Cell(0, (rate,), ("eva",))) and starts_alike(Cell(0, (), ("eva",)))
+    assert not starts_alike(Cell(0, (rate, length), ("eva",))) and not starts_alike(Cell(0, (("method.rank", 4),), ()))
+
+
+def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
+    words = ["--method", "lora,pissa", "--sweep", "method.rank=2,4", "training.max_steps=1", "eval.limit=4"]
+    assert main([str(make_world(tmp_path)), *words, "training.save_strategy=no"]) == 0
+    rows = [row for row in results(tmp_path)["rows"] if row["method"] == "pissa"]
+    assert [(row["rank"], row["variant"]) for row in rows] == [(2, "rank 2"), (4, "rank 4")]
+    shapes = [
+        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.safetensors")
+        ["model.layers.0.mlp.up_proj.lora_A"].shape for r in (2, 4)
+    ]  # fmt: skip
+    assert shapes == [(2, 32), (4, 32)]
 
 
 def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
