@@ -12,7 +12,8 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,14 +22,22 @@ import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
 from torch import nn
 
 from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
+from lora_null.eval_harness.merge import merged_if_faster
+from lora_null.eval_harness.mt_bench import MTBenchTask
+from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import (
+    TASK_FILES,
     AnswerTask,
     LmEvalTask,
+    OwnTask,
+    RunOptions,
+    Task,
     describe,
     list_tasks,
     prepare,
@@ -38,7 +47,18 @@ from lora_null.eval_harness.tasks import (
 from lora_null.preserve import preserve, seed_everything
 from lora_null.ranks import broadcast, device_of, rank_and_world, together
 
-__all__ = ["AnswerTask", "Evaluation", "LmEvalTask", "assert_logits_differ", "evaluate", "validate_tasks"]
+__all__ = [
+    "TASK_FILES",
+    "AnswerTask",
+    "Evaluation",
+    "LmEvalTask",
+    "MTBenchTask",
+    "OwnTask",
+    "PreferenceTask",
+    "assert_logits_differ",
+    "evaluate",
+    "validate_tasks",
+]
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
@@ -67,6 +87,13 @@ class Evaluation:
         """Return this evaluation as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
+    def __or__(self, other: Evaluation) -> Evaluation:
+        """Return two evaluations of one model, of different tasks, as one; the settings are this one's."""
+        tasks = self.settings["tasks"] | other.settings["tasks"]
+        settings = self.settings | {"backend": other.settings["backend"], "tasks": tasks}
+        metrics, samples = self.metrics | other.metrics, self.samples | other.samples
+        return Evaluation(metrics, settings, self.seconds + other.seconds, samples)
+
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """Return the evaluation that `to_json` wrote."""
@@ -84,6 +111,8 @@ def evaluate(
     record_reference: bool = False,
     seed: int = 1234,
     autocast_dtype: torch.dtype | None = None,
+    output_dir: Path | str | None = None,
+    lm: LM | None = None,
 ) -> Evaluation:
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
 
@@ -100,6 +129,8 @@ def evaluate(
         record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
         seed: for sampling few-shot examples and for tasks that sample their generations; lm-eval's own default.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        output_dir: where tasks may leave what they made (MT-Bench its answers).
+        lm: another engine with the same weights for the tasks of lm-eval, such as `open_vllm` gives; None uses `model`.
 
     Returns:
         The metrics. A KL is missing where no reference was recorded.
@@ -113,25 +144,55 @@ def evaluate(
             raise UserError(f"{name} must be at least 1, not {value}")
     if record_reference and reference_dir is None:
         raise UserError("record_reference needs reference_dir, the folder to record into")
-    metrics, samples, described = {}, {}, {}
+    metrics, samples, described, merge = {}, {}, {}, None
+    base_options = RunOptions(
+        limit=limit,
+        batch_size=batch_size,
+        autocast_dtype=autocast_dtype,
+        seed=seed,
+        reference_dir=None if reference_dir is None else Path(reference_dir),
+        record_reference=record_reference,
+        output_dir=None if output_dir is None else Path(output_dir),
+    )
     with preserve(model, tokenizer), quiet(), torch.no_grad():
         model.eval()
         prepared = together(lambda: {t.key: prepare(t, seed) for t in tasks if isinstance(t, LmEvalTask)})
         for task in tasks:
             seed_everything(seed)
-            options = {"limit": getattr(task, "limit", None) or limit, "batch_size": batch_size}
-            options |= {"autocast_dtype": autocast_dtype}
-            if isinstance(task, LmEvalTask):
-                found = _run_lm_eval(model, tokenizer, task, prepared[task.key], **options)
-            else:
-                reference = _reference_path(task, reference_dir, record_reference)
-                found = _run_answers(model, tokenizer, task, reference, record_reference, **options)
+            options = replace(base_options, limit=getattr(task, "limit", None) or limit)
+            loaded = prepared.get(task.key)
+            with (
+                merged_if_faster(model, merge)
+                if lm is None and _generates(task, loaded)
+                else nullcontext(merge) as merge
+            ):
+                found = _run(model, tokenizer, task, loaded, options, lm)
             task_metrics, task_samples, task_settings = broadcast(found)
             metrics |= task_metrics
             samples |= task_samples
-            described[task.key] = describe(task, options["limit"]) | task_settings
-    settings = _settings(model, batch_size, seed, autocast_dtype) | {"tasks": described}
+            described[task.key] = describe(task, options.limit) | task_settings
+    settings = _settings(model, batch_size, seed, autocast_dtype) | {"backend": "hf" if lm is None else "vllm"}
+    settings |= {"merged_to_generate": bool(merge), "tasks": described}
     return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples)
+
+
+def _generates(task: Task, loaded: dict[str, Any] | None) -> bool:
+    if loaded is None:
+        return isinstance(task, OwnTask) and task.generates
+    return any(leaf.OUTPUT_TYPE == "generate_until" for leaf in loaded["tasks"].values())
+
+
+def _run(
+    model: nn.Module, tokenizer: Any, task: Task, loaded: dict[str, Any] | None, options: RunOptions, lm: LM | None
+) -> tuple[dict, dict, dict]:
+    """Return (metrics, samples, more for the settings) of one task."""
+    if isinstance(task, OwnTask):
+        return task.run(model, tokenizer, options)
+    if isinstance(task, AnswerTask):
+        reference = _reference_path(task, options.reference_dir, options.record_reference)
+        return _run_answers(model, tokenizer, task, reference, options)
+    lm = lm or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype)
+    return _run_lm_eval(lm, task, loaded, options.limit)
 
 
 def assert_logits_differ(model: nn.Module, tokenizer, text: str) -> None:
@@ -172,22 +233,18 @@ def _run_answers(
     tokenizer,
     task: AnswerTask,
     reference: Path | None,
-    record: bool,
-    *,
-    limit: int | None,
-    batch_size: int,
-    autocast_dtype: torch.dtype | None,
+    options: RunOptions,
 ) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, nothing more for the settings)."""
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, max_length)
+    pairs = tokenize_pairs(tokenizer, task.pairs[: options.limit], task.name, max_length)
     scores = score_answers(
         model,
         pairs,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
         reference=reference,
-        record=record and reference is not None,
-        autocast_dtype=autocast_dtype,
+        record=options.record_reference and reference is not None,
+        autocast_dtype=options.autocast_dtype,
         progress=task.name,
     )
     metrics, samples = {}, {}
@@ -199,23 +256,15 @@ def _run_answers(
     return metrics, samples, {}
 
 
-def _run_lm_eval(
-    model: nn.Module,
-    tokenizer,
-    task: LmEvalTask,
-    loaded: dict[str, Any],
-    *,
-    limit: int | None,
-    batch_size: int,
-    autocast_dtype: torch.dtype | None,
-) -> tuple[dict, dict, dict]:
+def _run_lm_eval(lm: LM, task: LmEvalTask, loaded: dict[str, Any], limit: int | None) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, the versions and few-shot numbers of the tasks for the settings)."""
     results = evaluator.evaluate(
-        lm=ShardedLM(model, tokenizer, batch_size, autocast_dtype),
+        lm=lm,
         task_dict=loaded,
         limit=limit,
         bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results are broadcast
         confirm_run_unsafe_code=task.confirm_run_unsafe_code,
+        apply_chat_template=task.chat,
     )
     metrics, samples = {}, {}
     for name, (owner, metric, filter_) in result_names(task, loaded, results).items():

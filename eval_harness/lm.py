@@ -18,6 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
 from lora_null.ranks import merge_shares, my_share, rank_and_world
 
 
@@ -56,6 +57,31 @@ class ShardedLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return each request's generated text, cut at its stop strings."""
         return self._shared(super().generate_until, requests, disable_tqdm)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
+        """Return contexts with their continuations, padded on the right: greedy ones by `generate_rows`."""
+        plain = not options.get("do_sample") and not options.get("temperature")
+        if (
+            not plain
+            or not set(options) <= {"attention_mask", "do_sample", "temperature"}
+            or not can_generate_rows(self.model)
+        ):
+            return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+        with torch.autocast(
+            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            rows = generate_rows(
+                self.model,
+                context,
+                options["attention_mask"],
+                max_new_tokens=max_length - context.shape[1],
+                ends=end_tokens(self.model),
+                stopped=StopWords(self.tokenizer, stop),
+            )
+        new = context.new_full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
+        for row, tokens in zip(new, rows):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return torch.cat([context, new], dim=1)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.

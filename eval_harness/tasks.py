@@ -7,23 +7,29 @@ import functools
 import hashlib
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from urllib.parse import quote
 
 import datasets
 import lm_eval.tasks
+import torch
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
+from torch import nn
 
 from lora_null.errors import UserError, nearest
+from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm import BlankLM, quiet
+from lora_null.ranks import broadcast
 
 Role = Literal["retention", "task"]
-FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+TASK_FILES = Path(__file__).parent / "task_files"  # this package's own, in lm-eval's format
 _TASKS = Path(lm_eval.tasks.__file__).parent
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
 
@@ -44,6 +50,7 @@ class LmEvalTask:
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         name: what to call the results, if not `task`; needed to run one task on two files.
         confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+        chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
     task: str
@@ -56,6 +63,7 @@ class LmEvalTask:
     role: Role = "task"
     name: str | None = None
     confirm_run_unsafe_code: bool = False
+    chat: bool = False
 
     @property
     def label(self) -> str:
@@ -96,7 +104,67 @@ class AnswerTask:
         return self.name
 
 
-Task = LmEvalTask | AnswerTask
+@dataclass(frozen=True)
+class RunOptions:
+    """How an `OwnTask` is to be run.
+
+    Attributes:
+        limit: documents, at most.
+        batch_size: sequences of a forward pass, on each rank.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        seed: of whatever is drawn.
+        reference_dir: the folder of the base model's predictions, if there is one.
+        record_reference: this is the base model, and its predictions are to be written there.
+        output_dir: where a task may leave what it made; None for nowhere.
+    """
+
+    limit: int | None
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+    seed: int
+    reference_dir: Path | None
+    record_reference: bool
+    output_dir: Path | None
+
+    def reference(self, file: str) -> Path | None:
+        """Return the path of a reference file; None if there is no folder, or nothing to read in it."""
+        if self.reference_dir is None:
+            return None
+        path = self.reference_dir / quote(file, safe=" .")
+        return path if self.record_reference or broadcast(path.is_file()) else None
+
+
+class OwnTask(ABC):
+    """A task that measures a live model by its own code; a dataclass with `name` and `role`."""
+
+    name: str
+    role: Role
+    generates: ClassVar[bool] = False  # whether it generates text
+
+    @property
+    def label(self) -> str:
+        """The name of the results."""
+        return self.name
+
+    @property
+    def key(self) -> str:
+        """What tells this task from the others of an evaluation."""
+        return self.name
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a UserError for what is wrong in itself, before a model is loaded."""
+
+    @abstractmethod
+    def describe(self, limit: int | None) -> dict[str, Any]:
+        """Return what must not change between two evaluations."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, tokenizer: Any, options: RunOptions) -> tuple[dict, dict, dict]:
+        """Return (metrics, samples, more for the settings), on every rank; see `Evaluation`."""
+
+
+Task = LmEvalTask | AnswerTask | OwnTask
 
 
 def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
@@ -186,10 +254,12 @@ def result_names(task: LmEvalTask, loaded: dict[str, Any], results: dict[str, An
 
 def describe(task: Task, limit: int | None) -> dict[str, Any]:
     """Return what must not change between two evaluations of `task`, files by the hash of their contents."""
+    if isinstance(task, OwnTask):
+        return task.describe(limit)
     if isinstance(task, AnswerTask):
         pairs = repr(task.pairs[:limit]).encode()
         return {"kl": task.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
-    settings = {key: getattr(task, key) for key in ("task", "fields", "metric")} | {"limit": limit}
+    settings = {key: getattr(task, key) for key in ("task", "fields", "metric", "chat")} | {"limit": limit}
     for key in ("path", "fewshot_path"):
         if (path := getattr(task, key)) is not None:
             settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -207,6 +277,9 @@ def _check_values(task: Task) -> None:
     where = f"evaluation task {task.label!r}"
     if task.role not in ("retention", "task"):
         raise UserError(f"{where}: unknown role {task.role!r}{nearest(task.role, ('retention', 'task'))}")
+    if isinstance(task, OwnTask):
+        task.check()
+        return
     if isinstance(task, AnswerTask):
         if not task.pairs:
             raise UserError(f"{where} has no pairs of prompt and answer")
@@ -247,7 +320,8 @@ def _load(task: LmEvalTask) -> dict[str, Any]:
 def _check_code(task: LmEvalTask, unsafe: bool) -> None:
     if unsafe and not task.confirm_run_unsafe_code:
         raise UserError(
-            f"evaluation task {task.label!r} runs code that the model writes; consent with confirm_run_unsafe_code: true"
+            f"evaluation task {task.label!r} runs code that the model writes; consent with --allow-code-execution "
+            "(in Python: confirm_run_unsafe_code=True)"
         )
 
 
@@ -265,6 +339,8 @@ def _manager(name: str) -> TaskManager:
     Most tasks live in the folder that their name starts with; others are looked for in the files' text. Only tags, and
     groups over several folders, cost the parsing of all files (some 10 s), once in a process.
     """
+    if _knows(_own_manager(), name):
+        return _own_manager()
     words = name.split("_")
     folders = ["_".join(words[:length]) for length in range(len(words), 0, -1)]
     for folder in folders:
@@ -275,7 +351,8 @@ def _manager(name: str) -> TaskManager:
     word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
     if any(word.search(text) for _, text in _all_yaml()) and name in _full_manager().task_index:
         return _full_manager()
-    close = difflib.get_close_matches(name, sorted(_homes()), n=3, cutoff=0.6)
+    known = sorted({*_homes(), *_own_manager().task_index})
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
 
@@ -287,6 +364,12 @@ def _knows(manager: TaskManager, name: str) -> bool:
         return False
     members = entry.cfg.get("task")
     return not isinstance(members, list) or all(isinstance(m, str) and _knows(manager, m) for m in members)
+
+
+@functools.cache
+def _own_manager() -> TaskManager:
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=TASK_FILES, include_defaults=False)
 
 
 @functools.cache
@@ -399,20 +482,8 @@ def _leaves(name: str, manager: TaskManager) -> Iterable[str]:
 def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
     """Return the documents of a local file under the task's field names."""
     where = f"evaluation task {task.label!r}"
-    if not Path(path).is_file():
-        raise UserError(f"{where}: there is no file {path}")
-    kind = FILE_KINDS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise UserError(f"{where}: cannot read {path}{nearest(Path(path).suffix, FILE_KINDS)}")
     with quiet(logging.ERROR):
-        try:
-            documents = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except Exception as error:
-            raise UserError(
-                f"{where}: cannot read {path} as {kind} ({_first_line(error.__cause__ or error)})"
-            ) from error
-    if not len(documents):
-        raise UserError(f"{where}: {path} has no documents")
+        documents = read_documents([Path(path)], where).rows
     names = documents.column_names
     for wanted, given in (task.fields or {}).items():
         if given not in names:

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", nargs="?", help="a shipped name, the path of a YAML, or 'report'")
     made.add_argument("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
     made.add_argument("--method", help="methods to run, separated by commas")
+    made.add_argument("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
     made.add_argument("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
     made.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key"
@@ -38,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     made.add_argument(
         "--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights"
+    )
+    made.add_argument(
+        "--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them"
+    )
+    made.add_argument(
+        "--allow-code-execution", action="store_true", help="run the code that the model writes (HumanEval, MBPP)"
     )
     made.add_argument("--print-config", action="store_true", help="print the resolved recipe")
     made.add_argument("--list", action="store_true", help="list the shipped recipes")
@@ -80,12 +87,18 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.words,
         methods=arguments.method,
         output_dir=arguments.output_dir,
+        preset=arguments.model_preset,
         seeds=arguments.seeds,
         sweeps=arguments.sweep,
         quick=arguments.quick,
     )
     if arguments.print_config:
         print(dump(recipe), end="")
+        return
+    if arguments.show_samples is not None:
+        from lora_null.recipes.preview import show_samples
+
+        show_samples(recipe, arguments.show_samples)
         return
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
@@ -95,10 +108,10 @@ def _run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     if arguments.dry_run:
         dry_run(recipe)
-    elif recipe.grid:
-        run_grid(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
     else:
-        run(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+        start = run_grid if recipe.grid else run
+        options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+        start(recipe, allow_code_execution=arguments.allow_code_execution, **options)
 
 
 def _list() -> None:

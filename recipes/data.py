@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from lora_null.errors import UserError, nearest
-from lora_null.eval_harness import AnswerTask, LmEvalTask
-from lora_null.recipes.schema import AnswersEntry, CalibrationSection, DataSection, EvalSection
-from lora_null.recipes.templates import render
-
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from lora_null.eval_harness.documents import FILE_KINDS, Documents, read_documents
+from lora_null.recipes.schema import CalibrationSection
 
 
 def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datasets.Dataset:
+    """Load one split whole: `load_documents` where no row may be bad."""
+    return load_documents(path, subset=subset, split=split, where=where).rows
+
+
+def load_documents(path: str, *, subset: str | None, split: str, where: str, keep_bad: bool = False) -> Documents:
     """Load one split.
 
     Args:
@@ -25,22 +27,19 @@ def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datas
         subset: configuration of a hub data set.
         split: name of the split.
         where: the recipe key, for messages.
+        keep_bad: list unreadable rows instead of refusing the file.
 
     Raises:
         UserError: nothing there, unknown split, unreadable, unreachable, or empty.
     """
     local = Path(path)
+    if local.is_file() or local.is_dir():
+        files = [local] if local.is_file() else _files_of(local, split, where)
+        return read_documents(files, f"{where}.path", keep_bad=keep_bad)
+    if local.suffix in FILE_KINDS or path.startswith((".", "/", "~")):
+        raise UserError(f"{where}.path: no file or folder {path}")
     try:
-        if local.is_file():
-            rows = _read_files([local], where)
-        elif local.is_dir():
-            rows = _read_files(_files_of(local, split, where), where)
-        elif local.suffix in LOADERS or path.startswith((".", "/", "~")):
-            raise UserError(f"{where}.path: no file or folder {path}")
-        else:
-            rows = datasets.load_dataset(path, subset, split=split)
-    except UserError:
-        raise
+        rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -48,11 +47,11 @@ def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datas
         ) from None
     if not len(rows):
         raise UserError(f"{where}.path: {path} holds no rows")
-    return rows
+    return Documents(rows, list(range(1, len(rows) + 1)))
 
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in LOADERS)
+    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS)
     chosen = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
     if not chosen:
         names = [file.stem for file in files]
@@ -62,37 +61,10 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     return chosen
 
 
-def _read_files(files: list[Path], where: str) -> datasets.Dataset:
-    kind = LOADERS.get(files[0].suffix)
-    if kind is None:
-        raise UserError(f"{where}.path: {files[0]} is none of {', '.join(LOADERS)}")
-    if any(file.stat().st_size == 0 for file in files):
-        raise UserError(f"{where}.path: {files[0]} is empty")
-    return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
-
-
 def need_field(rows: datasets.Dataset, field: str, where: str) -> None:
     """Raise a UserError that names the fields there are, unless `field` is one of them."""
     if field not in rows.column_names:
         raise UserError(f"{where}: the data has no field {field!r}{nearest(field, rows.column_names)}")
-
-
-def training_rows(data: DataSection) -> datasets.Dataset:
-    """Return rows of `prompt` and `completion` texts, templated.
-
-    Raises:
-        UserError: as `load_rows`, and for a missing field or only empty rows.
-    """
-    rows = load_rows(data.path, subset=data.subset, split=data.split, where="data")
-    need_field(rows, data.prompt, "data.prompt")
-    need_field(rows, data.response, "data.response")
-    if data.limit is not None:
-        rows = rows.select(range(min(data.limit, len(rows))))
-    pairs = [(row[data.prompt], _first(row[data.response])) for row in rows]
-    pairs = [render(data.template, prompt, response) for prompt, response in pairs if prompt and response]
-    if not pairs:
-        raise UserError(f"data: every row of {data.path} has an empty {data.prompt!r} or {data.response!r}")
-    return datasets.Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
 
 
 def calibration_texts(section: CalibrationSection) -> list[str]:
@@ -112,47 +84,18 @@ def calibration_texts(section: CalibrationSection) -> list[str]:
         )
     for name in names:
         need_field(rows, name, "calibration.template")
-    return [re.sub(r"{(\w+)}", lambda match, row=row: _first(row[match[1]]), section.template) for row in rows]
+    return [fill(section.template, row) for row in rows]
 
 
-def _first(answer: Any) -> str:
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """Return a field of a row by its name, or a text with {field}s filled in."""
+    if "{" not in template:
+        return first_answer(row[template])
+    return re.sub(r"{(\w+)}", lambda match: first_answer(row[match[1]]), template)
+
+
+def first_answer(answer: Any) -> str:
     """Return an answer's text; of several accepted answers the first."""
     if isinstance(answer, (list, tuple)):
         return str(answer[0]) if answer else ""
     return "" if answer is None else str(answer)
-
-
-def eval_tasks(section: EvalSection) -> list[AnswerTask | LmEvalTask]:
-    """Return the harness's tasks, answers loaded and templated.
-
-    Raises:
-        UserError: as `load_rows`, a missing field, or a name used twice.
-    """
-    tasks = [
-        _task(entry, role, f"eval.{role}")
-        for role, entries in (("retention", section.retention), ("task", section.task))
-        for entry in entries
-    ]
-    _refuse_twins(tasks)
-    return tasks
-
-
-def _refuse_twins(tasks: Iterable[AnswerTask | LmEvalTask]) -> None:
-    names = [task.name if isinstance(task, AnswerTask) else task.task for task in tasks]
-    twin = next((name for name in names if names.count(name) > 1), None)
-    if twin:
-        raise UserError(f"eval: {twin!r} is measured twice")
-
-
-def _task(entry: Any, role: str, where: str) -> AnswerTask | LmEvalTask:
-    if not isinstance(entry, AnswersEntry):
-        return LmEvalTask(**entry.model_dump(), role=role)
-    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
-    need_field(rows, entry.prompt, f"{where}.prompt")
-    need_field(rows, entry.response, f"{where}.response")
-    last = len(rows) if entry.limit is None else min(len(rows), entry.offset + entry.limit)
-    if last <= entry.offset:
-        raise UserError(f"{where}.offset: {entry.path} has only {len(rows)} rows")
-    rows = rows.select(range(entry.offset, last))
-    pairs = [render(entry.template, row[entry.prompt], _first(row[entry.response])) for row in rows]
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)

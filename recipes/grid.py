@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
+from lora_null.errors import UserError
 from lora_null.files import write_json
 from lora_null.recipes import output
 from lora_null.recipes.environment import environment
@@ -93,14 +94,16 @@ def grid_cells(recipe: Recipe) -> list[Cell]:
     return cells
 
 
-def run_grid(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+def run_grid(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+) -> Path:
     """Run every cell that is not finished, and return the grid's folder.
 
     Raises:
         UserError: a mistake in the recipe, its data or its output folder, said before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
-    whole = check_grid(recipe, cells)
+    whole = check_grid(recipe, cells, allow_code_execution=allow_code_execution)
     is_main = PartialState().is_main_process
     with PartialState().main_process_first():
         if is_main:
@@ -113,7 +116,7 @@ def run_grid(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         for cell in of_seed:
             if output.is_finished(root / cell.folder):
                 continue
-            job = cell_job(recipe, root, cell, job)
+            job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
             run_job(job, progress.row_done(cell))
             if is_main:
                 write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
@@ -134,16 +137,18 @@ def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -
     return saved + max(4 * plan.saved + 3 * plan.extra_bytes for plan in plans)
 
 
-def check_grid(recipe: Recipe, cells: Sequence[Cell]) -> Job:
+def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool = False) -> Job:
     """Check all runs before the first; return the job of the whole, which the base's evaluation belongs to."""
+    if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
+        raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
     root = Path(recipe.output_dir)
     seeds = {cell.seed for cell in cells}
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
         if cell.seed == min(seeds) and not starts_alike(cell):
-            inspect_recipe(own)
-    return inspect_recipe(recipe)
+            inspect_recipe(own, allow_code_execution=allow_code_execution)
+    return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
 
 
 def starts_alike(cell: Cell) -> bool:
@@ -151,14 +156,15 @@ def starts_alike(cell: Cell) -> bool:
     return all(key in STEPS_ONLY for key, _ in cell.point)
 
 
-def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None) -> Job:
+def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool = False) -> Job:
     """Take the cell's folder and return its job; what does not differ from the seed's job before is not done again."""
     own = cell.recipe(recipe, root)
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             output.claim(own, resume=True, overwrite=False)
     if before is None or not starts_alike(cell):
-        before = inspect_recipe(own.model_copy(update={"method": _of_all(recipe, own)}), base=root / "base")
+        every = own.model_copy(update={"method": _of_all(recipe, own)})
+        before = inspect_recipe(every, base=root / "base", allow_code_execution=allow_code_execution)
     started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}
     keep = recipe.grid.keep_weights
     return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)

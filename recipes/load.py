@@ -13,6 +13,7 @@ from lora_null.errors import UserError, nearest
 from lora_null.recipes.schema import Recipe, parse_recipe
 
 FOLDER = Path(__file__).parent
+PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
 def shipped() -> dict[str, Path]:
@@ -50,6 +51,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
     return raw
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped model presets by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml")) if path.stem != "default"}
+
+
+def resolve_includes(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Lay a recipe over those that its `include` names, each over the one before.
+
+    Args:
+        raw: a recipe; `include` is a name or a list of names: of a preset, "default", a shipped recipe, or a path of a
+            YAML beside the recipe.
+        where: the recipe's file.
+
+    Raises:
+        UserError: an include that is not there, or one that comes back to itself.
+    """
+    return _resolve(raw, where, (where.resolve(),))
+
+
+def _resolve(raw: Mapping[str, Any], where: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
+    names = raw.get("include") or []
+    merged: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        path = _included(str(name), where)
+        if path.resolve() in trail:
+            raise UserError(f"{where}: include: {name!r} includes itself")
+        merged = merge(merged, _resolve(read_yaml(path), path, (*trail, path.resolve())))
+    return merge(merged, {key: value for key, value in raw.items() if key != "include"})
+
+
+def _included(name: str, where: Path) -> Path:
+    known = {"default": PRESETS / "default.yaml", **presets(), **shipped()}
+    path = known.get(name, where.parent / name)
+    if not path.is_file():
+        raise UserError(f"{where}: include: no file {name!r}{nearest(name, known)}")
+    return path
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `under` with `over` laid over it; mappings are merged key by key, anything else is replaced."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -120,6 +168,7 @@ def load_recipe(
     *,
     methods: str | None = None,
     output_dir: str | None = None,
+    preset: str | None = None,
     seeds: str | None = None,
     sweeps: Sequence[str] = (),
     quick: bool = False,
@@ -131,6 +180,7 @@ def load_recipe(
         assignments: `key.subkey=value`.
         methods: method names, separated by commas.
         output_dir: where the run goes.
+        preset: the name of a model preset, laid over the recipe first.
         seeds: seeds of a grid, separated by commas.
         sweeps: `key.subkey=value,value,…`, the values of a grid.
         quick: lay the recipe's own `quick` over it first.
@@ -139,7 +189,12 @@ def load_recipe(
         UserError: for anything wrong with the name, the YAML or an override.
     """
     path = find(name)
-    raw = override(_quick(read_yaml(path), path) if quick else read_yaml(path), assignments)
+    raw = resolve_includes(read_yaml(path), path)
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, presets())}")
+        raw = merge(raw, resolve_includes(read_yaml(presets()[preset]), presets()[preset]))
+    raw = override(_quick(raw, path) if quick else raw, assignments)
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     if methods is not None:

@@ -13,8 +13,8 @@ from lora_null.errors import UserError
 from lora_null.files import write_text
 from lora_null.recipes.schema import Recipe
 
-RECIPE_FILE, LAST_FILE = "recipe.yaml", "report.html"
-OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE)
+RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
+OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
 
 
 def is_finished(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError, nearest
 from lora_null.recipes.bases import empty_model
@@ -157,20 +157,21 @@ def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
     return sum(8 * width * width for width in widths)
 
 
-def activation_bytes(model_config: Any, training: SFTConfig) -> int:
+def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     """Estimate the activations of one training step on one GPU, in bytes, for 16-bit compute.
 
     With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths a token inside a
     block (the usual count for a Llama block with a fused attention). Without it every block keeps them all.
     """
     tokens = training.per_device_train_batch_size * (training.max_length or 1024)
+    tokens *= 2 if isinstance(training, DPOConfig) else 1  # chosen and rejected
     text = model_config.get_text_config()
     inside, between = 34 * text.hidden_size * tokens, 2 * text.hidden_size * tokens
     blocks = text.num_hidden_layers
     return blocks * between + inside if training.gradient_checkpointing else blocks * inside
 
 
-def optimizer_steps(training: SFTConfig, rows: int, batch: int) -> int:
+def optimizer_steps(training: SFTConfig | DPOConfig, rows: int, batch: int) -> int:
     """Return the number of optimizer steps for `rows` training rows in batches of `batch`."""
     if training.max_steps > 0:
         return training.max_steps
@@ -186,7 +187,9 @@ def files_of(recipe: Recipe) -> list[str]:
     return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
 
 
-def print_plan(recipe: Recipe, model_config: Any, training: SFTConfig, batch: int, rows: int | None) -> None:
+def print_plan(
+    recipe: Recipe, model_config: Any, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
     console = Console(soft_wrap=True)
     empty = empty_model(model_config, recipe.model)
@@ -203,7 +206,9 @@ def print_plan(recipe: Recipe, model_config: Any, training: SFTConfig, batch: in
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
-def _print_training(console: Console, recipe: Recipe, training: SFTConfig, batch: int, rows: int | None) -> None:
+def _print_training(
+    console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+) -> None:
     rows = rows or recipe.data.limit
     console.print(
         f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"

@@ -17,6 +17,7 @@ from lora_null.recipes.environment import release_freed_memory
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
 KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}
+KEYS |= {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}  # DPO
 
 
 class ProgressBar(TrainerCallback):

@@ -5,26 +5,25 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError
-from lora_null.eval_harness import Evaluation, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness.vllm import open_vllm, require_vllm
 from lora_null.files import write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
-from lora_null.recipes import output
+from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
     attention,
     known_shape,
@@ -33,17 +32,21 @@ from lora_null.recipes.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.data import calibration_texts, eval_tasks, training_rows
+from lora_null.recipes.data import calibration_texts, load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
+from lora_null.recipes.evaluations import eval_tasks, templates_of
+from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.schema import Recipe
+from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
 from lora_null.store import find_initialization
-from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.mixin import DRIFT_FILE
 
+AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
+TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}
 ROW_FILE = "row.json"
 
 
@@ -56,10 +59,11 @@ class Job:
     model_name: str
     tokenizer: PreTrainedTokenizerBase
     plans: list[MethodPlan]
-    rows: datasets.Dataset
+    data: TrainingData
     windows: list[list[int]]
     tasks: list[Any]
     base: Path
+    base_key: str | None  # of its kept evaluation; None where none is to be kept
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
 
@@ -68,7 +72,7 @@ class Job:
         return PartialState().is_main_process
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
+def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
 
     Raises:
@@ -88,7 +92,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig:
             )
         options["gradient_accumulation_steps"] = total // one_pass
     try:
-        return SFTConfig(output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
+        return CONFIGS[recipe.trainer](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
 
@@ -110,7 +114,7 @@ def dry_run(recipe: Recipe) -> None:
     name = resolve_name(recipe.model)
     config = known_shape(name) or load_config(recipe.model, name)
     training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
-    rows = len(training_rows(recipe.data)) if Path(recipe.data.path).is_file() else None
+    rows = _count_rows(recipe.data) if Path(recipe.data.path).is_file() else None
     if PartialState().is_main_process:
         print_plan(recipe, config, training, total_batch(training), rows)
         if recipe.grid:
@@ -125,19 +129,24 @@ def _print_grid(recipe: Recipe) -> None:
     )
 
 
-def total_batch(training: SFTConfig) -> int:
+def _count_rows(data: DataSection) -> int:
+    rows = len(load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True).rows)
+    return rows if data.limit is None else min(rows, data.limit)
+
+
+def total_batch(training: SFTConfig | DPOConfig) -> int:
     """Return the sequences of one optimizer step over all processes."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run the recipe and return its output folder.
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False) -> Path:
+    """Run the recipe and return its output folder; `allow_code_execution` is the consent that code tasks need.
 
     Raises:
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is said before.
     """
-    job = prepare(recipe, resume=resume, overwrite=overwrite)
+    job = prepare(recipe, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
     if not job.tasks and job.is_main:
         print("nothing to evaluate: eval.retention and eval.task are empty")
     results = run_job(job)
@@ -172,38 +181,59 @@ def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None)
     return results
 
 
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Job:
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_execution: bool = False) -> Job:
     """Check everything that can be known before a model loads, and take the output folder."""
-    job = inspect_recipe(recipe)
+    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution)
     if recipe.method.init is not None:
         find_initialization(Path(recipe.method.init))
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             folder = output.claim(recipe, resume=resume, overwrite=overwrite)
             output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans))
+            if job.data.bad:
+                write_json(folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     return job
 
 
-def inspect_recipe(recipe: Recipe, *, base: Path | None = None) -> Job:
+def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool = False) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
 
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
+        allow_code_execution: whether tasks may run what the model writes.
     """
     set_seed(recipe.seed)
-    training_arguments(recipe, Path(recipe.output_dir))
-    rows, texts, tasks = training_rows(recipe.data), calibration_texts(recipe.calibration), eval_tasks(recipe.eval)
-    validate_tasks(tasks)
+    if recipe.eval.backend == "vllm":
+        require_vllm()
+    training = training_arguments(recipe, Path(recipe.output_dir))
+    texts = calibration_texts(recipe.calibration)
     name = resolve_name(recipe.model)
-    plans = plan_methods(recipe, load_config(recipe.model, name))
+    config = load_config(recipe.model, name)
+    plans = plan_methods(recipe, config)
     tokenizer = load_tokenizer(recipe.model, name)
+    data = read_training_data(recipe, tokenizer, training)
+    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
+    tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
     section = recipe.calibration
     cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
-    folder = Path(recipe.output_dir)
-    return Job(recipe, folder, name, tokenizer, plans, rows, windows, tasks, base or folder / "base")
+    folder, commit = Path(recipe.output_dir), getattr(config, "_commit_hash", None)
+    key = base_cache.key_of(recipe, name, commit, tasks) if recipe.eval.cache else None
+    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", key)
+
+
+def read_training_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
+) -> TrainingData:
+    """Return the checked training rows; say on the main process which were left out."""
+    cut = None if getattr(training, "packing", False) else training.max_length
+    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
+    if data.bad and PartialState().is_main_process:
+        total = len(data.bad) + len(data.examples)
+        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
+    return data
 
 
 def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
@@ -216,18 +246,36 @@ def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
 
 def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
-    found = evaluate(
-        model,
-        job.tokenizer,
-        job.tasks,
-        limit=job.recipe.eval.limit,
-        batch_size=job.recipe.eval.batch_size,
-        reference_dir=job.base,
-        record_reference=base,
-        autocast_dtype=torch.bfloat16 if job.recipe.eval.bf16 else None,
-    )
+    section = job.recipe.eval
+    options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
+    options |= {"reference_dir": job.base, "record_reference": base}
+    options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
+    outside = [task for task in job.tasks if section.backend == "vllm" and isinstance(task, LmEvalTask)]
+    inside = [task for task in job.tasks if task not in outside]
+    found = evaluate(model, job.tokenizer, inside, **options)
+    if outside:
+        found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
+    return found
+
+
+def _evaluate_by_vllm(
+    job: Job, model: Any, folder: Path | None, tasks: list[LmEvalTask], options: dict[str, Any]
+) -> Evaluation:
+    """Evaluate what is saved in a method's folder (None: the base), the live model out of the accelerator's memory."""
+    device = model.device
+    model.to("cpu")
+    _free()
+    adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
+    whole = job.model_name if adapter or folder is None else str(folder / "model")
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
+    section = job.recipe.model
+    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
+    del lm
+    _free()
+    model.to(device)
     return found
 
 
@@ -239,6 +287,10 @@ def base_row(job: Job) -> dict[str, Any]:
     saved = job.base / "eval.json"
     if not job.recipe.eval.before or not job.tasks:
         return row
+    if not saved.is_file() and job.base_key:
+        if job.is_main and base_cache.fetch(job.base_key, job.base):
+            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+        PartialState().wait_for_everyone()
     if saved.is_file():
         found = Evaluation.from_json(saved.read_text())
     else:
@@ -246,6 +298,8 @@ def base_row(job: Job) -> dict[str, Any]:
         found = _evaluate(job, model, job.base, base=True)
         del model
         _free()
+        if job.is_main and job.base_key:
+            base_cache.keep(job.base_key, job.base, found)
     return row | {"metrics": found.metrics, "seconds": {"init": None, "train": None, "eval": found.seconds}}
 
 
@@ -265,7 +319,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     diverged = diverged_at(trainer)
     saved = None if diverged else _save(job, plan, trainer, folder)
     if hasattr(model, "disable_adapter") and not diverged:
-        assert_logits_differ(model, job.tokenizer, job.rows[0]["prompt"])
+        assert_logits_differ(model, job.tokenizer, job.data.examples[0].turns[0][0])
     found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
     if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
         diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
@@ -289,7 +343,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     return row
 
 
-def _save(job: Job, plan: MethodPlan, trainer: LoraNullSFTTrainer, folder: Path) -> int | None:
+def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:
     """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
     if not job.keep_weights:
         return None
@@ -301,16 +355,16 @@ def _save(job: Job, plan: MethodPlan, trainer: LoraNullSFTTrainer, folder: Path)
     return saved
 
 
-def _trainer(job: Job, plan: MethodPlan, folder: Path) -> LoraNullSFTTrainer:
+def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     recipe = job.recipe
     arguments = training_arguments(recipe, folder)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
-    trainer = LoraNullSFTTrainer(
+    trainer = TRAINERS[recipe.trainer](
         model=load_base(recipe.model, job.model_name),
         args=arguments,
-        train_dataset=job.rows,
+        train_dataset=job.data.rows,
         processing_class=job.tokenizer,
         peft_config=adapter_config(recipe.method, method, plan.rank),
         method=method,
@@ -334,21 +388,12 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     if source is None or not (source / "init" / DRIFT_FILE).is_file():
         return False
     if job.is_main:
-        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=_link)
+        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=base_cache.link)
     PartialState().wait_for_everyone()
     return True
 
 
-def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the disk cannot; ours are replaced whole, never written into."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _tokens_per_second(trainer: LoraNullSFTTrainer, seconds: float) -> float | None:
+def _tokens_per_second(trainer: AnyTrainer, seconds: float) -> float | None:
     tokens = next((line["num_tokens"] for line in reversed(trainer.state.log_history) if "num_tokens" in line), None)
     return tokens / seconds if tokens and seconds else None
 
@@ -360,12 +405,14 @@ def _settings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
-        "optimizer_steps": optimizer_steps(training, len(job.rows), batch),
+        "optimizer_steps": optimizer_steps(training, len(job.data.rows), batch),
         "batch": batch,
         "max_length": training.max_length,
-        "training_rows": len(job.rows),
+        "training_rows": len(job.data.rows),
+        "rows_left_out": describe_bad_rows(job.data.bad) or None,
         "training_data": recipe.data.path,
-        "template": recipe.data.template,
+        "trainer": recipe.trainer,
+        "template": templates_of(job.tasks, recipe.data.template),
         "rank": recipe.method.rank,
         "alpha": recipe.method.alpha or recipe.method.rank,
         "calibration_data": recipe.calibration.path,

@@ -5,19 +5,35 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from trl import SFTConfig
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError, nearest
+from lora_null.eval_harness.judge import OPENAI
 from lora_null.recipes.templates import check_template
 from lora_null.trainer.methods import METHODS, load_method_file, make_method
 
-# Keys of `training` that the recipe itself decides; everything else of SFTConfig passes through.
+# Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
+TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
+TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
+TRAINING_KEYS = {
+    trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
+    for trainer, config in CONFIGS.items()
+}
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
-TRAINING_KEYS = ({field.name for field in fields(SFTConfig) if field.init} - DECIDED) | {"total_batch_size"}
 
 
 class Section(BaseModel):
@@ -130,15 +146,20 @@ class DataSection(Section):
     path: str = Field(min_length=1, description="hub id, local file or folder")
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split; a single file is its own")
-    prompt: str = Field("prompt", description="field of the prompt")
-    response: str = Field("response", description="field of the response, the only part with a loss")
-    template: str = Field("alpaca", description="alpaca, qa, plain, or a text with {prompt}")
+    prompt: str = Field("prompt", description="field of the prompt, or a text made of {field}s")
+    response: str = Field("response", description="field of the response (DPO: the chosen one)")
+    rejected: str = Field("rejected", description="DPO: field of the rejected response")
+    messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
+    template: str = Field("alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}")
     limit: int | None = Field(None, ge=1, description="first rows only")
+    on_bad_row: Literal["error", "skip"] | None = Field(
+        None, description="rows that cannot be trained on; when not given, an error only if they are over 1%"
+    )
 
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        check_template(template, "data.template")
+        check_template(template, "data.template", chat=True)
         return template
 
 
@@ -146,6 +167,7 @@ class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
     task: str = Field(min_length=1)
+    name: str | None = Field(None, description="what to call the results")
     path: str | None = None
     fewshot_path: str | None = None
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
@@ -174,15 +196,61 @@ class AnswersEntry(Section):
         return template
 
 
+class PreferencesEntry(Section):
+    """Held-out pairs: how often the chosen answer has the higher reward, and by how much; the template is data's."""
+
+    preferences: str = Field(min_length=1, description="a name for the columns")
+    path: str
+    subset: str | None = None
+    split: str = "test"
+    prompt: str = "prompt"
+    response: str = Field("chosen", description="field of the chosen response")
+    rejected: str = "rejected"
+    limit: int | None = Field(None, ge=1)
+
+
+class MTBenchEntry(Section):
+    """MT-Bench: answers to two-turn questions, graded where eval.judge is given; the template is data's."""
+
+    mt_bench: str = Field(min_length=1, description="a name for the columns")
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    references: str | None = Field(None, description="local file of reference answers, where the questions hold none")
+    max_new_tokens: int = Field(1024, ge=1)
+    limit: int | None = Field(None, ge=1)
+
+
+class JudgeSection(Section):
+    """The model that grades MT-Bench answers, behind an OpenAI-compatible endpoint."""
+
+    model: str = Field(min_length=1, description="the endpoint's name for it")
+    base_url: str = Field(OPENAI, description="up to and without /chat/completions")
+    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
+    attempts: int = Field(5, ge=1, description="requests for one grade, at most")
+    requests_per_minute: float | None = Field(None, gt=0)
+    parallel: int = Field(4, ge=1, description="requests under way at once")
+    prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
+
+
+ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
+
+
 def _task_entry(value: Any) -> Any:
     if isinstance(value, str):
         return LmEvalEntry(task=value)
     if isinstance(value, dict):
-        return (AnswersEntry if "answers" in value else LmEvalEntry)(**value)
+        kind = next((kind for kind in ENTRIES if kind in value), None)
+        if kind is None:
+            raise ValueError(f"an entry needs one of the keys {', '.join(ENTRIES)}")
+        return ENTRIES[kind](**value)
     return value
 
 
-EvalEntry = Annotated[Union[LmEvalEntry, AnswersEntry], BeforeValidator(_task_entry)]  # noqa: UP007
+EvalEntry = Annotated[
+    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry],  # noqa: UP007
+    BeforeValidator(_task_entry),
+]
 
 
 class EvalSection(Section):
@@ -193,6 +261,11 @@ class EvalSection(Section):
     limit: int | None = Field(None, ge=1, description="first documents of every task only")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
+    judge: JudgeSection | None = Field(None, description="grades MT-Bench; without one the answers are only written")
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
+    )
+    cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
 
 
@@ -246,6 +319,7 @@ class Recipe(Section):
     method: MethodSection
     calibration: CalibrationSection
     data: DataSection
+    trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
     grid: GridSection = GridSection()
@@ -255,17 +329,25 @@ class Recipe(Section):
 
     @field_validator("training")
     @classmethod
-    def _training_keys(cls, training: dict[str, Any]) -> dict[str, Any]:
+    def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        known = TRAINING_KEYS[info.data.get("trainer", "sft")]
         for key in training:
-            if key in DECIDED:
+            if key in DECIDED | TOKENIZED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
-            if key not in TRAINING_KEYS:
-                raise ValueError(f"training has no key {key!r}{nearest(key, TRAINING_KEYS)}")
+            if key not in known:
+                raise ValueError(f"training has no key {key!r}{nearest(key, known)}")
         return training
+
+    @model_validator(mode="after")
+    def _one_turn_preferences(self) -> Recipe:
+        if self.trainer == "dpo" and self.data.messages:
+            raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
+        return self
 
 
 def _instead(key: str) -> str:
     instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
+    instead |= dict.fromkeys(TOKENIZED, "those of data")
     return f", use {instead.get(key, key.removeprefix('data_'))}"
 
 

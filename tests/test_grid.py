@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+from tiny import tiny_tokenizer
 from world import make_world
 
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.data import eval_tasks
+from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, starts_alike
 from lora_null.recipes.load import load_recipe
 from lora_null.recipes.report.grid import equal_learning, grid_headline, holm, paired_difference, reach
@@ -213,7 +214,7 @@ def test_the_study_is_what_the_readme_says():
     assert sum(len(cell.methods) for cell in grid_cells(quick)) == 18
     for entry in (*study.eval.retention, *study.eval.task, study.data, study.calibration):
         assert Path(entry.path).is_file()
-    tasks = eval_tasks(study.eval)
+    tasks = eval_tasks(study, tiny_tokenizer(), max_length=None)
     assert {task.name: len(task.pairs) for task in tasks} == {"NQ": 128, "WebQS": 128, "WikiText": 48, "GSM8K": 64}
     assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
 

@@ -74,6 +74,11 @@ def test_wheel_holds_everything_and_works_in_and_outside_the_checkout(tmp_path):
         "recipes/report/paper_tables.csv",
         "trainer/methods/roselora.py",
         "recipes/report/page.html.j2",
+        "recipes/presets/default.yaml",
+        "eval_harness/sandbox_child.py",
+        "eval_harness/judge_prompts.json",
+        "eval_harness/task_files/math/metamath_gsm8k.yaml",
+        "eval_harness/task_files/code/utils.py",
     ):
         assert f"lora_null/{name}" in held
     assert not any(name.startswith(("tests/", "recipes/")) for name in held)

@@ -40,6 +40,7 @@ CASES = [
     (["model.dtyp=float32"], "no key 'model.dtyp' (did you mean 'dtype'?)"),
     (["training.learning_rat=1"], "training has no key 'learning_rat' (did you mean 'learning_rate'?)"),
     (["training.seed=3"], "training.seed is decided by the recipe's own keys, use seed"),
+    (["training.completion_only_loss=false"], "decided by the recipe's own keys, use those of data"),
     (["model.dtype=float31"], "model.dtype: input should be 'float32'"),
     (["method.rank=0"], "method.rank: input should be greater than or equal to 1"),
     (["method.rank=x", "seed=-1"], "seed: input should be greater than or equal to 0"),
@@ -89,7 +90,7 @@ def test_empty_data(fails, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in fails(f"data.path={tmp_path / 'empty.jsonl'}")
     (tmp_path / "blank.jsonl").write_text(json.dumps({"question": "", "answer": ""}) + "\n")
-    assert "has an empty 'question' or 'answer'" in fails(f"data.path={tmp_path / 'blank.jsonl'}")
+    assert "1 of 1 rows cannot be used: 1 empty 'question' (row 1)" in fails(f"data.path={tmp_path / 'blank.jsonl'}")
 
 
 def test_broken_yaml(fails, tmp_path):

@@ -16,6 +16,7 @@ from world import make_world
 
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.load import shipped
 
 METHODS = ("lora", "lora-null-v1", "lora-null-v2")
 CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -183,7 +184,7 @@ def test_print_config_and_overrides(capsys, tmp_path):
 
 def test_list_and_report(capsys, finished):
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["math", "quickstart", "study"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(shipped())
     html = (finished / "out" / "report.html").read_bytes()
     (finished / "out" / "report.html").unlink()
     assert main(["report", str(finished / "out")]) == 0

@@ -1,7 +1,8 @@
 """Trainers: TRL's own, with LoRA-Null's initialization inside `train()`."""
 
 from lora_null.trainer.calibration import CalibrationArgs, calibration_windows
+from lora_null.trainer.dpo import LoraNullDPOTrainer
 from lora_null.trainer.mixin import LoraNullMixin
 from lora_null.trainer.sft import LoraNullSFTTrainer
 
-__all__ = ["CalibrationArgs", "LoraNullMixin", "LoraNullSFTTrainer", "calibration_windows"]
+__all__ = ["CalibrationArgs", "LoraNullDPOTrainer", "LoraNullMixin", "LoraNullSFTTrainer", "calibration_windows"]

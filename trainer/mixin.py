@@ -116,7 +116,7 @@ class LoraNullMixin:
         return output
 
     def _prepare(self, *, resuming: bool) -> None:
-        rows = list(islice(self.train_dataset, self.args.per_device_train_batch_size))
+        rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not self._measures:
@@ -126,6 +126,10 @@ class LoraNullMixin:
         elif self._calibration_dataset is not None or self._starts_lora_null:
             self._initialize()
         check_trainable(self.model, self.method.trainable(self.model))
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        """Return the first training rows; those with `labels` are checked before anything is spent."""
+        return list(islice(self.train_dataset, self.args.per_device_train_batch_size))
 
     def _initialize(self) -> None:
         if not self._starts_lora_null:

@@ -26,6 +26,7 @@ METHODS = {"full_ft": "full"}  # every other name is ours with underscores
 METRICS = {
     "triviaqa": "TriviaQA", "nq_open": "NQ open", "webqs": "WebQS", "gsm8k": "GSM8K", "hendrycks_math": "MATH",
     "minerva_math": "MATH", "humaneval": "HumanEval", "mbpp": "MBPP", "mt_bench": "MTBench",
+    "math": "MATH", "MT-Bench": "MTBench",
 }  # fmt: skip
 TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
 
@@ -83,10 +84,13 @@ def _row(raw: dict[str, str]) -> PaperRow:
 
 
 def paper_name(metric: str) -> str | None:
-    """Return the paper's name of one of our metrics, None where it has none (NLL, KL, other tasks)."""
-    return (
-        METRICS.get(metric.split("/")[0].split(" ")[0]) if metric.split(" ")[-1].lower() not in ("nll", "kl") else None
-    )
+    """Return the paper's name of one of our metrics, None where it has none.
+
+    Those are NLL, KL, other tasks, single turns of MT-Bench, and MATH by math-verify: the paper's is the string rule.
+    """
+    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith("/math_verify"):
+        return None
+    return METRICS.get(metric.split("/")[0].split(" ")[0])
 
 
 def comparable(model: str, metrics: list[str], training_data: str = "") -> list[PaperRow]:

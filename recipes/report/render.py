@@ -25,6 +25,7 @@ from .table import Column, Table, build_table
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
+CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
 
 
 def write_report(output_dir: str | Path) -> None:

@@ -17,7 +17,8 @@ MISSING = "–"
 WORDS = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
-    "mbpp": "MBPP", "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
+    "mbpp": "MBPP", "math_verify": "math-verify", "string_match": "string rule",
+    "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
 }  # fmt: skip
 
 
@@ -180,6 +181,12 @@ def _definition(name: str, unit: str | None) -> str:
         return "KL(base ‖ method) of the next-token distributions over the answers (nats per token; 0 is the base)"
     if kind == "nll":
         return "negative log-likelihood of the reference answers (nats per token)"
+    if name.endswith("reward accuracy"):
+        return "percent of held-out pairs whose chosen answer has the higher reward (ties half; the base has 50)"
+    if name.endswith("reward margin"):
+        return "mean reward of the chosen less the rejected answers, beta · log(p / p of the base) each"
+    if unit == "score":
+        return "mean grade from 1 to 10"
     return {"fraction": "percent of the items answered right", "nats": "nats"}.get(unit, "score on its own scale")
 
 

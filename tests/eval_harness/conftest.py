@@ -85,7 +85,7 @@ def lambada_file(write):
 def saved(tmp_path_factory):
     """A folder with the tiny model and its tokenizer in `model`, and a nonzero adapter in `adapter`."""
     folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder / "model")
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     tiny_peft_model().save_pretrained(folder / "adapter")
     return folder

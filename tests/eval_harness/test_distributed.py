@@ -45,6 +45,14 @@ def test_two_ranks_equal_one_and_compute_each_request_once(folder, pairs):
     assert two[0]["requests"] and two[1]["requests"]
     assert [rank["scored"] for rank in two] == [4, 3] and one["scored"] == len(pairs)
     assert "%|" in errors[0] and "%|" not in errors[1]  # bars on rank 0 only
+    said = [
+        [
+            json.loads(line)["choices"]
+            for line in (folder / f"out-{n}" / "mt_bench" / "answers.jsonl").read_text().splitlines()
+        ]
+        for n in (1, 2)
+    ]
+    assert len(said[0]) == 5 and said[0] == said[1]
     for moment in ("before", "after"):
         evaluations = [Evaluation.from_json(result[moment]) for result in (one, *two)]
         assert evaluations[1] == evaluations[2]

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate
 from lora_null.eval_harness.lm import ShardedLM
 
 TASKS = Path(lm_eval.tasks.__file__).parent
@@ -43,8 +43,8 @@ def half_right_nq(write, model_and_tokenizer):
     return write("half.jsonl", rows)
 
 
-def run_lm_eval(saved, folder, files):
-    """Run the command line over local copies of standard tasks; return its results."""
+def run_lm_eval(saved, folder, files, *options):
+    """Run the command line over local copies of tasks; return its results."""
     for name, (yaml, splits, path) in files.items():
         data_files = "".join(f"    {split}: {path}\n" for split in splits)
         (folder / f"{name}.yaml").write_text(
@@ -62,6 +62,7 @@ def run_lm_eval(saved, folder, files):
         "cpu",
         "--output_path",
         folder / "out",
+        *options,
     ]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -107,3 +108,32 @@ def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, hal
             assert ours[name]["stderr"] == expected[task][f"{metric}_stderr,{filter_}"], name
     assert 0 < ours["nq_open"]["value"] < 1 and 0 < ours["sciq/acc"]["value"] < 1
     assert ours["lambada_openai/perplexity"]["unit"] == "perplexity"
+
+
+def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_tokenizer, write):
+    """Comments that the model goes on with: harmless until it starts another line, so about half of them pass."""
+    rows = [
+        {
+            "task_id": str(i),
+            "prompt": f"def f():\n    return {i}\n# {'why ' * i}",
+            "entry_point": "f",
+            "test": f"def check(f):\n    assert f() == {i}\n",
+        }
+        for i in range(8)
+    ]
+    gsm = write("gsm.jsonl", [{"question": f"what is {i}?", "answer": f"#### {i}"} for i in range(4)])
+    code = write("code.jsonl", rows)
+    files = {
+        "my_gsm8k": (TASK_FILES / "math" / "metamath_gsm8k.yaml", ["test"], gsm),
+        "my_humaneval": (TASK_FILES / "code" / "sandbox_humaneval_completion.yaml", ["test"], code),
+    }
+    expected = run_lm_eval(saved, tmp_path, files, "--confirm_run_unsafe_code")
+    tasks = [
+        LmEvalTask("metamath_gsm8k", path=gsm),
+        LmEvalTask("sandbox_humaneval_completion", path=code, name="humaneval", confirm_run_unsafe_code=True),
+    ]
+    ours = evaluate(*model_and_tokenizer, tasks, batch_size=BATCH_SIZE).metrics
+    assert ours["humaneval"]["value"] == expected["my_humaneval"]["pass@1,none"]
+    assert ours["humaneval"]["stderr"] == expected["my_humaneval"]["pass@1_stderr,none"]
+    assert ours["metamath_gsm8k"]["value"] == expected["my_gsm8k"]["exact_match,none"]
+    assert 0 < ours["humaneval"]["value"] < 1

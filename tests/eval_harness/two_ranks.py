@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
+from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, evaluate
+from lora_null.eval_harness.answers import tokenize_pairs
 
 computed = []
 
@@ -40,18 +41,26 @@ def main(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     pairs = json.loads((folder / "pairs.json").read_text())
     base.register_forward_hook(lambda module, args, kwargs, out: computed.append(len(out.logits)), with_kwargs=True)
+    tokenized = tokenize_pairs(tokenizer, pairs, "p", None)
+    preferences = PreferenceTask("p", tokenized[:3], tokenized[3:6])
+    questions = [{"question_id": i, "category": "math", "turns": [str(i), "why?"], "reference": []} for i in range(5)]
+    talk = MTBenchTask("talk", questions, lambda before, asked: f"{before}{asked}", max_new_tokens=6)
     answers = [AnswerTask("a", pairs, kl=True)]
     references = folder / f"references-{os.environ.get('WORLD_SIZE', 1)}"
     before = evaluate(base, tokenizer, answers, batch_size=2, reference_dir=references, record_reference=True)
     scored = sum(n for n in computed if isinstance(n, int))
+    evaluate(base, tokenizer, [preferences], batch_size=2, reference_dir=references, record_reference=True)
     model = PeftModel.from_pretrained(base, folder / "adapter")
     tasks = [
         *answers,
+        preferences,
+        talk,
         LmEvalTask("nq_open", path=str(folder / "nq.jsonl")),
         LmEvalTask("sciq", path=str(folder / "sciq.jsonl")),
         LmEvalTask("nq_open", path=str(folder / "nq.jsonl"), limit=1, name="fewer than ranks"),
     ]
-    after = evaluate(model, tokenizer, tasks, batch_size=2, reference_dir=references)
+    out = folder / f"out-{os.environ.get('WORLD_SIZE', 1)}"
+    after = evaluate(model, tokenizer, tasks, batch_size=2, reference_dir=references, output_dir=out)
     result = {"before": before.to_json(), "after": after.to_json(), "scored": scored}
     result["requests"] = [key for key in computed if isinstance(key, str)]
     (folder / f"rank{rank}-of-{os.environ.get('WORLD_SIZE', 1)}.json").write_text(json.dumps(result))

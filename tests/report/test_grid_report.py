@@ -29,6 +29,8 @@ def test_every_row_of_the_paper_is_read():
 
 def test_names():
     assert paper_name("gsm8k/strict-match") == "GSM8K" and paper_name("nq_open") == "NQ open"
+    assert paper_name("math/string_match") == "MATH" and paper_name("math/math_verify") is None
+    assert paper_name("MT-Bench") == "MTBench" and paper_name("MT-Bench turn 2") is None
     assert paper_name("nq_open kl") is None and paper_name("GSM8K nll") is None and paper_name("arc_easy") is None
 
 

@@ -1,0 +1,126 @@
+"""Answers to maths problems: taken out of a solution, and compared with the right one.
+
+extract_answer("So 3 + 4 = 7.\\nThe answer is: 7")   # "7"
+same_number("$1,200.00", "1200")                      # GSM8K
+equivalent(r"\\frac12", "0.5")                         # MATH, by math-verify
+same_string(r"\\frac12", r"\\frac{1}{2}")               # MATH, the string rule of the paper
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+
+from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+METAMATH = re.compile(r"the answer is:?", re.IGNORECASE)
+GSM8K = re.compile(r"####")
+_SIGN = r"(?:-\s*\$?|\+\s*|\$\s*-?)?"
+_NUMBER = rf"{_SIGN}\s*(?:\d[\d,]*\.?\d*|\.\d+)"
+_QUANTITY = re.compile(rf"({_NUMBER})(?:\s*/\s*(\d[\d,]*)|\s+(\d+)\s*/\s*(\d+))?")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{([\d.,]+)\}|(\d))")
+_NOISE = re.compile(r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~")
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the final answer of a solution, None where it gives none.
+
+    That is what follows the last "The answer is:" (MetaMath), else the last "####" (GSM8K), to the end of its
+    sentence or line; else the contents of the last \\boxed{…} (MATH). Of an answer that is boxed, the box's contents.
+    """
+    for marker in (METAMATH, GSM8K):
+        parts = marker.split(text)
+        if len(parts) > 1:
+            answer = _first_statement(parts[-1])
+            return _boxed(answer) or answer or None
+    return _boxed(text)
+
+
+def metamath_answer(text: str) -> str | None:
+    """Return the answer by the paper's own rule: what follows the last "The answer is: ", up to a full stop and a newline."""
+    parts = text.split("The answer is: ")
+    if len(parts) == 1:
+        return None
+    return parts[-1].split(".\n")[0].strip().removesuffix(".").strip()
+
+
+def to_number(answer: str | None) -> Fraction | None:
+    """Return the first number in an answer: signs, currency, thousands separators, decimals, fractions, mixed numbers.
+
+    Units and percent signs are left aside. None where there is no number.
+    """
+    if answer is None:
+        return None
+    plain = answer.replace("−", "-").replace("–", "-")
+    plain = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", plain)
+    found = _QUANTITY.search(_NOISE.sub("", plain))
+    if found is None:
+        return None
+    whole, over, top, bottom = (part and re.sub(r"[\s$,+]", "", part) for part in found.groups())
+    if "0" in {digits.strip("0") or "0" for digits in (over, bottom) if digits}:
+        return None
+    value = Fraction(whole.rstrip("."))
+    if over:
+        return value / int(over)
+    if top:
+        return value + (-1 if whole.startswith("-") else 1) * Fraction(int(top), int(bottom))
+    return value
+
+
+def same_number(answer: str | None, right: str) -> bool:
+    """Return whether two answers are the same number; False where either is none."""
+    number, wanted = to_number(answer), to_number(right)
+    return number is not None and number == wanted
+
+
+def same_string(answer: str | None, right: str | None) -> bool:
+    """Return whether two answers are the same text after the MATH benchmark's own normalization, the paper's rule."""
+    return answer is not None and right is not None and is_equiv(answer, right)
+
+
+def equivalent(answer: str | None, right: str | None) -> bool:
+    """Return whether two answers mean the same: as text by `same_string`, or as mathematics by math-verify.
+
+    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5.
+    """
+    if answer is None or right is None:
+        return False
+    if same_string(answer, right):
+        return True
+    wanted, given = (_parse(_plain(text)) for text in (right, answer))
+    return bool(wanted) and bool(given) and verify(wanted, given)
+
+
+def solution_answer(solution: str) -> str | None:
+    """Return the right answer of a MATH problem: the contents of its solution's last \\boxed{…}."""
+    return _boxed(solution)
+
+
+def _first_statement(text: str) -> str:
+    """Return the text up to the end of its sentence or line, without dollar signs around it."""
+    line = next((line for line in text.strip().splitlines() if line.strip()), "")
+    line = re.split(r"\.\s", line, maxsplit=1)[0].strip().removesuffix(".").strip(" :")
+    inside = re.fullmatch(r"\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", line)
+    return next((part for part in inside.groups() if part is not None), line).strip() if inside else line
+
+
+def _boxed(text: str) -> str | None:
+    box = last_boxed_only_string(text)
+    try:
+        return None if box is None else remove_boxed(box).strip() or None
+    except AssertionError:  # \fbox, or a box that never ends
+        return None
+
+
+def _plain(answer: str) -> str:
+    """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees."""
+    plain = _NOISE.sub("", answer.strip().strip("$"))
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain) if not re.search(r"[(\[{].*,", plain) else plain
+
+
+def _parse(answer: str) -> list:
+    return parse(f"${answer}$", extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()])

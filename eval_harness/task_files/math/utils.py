@@ -1,0 +1,33 @@
+"""What the maths task files call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from lora_null.eval_harness import math_answers
+
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
+SUBJECTS += ("prealgebra", "precalculus")
+
+
+def load_math(**_: Any) -> dict[str, datasets.Dataset]:
+    """Return the test split of all seven subjects of MATH as one."""
+    parts = [datasets.load_dataset("EleutherAI/hendrycks_math", subject, split="test") for subject in SUBJECTS]
+    return {"test": datasets.concatenate_datasets(parts)}
+
+
+def score_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
+    """Return whether the final number is the right one."""
+    right = doc["answer"].split("####")[-1]
+    return {"exact_match": int(math_answers.same_number(math_answers.extract_answer(results[0]), right))}
+
+
+def score_math(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
+    """Return whether the final answer is the right one, by mathematics and by the paper's string rule."""
+    right = math_answers.solution_answer(doc["solution"])
+    return {
+        "math_verify": int(math_answers.equivalent(math_answers.extract_answer(results[0]), right)),
+        "string_match": int(math_answers.same_string(math_answers.metamath_answer(results[0]), right)),
+    }

@@ -1,0 +1,127 @@
+"""Keep the base model's evaluation between runs: the same model under the same settings is never measured twice."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+import lora_null.eval_harness
+from lora_null.eval_harness import Evaluation, LmEvalTask
+from lora_null.eval_harness.tasks import describe
+from lora_null.files import cache_root
+from lora_null.recipes.bases import attention
+from lora_null.recipes.schema import Recipe
+
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
+KEPT = 16  # the most evaluations that are kept; the longest unused goes first
+
+
+def folder() -> Path:
+    """Return where evaluations are kept."""
+    return cache_root() / "base_evaluations"
+
+
+def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Any]) -> str:
+    """Return a hash over all that a base model's results depend on.
+
+    That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
+    limits and template; batch size, device, number of processes; versions, and this package's own evaluation code.
+    """
+    section = recipe.eval
+    parts = {
+        "model": _identity(model_name, recipe.model.revision, commit),
+        "compute": [
+            recipe.model.dtype,
+            attention(recipe.model),
+            section.bf16,
+            section.backend,
+            recipe.model.quantization,
+        ],
+        "tasks": [_describe(task, getattr(task, "limit", None) or section.limit) for task in tasks],
+        "batch_size": section.batch_size,
+        "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
+        "processes": PartialState().num_processes,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "code": _code_hash(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _identity(name: str, revision: str | None, commit: str | None) -> Any:
+    path = Path(name)
+    if not path.is_dir():
+        return [name, revision, commit]
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return [str(path.resolve()), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def _describe(task: Any, limit: int | None) -> dict[str, Any]:
+    own = {"num_fewshot": task.num_fewshot} if isinstance(task, LmEvalTask) else {}
+    return {"label": task.label, "role": task.role} | own | describe(task, limit)
+
+
+def _code_hash() -> str:
+    home, digest = Path(lora_null.eval_harness.__file__).parent, hashlib.sha256()
+    for file in sorted(home.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def fetch(key: str, target: Path) -> bool:
+    """Put the kept evaluation and its references into a run's base folder; return whether there was one."""
+    kept = folder() / key
+    if not (kept / "eval.json").is_file():
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(kept.rglob("*"), key=lambda file: file.name == "eval.json"):  # which stands for all, last
+        if file.is_file():
+            link(file, target / file.relative_to(kept))
+    os.utime(kept)
+    return True
+
+
+def keep(key: str, source: Path, found: Evaluation) -> None:
+    """Keep a run's base folder, unless grades are missing in it; what cannot be written is not kept."""
+    if any(task.get("missing") for task in found.settings["tasks"].values()):
+        return
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder(), prefix=".new-") as scratch:
+            for file in source.rglob("*"):
+                if file.is_file():
+                    link(file, Path(scratch) / key / file.relative_to(source))
+            if not (folder() / key).exists():
+                os.replace(Path(scratch) / key, folder() / key)
+        _prune()
+    except OSError:
+        return
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk cannot; ours are replaced whole, never written into."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _prune() -> None:
+    entries = sorted(
+        (path for path in folder().iterdir() if path.name[0] != "."), key=lambda path: path.stat().st_mtime
+    )
+    for path in entries[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)

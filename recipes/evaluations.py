@@ -1,0 +1,147 @@
+"""From a recipe's `eval` section to the harness's tasks, asked in the same template as training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import TASK_FILES, AnswerTask, LmEvalTask, MTBenchTask, OwnTask, PreferenceTask
+from lora_null.eval_harness.answers import TokenizedPair
+from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.judge import Judge
+from lora_null.eval_harness.mt_bench import as_questions
+from lora_null.recipes.data import first_answer, load_rows, need_field
+from lora_null.recipes.examples import Tokenized, read_examples, settle_bad_rows, tokenize
+from lora_null.recipes.schema import (
+    AnswersEntry,
+    DataSection,
+    LmEvalEntry,
+    MTBenchEntry,
+    PreferencesEntry,
+    Recipe,
+)
+from lora_null.recipes.templates import CHAT, prompts_and_ends, render
+
+FRAMED = sorted(path.stem.removesuffix(CHAT).rstrip("_") for path in TASK_FILES.rglob(f"*_{CHAT}.yaml"))
+STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
+
+
+def eval_tasks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, allow_code_execution: bool = False
+) -> list[AnswerTask | LmEvalTask | OwnTask]:
+    """Return the harness's tasks, their documents loaded and templated.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: the model's.
+        max_length: tokens of a training sequence; held-out pairs are cut alike.
+        allow_code_execution: whether tasks may run what the model writes.
+
+    Raises:
+        UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
+    """
+    tasks = []
+    for role, entries in (("retention", recipe.eval.retention), ("task", recipe.eval.task)):
+        for entry in entries:
+            where = f"eval.{role}"
+            if isinstance(entry, LmEvalEntry):
+                tasks.append(_lm_eval(entry, role, recipe.data.template, allow_code_execution))
+            elif isinstance(entry, AnswersEntry):
+                tasks.append(_answers(entry, role, where))
+            elif isinstance(entry, PreferencesEntry):
+                tasks.append(_preferences(entry, role, where, recipe, tokenizer, max_length))
+            else:
+                tasks.append(_mt_bench(entry, role, where, recipe, tokenizer))
+    names = [task.key for task in tasks]
+    twin = next((name for name in names if names.count(name) > 1), None)
+    if twin:
+        raise UserError(f"eval: {twin!r} is measured twice")
+    return tasks
+
+
+def _lm_eval(entry: LmEvalEntry, role: str, template: str, allow_code_execution: bool) -> LmEvalTask:
+    """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
+    fields = entry.model_dump() | {"name": entry.name or entry.task}
+    if entry.task in FRAMED:
+        if template not in ("alpaca", CHAT):
+            raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
+        if template == CHAT:
+            fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
+    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=allow_code_execution)
+
+
+def _answers(entry: AnswersEntry, role: str, where: str) -> AnswerTask:
+    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
+    need_field(rows, entry.prompt, f"{where}.prompt")
+    need_field(rows, entry.response, f"{where}.response")
+    last = len(rows) if entry.limit is None else min(len(rows), entry.offset + entry.limit)
+    if last <= entry.offset:
+        raise UserError(f"{where}.offset: {entry.path} has only {len(rows)} rows")
+    rows = rows.select(range(entry.offset, last))
+    pairs = [render(entry.template, row[entry.prompt], first_answer(row[entry.response])) for row in rows]
+    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
+
+
+def _preferences(
+    entry: PreferencesEntry,
+    role: str,
+    where: str,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> PreferenceTask:
+    fields = {
+        key: getattr(entry, key) for key in ("path", "subset", "split", "prompt", "response", "rejected", "limit")
+    }
+    examples, bad = read_examples(DataSection(**fields), preferences=True, where=where)
+    settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
+    sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
+    chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
+    kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
+    if not kept:
+        raise UserError(f"{where}: every prompt of {entry.path} is longer than max_length ({max_length} tokens)")
+    beta = recipe.training.get("beta", 0.1)
+    return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
+
+
+def _pair(tokens: Tokenized, max_length: int | None) -> TokenizedPair | None:
+    """Return the prompt with its response, cut as training cuts it; None where nothing of the response is left."""
+    start = next(i for i, label in enumerate(tokens.labels) if label != -100)
+    ids = tokens.ids[:max_length]
+    return TokenizedPair(tuple(ids), start) if start < len(ids) else None
+
+
+def _mt_bench(
+    entry: MTBenchEntry, role: str, where: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> MTBenchTask:
+    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
+    references = read_documents([Path(entry.references)], f"{where}.references").rows if entry.references else ()
+    template, judge = recipe.data.template, recipe.eval.judge
+
+    def ask(before: Sequence[tuple[str, str]], question: str) -> str:
+        return list(prompts_and_ends(template, [*before, (question, "")], tokenizer))[-1][0]
+
+    return MTBenchTask(
+        name=entry.mt_bench,
+        questions=as_questions(list(rows), list(references))[: entry.limit],
+        ask=ask,
+        special_tokens=template != CHAT,
+        stops=STOPS.get(template, ()),
+        judge=None if judge is None else Judge(**judge.model_dump()),
+        max_new_tokens=entry.max_new_tokens,
+        role=role,
+    )
+
+
+def templates_of(tasks: Sequence[Any], template: str) -> str:
+    """Say for the report in which form the training template is asked in evaluation."""
+    own = [
+        task.label
+        for task in tasks
+        if isinstance(task, OwnTask) or getattr(task, "task", "").startswith(tuple(FRAMED))
+    ]
+    return f"{template}, in training and in {', '.join(own)}" if own else template

@@ -1,0 +1,100 @@
+"""HumanEval and MBPP: right solutions pass, wrong ones do not, nothing runs without consent."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness.code_answers import extract_code, humaneval_completion, humaneval_program, mbpp_program
+from lora_null.eval_harness.sandbox import run_program
+
+DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+HUMANEVAL = {
+    "task_id": "t/0",
+    "prompt": 'import math\n\n\ndef area(r: float) -> float:\n    """ Area of a circle. """\n',
+    "entry_point": "area",
+    "canonical_solution": "    return math.pi * r * r\n",
+    "test": "def check(f):\n    assert abs(f(1) - math.pi) < 1e-9\n    assert f(0) == 0\n",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Add two numbers.",
+    "code": "def add(a, b):\n    return a + b",
+    "test_setup_code": "",
+    "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"],
+}
+ANSWERS = {  # what a model may write for HUMANEVAL, and whether it is right
+    "    return math.pi * r * r\n": True,
+    "    return 3 * r * r\n": False,
+    "Here it is:\n```python\ndef area(r):\n    return math.pi * r ** 2\n```\nIt squares r.": True,
+    "```\ndef area(r):\n    return math.pi * r ** 2\n": True,
+    "```python\n    return math.pi * r * r\n```": True,
+    "```python\nprint(1)\n```\n```python\ndef area(r):\n    return math.pi * r * r\n```": True,
+    "def area(r):\n    return r": False,
+    "I cannot do that.": False,
+    "": False,
+    "    import sys; sys.exit(0)": False,
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers(answer):
+    assert run_program(humaneval_program(HUMANEVAL, answer)).passed is ANSWERS[answer]
+
+
+def test_mbpp_answers():
+    assert run_program(mbpp_program(MBPP, f"Sure.\n```python\n{MBPP['code']}\n```")).passed
+    assert run_program(mbpp_program(MBPP, MBPP["code"])).passed
+    assert not run_program(mbpp_program(MBPP, "def add(a, b):\n    return a - b")).passed
+
+
+def test_fences():
+    assert extract_code("```py\nx = 1\n```") == "x = 1"
+    assert extract_code("no code") == "no code"
+
+
+def _rows(name):
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _passed(programs):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [outcome.passed for outcome in pool.map(run_program, programs)]
+
+
+def test_all_of_humanevals_own_solutions_pass_and_none_of_the_bad():
+    rows = _rows("humaneval/HumanEval.jsonl")
+    assert all(_passed(humaneval_completion(row, row["canonical_solution"]) for row in rows))
+    assert not any(_passed(humaneval_program(row, "    return NotImplemented\n") for row in rows))
+
+
+def test_all_of_mbpps_own_solutions_pass_and_none_of_the_bad():
+    rows = [row for row in _rows("mbpp/mbpp.jsonl") if 11 <= row["task_id"] <= 510]
+    assert all(_passed(mbpp_program(row, row["code"]) for row in rows))
+    assert not any(_passed(mbpp_program(row, "def f():\n    pass") for row in rows[:100]))
+
+
+def test_nothing_runs_without_consent(model, tokenizer, write):
+    path = write("h.jsonl", [HUMANEVAL] * 2)
+    with pytest.raises(UserError, match=r"runs code that the model writes; .*--allow-code-execution"):
+        evaluate(model, tokenizer, [LmEvalTask("sandbox_humaneval", path=path)])
+
+
+@pytest.mark.parametrize("task, row", [("sandbox_humaneval", HUMANEVAL), ("sandbox_mbpp", MBPP)])
+def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row):
+    """Through lm-eval, with the model's text replaced: one right answer and two wrong ones."""
+    from lora_null.eval_harness import lm
+
+    right = row.get("canonical_solution") or row["code"]
+    answers = iter([right, "    return None", "```python\nraise"])
+    monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda self, requests, **_: [next(answers) for _ in requests])
+    path = write("rows.jsonl", [row] * 3)
+    found = evaluate(model, tokenizer, [LmEvalTask(task, path=path, confirm_run_unsafe_code=True)])
+    assert found.samples[task] == [1.0, 0.0, 0.0]

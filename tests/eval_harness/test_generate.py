@@ -1,0 +1,73 @@
+"""Rows that leave the batch early say what transformers' own generation says."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.eval_harness.lm import ShardedLM
+
+PROMPTS = [f"Q: {'why ' * i}?\nA:" for i in range(9)]
+
+
+def requests(until, length=24):
+    options = {"until": until, "do_sample": False, "max_gen_toks": length}
+    return [Instance("generate_until", {}, (prompt, options), 0, ("t", i, 1)) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("until", [[], ["e"], ["a", "b", "zz", "\n"]], ids=["none", "one", "several"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_same_texts_as_lm_eval(peft_model, tokenizer, until, batch_size):
+    ours = ShardedLM(peft_model.eval(), tokenizer, batch_size)
+    assert can_generate_rows(ours.model)
+    theirs = HFLM(pretrained=peft_model.eval(), tokenizer=tokenizer, batch_size=batch_size)
+    expected = theirs.generate_until(requests(until), disable_tqdm=True)
+    assert ours.generate_until(requests(until), disable_tqdm=True) == expected
+    assert len(set(expected)) > 1
+
+
+def test_a_row_that_ended_is_computed_no_more(model, tokenizer):
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    batch = tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    lengths = iter([3, 1, 6, 2, 5, 4, 9, 8, 7])
+    limits = {}
+    found = generate_rows(
+        model,
+        ids,
+        mask,
+        max_new_tokens=12,
+        ends=(),
+        stopped=lambda tokens: len(tokens) >= limits.setdefault(id(tokens), next(lengths, 0)),
+    )
+    hook.remove()
+    assert [len(row) for row in found] == [3, 1, 6, 2, 5, 4, 9, 8, 7]
+    assert sizes == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_sampling_follows_its_generator(model, tokenizer):
+    batch = tokenizer(PROMPTS[:2], padding=True, padding_side="left", return_tensors="pt")
+
+    def draw(seed):
+        options = {"max_new_tokens": 8, "ends": (), "stopped": StopWords(tokenizer, [])}
+        generator = torch.Generator().manual_seed(seed)
+        return generate_rows(
+            model, batch["input_ids"], batch["attention_mask"], temperature=1.0, generator=generator, **options
+        )
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_models_with_rules_of_their_own_are_left_to_transformers(model):
+    model.generation_config.repetition_penalty = 1.2
+    assert not can_generate_rows(model)
+
+
+def test_end_tokens(model):
+    assert end_tokens(model) == {2}
+    model.generation_config.eos_token_id = [2, 7]
+    assert end_tokens(model) == {2, 7}

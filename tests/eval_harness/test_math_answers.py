@@ -1,0 +1,160 @@
+"""Extraction and equivalence against hand-checked answers."""
+
+from fractions import Fraction
+
+import pytest
+
+from lora_null.eval_harness.math_answers import (
+    equivalent,
+    extract_answer,
+    metamath_answer,
+    same_number,
+    same_string,
+    to_number,
+)
+
+EXTRACTED = [  # (solution, its final answer)
+    ("3 + 4 = 7\nThe answer is: 7", "7"),
+    ("The answer is: 12.", "12"),
+    ("The answer is: 12.5.", "12.5"),
+    ("The answer is 9", "9"),
+    ("the answer is: $\\frac{1}{2}$.", "\\frac{1}{2}"),
+    ("The answer is: \\boxed{72}", "72"),
+    ("The answer is: $\\boxed{\\frac{3}{4}}$. I hope it is right.", "\\frac{3}{4}"),
+    ("First the answer is: 3. No, the answer is: 4", "4"),
+    ("The answer is: 5 apples.\n\n### Instruction:\nWhat is 6?", "5 apples"),
+    ("The answer is:\n18", "18"),
+    ("4 * 2 = <<4*2=8>>8\n#### 8", "8"),
+    ("#### 1,200", "1,200"),
+    ("#### 8\nThe answer is: 8", "8"),
+    ("So we get $\\boxed{x^2+1}$.", "x^2+1"),
+    ("$\\boxed{3}$ and then $\\boxed{\\sqrt{2}}$", "\\sqrt{2}"),
+    ("The answer is: \\(\\pi\\)", "\\pi"),
+    ("I do not know.", None),
+    ("", None),
+    ("The answer is:", None),
+    ("The answer is: \\boxed{}", "\\boxed{}"),
+    ("It never ends: \\boxed{1", None),
+]
+
+
+@pytest.mark.parametrize("solution, answer", EXTRACTED)
+def test_extraction(solution, answer):
+    assert extract_answer(solution) == answer
+
+
+NUMBERS = [
+    ("42", 42),
+    ("-3", -3),
+    ("−3", -3),
+    ("+7", 7),
+    ("1,234,567", 1234567),
+    ("$1,200.00", 1200),
+    ("-$5", -5),
+    ("$-5", -5),
+    ("\\$18", 18),
+    (".5", Fraction(1, 2)),
+    ("3.50", Fraction(7, 2)),
+    ("3/4", Fraction(3, 4)),
+    ("-3/4", Fraction(-3, 4)),
+    ("\\frac{3}{4}", Fraction(3, 4)),
+    ("\\frac34", Fraction(3, 4)),
+    ("\\dfrac{1}{3} of the cake", Fraction(1, 3)),
+    ("1 1/2 hours", Fraction(3, 2)),
+    ("-1 1/2", Fraction(-3, 2)),
+    ("25%", 25),
+    ("25\\%", 25),
+    ("12 apples", 12),
+    ("x = 5", 5),
+    ("10{,}000", 10000),
+    ("10\\,000", 10000),
+    ("90^\\circ", 90),
+    ("7.", 7),
+    ("none", None),
+    ("5/0", None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize("answer, number", NUMBERS)
+def test_numbers(answer, number):
+    assert to_number(answer) == number
+
+
+SAME_NUMBER = [
+    ("18.00", "18", True),
+    ("1200", "1,200", True),
+    ("0.5", "1/2", True),
+    ("5", "-5", False),
+    ("18 dollars", "18", True),
+    (None, "18", False),
+    ("many", "18", False),
+]
+
+
+@pytest.mark.parametrize("answer, right, same", SAME_NUMBER)
+def test_gsm8k(answer, right, same):
+    assert same_number(answer, right) is same
+
+
+MATH = [  # (answer, right answer, the same by mathematics, the same by the string rule)
+    ("\\frac{1}{2}", "\\frac{1}{2}", True, True),
+    ("\\frac12", "\\frac{1}{2}", True, True),
+    ("\\dfrac{1}{2}", "\\frac{1}{2}", True, True),
+    ("1/2", "\\frac{1}{2}", True, True),
+    ("0.5", "\\frac{1}{2}", True, True),
+    ("0.25", "\\frac{1}{4}", True, False),
+    ("\\frac{2}{4}", "\\frac{1}{2}", True, False),
+    ("-\\frac{3}{4}", "\\frac{-3}{4}", True, False),
+    ("\\frac{3}{4}", "-\\frac{3}{4}", False, False),
+    ("-5", "5", False, False),
+    ("1,000", "1000", True, False),
+    ("10{,}000", "10000", True, False),
+    ("10,\\!000", "10000", True, False),
+    ("5\\%", "5", True, True),
+    ("50\\%", "50", True, True),
+    ("12 \\text{ cm}", "12", True, True),
+    ("12\\mbox{ inches}", "12", True, False),
+    ("90^\\circ", "90", True, True),
+    ("\\$18", "18", True, True),
+    ("x = 5", "5", True, True),
+    ("x=5", "x = 5", True, True),
+    ("\\{1, 2, 3\\}", "\\{3, 2, 1\\}", True, False),
+    ("\\{1, 2\\}", "\\{1, 2, 3\\}", False, False),
+    ("(3, 4)", "(3,4)", True, True),
+    ("(4, 3)", "(3, 4)", False, False),
+    ("[0, 1)", "[0,1)", True, True),
+    ("(0, 1)", "[0, 1)", False, False),
+    ("(-\\infty, 2)", "(-\\infty,2)", True, True),
+    ("2\\sqrt{3}", "\\sqrt{12}", True, False),
+    ("\\sqrt2", "\\sqrt{2}", True, True),
+    ("x^2 + 2x + 1", "(x+1)^2", True, False),
+    ("x^2 + 1", "(x+1)^2", False, False),
+    ("\\pi/2", "\\frac{\\pi}{2}", True, False),
+    ("2^{10}", "1024", True, False),
+    ("\\text{Evelyn}", "\\text{Evelyn}", True, True),
+    ("\\text{even}", "\\text{odd}", False, False),
+    ("\\left(\\frac{1}{2}, 3\\right)", "(\\frac12,3)", True, True),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", True, True),
+    ("\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", False, False),
+    ("3 - 4i", "-4i + 3", True, False),
+    ("7", "", False, False),
+    ("", "7", False, False),
+    (None, "7", False, False),
+    ("7", None, False, False),
+]
+
+
+@pytest.mark.parametrize("answer, right, same, same_text", MATH)
+def test_math(answer, right, same, same_text):
+    assert equivalent(answer, right) is same
+    assert same_string(answer, right) is same_text
+
+
+def test_the_papers_extraction_is_strict():
+    assert metamath_answer("So it is.\nThe answer is: \\frac{1}{2}.\nBye") == "\\frac{1}{2}"
+    assert metamath_answer("The answer is 7") is None
+
+
+def test_there_are_enough_cases():
+    assert len(EXTRACTED) + len(NUMBERS) + len(SAME_NUMBER) + len(MATH) >= 60

@@ -1,0 +1,277 @@
+"""MT-Bench: answers in FastChat's format, graded by a stub server that speaks the real protocol."""
+
+import json
+import os
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import MTBenchTask, evaluate, generate
+from lora_null.eval_harness.__main__ import main
+from lora_null.eval_harness.judge import Judge, JudgeError, judge_answers, parse_grade
+from lora_null.eval_harness.mt_bench import as_questions, scores, write_answers
+
+DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+ROWS = [
+    {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Again, shorter."]},
+    {"question_id": 111, "category": "math", "turns": ["What is 1+1?", "And 2+2?"]},
+    {"question_id": 121, "category": "coding", "turns": ["Print 1.", "Print {2}."]},
+]
+REFERENCES = [{"question_id": i, "choices": [{"turns": ["ref one", "ref two"]}]} for i in (111, 121)]
+QUESTIONS = as_questions(ROWS, REFERENCES)
+ANSWERS = {81: ["a poem", "poem"], 111: ["2", "4"], 121: ["print(1)", "print({2})"]}
+KEY = "sk-very-secret"
+
+
+class Stub:
+    """A server for POST /v1/chat/completions; `replies` are (status, content) or (status, content, headers), in order, the
+    last for ever. Whatever is no proper request is answered with 400."""
+
+    def __init__(self, replies):
+        self.replies, self.seen, self.times, self.lock = list(replies), [], [], threading.Lock()
+
+    def answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self.lock:
+            self.seen.append((dict(handler.headers), body))
+            self.times.append(time.monotonic())
+            reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        proper = (
+            handler.path == "/v1/chat/completions"
+            and handler.headers["Content-Type"] == "application/json"
+            and [message["role"] for message in body["messages"]] == ["system", "user"]
+            and body["temperature"] == 0
+        )
+        status, content, headers = (*reply, {})[:3] if proper else (400, "", {})
+        message = {"role": "assistant", "content": content}
+        text = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]})
+        data = b"<html>" if content is None else text.encode()
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": len(data)}.items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+@contextmanager
+def serving(*replies):
+    stub = Stub(replies)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            stub.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stub.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield stub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def judge(stub, **options):
+    return Judge("judge-1", stub.url, **{"wait": 0.01, "parallel": 2, **options})
+
+
+def grade(stub, folder, **options):
+    return judge_answers(judge(stub, **options), QUESTIONS, ANSWERS, folder / "j.jsonl", model_id="m", progress=False)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_protocol(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving((200, "Fine. Rating: [[7]]")) as stub:
+        grades = grade(stub, tmp_path)
+    assert grades == {(i, turn): 7.0 for i in ANSWERS for turn in (1, 2)}
+    assert all(
+        headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "judge-1" for headers, body in stub.seen
+    )
+    judgments = {(line["question_id"], line["turn"]): line for line in lines(tmp_path / "j.jsonl")}
+    assert set(judgments[81, 1]) == {
+        "question_id",
+        "model",
+        "judge",
+        "user_prompt",
+        "judgment",
+        "score",
+        "turn",
+        "tstamp",
+    }
+    names = {key: line["judge"][1] for key, line in judgments.items()}
+    assert names[81, 1] == "single-v1" and names[81, 2] == "single-v1-multi-turn"
+    assert names[111, 1] == "single-math-v1" and names[121, 2] == "single-math-v1-multi-turn"
+    assert "ref one" in judgments[111, 1]["user_prompt"] and "ref two" not in judgments[111, 1]["user_prompt"]
+    second = judgments[121, 2]["user_prompt"]
+    assert all(text in second for text in ("Print 1.", "print(1)", "Print {2}.", "print({2})", "ref one", "ref two"))
+    assert "Again, shorter." not in judgments[81, 1]["user_prompt"]
+    assert not any(KEY in path.read_text() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "passing", [(429, "", {"Retry-After": "0.3"}), (500, ""), (503, ""), (200, None), (200, "hm")]
+)
+def test_passing_failures_are_retried(tmp_path, passing):
+    with serving(passing, (200, "[[3]]")) as stub:
+        grades = grade(stub, tmp_path, parallel=1)
+    assert len(grades) == 6 and len(stub.seen) == 7
+    if passing[0] == 429:
+        assert stub.times[1] - stub.times[0] >= 0.3
+
+
+def test_nonsense_is_retried_then_recorded_as_missing(tmp_path):
+    with serving((200, "I would say it is good.")) as stub:
+        assert grade(stub, tmp_path, attempts=3) == {}
+    assert len(stub.seen) == 6 * 3
+    assert {line["score"] for line in lines(tmp_path / "j.jsonl")} == {-1}
+    metrics, samples = scores("MT-Bench", "task", list(ANSWERS), {})
+    assert metrics == {} and samples == {}
+
+
+def test_it_goes_on_where_it_stopped(tmp_path):
+    with (
+        serving(*[(200, "[[5]]")] * 4, (401, "")) as stub,
+        pytest.raises(JudgeError, match="check the key in OPENAI_API_KEY"),
+    ):
+        grade(stub, tmp_path, parallel=1)
+    with open(tmp_path / "j.jsonl", "a") as file:
+        file.write('{"question_id": 81, "judge')  # what a kill may leave
+    with serving((200, "[[9]]")) as stub:
+        grades = grade(stub, tmp_path, parallel=1)
+    assert len(stub.seen) == 2 and sorted(grades.values()) == [5, 5, 5, 5, 9, 9]
+    with serving((200, "[[1]]")) as stub:
+        assert sorted(grade(stub, tmp_path).values()) == [5, 5, 5, 5, 9, 9] and not stub.seen
+        other = judge_answers(judge(stub), QUESTIONS, {81: ["another", "poem"]}, tmp_path / "j.jsonl", model_id="m")
+    assert other == {(81, 1): 1, (81, 2): 1}
+
+
+def test_no_faster_than_allowed(tmp_path):
+    with serving((200, "[[5]]")) as stub:
+        grade(stub, tmp_path, requests_per_minute=600, parallel=4)
+    assert all(b - a > 0.08 for a, b in zip(stub.times, stub.times[1:]))
+
+
+def test_an_endpoint_that_is_not_there(tmp_path):
+    nowhere = Judge("judge-1", "http://127.0.0.1:9/v1", attempts=2, wait=0.01)
+    with pytest.raises(JudgeError, match="gave no judgment in 2 attempts"):
+        judge_answers(nowhere, QUESTIONS, ANSWERS, tmp_path / "j.jsonl", model_id="m", progress=False)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("[[8]]", 8), ("[[7.5]] or [[2]]", 7.5), ("[6]", 6), ("8", -1), ("[[0]]", -1), ("[[11]]", -1), ("", -1)],
+)
+def test_grades(text, value):
+    assert parse_grade(text) == value
+
+
+def test_users_mistakes(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="needs a key in the environment variable OPENAI_API_KEY"):
+        Judge("gpt-4").check()
+    (tmp_path / "p.jsonl").write_text('{"name": "single-v1", "prompt_template": ""}\n')
+    with pytest.raises(UserError, match="has no prompt 'single-v1-multi-turn'"):
+        Judge("m", "http://localhost", prompts=str(tmp_path / "p.jsonl")).check()
+    with pytest.raises(UserError, match="row 1 is no question"):
+        as_questions([{"question_id": 1, "category": "x", "turns": ["only one"]}])
+
+
+def test_the_hubs_form_of_the_questions():
+    row = {"prompt_id": 111, "category": "math", "prompt": ["a", "b"], "reference": ["2", "4"]}
+    assert as_questions([row]) == [
+        {"question_id": 111, "category": "math", "turns": ["a", "b"], "reference": ["2", "4"]}
+    ]
+
+
+def ask(before, question):
+    return "".join(f"U: {asked}\nA: {answered}\n" for asked, answered in before) + f"U: {question}\nA:"
+
+
+def task(**options):
+    return MTBenchTask("MT-Bench", QUESTIONS, ask, max_new_tokens=6, **options)
+
+
+def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_path, monkeypatch):
+    asked = []
+    original = generate.generate_texts
+
+    def spy(model, tokenizer, prompts, **options):
+        asked.append((prompts, options["temperatures"]))
+        return original(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.generate_texts", spy)
+    with serving((200, "[[4]]")) as stub:
+        found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path / "lora")
+    answers = lines(tmp_path / "lora" / "mt_bench" / "answers.jsonl")
+    assert [row["question_id"] for row in answers] == [81, 111, 121] and {row["model_id"] for row in answers} == {
+        "lora"
+    }
+    assert all(set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} for row in answers)
+    first, second = answers[0]["choices"][0]["turns"]
+    assert asked[0] == (["U: Write a poem.\nA:", "U: What is 1+1?\nA:", "U: Print 1.\nA:"], [0.7, 0.0, 0.0])
+    assert asked[1][0][0] == f"U: Write a poem.\nA: {first}\nU: Again, shorter.\nA:" and second
+    assert found.metrics["MT-Bench"] == {
+        "value": 4.0,
+        "stderr": 0.0,
+        "n": 6,
+        "higher_is_better": True,
+        "role": "task",
+        "unit": "score",
+    }
+    assert found.settings["tasks"]["MT-Bench"]["missing"] == 0 and "MT-Bench turn 2" in found.metrics
+
+
+def test_answers_outlive_a_judge_that_fails(model, tokenizer, tmp_path, capsys):
+    with serving((404, "")) as stub:
+        found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path)
+    assert found.metrics == {} and len(lines(tmp_path / "mt_bench" / "answers.jsonl")) == 3
+    assert "not graded" in capsys.readouterr().err
+
+
+def test_sampled_answers_are_the_same_twice(model, tokenizer, tmp_path):
+    for name in ("a", "b"):
+        evaluate(model, tokenizer, [task()], output_dir=tmp_path / name)
+    one, other = (lines(tmp_path / name / "mt_bench" / "answers.jsonl") for name in ("a", "b"))
+    assert [row["choices"] for row in one] == [row["choices"] for row in other]
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    write_answers(tmp_path / "a.jsonl", ANSWERS, model_id="m")
+    for name, rows in (("q.jsonl", ROWS), ("r.jsonl", REFERENCES)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["judge", str(tmp_path / "a.jsonl"), "--questions", str(tmp_path / "q.jsonl"), "--model", "judge-1"]
+    with serving((200, "[[8]]")) as stub:
+        assert main([*words, "--references", str(tmp_path / "r.jsonl"), "--base-url", stub.url]) == 0
+    out = capsys.readouterr().out
+    assert "MT-Bench         8.00 (n = 6)" in out and "missing: 0 of 6 grades" in out
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(words) == 2
+    assert main([*words[:3], str(tmp_path / "none.jsonl"), *words[4:], "--base-url", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_all_80_questions(tmp_path):
+    if not (DATA / "mt_bench").is_dir():
+        pytest.skip(f"{DATA / 'mt_bench'} is not here")
+    questions = as_questions(
+        *(lines(DATA / "mt_bench" / f"{name}.jsonl") for name in ("question", "reference_answer_gpt-4"))
+    )
+    assert len(questions) == 80
+    with serving((200, "[[6]]")) as stub:
+        answers = {question["question_id"]: ["one", "two"] for question in questions}
+        grades = judge_answers(judge(stub), questions, answers, tmp_path / "j.jsonl", model_id="m", progress=False)
+    assert len(grades) == 160
+    used = [line["judge"][1] for line in lines(tmp_path / "j.jsonl")]
+    assert used.count("single-math-v1") == used.count("single-math-v1-multi-turn") == 30

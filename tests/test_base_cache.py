@@ -1,0 +1,93 @@
+"""The base is measured once: a second run with the same settings takes its results, any other measures."""
+
+import json
+
+import pytest
+from tiny import tiny_tokenizer
+from world import make_world
+
+from lora_null.recipes import base_cache, run
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.load import load_recipe
+
+OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path_factory, monkeypatch):
+    own = tmp_path_factory.mktemp("base_evaluations")
+    monkeypatch.setattr(base_cache, "folder", lambda: own)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The folders of the base evaluations that were really made."""
+    found = []
+    original = run._evaluate
+
+    def spy(job, model, folder, *, base):
+        found.extend([folder.parent.name] * base)
+        return original(job, model, folder, base=base)
+
+    monkeypatch.setattr(run, "_evaluate", spy)
+    return found
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
+    recipe = make_world(tmp_path)
+    for name in ("one", "two"):
+        assert main([str(recipe), *OPTIONS, "--output-dir", str(tmp_path / name)]) == 0
+    assert measured == ["one"] and "base: results of an earlier run" in capsys.readouterr().out
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one[0]["metrics"] == two[0]["metrics"]
+    assert two[1]["metrics"]["facts kl"]["value"] == pytest.approx(one[1]["metrics"]["facts kl"]["value"], abs=1e-6)
+    assert main([str(recipe), *OPTIONS, "--output-dir", str(tmp_path / "three"), "eval.cache=false"]) == 0
+    assert measured == ["one", "three"]
+
+
+def key(recipe, *changes):
+    recipe = load_recipe(str(recipe), changes)
+    tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    return base_cache.key_of(recipe, recipe.model.name_or_path, None, tasks)
+
+
+@pytest.mark.parametrize(
+    "change", ["eval.batch_size=2", "eval.limit=5", "model.dtype=bfloat16", "eval.retention=[]", "eval.bf16=true"]
+)
+def test_other_settings_are_others(tmp_path, change):
+    recipe = make_world(tmp_path)
+    assert key(recipe) == key(recipe) != key(recipe, change)
+
+
+@pytest.mark.parametrize("change", ["training.learning_rate=1", "method.rank=2", "seed=7", "calibration.samples=9"])
+def test_the_training_does_not_matter(tmp_path, change):
+    recipe = make_world(tmp_path)
+    assert key(recipe) == key(recipe, change)
+
+
+def test_other_documents_and_other_weights_are_others(tmp_path):
+    recipe = make_world(tmp_path)
+    keys = [key(recipe)]
+    rows = (tmp_path / "numbers.jsonl").read_text()
+    (tmp_path / "numbers.jsonl").write_text(rows.replace("it is 4", "it was 4"))
+    keys.append(key(recipe))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # written anew
+    keys.append(key(recipe))
+    assert len(set(keys)) == 3
+
+
+def test_only_the_newest_are_kept(monkeypatch):
+    import os
+
+    monkeypatch.setattr(base_cache, "KEPT", 2)
+    for age, name in enumerate("abc"):
+        (base_cache.folder() / name).mkdir()
+        os.utime(base_cache.folder() / name, (age, age))
+    base_cache._prune()
+    assert {path.name for path in base_cache.folder().iterdir()} == {"b", "c"}

@@ -1,0 +1,143 @@
+"""DPO: the reference is the original model, and the mixin fits other trainers too."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import tiny_model, tiny_tokenizer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from lora_null import LoraNullConfig, UserError
+from lora_null.layer import adapted_layers
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin
+
+TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": [f"Q: {i}+{i}\nA:" for i in range(32)],
+        "chosen": [f" {2 * i} is it" for i in range(32)],
+        "rejected": [f" {3 * i} no" for i in range(32)],
+    }
+)
+CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
+LNULL = [LoraNullConfig(r=4, variant="v1"), LoraNullConfig(r=4, variant="v2")]
+
+
+def options(folder, **changes):
+    fixed = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=4)
+    fixed |= dict(learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    return {**fixed, "gradient_checkpointing": False, **changes}
+
+
+def make(folder, config, *, pairs=PAIRS, **changes):
+    return LoraNullDPOTrainer(
+        model=tiny_model(),
+        args=DPOConfig(**options(folder, **changes)),
+        train_dataset=pairs,
+        processing_class=tiny_tokenizer(),
+        peft_config=config,
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+
+
+def logged(trainer, key):
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def log_probs(model, batch):
+    """Each sequence's summed log-probability of its completion, from the model's own logits."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    picked = logits.float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return (picked * batch["completion_mask"][:, 1:]).sum(1)
+
+
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+def test_at_step_0_policy_and_reference_are_the_original_model(tmp_path, config):
+    trainer = make(tmp_path, config)
+    trainer._prepare(resuming=False)
+    trainer._prepared = True
+    batch = next(iter(trainer.get_train_dataloader()))
+    original = log_probs(tiny_model().eval(), batch)
+    reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    assert torch.allclose(reference, original, atol=0, rtol=1e-5)
+    policy = log_probs(trainer.model.eval(), batch)
+    assert torch.allclose(policy, reference, atol=0, rtol=1e-5), policy - reference
+    trainer.train()
+    assert abs(logged(trainer, "rewards/chosen")[0]) < 1e-5 and abs(logged(trainer, "rewards/margins")[0]) < 1e-5
+    assert logged(trainer, "rewards/margins")[-1] > 0.01
+    assert logged(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-5)
+    again = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    assert torch.allclose(again, original, atol=0, rtol=1e-5)  # training moved the policy, not the reference
+
+
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+def test_precomputed_references_give_the_same_run(tmp_path, config):
+    live, ahead = make(tmp_path / "a", config), make(tmp_path / "b", config, precompute_ref_log_probs=True)
+    assert "ref_chosen_logps" in ahead.train_dataset.column_names
+    live.train()
+    ahead.train()
+    for key in ("loss", "rewards/chosen", "rewards/margins"):
+        assert logged(ahead, key) == pytest.approx(logged(live, key), abs=2e-5)
+
+
+def test_a_v1_reference_is_not_the_residual_base(tmp_path, monkeypatch):
+    """Without the compensation the reference would be W0 − s·B0A0: this is what the first test would catch."""
+    monkeypatch.setattr("lora_null.layer.LoraNullLinear._residual_is_compensated", lambda self: True)
+    trainer = make(tmp_path, LNULL[0])
+    trainer.train()
+    assert abs(logged(trainer, "rewards/chosen")[0]) > 1e-3
+
+
+def test_v2_drifts_less_than_lora(tmp_path):
+    lora, v2 = make(tmp_path / "a", LoraConfig(r=4, target_modules="all-linear")), make(tmp_path / "b", LNULL[1])
+    for trainer in (lora, v2):
+        trainer.train()
+        assert len(logged(trainer, "drift_mean")) == 4
+    assert v2.drift_meter.summary()["mean"] < lora.drift_meter.summary()["mean"]
+
+
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+def test_resumed_run_ends_in_the_same_bits(tmp_path, config):
+    whole = make(tmp_path, config, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make(tmp_path, config, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_equal_completions_are_a_users_mistake(tmp_path):
+    same = PAIRS.remove_columns("rejected").add_column("rejected", PAIRS["chosen"])
+    with pytest.raises(UserError, match="chosen and rejected are equal"):
+        make(tmp_path, LNULL[1], pairs=same).train()
+
+
+def test_it_is_trls_trainer(tmp_path):
+    assert isinstance(make(tmp_path, LNULL[1]), DPOTrainer)
+
+
+class LoraNullGRPOTrainer(LoraNullMixin, GRPOTrainer):
+    """The three lines that put the initialization on another TRL trainer."""
+
+
+def test_the_mixin_on_one_more_trainer(tmp_path):
+    trainer = LoraNullGRPOTrainer(
+        model=tiny_model(),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(**options(tmp_path, max_steps=2, num_generations=2, max_completion_length=8)),
+        train_dataset=PAIRS.select_columns("prompt"),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraNullConfig(r=4, variant="v2"),
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+    trainer._prepare(resuming=False)
+    trainer._prepared = True
+    layers = adapted_layers(trainer.model)
+    start = {name: layer.lora_A["default"].weight.clone() for name, layer in layers.items()}
+    assert len(trainer.layer_report.layers) == len(layers) == 14
+    trainer.train()
+    assert all(torch.equal(layer.lora_A["default"].weight, start[name]) for name, layer in layers.items())
+    assert trainer.drift_meter.summary()["mean"] > 0

@@ -1,0 +1,228 @@
+"""Training rows: what is learned, token for token, and every bad row by number."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from rich.console import Console
+from tiny import tiny_model, tiny_tokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from world import make_world, write_rows
+
+from lora_null.errors import UserError
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.examples import Example, tokenize, training_data
+from lora_null.recipes.load import load_recipe
+from lora_null.recipes.preview import show_samples
+from lora_null.recipes.schema import DataSection
+from lora_null.recipes.templates import TEMPLATES, render
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURNS = [("Add 1 and 2.", "3"), ("And 4?", "That is 7.")]
+CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
+
+
+@pytest.fixture
+def tokenizer():
+    made = tiny_tokenizer()
+    made.chat_template = CHATML
+    return made
+
+
+def section(path, **options):
+    return DataSection(path=str(path), **{"template": "qa", **options})
+
+
+def learned(tokens, tokenizer):
+    """The text of each learned span."""
+    spans, last = [], None
+    for token, label in zip(tokens.ids, tokens.labels):
+        assert label in (-100, token)
+        if label != -100:
+            spans = spans if last else [*spans, []]
+            spans[-1].append(token)
+        last = label != -100
+    return [tokenizer.decode(span) for span in spans]
+
+
+@pytest.mark.parametrize("template", ["qa", "alpaca", "plain", "chat"])
+def test_the_same_tokens_as_trl(tmp_path, tokenizer, template):
+    rows = [{"prompt": f"what is {i}+{i}", "completion": f"it is {2 * i}"} for i in range(6)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = training_data(
+        section(path, response="completion", template=template), tokenizer, preferences=False, max_length=200
+    )
+    if template == "chat":
+        message = {"prompt": "user", "completion": "assistant"}
+        rows = [{k: [{"role": message[k], "content": text}] for k, text in row.items()} for row in rows]
+    else:
+        rows = [dict(zip(row, render(template, row["prompt"], row["completion"]))) for row in rows]
+    trainer = SFTTrainer(
+        model=tiny_model(),
+        args=SFTConfig(output_dir=str(tmp_path), max_length=200, **CONFIG),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    for key in ("input_ids", "labels"):
+        assert data.rows[key] == trainer.train_dataset[key]
+
+
+@pytest.mark.parametrize("template", ["qa", "chat"])
+def test_the_same_preferences_as_trl(tmp_path, tokenizer, template):
+    rows = [{"prompt": f"what is {i}", "chosen": f"it is {i}", "rejected": "no idea"} for i in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = training_data(
+        section(path, response="chosen", template=template), tokenizer, preferences=True, max_length=99
+    )
+    trainer = DPOTrainer(
+        model=tiny_model(),
+        ref_model=tiny_model(),
+        args=DPOConfig(output_dir=str(tmp_path), max_length=99, **CONFIG),
+        train_dataset=data.rows,
+        processing_class=tokenizer,
+    )
+    for side in ("chosen", "rejected"):
+        ours = tokenize(data.examples, template, tokenizer, rejected=side == "rejected")
+        for tokens, row in zip(ours, trainer.train_dataset):
+            assert tokens.ids == row["prompt_ids"] + row[f"{side}_ids"]
+            assert tokens.labels == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_every_assistants_turn_is_learned(tokenizer, template):
+    (tokens,) = tokenize([Example(1, tuple(TURNS))], template, tokenizer)
+    joined = {"alpaca": [": 3</s>", ": That is 7.</s>"], "chat": ["3</s>\n", "That is 7.</s>\n"]}[template]
+    assert learned(tokens, tokenizer) == joined
+    text = tokenizer.decode(tokens.ids)
+    assert text.index("Add 1 and 2.") < text.index("3</s>") < text.index("And 4?") < text.index("That is 7.</s>")
+    if template == "alpaca":
+        first, second = (TEMPLATES["alpaca"].replace("{prompt}", prompt) for prompt, _ in TURNS)
+        assert text == f"{first} 3</s>\n\n{second} That is 7.</s>"
+
+
+@pytest.mark.parametrize("keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")])
+def test_conversations_of_both_kinds(tmp_path, tokenizer, keys):
+    who, what, user, assistant = keys
+    said = [{who: role, what: text} for turn in TURNS for role, text in zip((user, assistant), turn)]
+    path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}])
+    data = training_data(section(path, messages="conversations"), tokenizer, preferences=False, max_length=None)
+    assert data.examples == [Example(1, tuple(TURNS))]
+
+
+def test_binarized_ultrafeedback_as_the_hub_has_it(tmp_path, tokenizer):
+    said = lambda text: [{"role": "user", "content": "why"}, {"role": "assistant", "content": text}]  # noqa: E731
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "why", "chosen": said("so"), "rejected": said("no")}])
+    data = training_data(section(path, response="chosen"), tokenizer, preferences=True, max_length=None)
+    assert data.examples == [Example(1, (("why", "so"),), "no")]
+
+
+def test_a_prompt_of_several_fields(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Sum", "input": "1 2", "response": "3"}])
+    data = training_data(section(path, prompt="{instruction}: {input}"), tokenizer, preferences=False, max_length=None)
+    assert data.examples == [Example(1, (("Sum: 1 2", "3"),))]
+
+
+GOOD = {"prompt": "what", "response": "that", "rejected": "no"}
+BAD = {  # a line of the file → what is wrong with it
+    json.dumps({**GOOD, "prompt": ""}): "empty 'prompt'",
+    json.dumps({**GOOD, "response": "  "}): "empty 'response'",
+    json.dumps({"prompt": "what", "rejected": "no"}): "empty 'response'",
+    json.dumps({**GOOD, "rejected": None}): "empty 'rejected'",
+    json.dumps({**GOOD, "rejected": "that "}): "chosen equal to rejected",
+    json.dumps({**GOOD, "prompt": "why " * 99}): "prompt longer than max_length (64 tokens)",
+    json.dumps({**GOOD, "response": "caf\ufffd"}): "wrong encoding (the replacement character U+FFFD)",
+    json.dumps({**GOOD, "response": "\ud83d"}): "half a character (a lone surrogate)",
+    '{"prompt": "what", "respon': "no complete JSON",
+    '["what", "that"]': "no JSON object",
+}
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"".join(line.encode() if isinstance(line, str) else line for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("line", BAD, ids=BAD.values())
+def test_bad_rows_are_named(tmp_path, tokenizer, line):
+    path = write_lines(tmp_path / "rows.jsonl", *[json.dumps(GOOD) + "\n"] * 6, line + "\n", json.dumps(GOOD) + "\n")
+    options = {"preferences": True, "max_length": 64}
+    with pytest.raises(UserError) as raised:
+        training_data(section(path), tokenizer, **options)
+    assert (
+        str(raised.value)
+        == f"data: 1 of 8 rows cannot be used: 1 {BAD[line]} (row 7); data.on_bad_row=skip leaves them out"
+    )
+    data = training_data(section(path, on_bad_row="skip"), tokenizer, **options)
+    assert [row.row for row in data.bad] == [7] and len(data.rows) == 7 and data.examples[-1].row == 8
+
+
+def test_latin_1_is_not_silently_read_as_something_else(tmp_path, tokenizer):
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        '{"prompt": "a", "response": "b"}\n',
+        '{"prompt": "é", "response": "b"}\n'.encode("latin-1"),
+    )
+    with pytest.raises(UserError, match=r"1 of 2 rows cannot be used: 1 not UTF-8 at byte 12 \(row 2\)"):
+        training_data(section(path), tokenizer, preferences=False, max_length=None)
+
+
+def test_up_to_one_percent_is_left_out_unasked_and_never_silently(tmp_path, capsys):
+    recipe = make_world(tmp_path)
+    rows = [{"question": f"what is {i}", "answer": "" if i == 50 else f"{i}"} for i in range(100)]
+    write_rows(tmp_path / "numbers.jsonl", rows)
+    words = [str(recipe), "--show-samples", "1"]
+    assert main(words) == 0
+    assert "left out 1 of 100 training rows: 1 empty 'answer' (row 51)" in capsys.readouterr().out
+    assert main([*words, "data.on_bad_row=error"]) == 2
+    assert "1 of 100 rows cannot be used" in capsys.readouterr().err
+    assert main([*words, "data.limit=50", "data.on_bad_row=error"]) == 0
+    write_rows(tmp_path / "numbers.jsonl", [{**row, "answer": ""} for row in rows])
+    assert main([*words, "data.on_bad_row=skip"]) == 2
+
+
+@pytest.mark.parametrize("said", [[], [("human", "a")], [("gpt", "a"), ("human", "b")], [("human", "a"), ("gpt", "")]])
+def test_conversations_that_cannot_be_learned(tmp_path, tokenizer, said):
+    rows = [{"conversations": [{"from": who, "value": text} for who, text in said]}, {"conversations": None}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="2 of 2 rows cannot be used"):
+        training_data(section(path, messages="conversations"), tokenizer, preferences=False, max_length=None)
+
+
+def test_chat_needs_a_chat_template(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD])
+    with pytest.raises(UserError, match="'chat' needs a model with a chat template"):
+        training_data(section(path, template="chat"), tiny_tokenizer(), preferences=False, max_length=None)
+
+
+def shown(recipe, **console):
+    console = Console(soft_wrap=True, record=True, width=200, **console)
+    show_samples(load_recipe(str(recipe)), 2, console)
+    return console.export_text(styles=bool(console.is_terminal))
+
+
+def test_the_preview_colors_what_is_learned(tmp_path, capsys):
+    recipe = make_world(tmp_path)
+    text = shown(recipe)
+    assert "Question: what is 0+0\nAnswer⟦: it is 0</s>⟧" in text and text.count("⟦") == 3
+    assert "\x1b[1;32m: it is 0</s>\x1b[0m" in shown(recipe, force_terminal=True, color_system="standard")
+    assert main([str(recipe), "--show-samples", "0"]) == 2
+    assert "--show-samples: a whole number of at least 1, not 0" in capsys.readouterr().err
+
+
+def test_the_preview_of_preferences_and_of_what_is_cut(tmp_path):
+    pairs = [{"q": f"why {i}", "yes": "because it is so", "no": "no"} for i in range(3)]
+    data = {
+        "path": str(write_rows(tmp_path / "pairs.jsonl", pairs)),
+        "prompt": "q",
+        "response": "yes",
+        "rejected": "no",
+    }
+    recipe = make_world(
+        tmp_path, data={**data, "template": "qa"}, trainer="dpo", training={"max_length": 35, "bf16": False}
+    )
+    text = shown(recipe)
+    assert "row 1 chosen" in text and "row 2 rejected" in text
+    assert "⟦: because it is⟧ so</s>" in text and "⟦: no</s>⟧" in text

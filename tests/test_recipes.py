@@ -1,0 +1,101 @@
+"""The shipped recipes: what they inherit, each model by its preset, and a dry run of each at full size."""
+
+import pytest
+from world import make_world
+
+from lora_null.errors import UserError
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.load import load_recipe, merge, presets, read_yaml, shipped
+
+PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora")
+MODELS = {
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "6,738M"),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "8,030M"),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "8,030M"),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "3,213M"),
+}
+
+
+def test_every_paper_recipe_is_shipped_and_every_model_has_a_preset():
+    assert set(PAPER) | {"quickstart", "study"} == set(shipped()) and set(presets()) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_inherit_one_default_and_copy_nothing(name):
+    own, default = read_yaml(shipped()[name]), load_recipe(name)
+    assert own["include"] in ("default", "ultrafeedback")
+    assert [entry.task for entry in default.eval.retention] == ["triviaqa", "nq_open", "webqs"]
+    assert default.calibration.samples == 256 and default.training["warmup_steps"] == 0.03
+    inherited = read_yaml(shipped()[name].parent / "presets" / "default.yaml")
+    for key, value in own.items():
+        if isinstance(value, dict) and own["include"] == "default":
+            assert not [inner for inner in value if value[inner] == inherited.get(key, {}).get(inner)]
+
+
+def test_the_papers_settings():
+    math, code, instruct = (load_recipe(name) for name in PAPER[:3])
+    assert (math.data.path, math.data.prompt, math.data.response) == ("meta-math/MetaMathQA", "query", "response")
+    assert (code.data.prompt, code.data.response, instruct.data.messages) == (
+        "instruction",
+        "response",
+        "conversations",
+    )
+    assert {recipe.data.limit for recipe in (math, code, instruct)} == {100000}
+    assert math.training["learning_rate"] == 2e-5 and math.training["total_batch_size"] == 128
+    roselora, dpo = load_recipe("roselora"), load_recipe("roselora", ["trainer=dpo"])
+    assert roselora.method.name == ["lora", "roselora", "lora-null-v1", "lora-null-v2"] and roselora.method.rank == 32
+    assert roselora.trainer == "sft" and dpo.trainer == "dpo" and dpo.data == roselora.data
+    assert roselora.data.response == "chosen" and load_recipe("ultrafeedback").trainer == "dpo"
+
+
+@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize("name", PAPER)
+def test_dry_run_at_full_size(capsys, name, preset):
+    assert main([name, "--dry-run", "--model-preset", preset]) == 0
+    out = capsys.readouterr().out
+    assert f"{MODELS[preset][0]}, {MODELS[preset][1]} parameters" in out
+    if name == "math" and preset == "llama-2-7b":
+        assert "782 optimizer steps of 128 sequences" in out and "174M" in out
+    if name == "ultrafeedback" and preset == "llama-2-7b":
+        assert "44M" in out
+
+
+def test_includes(tmp_path):
+    make_world(tmp_path)
+    (tmp_path / "mine.yaml").write_text("include: tiny.yaml\nmethod: {rank: 2}\n")
+    (tmp_path / "two.yaml").write_text("include: [mine.yaml, llama-3.2-3b]\n")
+    mine, two = load_recipe(str(tmp_path / "mine.yaml")), load_recipe(str(tmp_path / "two.yaml"))
+    assert (
+        mine.method.rank == 2 and mine.method.name == ["lora", "lora-null-v1", "lora-null-v2"] and mine.name == "mine"
+    )
+    assert two.model.name_or_path == "meta-llama/Llama-3.2-3B" and two.method.rank == 2
+    over = load_recipe(str(tmp_path / "mine.yaml"), ["model.dtype=float32"], preset="llama-3-8b")
+    assert over.model.name_or_path == "meta-llama/Meta-Llama-3-8B" and over.model.dtype == "float32"
+    assert merge({"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"c": [2]}, "d": {"e": 1}}) == {
+        "a": {"b": 1, "c": [2]},
+        "d": {"e": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("include: defalt", r"include: no file 'defalt' \(did you mean 'default'\?\)"),
+        ("include: me.yaml", "'me.yaml' includes itself"),
+        ("include: default\ntrainer: dpoo", "trainer: input should be 'sft' or 'dpo'"),
+        ("include: default\ntrainer: dpo\ntraining: {packing: true}", "training has no key 'packing'"),
+        ("include: ultrafeedback\ndata: {messages: m}", "not data.messages"),
+        ("include: math\neval: {task: [{tsk: gsm8k}]}", "needs one of the keys task, answers, preferences, mt_bench"),
+        ("include: math\neval: {judge: {}}", "eval.judge.model is missing"),
+        ("include: math\neval: {backend: vlm}", "eval.backend: input should be 'hf' or 'vllm'"),
+    ],
+)
+def test_mistakes(tmp_path, text, message):
+    (tmp_path / "me.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(tmp_path / "me.yaml"))
+
+
+def test_an_unknown_preset(capsys):
+    assert main(["math", "--model-preset", "llama-3.2-8b", "--dry-run"]) == 2
+    assert "--model-preset: no preset 'llama-3.2-8b' (did you mean 'llama-3.2-3b'?)" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""Whole tiny runs of what the paper's recipes add: preferences, conversations, generated answers, code."""
+
+import json
+
+import pytest
+from tiny import tiny_tokenizer
+from world import make_world, write_rows
+
+from lora_null.recipes.__main__ import main
+
+CODE = {
+    "task_id": "t/0",
+    "prompt": "def one():\n    ''' Return 1. '''\n",
+    "entry_point": "one",
+    "canonical_solution": "    return 1\n",
+    "test": "def check(f):\n    assert f() == 1\n",
+}
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}<assistant>"
+
+
+def world(folder, **changes):
+    recipe = make_world(folder, **changes)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tokenizer.save_pretrained(folder / "model")
+    return recipe
+
+
+def results(folder):
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+METHODS = ["lora", "lora-null-v1", "lora-null-v2"]
+TRAINING = {"learning_rate": 1e-2, "max_steps": 3, "total_batch_size": 4, "per_device_train_batch_size": 2}
+TRAINING |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_dpo(tmp_path, precompute):
+    pairs = [{"q": f"what is {i}", "yes": f"it is {i}", "no": "who knows"} for i in range(30)]
+    path = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+    names = {"prompt": "q", "response": "yes", "rejected": "no"}
+    retention = [{"answers": "facts", "path": str(tmp_path / "facts.jsonl"), "limit": 8}]
+    recipe = world(
+        tmp_path,
+        trainer="dpo",
+        method={"name": METHODS[1:] if precompute else METHODS, "rank": 4},
+        data={"path": path, "template": "qa", **names},
+        training={**TRAINING, "beta": 0.3, "precompute_ref_log_probs": precompute},
+        eval={"retention": retention, "task": [{"preferences": "pairs", "path": path, "limit": 10, **names}]},
+    )
+    assert main([str(recipe)]) == 0
+    base, *rows = results(tmp_path)["rows"]
+    assert (
+        base["metrics"]["pairs reward accuracy"]["value"] == 0.5
+        and base["metrics"]["pairs reward margin"]["value"] == 0
+    )
+    assert [row["method"] for row in rows] == METHODS[precompute:]
+    for row in rows:
+        assert row["metrics"]["pairs reward accuracy"]["value"] > 0.5 and row["metrics"]["facts kl"]["value"] > 0
+        assert row["drift"]["mean"] > 0
+        log = (tmp_path / "out" / row["method"] / "train_log.jsonl").read_text().splitlines()
+        first, *_, last = map(json.loads, log)
+        assert abs(first["reward_margin"]) < 1e-4 and last["reward_margin"] > 0 and 0 <= last["reward_accuracy"] <= 1
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "pairs reward accuracy" in report and "trainer: dpo" in report
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_conversations_with_generated_answers(tmp_path, template):
+    said = [{"from": who, "value": f"{who} says {turn}"} for turn in (1, 2) for who in ("human", "gpt")]
+    questions = [{"question_id": i, "category": "writing", "turns": ["tell", "more"]} for i in range(3)]
+    gsm = [{"question": f"what is {i}+{i}", "answer": f"#### {2 * i}"} for i in range(3)]
+    recipe = world(
+        tmp_path,
+        method={"name": "lora-null-v2", "rank": 4},
+        data={
+            "path": str(write_rows(tmp_path / "talk.jsonl", [{"talk": said}] * 12)),
+            "messages": "talk",
+            "template": template,
+        },
+        training={**TRAINING, "max_length": 400},
+        eval={
+            "task": [
+                {
+                    "mt_bench": "MT-Bench",
+                    "path": str(write_rows(tmp_path / "q.jsonl", questions)),
+                    "max_new_tokens": 5,
+                },
+                {
+                    "task": "metamath_gsm8k",
+                    "name": "gsm8k",
+                    "path": str(write_rows(tmp_path / "g.jsonl", gsm)),
+                    "limit": 2,
+                },
+            ]
+        },
+    )
+    (tmp_path / "model" / "config.json").write_text(
+        (tmp_path / "model" / "config.json")
+        .read_text()
+        .replace('"max_position_embeddings": 512', '"max_position_embeddings": 2048')
+    )
+    assert main([str(recipe)]) == 0
+    for folder in ("base", "lora-null-v2"):
+        answers = (tmp_path / "out" / folder / "mt_bench" / "answers.jsonl").read_text().splitlines()
+        assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers] == [2, 2, 2]
+    assert results(tmp_path)["rows"][1]["metrics"]["gsm8k"]["n"] == 2
+    assert results(tmp_path)["settings"]["template"] == f"{template}, in training and in MT-Bench, gsm8k"
+
+
+def test_code_runs_only_when_allowed(tmp_path, capsys, monkeypatch):
+    path = str(write_rows(tmp_path / "code.jsonl", [CODE] * 3))
+    options = {"method": {"name": "lora", "rank": 4}, "training": TRAINING}
+    data = {"path": str(tmp_path / "numbers.jsonl"), "prompt": "question", "response": "answer"}
+    task = {"task": "sandbox_humaneval_completion", "name": "humaneval", "path": path}
+    recipe = world(tmp_path, **options, data=data, eval={"task": [task], "batch_size": 4})
+    assert main([str(recipe)]) == 2
+    assert "runs code that the model writes; consent with --allow-code-execution" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    from lora_null.eval_harness import lm
+
+    answers = [CODE["canonical_solution"], "    return 2", "    return 1"]
+    monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda *_, **__: answers)
+    assert main([str(recipe), "--allow-code-execution"]) == 0
+    assert results(tmp_path)["rows"][1]["metrics"]["humaneval"]["value"] == pytest.approx(2 / 3)
+
+
+def test_own_tasks_are_asked_as_trained_or_not_at_all(tmp_path, capsys):
+    recipe = world(tmp_path)  # its template is qa
+    assert main([str(recipe), "eval.task=[metamath_gsm8k]"]) == 2
+    assert "metamath_gsm8k is asked in alpaca or chat, and data.template is 'qa'" in capsys.readouterr().err
+
+
+def test_a_judge_without_a_key(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    questions = [{"question_id": 1, "category": "math", "turns": ["a", "b"]}]
+    recipe = world(
+        tmp_path, eval={"task": [{"mt_bench": "MT", "path": str(write_rows(tmp_path / "q.jsonl", questions))}]}
+    )
+    assert main([str(recipe), "eval.judge.model=gpt-4"]) == 2
+    assert "needs a key in the environment variable OPENAI_API_KEY" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""The vllm backend: refused in one line where it is not installed, and what it is asked where it is (a stand-in here)."""
+
+import importlib.util
+import json
+import sys
+from types import ModuleType
+
+import pytest
+from world import make_world, write_rows
+
+from lora_null.errors import UserError
+from lora_null.eval_harness.lm import BlankLM
+from lora_null.eval_harness.vllm import open_vllm, require_vllm
+from lora_null.recipes.__main__ import main
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stand in for lm-eval's engine; return the arguments it was made with."""
+    asked = []
+
+    class VLLM(BlankLM):
+        def __init__(self, **options):
+            super().__init__()
+            asked.append(options)
+
+    module = ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = VLLM
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or found(name, *rest))
+    return asked
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_refused_where_it_is_not_installed(tmp_path, capsys):
+    assert main([str(make_world(tmp_path)), "eval.backend=vllm"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: eval.backend: vllm is not installed here; eval.backend=hf evaluates without it\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
+    gsm = write_rows(tmp_path / "g.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)])
+    task = {"task": "gsm8k", "path": str(gsm), "num_fewshot": 0, "metric": "flexible-extract"}
+    numbers = {"answers": "numbers", "path": str(tmp_path / "numbers.jsonl"), "limit": 4}
+    recipe = make_world(tmp_path, eval={"task": [task, numbers], "backend": "vllm", "cache": False})
+    assert main([str(recipe), "--method", "lora,lora-null-v1", "training.save_strategy=no"]) == 0
+    out = tmp_path / "out"
+    assert [options.get("lora_local_path") for options in engine] == [
+        None,
+        str(out / "lora" / "adapter"),
+        str(out / "lora-null-v1" / "adapter"),
+    ]
+    assert {options["pretrained"] for options in engine} == {str(tmp_path / "model")}
+    assert [options.get("max_lora_rank") for options in engine] == [None, 8, 8]
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows[2]["metrics"]["gsm8k/flexible-extract"]["value"] == pytest.approx(1 / 3)  # it always says 0
+    assert rows[2]["metrics"]["numbers nll"]["n"] == 4
+    assert json.loads((out / "lora" / "eval.json").read_text())["settings"]["backend"] == "vllm"
+
+
+def test_ranks(engine, tmp_path):
+    require_vllm()
+    options = {"dtype": "bfloat16", "revision": None}
+    open_vllm("m", tmp_path, rank=256, **options)
+    open_vllm("m", tmp_path, rank=257, **options)
+    assert [made["max_lora_rank"] for made in engine] == [256, 320]
+    with pytest.raises(UserError, match="up to rank 512, this one has 513"):
+        open_vllm("m", tmp_path, rank=513, **options)
