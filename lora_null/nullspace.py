@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Measured crossovers (tests/benchmarks/solvers.py): below this width a full `eigh` costs milliseconds; above it the
+# Measured crossovers (tests/benchmarks/scaling.py): below this width a full `eigh` costs milliseconds; above it the
 # Krylov solver wins while r is a small part of d.
 KRYLOV_MIN_WIDTH = 384
 KRYLOV_MAX_RANK_SHARE = 6

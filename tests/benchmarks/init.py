@@ -57,6 +57,8 @@ def main() -> None:
     if options.worker:
         print(json.dumps(_work(*options.worker.split("/"), options)))
         return
+    if options.quick:
+        options.cases = "layer"
     facts = common.machine(torch.device(options.device))
     print(common.headline(facts))
     results: dict[str, Any] = {"machine": facts, "cases": {}}
