@@ -28,6 +28,8 @@ def imported_parts(file):
 @pytest.mark.parametrize("part", PARTS)
 def test_data_flows_one_way(part):
     for file in sorted((ROOT / part).rglob("*.py")):
+        if file == ROOT / "lora_null" / "__main__.py":  # the `lora-null` command stands above all parts
+            continue
         assert set(imported_parts(file)) - {part} <= MAY_IMPORT[part], file
 
 
