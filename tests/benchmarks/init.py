@@ -1,6 +1,6 @@
 """What an initialization costs: ours, the reference algorithm, PEFT's CorDA and EVA, beside the bare forward pass.
 
-    python tests/benchmarks/init.py                         # SmolLM2 whole, and half of a Llama-7B-shaped layer
+    python tests/benchmarks/init.py                         # SmolLM2 whole, half of a Llama-7B-shaped layer, and PEFT's
     python tests/benchmarks/init.py --cases packed          # SmolLM2 on packed windows of 1024 tokens
     python tests/benchmarks/init.py --cases layer --scale 1 # the layer at full width: the reference takes half an hour
     python tests/benchmarks/init.py --cases whole --device cuda  # Llama-2-7B's shape; one layer of the reference
@@ -40,7 +40,8 @@ from lora_null.trainer.calibration import CalibrationArgs, calibration_windows, 
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "recipes" / "samples" / "nq_open_calibration.jsonl"
 CASES = {
-    "smollm2": dict(windows=16, length=256, rank=32, contenders="forward ours reference corda eva", repeated=3),
+    "smollm2": dict(windows=16, length=256, rank=32, contenders="forward ours reference", repeated=3),
+    "peft": dict(windows=16, length=256, rank=32, contenders="forward ours eva corda", repeated=1),
     "packed": dict(windows=32, length=1024, rank=32, contenders="forward ours", repeated=1),
     "layer": dict(windows=12, length=1024, rank=64, contenders="forward ours reference", repeated=1),
     "whole": dict(windows=256, length=1024, rank=128, contenders="forward ours reference", repeated=1),
@@ -49,7 +50,7 @@ CASES = {
 
 def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="smollm2,layer", help=f"of {', '.join(CASES)}, separated by commas")
+    parser.add_argument("--cases", default="smollm2,layer,peft", help=f"of {', '.join(CASES)}, separated by commas")
     parser.add_argument("--scale", type=float, default=0.5, help="width of `layer`, 1 is Llama-7B's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", help="internal: run one contender of one case and print JSON")
@@ -75,6 +76,7 @@ def _run_case(case: str, options: Any) -> dict[str, Any]:
         for contender in settings["contenders"].split():
             if turn == 0 or contender in ("forward", "ours"):
                 raw.setdefault(contender, []).append(_start(f"{case}/{contender}", options))
+                print(f"  {case}: {contender} {raw[contender][-1]['seconds']:.1f} s", flush=True)
     forward = median(run["seconds"] for run in raw["forward"])
     rows = {name: _summary(runs, forward) for name, runs in raw.items()}
     _print_case(case, rows, raw["forward"][0]["about"])
@@ -143,7 +145,7 @@ def _peak(device: torch.device) -> int:
 def _world(case: str, options: Any, device: torch.device) -> tuple[nn.Module, list[dict[str, torch.Tensor]], str]:
     settings = CASES[case]
     windows, length = (2, 64) if options.quick else (settings["windows"], settings["length"])
-    if case in ("smollm2", "packed"):
+    if case in ("smollm2", "packed", "peft"):
         model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
         texts = [json.loads(line)["question"] for line in QUESTIONS.read_text().splitlines()]
         texts *= -(-windows * length // (8 * len(texts)))  # the sample over and over, in other orders, fills them

@@ -13,10 +13,10 @@ A case is a precision, with `+ckpt` under gradient checkpointing, and its number
 The contenders take turns, one step each a round, the first of them another one every round; what is reported is the
 median over rounds of the ratio to plain PEFT LoRA's step of the same round, with quartiles. `lora-again` among the
 contenders shows how far two equal ones differ. Adapters have alpha = r and random factors: a step costs the same
-wherever they start. v1 runs on its residual base, as in training. Memory is
-measured apart, each contender in a process of its own: the peak of a step above the loaded weights, so gradients,
-optimizer state, what autograd keeps, and temporaries. Saved bytes are what autograd keeps between forward and backward
-pass, each storage once, parameters not counted, copies of weights in another dtype apart.
+wherever they start. v1 runs on its residual base, as in training. Memory is measured apart, each contender in a process
+of its own: the peak of a step above the loaded weights, so gradients, optimizer state, what autograd keeps, and
+temporaries. Saved bytes are what autograd keeps between forward and backward pass, each storage once, parameters not
+counted, copies of weights in another dtype apart.
 """
 
 from __future__ import annotations
