@@ -39,6 +39,7 @@ class Method:
         name: what `--method` calls it.
         saves: "adapter", a plain LoRA for the original model, or "model", a whole one.
         needs_gram: whether `compute` reads Gram matrices, not only sketches, of the calibration inputs.
+        layer_by_layer: whether it holds the Grams of one decoder layer at a time, not of all.
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
@@ -47,6 +48,7 @@ class Method:
     name: ClassVar[str] = "lora"
     saves: ClassVar[Literal["adapter", "model"]] = "adapter"
     needs_gram: ClassVar[bool] = False
+    layer_by_layer: ClassVar[bool] = False
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
     state_bytes: ClassVar[int] = 0

@@ -18,7 +18,7 @@ class LoRANullV1(Method):
     """A0 and B0 from the null space, base W0 − s·B0A0; A and B train."""
 
     name = "lora-null-v1"
-    needs_gram = True
+    needs_gram = layer_by_layer = True
 
     def config(self, **adapter: Any) -> PeftConfig:
         return LoraNullConfig(variant=self.name[-2:], **adapter)
