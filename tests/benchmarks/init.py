@@ -40,7 +40,7 @@ from lora_null.trainer.calibration import CalibrationArgs, calibration_windows, 
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "recipes" / "samples" / "nq_open_calibration.jsonl"
 CASES = {
-    "smollm2": dict(windows=16, length=256, rank=32, contenders="forward ours reference", repeated=3),
+    "smollm2": dict(windows=16, length=256, rank=32, contenders="forward ours reference", repeated=2),
     "peft": dict(windows=16, length=256, rank=32, contenders="forward ours eva corda", repeated=1),
     "packed": dict(windows=32, length=1024, rank=32, contenders="forward ours", repeated=1),
     "layer": dict(windows=12, length=1024, rank=64, contenders="forward ours reference", repeated=1),
