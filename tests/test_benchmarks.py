@@ -35,4 +35,3 @@ def test_the_reference_finds_our_factors(init_benchmark):
     assert torch.dist(B @ A, ours.B @ ours.A) < 0.05 * torch.linalg.matrix_norm(B @ A)
     theirs, mine = (torch.linalg.matrix_norm(F @ X) / torch.linalg.matrix_norm(F) for F in (A, ours.A))
     assert mine <= 1.01 * theirs
-

@@ -134,3 +134,37 @@ def test_an_existing_adapter_is_not_overwritten(world, tmp_path, capsys):
     (tmp_path / "out" / "adapter").mkdir(parents=True)
     assert init(world, tmp_path / "out") == 2
     assert "holds an adapter already" in capsys.readouterr().err
+
+
+def peak_rss(world, model, out):
+    """Peak resident bytes of an `init` that leaves the weights in their files."""
+    words = ["init", "--model", str(model), "--calibration", str(world / "facts.jsonl"), "--out", str(out)]
+    words += [
+        "--low-memory",
+        "--dtype",
+        "float32",
+        "--rank",
+        "4",
+        "--max-length",
+        "64",
+        "--device",
+        "cpu",
+        "--no-cache",
+    ]
+    code = f"import resource; from lora_null.__main__ import main; assert main({words!r}) == 0; "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def test_more_layers_take_no_more_memory_than_their_results(world, tmp_path):
+    shape = dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_key_value_heads=6)
+    peaks, sizes, kept = {}, {}, {}
+    for layers in (2, 24):
+        model = save_tiny(tmp_path / f"model{layers}", num_hidden_layers=layers, **shape)
+        peaks[layers] = peak_rss(world, model, tmp_path / f"out{layers}")
+        sizes[layers] = (model / "model.safetensors").stat().st_size
+        kept[layers] = sum(path.stat().st_size for path in (tmp_path / f"out{layers}").rglob("*.safetensors"))
+    layer = (sizes[24] - sizes[2]) / 22
+    assert peaks[24] - peaks[2] < layer + 2 * (kept[24] - kept[2]) < 0.6 * (sizes[24] - sizes[2])

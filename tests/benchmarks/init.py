@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -119,27 +120,38 @@ def _work(case: str, contender: str, options: Any) -> dict[str, Any]:
     with torch.no_grad():
         backbone = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
         backbone(**{key: value[:1, :16].to(device) for key, value in batches[0].items()}, use_cache=False)  # warm up
-    before = _memory(device)
-    found = {"forward": forward, "ours": ours, "reference": reference, "corda": corda, "eva": eva}[contender](
-        model, batches, rank
-    )
-    seconds = sum(found["parts"].values())
-    return {**found, "seconds": seconds, "peak_gib": (_peak(device) - before) / 2**30, "about": about}
+    run = {"forward": forward, "ours": ours, "reference": reference, "corda": corda, "eva": eva}[contender]
+    with _Peak(device) as peak:
+        found = run(model, batches, rank)
+    return {**found, "seconds": sum(found["parts"].values()), "peak_gib": peak.gib, "about": about}
 
 
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
+class _Peak:
+    """The most memory in use above what there was before: the accelerator's own count, or the process polled."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.done = threading.Event()
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
+    def __enter__(self) -> _Peak:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.most = self._now()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+        self.thread.start()
+        return self
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _now(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.cuda else psutil.Process().memory_info().rss
+
+    def _poll(self) -> None:
+        while not self.done.wait(0.01):
+            self.most = max(self.most, self._now())
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.gib = (max(self.most, self._now()) - self.before) / 2**30
 
 
 def _world(case: str, options: Any, device: torch.device) -> tuple[nn.Module, list[dict[str, torch.Tensor]], str]:
