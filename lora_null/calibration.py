@@ -296,7 +296,8 @@ class InputMeter:
                     raise UserError(
                         f"calibration: sample {sample} of batch {index} gives NaN or infinite inputs at {name}"
                     )
-        for name, gram in self.grams.items():
+        while self.grams:  # handed over, not held
+            name, gram = self.grams.popitem()
             self.stats[name].gram = gram.result()
         return Calibration(list(self.stats.values()), {name: float(e) for name, e in self.output_energy.items()})
 

@@ -31,6 +31,7 @@ from lora_null.calibration import (
     sum_over_ranks,
     token_batches,
 )
+from lora_null.memory import release_freed_memory
 from lora_null.ranks import rank_and_world
 from lora_null.weight_files import WeightFiles
 
@@ -127,6 +128,8 @@ def walk_layers(
                 if targets:
                     part = None if skip(name) else _finished(meter, balance, start)
                     yield name, part
+            if weights is not None:
+                release_freed_memory()
 
 
 def _rank() -> int:

@@ -77,13 +77,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(top_pad, 1 << 26)
 
 
-def release_freed_memory() -> None:
-    """Give freed blocks back to the kernel after all, between two methods."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def reset_peak_memory() -> None:
     """Start counting peak memory anew, where the system allows it (CUDA; on Linux the process's own peak)."""
     if torch.cuda.is_available():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_null.recipes.environment import release_freed_memory
+from lora_null.memory import release_freed_memory
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
 KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}

@@ -33,7 +33,7 @@ from lora_null.recipes.bases import (
     resolve_name,
 )
 from lora_null.recipes.data import calibration_texts, load_documents
-from lora_null.recipes.environment import environment, peak_memory_bytes, release_freed_memory, reset_peak_memory
+from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
