@@ -23,6 +23,7 @@ from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ,
 from lora_null.eval_harness.vllm import open_vllm, require_vllm
 from lora_null.files import write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
+from lora_null.memory import release_freed_memory
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
     attention,
