@@ -6,13 +6,12 @@ lora-null init --model M --calibration texts.jsonl --out DIR
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_null.errors import UserError
+from lora_null.errors import UserError, exit_status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,13 +64,7 @@ def _add_calibration(init: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 2 a user's mistake, told in one line on stderr."""
     arguments = parser().parse_args(argv)
-    try:
-        _init(arguments)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _init(arguments))
 
 
 def _init(arguments: argparse.Namespace) -> None:

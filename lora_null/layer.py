@@ -33,6 +33,14 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict
     }
 
 
+def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") -> None:
+    """Keep `lora_A` or `lora_B` out of training through PEFT's own record, which survives `set_adapter`."""
+    frozen = {**layer.frozen_peft_weight_names}
+    frozen[adapter_name] = tuple({*frozen.get(adapter_name, ()), part})
+    layer.frozen_peft_weight_names = frozen
+    layer._freeze_non_trainable_peft_weights(adapter_name)
+
+
 class LoraNullLinear(Linear):
     """A `peft` LoRA linear that never shows a half-changed base.
 
@@ -54,11 +62,8 @@ class LoraNullLinear(Linear):
             self.freeze_A(adapter_name)
 
     def freeze_A(self, adapter_name: str) -> None:
-        """Keep A out of training through PEFT's own record of frozen weights, which survives `set_adapter`."""
-        frozen = {**self.frozen_peft_weight_names}
-        frozen[adapter_name] = tuple({*frozen.get(adapter_name, ()), "lora_A"})
-        self.frozen_peft_weight_names = frozen
-        self._freeze_non_trainable_peft_weights(adapter_name)
+        """Keep A out of training; see `freeze_factor`."""
+        freeze_factor(self, "lora_A", adapter_name)
 
     def subtract_residual(self, adapter_name: str, A: torch.Tensor, B: torch.Tensor) -> None:
         """Turn the base weight W0 into W0 − s·BA, in place, computed in float64 and rounded once.

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from lora_null.calibration import Calibration, InputStats
 from lora_null.errors import UserError
 from lora_null.factors import LayerStats
-from lora_null.files import cache_root, write_json, write_safetensors
+from lora_null.files import cache_root, link, write_json, write_safetensors
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
 FORMAT = "1"  # a change of what the files mean makes old caches unused
@@ -116,14 +116,8 @@ def find_initialization(folder: Path) -> Path:
 
 def copy_store(source: Path, target: Path) -> None:
     """Copy a complete folder, by hard links where the file system allows."""
-    target.mkdir(parents=True, exist_ok=True)
     for path in [*sorted(source.glob(f"{PREFIX}*")), source / REPORT_FILE]:
-        place = target / path.name
-        place.unlink(missing_ok=True)
-        try:
-            os.link(path, place)
-        except OSError:
-            shutil.copy2(path, place)
+        link(path, target / path.name)
 
 
 def cached_folder(

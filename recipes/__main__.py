@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_null.errors import UserError
+from lora_null.errors import UserError, exit_status
 from lora_null.recipes.launch import start_missing_processes
 
 USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
@@ -55,16 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 2 a user's mistake, told in one line on stderr."""
     arguments = parser().parse_intermixed_args(argv)
     _quiet()
-    try:
-        status = start_missing_processes(sys.argv[1:] if argv is None else argv)
-        if status is not None:
-            return status
+    return exit_status(lambda: _start(arguments, sys.argv[1:] if argv is None else argv))
+
+
+def _start(arguments: argparse.Namespace, words: Sequence[str]) -> int | None:
+    status = start_missing_processes(words)
+    if status is None:
         _dispatch(arguments)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status
 
 
 def _dispatch(arguments: argparse.Namespace) -> None:

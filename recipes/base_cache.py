@@ -18,7 +18,7 @@ from accelerate import PartialState
 import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, LmEvalTask
 from lora_null.eval_harness.tasks import describe
-from lora_null.files import cache_root
+from lora_null.files import cache_root, link
 from lora_null.recipes.bases import attention
 from lora_null.recipes.schema import Recipe
 
@@ -106,17 +106,6 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
         _prune()
     except OSError:
         return
-
-
-def link(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name, or copy it where the disk cannot; ours are replaced whole, never written into."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _prune() -> None:

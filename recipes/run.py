@@ -21,7 +21,7 @@ from trl import DPOConfig, SFTConfig
 from lora_null.errors import UserError
 from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.vllm import open_vllm, require_vllm
-from lora_null.files import write_json, write_text
+from lora_null.files import link, write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.memory import release_freed_memory
 from lora_null.recipes import base_cache, output
@@ -389,7 +389,7 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     if source is None or not (source / "init" / DRIFT_FILE).is_file():
         return False
     if job.is_main:
-        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=base_cache.link)
+        shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)
     PartialState().wait_for_everyone()
     return True
 

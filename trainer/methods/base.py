@@ -110,12 +110,3 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[s
         for part in layer.frozen_peft_weight_names.get(adapter_name, ())
     }
     return names - frozen
-
-
-def freeze_factor(model: nn.Module, part: Literal["lora_A", "lora_B"], adapter_name: str = "default") -> None:
-    """Keep one factor of every layer out of training through PEFT's own record, which survives `set_adapter`."""
-    for layer in adapted_layers(model, adapter_name).values():
-        frozen = {**layer.frozen_peft_weight_names}
-        frozen[adapter_name] = tuple({*frozen.get(adapter_name, ()), part})
-        layer.frozen_peft_weight_names = frozen
-        layer._freeze_non_trainable_peft_weights(adapter_name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_null.trainer.methods.base import Method, freeze_factor, method
+from lora_null.layer import freeze_factor
+from lora_null.trainer.methods.base import Method, method
 
 
 @method
@@ -24,4 +25,5 @@ class LoRAFA(Method):
     name = "lora-fa"
 
     def prepare(self, model: nn.Module) -> None:
-        freeze_factor(model, "lora_A")
+        for layer in self.layers(model).values():
+            freeze_factor(layer, "lora_A")
