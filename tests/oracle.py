@@ -28,7 +28,7 @@ def capture_inputs(model, names, batches):
 
 def null_space(X, r):
     """Return the r left singular vectors of X with the smallest singular values (paper, section 3.3)."""
-    U, _, _ = np.linalg.svd(X, full_matrices=True)
+    U, _, _ = np.linalg.svd(X, full_matrices=X.shape[1] < X.shape[0])  # else it is square as it is
     return U[:, -r:]
 
 

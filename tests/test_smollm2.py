@@ -90,7 +90,10 @@ def test_theorem_2_on_real_activations(folder, batches):
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_saved_adapter_gives_the_live_logits(folder, batches, variant, tmp_path):
     live = get_peft_model(
-        load(folder), LoraNullConfig(r=8, variant=variant, target_modules=["q_proj", "up_proj", "down_proj"])
+        load(folder),
+        LoraNullConfig(
+            r=8, variant=variant, target_modules=["q_proj", "up_proj", "down_proj"], layers_to_transform=[0, 12, 29]
+        ),
     )
     initialize_lora_null_weights(live, batches[-1:], progress=False, min_tokens=1)
     torch.manual_seed(0)
