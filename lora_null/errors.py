@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -24,10 +25,31 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; return its status, or 2 for a user's mistake, told in one line on stderr, once over the ranks."""
+    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr.
+
+    On many ranks it is told once. Any other exception is a fault of ours and keeps its traceback.
+    """
     try:
         return command() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
         return 2
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        _tell("no space left on the disk; the last checkpoint and all that was finished are whole, --resume goes on")
+        return 1
+
+
+def _tell(message: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Return whether a full disk or quota is behind an exception; torch and safetensors wrap it in their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.errors import UserError
 from lora_null.factors import LayerStats
-from lora_null.files import cache_root, link, write_json, write_safetensors
+from lora_null.files import cache_root, link, read_json, read_safetensors, write_json, write_safetensors
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
 FORMAT = "1"  # a change of what the files mean makes old caches unused
@@ -68,9 +66,8 @@ def read_parts(folder: Path) -> dict[str, SolvedPart]:
 
 
 def _read_part(path: Path) -> SolvedPart:
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
+    tensors, metadata = read_safetensors(path)
+    facts = json.loads(metadata["facts"])
     names = [line["name"] for line in facts["stats"]]
     inputs = [
         InputStats(line["modules"], None, tensors[f"{i}.sketch"], line["tokens"])
@@ -98,7 +95,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     if not (folder / REPORT_FILE).is_file():
         raise UserError(f"{folder}: holds no complete initialization ({REPORT_FILE} is missing)")
-    return json.loads((folder / REPORT_FILE).read_text())
+    return read_json(folder / REPORT_FILE)
 
 
 def find_initialization(folder: Path) -> Path:

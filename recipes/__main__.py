@@ -100,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
+    from lora_null.recipes.preemption import exit_on_sigterm
     from lora_null.recipes.run import dry_run, run
 
     use_all_cores()
@@ -107,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         dry_run(recipe)
     else:
+        exit_on_sigterm()
         start = run_grid if recipe.grid else run
         options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
         start(recipe, allow_code_execution=arguments.allow_code_execution, **options)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState, init_empty_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -112,12 +113,19 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     """
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             name,
             revision=model.revision or "main",
             dtype=getattr(torch, model.dtype),
             attn_implementation=attention(model),
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except SafetensorError as error:
+        raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(_unreachable(name, error)) from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
+    return loaded

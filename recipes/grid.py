@@ -24,7 +24,7 @@ import numpy as np
 from accelerate import PartialState
 
 from lora_null.errors import UserError
-from lora_null.files import write_json
+from lora_null.files import read_json, write_json
 from lora_null.recipes import output
 from lora_null.recipes.environment import environment
 from lora_null.recipes.load import put
@@ -104,12 +104,20 @@ def run_grid(
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
     whole = check_grid(recipe, cells, allow_code_execution=allow_code_execution)
-    is_main = PartialState().is_main_process
-    with PartialState().main_process_first():
-        if is_main:
-            output.claim(recipe, resume=resume, overwrite=overwrite)
-            output.need_space(root, _space(recipe, cells, whole.plans))
-    base = base_row(whole)
+    with output.taken(recipe, _space(recipe, cells, whole.plans), resume=resume, overwrite=overwrite):
+        results = _run_cells(recipe, cells, whole, allow_code_execution=allow_code_execution)
+    if whole.is_main:
+        print_table(results)
+        print(f"report: {root / 'report.html'}")
+    PartialState().wait_for_everyone()
+    return root
+
+
+def _run_cells(
+    recipe: Recipe, cells: Sequence[Cell], whole: Job, *, allow_code_execution: bool = False
+) -> dict[str, Any]:
+    """Run what is not finished, write the results after each cell and the report at the end; return the results."""
+    root, base = Path(recipe.output_dir), base_row(whole)
     progress = Progress(root, cells)
     for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
         job = None
@@ -118,16 +126,13 @@ def run_grid(
                 continue
             job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
             run_job(job, progress.row_done(cell))
-            if is_main:
+            if whole.is_main:
                 write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
-    if is_main:
-        results = collect(recipe, cells, whole.model_name, base)
+    results = collect(recipe, cells, whole.model_name, base)
+    if whole.is_main:
         write_json(root / "results.json", results)
         write_report(root)
-        print_table(results)
-        print(f"report: {root / 'report.html'}")
-    PartialState().wait_for_everyone()
-    return root
+    return results
 
 
 def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
@@ -240,7 +245,7 @@ def _duration(seconds: float) -> str:
 def read_row(root: Path, cell: Cell, method: str) -> dict[str, Any] | None:
     """Return a finished method's row, None where it is not finished."""
     path = root / cell.folder / method / ROW_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: dict[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from lora_null.errors import UserError
-from lora_null.files import write_text
+from lora_null.files import PART, read_json, sweep, write_text
 from lora_null.recipes.schema import Recipe
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
+LOCK_FILE = ".lock"
 OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
 
 
@@ -22,28 +27,80 @@ def is_finished(folder: Path) -> bool:
     results = folder / "results.json"
     if not (folder / LAST_FILE).is_file():
         return False
-    grid = json.loads(results.read_text(encoding="utf-8")).get("grid") if results.is_file() else None
+    grid = read_json(results).get("grid") if results.is_file() else None
     return grid is None or len(grid["cells"]) == grid["planned"]
 
 
+@contextlib.contextmanager
+def taken(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the output folder for as long as a run of all processes lasts: claimed by the first, locked against others.
+
+    Args:
+        recipe: whose folder.
+        size: bytes that the run may write.
+        resume, overwrite: what may become of an earlier run in the folder.
+
+    Raises:
+        UserError: as `claim`; another run is writing there; there is less space.
+    """
+    folder = Path(recipe.output_dir)
+    with contextlib.ExitStack() as stack:
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
+                stack.enter_context(_locked(folder))
+                claim(recipe, resume=resume, overwrite=overwrite)
+                need_space(folder, size)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; the system lets go of the lock when a process is killed."""
+    _probe(folder)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
-    """Make the output folder ours: check what it holds, and that it can be written.
+    """Make the output folder ours: check what it holds, and that it can be written; sweep up after a killed run.
 
     Raises:
         UserError: it is in use and neither --resume nor --overwrite fits, or it cannot be written or has no space.
     """
     folder = Path(recipe.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held and not overwrite:
-        _check_held(folder, held, recipe, resume)
+    check(recipe, resume=resume, overwrite=overwrite)
     _probe(folder)
+    sweep(folder)
     if overwrite:
         _clear(folder)
     if not (folder / RECIPE_FILE).is_file():
         write_text(folder / RECIPE_FILE, dump(recipe))
     return folder
+
+
+def _is_left_over(path: Path) -> bool:
+    """Return whether a name is our lock's, or that of a file which a killed run did not finish."""
+    return path.name == LOCK_FILE or (path.name.startswith(".") and path.name.endswith(PART))
+
+
+def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Raise a UserError unless the folder is free, or what it holds may be continued or replaced."""
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file")
+    held = sorted(path.name for path in folder.iterdir() if not _is_left_over(path)) if folder.is_dir() else []
+    if held and not overwrite:
+        _check_held(folder, held, recipe, resume)
 
 
 def dump(recipe: Recipe) -> str:
@@ -62,18 +119,28 @@ def _check_held(folder: Path, held: list[str], recipe: Recipe, resume: bool) -> 
         raise UserError(
             f"output_dir: {folder} holds an unfinished run; --resume continues it, --overwrite replaces it"
         )
-    before = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    before = _read_recipe(folder)
     now = yaml.safe_load(dump(recipe))
     differing = next((key for key in now if key != "output_dir" and now[key] != before.get(key)), None)
     if differing:
         raise UserError(f"--resume: {differing!r} differs from the run in {folder}; resume it with the same recipe")
 
 
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"output_dir: {folder / RECIPE_FILE} is damaged; choose another folder")
+    return found
+
+
 def _probe(folder: Path) -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe.{os.getpid()}{PART}"
         try:
             with open(probe, "wb") as file:
                 file.write(b"\0" * 2**20)
@@ -96,7 +163,7 @@ def _clear(folder: Path) -> None:
     """Remove what a run of ours left, and nothing else."""
     if not (folder / RECIPE_FILE).is_file():
         return
-    before = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    before = _read_recipe(folder)
     for name in (*before.get("method", {}).get("name", []), *OWN_FILES):
         path = folder / name
         if path.is_dir():

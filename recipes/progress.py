@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_null.files import write_text
 from lora_null.memory import release_freed_memory
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
@@ -86,12 +87,10 @@ class TrainLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if state.global_step and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:  # TRL counts tokens from zero in every process; the log goes on
             self.seconds_before, self.tokens_before = kept[-1]["seconds"], kept[-1].get("tokens", 0)
         self.start = time.perf_counter()
@@ -106,6 +105,17 @@ class TrainLog(TrainerCallback):
         line["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 3)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a training log up to where a kill left half a one; none where there is no log."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
 
 
 def _finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError
 from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.vllm import open_vllm, require_vllm
-from lora_null.files import link, write_json, write_text
+from lora_null.files import link, read_json, write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.memory import release_freed_memory
 from lora_null.recipes import base_cache, output
@@ -38,11 +39,13 @@ from lora_null.recipes.environment import environment, peak_memory_bytes, reset_
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at
+from lora_null.recipes.preemption import SaveOnSigterm
+from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
 from lora_null.store import find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.mixin import DRIFT_FILE
 
@@ -99,11 +102,11 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
 
 
 def _check_positive(options: dict[str, Any]) -> None:
-    """Refuse the zeros and negative numbers that TRL would take and train nonsense with."""
+    """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
     for key in ("learning_rate", "num_train_epochs", "total_batch_size", "per_device_train_batch_size", "max_length"):
         value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"training.{key}: must be greater than 0, not {value}")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -147,10 +150,16 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is said before.
     """
-    job = prepare(recipe, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
-    if not job.tasks and job.is_main:
-        print("nothing to evaluate: eval.retention and eval.task are empty")
-    results = run_job(job)
+    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+    if recipe.method.init is not None:
+        find_initialization(Path(recipe.method.init))
+    size = sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
+    with output.taken(recipe, size, resume=resume, overwrite=overwrite):
+        if job.data.bad and job.is_main:
+            write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
+        if not job.tasks and job.is_main:
+            print("nothing to evaluate: eval.retention and eval.task are empty")
+        results = run_job(job)
     if job.is_main:
         print_table(results)
         print(f"report: {job.folder / 'report.html'}")
@@ -180,20 +189,6 @@ def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None)
         write_report(job.folder)
     PartialState().wait_for_everyone()
     return results
-
-
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code_execution: bool = False) -> Job:
-    """Check everything that can be known before a model loads, and take the output folder."""
-    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution)
-    if recipe.method.init is not None:
-        find_initialization(Path(recipe.method.init))
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            folder = output.claim(recipe, resume=resume, overwrite=overwrite)
-            output.need_space(folder, sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans))
-            if job.data.bad:
-                write_json(folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
-    return job
 
 
 def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool = False) -> Job:
@@ -256,9 +251,20 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
+    if base:
+        _check_finite(job, found)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     return found
+
+
+def _check_finite(job: Job, found: Evaluation) -> None:
+    bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric["value"])), None)
+    if bad:
+        raise UserError(
+            f"model.name_or_path: {job.model_name} gives {found.metrics[bad]['value']} for {bad}; its weights are "
+            f"damaged, or {job.recipe.model.dtype} is too narrow for them"
+        )
 
 
 def _evaluate_by_vllm(
@@ -293,7 +299,7 @@ def base_row(job: Job) -> dict[str, Any]:
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         PartialState().wait_for_everyone()
     if saved.is_file():
-        found = Evaluation.from_json(saved.read_text())
+        found = Evaluation(**read_json(saved))
     else:
         model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
         found = _evaluate(job, model, job.base, base=True)
@@ -309,12 +315,12 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     folder = job.folder / plan.name
     finished = folder / ROW_FILE
     if finished.is_file():
-        return json.loads(finished.read_text())
+        return read_json(finished)
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    _train(trainer, checkpoint)
     seconds = {"init": trainer.init_seconds, "train": time.perf_counter() - start - trainer.init_seconds}
     model = trainer.accelerator.unwrap_model(trainer.model)
     diverged = diverged_at(trainer)
@@ -333,7 +339,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
         "metrics": found.metrics if found else {},
         "drift": trainer.drift_meter.summary() if trainer.drift_meter and not diverged else None,
         "seconds": {**seconds, "eval": found.seconds if found else None},
-        "tokens_per_second": _tokens_per_second(trainer, seconds["train"]),
+        "tokens_per_second": _tokens_per_second(folder / "train_log.jsonl"),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     if job.is_main:
@@ -342,6 +348,22 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     del trainer, model
     _free()
     return row
+
+
+def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
+    """Train from the start or from a whole checkpoint.
+
+    Raises:
+        UserError: the checkpoint is whole and yet cannot be read; pickled code in it is such a case and is never run.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        if checkpoint is None:
+            raise
+        raise UserError(
+            f"{checkpoint}: cannot be read ({str(error).splitlines()[0]}); remove it and --resume takes the one before"
+        ) from None
 
 
 def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:
@@ -377,6 +399,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
     trainer.add_callback(StopDiverged())
+    trainer.add_callback(SaveOnSigterm())
     trainer.add_callback(ReleaseMemory())
     trainer.add_callback(ProgressBar(plan.name))
     trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
@@ -394,9 +417,10 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     return True
 
 
-def _tokens_per_second(trainer: AnyTrainer, seconds: float) -> float | None:
-    tokens = next((line["num_tokens"] for line in reversed(trainer.state.log_history) if "num_tokens" in line), None)
-    return tokens / seconds if tokens and seconds else None
+def _tokens_per_second(log: Path) -> float | None:
+    """Return the training's tokens a second by its log, which goes on over a resumed run."""
+    last = read_log(log)[-1:]
+    return last[0]["tokens"] / last[0]["seconds"] if last and "tokens" in last[0] and last[0]["seconds"] else None
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lora_null.trainer.methods import METHODS, load_method_file, make_method
 
 # Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
-DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps"}
+DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps", "hub_token"}
 TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
 TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
 TRAINING_KEYS = {
@@ -347,6 +347,7 @@ class Recipe(Section):
 
 def _instead(key: str) -> str:
     instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
+    instead["hub_token"] = "HF_TOKEN in the environment: a recipe is kept with its results"
     instead |= dict.fromkeys(TOKENIZED, "those of data")
     return f", use {instead.get(key, key.removeprefix('data_'))}"
 

@@ -183,7 +183,7 @@ def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
         (["--sweep", "training.learning_rate"], "expected key.subkey=value,value"),
         (["--sweep", "training.learning_rate=1e-3,1e-3"], "needs values, each once"),
         (["--sweep", "training.learning_rat=1e-3,1e-2"], "no key 'learning_rat' (did you mean"),
-        (["--sweep", "training.learning_rate=1e-3,-1"], "must be greater than 0"),
+        (["--sweep", "training.learning_rate=1e-3,-1"], "must be a number greater than 0"),
         (["--sweep", "method.rank=4,33"], "r: 33 is larger than"),
         (["--seeds", "0,0"], "a seed is named twice"),
         (["--seeds", "0,x"], "grid.seeds"),

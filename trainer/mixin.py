@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
@@ -30,6 +31,7 @@ from lora_null.initialize import (
 from lora_null.layer import adapted_layers
 from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
+from lora_null.trainer.checkpoints import COMPLETE_FILE, last_checkpoint_or_raise, seal, tidy
 from lora_null.trainer.methods import Method
 from lora_null.trainer.preflight import check_batch, check_trainable
 
@@ -102,9 +104,7 @@ class LoraNullMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise UserError(f"resume: no checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
         if not self._prepared:
             start = time.perf_counter()
             self._prepare(resuming=bool(resume_from_checkpoint))
@@ -195,8 +195,25 @@ class LoraNullMixin:
             logs |= {"drift_mean": drift["mean"], "drift_max": drift["max"]}
         super().log(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint that is either whole or not there for `last_checkpoint`; only then let older ones go."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint)
+            tidy(folder, keep, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, never read
         live = self._live_factors()
         if live:
             write_safetensors(Path(output_dir or self.args.output_dir) / LIVE_FILE, live, {})

@@ -1,0 +1,196 @@
+"""Kills, preemption, full disks and second runs: nothing half-written is taken, nothing whole is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from filelock import FileLock
+from kill_harness import METHODS, harness, outcome, run
+from world import make_world
+
+from lora_null.errors import exit_status
+from lora_null.recipes.__main__ import main
+from lora_null.trainer.checkpoints import is_whole, last_checkpoint, seal, tidy
+
+CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_runs_end_as_an_unbroken_one(tmp_path):
+    recipe = make_world(tmp_path, method={"name": ",".join(METHODS), "rank": 4})
+    found = harness(recipe, tmp_path, kills=8, seed=1)
+    assert len(found["points"]) == 8 and all(point["status"] == -signal.SIGKILL for point in found["points"])
+    assert set(found["ends"]) == {"equal"}, found
+
+
+def test_the_harness_sees_a_difference(tmp_path):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    assert run(recipe, tmp_path / "one") == run(recipe, tmp_path / "two", "seed=1") == 0
+    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    assert one.keys() == two.keys() and not set(one.values()) & set(two.values())
+
+
+def test_sigterm_in_training_saves_and_exits_with_143(tmp_path):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    words = ["training.max_steps=5000", "training.save_steps=100000", "training.learning_rate=1e-4"]
+    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CPU)
+    log = tmp_path / "out" / "lora" / "train_log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    process.terminate()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, stderr[-2000:]
+    assert "--resume goes on from there" in stderr and "Traceback" not in stderr
+    checkpoint = last_checkpoint(tmp_path / "out" / "lora")
+    steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert steps >= 1 and f"after step {steps};" in stderr
+
+
+def test_sigterm_outside_training_ends_at_once(tmp_path):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    script = f"""
+import os, signal
+from lora_null.recipes import run
+run.base_row = lambda job: os.kill(os.getpid(), signal.SIGTERM)
+from lora_null.recipes.__main__ import main
+main([{str(recipe)!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr
+
+
+def make_checkpoint(folder, step, size=100):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "optimizer.pt").write_bytes(bytes(size))
+    seal(path)
+    return path
+
+
+def test_the_last_whole_checkpoint_is_taken(tmp_path):
+    for step in (2, 10, 9):
+        make_checkpoint(tmp_path, step)
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    with open(tmp_path / "checkpoint-10" / "optimizer.pt", "r+b") as file:
+        file.truncate(50)
+    assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    (tmp_path / "checkpoint-9" / "complete.json").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "complete.json").write_text('{"optimizer.pt":')
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_old_checkpoints_go_by_their_number_when_the_clock_went_backwards(tmp_path):
+    for step in (1, 2, 3):
+        path = make_checkpoint(tmp_path, step)
+        os.utime(path, (1e9 - step, 1e9 - step))
+    (tmp_path / "checkpoint-4").mkdir()  # half-written
+    tidy(tmp_path, keep=2, best=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert is_whole(tmp_path / "checkpoint-3")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(make_world(folder, method={"name": "lora-null-v1", "rank": 4}), folder / "out") == 0
+    return folder
+
+
+def unfinished(finished, folder):
+    """Copy a run that has trained and saved its checkpoints but written no result."""
+    shutil.copytree(finished, folder / "run")
+    method = folder / "run" / "out" / "lora-null-v1"
+    for path in (method / "row.json", method / "eval.json", *(folder / "run" / "out").glob("re*.*")):
+        if path.name != "recipe.yaml":
+            path.unlink()
+    return folder / "run", method
+
+
+def resume(folder, finished):
+    return run(finished / "tiny.yaml", folder / "out", "--resume")
+
+
+@pytest.mark.parametrize("damage", ["no seal", "cut short", "half a log line", "stale part files", "no checkpoint"])
+def test_damage_costs_steps_and_nothing_else(finished, tmp_path, damage):
+    folder, method = unfinished(finished, tmp_path)
+    if damage == "no seal":
+        (method / "checkpoint-4" / "complete.json").unlink()
+    elif damage == "cut short":
+        os.truncate(method / "checkpoint-4" / "optimizer.pt", 10)
+    elif damage == "half a log line":
+        with open(method / "train_log.jsonl", "a") as file:
+            file.write('{"step": 4, "lo')
+    elif damage == "stale part files":
+        for place in (folder / "out", method, method / "adapter"):
+            (place / ".recipe.yaml.123.part").write_text("half")
+    else:
+        for path in method.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    assert resume(folder, finished) == 0
+    assert outcome(folder / "out") == outcome(finished / "out")
+    assert not list((folder / "out").rglob("*.part"))
+    assert [json.loads(line)["step"] for line in (method / "train_log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_two_runs_never_write_one_folder(tmp_path, capsys):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert main([str(recipe)]) == 2
+    assert "another run is writing to" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch, capfd):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    script = f"""
+import torch
+from lora_null.recipes.__main__ import main
+save = torch.save
+def full(value, path, *rest, **options):
+    if "checkpoint-4" in str(path):
+        raise OSError(28, "No space left on device")
+    return save(value, path, *rest, **options)
+torch.save = full
+raise SystemExit(main([{str(recipe)!r}]))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1 and lines[-1].startswith("error: no space left on the disk"), ended.stderr[-2000:]
+    assert "Traceback" not in ended.stderr
+    assert last_checkpoint(tmp_path / "out" / "lora").name == "checkpoint-2"
+
+
+def test_a_full_disk_is_known_in_every_wrapping(capsys):
+    def torch_says():
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos") from OSError(28, "full")
+
+    def safetensors_says():
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    assert exit_status(torch_says) == exit_status(safetensors_says) == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        exit_status(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    assert capsys.readouterr().err.count("error: no space left") == 2
+
+
+def test_no_pickle_of_a_checkpoint_is_run(finished, tmp_path):
+    """Resuming reads optimizer and random state with weights_only: a planted pickle is refused, not executed."""
+    folder, method = unfinished(finished, tmp_path)
+
+    class Planted:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save(Planted(), method / "checkpoint-4" / name)
+    seal(method / "checkpoint-4")
+    assert resume(folder, finished) != 0
+    assert not (tmp_path / "executed").exists()
