@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that says what, where, and the nearest valid choice.
@@ -43,7 +45,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 def _tell(message: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -52,12 +52,11 @@ def load_documents(path: str, *, subset: str | None, split: str, where: str, kee
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS)
+    if not files:
+        raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
     chosen = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
     if not chosen:
-        names = [file.stem for file in files]
-        raise UserError(
-            f"{where}.split: no {split!r} in {folder}{nearest(split, names) if names else ' (no data files)'}"
-        )
+        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in files])}")
     return chosen
 
 

@@ -4,7 +4,7 @@
 
 Half of the kills come from outside, SIGKILL at a random time. The other half come from within, just before or just after
 a random one of the calls that move, flush or write a file, so that half-written states are met and not only the long
-stretches between them. Runs are forked from one process that has imported everything, one at a time.
+stretches between them. Runs are forked, one at a time, from a process that has imported everything and done nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -26,6 +27,9 @@ from typing import Any
 METHODS = ("lora", "pissa", "roselora", "lora-null-v1", "lora-null-v2")
 WRITES = (("os", "replace"), ("os", "fsync"), ("os", "link"), ("torch", "save"), ("safetensors.torch", "save_file"))
 
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["lora_null.recipes.__main__", "lora_null.recipes.run", "lora_null.recipes.grid"])
+
 
 def run(recipe: Path, out: Path, *words: str, kill_after: float | None = None, kill_at: int | None = None) -> int:
     """Run the command in a forked process; return its exit status, -9 where it was killed.
@@ -37,16 +41,17 @@ def run(recipe: Path, out: Path, *words: str, kill_after: float | None = None, k
         kill_after: seconds after which to kill from outside.
         kill_at: kill from within at this one of the process's writes, before it (even) or after it (odd).
     """
-    child = os.fork()
-    if child == 0:
-        os._exit(_command([str(recipe), "--output-dir", str(out), *words], out.parent / "log.txt", kill_at))
+    words = [str(recipe), "--output-dir", str(out), *words]
+    child = FORK.Process(target=_command, args=(words, out.parent / "log.txt", kill_at))
+    child.start()
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        child.kill()
+    child.join()
+    return child.exitcode
 
 
-def _command(words: list[str], log: Path, kill_at: int | None) -> int:
+def _command(words: list[str], log: Path, kill_at: int | None) -> None:
     from lora_null.recipes.__main__ import main
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -54,12 +59,7 @@ def _command(words: list[str], log: Path, kill_at: int | None) -> int:
     os.dup2(descriptor, 2)
     writes = Writes(kill_at)
     try:
-        return main(words)
-    except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        sys.exit(main(words))
     finally:
         sys.stdout.flush()
         (log.parent / "writes.txt").write_text(str(writes.count))

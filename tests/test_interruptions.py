@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from filelock import FileLock
-from kill_harness import METHODS, harness, outcome, run
+from kill_harness import harness, outcome, run
 from world import make_world
 
 from lora_null.errors import exit_status
@@ -22,9 +22,9 @@ CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
-    recipe = make_world(tmp_path, method={"name": ",".join(METHODS), "rank": 4})
-    found = harness(recipe, tmp_path, kills=8, seed=1)
-    assert len(found["points"]) == 8 and all(point["status"] == -signal.SIGKILL for point in found["points"])
+    recipe = make_world(tmp_path, method={"name": "roselora,lora-null-v1", "rank": 4})
+    found = harness(recipe, tmp_path, kills=6, seed=1)
+    assert len(found["points"]) == 6 and all(point["status"] == -signal.SIGKILL for point in found["points"])
     assert set(found["ends"]) == {"equal"}, found
 
 
@@ -105,7 +105,7 @@ def finished(tmp_path_factory):
 
 def unfinished(finished, folder):
     """Copy a run that has trained and saved its checkpoints but written no result."""
-    shutil.copytree(finished, folder / "run")
+    shutil.copytree(finished / "out", folder / "run" / "out")
     method = folder / "run" / "out" / "lora-null-v1"
     for path in (method / "row.json", method / "eval.json", *(folder / "run" / "out").glob("re*.*")):
         if path.name != "recipe.yaml":
@@ -115,6 +115,16 @@ def unfinished(finished, folder):
 
 def resume(folder, finished):
     return run(finished / "tiny.yaml", folder / "out", "--resume")
+
+
+def test_a_run_killed_after_its_last_step_takes_no_other(finished, tmp_path):
+    """With a constant learning rate: the trainer alone would take a fifth step of the full size."""
+    recipe = make_world(tmp_path, method={"name": "lora-null-v1", "rank": 4})
+    constant = "training.lr_scheduler_type=constant"
+    assert run(recipe, tmp_path / "out", constant) == 0
+    folder, _ = unfinished(tmp_path, tmp_path / "copy")
+    assert run(recipe, folder / "out", "--resume", constant) == 0
+    assert outcome(folder / "out") == outcome(tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["no seal", "cut short", "half a log line", "stale part files", "no checkpoint"])
@@ -162,8 +172,8 @@ torch.save = full
 raise SystemExit(main([{str(recipe)!r}]))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
-    lines = ended.stderr.strip().splitlines()
-    assert ended.returncode == 1 and lines[-1].startswith("error: no space left on the disk"), ended.stderr[-2000:]
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: no space left on the disk")]
+    assert ended.returncode == 1 and len(told) == 1, ended.stderr[-2000:]
     assert "Traceback" not in ended.stderr
     assert last_checkpoint(tmp_path / "out" / "lora").name == "checkpoint-2"
 
@@ -189,8 +199,9 @@ def test_no_pickle_of_a_checkpoint_is_run(finished, tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
+    shutil.rmtree(method / "checkpoint-4")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save(Planted(), method / "checkpoint-4" / name)
-    seal(method / "checkpoint-4")
+        torch.save(Planted(), method / "checkpoint-2" / name)
+    seal(method / "checkpoint-2")
     assert resume(folder, finished) != 0
     assert not (tmp_path / "executed").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from itertools import islice
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
@@ -110,10 +112,29 @@ class LoraNullMixin:
             self._prepare(resuming=bool(resume_from_checkpoint))
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
+        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+            return self._take_trained(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.state.global_step and self._measures:
             self._check_something_moved()
         return output
+
+    def _has_reached_its_end(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is that of the last step; the trainer itself would take one step more."""
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.max_steps > 0:
+            return saved.global_step >= self.args.max_steps
+        return saved.global_step >= saved.max_steps and saved.num_train_epochs == math.ceil(self.args.num_train_epochs)
+
+    def _take_trained(self, checkpoint: Path) -> TrainOutput:
+        """Restore what a run that was killed after its last step had trained."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
 
     def _prepare(self, *, resuming: bool) -> None:
         rows = self._first_rows()
