@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
+WORKER = "LORA_NULL_WORKER"  # set where processes of one launch work apart: the number of this one
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that says what, where, and the nearest valid choice.
@@ -44,7 +46,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def _tell(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", os.environ.get(WORKER, 0))) == 0:
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 

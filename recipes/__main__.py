@@ -98,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
         show_samples(recipe, arguments.show_samples)
         return
+    from lora_null.recipes import spread
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.preemption import exit_on_sigterm
@@ -105,6 +106,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
     use_all_cores()
     keep_freed_memory()
+    if recipe.grid and recipe.grid.spread:
+        spread.go_alone()
     if arguments.dry_run:
         dry_run(recipe)
     else:

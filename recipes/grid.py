@@ -3,7 +3,7 @@
     accelerate launch -m lora_null.recipes quickstart --seeds 0,1,2 --sweep training.learning_rate=1e-4,3e-4,1e-3
 
 Runs go seed by seed, so that an early end leaves a smaller whole. Whatever finished is never done again: `--resume`
-goes on after a kill. Data order, windows and random starts depend on the seed alone, so they are the same for every
+goes on after a kill. On several processes each takes whole runs (`recipes/spread.py`). Data order, windows and random starts depend on the seed alone, so they are the same for every
 method and setting of a seed.
 """
 
@@ -25,7 +25,7 @@ from accelerate import PartialState
 
 from lora_null.errors import UserError
 from lora_null.files import read_json, write_json
-from lora_null.recipes import output
+from lora_null.recipes import output, spread
 from lora_null.recipes.environment import environment
 from lora_null.recipes.load import put
 from lora_null.recipes.plan import MethodPlan
@@ -104,9 +104,12 @@ def run_grid(
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
     whole = check_grid(recipe, cells, allow_code_execution=allow_code_execution)
-    with output.taken(recipe, _space(recipe, cells, whole.plans), resume=resume, overwrite=overwrite):
+    taken = output.taken(recipe, _space(recipe, cells, whole.plans), resume=resume, overwrite=overwrite)
+    with spread.opened(root, taken):
         results = _run_cells(recipe, cells, whole, allow_code_execution=allow_code_execution)
-    if whole.is_main:
+        if whole.is_main and spread.is_first():
+            write_report(root)
+    if whole.is_main and spread.is_first():
         print_table(results)
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
@@ -116,22 +119,28 @@ def run_grid(
 def _run_cells(
     recipe: Recipe, cells: Sequence[Cell], whole: Job, *, allow_code_execution: bool = False
 ) -> dict[str, Any]:
-    """Run what is not finished, write the results after each cell and the report at the end; return the results."""
-    root, base = Path(recipe.output_dir), base_row(whole)
+    """Run what is not finished, write the results after each cell; return the results.
+
+    Of several processes that work apart, the first comes back for what the others hold until all is finished.
+    """
+    root = Path(recipe.output_dir)
+    with spread.mine(root / "base", wait=True):
+        base = base_row(whole)
     progress = Progress(root, cells)
-    for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
-        job = None
-        for cell in of_seed:
-            if output.is_finished(root / cell.folder):
-                continue
-            job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
-            run_job(job, progress.row_done(cell))
-            if whole.is_main:
-                write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
+    for wait in (False, True) if spread.workers() > 1 and spread.is_first() else (False,):
+        for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
+            job = None
+            for cell in of_seed:
+                with spread.mine(root / cell.folder, wait=wait) as mine:
+                    if not mine or output.is_finished(root / cell.folder):
+                        continue
+                    job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
+                    run_job(job, progress.row_done(cell))
+                    if whole.is_main:
+                        write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
     results = collect(recipe, cells, whole.model_name, base)
-    if whole.is_main:
+    if whole.is_main and spread.is_first():
         write_json(root / "results.json", results)
-        write_report(root)
     return results
 
 
@@ -198,10 +207,7 @@ class Progress:
         self.waiting = [(cell, name) for cell in cells for name in cell.methods]
         self.total = len(self.waiting)
         self.seconds: dict[str, list[float]] = {}
-        for cell, name in list(self.waiting):
-            row = read_row(root, cell, name)
-            if row is not None:
-                self._count(cell, name, row)
+        self._count()
         self.last = time.perf_counter()
 
     def row_done(self, cell: Cell):
@@ -210,22 +216,26 @@ class Progress:
         def done(row: dict[str, Any]) -> None:
             new = (cell, row["method"]) in self.waiting
             spent, self.last = time.perf_counter() - self.last, time.perf_counter()
-            if new:
-                self._count(cell, row["method"], row)
-                if PartialState().is_main_process:
-                    print(self.line(cell, row, spent), flush=True)
+            self._count()
+            if new and PartialState().is_main_process:
+                spread.say(self.line(cell, row, spent))
 
         return done
 
-    def _count(self, cell: Cell, name: str, row: dict[str, Any]) -> None:
-        self.waiting.remove((cell, name))
-        spent = [value for value in row["seconds"].values() if value]
-        self.seconds.setdefault(name, []).append(sum(spent))
+    def _count(self) -> None:
+        """Count what is finished on disk, whichever process did it."""
+        for cell, name in list(self.waiting):
+            row = read_row(self.root, cell, name)
+            if row is not None:
+                self.waiting.remove((cell, name))
+                self.seconds.setdefault(name, []).append(sum(value for value in row["seconds"].values() if value))
 
     def left(self) -> float:
         """Return the seconds that what is waiting will take, by the means of its methods so far."""
         every = [value for values in self.seconds.values() for value in values]
-        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) if every else math.nan
+        if not every:
+            return math.nan
+        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) / spread.workers()
 
     def line(self, cell: Cell, row: dict[str, Any], spent: float) -> str:
         metrics = ", ".join(f"{name} {metric['value']:.4g}" for name, metric in row["metrics"].items())

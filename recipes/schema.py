@@ -278,6 +278,7 @@ class GridSection(Section):
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
     )
     keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
+    spread: bool = Field(True, description="each process takes whole runs; false: all work on each run together")
 
     @field_validator("sweep")
     @classmethod

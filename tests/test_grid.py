@@ -124,6 +124,25 @@ def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys)
     assert main([str(recipe), *WORDS]) == 2 and "finished run" in capsys.readouterr().err
 
 
+def test_two_processes_share_out_the_runs(grid, tmp_path):
+    """Each takes whole runs, which are what one process alone makes of them, to the last bit."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, "-m", "lora_null.recipes", str(make_world(tmp_path)), *WORDS]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = results(tmp_path), results(grid)
+    assert [(row["method"], row["variant"], row["metrics"]) for row in ours["rows"][1:]] == [
+        (row["method"], row["variant"], row["metrics"]) for row in theirs["rows"][1:]
+    ]
+    for place in sorted((grid / "out").rglob("adapter_model.safetensors")):
+        assert place.read_bytes() == (tmp_path / "out" / place.relative_to(grid / "out")).read_bytes()
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == 12 and done.stdout.count("report: ") == 1
+    made = [path for path in (tmp_path / "out").glob(".*") if path.name != ".lock"]
+    assert not made, made
+
+
 def test_a_diverged_run_is_recorded_and_the_grid_goes_on(tmp_path):
     words = ["--method", "lora,full", "--sweep", "training.learning_rate=1e30,1e-3", "training.max_steps=3"]
     assert main([str(make_world(tmp_path)), *words, "training.save_strategy=no"]) == 0
