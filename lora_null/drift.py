@@ -27,11 +27,13 @@ class _Probe:
         inputs: S (d_in, k) with E[S Sᵀ] = X Xᵀ; or, where A is frozen, L (r, r) with L Lᵀ = A X Xᵀ Aᵀ exactly.
         projected: whether `inputs` is L, already seen through A.
         scale: 1 / ‖W0 X‖_F.
+        start: of a layer on a residual base, A0 S (r, k), which never changes.
     """
 
     inputs: torch.Tensor
     projected: bool
     scale: float
+    start: torch.Tensor | None = None
 
 
 class _Meter:
@@ -77,7 +79,9 @@ class DriftMeter(_Meter):
         moved = B @ (inputs if probe.projected else A @ inputs)
         residual = getattr(layer, "residual", None)
         if residual is not None:
-            moved = moved - residual.B.to(B) @ (residual.A.to(A) @ inputs)
+            if probe.start is None:
+                probe.start = residual.A.to(A) @ inputs
+            moved = moved - residual.B.to(B) @ probe.start
         return layer.scaling[self.adapter_name] * probe.scale * torch.linalg.matrix_norm(moved.float())
 
     def save(self, path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 
 # Measured crossovers (tests/benchmarks/scaling.py): below this width a full `eigh` costs milliseconds; above it the
 # Krylov solver wins while r is a small part of d.
-KRYLOV_MIN_WIDTH = 384
-KRYLOV_MAX_RANK_SHARE = 6
+KRYLOV_MIN_WIDTH = 512
+KRYLOV_MAX_RANK_SHARE = 8
 MIN_BLOCK, BLOCKS_PER_RANK = 16, 4
 # Stop when the eigenvalue-weighted squared residual is below this. Measured on real Grams, the energy caught in excess is
 # then at most about four times this, the excess leakage twice: within 1.005 of the full SVD's.
