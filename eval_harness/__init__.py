@@ -28,22 +28,11 @@ from torch import nn
 from lora_null.errors import UserError
 from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
 from lora_null.eval_harness.lm import ShardedLM, quiet
+from lora_null.eval_harness.lm_tasks import TASK_FILES, prepare, result_names, validate_tasks
 from lora_null.eval_harness.merge import merged_if_faster
 from lora_null.eval_harness.mt_bench import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
-from lora_null.eval_harness.tasks import (
-    TASK_FILES,
-    AnswerTask,
-    LmEvalTask,
-    OwnTask,
-    RunOptions,
-    Task,
-    describe,
-    list_tasks,
-    prepare,
-    result_names,
-    validate_tasks,
-)
+from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, OwnTask, RunOptions, Task, describe, list_tasks
 from lora_null.preserve import preserve, seed_everything
 from lora_null.ranks import broadcast, device_of, rank_and_world, together
 

@@ -60,7 +60,9 @@ def saved_elements(peft_model):
     x = torch.randn(64, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append((t.shape, t.numel())), t)[1], lambda t: t):
         peft_model(x)
-    weights = {tuple(p.shape) for p in peft_model.parameters()} | {tuple(p.shape)[::-1] for p in peft_model.parameters()}
+    weights = {tuple(p.shape) for p in peft_model.parameters()} | {
+        tuple(p.shape)[::-1] for p in peft_model.parameters()
+    }
     return sum(size for shape, size in sizes if tuple(shape) not in weights)
 
 

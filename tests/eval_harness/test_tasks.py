@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lora_null.errors import UserError
-from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, tasks, validate_tasks
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, lm_tasks, validate_tasks
 
 
 def documents(task):
     """The prompts and targets that lm-eval makes of a task's documents."""
-    (leaf,) = tasks.prepare(task)["tasks"].values()
+    (leaf,) = lm_tasks.prepare(task)["tasks"].values()
     shots = leaf.config.num_fewshot
     return [(leaf.fewshot_context(doc, shots), leaf.doc_to_target(doc)) for doc in leaf.eval_docs]
 
@@ -26,7 +26,7 @@ def test_a_local_file_stands_in_for_the_hub(nq_file):
 def test_fields_are_renamed(write):
     path = write("wq.jsonl", [{"id": "1", "query": "who", "answer": ["b", "a"]}] * 2)
     task = LmEvalTask("webqs", path=path, fields={"answers": "answer", "question": "query"})
-    (leaf,) = tasks.prepare(task)["tasks"].values()
+    (leaf,) = lm_tasks.prepare(task)["tasks"].values()
     assert leaf.doc_to_text(leaf.eval_docs[0]) == "Question: who\nAnswer:"
     assert leaf.doc_to_choice(leaf.eval_docs[0]) == ["a", "b"]
 
@@ -123,9 +123,9 @@ def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
 def test_several_metrics_are_told_apart(write):
     rows = [{"text": f"one two three {i}", "domain": None} for i in range(2)]
     task = LmEvalTask("lambada_openai", path=write("l.jsonl", rows))
-    loaded = tasks.prepare(task)
+    loaded = lm_tasks.prepare(task)
     results = {"results": {"lambada_openai": {"perplexity,none": 1.0, "perplexity_stderr,none": 0.1, "acc,none": 0.5}}}
-    assert set(tasks.result_names(task, loaded, results)) == {"lambada_openai/perplexity", "lambada_openai/acc"}
+    assert set(lm_tasks.result_names(task, loaded, results)) == {"lambada_openai/perplexity", "lambada_openai/acc"}
 
 
 def test_rolling_likelihood_equals_a_plain_computation(model, tokenizer, write):
@@ -226,5 +226,5 @@ def test_lm_evals_tasks_are_parsed_once(nq_file, monkeypatch):
     def parse(*args, **kwargs):
         raise AssertionError("parsed again")
 
-    monkeypatch.setattr(tasks, "TaskManager", parse)
+    monkeypatch.setattr(lm_tasks, "TaskManager", parse)
     validate_tasks([task])
