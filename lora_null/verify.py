@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,3 @@ def divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     """Return the sum over positions of KL(expected ‖ got), float64."""
     p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum()
-
-
-def chunks(ids: Sequence[int], size: int = TOKENS) -> Iterator[Sequence[int]]:
-    """Yield a text's tokens in rows of at most `size`."""
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]

@@ -180,4 +180,3 @@ def _save_residual(peft_model: Any, out: Path) -> None:
         layer.residual = None  # the base that is written next keeps what was taken out of it
     with torch.no_grad():
         peft_model.unload().save_pretrained(out / "model")
-
