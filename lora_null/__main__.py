@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from lora_null.commands import check, export, init
 from lora_null.errors import exit_status
+from lora_null.quiet import quiet
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `check` returns 1 for an adapter that is not sound.
     """
     arguments = parser().parse_args(argv)
+    quiet()
     return exit_status(lambda: arguments.run(arguments))
 
 

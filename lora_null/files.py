@@ -136,4 +136,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     """Write tensors atomically, from the CPU and contiguous, with string metadata."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata={"format": "pt", **metadata})
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be another user

