@@ -234,7 +234,7 @@ def test_weights_stored_as_d_in_by_d_out_without_the_inner_prefix(tmp_path):
         GPT2Config(
             vocab_size=101, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=1, eos_token_id=2
         )
-    )  # noqa: E731
+    )
     torch.manual_seed(0)
     gpt2().save_pretrained(tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
