@@ -125,7 +125,10 @@ def check_layers(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
 def targeted(config: dict[str, Any], model: nn.Module) -> set[str]:
     """Return the names of the base's linears that `target_modules` of a config names."""
     fields = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
-    wanted = LoraConfig(**fields, layers_pattern=config.get("layers_pattern"))
+    try:
+        wanted = LoraConfig(**fields, layers_pattern=config.get("layers_pattern"))
+    except (TypeError, ValueError):  # which `check_config` reports
+        return set()
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if not wanted.target_modules:
         return set()

@@ -180,7 +180,7 @@ def test_what_lies_in_an_adapter_and_its_card(world, tmp_path, capsys):
         assert file.metadata()["base_dtype"] == "float32"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     assert (out / "adapter_model.safetensors").stat().st_mode & 0o777 == (out / "README.md").stat().st_mode & 0o777
-    card = ModelCard.load(out)
+    card = ModelCard.load(out / "README.md")
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "some/base", "mit")
     assert "base_model:adapter:some/base" in card.data.tags
     assert "| LoRA-Null-v2 |" in card.text and "| base |" in card.text and "| LoRA |" not in card.text
@@ -210,7 +210,8 @@ def test_merged_in_float32_and_cast_once_over_shards(tmp_path):
         A, B = factors.get(key.removesuffix(".weight"), (None, None))
         exact = before[key].double() if A is None else before[key].double() + 0.5 * B.double() @ A.double()
         assert tensor.dtype == torch.bfloat16
-        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-8 * 0.5001 + 1e-30).all()
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-8 * 1.0001).all()
+        assert (tensor == exact.bfloat16()).double().mean() > 0.999  # float32 and float64 may part at a tie
 
 
 def test_a_tied_head_that_was_adapted_comes_apart(tmp_path):
@@ -230,11 +231,14 @@ def test_a_tied_head_that_was_adapted_comes_apart(tmp_path):
 
 def test_weights_stored_as_d_in_by_d_out_without_the_inner_prefix(tmp_path):
     """GPT-2 on the hub: Conv1D, and keys that do not say `transformer.`."""
-    gpt2 = lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=101, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+
+    def gpt2():
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=101, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+            )
         )
-    )
+
     torch.manual_seed(0)
     gpt2().save_pretrained(tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
