@@ -72,7 +72,8 @@ def identity_of(peft_model: PeftModel, adapter_name: str = "default") -> dict[st
     config = peft_model.peft_config[adapter_name]
     layer = next(iter(adapted_layers(peft_model, adapter_name).values()))
     identity = {DTYPE: str(layer.get_base_layer().weight.dtype).removeprefix("torch.")}
-    folder = checkpoint_on_disk(config.base_model_name_or_path, config.revision)
+    commit = getattr(peft_model.get_base_model().config, "_commit_hash", None)  # of the hub, what was really loaded
+    folder = checkpoint_on_disk(config.base_model_name_or_path, commit or config.revision)
     try:
         return identity | ({FINGERPRINT: base_fingerprint(folder)} if folder else {})
     except UserError:  # a base in another format, which has no hash

@@ -86,8 +86,8 @@ def by_llama_cpp(base_gguf: Path, adapter: Path | None) -> list[str]:
     server = xllamacpp.Server(params)
     said = []
     for prompt in PROMPTS:
-        asked = {"prompt": prompt, "n_predict": LENGTH, "temperature": 0.0, "top_k": 1, "cache_prompt": False}
-        said.append(server.handle_completions({**asked, "max_tokens": LENGTH})["choices"][0]["text"])
+        asked = {"prompt": prompt, "max_tokens": LENGTH, "temperature": 0.0, "top_k": 1, "cache_prompt": False}
+        said.append(server.handle_completions(asked)["choices"][0]["text"])
     return said
 
 

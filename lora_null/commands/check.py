@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.base or adapter.config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter.folder}: its config names no base; --base says which")
-    base = Base(model_section(name_or_path=name))
-    files = checkpoint_on_disk(base.name)
+    revision = None if arguments.base else adapter.config.get("revision")
+    base = Base(model_section(name_or_path=name, revision=revision))
+    files = checkpoint_on_disk(base.name, revision)
     findings = check_adapter(adapter, base.empty(), files)
     for finding in findings:
         print(finding)

@@ -13,7 +13,7 @@ from lora_null.errors import UserError, nearest
 FORMS = ("adapter", "merged", "gguf")
 GGUF_FILE = "adapter.gguf"
 SHORT = ("float32", "bfloat16", "float16")
-EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit sums
+EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
 
 
 def add_parser(commands: Any) -> None:
@@ -56,6 +56,10 @@ class Export:
     notes: list[str] = field(default_factory=list)
     rank: int | None = None
     bound: float | None = EXACT
+
+    def __post_init__(self) -> None:
+        if self.source.base.section.dtype != "float32":
+            self.bound = ROUNDED
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -202,7 +206,8 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     config.architectures = config.architectures or [type(empty).__name__]
     config.save_pretrained(export.folder)
     _copy_tokenizer(export)
-    export.bound = EXACT if config.dtype == torch.float32 and base.section.dtype == "float32" else ROUNDED
+    if config.dtype != torch.float32:
+        export.bound = ROUNDED
     export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
 
 
@@ -253,7 +258,7 @@ def verify(export: Export) -> Any:
     found = logits_of(_load(export), texts)
     difference = compare(reference, found, base)
     if export.bound is not None and not difference.relative <= export.bound:
-        if export.bound == ROUNDED:
+        if export.form == "merged" and export.bound == ROUNDED:
             raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
         raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
     return difference
