@@ -210,7 +210,7 @@ def test_merged_in_float32_and_cast_once_over_shards(tmp_path):
         A, B = factors.get(key.removesuffix(".weight"), (None, None))
         exact = before[key].double() if A is None else before[key].double() + 0.5 * B.double() @ A.double()
         assert tensor.dtype == torch.bfloat16
-        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-8 * 1.0001).all()
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
         assert (tensor == exact.bfloat16()).double().mean() > 0.999  # float32 and float64 may part at a tie
 
 
