@@ -8,10 +8,9 @@ from pathlib import Path
 
 from lm_eval.api.model import LM
 
+from lora_null.check import VLLM_RANKS, vllm_rank
 from lora_null.errors import UserError
 from lora_null.ranks import rank_and_world
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
 
 def require_vllm() -> None:
@@ -37,8 +36,10 @@ def open_vllm(model_name: str, adapter: Path | None, *, dtype: str, revision: st
     """
     options = {"pretrained": model_name, "dtype": dtype, "revision": revision, "batch_size": "auto"}
     if adapter is not None:
-        fitting = next((most for most in RANKS if most >= rank), None)
+        fitting = vllm_rank(rank)
         if fitting is None:
-            raise UserError(f"eval.backend: vllm takes adapters up to rank {RANKS[-1]}, this one has {rank}; use hf")
+            raise UserError(
+                f"eval.backend: vllm takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; use hf"
+            )
         options |= {"lora_local_path": str(adapter), "max_lora_rank": fitting}
     return importlib.import_module("lm_eval.models.vllm_causallms").VLLM(**options)

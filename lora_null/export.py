@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.files import replacing, write_safetensors
+from lora_null.identity import identity_of
 from lora_null.layer import adapted_layers
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,26 +42,44 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
     """
     layers = adapted_layers(peft_model, adapter_name)
     factors = {name: plain_factors(layer, adapter_name) for name, layer in layers.items()}
-    rank = max(A.shape[0] for A, _ in factors.values())
-    scaling = next(iter(layers.values())).scaling[adapter_name]
-    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    for name, layer in layers.items():
-        A, B = factors[name]
-        pad = rank - A.shape[0]
-        ratio = layer.scaling[adapter_name] / scaling
-        B = B if ratio == 1 else B * ratio
-        state[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, pad))
-        state[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, pad))
+    scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
+    factors, rank, scaling = uniform(factors, scalings)
+    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) | state_of(factors)
     return state, _plain_config(peft_model.peft_config[adapter_name], rank, scaling)
+
+
+def uniform(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scalings: Mapping[str, float]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int, float]:
+    """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both."""
+    rank = max(len(A) for A, _ in factors.values())
+    scaling = scalings[next(iter(factors))]
+    made = {}
+    for name, (A, B) in factors.items():
+        pad, ratio = rank - len(A), scalings[name] / scaling
+        B = B if ratio == 1 else B * ratio
+        made[name] = (torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad)))
+    return made, rank, scaling
+
+
+def state_of(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return module name → (A, B) under PEFT's names."""
+    state = {f"base_model.model.{name}.lora_A.weight": A for name, (A, _) in factors.items()}
+    return state | {f"base_model.model.{name}.lora_B.weight": B for name, (_, B) in factors.items()}
 
 
 def _plain_config(config: LoraConfig, rank: int, scaling: float) -> LoraConfig:
     fields = copy.deepcopy(config).to_dict()
-    alpha = scaling * rank
-    fields |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False}
-    fields |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
+    fields |= plain_fields(rank, scaling)
     fields |= dict.fromkeys(("eva_config", "lora_ga_config"))  # how it started is no part of what it is
     return LoraConfig(**fields)
+
+
+def plain_fields(rank: int, scaling: float) -> dict[str, Any]:
+    """Return the fields of a config that say one rank and one scaling for all layers."""
+    alpha = scaling * rank
+    fields = {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False}
+    return fields | {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
 
 
 def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: str = "default") -> int:
@@ -71,7 +91,7 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
         The number of parameters written.
     """
     state, config = plain_adapter(peft_model, adapter_name)
-    write_safetensors(directory / WEIGHTS_FILE, state, {})
+    write_safetensors(directory / WEIGHTS_FILE, state, identity_of(peft_model, adapter_name))
     with replacing(directory / "adapter_config.json") as temporary:
         scratch = temporary.with_suffix(".dir")
         config.save_pretrained(scratch)

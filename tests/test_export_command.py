@@ -1,0 +1,335 @@
+"""`lora-null export`, through the real command: every method, every form, against what the run itself saved."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import random_batches, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from world import make_world
+
+import lora_null.gguf_adapter
+from lora_null.__main__ import main
+from lora_null.errors import UserError
+from lora_null.identity import base_fingerprint
+from lora_null.merge import deltas_of, write_checkpoint
+from lora_null.recipes.__main__ import main as recipes
+
+ADAPTERS = ("lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
+ADAPTERS += ("mica", "eva", "lora-ga")
+TWICE = ("pissa", "milora", "corda", "lora-null-v1", "lora-ga")
+WHOLE = ("full", "osf")
+PROBE = random_batches(count=1)[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    options = {"eva": {"rows": 16}, "lora-ga": {"rows": 4}}
+    method = {"name": ", ".join(ADAPTERS + WHOLE), "rank": 4, "alpha": 8, "options": options}
+    recipe = make_world(folder, method=method)
+    small = ["training.max_steps=2", "training.save_strategy=no", "eval.retention=[]"]
+    assert recipes([str(recipe), *small]) == 0
+    return folder
+
+
+def base(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **options)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
+
+
+def export(world, method, out, *words):
+    return main(["export", str(world / "out" / method), "--out", str(out), *words])
+
+
+def trained(world, method):
+    return PeftModel.from_pretrained(base(world), world / "out" / method / "adapter")
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_method_as_an_adapter_and_merged(world, tmp_path, method):
+    expected = logits(trained(world, method))
+    assert (expected - logits(base(world))).abs().max() > 1e-3
+    assert export(world, method, tmp_path / "adapter") == 0
+    again = PeftModel.from_pretrained(base(world), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    config = LoraConfig.from_pretrained(tmp_path / "adapter")
+    if method != "eva":
+        assert config.r == (8 if method in TWICE else 4)
+    assert {
+        len(A) for name, A in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items() if "lora_A" in name
+    } == {config.r}
+    assert export(world, method, tmp_path / "merged", "--form", "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.float32 and (logits(merged) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-null-v1"])
+def test_gguf_is_what_llama_cpp_adds_to_its_own_weights(world, tmp_path, method):
+    """Its weights are the base's with the rows of q and k in its own order, its sum is W + alpha / r · B A."""
+    gguf = pytest.importorskip("gguf")
+    assert export(world, method, tmp_path / "out", "--form", "gguf") == 0
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
+    assert fields["general.architecture"] == "llama"
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert len(tensors) == 2 * 14
+    merged = trained(world, method).merge_and_unload()
+    for theirs, module, heads in (
+        ("blk.1.attn_q", "self_attn.q_proj", 4),
+        ("blk.1.attn_k", "self_attn.k_proj", 2),
+        ("blk.1.attn_v", "self_attn.v_proj", None),
+        ("blk.1.ffn_down", "mlp.down_proj", None),
+    ):
+        A, B = tensors[f"{theirs}.weight.lora_a"], tensors[f"{theirs}.weight.lora_b"]
+        W, changed = (
+            interleaved(model.get_parameter(f"model.layers.1.{module}.weight").detach().numpy(), heads)
+            for model in (base(world), merged)
+        )
+        assert np.abs(W + fields["adapter.lora.alpha"] / len(A) * B @ A - changed).max() < 1e-5
+
+
+def interleaved(weight, heads):
+    """The rows of each head in rotary pairs, row by row."""
+    if heads is None:
+        return weight
+    size = len(weight) // heads
+    return np.stack([weight[h * size + i // 2 + (i % 2) * (size // 2)] for h in range(heads) for i in range(size)])
+
+
+def test_truncated_to_a_rank_with_the_error_stated(world, tmp_path, capsys):
+    assert export(world, "lora-null-v1", tmp_path / "out", "--rank", "3") == 0
+    said = re.search(r"is ([\d.e-]+) in the mean of the layers, ([\d.e-]+) at most", capsys.readouterr().out)
+    saved, cut = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (world / "out" / "lora-null-v1" / "adapter", tmp_path / "out")
+    )
+    errors = []
+    for name in [key for key in saved if "lora_A" in key]:
+        whole, near = (
+            (state[name.replace("lora_A", "lora_B")].double() @ state[name].double()) for state in (saved, cut)
+        )
+        values = torch.linalg.svdvals(whole)
+        errors.append(float((whole - near).norm() / whole.norm()))
+        assert errors[-1] == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-3, abs=1e-6)
+    assert float(said[1]) == pytest.approx(sum(errors) / len(errors), rel=0.06)
+    assert float(said[2]) == pytest.approx(max(errors), rel=0.06)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+
+
+def test_patterns_and_rslora_become_one_rank_and_one_scaling(world, tmp_path):
+    """vLLM drops rank_pattern and alpha_pattern: nothing but PEFT's own result must be left of them."""
+    shutil.copytree(world / "out", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint*", "model"))
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear", init_lora_weights=False,
+        rank_pattern={"down_proj": 7, "q_proj": 2}, alpha_pattern={"k_proj": 3},
+    )  # fmt: skip
+    torch.manual_seed(3)
+    live = get_peft_model(base(world), config)
+    live.save_pretrained(tmp_path / "run" / "lora" / "adapter")
+    assert main(["export", str(tmp_path / "run" / "lora"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["check", str(tmp_path / "run" / "lora" / "adapter")]) == 1
+    assert main(["check", str(tmp_path / "out")]) == 0
+    plain = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert plain["r"] == 7 and plain["rank_pattern"] == plain["alpha_pattern"] == {} and not plain["use_rslora"]
+    again = PeftModel.from_pretrained(base(world), tmp_path / "out")
+    assert (logits(again) - logits(live)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_whole_weights_are_exported_merged_and_no_other_way(world, tmp_path, method, capsys):
+    assert export(world, method, tmp_path / "out", "--form", "merged") == 0
+    saved, out = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (world / "out" / method / "model", tmp_path / "out")
+    )
+    assert torch.equal(logits(out), logits(saved)) and not torch.equal(logits(out), logits(base(world)))
+    capsys.readouterr()
+    assert export(world, method, tmp_path / "no") == 2
+    said = capsys.readouterr().err
+    assert f"{method} trains whole weights; only --form merged" in said and said.count("\n") == 1
+
+
+def test_what_lies_in_an_adapter_and_its_card(world, tmp_path, capsys):
+    assert export(world, "lora-null-v2", tmp_path / "out", "--base-name", "some/base", "--license", "mit") == 0
+    said = capsys.readouterr().out
+    assert "verified on a fresh base: max |Δ logit| 0," in said
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    }
+    with safe_open(out / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["base_fingerprint"] == base_fingerprint(world / "model")
+        assert file.metadata()["base_dtype"] == "float32"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    assert (out / "adapter_model.safetensors").stat().st_mode & 0o777 == (out / "README.md").stat().st_mode & 0o777
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "some/base", "mit")
+    assert "base_model:adapter:some/base" in card.data.tags
+    assert "| LoRA-Null-v2 |" in card.text and "| base |" in card.text and "| LoRA |" not in card.text
+    assert "numbers (numbers.jsonl)" in card.text and "learning_rate: 0.01" in card.text
+    assert str(world) not in card.content
+    assert yaml.safe_load(re.search("```yaml\n(.*?)```", card.text, re.S)[1])["method"]["rank"] == 4
+
+
+def test_merged_in_float32_and_cast_once_over_shards(tmp_path):
+    save_tiny(tmp_path / "model")
+    model = tiny_model()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    factors = {
+        name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
+        for name, layer in get_peft_model(tiny_model(), config).get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    deltas = deltas_of(factors, lambda name: 0.5, lambda name: False)
+    untied = write_checkpoint(tmp_path / "model", tmp_path / "out", deltas, tiny_model(), shard_size="20KB")
+    assert not untied and len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "out")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict() for name in ("model", "out")
+    )
+    for key, tensor in after.items():
+        A, B = factors.get(key.removesuffix(".weight"), (None, None))
+        exact = before[key].double() if A is None else before[key].double() + 0.5 * B.double() @ A.double()
+        assert tensor.dtype == torch.bfloat16
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
+        assert (tensor == exact.bfloat16()).double().mean() > 0.999  # float32 and float64 may part at a tie
+
+
+def test_a_tied_head_that_was_adapted_comes_apart(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    live = get_peft_model(tiny_model(tie_word_embeddings=True), config)
+    layer = live.get_base_model().lm_head
+    pair = (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
+    deltas = deltas_of({"lm_head": pair}, lambda name: layer.scaling["default"], lambda name: False)
+    assert write_checkpoint(tmp_path / "model", tmp_path / "out", deltas, model)
+    model.config.tie_word_embeddings = False
+    model.config.save_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (logits(merged) - logits(live)).abs().max() < 1e-4
+
+
+def test_weights_stored_as_d_in_by_d_out_without_the_inner_prefix(tmp_path):
+    """GPT-2 on the hub: Conv1D, and keys that do not say `transformer.`."""
+
+    def gpt2():
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=101, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+            )
+        )
+
+    torch.manual_seed(0)
+    gpt2().save_pretrained(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    bare = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+    save_file(bare, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], init_lora_weights=False, fan_in_fan_out=True)
+    live = get_peft_model(base(tmp_path), config)
+    layers = {n: m for n, m in live.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    pairs = {n: (m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach()) for n, m in layers.items()}
+    deltas = deltas_of(pairs, lambda name: layers[name].scaling["default"], lambda name: True)
+    write_checkpoint(tmp_path / "model", tmp_path / "out", deltas, gpt2())
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (logits(merged) - logits(live)).abs().max() < 1e-4
+
+
+def test_the_same_base_in_other_shards_has_the_same_fingerprint_and_no_other_has(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "one")
+    tiny_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    one, shards, bf16, other = (base_fingerprint(tmp_path / name) for name in ("one", "shards", "bf16", "other"))
+    assert one == shards and len({one, bf16, other}) == 3
+
+
+def test_another_base_is_refused(world, tmp_path, capsys):
+    save_tiny(tmp_path / "other", seed=1)
+    for form in ("adapter", "merged", "gguf"):
+        assert export(world, "lora", tmp_path / "out", "--form", form, "--base", str(tmp_path / "other")) == 2
+        assert "trained on another base than" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_computes_something_else_is_not_left(world, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(lora_null.gguf_adapter, "to_gguf_rows", lambda B, heads: B)
+    with pytest.raises(RuntimeError, match="does not compute what"):
+        export(world, "lora", tmp_path / "out", "--form", "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["{world}/nowhere"], "no such folder"),
+        (["{world}/out"], "a run; give one of its methods"),
+        (["{world}/model"], "not a method of a run"),
+        (["{world}/out/base"], "holds neither an adapter nor a model yet"),
+        (["{world}/out/lora", "--form", "mergd"], "--form: 'mergd' is not one (did you mean 'merged'?)"),
+        (["{world}/out/lora", "--rank", "5"], "--rank: 5 is not between 1 and the adapter's rank 4"),
+        (["{world}/out/lora", "--rank", "2", "--form", "merged"], "--rank: a merged model has no rank"),
+        (["{world}/out/lora", "--dtype", "float32"], "--dtype: adapters are written as they were trained"),
+        (["{world}/out/lora", "--base", "/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
+    assert main(["export", *(word.format(world=world) for word in words), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert export(world, "lora", tmp_path) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert export(world, "lora", tmp_path / "out", "--form", "gguf") == 2
+    assert "pip install 'lora-null[gguf]'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="does not know GPT2LMHeadModel, only LlamaForCausalLM"):
+        lora_null.gguf_adapter.architecture_of(GPT2Config(architectures=["GPT2LMHeadModel"]))
+
+
+def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: calls.append(options) or "the hub")
+    assert export(world, "lora", tmp_path / "one") == 0 and not calls
+    assert export(world, "lora", tmp_path / "two", "--push-to-hub", "me/it") == 0
+    assert calls[0] == ("me/it", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/it" and calls[1]["folder_path"] == tmp_path / "two"
+
+    def refuse(self, name, **options):
+        raise OSError("no token\nmore")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    capsys.readouterr()
+    assert export(world, "lora", tmp_path / "three", "--push-to-hub", "me/it") == 2
+    assert capsys.readouterr().err.startswith("error: --push-to-hub: me/it: no token; ")
+    assert (tmp_path / "three" / "README.md").is_file()
