@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from lora_null.errors import UserError
+from lora_null.quantized import keep_layout
 from lora_null.recipes import smollm2
 from lora_null.recipes.quantization import loading_options
 from lora_null.recipes.schema import ModelSection
@@ -131,4 +132,5 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
+    keep_layout(loaded)
     return loaded

@@ -25,21 +25,27 @@ def check_pairs(recipe: Recipe, model_config: Any) -> None:
     """Refuse what does not go together with the base as it is stored.
 
     Raises:
-        UserError: a checkpoint stored quantized, a method that needs plain weights, or an engine that would run others.
+        UserError: as `check_stored`; a method that needs plain weights, or an engine that would run other weights.
     """
-    stored = getattr(model_config, "quantization_config", None)
-    if stored is not None:
-        kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-        raise UserError(
-            f"model.name_or_path: {recipe.model.name_or_path} is stored quantized ({getattr(kind, 'value', kind)}); "
-            "give the model's own weights, and model.quantization=nf4 or int8"
-        )
+    check_stored(recipe.model, model_config)
     if recipe.model.quantization is None:
         return
     for name in recipe.method.name:
         check_base(name, quantized=True)
     if recipe.eval.backend == "vllm":
-        raise UserError("eval.backend: vllm does not run the same quantized base as training, use hf")
+        raise UserError("eval.backend: vllm does not run the quantized base that is trained on, use hf")
+
+
+def check_stored(model: ModelSection, model_config: Any) -> None:
+    """Raise a UserError for a checkpoint whose weights are stored quantized already."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return
+    kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    raise UserError(
+        f"model.name_or_path: {model.name_or_path} is stored quantized ({getattr(kind, 'value', kind)}); give the "
+        "model's plain weights, and model.quantization: nf4 or int8"
+    )
 
 
 def require_bitsandbytes(model: ModelSection) -> None:
