@@ -25,7 +25,7 @@ from lora_null.factors import LayerStats, leakage, null_factors, projected_input
 from lora_null.layer import LoraNullLinear, adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
-from lora_null.quantized import is_readable, stored_statistics, weight_of
+from lora_null.quantized import stored_statistics, unreadable, weight_of
 from lora_null.ranks import all_gather, broadcast, rank_and_world, say
 from lora_null.store import SolvedPart
 from lora_null.weight_files import WeightFiles
@@ -372,10 +372,9 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
 
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: Mapping[int, str]) -> None:
     base = layer.get_base_layer()
-    if not isinstance(layer, LoraNullLinear) or not is_readable(base):
-        raise UserError(
-            f"target_modules: {name} is a {type(base).__name__}, only plain linears and bitsandbytes' can be started"
-        )
+    reason = unreadable(base) if isinstance(layer, LoraNullLinear) else f"carries a {type(layer).__name__} of PEFT"
+    if reason:
+        raise UserError(f"target_modules: {name} {reason}")
     if owners.get(id(base.weight), "").rpartition(".")[0].removesuffix(".base_layer") != name:
         raise UserError(
             f"target_modules: {name} shares its weight with {owners[id(base.weight)].rpartition('.')[0]}, leave it out"

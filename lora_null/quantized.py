@@ -32,13 +32,18 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
-def is_readable(module: nn.Module) -> bool:
-    """Return whether `weight_of` can tell the weight of a linear."""
+def unreadable(module: nn.Module) -> str | None:
+    """Return why `weight_of` cannot tell the weight of a module; None where it can."""
     if is_quantized(module):
-        return not getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
-    return module.weight.dtype in PLAIN_DTYPES and not type(module.weight.data).__module__.startswith("torchao")
+        rewritten = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+        return "was rewritten by bitsandbytes to infer on this CPU, load the base anew" if rewritten else None
+    weight = getattr(module, "weight", None)
+    plain = (
+        isinstance(module, nn.Linear | Conv1D) and isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
+    )
+    if plain and not type(weight.data).__module__.startswith("torchao"):
+        return None
+    return f"is a {type(module).__name__}, only plain linears and bitsandbytes' quantized ones can be read"
 
 
 @torch.no_grad()
@@ -54,8 +59,8 @@ def weight_of(module: nn.Module) -> torch.Tensor:
         UserError: its weight is stored in a form that is not known.
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if not is_readable(base):
-        raise UserError(f"a {type(base).__name__} stores its weight in a form that cannot be read")
+    if reason := unreadable(base):
+        raise UserError(f"a layer {reason}")
     if is_quantized(base):
         return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
     return base.weight.T if isinstance(base, Conv1D) else base.weight

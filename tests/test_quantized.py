@@ -8,10 +8,13 @@ import pytest
 import torch
 from oracle import capture_inputs, factors, projection
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_dpo import CUT, PAIRS, TEXTS
+from test_dpo import options as dpo_options
 from test_trainer import make
-from tiny import random_batches, save_tiny
+from tiny import random_batches, save_tiny, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from trl import DPOConfig
 from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -20,11 +23,12 @@ from lora_null.eval_harness.merge import merged_if_faster
 from lora_null.initialize import load_initialization
 from lora_null.layer import LoraNullQuantizedLinear, adapted_layers
 from lora_null.preserve import preserve
-from lora_null.quantized import is_readable, quantized_layers, weight_of
+from lora_null.quantized import quantized_layers, unreadable, weight_of
 from lora_null.recipes import quantization
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.bases import empty_model, load_base
 from lora_null.recipes.schema import ModelSection
+from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import make_method
 
 FORMS = ("nf4", "int8")
@@ -292,6 +296,7 @@ def test_a_run_reports_as_any_other(tmp_path, capsys):
         ),
         (["--method", "lora,full"], "full needs plain weights"),
         (["--method", "osf"], "osf needs plain weights"),
+        (["eval.backend=vllm", "--dry-run"], "vllm does not run the quantized base"),
         (["model.quantization=nf5"], "no quantization 'nf5' (did you mean 'nf4'?)"),
         (["model.quantization=gptq"], "no quantization 'gptq' (choose from: int8, nf4)"),
     ],
@@ -336,6 +341,36 @@ def test_weights_of_unknown_storage_are_refused_by_class():
 
     layer = Packed(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
-    assert not is_readable(layer) and is_readable(nn.Linear(8, 8))
-    with pytest.raises(UserError, match="a Packed stores its weight in a form that cannot be read"):
+    assert unreadable(nn.Linear(8, 8)) is None
+    with pytest.raises(UserError, match="is a Packed, only plain linears and bitsandbytes' quantized ones"):
         weight_of(layer)
+
+
+def test_a_base_that_was_rewritten_for_inference_is_refused(folder):
+    model = get_peft_model(load(folder, "nf4"), LoraNullConfig(r=4))
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj was rewritten by bitsandbytes"):
+        initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
+
+
+def test_a_trainer_refuses_a_method_that_needs_plain_weights(folder, tmp_path):
+    method = make_method("pissa")
+    config = method.config(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="pissa needs plain weights, not a quantized base"):
+        make(tmp_path, config, model=load(folder, "nf4"), method=method)
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_dpo_starts_from_the_quantized_reference(folder, tmp_path, variant):
+    trainer = LoraNullDPOTrainer(
+        model=load(folder, "nf4"),
+        args=DPOConfig(**dpo_options(tmp_path, max_steps=2)),
+        train_dataset=PAIRS,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraNullConfig(r=4, variant=variant),
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6) and losses[1] != losses[0]
