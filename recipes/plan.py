@@ -34,7 +34,7 @@ class MethodPlan:
         saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer or of all; 0 where none are.
-        extra_bytes: what trains in float32, its gradients, the two AdamW moments, and what the method keeps besides.
+        extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
     """
 
     name: str
@@ -111,6 +111,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
+        if recipe.model.quantization and method.saved_rank(1) > 1:
+            held *= 2  # the residual is a second path there, not taken out of the weight
     return MethodPlan(
         name=name,
         rank=rank,

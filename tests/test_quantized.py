@@ -27,6 +27,8 @@ from lora_null.quantized import quantized_layers, unreadable, weight_of
 from lora_null.recipes import quantization
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.bases import empty_model, load_base
+from lora_null.recipes.load import load_recipe
+from lora_null.recipes.plan import plan_methods
 from lora_null.recipes.schema import ModelSection
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import make_method
@@ -269,6 +271,16 @@ def test_the_plan_counts_what_is_stored(folder, form):
     counted = quantization.weight_bytes(empty_model(AutoConfig.from_pretrained(folder), section), section)
     assert len(layers) == 14 and not any("lm_head" in name for name in layers)
     assert counted == plain + sum(x.nbytes for x in parts.values())
+
+
+def test_the_plan_counts_the_offset_path_of_v1(tmp_path):
+    recipe = make_world(tmp_path)
+    plans = [
+        plan_methods(load_recipe(str(recipe), words), AutoConfig.from_pretrained(tmp_path / "model"))
+        for words in ([], ["model.quantization=nf4"])
+    ]
+    more = [quantized.extra_bytes - plain.extra_bytes for plain, quantized in zip(*plans)]
+    assert more == [0, 4 * plans[0][0].saved, 0]  # lora, v1, v2: one more A0 and B0 in float32
 
 
 def test_a_run_reports_as_any_other(tmp_path, capsys):
