@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null.eval_harness.generate import can_generate_rows, generate_rows
+from lora_null.quantized import is_quantized
 from lora_null.ranks import broadcast, device_of, parameters_are_sharded
 
 WORTH = 0.95  # merged must take less than this share of the time
@@ -26,8 +27,8 @@ def merged_if_faster(model: nn.Module, known: bool | None = None) -> Iterator[bo
         model: in eval mode.
         known: what an earlier call has found for this model; None measures.
 
-    Only float32 weights are merged: in 16 bits the sum would be rounded, and other answers measured than those of the
-    adapter that is saved. On the way out the weights are restored from copies, bit for bit.
+    Only float32 weights are merged: in 16 bits, and the more so quantized again, the sum would be rounded, and other
+    answers measured than those of the adapter that is saved. On the way out the weights are restored from copies, bit for bit.
     """
     layers = _mergeable(model)
     if known is False or not layers or not can_generate_rows(model):
@@ -53,6 +54,7 @@ def _mergeable(model: nn.Module) -> list[LoraLayer]:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = all(
         isinstance(layer.get_base_layer(), nn.Linear)
+        and not is_quantized(layer.get_base_layer())
         and layer.get_base_layer().weight.dtype == torch.float32
         and not layer.merged
         and not layer.disable_adapters

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.errors import UserError
-from lora_null.layer import LoraNullLinear
+from lora_null.layer import lora_null_layer
 
 VARIANTS = ("v1", "v2")
 
@@ -34,8 +34,8 @@ _UNSUPPORTED = {
 
 
 def use_lora_null_layers(config: LoraConfig) -> LoraConfig:
-    """Let `config` put `LoraNullLinear` on the model, whose base weight may carry a residual; return it."""
-    config._register_custom_module({nn.Linear: LoraNullLinear, Conv1D: LoraNullLinear})
+    """Let `config` put `LoraNullLinear` on the model, whose base may carry a residual; return it."""
+    config._register_custom_module({nn.Linear: lora_null_layer, Conv1D: lora_null_layer})
     return config
 
 

@@ -11,12 +11,12 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
 from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers
+from lora_null.quantized import weight_of
 
 
 @dataclass
@@ -143,8 +143,7 @@ class WeightDriftMeter(_Meter):
 @torch.no_grad()
 def _outputs(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Return W S in float32, (d_out, k), of a linear or of a PEFT layer with its change."""
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    weight = weight_of(layer)
     if hasattr(layer, "get_delta_weight"):
         weight = weight + layer.get_delta_weight("default")
     return weight.float() @ inputs.to(weight.device)

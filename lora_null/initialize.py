@@ -25,6 +25,7 @@ from lora_null.factors import LayerStats, leakage, null_factors, projected_input
 from lora_null.layer import LoraNullLinear, adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
+from lora_null.quantized import stored_statistics, unreadable, weight_of
 from lora_null.ranks import all_gather, broadcast, rank_and_world, say
 from lora_null.store import SolvedPart
 from lora_null.weight_files import WeightFiles
@@ -160,6 +161,7 @@ def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
             key = name.replace("base_layer.", "")
             if "lora_" not in name:
                 yield key, weights.read(key) if weights is not None and parameter.is_meta else parameter
+        yield from stored_statistics(peft_model.get_base_model())
 
     return store.fingerprint(parameters())
 
@@ -294,8 +296,7 @@ def _solve_on(
         if r not in spaces:
             spaces[r] = bottom_eigenspace(gram, r, solver=options.solver, seed=options.seed)
         space = spaces[r]
-        base = layer.get_base_layer().weight
-        weight = base.T if layer.fan_in_fan_out else base
+        weight = weight_of(layer)
         factors = null_factors(weight, space.vectors, layer.scaling[adapter_name])
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         A.copy_(factors.A)
@@ -303,7 +304,7 @@ def _solve_on(
         part.projected[name] = projected_inputs(A, gram)
         stats[name] = LayerStats(
             name=name,
-            shape=tuple(weight.shape),
+            shape=(layer.out_features, layer.in_features),
             r=r,
             tokens=measured.tokens,
             gram_rank=min(space.rank, measured.tokens),
@@ -371,8 +372,9 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
 
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: Mapping[int, str]) -> None:
     base = layer.get_base_layer()
-    if not isinstance(layer, LoraNullLinear) or not base.weight.is_floating_point():
-        raise UserError(f"target_modules: {name} is a {type(base).__name__}, only plain linears can be started")
+    reason = unreadable(base) if isinstance(layer, LoraNullLinear) else f"carries a {type(layer).__name__} of PEFT"
+    if reason:
+        raise UserError(f"target_modules: {name} {reason}")
     if owners.get(id(base.weight), "").rpartition(".")[0].removesuffix(".base_layer") != name:
         raise UserError(
             f"target_modules: {name} shares its weight with {owners[id(base.weight)].rpartition('.')[0]}, leave it out"

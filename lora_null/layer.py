@@ -10,9 +10,12 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_null.errors import UserError
+from lora_null.quantized import is_quantized
+
 
 class Residual(NamedTuple):
-    """What was taken out of a base weight: W0' = W0 − scaling · B0 A0. Kept on the CPU, it is rarely needed."""
+    """What is taken out of a base: W0' = W0 − scaling · B0 A0."""
 
     adapter: str
     A: torch.Tensor  # (r, d_in)
@@ -46,7 +49,7 @@ class LoraNullLinear(Linear):
 
     Under v1 the base weight is W0 − s·B0A0. Whenever the adapter that belongs to it does not take part (disabled,
     another adapter active, deleted, unloaded), the layer adds s·B0A0 back, so that what remains is the original model,
-    to the rounding of the weight's dtype.
+    to the rounding of the weight's dtype. The residual is kept on the CPU, it is rarely needed.
     """
 
     residual: Residual | None = None
@@ -66,7 +69,7 @@ class LoraNullLinear(Linear):
         freeze_factor(self, "lora_A", adapter_name)
 
     def subtract_residual(self, adapter_name: str, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Turn the base weight W0 into W0 − s·BA, in place, computed in float64 and rounded once.
+        """Turn the base W0 into W0 − s·BA: its weight, in place, computed in float64 and rounded once.
 
         Args:
             adapter_name: the adapter that starts from these factors.
@@ -78,16 +81,22 @@ class LoraNullLinear(Linear):
         """
         if self.residual is not None:
             raise RuntimeError(f"the base already carries the residual of adapter {self.residual.adapter!r}")
-        A0, B0 = (factor.detach().to("cpu", copy=True) for factor in (A, B))  # copies: A and B go on to be trained
-        residual = Residual(adapter_name, A0, B0, self.scaling[adapter_name])
-        self._add_to_base(-residual.delta())
-        self.residual = residual
+        A0, B0 = (factor.detach().clone() for factor in (A, B))  # copies: A and B go on to be trained
+        self.residual = self._take_out(Residual(adapter_name, A0, B0, self.scaling[adapter_name]))
 
     def restore_base(self) -> None:
-        """Put s·B0A0 back into the base weight: W0 to the rounding of its dtype. Without a residual, do nothing."""
+        """Put s·B0A0 back into the base: W0 to the rounding of its dtype. Without a residual, do nothing."""
         if self.residual is not None:
-            self._add_to_base(self.residual.delta())
+            self._put_back(self.residual)
             self.residual = None
+
+    def _take_out(self, residual: Residual) -> Residual:
+        residual = residual._replace(A=residual.A.cpu(), B=residual.B.cpu())
+        self._add_to_base(-residual.delta())
+        return residual
+
+    def _put_back(self, residual: Residual) -> None:
+        self._add_to_base(residual.delta())
 
     @torch.no_grad()
     def _add_to_base(self, delta: torch.Tensor) -> None:
@@ -95,31 +104,35 @@ class LoraNullLinear(Linear):
         delta = delta.T if self.fan_in_fan_out else delta
         weight.copy_((weight.double() + delta.to(weight.device)).to(weight.dtype))
 
-    def _residual_is_compensated(self) -> bool:
+    def _residual_takes_part(self) -> bool:
+        """Return whether the adapter that the residual belongs to is in what the layer computes now."""
         taking_part = self.merged_adapters or self.active_adapters
-        return self.residual is None or (not self.disable_adapters and self.residual.adapter in taking_part)
+        return self.residual is not None and not self.disable_adapters and self.residual.adapter in taking_part
+
+    def _missing(self) -> int:
+        """Return how often s·B0A0 x is to be added to what base and adapters give: once where it is left out of W0."""
+        return int(self.residual is not None and not self._residual_takes_part())
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._is_plain(args, kwargs):
+        if self._has_one_adapter(args, kwargs) and not self._missing():
             return self._plain_forward(x)
+        if self.residual is not None and kwargs.get("adapter_names"):
+            raise UserError("adapter_names: rows cannot choose their adapter while the base carries a residual")
         result = super().forward(x, *args, **kwargs)
-        if self._residual_is_compensated():
+        missing = self._missing()
+        if not missing:
             return result
         A, B = (factor.to(x.device) for factor in (self.residual.A, self.residual.B))
-        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * self.residual.scaling
+        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * (missing * self.residual.scaling)
         return result + offset.to(result.dtype)
 
-    def _is_plain(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _has_one_adapter(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Return whether one live adapter without dropout is all there is: the case while training."""
         if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         name = self.active_adapters[0]
-        return (
-            name in self.lora_A
-            and name not in self.lora_variant
-            and isinstance(self.lora_dropout[name], nn.Identity)
-            and self._residual_is_compensated()
-        )
+        plain = name in self.lora_A and name not in self.lora_variant
+        return plain and isinstance(self.lora_dropout[name], nn.Identity)
 
     def _plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute W x + B (s · A x) as PEFT does, without its passes over wide tensors.
@@ -133,9 +146,7 @@ class LoraNullLinear(Linear):
         result = self.base_layer(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, A.dtype)
-        hidden = nn.functional.linear(x, A)
-        if scaling != 1:
-            hidden = hidden * scaling
+        hidden = _scaled(nn.functional.linear(x, A), scaling)
         if hidden.dtype == B.dtype == result.dtype:
             flat = torch.addmm(result.view(-1, result.shape[-1]), hidden.view(-1, hidden.shape[-1]), B.T)
             return flat.view(result.shape)
@@ -152,6 +163,55 @@ class LoraNullLinear(Linear):
         """Give back the base layer, as PEFT's `merge_and_unload` and `unload` ask: merged, or the original."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not (merge and self._residual_is_compensated()):
+        if not (merge and self._residual_takes_part()):
             self.restore_base()
         return self.get_base_layer()
+
+
+class LoraNullQuantizedLinear(LoraNullLinear):
+    """The same on a base whose weight is stored quantized and is never written to.
+
+    Under v1 the residual is a second, frozen low-rank path, W0 x + s·(B A x − B0 A0 x), for as long as its adapter takes
+    part; disabling the adapter leaves exactly the base.
+    """
+
+    def _take_out(self, residual: Residual) -> Residual:
+        return residual
+
+    def _put_back(self, residual: Residual) -> None:
+        """Leave the stored weight alone: nothing was taken out of it."""
+
+    def _missing(self) -> int:
+        return -int(self._residual_takes_part())
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._residual_takes_part() and self._has_one_adapter(args, kwargs):
+            return self._offset_forward(x)
+        return super().forward(x, *args, **kwargs)
+
+    def _offset_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute W0 x + (s·B A x − s·B0 A0 x), the difference first: at the start it is exactly zero."""
+        name = self.active_adapters[0]
+        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if (self.residual.A.device, self.residual.A.dtype) != (A.device, A.dtype):  # the model was moved or cast
+            self.residual = self.residual._replace(A=self.residual.A.to(A), B=self.residual.B.to(B))
+        result = self.base_layer(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, A.dtype)
+        now = nn.functional.linear(_scaled(nn.functional.linear(x, A), scaling), B)
+        start = nn.functional.linear(_scaled(nn.functional.linear(x, self.residual.A), scaling), self.residual.B)
+        return (result + (now - start)).to(result.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise UserError("merge: the base is quantized, and its stored weights are left alone; merge into the original")
+
+
+def _scaled(hidden: torch.Tensor, scaling: float) -> torch.Tensor:
+    return hidden if scaling == 1 else hidden * scaling
+
+
+def lora_null_layer(base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> LoraNullLinear:
+    """Return the layer that suits a linear, plain or quantized."""
+    base = base_layer.get_base_layer() if isinstance(base_layer, LoraLayer) else base_layer
+    kind = LoraNullQuantizedLinear if is_quantized(base) else LoraNullLinear
+    return kind(base_layer, adapter_name, config, **kwargs)

@@ -12,6 +12,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lora_null.quantized import keep_layout
+
 
 @contextmanager
 def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
@@ -19,8 +21,9 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
 
     That is: train or eval mode of every module; requires_grad of every parameter; which adapters are active, enabled
     and merged; `config.use_cache`; torch's grad mode; the random states of Python, numpy, torch and every CUDA device;
-    and the tokenizer's padding side, if one is given.
+    and the tokenizer's padding side, if one is given. Quantized weights stay as they are stored.
     """
+    keep_layout(model)
     modes = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, _adapter_state(m)) for m in model.modules() if isinstance(m, BaseTunerLayer)]

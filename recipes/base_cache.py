@@ -37,7 +37,9 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
     limits and template; batch size, device, number of processes; versions, and this package's own evaluation code.
     """
-    section = recipe.eval
+    section, packages = recipe.eval, PACKAGES
+    if recipe.model.quantization is not None:
+        packages = (*PACKAGES, "bitsandbytes")
     parts = {
         "model": _identity(model_name, recipe.model.revision, commit),
         "compute": [
@@ -51,7 +53,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
         "processes": PartialState().num_processes,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: importlib.metadata.version(package) for package in packages},
         "code": _code_hash(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

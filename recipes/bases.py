@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from lora_null.errors import UserError
+from lora_null.quantized import keep_layout
 from lora_null.recipes import smollm2
+from lora_null.recipes.quantization import loading_options
 from lora_null.recipes.schema import ModelSection
 
 SHAPES = Path(__file__).parent / "shapes.json"
@@ -106,11 +108,12 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: ModelSection, name: str) -> PreTrainedModel:
-    """Return a fresh base model with its weights, on the CPU; the trainer moves it.
+    """Return a fresh base model with its weights, on the CPU; the trainer moves it. A quantized one is on the device.
 
     Raises:
         UserError: the weights cannot be loaded.
     """
+    quantized = loading_options(model, PartialState().device)
     logging.disable_progress_bar()
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
@@ -120,6 +123,7 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
             attn_implementation=attention(model),
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
     except SafetensorError as error:
         raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None
@@ -128,4 +132,5 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
+    keep_layout(loaded)
     return loaded

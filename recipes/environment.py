@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
@@ -17,13 +18,15 @@ import torch
 from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "lora_null")
+OPTIONAL = ("bitsandbytes",)
 
 
 def environment() -> dict[str, Any]:
     """Return versions, git state of the package's source, device and platform, ready for results.json."""
     state = PartialState()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in PACKAGES}
+    packages = [*PACKAGES, *(name for name in OPTIONAL if importlib.util.find_spec(name))]
+    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in packages}
     return {
         "python": platform.python_version(),
         **versions,

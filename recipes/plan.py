@@ -16,8 +16,9 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError, nearest
 from lora_null.recipes.bases import empty_model
+from lora_null.recipes.quantization import check_pairs, weight_bytes
 from lora_null.recipes.schema import MethodSection, Recipe, parse_count
-from lora_null.trainer.methods import METHODS, Method, check_base, make_method
+from lora_null.trainer.methods import METHODS, Method, make_method
 
 GIB = 1024**3
 
@@ -33,7 +34,7 @@ class MethodPlan:
         saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer or of all; 0 where none are.
-        extra_bytes: what trains in float32, its gradients, the two AdamW moments, and what the method keeps besides.
+        extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
     """
 
     name: str
@@ -65,8 +66,7 @@ def plan_methods(recipe: Recipe, model_config: Any) -> list[MethodPlan]:
     Raises:
         UserError: no module matched, r too large for a layer, or a method that cannot start from this base.
     """
-    for name in recipe.method.name:
-        check_base(name, quantized=recipe.model.quantization is not None)
+    check_pairs(recipe, model_config)
     return [_plan_method(recipe, model_config, name) for name in recipe.method.name]
 
 
@@ -111,6 +111,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
+        if recipe.model.quantization and method.saved_rank(1) > 1:
+            held *= 2  # the residual is a second path there, not taken out of the weight
     return MethodPlan(
         name=name,
         rank=rank,
@@ -199,8 +201,10 @@ def print_plan(
     console = Console(soft_wrap=True)
     empty = empty_model(model_config, recipe.model)
     size = sum(p.numel() for p in empty.parameters())
-    weights = size * {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.model.dtype]
-    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {recipe.model.dtype}")
+    weights, stored = weight_bytes(empty, recipe.model), recipe.model.dtype
+    if recipe.model.quantization:
+        stored = f"linears in {recipe.model.quantization}, computed in {stored}"
+    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
     _print_training(console, recipe, training, batch, rows)
     cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
     console.print(

@@ -41,6 +41,7 @@ from lora_null.recipes.examples import TrainingData, describe_bad_rows, training
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.preemption import SaveOnSigterm
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
+from lora_null.recipes.quantization import require_bitsandbytes
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
 from lora_null.store import find_initialization
@@ -202,6 +203,7 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     set_seed(recipe.seed)
     if recipe.eval.backend == "vllm":
         require_vllm()
+    require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
     texts = calibration_texts(recipe.calibration)
     name = resolve_name(recipe.model)
@@ -445,6 +447,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "calibration_tokens": sum(len(window) for window in job.windows),
         "calibration_mode": recipe.calibration.mode,
         "dtype": recipe.model.dtype,
+        "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         "attention": attention(recipe.model),
     }

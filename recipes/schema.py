@@ -31,6 +31,7 @@ TRAINING_KEYS = {
     trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
     for trainer, config in CONFIGS.items()
 }
+QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
@@ -54,11 +55,20 @@ class ModelSection(Section):
     name_or_path: str = Field(min_length=1, description="hub id, local folder, or 'smollm2' (fetched by quickstart)")
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
-    quantization: None = Field(None, description="none: quantized bases are not supported yet")
+    quantization: str | None = Field(
+        None, description="nf4 or int8: how bitsandbytes stores the linears' weights; none when not given"
+    )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where installed and on a GPU, sdpa otherwise"
     )
     trust_remote_code: bool = Field(False, description="run code that a model repository ships")
+
+    @field_validator("quantization")
+    @classmethod
+    def _known(cls, quantization: str | None) -> str | None:
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise ValueError(f"no quantization {quantization!r}{nearest(quantization, QUANTIZATIONS)}")
+        return quantization
 
 
 class MethodSection(Section):

@@ -20,7 +20,7 @@ ROWS = Dataset.from_dict(
 CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 
 
-def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, tokenizer=None, **options):
+def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, tokenizer=None, method=None, **options):
     arguments = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -42,6 +42,7 @@ def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, token
         peft_config=config or LoraNullConfig(r=4, variant="v2"),
         calibration_dataset=calibration,
         calibration_args=CUT,
+        method=method,
     )
 
 

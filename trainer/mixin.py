@@ -31,10 +31,11 @@ from lora_null.initialize import (
     start_adapter,
 )
 from lora_null.layer import adapted_layers
+from lora_null.quantized import keep_layout, quantized_layers
 from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import COMPLETE_FILE, last_checkpoint_or_raise, seal, tidy
-from lora_null.trainer.methods import Method
+from lora_null.trainer.methods import Method, check_base
 from lora_null.trainer.preflight import check_batch, check_trainable
 
 DRIFT_FILE, FACTORS_FILE, LIVE_FILE = "drift.safetensors", "factors.safetensors", "live_factors.safetensors"
@@ -75,6 +76,7 @@ class LoraNullMixin:
         self.method = method or Method()
         self._measures = method is not None or isinstance(self.model, PeftModel)
         if self._measures:
+            self._keep_quantized_base()
             self.method.check(self.model)
             self.method.prepare(self.model)
         for callback in self.method.callbacks():
@@ -93,6 +95,18 @@ class LoraNullMixin:
             check_layers(self.model, adapted_layers(self.model))
             if calibration_dataset is None and init_folder is None:
                 raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
+
+    def _keep_quantized_base(self) -> None:
+        """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
+
+        TRL casts it to bfloat16 there, in which a step of the usual learning rates often changes nothing.
+        """
+        quantized = bool(quantized_layers(self.model))
+        check_base(self.method, quantized=quantized)
+        keep_layout(self.model)
+        for parameter in self.model.parameters() if quantized else ():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     @property
     def _starts_lora_null(self) -> bool:

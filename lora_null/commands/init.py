@@ -37,6 +37,7 @@ def _add_model(init: argparse.ArgumentParser) -> None:
     init.add_argument("--model", required=True, help="hub id or local folder")
     init.add_argument("--revision", help="hub revision")
     init.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the base")
+    init.add_argument("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     init.add_argument("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     init.add_argument(
         "--low-memory", action="store_true", help="leave the weights in their files, read layer by layer"
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.residual and (arguments.variant != "v1" or arguments.low_memory):
         raise UserError("--residual: only with --variant v1, and not with --low-memory")
+    if arguments.quantization and (arguments.residual or arguments.low_memory):
+        raise UserError("--quantization: not with --residual or --low-memory, which need the weights as they are")
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
     from accelerate import PartialState
@@ -98,7 +101,12 @@ def _device(name: str | None, state: Any) -> Any:
 def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from lora_null.recipes.schema import CalibrationSection, ModelSection
 
-    model = ModelSection(name_or_path=arguments.model, revision=arguments.revision, dtype=arguments.dtype)
+    model = ModelSection(
+        name_or_path=arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+    )
     calibration = CalibrationSection(
         path=arguments.calibration,
         split=arguments.split,
@@ -131,10 +139,13 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     from lora_null.config import LoraNullConfig
     from lora_null.recipes.bases import empty_model, load_base, load_config, resolve_name
+    from lora_null.recipes.quantization import check_stored
     from lora_null.weight_files import WeightFiles
 
     section, _ = _sections(arguments)
     name = resolve_name(section)
+    shape = load_config(section, name)
+    check_stored(section, shape)
     targets = arguments.target_modules
     config = LoraNullConfig(
         r=arguments.rank,
@@ -147,7 +158,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return get_peft_model(load_base(section, name), config), None
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.revision))
     weights = WeightFiles(folder, getattr(torch, section.dtype))
-    peft_model = get_peft_model(empty_model(load_config(section, name), section), config, low_cpu_mem_usage=True)
+    peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
     _give_adapter_memory(peft_model)
     return peft_model, weights
 

@@ -76,12 +76,15 @@ def load_method_file(path: str) -> list[str]:
     return entered
 
 
-def check_base(name: str, *, quantized: bool) -> None:
-    """Refuse a method on a base that it cannot start from.
+def check_base(method: str | Method, *, quantized: bool) -> None:
+    """Refuse a method, or the method of that name, on a base that it cannot start from.
 
     Raises:
         UserError: naming the methods that work there.
     """
-    if quantized and not METHODS[name].quantized_base:
-        able = sorted(other for other, kind in METHODS.items() if kind.quantized_base)
-        raise UserError(f"method: {name} needs plain weights, not a quantized base; those that do: {', '.join(able)}")
+    kind = METHODS[method] if isinstance(method, str) else method
+    if quantized and not kind.quantized_base:
+        able = sorted(name for name, other in METHODS.items() if other.quantized_base)
+        raise UserError(
+            f"method: {kind.name} needs plain weights, not a quantized base; those that work on one: {', '.join(able)}"
+        )

@@ -20,6 +20,7 @@ from lora_null.config import use_lora_null_layers
 from lora_null.errors import UserError
 from lora_null.export import save_plainly
 from lora_null.layer import adapted_layers
+from lora_null.quantized import weight_of
 from lora_null.ranks import rank_and_world
 from lora_null.trainer.methods.base import Method, method
 
@@ -69,9 +70,7 @@ class ResidualMethod(Method):
         for index, (name, layer) in enumerate(self.layers(trainer.model).items()):
             A, B = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
             if index % world == rank:
-                base = layer.get_base_layer().weight.double()
-                weight = base.T if layer.fan_in_fan_out else base
-                found = self.part(weight, layer.r["default"], calibration.input_of(name))
+                found = self.part(weight_of(layer).double(), layer.r["default"], calibration.input_of(name))
                 for factor, value in zip((A, B), found):
                     factor.copy_(value / layer.scaling["default"] ** 0.5)
             for factor in (A, B) if world > 1 else ():
