@@ -16,7 +16,6 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 from lora_null.errors import UserError
-from lora_null.layer import adapted_layers
 from lora_null.weight_files import WeightFiles
 
 FINGERPRINT, DTYPE = "base_fingerprint", "base_dtype"
@@ -70,8 +69,8 @@ def _sample(tensor) -> bytes:
 def identity_of(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
     """Return what an adapter's metadata says of the base that the model was loaded from; less where it is not known."""
     config = peft_model.peft_config[adapter_name]
-    layer = next(iter(adapted_layers(peft_model, adapter_name).values()))
-    identity = {DTYPE: str(layer.get_base_layer().weight.dtype).removeprefix("torch.")}
+    dtype = peft_model.get_base_model().get_input_embeddings().weight.dtype  # a linear may be stored quantized
+    identity = {DTYPE: str(dtype).removeprefix("torch.")}
     commit = getattr(peft_model.get_base_model().config, "_commit_hash", None)  # of the hub, what was really loaded
     folder = checkpoint_on_disk(config.base_model_name_or_path, commit or config.revision)
     try:

