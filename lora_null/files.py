@@ -139,4 +139,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata={"format": "pt", **metadata})
+        _sort_metadata(temporary)
         temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be another user
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: it is written in another one each time, and equal runs are to
+    leave equal bytes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))

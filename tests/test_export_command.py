@@ -19,6 +19,7 @@ from world import make_world
 import lora_null.gguf_adapter
 from lora_null.__main__ import main
 from lora_null.errors import UserError
+from lora_null.files import write_safetensors
 from lora_null.identity import base_fingerprint
 from lora_null.merge import deltas_of, write_checkpoint
 from lora_null.recipes.__main__ import main as recipes
@@ -333,3 +334,12 @@ def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):
     assert export(world, "lora", tmp_path / "three", "--push-to-hub", "me/it") == 2
     assert capsys.readouterr().err.startswith("error: --push-to-hub: me/it: no token; ")
     assert (tmp_path / "three" / "README.md").is_file()
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+    metadata = {f"key {i}": "1" for i in range(9)}
+    for i in range(3):
+        write_safetensors(tmp_path / f"{i}.safetensors", {"é": torch.ones(3), "a": torch.zeros(2, 2)}, metadata)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata} and file.get_tensor("é").sum() == 3
