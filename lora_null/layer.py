@@ -10,6 +10,8 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_null.sharding import is_sharded
+
 
 class Residual(NamedTuple):
     """What was taken out of a base weight: W0' = W0 − scaling · B0 A0. Kept on the CPU, it is rarely needed."""
@@ -118,6 +120,7 @@ class LoraNullLinear(Linear):
             name in self.lora_A
             and name not in self.lora_variant
             and isinstance(self.lora_dropout[name], nn.Identity)
+            and not is_sharded(self.lora_A[name].weight)  # its own forward pass gathers it
             and self._residual_is_compensated()
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -19,16 +21,20 @@ from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.errors import UserError
+from lora_null.export import check_saved_adapter
 from lora_null.files import write_safetensors
 from lora_null.initialize import (
     MIN_TOKENS,
     InitOptions,
     LayerReport,
     check_layers,
+    check_whole,
     load_initialization,
     start_adapter,
 )
 from lora_null.layer import adapted_layers
+from lora_null.ranks import parameters_are_sharded
+from lora_null.sharding import whole_parameters
 from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import COMPLETE_FILE, last_checkpoint_or_raise, seal, tidy
@@ -176,17 +182,22 @@ class LoraNullMixin:
 
     @torch.no_grad()
     def _check_something_moved(self) -> None:
-        layers = adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+        layers = self._lora_layers()
         for layer in layers.values():
-            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
-            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
-            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
-            if not torch.equal(factor, start):
+            if self._moved(layer):
                 return
         if layers or (self.drift_meter is not None and self.drift_meter.summary()["max"] == 0):
             raise RuntimeError(
                 f"after {self.state.global_step} steps nothing differs from its start: nothing was trained"
             )
+
+    @staticmethod
+    def _moved(layer: LoraLayer) -> bool:
+        with whole_parameters(layer.lora_A, layer.lora_B):
+            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
+            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
+            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
+            return not torch.equal(factor, start)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the knowledge drift (mean and max over the layers) to every training log line."""
@@ -205,35 +216,66 @@ class LoraNullMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
+        self._save_live_factors(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
             tidy(folder, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter or the model, whole whatever the engine; all ranks call it, the first one writes."""
+        if not parameters_are_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+        else:
+            with whole_parameters(*self._saved_modules()):
+                self._save(output_dir)
+        if self.args.should_save and self._lora_layers():
+            check_saved_adapter(Path(output_dir or self.args.output_dir), self.model)
+
+    def _saved_modules(self) -> list[nn.Module]:
+        """Return what has to be whole to be saved: of an adapter its own small modules, not the base."""
+        if not self._lora_layers():
+            return [self.model]
+        return [part for layer in self._lora_layers().values() for part in (layer.lora_A, layer.lora_B)]
+
+    def _lora_layers(self) -> dict[str, LoraLayer]:
+        return adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, never read
-        live = self._live_factors()
-        if live:
-            write_safetensors(Path(output_dir or self.args.output_dir) / LIVE_FILE, live, {})
 
-    def _live_factors(self) -> dict[str, torch.Tensor]:
-        """Return A and B as they train on a residual base: a checkpoint's adapter itself is saved in plain form."""
-        if not isinstance(self.model, PeftModel):
-            return {}
-        layers = {n: x for n, x in adapted_layers(self.model).items() if getattr(x, "residual", None) is not None}
-        factors = {f"{name}.lora_A": layer.lora_A["default"].weight for name, layer in layers.items()}
-        return factors | {f"{name}.lora_B": layer.lora_B["default"].weight for name, layer in layers.items()}
+    def _live_layers(self) -> dict[str, LoraLayer]:
+        """Return the layers whose A and B a checkpoint keeps as they train, beside the adapter in its plain form.
+
+        On a residual base the plain form differs; of a sharded model it is the engine's own file that is not used.
+        """
+        layers = self._lora_layers()
+        if parameters_are_sharded(self.model):
+            return layers
+        return {name: layer for name, layer in layers.items() if getattr(layer, "residual", None) is not None}
+
+    def _save_live_factors(self, checkpoint: Path) -> None:
+        layers = self._live_layers()
+        with whole_parameters(*self._saved_modules() if layers else ()):
+            if layers and self.args.should_save:
+                write_safetensors(checkpoint / LIVE_FILE, _factors(layers), {})
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        live = self._live_factors()
-        if not live:
+        layers = self._live_layers()
+        if not layers:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = load_file(Path(resume_from_checkpoint) / LIVE_FILE)
-        for name, factor in live.items():
-            factor.copy_(saved[name])
+        with whole_parameters(*self._saved_modules(), write=True):
+            for name, factor in _factors(layers).items():
+                factor.copy_(saved[name])
         if dist.is_initialized():
             dist.barrier()
+
+
+def _factors(layers: Mapping[str, LoraLayer]) -> dict[str, torch.Tensor]:
+    factors = {f"{name}.lora_A": layer.lora_A["default"].weight for name, layer in layers.items()}
+    return factors | {f"{name}.lora_B": layer.lora_B["default"].weight for name, layer in layers.items()}
