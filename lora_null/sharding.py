@@ -54,7 +54,7 @@ def _gathered_by_deepspeed(parameters: list[nn.Parameter], write: bool) -> Itera
     if not parameters:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
         yield
