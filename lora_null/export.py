@@ -105,7 +105,8 @@ def _check_whole(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel, adap
     for name, layer in adapted_layers(peft_model, adapter_name).items():
         A, B = (shapes.get(f"base_model.model.{name}.{part}.weight", ()) for part in ("lora_A", "lora_B"))
         rank = A[0] if A else 0
-        if rank < layer.r[adapter_name] or A != (rank, layer.in_features) or B != (layer.out_features, rank):
+        whole = (rank, layer.in_features) == A and (layer.out_features, rank) == B
+        if rank < layer.r[adapter_name] or not whole:
             raise RuntimeError(
                 f"{what} is not whole: {name} has A {A} and B {B}, not ({layer.r[adapter_name]} or more, "
                 f"{layer.in_features}) and ({layer.out_features}, the same); a sharded model has to be gathered first"

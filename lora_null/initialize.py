@@ -170,7 +170,9 @@ def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
 
     found = all_gather(store.fingerprint(parameters()))
     if len(set(found)) > 1:
-        raise UserError("initialization: the base weights differ between the processes; every process has to load them")
+        raise UserError(
+            "initialization: the base weights differ between the processes; every process has to load them"
+        )
     return found[0]
 
 

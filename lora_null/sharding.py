@@ -15,6 +15,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
+def count(parameter: nn.Parameter) -> int:
+    """Return the number of entries of the whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 @contextlib.contextmanager
 def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]:
     """Have the parameters of the modules whole on every rank inside the block; all ranks enter and leave it together.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,14 @@ from lora_null.ranks import parameters_are_sharded
 from lora_null.sharding import whole_parameters
 from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
-from lora_null.trainer.checkpoints import COMPLETE_FILE, last_checkpoint_or_raise, seal, tidy
+from lora_null.trainer.checkpoints import (
+    COMPLETE_FILE,
+    check_processes,
+    last_checkpoint_or_raise,
+    record_processes,
+    seal,
+    tidy,
+)
 from lora_null.trainer.methods import Method
 from lora_null.trainer.preflight import check_batch, check_trainable
 
@@ -111,6 +119,10 @@ class LoraNullMixin:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
+        self._check_engine()
+        if resume_from_checkpoint:
+            fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
+            check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
             start = time.perf_counter()
             self._prepare(resuming=bool(resume_from_checkpoint))
@@ -121,12 +133,32 @@ class LoraNullMixin:
             self._check_something_moved()
         return output
 
+    def _check_engine(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise UserError(
+                "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+            )
+        if not self.method.sharded and (plugin is not None or self._zero_stage == 3):
+            raise UserError(
+                f"method: {self.method.name} needs whole weights while it trains; use DDP or ZeRO-2 for it"
+            )
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+
+    def _processes_and_batch(self) -> tuple[int, int]:
+        processes = self.accelerator.num_processes
+        return processes, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
+
     def _prepare(self, *, resuming: bool) -> None:
         rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not self._measures:
             return
+        check_whole(self.model)
         if resuming or self._reuse_init:
             self._restore()
         elif self._calibration_dataset is not None or self._starts_lora_null:
@@ -146,7 +178,7 @@ class LoraNullMixin:
                 copy_store(self._init_folder, self.init_dir)
         else:
             self.layer_report, calibration = start_adapter(
-                self.model, self._batches(), self._init_options, folder=self.init_dir
+                self.model, self._batches(), self._options_here(), folder=self.init_dir
             )
         factors = self.method.compute(self, calibration)
         self.method.apply(self.model, factors)
@@ -156,6 +188,13 @@ class LoraNullMixin:
                 write_safetensors(self.init_dir / FACTORS_FILE, factors, {"method": self.method.name})
             self.drift_meter.save(self.init_dir / DRIFT_FILE)
         self.accelerator.wait_for_everyone()
+
+    def _options_here(self) -> InitOptions:
+        """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
+        place = self.accelerator.device
+        if self._init_options.device is None and place.type != "cpu" and self.model.device.type == "cpu":
+            return replace(self._init_options, device=place)
+        return self._init_options
 
     def _batches(self) -> list[dict[str, Any]]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -219,6 +258,7 @@ class LoraNullMixin:
         self._save_live_factors(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            record_processes(checkpoint, *self._processes_and_batch())
             seal(checkpoint)
             tidy(folder, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
@@ -228,12 +268,12 @@ class LoraNullMixin:
         if not parameters_are_sharded(self.model):
             super().save_model(output_dir, _internal_call)
         else:
-            with whole_parameters(*self._saved_modules()):
+            with whole_parameters(*self.modules_to_save()):
                 self._save(output_dir)
         if self.args.should_save and self._lora_layers():
             check_saved_adapter(Path(output_dir or self.args.output_dir), self.model)
 
-    def _saved_modules(self) -> list[nn.Module]:
+    def modules_to_save(self) -> list[nn.Module]:
         """Return what has to be whole to be saved: of an adapter its own small modules, not the base."""
         if not self._lora_layers():
             return [self.model]
@@ -258,7 +298,7 @@ class LoraNullMixin:
 
     def _save_live_factors(self, checkpoint: Path) -> None:
         layers = self._live_layers()
-        with whole_parameters(*self._saved_modules() if layers else ()):
+        with whole_parameters(*self.modules_to_save() if layers else ()):
             if layers and self.args.should_save:
                 write_safetensors(checkpoint / LIVE_FILE, _factors(layers), {})
 
@@ -269,7 +309,7 @@ class LoraNullMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = load_file(Path(resume_from_checkpoint) / LIVE_FILE)
-        with whole_parameters(*self._saved_modules(), write=True):
+        with whole_parameters(*self.modules_to_save(), write=True):
             for name, factor in _factors(layers).items():
                 factor.copy_(saved[name])
         if dist.is_initialized():
