@@ -74,7 +74,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
-    with init_empty_weights():
+    with _whole_at_load(), init_empty_weights():
         empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
     empty.tie_weights()
     return empty
@@ -137,7 +137,7 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _whole_at_load() -> Iterator[None]:
-    """Keep transformers from cutting weights up as it reads them under ZeRO-3, which it does whatever zero3_init_flag says.
+    """Keep transformers from cutting weights up as it makes a model under ZeRO-3, which it does whatever zero3_init_flag says.
 
     The initialization needs them whole; DeepSpeed cuts them up when the trainer hands the model over.
     """

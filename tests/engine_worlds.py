@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
@@ -100,5 +101,7 @@ if __name__ == "__main__":
         if engine == "resumed":
             unfinished(folder / "ddp-2", folder / name)
             words.append("--resume")
+        start = time.perf_counter()
         found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
         print(name, found, flush=True)
+        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -92,9 +92,12 @@ def run_worlds(folder: Path, *names: str) -> None:
     if not recipe.is_file():
         training = {"learning_rate": 1e-2, "max_steps": 4, "total_batch_size": 4, "per_device_train_batch_size": 1}
         training |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_steps": 2}
-        make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, training=training)
+        kept = [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 4}]
+        changes = {"training": training, "eval": {"batch_size": 4, "cache": False, "retention": kept}}
+        make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, **changes)
     command = [sys.executable, str(Path(__file__).parent / "engine_worlds.py"), str(recipe), str(folder), *names]
     ran = subprocess.run(command, capture_output=True, text=True, env=CPU)
+    print(ran.stderr[-2000:])
     said = "".join(f"\n== {name}\n{(folder / f'{name}.txt').read_text()[-3000:]}" for name in names)
     assert ran.returncode == 0 and len(ran.stdout.splitlines()) == len(names), ran.stderr[-2000:] + said
     for line in ran.stdout.splitlines():
