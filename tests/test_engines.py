@@ -97,11 +97,10 @@ def run_worlds(folder: Path, *names: str) -> None:
         make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, **changes)
     command = [sys.executable, str(Path(__file__).parent / "engine_worlds.py"), str(recipe), str(folder), *names]
     ran = subprocess.run(command, capture_output=True, text=True, env=CPU)
-    print(ran.stderr[-2000:])
-    said = "".join(f"\n== {name}\n{(folder / f'{name}.txt').read_text()[-3000:]}" for name in names)
-    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == len(names), ran.stderr[-2000:] + said
-    for line in ran.stdout.splitlines():
-        assert set(json.loads(line.partition(" ")[2])) == {0}, line + said
+    said = "".join(f"\n== {path.name}\n{path.read_text()[-3000:]}" for path in folder.glob("*.txt"))
+    ended = dict(line.split(" ", 2)[1:] for line in ran.stdout.splitlines() if line.startswith("world "))
+    assert list(ended) == list(names), ran.stderr[-2000:] + said
+    assert all(set(json.loads(statuses)) == {0} for statuses in ended.values()), f"{ended} {said}"
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +110,14 @@ def worlds(tmp_path_factory):
     return folder
 
 
+def methods_of(name: str) -> tuple[str, ...]:
+    return METHODS[:1] if name == "ddp-4" else METHODS
+
+
 def assert_same_adapters(folder: Path, name: str) -> None:
     """Compare every adapter of a world with the one process's: names, shapes, bytes on disk, and values to rounding."""
     for place in ("adapter", "checkpoint-2", "checkpoint-4"):
-        for method in METHODS:
+        for method in methods_of(name):
             ours, theirs = (folder / world / method / place / WEIGHTS for world in (name, "one-1"))
             assert ours.stat().st_size == theirs.stat().st_size
             a, b = load_file(ours), load_file(theirs)
@@ -126,7 +129,7 @@ def assert_same_adapters(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["ddp-2", "ddp-4", "fsdp2-2"])
 def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
     assert_same_adapters(worlds, name)
-    for method in METHODS:
+    for method in methods_of(name):
         rows = [json.loads((worlds / world / "results.json").read_text())["rows"] for world in (name, "one-1")]
         ours, theirs = (next(row for row in found if row["method"] == method) for found in rows)
         assert ours["trainable_params"] == theirs["trainable_params"]
@@ -149,7 +152,7 @@ def test_another_number_of_processes_goes_on_and_says_so(worlds):
 
 def test_zero_ends_in_the_adapter_of_one_process(worlds):
     pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; pip install deepspeed runs this")
-    run_worlds(worlds, "zero2-2", "zero3-2")
+    run_worlds(worlds, "zero2-2", "zero3-2")  # with imports of their own
     for name in ("zero2-2", "zero3-2"):
         assert list((worlds / name / METHODS[0] / "checkpoint-4").glob("global_step4/*optim_states.pt"))
         assert_same_adapters(worlds, name)
@@ -167,7 +170,7 @@ def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):
     assert "results agree to rounding" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_one_line(tmp_path):
+def test_a_port_in_use_is_one_line():
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -179,7 +182,12 @@ def test_a_port_in_use_is_one_line(tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-m", "lora_null.recipes", str(make_world(tmp_path))]
+        script = """
+from lora_null.errors import exit_status
+from lora_null.recipes.launch import join_processes
+raise SystemExit(exit_status(join_processes))
+"""
+        command = [sys.executable, "-c", script]
         ended = subprocess.run(command, capture_output=True, text=True, env={**CPU, **place}, timeout=60)
     assert ended.returncode == 2, ended.stderr[-2000:]
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
