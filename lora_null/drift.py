@@ -17,6 +17,7 @@ from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers
 from lora_null.quantized import weight_of
+from lora_null.sharding import whole_parameters
 
 
 @dataclass
@@ -68,8 +69,11 @@ class DriftMeter(_Meter):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return the drift of every layer, by module name; 0 before the first step."""
-        pairs = [(name, self._layer_drift(layer, self.probes[name])) for name, layer in self.layers.items()]
+        """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
+        pairs = []
+        for name, layer in self.layers.items():
+            with whole_parameters(layer.lora_A, layer.lora_B):
+                pairs.append((name, self._layer_drift(layer, self.probes[name])))
         return dict(zip([name for name, _ in pairs], torch.stack([drift.cpu() for _, drift in pairs]).tolist()))
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
@@ -120,11 +124,12 @@ class WeightDriftMeter(_Meter):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return the drift of every layer, by module name; 0 before the first step."""
+        """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
             sketch, start, scale = (self.tensors[f"{name}.{part}"] for part in ("S", "start", "scale"))
-            moved = _outputs(layer, sketch)
+            with whole_parameters(layer):
+                moved = _outputs(layer, sketch)
             found[name] = (scale.to(moved) * torch.linalg.matrix_norm(moved - start.to(moved))).item()
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from safetensors import SafetensorError, safe_open
 
 from lora_null.files import replacing, write_safetensors
 from lora_null.identity import identity_of
@@ -85,12 +86,17 @@ def plain_fields(rank: int, scaling: float) -> dict[str, Any]:
 def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: str = "default") -> int:
     """Write the adapter for the original base: `adapter_model.safetensors` and `adapter_config.json`.
 
-    It loads with `peft.PeftModel.from_pretrained(base, directory)`, lora_null not needed.
+    It loads with `peft.PeftModel.from_pretrained(base, directory)`, lora_null not needed. Of a sharded model it is called
+    inside `whole_parameters`.
 
     Returns:
         The number of parameters written.
+
+    Raises:
+        RuntimeError: a factor is missing or not whole.
     """
     state, config = plain_adapter(peft_model, adapter_name)
+    _check_whole({key: tuple(tensor.shape) for key, tensor in state.items()}, peft_model, adapter_name, "the adapter")
     write_safetensors(directory / WEIGHTS_FILE, state, identity_of(peft_model, adapter_name))
     with replacing(directory / "adapter_config.json") as temporary:
         scratch = temporary.with_suffix(".dir")
@@ -98,6 +104,33 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
         (scratch / "adapter_config.json").replace(temporary)
         scratch.rmdir()
     return sum(tensor.numel() for tensor in state.values())
+
+
+def check_saved_adapter(directory: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> None:
+    """Check that a saved adapter holds every factor of the model's layers, whole: engines that shard have left less.
+
+    Raises:
+        RuntimeError: naming the file and the first tensor that is missing, cut short or of another shape.
+    """
+    path = directory / WEIGHTS_FILE
+    try:
+        with safe_open(path, "pt") as file:  # reads the header, and compares the file's size with it
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"{path} was not saved whole: {error}") from None
+    _check_whole(shapes, peft_model, adapter_name, str(path))
+
+
+def _check_whole(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel, adapter_name: str, what: str) -> None:
+    for name, layer in adapted_layers(peft_model, adapter_name).items():
+        A, B = (shapes.get(f"base_model.model.{name}.{part}.weight", ()) for part in ("lora_A", "lora_B"))
+        rank = A[0] if A else 0
+        whole = (rank, layer.in_features) == A and (layer.out_features, rank) == B
+        if rank < layer.r[adapter_name] or not whole:
+            raise RuntimeError(
+                f"{what} is not whole: {name} has A {A} and B {B}, not ({layer.r[adapter_name]} or more, "
+                f"{layer.in_features}) and ({layer.out_features}, the same); a sharded model has to be gathered first"
+            )
 
 
 def save_plainly(peft_model: PeftModel, adapter_name: str = "default") -> None:

@@ -27,6 +27,7 @@ from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.quantized import stored_statistics, unreadable, weight_of
 from lora_null.ranks import all_gather, broadcast, rank_and_world, say
+from lora_null.sharding import is_sharded
 from lora_null.store import SolvedPart
 from lora_null.weight_files import WeightFiles
 
@@ -154,7 +155,13 @@ def start_adapter(
 
 
 def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
-    """Return the fingerprint of the base weights, in memory or still in their files."""
+    """Return the fingerprint of the base weights, in memory or still in their files.
+
+    Raises:
+        UserError: as `check_whole`; the ranks have different weights.
+    """
+    if weights is None:
+        check_whole(peft_model)
 
     def parameters() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in peft_model.get_base_model().named_parameters():
@@ -163,7 +170,27 @@ def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
                 yield key, weights.read(key) if weights is not None and parameter.is_meta else parameter
         yield from stored_statistics(peft_model.get_base_model())
 
-    return store.fingerprint(parameters())
+    found = all_gather(store.fingerprint(parameters()))
+    if len(set(found)) > 1:
+        raise UserError(
+            "initialization: the base weights differ between the processes; every process has to load them"
+        )
+    return found[0]
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse, on all ranks together, a model of which some rank has only a piece, or nothing, of a weight.
+
+    Raises:
+        UserError: naming the parameter, and what makes engines load a model whole.
+    """
+    mine = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
+    name = next(filter(None, all_gather(mine)), None)
+    if name is not None:
+        raise UserError(
+            f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
+            "it whole (FSDP: fsdp_cpu_ram_efficient_loading: false; ZeRO-3: load it before the training arguments are made)"
+        )
 
 
 def _working_folder(

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.errors import UserError
 from lora_null.quantized import is_quantized
+from lora_null.sharding import is_sharded
 
 
 class Residual(NamedTuple):
@@ -132,7 +133,8 @@ class LoraNullLinear(Linear):
             return False
         name = self.active_adapters[0]
         plain = name in self.lora_A and name not in self.lora_variant
-        return plain and isinstance(self.lora_dropout[name], nn.Identity)
+        whole = plain and not is_sharded(self.lora_A[name].weight)  # its own forward pass gathers it
+        return whole and isinstance(self.lora_dropout[name], nn.Identity)
 
     def _plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute W x + B (s · A x) as PEFT does, without its passes over wide tensors.

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lora_null.sharding import is_sharded
+
 
 def rank_and_world() -> tuple[int, int]:
     """Return (rank, number of ranks); (0, 1) outside torch.distributed."""
@@ -56,11 +58,10 @@ def all_gather(value: Any) -> list[Any]:
 def parameters_are_sharded(model: nn.Module) -> bool:
     """Return whether forward passes are collective: FSDP1, FSDP2 or tensor parallel (DTensor), or ZeRO-3."""
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    return any(is_sharded(p) for p in model.parameters())
 
 
 def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:

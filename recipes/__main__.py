@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_null.errors import UserError, exit_status
 from lora_null.quiet import quiet
-from lora_null.recipes.launch import start_missing_processes
+from lora_null.recipes.launch import join_processes, start_missing_processes
 
 USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
        %(prog)s --list
@@ -102,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from lora_null.recipes.preemption import exit_on_sigterm
     from lora_null.recipes.run import dry_run, run
 
+    join_processes()
     use_all_cores()
     keep_freed_memory()
     if recipe.grid and recipe.grid.spread:

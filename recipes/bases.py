@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from accelerate import PartialState, init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from lora_null.errors import UserError
@@ -73,7 +76,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
-    with init_empty_weights():
+    with _whole_at_load(), init_empty_weights():
         empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
     empty.tie_weights()
     return empty
@@ -108,7 +111,9 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: ModelSection, name: str) -> PreTrainedModel:
-    """Return a fresh base model with its weights, on the CPU; the trainer moves it. A quantized one is on the device.
+    """Return a fresh base model with its weights, whole and on the CPU; the trainer moves it, or cuts it up.
+
+    A quantized one is on the device.
 
     Raises:
         UserError: the weights cannot be loaded.
@@ -116,15 +121,16 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     quantized = loading_options(model, PartialState().device)
     logging.disable_progress_bar()
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=model.revision or "main",
-            dtype=getattr(torch, model.dtype),
-            attn_implementation=attention(model),
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **quantized,
-        )
+        with _whole_at_load():
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=model.revision or "main",
+                dtype=getattr(torch, model.dtype),
+                attn_implementation=attention(model),
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **quantized,
+            )
     except SafetensorError as error:
         raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -134,3 +140,19 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
     keep_layout(loaded)
     return loaded
+
+
+@contextlib.contextmanager
+def _whole_at_load() -> Iterator[None]:
+    """Keep transformers from cutting weights up as it makes a model under ZeRO-3, which it does whatever zero3_init_flag says.
+
+    The initialization needs them whole; DeepSpeed cuts them up when the trainer hands the model over.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference and reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

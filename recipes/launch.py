@@ -46,6 +46,29 @@ def start_missing_processes(arguments: Sequence[str]) -> int | None:
     return _wait(children)
 
 
+def join_processes() -> None:
+    """Join the other processes of this run, if there are any.
+
+    Raises:
+        UserError: the port where they meet is taken, or nobody answers there.
+    """
+    from accelerate import PartialState  # here, so that --list and --help need not wait for torch
+    from torch.distributed import DistNetworkError
+
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        PartialState()
+    except DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is in use on this machine; choose another one with "
+                "--main_process_port (accelerate, 0 takes a free one) or --master-port (torchrun)"
+            ) from None
+        raise UserError(
+            f"the first process does not answer at {place}; check --main_process_ip, the port and the firewall"
+        ) from None
+
+
 def _asked_for() -> int | None:
     """Return the number of processes on the launcher's own command line."""
     words = psutil.Process().parent().cmdline()

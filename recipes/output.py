@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from filelock import FileLock, Timeout
 
 from lora_null.errors import UserError
 from lora_null.files import PART, read_json, sweep, write_text
+from lora_null.ranks import all_gather
 from lora_null.recipes.schema import Recipe
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
+SHARED_SECONDS = 10.0
 OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
 
 
@@ -51,7 +54,23 @@ def taken(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterat
                 stack.enter_context(_locked(folder))
                 claim(recipe, resume=resume, overwrite=overwrite)
                 need_space(folder, size)
+        _check_shared(folder)
         yield
+
+
+def _check_shared(folder: Path) -> None:
+    """Check that all processes see the folder that the first one has claimed; network file systems need a moment.
+
+    Raises:
+        UserError: one does not: the machines have no such folder in common.
+    """
+    end = time.monotonic() + SHARED_SECONDS
+    while not (seen := (folder / RECIPE_FILE).is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    if not all(all_gather(seen)):
+        raise UserError(
+            f"output_dir: {folder} is not one folder for all processes; choose one that all machines share"
+        )
 
 
 @contextlib.contextmanager

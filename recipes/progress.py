@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.files import write_text
 from lora_null.memory import release_freed_memory
+from lora_null.sharding import whole_parameters
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
 KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}
@@ -62,7 +63,9 @@ def diverged_at(trainer: Trainer) -> int | None:
     """Return the step at which a trained model was first seen to have diverged (loss or weights not finite), or None."""
     losses = ((line["step"], float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
     bad = next((step for step, loss in losses if not math.isfinite(loss)), None)
-    if bad is None and not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
+    with whole_parameters(*trainer.modules_to_save()):
+        finite = all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
+    if bad is None and not finite:
         return trainer.state.global_step
     return bad
 

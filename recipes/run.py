@@ -44,6 +44,7 @@ from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged,
 from lora_null.recipes.quantization import require_bitsandbytes
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
+from lora_null.sharding import count, whole_parameters
 from lora_null.store import find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
@@ -335,7 +336,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     row = {
         "method": plan.name,
         "rank": plan.rank,
-        "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_params": sum(count(p) for p in model.parameters() if p.requires_grad),
         "adapter_params": saved if plan.saves == "adapter" else None,
         "diverged": diverged,
         "metrics": found.metrics if found else {},
@@ -372,10 +373,11 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
     if not job.keep_weights:
         return None
-    if not job.is_main:
-        return plan.saved
     model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    saved = trainer.method.save(model, place)
+    with whole_parameters(*trainer.modules_to_save()):  # on all ranks together
+        if not job.is_main:
+            return plan.saved
+        saved = trainer.method.save(model, place)
     job.tokenizer.save_pretrained(place)
     return saved
 

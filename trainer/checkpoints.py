@@ -10,9 +10,10 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lora_null.errors import UserError
-from lora_null.files import flush, write_json
+from lora_null.files import flush, read_json, write_json
+from lora_null.ranks import say
 
-COMPLETE_FILE = "complete.json"
+COMPLETE_FILE, PROCESSES_FILE = "complete.json", "processes.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -47,6 +48,45 @@ def seal(checkpoint: Path) -> None:
     for path in files:
         flush(path)
     write_json(checkpoint / COMPLETE_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
+
+
+def record_processes(checkpoint: Path, processes: int, batch: int) -> None:
+    """Write down how many processes trained, and the rows of one optimizer step over all of them."""
+    write_json(checkpoint / PROCESSES_FILE, {"processes": processes, "batch": batch})
+
+
+def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str | None) -> None:
+    """Refuse to go on from a checkpoint with other batches; with the same ones another number of processes is fine.
+
+    The rows of each step are then the same in the same order, and only sums are rounded otherwise.
+
+    Args:
+        checkpoint: of any number of processes.
+        processes, batch: of this run, as in `record_processes`.
+        fixed: the engine, if its checkpoints bind the number of processes.
+
+    Raises:
+        UserError: other batches, or another number of processes under such an engine.
+    """
+    if not (checkpoint / PROCESSES_FILE).is_file():
+        return
+    before = read_json(checkpoint / PROCESSES_FILE)
+    if before["batch"] != batch:
+        raise UserError(
+            f"resume: {checkpoint} was trained in batches of {before['batch']} ({before['processes']} processes), this "
+            f"run takes {batch} ({processes} processes); keep the total batch, or the number of processes"
+        )
+    if before["processes"] == processes:
+        return
+    if fixed:
+        raise UserError(
+            f"resume: {checkpoint} was written by {before['processes']} processes of {fixed}, which cannot go on with "
+            f"{processes}; start {before['processes']}"
+        )
+    say(
+        f"resume: {checkpoint.name} was written by {before['processes']} processes, this run has {processes}; batches "
+        "and their order stay, results agree to rounding"
+    )
 
 
 def tidy(folder: Path, keep: int | None, best: str | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -21,20 +24,31 @@ from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.errors import UserError
+from lora_null.export import check_saved_adapter
 from lora_null.files import write_safetensors
 from lora_null.initialize import (
     MIN_TOKENS,
     InitOptions,
     LayerReport,
     check_layers,
+    check_whole,
     load_initialization,
     start_adapter,
 )
 from lora_null.layer import adapted_layers
 from lora_null.quantized import keep_layout, quantized_layers
+from lora_null.ranks import parameters_are_sharded
+from lora_null.sharding import whole_parameters
 from lora_null.store import copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
-from lora_null.trainer.checkpoints import COMPLETE_FILE, last_checkpoint_or_raise, seal, tidy
+from lora_null.trainer.checkpoints import (
+    COMPLETE_FILE,
+    check_processes,
+    last_checkpoint_or_raise,
+    record_processes,
+    seal,
+    tidy,
+)
 from lora_null.trainer.methods import Method, check_base
 from lora_null.trainer.preflight import check_batch, check_trainable
 
@@ -121,6 +135,10 @@ class LoraNullMixin:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
+        self._check_engine()
+        if resume_from_checkpoint:
+            fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
+            check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
             start = time.perf_counter()
             self._prepare(resuming=bool(resume_from_checkpoint))
@@ -150,12 +168,32 @@ class LoraNullMixin:
         losses = [line["loss"] for line in self.state.log_history if "loss" in line]
         return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
 
+    def _check_engine(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise UserError(
+                "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+            )
+        if not self.method.sharded and (plugin is not None or self._zero_stage == 3):
+            raise UserError(
+                f"method: {self.method.name} needs whole weights while it trains; use DDP or ZeRO-2 for it"
+            )
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+
+    def _processes_and_batch(self) -> tuple[int, int]:
+        processes = self.accelerator.num_processes
+        return processes, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
+
     def _prepare(self, *, resuming: bool) -> None:
         rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not self._measures:
             return
+        check_whole(self.model)
         if resuming or self._reuse_init:
             self._restore()
         elif self._calibration_dataset is not None or self._starts_lora_null:
@@ -175,7 +213,7 @@ class LoraNullMixin:
                 copy_store(self._init_folder, self.init_dir)
         else:
             self.layer_report, calibration = start_adapter(
-                self.model, self._batches(), self._init_options, folder=self.init_dir
+                self.model, self._batches(), self._options_here(), folder=self.init_dir
             )
         factors = self.method.compute(self, calibration)
         self.method.apply(self.model, factors)
@@ -185,6 +223,13 @@ class LoraNullMixin:
                 write_safetensors(self.init_dir / FACTORS_FILE, factors, {"method": self.method.name})
             self.drift_meter.save(self.init_dir / DRIFT_FILE)
         self.accelerator.wait_for_everyone()
+
+    def _options_here(self) -> InitOptions:
+        """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
+        place = self.accelerator.device
+        if self._init_options.device is None and place.type != "cpu" and self.model.device.type == "cpu":
+            return replace(self._init_options, device=place)
+        return self._init_options
 
     def _batches(self) -> list[dict[str, Any]]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -211,17 +256,22 @@ class LoraNullMixin:
 
     @torch.no_grad()
     def _check_something_moved(self) -> None:
-        layers = adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+        layers = self._lora_layers()
         for layer in layers.values():
-            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
-            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
-            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
-            if not torch.equal(factor, start):
+            if self._moved(layer):
                 return
         if layers or (self.drift_meter is not None and self.drift_meter.summary()["max"] == 0):
             raise RuntimeError(
                 f"after {self.state.global_step} steps nothing differs from its start: nothing was trained"
             )
+
+    @staticmethod
+    def _moved(layer: LoraLayer) -> bool:
+        with whole_parameters(layer.lora_A, layer.lora_B):
+            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
+            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
+            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
+            return not torch.equal(factor, start)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the knowledge drift (mean and max over the layers) to every training log line."""
@@ -240,35 +290,67 @@ class LoraNullMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
+        self._save_live_factors(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            record_processes(checkpoint, *self._processes_and_batch())
             seal(checkpoint)
             tidy(folder, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter or the model, whole whatever the engine; all ranks call it, the first one writes."""
+        if not parameters_are_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+        else:
+            with whole_parameters(*self.modules_to_save()):
+                self._save(output_dir)
+        if self.args.should_save and self._lora_layers():
+            check_saved_adapter(Path(output_dir or self.args.output_dir), self.model)
+
+    def modules_to_save(self) -> list[nn.Module]:
+        """Return what has to be whole to be saved: of an adapter its own small modules, not the base."""
+        if not self._lora_layers():
+            return [self.model]
+        return [part for layer in self._lora_layers().values() for part in (layer.lora_A, layer.lora_B)]
+
+    def _lora_layers(self) -> dict[str, LoraLayer]:
+        return adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, never read
-        live = self._live_factors()
-        if live:
-            write_safetensors(Path(output_dir or self.args.output_dir) / LIVE_FILE, live, {})
 
-    def _live_factors(self) -> dict[str, torch.Tensor]:
-        """Return A and B as they train on a residual base: a checkpoint's adapter itself is saved in plain form."""
-        if not isinstance(self.model, PeftModel):
-            return {}
-        layers = {n: x for n, x in adapted_layers(self.model).items() if getattr(x, "residual", None) is not None}
-        factors = {f"{name}.lora_A": layer.lora_A["default"].weight for name, layer in layers.items()}
-        return factors | {f"{name}.lora_B": layer.lora_B["default"].weight for name, layer in layers.items()}
+    def _live_layers(self) -> dict[str, LoraLayer]:
+        """Return the layers whose A and B a checkpoint keeps as they train, beside the adapter in its plain form.
+
+        On a residual base the plain form differs; of a sharded model it is the engine's own file that is not used.
+        """
+        layers = self._lora_layers()
+        if parameters_are_sharded(self.model):
+            return layers
+        return {name: layer for name, layer in layers.items() if getattr(layer, "residual", None) is not None}
+
+    def _save_live_factors(self, checkpoint: Path) -> None:
+        layers = self._live_layers()
+        with whole_parameters(*self.modules_to_save() if layers else ()):
+            if layers and self.args.should_save:
+                write_safetensors(checkpoint / LIVE_FILE, _factors(layers), {})
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        live = self._live_factors()
-        if not live:
+        layers = self._live_layers()
+        if not layers:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = load_file(Path(resume_from_checkpoint) / LIVE_FILE)
-        for name, factor in live.items():
-            factor.copy_(saved[name])
+        with whole_parameters(*self.modules_to_save(), write=True):
+            for name, factor in _factors(layers).items():
+                factor.copy_(saved[name])
         if dist.is_initialized():
             dist.barrier()
+
+
+def _factors(layers: Mapping[str, LoraLayer]) -> dict[str, torch.Tensor]:
+    factors = {f"{name}.lora_A": layer.lora_A["default"].weight for name, layer in layers.items()}
+    return factors | {f"{name}.lora_B": layer.lora_B["default"].weight for name, layer in layers.items()}

@@ -42,6 +42,7 @@ class Method:
         layer_by_layer: whether it holds the Grams of one decoder layer at a time, not of all.
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
+        sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
     """
 
@@ -51,6 +52,7 @@ class Method:
     layer_by_layer: ClassVar[bool] = False
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
     state_bytes: ClassVar[int] = 0
 
     def config(self, **adapter: Any) -> PeftConfig | None:

@@ -147,6 +147,7 @@ class OSF(WeightMethod):
     """
 
     name = "osf"
+    sharded = False  # gradients are projected by hooks on whole weights
 
     effective_rank: float = 0.5
 

@@ -33,6 +33,7 @@ class RoseLoRA(Method):
     """
 
     name = "roselora"
+    sharded = False  # entries compete along whole rows and columns
     state_bytes = 4  # the smoothed sensitivity
 
     final_fraction: float = 0.05

@@ -1,0 +1,113 @@
+"""Runs of the real command in worlds of several processes, forked from one that has imported everything.
+
+    python tests/engine_worlds.py RECIPE FOLDER NAME…     # leaves FOLDER/NAME, and FOLDER/NAME.txt with what was said
+
+accelerate (1.15) takes FSDP and DeepSpeed for GPUs alone and silently runs DDP on a CPU. `AcceleratorState` is told otherwise
+here; everything behind it, accelerate's `fsdp2_prepare_model`, torch's `fully_shard`, DeepSpeed's engine, is the real one.
+"""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from launched import environment_of
+
+from lora_null.recipes.__main__ import main
+
+ENGINES = ("fsdp2", "zero2", "zero3")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_cpu(engine: str) -> None:
+    """Let accelerate take the engine of the environment for one that works on a CPU."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, deepspeed_plugin=None, mixed_precision=None, **options):
+        plugins = {"fsdp_plugin": fsdp_plugin, "deepspeed_plugin": deepspeed_plugin}
+        original(self, *args, mixed_precision=mixed_precision, **plugins, **options)
+        if fsdp_plugin is not None:
+            kind, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        elif deepspeed_plugin is not None:
+            from deepspeed import comm
+
+            if not comm.is_initialized():
+                comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+            kind = DistributedType.DEEPSPEED
+            deepspeed_plugin.set_mixed_precision(mixed_precision or "no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+        else:
+            return
+        self.distributed_type = PartialState._shared_state["distributed_type"] = kind
+
+    AcceleratorState.__init__ = init
+    os.environ.update(environment_of(engine), ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
+
+
+def world(count: int, words: list[str], said: Path, engine: str | None = None) -> list[int]:
+    """Run the command in `count` forked processes; return their exit statuses."""
+    port, children = free_port(), []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            if count > 1:
+                os.environ |= {name: str(value) for name, value in place.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            status = 1
+            try:
+                if engine:
+                    on_cpu(engine)
+                status = main(words)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def unfinished(source: Path, folder: Path) -> None:
+    """Copy a run as it was after half of its steps."""
+    shutil.copytree(source, folder)
+    for path in [*folder.glob("report.*"), folder / "results.json", *folder.glob("*/row.json")]:
+        path.unlink()
+    for path in [*folder.glob("*/checkpoint-4"), *folder.glob("*/adapter")]:
+        shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    recipe, folder = sys.argv[1], Path(sys.argv[2])
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    for name in sys.argv[3:]:
+        engine, _, count = name.partition("-")
+        words = [recipe, "--output-dir", str(folder / name)]
+        if engine == "resumed":
+            unfinished(folder / "ddp-2", folder / name)
+            words.append("--resume")
+        start = time.perf_counter()
+        if name == "ddp-4":
+            words += ["--method", "lora-null-v1"]  # enough, and half as long
+        if name == "one-1":  # here, so that everything is imported once, before the first fork
+            found = [main(words)]
+            AcceleratorState._reset_state(reset_partial_state=True)
+        else:
+            found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
+        print("world", name, found, flush=True)
+        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -1,0 +1,238 @@
+"""The engines that accelerate starts: shipped configurations, and the same adapter from each, whole."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from launched import FOLDER, arguments_of, environment_of
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import random_batches, tiny_model
+from torch import nn
+from trl import SFTConfig
+from world import make_world
+
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null.export import check_saved_adapter, save_plain_adapter
+from lora_null.trainer.checkpoints import check_processes, record_processes
+
+METHODS = ("lora-null-v1", "lora-null-v2")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_all_engines_are_shipped():
+    assert NAMES == ["ddp", "fsdp2", "multi-node", "one-gpu", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_says_its_command_and_accelerate_knows_every_key(name):
+    path = FOLDER / f"{name}.yaml"
+    text = path.read_text()
+    assert text.startswith(f"# accelerate launch --config_file recipes/accelerate/{name}.yaml")
+    assert "ot yet run on" in text
+    load_config_from_file(str(path))  # refuses what it does not know, at the top
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    raw = yaml.safe_load(text)
+    assert set(raw.get("fsdp_config", {})) <= set(known)
+    assert set(raw.get("deepspeed_config", {})) <= set(known)
+    arguments = arguments_of(name)
+    kinds = {"ddp": "multi_gpu", "multi-node": "multi_gpu", "fsdp2": "use_fsdp"}
+    kinds |= {"zero2": "use_deepspeed", "zero3": "use_deepspeed"}
+    assert name == "one-gpu" or getattr(arguments, kinds[name])
+    assert arguments.num_machines == (2 if name == "multi-node" else 1) and arguments.mixed_precision == "no"
+
+
+def test_fsdp2_loads_models_whole_and_saves_them_whole(monkeypatch):
+    for key, value in environment_of("fsdp2").items():
+        monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_passes_deepspeeds_own_parser(stage, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; pip install deepspeed runs this")
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    for key, value in environment_of(f"zero{stage}").items():
+        monkeypatch.setenv(key, value)
+    config = HfTrainerDeepSpeedConfig(DeepSpeedPlugin().deepspeed_config)
+    config.trainer_config_process(arguments)  # fills "auto", raises where the two disagree
+    unset_hf_deepspeed_config()
+    assert not config.mismatches
+    parsed = DeepSpeedConfig(config.config)
+    assert parsed.zero_config.stage == stage and parsed.gradient_accumulation_steps == 4
+    assert parsed.train_micro_batch_size_per_gpu == 2 and parsed.gradient_clipping == arguments.max_grad_norm
+    assert not parsed.float16_config.enabled and not parsed.bfloat16_config.enabled
+
+
+def run_worlds(folder: Path, *names: str) -> None:
+    recipe = folder / "tiny.yaml"
+    if not recipe.is_file():
+        training = {"learning_rate": 1e-2, "max_steps": 4, "total_batch_size": 4, "per_device_train_batch_size": 1}
+        training |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_steps": 2}
+        kept = [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 4}]
+        changes = {"training": training, "eval": {"batch_size": 4, "cache": False, "retention": kept}}
+        make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, **changes)
+    command = [sys.executable, str(Path(__file__).parent / "engine_worlds.py"), str(recipe), str(folder), *names]
+    ran = subprocess.run(command, capture_output=True, text=True, env=CPU)
+    said = "".join(f"\n== {path.name}\n{path.read_text()[-3000:]}" for path in folder.glob("*.txt"))
+    ended = dict(line.split(" ", 2)[1:] for line in ran.stdout.splitlines() if line.startswith("world "))
+    assert list(ended) == list(names), ran.stderr[-2000:] + said
+    assert all(set(json.loads(statuses)) == {0} for statuses in ended.values()), f"{ended} {said}"
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    run_worlds(folder, "one-1", "ddp-2", "ddp-4", "fsdp2-2", "resumed-1")
+    return folder
+
+
+def methods_of(name: str) -> tuple[str, ...]:
+    return METHODS[:1] if name == "ddp-4" else METHODS
+
+
+def assert_same_adapters(folder: Path, name: str) -> None:
+    """Compare every adapter of a world with the one process's: names, shapes, bytes on disk, and values to rounding."""
+    for place in ("adapter", "checkpoint-2", "checkpoint-4"):
+        for method in methods_of(name):
+            ours, theirs = (folder / world / method / place / WEIGHTS for world in (name, "one-1"))
+            assert ours.stat().st_size == theirs.stat().st_size
+            a, b = load_file(ours), load_file(theirs)
+            for key in b:
+                error = torch.dist(a[key], b[key]) / torch.linalg.vector_norm(b[key])
+                assert error < 1e-4, (name, place, method, key, error)
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "ddp-4", "fsdp2-2"])
+def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
+    assert_same_adapters(worlds, name)
+    for method in methods_of(name):
+        rows = [json.loads((worlds / world / "results.json").read_text())["rows"] for world in (name, "one-1")]
+        ours, theirs = (next(row for row in found if row["method"] == method) for found in rows)
+        assert ours["trainable_params"] == theirs["trainable_params"]
+        assert ours["drift"]["max"] == pytest.approx(theirs["drift"]["max"], rel=1e-3)
+        for metric, value in theirs["metrics"].items():
+            assert ours["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-3, abs=1e-5)
+
+
+def test_fsdp2_did_shard(worlds):
+    assert (worlds / "fsdp2-2" / METHODS[1] / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()
+
+
+def test_another_number_of_processes_goes_on_and_says_so(worlds):
+    said = (worlds / "resumed-1.txt").read_text()
+    assert said.count("was written by 2 processes, this run has 1; batches and their order stay") == len(METHODS)
+    for method in METHODS:
+        a, b = (load_file(worlds / world / method / "adapter" / WEIGHTS) for world in ("resumed-1", "one-1"))
+        assert all(torch.dist(a[key], b[key]) < 1e-4 * torch.linalg.vector_norm(b[key]) for key in b)
+
+
+def test_zero_ends_in_the_adapter_of_one_process(worlds):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; pip install deepspeed runs this")
+    run_worlds(worlds, "zero2-2", "zero3-2")  # with imports of their own
+    for name in ("zero2-2", "zero3-2"):
+        assert list((worlds / name / METHODS[0] / "checkpoint-4").glob("global_step4/*optim_states.pt"))
+        assert_same_adapters(worlds, name)
+
+
+def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):
+    record_processes(tmp_path, 2, 8)
+    with pytest.raises(UserError, match=r"batches of 8 \(2 processes\), this run takes 4 \(1 processes\)"):
+        check_processes(tmp_path, 1, 4, fixed=None)
+    with pytest.raises(UserError, match="cannot go on with 4; start 2"):
+        check_processes(tmp_path, 4, 8, fixed="DeepSpeed")
+    check_processes(tmp_path, 2, 8, fixed="DeepSpeed")
+    assert capsys.readouterr().err == ""
+    check_processes(tmp_path, 4, 8, fixed=None)
+    assert "results agree to rounding" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        script = """
+from lora_null.errors import exit_status
+from lora_null.recipes.launch import join_processes
+raise SystemExit(exit_status(join_processes))
+"""
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, capture_output=True, text=True, env={**CPU, **place}, timeout=60)
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and f"port {port} is in use" in lines[0] and "Traceback" not in ended.stderr
+
+
+class TestWholeness:
+    @pytest.fixture
+    def model(self):
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
+        initialize_lora_null_weights(model, random_batches(), min_tokens=1, progress=False)
+        return model
+
+    def test_a_whole_adapter_passes(self, model, tmp_path):
+        save_plain_adapter(model, tmp_path)
+        check_saved_adapter(tmp_path, model)
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+    @pytest.mark.parametrize("damage", ["empty", "missing", "cut short"])
+    def test_anything_less_is_an_error(self, model, tmp_path, damage):
+        save_plain_adapter(model, tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        key = next(iter(tensors))
+        if damage == "empty":  # 40 bytes a file: what ZeRO-3 leaves of a parameter on a rank
+            tensors[key] = torch.empty(0)
+        else:
+            del tensors[key]
+        if damage == "cut short":
+            os.truncate(tmp_path / WEIGHTS, 3000)
+        else:
+            save_file(tensors, tmp_path / WEIGHTS)
+        with pytest.raises(RuntimeError, match="whole"):
+            check_saved_adapter(tmp_path, model)
+
+    def test_a_piece_is_not_saved(self, model, tmp_path):
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        layer.lora_B["default"].weight = nn.Parameter(torch.empty(0, 4))
+        layer.residual = None
+        with pytest.raises(RuntimeError, match="not whole"):
+            save_plain_adapter(model, tmp_path)
+        assert not (tmp_path / WEIGHTS).exists()
+
+    def test_no_start_from_pieces(self):
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+        weight = model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
+        weight.ds_id = 7  # as ZeRO-3 marks a parameter that it has cut up
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.* is not whole on every process"):
+            initialize_lora_null_weights(model, random_batches(), min_tokens=1, progress=False)
