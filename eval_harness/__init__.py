@@ -33,7 +33,7 @@ from lora_null.eval_harness.merge import merged_if_faster
 from lora_null.eval_harness.mt_bench import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, OwnTask, RunOptions, Task, describe, list_tasks
-from lora_null.preserve import preserve, seed_everything
+from lora_null.preserve import own_precision, preserve, seed_everything
 from lora_null.ranks import broadcast, device_of, rank_and_world, together
 
 __all__ = [
@@ -143,7 +143,7 @@ def evaluate(
         record_reference=record_reference,
         output_dir=None if output_dir is None else Path(output_dir),
     )
-    with preserve(model, tokenizer), quiet(), torch.no_grad():
+    with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
         model.eval()
         prepared = together(lambda: {t.key: prepare(t, seed) for t in tasks if isinstance(t, LmEvalTask)})
         for task in tasks:
@@ -198,7 +198,7 @@ def assert_logits_differ(model: nn.Module, tokenizer, text: str) -> None:
     if not hasattr(model, "disable_adapter"):
         raise TypeError(f"{type(model).__name__} has no adapter to disable; pass a PeftModel")
     inputs = tokenizer(text, return_tensors="pt").to(device_of(model))
-    with preserve(model), torch.no_grad():
+    with preserve(model), own_precision(model), torch.no_grad():
         model.eval()
         adapted = model(input_ids=inputs["input_ids"]).logits
         with model.disable_adapter():

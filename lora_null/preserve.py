@@ -53,6 +53,22 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
         _restore_random_states(random_states)
 
 
+@contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Compute in the dtypes that the weights have: without the autocast that accelerate puts around a model it trains.
+
+    What was measured before training knew no such wrapper, and the rounding alone would look like forgetting.
+    """
+    wrapped = [(module, vars(module)["forward"]) for module in model.modules() if "_original_forward" in vars(module)]
+    for module, _ in wrapped:
+        module.forward = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's (CPU and CUDA) random generators."""
     random.seed(seed)

@@ -67,15 +67,31 @@ def test_results_follow_the_schema(finished):
         assert row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 2**20
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_saved_adapter_scores_what_the_live_model_scored(finished, method):
-    model = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, finished / "out" / method / "adapter")
-    rows = [json.loads(line) for line in (finished / "numbers.jsonl").read_text().splitlines()][:10]
+def score_again(folder, method):
+    """Return what the saved adapter scores on a fresh base, and what the run says it scored."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, folder / "out" / method / "adapter")
+    rows = [json.loads(line) for line in (folder / "numbers.jsonl").read_text().splitlines()][:10]
     pairs = [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
     again = evaluate(model, tiny_tokenizer(), [AnswerTask("numbers", pairs)], batch_size=4).metrics["numbers nll"]
-    row = next(row for row in results(finished)["rows"] if row["method"] == method)
-    assert again["value"] == pytest.approx(row["metrics"]["numbers nll"]["value"], rel=1e-5)
+    row = next(row for row in results(folder)["rows"] if row["method"] == method)
+    return again["value"], row["metrics"]["numbers nll"]["value"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_saved_adapter_scores_what_the_live_model_scored(finished, method):
+    again, said = score_again(finished, method)
+    assert again == pytest.approx(said, rel=1e-5)
+
+
+def test_training_under_autocast_does_not_look_like_forgetting(tmp_path):
+    """The base is measured without it, so what was trained is too: a step too small to matter gives no KL."""
+    words = ["--method", "full,lora,lora-null-v1", "training.bf16=true", "training.save_strategy=no"]
+    assert main([str(make_world(tmp_path)), *words, "training.learning_rate=1e-7"]) == 0
+    for row in results(tmp_path)["rows"][1:]:
+        assert row["metrics"]["facts kl"]["value"] < 1e-7, row["method"]
+    again, said = score_again(tmp_path, "lora-null-v1")
+    assert again == pytest.approx(said, rel=1e-6)
 
 
 def test_all_methods_see_the_same_data(finished):

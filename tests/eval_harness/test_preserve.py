@@ -5,9 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, assert_logits_differ, evaluate
-from lora_null.preserve import preserve
+from lora_null.preserve import own_precision, preserve
 
 
 def draw():
@@ -35,6 +37,20 @@ def test_evaluation_leaves_no_trace(peft_model, tokenizer, pairs, nq_file):
     assert tokenizer.pad_token is None
     assert torch.is_grad_enabled() and "tie_weights" not in vars(peft_model)
     assert all(torch.equal(v, weights[k]) for k, v in peft_model.state_dict().items())
+
+
+def test_autocast_around_a_prepared_model_is_taken_off_and_put_back(peft_model, tokenizer, pairs):
+    task = [AnswerTask("a", pairs)]
+    plain = evaluate(peft_model, tokenizer, task).metrics
+    AcceleratorState._reset_state()  # whatever precision a trainer of another test had
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(peft_model)
+    AcceleratorState._reset_state()
+    ids = torch.tensor([[5, 6, 7]])
+    rounded = prepared(input_ids=ids).logits
+    assert evaluate(prepared, tokenizer, task).metrics == plain
+    assert torch.equal(prepared(input_ids=ids).logits, rounded)
+    with own_precision(prepared):
+        assert not torch.equal(prepared(input_ids=ids).logits, rounded)
 
 
 @pytest.mark.parametrize("merged", [False, True])
