@@ -19,6 +19,7 @@ from launched import environment_of
 
 from lora_null.recipes.__main__ import main
 
+ONE_METHOD = ("ddp-4", "resumed-1")
 ENGINES = ("fsdp2", "zero2", "zero3")
 
 
@@ -99,10 +100,10 @@ if __name__ == "__main__":
         engine, _, count = name.partition("-")
         words = [recipe, "--output-dir", str(folder / name)]
         if engine == "resumed":
-            unfinished(folder / "ddp-2", folder / name)
+            unfinished(folder / "ddp-4", folder / name)
             words.append("--resume")
         start = time.perf_counter()
-        if name == "ddp-4":
+        if name in ONE_METHOD:
             words += ["--method", "lora-null-v1"]  # enough, and half as long
         if name == "one-1":  # here, so that everything is imported once, before the first fork
             found = [main(words)]

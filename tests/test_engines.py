@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
+from engine_worlds import ONE_METHOD
 from launched import FOLDER, arguments_of, environment_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -106,12 +107,12 @@ def run_worlds(folder: Path, *names: str) -> None:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
-    run_worlds(folder, "one-1", "ddp-2", "ddp-4", "fsdp2-2", "resumed-1")
+    run_worlds(folder, "one-1", "ddp-4", "fsdp2-2", "resumed-1")
     return folder
 
 
 def methods_of(name: str) -> tuple[str, ...]:
-    return METHODS[:1] if name == "ddp-4" else METHODS
+    return METHODS[:1] if name in ONE_METHOD else METHODS
 
 
 def assert_same_adapters(folder: Path, name: str) -> None:
@@ -126,7 +127,7 @@ def assert_same_adapters(folder: Path, name: str) -> None:
                 assert error < 1e-4, (name, place, method, key, error)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "ddp-4", "fsdp2-2"])
+@pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2"])
 def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
     assert_same_adapters(worlds, name)
     for method in methods_of(name):
@@ -144,10 +145,8 @@ def test_fsdp2_did_shard(worlds):
 
 def test_another_number_of_processes_goes_on_and_says_so(worlds):
     said = (worlds / "resumed-1.txt").read_text()
-    assert said.count("was written by 2 processes, this run has 1; batches and their order stay") == len(METHODS)
-    for method in METHODS:
-        a, b = (load_file(worlds / world / method / "adapter" / WEIGHTS) for world in ("resumed-1", "one-1"))
-        assert all(torch.dist(a[key], b[key]) < 1e-4 * torch.linalg.vector_norm(b[key]) for key in b)
+    assert said.count("was written by 4 processes, this run has 1; batches and their order stay") == 1
+    assert_same_adapters(worlds, "resumed-1")
 
 
 def test_zero_ends_in_the_adapter_of_one_process(worlds):
