@@ -59,8 +59,10 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line from any of the processes."""
-    print(line, flush=True, file=None if is_first() else sys.__stdout__)
+    """Print a line from any of the processes, in one piece."""
+    out = sys.stdout if is_first() else sys.__stdout__
+    out.write(f"{line}\n")
+    out.flush()
 
 
 @contextlib.contextmanager

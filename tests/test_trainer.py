@@ -162,7 +162,7 @@ def test_a_checkpoint_loads_with_plain_peft_on_the_original_base(tmp_path, varia
 
 
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)
 
 
