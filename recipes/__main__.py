@@ -102,11 +102,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from lora_null.recipes.preemption import exit_on_sigterm
     from lora_null.recipes.run import dry_run, run
 
-    join_processes()
     use_all_cores()
     keep_freed_memory()
     if recipe.grid and recipe.grid.spread:
         spread.go_alone()
+    join_processes()
     if arguments.dry_run:
         dry_run(recipe)
     else:
