@@ -2,6 +2,11 @@
 
 import os
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported: workers that take all cores stand in each other's way
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from lora_null.files import cache_root
