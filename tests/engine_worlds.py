@@ -1,4 +1,4 @@
-"""Runs of the real command in worlds of several processes, forked from one that has imported everything.
+"""Runs of the real command in worlds of several processes, forked from one that has imported everything and done nothing.
 
     python tests/engine_worlds.py RECIPE FOLDER NAME…     # leaves FOLDER/NAME, and FOLDER/NAME.txt with what was said
 
@@ -6,6 +6,7 @@ accelerate (1.15) takes FSDP and DeepSpeed for GPUs alone and silently runs DDP 
 here; everything behind it, accelerate's `fsdp2_prepare_model`, torch's `fully_shard`, DeepSpeed's engine, is the real one.
 """
 
+import multiprocessing
 import os
 import shutil
 import socket
@@ -21,6 +22,8 @@ from lora_null.recipes.__main__ import main
 
 ONE_METHOD = ("ddp-4", "resumed-1")
 ENGINES = ("fsdp2", "zero2", "zero3")
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["lora_null.recipes.run", "launched"])
 
 
 def free_port() -> int:
@@ -57,31 +60,29 @@ def on_cpu(engine: str) -> None:
 
 def world(count: int, words: list[str], said: Path, engine: str | None = None) -> list[int]:
     """Run the command in `count` forked processes; return their exit statuses."""
-    port, children = free_port(), []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            if count > 1:
-                os.environ |= {name: str(value) for name, value in place.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            status = 1
-            try:
-                if engine:
-                    on_cpu(engine)
-                status = main(words)
-            except BaseException:
-                import traceback
+    port = free_port()
+    children = [FORK.Process(target=_rank, args=(rank, count, port, words, said, engine)) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+def _rank(rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    if count > 1:
+        os.environ |= {name: str(value) for name, value in place.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if engine:
+        on_cpu(engine)
+    status = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # not waiting for the engines' threads
 
 
 def unfinished(source: Path, folder: Path) -> None:
@@ -105,10 +106,6 @@ if __name__ == "__main__":
         start = time.perf_counter()
         if name in ONE_METHOD:
             words += ["--method", "lora-null-v1"]  # enough, and half as long
-        if name == "one-1":  # here, so that everything is imported once, before the first fork
-            found = [main(words)]
-            AcceleratorState._reset_state(reset_partial_state=True)
-        else:
-            found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
+        found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
         print("world", name, found, flush=True)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
