@@ -41,6 +41,9 @@ class SavingMixin:
         finally:
             self.args.save_total_limit = keep
         self._save_live_factors(checkpoint)
+        for callback in self.callback_handler.callbacks if self.args.should_save else ():
+            if hasattr(callback, "save_state"):  # `on_save` would come after the seal
+                callback.save_state(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             record_processes(checkpoint, *self._processes_and_batch())

@@ -94,7 +94,7 @@ class Method:
         return DriftMeter.load(measured, model) if isinstance(measured, Path) else DriftMeter(model, measured)
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Return what happens around the optimizer's steps."""
+        """Return what happens around the optimizer's steps; `save_state(folder)` of one keeps in checkpoints what it knows."""
         return []
 
     def save(self, model: nn.Module, directory: Path) -> int:

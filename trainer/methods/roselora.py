@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.errors import UserError
 from lora_null.files import write_safetensors
@@ -90,7 +91,8 @@ class _Prune(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sensitivity = {}
         if state.global_step:
-            self.sensitivity = load_file(_state_file(args, state))
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.sensitivity = load_file(checkpoint / STATE_FILE)
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
@@ -120,13 +122,9 @@ class _Prune(TrainerCallback):
             if self.method.clamp is not None:
                 parameter.clamp_(-self.method.clamp, self.method.clamp)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            write_safetensors(_state_file(args, state), self.sensitivity, {})
-
-
-def _state_file(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+    def save_state(self, checkpoint: Path) -> None:
+        """Write what is remembered into a checkpoint, before that is sealed."""
+        write_safetensors(checkpoint / STATE_FILE, self.sensitivity, {})
 
 
 def _is_moment(value: Any, parameter: nn.Parameter) -> bool:
