@@ -130,6 +130,10 @@ def phase(out: Path) -> str:
     return f"{last}: training" if (folder / "train_log.jsonl").is_file() else f"{last}: initialization"
 
 
+def _is_finished(out: Path) -> bool:
+    return (out / "report.html").is_file() and (out / "results.json").is_file()
+
+
 def harness(recipe: Path, scratch: Path, kills: int, seed: int = 0, kills_a_run: int = 4) -> dict[str, Any]:
     """Run unbroken once, then broken `kills` times in all, each run up to `kills_a_run` times before it may end.
 
@@ -150,12 +154,10 @@ def harness(recipe: Path, scratch: Path, kills: int, seed: int = 0, kills_a_run:
                 if draw.random() < 0.5
                 else {"kill_at": draw.randrange(writes)}
             )
-            status = run(recipe, out, "--resume", **how)
-            if status == 0:
+            if _is_finished(out) or (status := run(recipe, out, "--resume", **how)) != -signal.SIGKILL:
                 break  # it ended before the blow
             points.append({**how, "status": status, "phase": phase(out)})
-        done = (out / "report.html").is_file() and (out / "results.json").is_file()
-        status = 0 if done else run(recipe, out, "--resume")
+        status = 0 if _is_finished(out) else run(recipe, out, "--resume")
         found = outcome(out) if status == 0 else {}
         differing = [name for name in whole if found.get(name) != whole[name]]
         ends.append("equal" if not differing else f"status {status}, differs in {', '.join(differing)}")
