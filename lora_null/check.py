@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.export import WEIGHTS_FILE
+from lora_null.export import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.identity import DTYPE, same_base
-from lora_null.saved_adapter import CONFIG_FILE, FACTOR, SavedAdapter
+from lora_null.saved_adapter import FACTOR, SavedAdapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 VLLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

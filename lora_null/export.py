@@ -16,7 +16,7 @@ from lora_null.files import replacing, write_safetensors
 from lora_null.identity import identity_of
 from lora_null.layer import adapted_layers
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +98,10 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
     state, config = plain_adapter(peft_model, adapter_name)
     _check_whole({key: tuple(tensor.shape) for key, tensor in state.items()}, peft_model, adapter_name, "the adapter")
     write_safetensors(directory / WEIGHTS_FILE, state, identity_of(peft_model, adapter_name))
-    with replacing(directory / "adapter_config.json") as temporary:
+    with replacing(directory / CONFIG_FILE) as temporary:
         scratch = temporary.with_suffix(".dir")
         config.save_pretrained(scratch)
-        (scratch / "adapter_config.json").replace(temporary)
+        (scratch / CONFIG_FILE).replace(temporary)
         scratch.rmdir()
     return sum(tensor.numel() for tensor in state.values())
 

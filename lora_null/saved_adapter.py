@@ -12,10 +12,9 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from lora_null.errors import UserError
-from lora_null.export import WEIGHTS_FILE
+from lora_null.export import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.files import read_json, read_safetensors
 
-CONFIG_FILE = "adapter_config.json"
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 
 Pair = tuple[torch.Tensor, torch.Tensor]

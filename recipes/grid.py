@@ -127,17 +127,17 @@ def _run_cells(
     with spread.mine(root / "base", wait=True):
         base = base_row(whole)
     progress = Progress(root, cells)
-    for wait in (False, True) if spread.workers() > 1 and spread.is_first() else (False,):
-        for _, of_seed in itertools.groupby(cells, key=lambda cell: cell.seed):
-            job = None
-            for cell in of_seed:
-                with spread.mine(root / cell.folder, wait=wait) as mine:
-                    if not mine or output.is_finished(root / cell.folder):
-                        continue
-                    job = cell_job(recipe, root, cell, job, allow_code_execution=allow_code_execution)
-                    run_job(job, progress.row_done(cell))
-                    if whole.is_main:
-                        write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
+    job: Job | None = None
+    passes = (False, True) if spread.workers() > 1 and spread.is_first() else (False,)
+    for wait, cell in itertools.product(passes, cells):
+        with spread.mine(root / cell.folder, wait=wait) as mine:
+            if not mine or output.is_finished(root / cell.folder):
+                continue
+            before = job if job is not None and job.recipe.seed == cell.seed else None
+            job = cell_job(recipe, root, cell, before, allow_code_execution=allow_code_execution)
+            run_job(job, progress.row_done(cell))
+            if whole.is_main:
+                write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
     results = collect(recipe, cells, whole.model_name, base)
     if whole.is_main and spread.is_first():
         write_json(root / "results.json", results)

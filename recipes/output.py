@@ -75,17 +75,30 @@ def _check_shared(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; the system lets go of the lock when a process is killed."""
+    """Keep other runs out of the folder."""
     _probe(folder)
+    with locked(folder) as ours:
+        if not ours:
+            raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, which the system lets go of when a process is killed; yield whether it is ours.
+
+    Args:
+        folder: is there already.
+        wait: for whoever holds it, instead of yielding False.
+    """
     lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise UserError(
-            f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir"
-        ) from None
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         lock.release()
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from test_dpo import CUT, PAIRS, TEXTS
 from test_dpo import options as dpo_options
 from test_trainer import make
-from tiny import random_batches, save_tiny, tiny_tokenizer
+from tiny import losses_over, random_batches, save_tiny, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
@@ -159,20 +159,7 @@ def test_v1_is_the_residual_form_in_float64(folder):
         paper.get_submodule(name).weight.data = weight_of(layer)
     paper = started(paper, LoraNullConfig(r=4, variant="v1"))
 
-    def run(model):
-        model.train()
-        optimizer, found = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3), []
-        for step in range(8):
-            batch = BATCHES[step % len(BATCHES)]
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            loss = model(**batch, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found
-
-    offset, residual = run(ours), run(paper)
+    offset, residual = (losses_over(model, BATCHES, steps=8) for model in (ours, paper))
     assert max(abs(a - b) for a, b in zip(offset, residual)) < 1e-3
     assert offset[0] - min(offset) > 0.05
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import random_batches, tiny_model, tiny_tokenizer
+from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -109,21 +109,7 @@ def test_zero_b_form_is_the_papers_residual_form_in_float64():
     for layer in adapted_layers(paper).values():
         layer.lora_A["default"].weight.requires_grad_(False)
 
-    def run(model):
-        model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer, found = torch.optim.Adam(trained, lr=3e-3), []
-        for step in range(20):
-            batch = batches[step % len(batches)]
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            loss = model(**batch, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found
-
-    zero_b, residual = run(ours), run(paper)
+    zero_b, residual = (losses_over(model, batches, steps=20) for model in (ours, paper))
     assert max(abs(a - b) for a, b in zip(zero_b, residual)) < 1e-5
     assert zero_b[0] - min(zero_b) > 0.1
 

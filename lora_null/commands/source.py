@@ -9,7 +9,6 @@ from typing import Any
 
 from lora_null.errors import UserError, nearest
 
-RECIPE_FILE = "recipe.yaml"
 MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
 READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
@@ -117,6 +116,7 @@ def find_source(folder: Path, base: str | None = None) -> Source:
         UserError: the folder is something else, or the method has not finished.
     """
     from lora_null.recipes.load import read_yaml
+    from lora_null.recipes.output import RECIPE_FILE
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
