@@ -150,7 +150,7 @@ def check_ranks(adapter: SavedAdapter) -> Iterator[Finding]:
 
 
 def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
-    """Yield dtypes that are not served, more than one of them, numbers that are not finite, an adapter without effect."""
+    """Yield dtypes that are not served, more than one of them, numbers that are not finite, an A that is zero throughout."""
     dtypes = {tensor.dtype for tensor in adapter.tensors.values()}
     for dtype in dtypes - set(VLLM_DTYPES):
         yield Finding(WEIGHTS_FILE, f"holds {_short(dtype)}, not float32, bfloat16 or float16")
@@ -159,9 +159,18 @@ def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
     for key, tensor in adapter.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield Finding(key, "holds NaN or infinite numbers")
-    pairs = [pair for pair in adapter.factors().values() if len(pair) == 2]
-    if pairs and not any(bool(pair["A"].any()) and bool(pair["B"].any()) for pair in pairs):
-        yield Finding(WEIGHTS_FILE, "changes nothing: every A or B is zero")
+    if _all_zero(adapter, "A"):
+        yield Finding(WEIGHTS_FILE, "changes nothing and cannot be trained further: every A is zero")
+
+
+def is_untrained(adapter: SavedAdapter) -> bool:
+    """Say whether every B is zero: the adapter is an initialization and changes nothing yet."""
+    return _all_zero(adapter, "B")
+
+
+def _all_zero(adapter: SavedAdapter, which: str) -> bool:
+    factors = [pair[which] for pair in adapter.factors().values() if which in pair]
+    return bool(factors) and not any(bool(factor.any()) for factor in factors)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -72,10 +72,8 @@ def spoil(tensors):
     tensors[f"{K}.lora_B.weight"][0, 0] = math.nan
 
 
-def silence(tensors):
-    for key in tensors:
-        if "lora_B" in key:
-            tensors[key].zero_()
+def silence(which):
+    return lambda tensors: [tensor.zero_() for key, tensor in tensors.items() if f"lora_{which}" in key]
 
 
 def drop(*keys):
@@ -108,7 +106,7 @@ WRONG = {
     "PEFT refuses": (None, {"layers_pattern": "h", "layers_to_transform": None}, "PEFT does not accept it"),
     "mixed dtypes": (half, {}, "mixes dtypes: float16, float32"),
     "NaN": (spoil, {}, f"{K}.lora_B.weight: holds NaN"),
-    "without effect": (silence, {}, "changes nothing"),
+    "without effect": (silence("A"), {}, "changes nothing"),
 }  # fmt: skip
 
 
@@ -132,6 +130,13 @@ def test_a_sound_adapter_and_its_serve_command(adapter, base, capsys):
         f"serve: vllm serve {base} --enable-lora --max-lora-rank 8 --dtype float32 "
         f"--lora-modules {adapter.parent.name}={adapter}"
     )
+
+
+def test_an_initialization_is_sound_and_said_to_be_untrained(adapter, capsys):
+    change_tensors(adapter, silence("B"))
+    assert main(["check", str(adapter)]) == 0
+    *notes, sound, _ = capsys.readouterr().out.splitlines()
+    assert notes[-1].startswith("note: not trained yet") and sound.startswith("sound: ")
 
 
 def test_another_base_is_found(adapter, tmp_path, capsys):

@@ -26,8 +26,7 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     disabled gives W0 back, also under v1, whose base is W0 − s·B0A0. So rewards start at 0, and reference
     log-probabilities that TRL computes ahead (`precompute_ref_log_probs`, before the initialization) are the same.
 
-    Every argument but `calibration_dataset`, `calibration_args` and `init_solver` is `DPOTrainer`'s; see
-    `LoraNullMixin` for those three.
+    Every argument but those of `LoraNullMixin` is `DPOTrainer`'s.
     """
 
     def _first_rows(self) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no adapter, or its base cannot be found.
     """
-    from lora_null.check import check_adapter, describe, serve_command
+    from lora_null.check import check_adapter, describe, is_untrained, serve_command
     from lora_null.commands.source import Base, model_section
     from lora_null.identity import FINGERPRINT, checkpoint_on_disk
     from lora_null.saved_adapter import read_adapter
@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if files is None or FINGERPRINT not in adapter.metadata:
         print("note: the base could not be compared, its files or its hash are not here")
+    if is_untrained(adapter):
+        print("note: not trained yet, every B is zero: served as it is, it changes nothing")
     print(f"sound: {describe(adapter)}, for {base.name}")
     print(f"serve: {serve_command(adapter, base.name)}")
     return 0
