@@ -18,7 +18,7 @@ from scipy import stats
 
 from .headline import listed
 from .results import DISPLAY, Estimate, Paired, Results, Run
-from .table import decimals, metric_title, separated, show
+from .table import metric_title, separated, show_all
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def level_text(results: Results, task: str, target: Target) -> str:
 
 
 def _pm(estimate: Estimate) -> str:
-    return str(show(estimate, None, decimals("nats", [estimate])))
+    return str(show_all([estimate], "nats")[0])
 
 
 def grid_content(results: Results) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .results import Estimate, Results
-from .table import decimals, mean, metric_title, separated, show
+from .table import mean, metric_title, separated, show_all
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Measure:
 
     def text(self, i: int) -> str:
         """The value of row `i` with its error and unit."""
-        cell = show(self.estimates[i], self.unit, decimals(self.unit, self.estimates))
+        cell = show_all(self.estimates, self.unit)[i]
         return f"{cell}{ {'fraction': '%', 'points': ' points'}.get(self.unit, '') }"
 
     def change(self, i: int) -> float | None:

@@ -12,7 +12,7 @@ from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png,
 from lora_null.recipes.report.headline import forgetting, headline, learning, verdicts
 from lora_null.recipes.report.render import escape_markdown
 from lora_null.recipes.report.results import Estimate, load_log, parse_results
-from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show
+from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
 
 
 def kl(value, stderr=0.01):
@@ -134,6 +134,15 @@ def test_numbers_as_the_errors_warrant():
     assert decimals("nats", estimates((0.005, 0.0003))) == 4  # "± 0.000" would claim too much
     assert decimals("nats", estimates((0.0008, 0.00003))) == 5
     assert decimals("nats", estimates((0.1, 1e-12))) == 6
+
+
+def test_nats_are_shown_each_to_its_own_error_percentages_alike():
+    column = [Estimate(0.177, 0.010), None, Estimate(0.00178, 0.00002)]
+    assert list(map(str, show_all(column, "nats"))) == ["0.177 ± 0.010", "–", "0.00178 ± 0.00002"]
+    assert list(map(str, show_all([Estimate(0.5, 0.1), Estimate(0.4, 0.001)], "fraction"))) == [
+        "50.00 ± 10.00",
+        "40.00 ± 0.10",
+    ]
 
 
 def test_times_do_not_jump_in_coarseness():
