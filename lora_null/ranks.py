@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lora_null.errors import UserError
 from lora_null.sharding import is_sharded
 
 
@@ -34,6 +35,19 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first_rank(act: Callable[[], Any]) -> None:
+    """Run `act` on rank 0 alone while the others wait; its UserError is raised on every rank, so that all end alike."""
+    mistake = None
+    if rank_and_world()[0] == 0:
+        try:
+            act()
+        except UserError as error:
+            mistake = str(error)
+    mistake = broadcast(mistake)
+    if mistake is not None:
+        raise UserError(mistake)
 
 
 def gather(value: Any) -> list[Any] | None:

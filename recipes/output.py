@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from lora_null.errors import UserError
 from lora_null.files import PART, read_json, sweep, write_text
-from lora_null.ranks import all_gather
+from lora_null.ranks import all_gather, on_first_rank
 from lora_null.recipes.schema import Recipe
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
@@ -48,12 +47,14 @@ def taken(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterat
     """
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
-                stack.enter_context(_locked(folder))
-                claim(recipe, resume=resume, overwrite=overwrite)
-                need_space(folder, size)
+
+        def take() -> None:
+            check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
+            stack.enter_context(_locked(folder))
+            claim(recipe, resume=resume, overwrite=overwrite)
+            need_space(folder, size)
+
+        on_first_rank(take)
         _check_shared(folder)
         yield
 

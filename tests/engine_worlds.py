@@ -20,7 +20,9 @@ from launched import environment_of
 
 from lora_null.recipes.__main__ import main
 
+RESUMED = {"resumed-1": "ddp-4", "fsdp2_resumed-2": "fsdp2-2"}  # killed after half of the steps
 ONE_METHOD = ("ddp-4", "resumed-1")
+REFUSED = "refused-2"  # by a finished run in the folder
 ENGINES = ("fsdp2", "zero2", "zero3")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["lora_null.recipes.run", "launched"])
@@ -98,14 +100,16 @@ if __name__ == "__main__":
     recipe, folder = sys.argv[1], Path(sys.argv[2])
     os.environ["ACCELERATE_USE_CPU"] = "true"
     for name in sys.argv[3:]:
-        engine, _, count = name.partition("-")
+        engine, count = name.split("_")[0].split("-")[0], name.rpartition("-")[2]
         words = [recipe, "--output-dir", str(folder / name)]
-        if engine == "resumed":
-            unfinished(folder / "ddp-4", folder / name)
+        if name in RESUMED:
+            unfinished(folder / RESUMED[name], folder / name)
             words.append("--resume")
         start = time.perf_counter()
         if name in ONE_METHOD:
             words += ["--method", "lora-null-v1"]  # enough, and half as long
+        if name == REFUSED:
+            words[-1] = str(folder / "one-1")
         found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
         print("world", name, found, flush=True)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -13,7 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from engine_worlds import ONE_METHOD
+from engine_worlds import ONE_METHOD, REFUSED
 from launched import FOLDER, arguments_of, environment_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -101,13 +101,14 @@ def run_worlds(folder: Path, *names: str) -> None:
     said = "".join(f"\n== {path.name}\n{path.read_text()[-3000:]}" for path in folder.glob("*.txt"))
     ended = dict(line.split(" ", 2)[1:] for line in ran.stdout.splitlines() if line.startswith("world "))
     assert list(ended) == list(names), ran.stderr[-2000:] + said
-    assert all(set(json.loads(statuses)) == {0} for statuses in ended.values()), f"{ended} {said}"
+    expected = {name: {2} if name == REFUSED else {0} for name in names}
+    assert {name: set(json.loads(statuses)) for name, statuses in ended.items()} == expected, said
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
-    run_worlds(folder, "one-1", "ddp-4", "fsdp2-2", "resumed-1")
+    run_worlds(folder, "one-1", "ddp-4", "fsdp2-2", "resumed-1", "fsdp2_resumed-2", REFUSED)
     return folder
 
 
@@ -127,7 +128,7 @@ def assert_same_adapters(folder: Path, name: str) -> None:
                 assert error < 1e-4, (name, place, method, key, error)
 
 
-@pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2"])
+@pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2", "fsdp2_resumed-2"])
 def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
     assert_same_adapters(worlds, name)
     for method in methods_of(name):
@@ -147,6 +148,11 @@ def test_another_number_of_processes_goes_on_and_says_so(worlds):
     said = (worlds / "resumed-1.txt").read_text()
     assert said.count("was written by 4 processes, this run has 1; batches and their order stay") == 1
     assert_same_adapters(worlds, "resumed-1")
+
+
+def test_a_mistake_that_the_first_process_finds_ends_all_in_one_line(worlds):
+    said = (worlds / f"{REFUSED}.txt").read_text()
+    assert said.count("error:") == 1 and "holds a finished run" in said and "Traceback" not in said
 
 
 def test_zero_ends_in_the_adapter_of_one_process(worlds):
