@@ -33,8 +33,12 @@ def resolve_name(model: ModelSection) -> str:
         UserError: a local folder that holds no model, or weights that cannot be fetched.
     """
     if model.name_or_path == smollm2.NAME:
-        with PartialState().local_main_process_first():
-            return smollm2.smollm2()
+        with PartialState().local_main_process_first():  # which has to be left in good order, or the others hang
+            try:
+                return smollm2.smollm2()
+            except UserError as error:
+                mistake = error
+        raise mistake
     path = Path(model.name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"model.name_or_path: {path} holds no model (config.json is missing)")

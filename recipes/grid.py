@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from lora_null.errors import UserError
 from lora_null.files import read_json, write_json
+from lora_null.ranks import on_first_rank
 from lora_null.recipes import output, spread
 from lora_null.recipes.environment import environment
 from lora_null.recipes.load import put
@@ -173,9 +174,7 @@ def starts_alike(cell: Cell) -> bool:
 def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool = False) -> Job:
     """Take the cell's folder and return its job; what does not differ from the seed's job before is not done again."""
     own = cell.recipe(recipe, root)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            output.claim(own, resume=True, overwrite=False)
+    on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
     if before is None or not starts_alike(cell):
         every = own.model_copy(update={"method": _of_all(recipe, own)})
         before = inspect_recipe(every, base=root / "base", allow_code_execution=allow_code_execution)
