@@ -72,6 +72,7 @@ def world(count: int, words: list[str], said: Path, engine: str | None = None) -
 
 
 def _rank(rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     if count > 1:
         os.environ |= {name: str(value) for name, value in place.items()}
@@ -98,7 +99,6 @@ def unfinished(source: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     recipe, folder = sys.argv[1], Path(sys.argv[2])
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     for name in sys.argv[3:]:
         engine, count = name.split("_")[0].split("-")[0], name.rpartition("-")[2]
         words = [recipe, "--output-dir", str(folder / name)]
