@@ -24,6 +24,7 @@ from lora_null.preserve import preserve
 from lora_null.ranks import rank_and_world
 
 SKETCH_COLUMNS = 64
+CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
 
 
 @dataclass
@@ -80,17 +81,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One calibration batch as the meter needs it.
+    """One calibration batch, or some of its rows, as the meter needs it.
 
     Attributes:
-        index: its place among all batches.
+        index: the batch's place among all batches.
+        first: the batch's row that is the first here.
         inputs: `input_ids` and `attention_mask`, (batch, length) each, on the device of the model's inputs.
         mask: (batch · length,) bool, or None where nothing is padding.
-        omega: (tokens, k) float32, the Gaussian of this batch's sketch over √k.
+        omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
         counted: False for a batch that only has to run.
     """
 
     index: int
+    first: int
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
     omega: torch.Tensor
@@ -102,22 +105,44 @@ class TokenBatch:
         return flat if self.mask is None else flat[self.mask]
 
 
-def token_batches(batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int) -> list[TokenBatch]:
+def token_batches(
+    batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int, *, most_tokens: int | None = None
+) -> list[TokenBatch]:
     """Return this rank's share of the batches; the Gaussian of a batch is the same whichever rank draws it.
 
     A rank without a share gets the first batch, not counted, so that it learns which modules share an input.
+
+    Args:
+        device: where the inputs go.
+        most_tokens: tokens of a forward pass, where a batch is to be cut into fewer rows.
     """
     rank, world = rank_and_world()
-    mine = list(range(rank, len(batches), world))
-    return [_token_batch(batches[i], i, device, seed, bool(mine)) for i in mine or [0]]
+    mine = range(rank, len(batches), world)
+    if not mine:
+        return _pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
+    return [piece for i in mine for piece in _pieces(batches[i], i, device, seed, most_tokens)]
 
 
-def _token_batch(batch: Mapping[str, Any], index: int, device: torch.device, seed: int, counted: bool) -> TokenBatch:
+def most_tokens_on(device: torch.device) -> int | None:
+    """Return how many tokens a forward pass there should have at most; None for any number."""
+    return None if device.type == "cuda" else CPU_TOKENS
+
+
+def _pieces(
+    batch: Mapping[str, Any], index: int, device: torch.device, seed: int, most: int | None, *, counted: bool = True
+) -> list[TokenBatch]:
     inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
-    mask = inputs["attention_mask"].bool().flatten()
+    masks = inputs["attention_mask"].bool()
+    rows = max(1, most // masks.shape[1]) if most else len(masks)
+    masks = [part.flatten() for part in masks.split(rows)]
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    omega = torch.randn(int(mask.sum()), SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5
-    return TokenBatch(index, inputs, None if mask.all() else mask, omega.to(device), counted)
+    tokens = [int(mask.sum()) for mask in masks]
+    omega = (torch.randn(sum(tokens), SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(device)
+    parts = zip(*(value.split(rows) for value in inputs.values()), masks, omega.split(tokens))
+    return [
+        TokenBatch(index, i * rows, dict(zip(inputs, values)), None if mask.all() else mask, own, counted)
+        for i, (*values, mask, own) in enumerate(parts)
+    ]
 
 
 def measure_inputs(
@@ -149,7 +174,8 @@ def measure_inputs(
     """
     start = time.perf_counter()
     batches = checked_batches(batches, min_tokens)
-    mine = token_batches(batches, input_device(model), seed)
+    place = input_device(model)
+    mine = token_batches(batches, place, seed, most_tokens=most_tokens_on(place))
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
     with measuring(model), meter.attached():
         for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
@@ -216,7 +242,7 @@ class InputMeter:
         self.leader: dict[str, str] = {}
         self.bias: dict[str, torch.Tensor | None] = {}
         self.output_energy: dict[str, torch.Tensor] = {}
-        self.finite: dict[str, list[tuple[int, torch.Tensor]]] = {}  # by leader: (batch, (sequences,) bool)
+        self.finite: dict[str, list[tuple[TokenBatch, torch.Tensor]]] = {}  # by leader: batch, (sequences,) bool
         self.recent: list[tuple[weakref.ref, str]] = []
 
     @contextlib.contextmanager
@@ -272,7 +298,7 @@ class InputMeter:
         whole = torch.isfinite(_norms(x))
         if self.batch.mask is not None:
             whole |= ~self.batch.mask.view_as(whole)
-        self.finite.setdefault(name, []).append((self.batch.index, whole.reshape(len(x), -1).all(1)))
+        self.finite.setdefault(name, []).append((self.batch, whole.reshape(len(x), -1).all(1)))
         rows = self.batch.rows(x)
         if name in self.grams:
             self.grams[name].add(rows)
@@ -290,11 +316,11 @@ class InputMeter:
         if unreached:
             raise UserError(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
         for name, flags in self.finite.items():
-            for index, whole in flags:
+            for batch, whole in flags:
                 if not whole.all():
-                    sample = int((~whole).nonzero()[0])
+                    sample = batch.first + int((~whole).nonzero()[0])
                     raise UserError(
-                        f"calibration: sample {sample} of batch {index} gives NaN or infinite inputs at {name}"
+                        f"calibration: sample {sample} of batch {batch.index} gives NaN or infinite inputs at {name}"
                     )
         while self.grams:  # handed over, not held
             name, gram = self.grams.popitem()

@@ -28,6 +28,7 @@ from lora_null.calibration import (
     count_tokens,
     input_device,
     measuring,
+    most_tokens_on,
     sum_over_ranks,
     token_batches,
 )
@@ -110,9 +111,9 @@ def walk_layers(
             _check_chain(model, layers, token_batches(batches[:1], input_device(model), seed)[0])
         else:
             stack.enter_context(weights.outside(model, layers))
-        mine = token_batches(batches, input_device(model), seed)
-        calls, hidden = zip(*(_record(model, layers, batch) for batch in mine))
         device = device or next(next(iter(layers.values())).parameters()).device
+        mine = token_batches(batches, input_device(model), seed, most_tokens=most_tokens_on(device))
+        calls, hidden = zip(*(_record(model, layers, batch) for batch in mine))
         states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
         balance = LoadBalance()
         names = list(layers)[: last + 1]
@@ -208,7 +209,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batch: Token
         DoesNotFit: they give different hidden states.
     """
     few = {key: value[:1, :CHECK_TOKENS] for key, value in batch.inputs.items()}
-    few = TokenBatch(0, few, None, batch.omega)
+    few = TokenBatch(0, 0, few, None, batch.omega)
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
     handle = final.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
 
-from lora_null import LoraNullConfig, UserError
+from lora_null import LoraNullConfig, UserError, calibration
 from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
@@ -129,6 +129,18 @@ def test_a_model_that_is_no_chain_falls_back_to_hooks_and_says_so(capsys):
         )
 
 
+def test_a_few_rows_at_a_time_measure_the_same(monkeypatch):
+    model, found = tiny_model().double().eval(), []
+    for tokens in (1024, 30):
+        monkeypatch.setattr(calibration, "CPU_TOKENS", tokens)
+        parts = [part for _, part in walk_layers(model, targets(model), BATCHES, progress=False)]
+        found.append([stats for part in parts for stats in part.inputs])
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens
+        assert torch.allclose(one.gram, other.gram, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(one.sketch, other.sketch, rtol=1e-10, atol=1e-10)
+
+
 def test_hidden_states_wait_in_a_file_where_memory_is_short(monkeypatch):
     model = tiny_model().double().eval()
     expected = dict(walk_layers(model, targets(model), BATCHES, progress=False))
@@ -181,7 +193,9 @@ def test_experts_are_named_not_measured_wrong():
         list(walk_layers(model, only_last, BATCHES, progress=False))
 
 
-def test_nan_is_named_by_module_batch_and_sample():
+@pytest.mark.parametrize("tokens", [1024, 30])  # a batch whole, and two rows at a time
+def test_nan_is_named_by_module_batch_and_sample(monkeypatch, tokens):
+    monkeypatch.setattr(calibration, "CPU_TOKENS", tokens)
     model = tiny_model().eval()
     model.model.embed_tokens.weight.data[77] = float("nan")
     clean = [
