@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null import store
-from lora_null.calibration import Calibration, InputStats, LoadBalance, checked_batches, measure_inputs
+from lora_null.calibration import Calibration, LoadBalance, checked_batches, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError
 from lora_null.export import save_plainly
-from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
+from lora_null.factors import LayerStats
 from lora_null.layer import LoraNullLinear, adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.nullspace import Eigenspace, bottom_eigenspace
-from lora_null.quantized import stored_statistics, unreadable, weight_of
+from lora_null.quantized import stored_statistics, unreadable
 from lora_null.ranks import all_gather, broadcast, rank_and_world, say
 from lora_null.sharding import is_sharded
+from lora_null.solving import PartSolver
 from lora_null.store import SolvedPart
 from lora_null.weight_files import WeightFiles
 
@@ -41,7 +40,7 @@ class LayerReport:
 
     Attributes:
         layers: one `LayerStats` per adapted linear, in the model's order.
-        seconds: wall time of the parts: calibrate (forward passes and Grams), solve (over all ranks), all.
+        seconds: wall time of the parts: calibrate (forward passes and Grams, of what was reused too), solve, all.
         tokens: calibration tokens.
         base: fingerprint of the base weights it was made for.
     """
@@ -137,14 +136,17 @@ def start_adapter(
     done = broadcast(store.read_parts(place) if place and rank_and_world()[0] == 0 else {})
     _say_what_is_reused(done, layers, place)
     parts: dict[str, SolvedPart] = {}
+    solver = PartSolver(layers, adapter_name, options.solver, options.seed)
+    a_round = 1 if options.weights is not None else solver.parts_a_round()  # a layer's weights stay while it is solved
     with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
         measured = stack.enter_context(contextlib.closing(_parts(peft_model, layers, batches, options, done)))
-        solved = _solved(measured, layers, adapter_name, options, done)
+        solved = _solved(measured, solver, a_round, done)
         for name, part in stack.enter_context(contextlib.closing(solved)):
             parts[name] = part
             if place and name not in done and rank_and_world()[0] == 0:
                 store.write_part(place, name, part)
-    report = _report(parts, layers, base, time.perf_counter() - start)
+    seconds = {"solve": solver.seconds, "all": time.perf_counter() - start}
+    report = _report(parts, layers, base, seconds)
     if rank_and_world()[0] == 0:
         _finish(report, place, folder)
     settle_adapter(peft_model, adapter_name)
@@ -244,130 +246,30 @@ def _parts(
 
 def _solved(
     measured: Iterable[tuple[str, Calibration | None]],
-    layers: Mapping[str, LoraNullLinear],
-    adapter_name: str,
-    options: InitOptions,
+    solver: PartSolver,
+    a_round: int,
     done: Mapping[str, SolvedPart],
 ) -> Iterator[tuple[str, SolvedPart]]:
-    """Solve the parts in rounds of as many as there are ranks, so that each rank has its own to solve meanwhile.
-
-    Where weights are read from files a part has to be solved while its layer is loaded.
-    """
+    """Solve the parts in rounds of as many as are worth it; write those that are done into their layers."""
     waiting: list[tuple[str, Calibration]] = []
-    most = 1 if options.weights is not None else rank_and_world()[1]
     for name, part in measured:
         if part is None:
-            _write_factors(done[name], layers, adapter_name)
+            _write_factors(done[name], solver.layers, solver.adapter_name)
             yield name, done[name]
             continue
         waiting.append((name, part))
-        if len(waiting) == most:
-            yield from _solve_round(waiting, layers, adapter_name, options)
+        if len(waiting) == a_round:
+            yield from solver.solve(waiting)
             waiting = []
-    yield from _solve_round(waiting, layers, adapter_name, options)
-
-
-def _solve_round(
-    parts: list[tuple[str, Calibration]], layers: Mapping[str, LoraNullLinear], adapter_name: str, options: InitOptions
-) -> Iterator[tuple[str, SolvedPart]]:
-    rank, world = rank_and_world()
-    stats: dict[str, LayerStats] = {}
-    for _, part in parts:
-        for measured in part.inputs:
-            if measured.owner == rank:
-                stats |= _solve_input(part, measured, layers, adapter_name, options)
-            measured.gram = None
-    if world > 1:
-        stats = _share_factors([part for _, part in parts], layers, adapter_name, stats)
-    for name, part in parts:
-        names = [module for measured in part.inputs for module in measured.modules]
-        factors = {n: (layers[n].lora_A[adapter_name].weight, layers[n].lora_B[adapter_name].weight) for n in names}
-        copies = {n: (A.detach().cpu().clone(), B.detach().cpu().clone()) for n, (A, B) in factors.items()}
-        scaling = {n: layers[n].scaling[adapter_name] for n in names}
-        yield name, SolvedPart(copies, scaling, part, [stats[n] for n in names])
-
-
-def _solve_input(
-    part: Calibration,
-    measured: InputStats,
-    layers: Mapping[str, LoraNullLinear],
-    adapter_name: str,
-    options: InitOptions,
-) -> dict[str, LayerStats]:
-    """Solve one input, on the CPU where the accelerator's memory is not enough."""
-    try:
-        return _solve_on(measured.gram, part, measured, layers, adapter_name, options)
-    except torch.OutOfMemoryError:
-        say(
-            f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no memory left"
-        )
-        gram, measured.gram = measured.gram.cpu(), None
-        torch.cuda.empty_cache()
-        return _solve_on(gram, part, measured, layers, adapter_name, options)
-
-
-def _solve_on(
-    gram: torch.Tensor,
-    part: Calibration,
-    measured: InputStats,
-    layers: Mapping[str, LoraNullLinear],
-    adapter_name: str,
-    options: InitOptions,
-) -> dict[str, LayerStats]:
-    """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
-    spaces: dict[int, Eigenspace] = {}
-    stats = {}
-    for name in measured.modules:
-        start = time.perf_counter()
-        layer, r = layers[name], layers[name].r[adapter_name]
-        if r not in spaces:
-            spaces[r] = bottom_eigenspace(gram, r, solver=options.solver, seed=options.seed)
-        space = spaces[r]
-        weight = weight_of(layer)
-        factors = null_factors(weight, space.vectors, layer.scaling[adapter_name])
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        A.copy_(factors.A)
-        B.copy_(factors.B)
-        part.projected[name] = projected_inputs(A, gram)
-        stats[name] = LayerStats(
-            name=name,
-            shape=(layer.out_features, layer.in_features),
-            r=r,
-            tokens=measured.tokens,
-            gram_rank=min(space.rank, measured.tokens),
-            leakage=leakage(A, gram, part.projected[name]),
-            energy=factors.energy,
-            condition=factors.condition,
-            solver=space.solver,
-            seconds=time.perf_counter() - start,
-        )
-    return stats
-
-
-def _share_factors(
-    parts: list[Calibration], layers: Mapping[str, LoraLayer], adapter_name: str, stats: dict[str, LayerStats]
-) -> dict[str, LayerStats]:
-    """Give every rank the factors and lines of all, from whoever solved them."""
-    for part in parts:
-        for measured in part.inputs:
-            for name in measured.modules:
-                for factor in (layers[name].lora_A, layers[name].lora_B):
-                    dist.broadcast(factor[adapter_name].weight, src=measured.owner)
-    mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
-    gathered = all_gather((stats, mine))
-    for index, part in enumerate(parts):
-        for _, projected in gathered:
-            part.projected |= projected[index]
-    return {name: line for lines, _ in gathered for name, line in lines.items()}
+    yield from solver.solve(waiting)
 
 
 def _report(
-    parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], base: str, seconds: float
+    parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], base: str, seconds: Mapping[str, float]
 ) -> LayerReport:
     lines = {line.name: line for part in parts.values() for line in part.stats}
     measured = [part.measured for part in parts.values()]
-    calibrate, solve = sum(part.seconds for part in measured), sum(line.seconds for line in lines.values())
-    times = {"calibrate": calibrate, "solve": solve, "all": seconds}
+    times = {"calibrate": sum(part.seconds for part in measured), **seconds}
     return LayerReport([lines[name] for name in layers], times, max(part.tokens for part in measured), base)
 
 

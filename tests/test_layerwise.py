@@ -151,10 +151,24 @@ def test_hidden_states_wait_in_a_file_where_memory_is_short(monkeypatch):
             assert torch.equal(one.gram, other.gram)
 
 
-def test_out_of_memory_is_solved_on_the_cpu_and_said(monkeypatch, capsys):
-    from lora_null import initialize
+def test_solving_side_by_side_gives_the_same_bits_and_leaves_torchs_threads_alone():
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+            start_adapter(model, BATCHES, InitOptions(min_tokens=1, progress=False))
+            assert torch.get_num_threads() == threads
+            found.append([layer.lora_A["default"].weight for layer in adapted_layers(model).values()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
-    solve, failed = initialize.bottom_eigenspace, []
+
+def test_out_of_memory_is_solved_on_the_cpu_and_said(monkeypatch, capsys):
+    from lora_null import solving
+
+    solve, failed = solving.bottom_eigenspace, []
 
     def scarce(gram, r, **options):
         if not failed:
@@ -162,10 +176,10 @@ def test_out_of_memory_is_solved_on_the_cpu_and_said(monkeypatch, capsys):
             raise torch.OutOfMemoryError("no memory")
         return solve(gram, r, **options)
 
-    monkeypatch.setattr(initialize, "bottom_eigenspace", scarce)
+    monkeypatch.setattr(solving, "bottom_eigenspace", scarce)
     peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
     report, _ = start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False))
-    assert "q_proj is solved on the CPU" in capsys.readouterr().err
+    assert "down_proj is solved on the CPU" in capsys.readouterr().err
     assert len(report.layers) == 14
 
 

@@ -1,0 +1,149 @@
+"""From Grams to factors: each rank solves the inputs that are its own and writes their A0 and B0 into the layers of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lora_null.calibration import Calibration, InputStats
+from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
+from lora_null.layer import LoraNullLinear
+from lora_null.nullspace import Eigenspace, bottom_eigenspace
+from lora_null.quantized import weight_of
+from lora_null.ranks import all_gather, rank_and_world, say
+from lora_null.store import SolvedPart
+
+NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
+MOST_TOGETHER = 8  # layers whose Grams wait for each other
+
+
+@dataclass
+class PartSolver:
+    """Solves measured parts of a model, a round of them together.
+
+    Attributes:
+        layers: name → adapted linear, of the whole model.
+        adapter_name: the adapter to write.
+        solver, seed: of `bottom_eigenspace`.
+        seconds: wall time spent so far.
+    """
+
+    layers: Mapping[str, LoraNullLinear]
+    adapter_name: str
+    solver: str = "auto"
+    seed: int = 0
+    seconds: float = 0.0
+
+    def parts_a_round(self) -> int:
+        """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
+        narrow = all(
+            layer.in_features <= NARROW and layer.get_base_layer().weight.device.type == "cpu"
+            for layer in self.layers.values()
+        )
+        return rank_and_world()[1] * (min(torch.get_num_threads(), MOST_TOGETHER) if narrow else 1)
+
+    @torch.no_grad()
+    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
+        """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
+        start = time.perf_counter()
+        stats = self._solve_mine([part for _, part in parts])
+        if rank_and_world()[1] > 1:
+            stats = self._share([part for _, part in parts], stats)
+        self.seconds += time.perf_counter() - start
+        for name, part in parts:
+            yield name, self._solved_part(part, stats)
+
+    def _solve_mine(self, parts: Sequence[Calibration]) -> dict[str, LayerStats]:
+        """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
+        rank = rank_and_world()[0]
+        mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
+        mine.sort(key=lambda job: -len(job[1].gram))
+        stats: dict[str, LayerStats] = {}
+        for part, measured in mine:
+            if not _is_narrow(measured.gram):
+                stats |= self._solve_input(part, measured)
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            narrow = [job for job in mine if job[1].gram is not None]
+            for found in threads.map(lambda job: self._solve_input(*job), narrow):
+                stats |= found
+        for part in parts:
+            for measured in part.inputs:
+                measured.gram = None
+        return stats
+
+    @torch.no_grad()  # which every thread has to say for itself
+    def _solve_input(self, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Solve one input and let its Gram go; on the CPU where the accelerator's memory is not enough."""
+        gram, measured.gram = measured.gram, None
+        try:
+            return self._solve_on(gram, part, measured)
+        except torch.OutOfMemoryError:
+            say(
+                f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no "
+                "memory left"
+            )
+            gram = gram.cpu()
+            torch.cuda.empty_cache()
+            return self._solve_on(gram, part, measured)
+
+    def _solve_on(self, gram: torch.Tensor, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
+        spaces: dict[int, Eigenspace] = {}
+        stats = {}
+        for name in measured.modules:
+            start = time.perf_counter()
+            layer = self.layers[name]
+            r = layer.r[self.adapter_name]
+            if r not in spaces:
+                spaces[r] = bottom_eigenspace(gram, r, solver=self.solver, seed=self.seed)
+            factors = null_factors(weight_of(layer), spaces[r].vectors, layer.scaling[self.adapter_name])
+            A, B = self._factors(name)
+            A.copy_(factors.A)
+            B.copy_(factors.B)
+            part.projected[name] = projected_inputs(A, gram)
+            stats[name] = LayerStats(
+                name=name,
+                shape=(layer.out_features, layer.in_features),
+                r=r,
+                tokens=measured.tokens,
+                gram_rank=min(spaces[r].rank, measured.tokens),
+                leakage=leakage(A, gram, part.projected[name]),
+                energy=factors.energy,
+                condition=factors.condition,
+                solver=spaces[r].solver,
+                seconds=time.perf_counter() - start,
+            )
+        return stats
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+
+    def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
+        """Give every rank the factors and lines of all, from whoever solved them."""
+        for part in parts:
+            for measured in part.inputs:
+                for name in measured.modules:
+                    for factor in self._factors(name):
+                        dist.broadcast(factor, src=measured.owner)
+        mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
+        gathered = all_gather((stats, mine))
+        for index, part in enumerate(parts):
+            for _, projected in gathered:
+                part.projected |= projected[index]
+        return {name: line for lines, _ in gathered for name, line in lines.items()}
+
+    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> SolvedPart:
+        names = [module for measured in part.inputs for module in measured.modules]
+        copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
+        scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
+        return SolvedPart(copies, scaling, part, [stats[name] for name in names])
+
+
+def _is_narrow(gram: torch.Tensor) -> bool:
+    return gram.device.type == "cpu" and len(gram) <= NARROW
