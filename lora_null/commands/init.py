@@ -159,11 +159,12 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.revision))
     weights = WeightFiles(folder, getattr(torch, section.dtype))
     peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
-    _give_adapter_memory(peft_model)
+    give_adapter_memory(peft_model)
     return peft_model, weights
 
 
-def _give_adapter_memory(peft_model: Any) -> None:
+def give_adapter_memory(peft_model: Any) -> None:
+    """Give the adapters of a model without weights (meta device) real A and B, zero."""
     import torch
 
     from lora_null.layer import adapted_layers

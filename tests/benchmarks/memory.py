@@ -1,0 +1,142 @@
+"""Peak memory of an initialization that leaves the weights in their files: one layer's worth, however many there are.
+
+    python tests/benchmarks/memory.py                   # random Llamas of 2, 12 and 24 layers of 50 MB, a process each
+
+What stays of every layer is counted apart, from the tensors themselves: its factors (twice, in the model and to be
+written), sketches and the small matrices of the drift. Memory is what the process holds by itself (anonymous pages) and
+what it maps of files, both polled; mapped pages are the kernel's to take back.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lora_null import LoraNullConfig
+from lora_null.commands.init import give_adapter_memory
+from lora_null.initialize import InitOptions, start_adapter
+from lora_null.layer import adapted_layers
+from lora_null.weight_files import WeightFiles
+
+LAYERS, QUICK_LAYERS = (2, 12, 24), (2, 4)
+WIDTH, INNER, RANK, WINDOWS, LENGTH = 1024, 2816, 16, 8, 256
+
+
+def main() -> None:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--worker", type=Path, help="internal: initialize the model in this folder and print JSON")
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(_work(options.worker)))
+        return
+    facts = common.machine(torch.device("cpu"))
+    print(common.headline(facts))
+    counts = QUICK_LAYERS if options.quick else LAYERS
+    runs = {count: _run(count, options.quick) for count in counts}
+    _print(runs)
+    common.write_json(options.out / "memory.json", {"machine": facts, "runs": runs})
+    _draw(runs, options.out / "memory.png")
+
+
+def _run(count: int, quick: bool) -> dict[str, Any]:
+    width, inner = (64, 128) if quick else (WIDTH, INNER)
+    config = LlamaConfig(vocab_size=256, hidden_size=width, intermediate_size=inner, num_hidden_layers=count,
+                         num_attention_heads=width // 64, num_key_value_heads=width // 64)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        command = [sys.executable, __file__, "--worker", folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class _Peak:
+    """The most anonymous and file-backed memory of this process above what there was before, in bytes."""
+
+    def __enter__(self) -> _Peak:
+        self.before = self.most = self._now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _poll(self) -> None:
+        while not self.done.wait(0.002):
+            self.most = tuple(map(max, self.most, self._now()))
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(1024 * int(lines[name].split()[0]) for name in ("RssAnon", "RssFile"))
+
+    @property
+    def above(self) -> tuple[int, int]:
+        return tuple(most - before for most, before in zip(self.most, self.before))
+
+
+def _work(folder: Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layer_bytes = sum(4 * p.numel() for p in model.model.layers[0].parameters())
+    ids = torch.randint(0, config.vocab_size, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    peft_model = get_peft_model(model, LoraNullConfig(r=RANK, variant="v2"), low_cpu_mem_usage=True)
+    give_adapter_memory(peft_model)
+    weights = WeightFiles(folder, torch.float32)
+    with tempfile.TemporaryDirectory() as out, _Peak() as peak:
+        options = InitOptions(weights=weights, progress=False, min_tokens=1)
+        _, calibration = start_adapter(peft_model, batches, options, folder=Path(out))
+    factors = [layer.lora_A["default"].weight for layer in adapted_layers(peft_model).values()]
+    factors += [layer.lora_B["default"].weight for layer in adapted_layers(peft_model).values()]
+    kept = 2 * sum(factor.nbytes for factor in factors) + sum(L.nbytes for L in calibration.projected.values())
+    kept += sum(stats.sketch.nbytes for stats in calibration.inputs)
+    gram_bytes = 8 * (3 * config.hidden_size**2 + config.intermediate_size**2)
+    anonymous, mapped = peak.above
+    return {"layer": layer_bytes, "grams": gram_bytes, "kept": kept, "anonymous": anonymous, "mapped": mapped}
+
+
+def _print(runs: dict[int, dict[str, Any]]) -> None:
+    head = ("layers", "weights MB", "peak, own MB", "of it kept MB", "peak, mapped MB", "one layer's Grams MB")
+    rows = []
+    for count, run in runs.items():
+        numbers = (count * run["layer"], run["anonymous"], run["kept"], run["mapped"], run["grams"])
+        rows.append([count, *(f"{number / 1e6:.0f}" for number in numbers)])
+    common.print_table("initialization with the weights in their files", head, rows)
+    first, *_, last = runs.values()
+    growth = last["anonymous"] - first["anonymous"] - (last["kept"] - first["kept"])
+    print(
+        f"  beyond what is kept the peak grows by {growth / last['layer']:+.2f} layers' weights from the first to the last"
+    )
+
+
+def _draw(runs: dict[int, dict[str, Any]], path: Path) -> None:
+    figure, axes = common.panels(1, 1, (6, 3.2), "Peak memory of an initialization, weights in their files")
+    axis, names = axes[0][0], [f"{count} layers" for count in runs]
+    weights = [count * run["layer"] / 1e6 for count, run in runs.items()]
+    kept = [run["kept"] / 1e6 for run in runs.values()]
+    rest = [(run["anonymous"] - run["kept"]) / 1e6 for run in runs.values()]
+    axis.plot(names, weights, "o--", color=common.COLORS[5], label="the model's weights")
+    axis.bar(names, rest, color=common.COLORS[0], width=0.5, label="one layer, its Grams, activations")
+    axis.bar(names, kept, bottom=rest, color=common.COLORS[1], width=0.5, label="kept of every layer")
+    axis.set_ylabel("MB")
+    axis.legend(frameon=False)
+    common.save_picture(figure, path)
+
+
+if __name__ == "__main__":
+    main()
