@@ -20,12 +20,14 @@ from typing import Any
 import common
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_null import LoraNullConfig
 from lora_null.commands.init import give_adapter_memory
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.recipes.bases import empty_model
+from lora_null.recipes.schema import ModelSection
 from lora_null.weight_files import WeightFiles
 
 LAYERS, QUICK_LAYERS = (2, 12, 24), (2, 4)
@@ -90,8 +92,7 @@ class _Peak:
 
 def _work(folder: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = empty_model(config, ModelSection(name_or_path=str(folder), dtype="float32"))
     layer_bytes = sum(4 * p.numel() for p in model.model.layers[0].parameters())
     ids = torch.randint(0, config.vocab_size, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
