@@ -45,13 +45,23 @@ def load(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, dtype):
+def start(folder, batches, dtype):
+    """Return a model whose adapters have started, their inputs and weights in float64, and the layer report."""
     model = load(folder, dtype)
     X = oracle.capture_inputs(model, LAYERS, batches)
     W = {name: model.get_submodule(name).weight.detach().double().numpy().copy() for name in LAYERS}
     peft_model = get_peft_model(model, LoraNullConfig(r=32, target_modules=TARGETS))
-    report = initialize_lora_null_weights(peft_model, batches, progress=False)
+    return peft_model, X, W, initialize_lora_null_weights(peft_model, batches, progress=False)
+
+
+@pytest.fixture(scope="module")
+def started(folder, batches):
+    return start(folder, batches, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, started, dtype):
+    peft_model, X, W, report = started if dtype == torch.float32 else start(folder, batches, dtype)
     for line in report.layers:
         A = adapted_layers(peft_model)[line.name].lora_A["default"].weight.detach().double().numpy()
         T = oracle.projection(W[line.name], X[line.name], 32)
@@ -67,15 +77,12 @@ def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, dty
         assert found <= 1.01 * best  # the space itself, whatever weight T gives to its directions
 
 
-def test_theorem_2_on_real_activations(folder, batches):
+def test_theorem_2_on_real_activations(started):
     """Whatever B becomes, W* X stays W0 X to the leakage: several times closer than the same change through a random A.
 
     Real inputs have no exact null space here (every Gram has full rank), so the theorem's ≈ is measured, not assumed.
     """
-    model = load(folder)
-    X = oracle.capture_inputs(model, LAYERS, batches)
-    peft_model = get_peft_model(model, LoraNullConfig(r=32, target_modules=TARGETS))
-    initialize_lora_null_weights(peft_model, batches, progress=False)
+    peft_model, X, *_ = started
     generator = np.random.default_rng(0)
     for name, layer in adapted_layers(peft_model).items():
         A = layer.lora_A["default"].weight.detach().double().numpy()
