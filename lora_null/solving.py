@@ -45,7 +45,8 @@ class PartSolver:
             layer.in_features <= NARROW and layer.get_base_layer().weight.device.type == "cpu"
             for layer in self.layers.values()
         )
-        return rank_and_world()[1] * (min(torch.get_num_threads(), MOST_TOGETHER) if narrow else 1)
+        threads = min(all_gather(torch.get_num_threads())) if narrow else 1  # the same on every machine
+        return rank_and_world()[1] * min(threads, MOST_TOGETHER)
 
     @torch.no_grad()
     def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
