@@ -106,26 +106,23 @@ class TokenBatch:
 
 
 def token_batches(
-    batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int, *, most_tokens: int | None = None
+    batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int, *, runs_on: torch.device | None = None
 ) -> list[TokenBatch]:
     """Return this rank's share of the batches; the Gaussian of a batch is the same whichever rank draws it.
 
-    A rank without a share gets the first batch, not counted, so that it learns which modules share an input.
+    A rank without a share gets the first batch, not counted, so that it learns which modules share an input. On a CPU
+    batches are cut into fewer rows.
 
     Args:
         device: where the inputs go.
-        most_tokens: tokens of a forward pass, where a batch is to be cut into fewer rows.
+        runs_on: where the layers run, if elsewhere.
     """
+    most_tokens = None if (runs_on or device).type == "cuda" else CPU_TOKENS
     rank, world = rank_and_world()
     mine = range(rank, len(batches), world)
     if not mine:
         return _pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
     return [piece for i in mine for piece in _pieces(batches[i], i, device, seed, most_tokens)]
-
-
-def most_tokens_on(device: torch.device) -> int | None:
-    """Return how many tokens a forward pass there should have at most; None for any number."""
-    return None if device.type == "cuda" else CPU_TOKENS
 
 
 def _pieces(
@@ -174,8 +171,7 @@ def measure_inputs(
     """
     start = time.perf_counter()
     batches = checked_batches(batches, min_tokens)
-    place = input_device(model)
-    mine = token_batches(batches, place, seed, most_tokens=most_tokens_on(place))
+    mine = token_batches(batches, input_device(model), seed)
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
     with measuring(model), meter.attached():
         for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):

@@ -150,7 +150,7 @@ def check_ranks(adapter: SavedAdapter) -> Iterator[Finding]:
 
 
 def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
-    """Yield dtypes that are not served, more than one of them, numbers that are not finite, an A that is zero throughout."""
+    """Yield dtypes that are not served, more than one of them, numbers that are not finite, an adapter without effect."""
     dtypes = {tensor.dtype for tensor in adapter.tensors.values()}
     for dtype in dtypes - set(VLLM_DTYPES):
         yield Finding(WEIGHTS_FILE, f"holds {_short(dtype)}, not float32, bfloat16 or float16")
@@ -159,18 +159,21 @@ def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
     for key, tensor in adapter.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             yield Finding(key, "holds NaN or infinite numbers")
-    if _all_zero(adapter, "A"):
-        yield Finding(WEIGHTS_FILE, "changes nothing and cannot be trained further: every A is zero")
+    pairs = _moving(adapter)
+    if pairs and not any(A and B for A, B in pairs) and not is_untrained(adapter):
+        yield Finding(WEIGHTS_FILE, "changes nothing: every A or B is zero")
 
 
 def is_untrained(adapter: SavedAdapter) -> bool:
-    """Say whether every B is zero: the adapter is an initialization and changes nothing yet."""
-    return _all_zero(adapter, "B")
+    """Say whether every B is zero and no A: the adapter is an initialization and changes nothing yet."""
+    pairs = _moving(adapter)
+    return bool(pairs) and all(A and not B for A, B in pairs)
 
 
-def _all_zero(adapter: SavedAdapter, which: str) -> bool:
-    factors = [pair[which] for pair in adapter.factors().values() if which in pair]
-    return bool(factors) and not any(bool(factor.any()) for factor in factors)
+def _moving(adapter: SavedAdapter) -> list[tuple[bool, bool]]:
+    """Return of every pair whether its A, and whether its B, is other than zero."""
+    pairs = [pair for pair in adapter.factors().values() if len(pair) == 2]
+    return [(bool(pair["A"].any()), bool(pair["B"].any())) for pair in pairs]
 
 
 def _short(dtype: torch.dtype) -> str:

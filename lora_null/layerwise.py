@@ -28,7 +28,6 @@ from lora_null.calibration import (
     count_tokens,
     input_device,
     measuring,
-    most_tokens_on,
     sum_over_ranks,
     token_batches,
 )
@@ -112,7 +111,7 @@ def walk_layers(
         else:
             stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
-        mine = token_batches(batches, input_device(model), seed, most_tokens=most_tokens_on(device))
+        mine = token_batches(batches, input_device(model), seed, runs_on=device)
         calls, hidden = zip(*(_record(model, layers, batch) for batch in mine))
         states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
         balance = LoadBalance()

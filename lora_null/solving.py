@@ -42,8 +42,7 @@ class PartSolver:
     def parts_a_round(self) -> int:
         """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
         narrow = all(
-            layer.in_features <= NARROW and layer.get_base_layer().weight.device.type == "cpu"
-            for layer in self.layers.values()
+            _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
         )
         threads = min(all_gather(torch.get_num_threads())) if narrow else 1  # the same on every machine
         return rank_and_world()[1] * min(threads, MOST_TOGETHER)
@@ -64,12 +63,11 @@ class PartSolver:
         rank = rank_and_world()[0]
         mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
         mine.sort(key=lambda job: -len(job[1].gram))
+        narrow = [job for job in mine if _is_narrow(len(job[1].gram), job[1].gram.device)]
         stats: dict[str, LayerStats] = {}
-        for part, measured in mine:
-            if not _is_narrow(measured.gram):
-                stats |= self._solve_input(part, measured)
+        for part, measured in mine[: len(mine) - len(narrow)]:  # the wide come first
+            stats |= self._solve_input(part, measured)
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            narrow = [job for job in mine if job[1].gram is not None]
             for found in threads.map(lambda job: self._solve_input(*job), narrow):
                 stats |= found
         for part in parts:
@@ -146,5 +144,5 @@ class PartSolver:
         return SolvedPart(copies, scaling, part, [stats[name] for name in names])
 
 
-def _is_narrow(gram: torch.Tensor) -> bool:
-    return gram.device.type == "cpu" and len(gram) <= NARROW
+def _is_narrow(width: int, device: torch.device) -> bool:
+    return device.type == "cpu" and width <= NARROW

@@ -8,6 +8,7 @@ here; everything behind it, accelerate's `fsdp2_prepare_model`, torch's `fully_s
 
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import sys
@@ -100,16 +101,14 @@ def unfinished(source: Path, folder: Path) -> None:
 if __name__ == "__main__":
     recipe, folder = sys.argv[1], Path(sys.argv[2])
     for name in sys.argv[3:]:
-        engine, count = name.split("_")[0].split("-")[0], name.rpartition("-")[2]
-        words = [recipe, "--output-dir", str(folder / name)]
+        engine, *_, count = re.split("[_-]", name)
+        words = [recipe, "--output-dir", str(folder / ("one-1" if name == REFUSED else name))]
         if name in RESUMED:
             unfinished(folder / RESUMED[name], folder / name)
             words.append("--resume")
         start = time.perf_counter()
         if name in ONE_METHOD:
             words += ["--method", "lora-null-v1"]  # enough, and half as long
-        if name == REFUSED:
-            words[-1] = str(folder / "one-1")
         found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
         print("world", name, found, flush=True)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -143,7 +143,7 @@ def harness(recipe: Path, scratch: Path, kills: int, seed: int = 0, kills_a_run:
     """
     first = FORK.Process(
         target=sys.exit
-    )  # the server's imports are no part of a run: no blow should fall after its end
+    )  # the server's imports are no part of a run: no blow is to fall after its end
     first.start()
     first.join()
     start = time.perf_counter()

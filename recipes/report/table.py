@@ -151,11 +151,8 @@ def show_all(estimates: Sequence[Estimate | None], unit: str | None) -> list[Cel
 
     A method that hardly moved has a KL, and an error, a hundred times smaller than the others'.
     """
-    shared = decimals(unit, estimates) if unit in ("fraction", "points") else None
-    return [
-        Cell(MISSING) if e is None else show(e, unit, decimals(unit, [e]) if shared is None else shared)
-        for e in estimates
-    ]
+    alike = unit in ("fraction", "points")
+    return [show(e, unit, decimals(unit, estimates if alike else [e])) if e else Cell(MISSING) for e in estimates]
 
 
 def count(number: float | None) -> str:
