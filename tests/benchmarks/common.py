@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,36 @@ def write_json(path: Path, payload: dict[str, Any]) -> None:
     """Write the payload, readable, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+
+
+class Peak:
+    """Polls `now()`, tuples of bytes, inside a `with` block; `above` is the most of each above what there was before."""
+
+    def now(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def __enter__(self) -> Peak:
+        self.before = self.most = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self._look()
+
+    def _poll(self) -> None:
+        while not self.done.wait(0.002):
+            self._look()
+
+    def _look(self) -> None:
+        self.most = tuple(map(max, self.most, self.now()))
+
+    @property
+    def above(self) -> tuple[int, ...]:
+        return tuple(most - before for most, before in zip(self.most, self.before))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

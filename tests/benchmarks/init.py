@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -126,32 +125,23 @@ def _work(case: str, contender: str, options: Any) -> dict[str, Any]:
     return {**found, "seconds": sum(found["parts"].values()), "peak_gib": peak.gib, "about": about}
 
 
-class _Peak:
+class _Peak(common.Peak):
     """The most memory in use above what there was before: the accelerator's own count, or the process polled."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.done = threading.Event()
 
     def __enter__(self) -> _Peak:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.before = self.most = self._now()
-        self.thread = threading.Thread(target=self._poll, daemon=True)
-        self.thread.start()
-        return self
+        return super().__enter__()
 
-    def _now(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else psutil.Process().memory_info().rss
+    def now(self) -> tuple[int]:
+        return (torch.cuda.max_memory_allocated() if self.cuda else psutil.Process().memory_info().rss,)
 
-    def _poll(self) -> None:
-        while not self.done.wait(0.01):
-            self.most = max(self.most, self._now())
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.gib = (max(self.most, self._now()) - self.before) / 2**30
+    @property
+    def gib(self) -> float:
+        return self.above[0] / 2**30
 
 
 def _world(case: str, options: Any, device: torch.device) -> tuple[nn.Module, list[dict[str, torch.Tensor]], str]:

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +61,12 @@ def _run(count: int, quick: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Peak:
-    """The most anonymous and file-backed memory of this process above what there was before, in bytes."""
+class _Peak(common.Peak):
+    """The most anonymous and file-backed memory of this process above what there was before."""
 
-    def __enter__(self) -> _Peak:
-        self.before = self.most = self._now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._poll, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _poll(self) -> None:
-        while not self.done.wait(0.002):
-            self.most = tuple(map(max, self.most, self._now()))
-
-    @staticmethod
-    def _now() -> tuple[int, int]:
+    def now(self) -> tuple[int, int]:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return tuple(1024 * int(lines[name].split()[0]) for name in ("RssAnon", "RssFile"))
-
-    @property
-    def above(self) -> tuple[int, int]:
-        return tuple(most - before for most, before in zip(self.most, self.before))
 
 
 def _work(folder: Path) -> dict[str, Any]:
