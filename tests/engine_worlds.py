@@ -21,10 +21,11 @@ from launched import environment_of
 
 from lora_null.recipes.__main__ import main
 
-RESUMED = {"resumed-1": "ddp-4", "fsdp2_resumed-2": "fsdp2-2"}  # killed after half of the steps
+ENGINES = ("fsdp2", "zero2", "zero3")
+# Killed after half of the steps.
+RESUMED = {"resumed-1": "ddp-4"} | {f"{engine}_resumed-2": f"{engine}-2" for engine in ENGINES}
 ONE_METHOD = ("ddp-4", "resumed-1")
 REFUSED = "refused-2"  # by a finished run in the folder
-ENGINES = ("fsdp2", "zero2", "zero3")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["lora_null.recipes.run", "launched"])
 

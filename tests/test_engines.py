@@ -26,7 +26,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.export import check_saved_adapter, save_plain_adapter
 from lora_null.trainer.checkpoints import check_processes, record_processes
 
-METHODS = ("lora-null-v1", "lora-null-v2")
+METHODS = ("lora-null-v1", "lora-null-v2", "full")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 WEIGHTS = "adapter_model.safetensors"
@@ -116,21 +116,26 @@ def methods_of(name: str) -> tuple[str, ...]:
     return METHODS[:1] if name in ONE_METHOD else METHODS
 
 
-def assert_same_adapters(folder: Path, name: str) -> None:
-    """Compare every adapter of a world with the one process's: names, shapes, bytes on disk, and values to rounding."""
-    for place in ("adapter", "checkpoint-2", "checkpoint-4"):
-        for method in methods_of(name):
-            ours, theirs = (folder / world / method / place / WEIGHTS for world in (name, "one-1"))
+def weights_of(folder: Path, method: str) -> list[Path]:
+    """Return the files of what a method leaves, at its end and in its checkpoints."""
+    end, file = ("model", "model.safetensors") if method == "full" else ("adapter", WEIGHTS)
+    return [folder / method / place / file for place in (end, "checkpoint-2", "checkpoint-4")]
+
+
+def assert_same_weights(folder: Path, name: str) -> None:
+    """Compare what a world leaves with the one process's: names, shapes, bytes on disk, and values to rounding."""
+    for method in methods_of(name):
+        for ours, theirs in zip(*(weights_of(folder / world, method) for world in (name, "one-1"))):
             assert ours.stat().st_size == theirs.stat().st_size
             a, b = load_file(ours), load_file(theirs)
             for key in b:
                 error = torch.dist(a[key], b[key]) / torch.linalg.vector_norm(b[key])
-                assert error < 1e-4, (name, place, method, key, error)
+                assert error < 1e-4, (ours, key, error)
 
 
 @pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2", "fsdp2_resumed-2"])
-def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
-    assert_same_adapters(worlds, name)
+def test_every_world_ends_in_the_weights_of_one_process(worlds, name):
+    assert_same_weights(worlds, name)
     for method in methods_of(name):
         rows = [json.loads((worlds / world / "results.json").read_text())["rows"] for world in (name, "one-1")]
         ours, theirs = (next(row for row in found if row["method"] == method) for found in rows)
@@ -141,13 +146,13 @@ def test_every_world_ends_in_the_adapter_of_one_process(worlds, name):
 
 
 def test_fsdp2_did_shard(worlds):
-    assert (worlds / "fsdp2-2" / METHODS[1] / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()
+    assert (worlds / "fsdp2-2" / "full" / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()
 
 
 def test_another_number_of_processes_goes_on_and_says_so(worlds):
     said = (worlds / "resumed-1.txt").read_text()
     assert said.count("was written by 4 processes, this run has 1; batches and their order stay") == 1
-    assert_same_adapters(worlds, "resumed-1")
+    assert_same_weights(worlds, "resumed-1")
 
 
 def test_a_mistake_that_the_first_process_finds_ends_all_in_one_line(worlds):
@@ -155,12 +160,13 @@ def test_a_mistake_that_the_first_process_finds_ends_all_in_one_line(worlds):
     assert said.count("error:") == 1 and "holds a finished run" in said and "Traceback" not in said
 
 
-def test_zero_ends_in_the_adapter_of_one_process(worlds):
+def test_zero_ends_in_the_weights_of_one_process(worlds):
     pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; pip install deepspeed runs this")
-    run_worlds(worlds, "zero2-2", "zero3-2")  # with imports of their own
-    for name in ("zero2-2", "zero3-2"):
+    names = ("zero2-2", "zero3-2", "zero2_resumed-2", "zero3_resumed-2")
+    run_worlds(worlds, *names)  # with imports of their own
+    for name in names:
         assert list((worlds / name / METHODS[0] / "checkpoint-4").glob("global_step4/*optim_states.pt"))
-        assert_same_adapters(worlds, name)
+        assert_same_weights(worlds, name)
 
 
 def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):

@@ -133,14 +133,12 @@ def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the PEFT model, and the files its weights are still in, or None."""
-    import torch
     from huggingface_hub import snapshot_download
     from peft import get_peft_model
 
     from lora_null.config import LoraNullConfig
-    from lora_null.recipes.bases import empty_model, load_base, load_config, resolve_name
+    from lora_null.recipes.bases import load_base, load_config, resolve_name
     from lora_null.recipes.quantization import check_stored
-    from lora_null.weight_files import WeightFiles
 
     section, _ = _sections(arguments)
     name = resolve_name(section)
@@ -157,23 +155,25 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if not arguments.low_memory:
         return get_peft_model(load_base(section, name), config), None
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.revision))
-    weights = WeightFiles(folder, getattr(torch, section.dtype))
-    peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
-    give_adapter_memory(peft_model)
-    return peft_model, weights
+    return model_in_files(folder, shape, section, config)
 
 
-def give_adapter_memory(peft_model: Any) -> None:
-    """Give the adapters of a model without weights (meta device) real A and B, zero."""
+def model_in_files(folder: Path, shape: Any, section: Any, config: Any) -> tuple[Any, Any]:
+    """Return a PEFT model with real A and B, zero, on a base without weights (meta device), and the files of those."""
     import torch
+    from peft import get_peft_model
 
     from lora_null.layer import adapted_layers
+    from lora_null.recipes.bases import empty_model
+    from lora_null.weight_files import WeightFiles
 
+    peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
     for layer in adapted_layers(peft_model).values():
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             factor.weight = torch.nn.Parameter(
                 torch.zeros(factor.weight.shape, dtype=torch.float32), requires_grad=factor.weight.requires_grad
             )
+    return peft_model, WeightFiles(folder, getattr(torch, section.dtype))
 
 
 def _save_residual(peft_model: Any, out: Path) -> None:

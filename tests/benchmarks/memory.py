@@ -18,16 +18,13 @@ from typing import Any
 
 import common
 import torch
-from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_null import LoraNullConfig
-from lora_null.commands.init import give_adapter_memory
+from lora_null.commands.init import model_in_files
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes.bases import empty_model
 from lora_null.recipes.schema import ModelSection
-from lora_null.weight_files import WeightFiles
 
 LAYERS, QUICK_LAYERS = (2, 12, 24), (2, 4)
 WIDTH, INNER, RANK, WINDOWS, LENGTH = 1024, 2816, 16, 8, 256
@@ -71,13 +68,12 @@ class _Peak(common.Peak):
 
 def _work(folder: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
-    model = empty_model(config, ModelSection(name_or_path=str(folder), dtype="float32"))
-    layer_bytes = sum(4 * p.numel() for p in model.model.layers[0].parameters())
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    peft_model, weights = model_in_files(folder, config, section, LoraNullConfig(r=RANK, variant="v2"))
     ids = torch.randint(0, config.vocab_size, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    peft_model = get_peft_model(model, LoraNullConfig(r=RANK, variant="v2"), low_cpu_mem_usage=True)
-    give_adapter_memory(peft_model)
-    weights = WeightFiles(folder, torch.float32)
+    layer = peft_model.get_base_model().model.layers[0]
+    layer_bytes = sum(4 * p.numel() for name, p in layer.named_parameters() if "lora_" not in name)
     with tempfile.TemporaryDirectory() as out, _Peak() as peak:
         options = InitOptions(weights=weights, progress=False, min_tokens=1)
         _, calibration = start_adapter(peft_model, batches, options, folder=Path(out))
