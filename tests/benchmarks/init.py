@@ -2,7 +2,8 @@
 
     python tests/benchmarks/init.py                         # SmolLM2 whole, half of a Llama-7B-shaped layer, and PEFT's
     python tests/benchmarks/init.py --cases packed          # SmolLM2 on packed windows of 1024 tokens
-    python tests/benchmarks/init.py --cases layer --scale 1 # the layer at full width: the reference takes half an hour
+    python tests/benchmarks/init.py --cases layer --scale 1 # the layer at full width, 7 minutes of it the reference
+    python tests/benchmarks/init.py --cases layer --scale 1 --windows 4  # on 4,096 tokens
     python tests/benchmarks/init.py --cases whole --device cuda  # Llama-2-7B's shape; one layer of the reference
 
 Every contender runs in a process of its own, so that its peak memory is its own; the forward pass and ours run several
@@ -52,6 +53,7 @@ def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--cases", default="smollm2,layer,peft", help=f"of {', '.join(CASES)}, separated by commas")
     parser.add_argument("--scale", type=float, default=0.5, help="width of `layer`, 1 is Llama-7B's")
+    parser.add_argument("--windows", type=int, default=0, help="calibration windows (default: the case's own number)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", help="internal: run one contender of one case and print JSON")
     options = parser.parse_args()
@@ -85,6 +87,7 @@ def _run_case(case: str, options: Any) -> dict[str, Any]:
 
 def _start(worker: str, options: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", worker, "--device", options.device, "--scale", str(options.scale)]
+    command += ["--windows", str(options.windows)]
     done = subprocess.run(command + ["--quick"] * options.quick, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -146,7 +149,7 @@ class _Peak(common.Peak):
 
 def _world(case: str, options: Any, device: torch.device) -> tuple[nn.Module, list[dict[str, torch.Tensor]], str]:
     settings = CASES[case]
-    windows, length = (2, 64) if options.quick else (settings["windows"], settings["length"])
+    windows, length = (2, 64) if options.quick else (options.windows or settings["windows"], settings["length"])
     if case in ("smollm2", "packed", "peft"):
         model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
         texts = [json.loads(line)["question"] for line in QUESTIONS.read_text().splitlines()]
