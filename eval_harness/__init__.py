@@ -112,7 +112,7 @@ def evaluate(
         model: a `PreTrainedModel` or `PeftModel` on its device.
         tokenizer: its tokenizer.
         tasks: what to evaluate; a plain name is an `LmEvalTask`.
-        limit: the most documents or pairs of each task that has no limit of its own.
+        limit: the most documents or pairs of each task, also of one that allows itself more.
         batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
         reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)`.
         record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
@@ -148,7 +148,8 @@ def evaluate(
         prepared = together(lambda: {t.key: prepare(t, seed) for t in tasks if isinstance(t, LmEvalTask)})
         for task in tasks:
             seed_everything(seed)
-            options = replace(base_options, limit=getattr(task, "limit", None) or limit)
+            own = getattr(task, "limit", None)
+            options = replace(base_options, limit=min(filter(None, (own, limit)), default=None))
             loaded = prepared.get(task.key)
             with (
                 merged_if_faster(model, merge)

@@ -104,7 +104,7 @@ def fake_hub(monkeypatch):
 
 def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_hub):
     fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
-    found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match")], limit=2)
+    found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match", limit=3)], limit=2)
     assert set(found.metrics) == {"hendrycks_math"} and not found.samples
     assert found.metrics["hendrycks_math"]["n"] == 7 * 2 and found.metrics["hendrycks_math"]["unit"] == "fraction"
 
