@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .headline import listed
+from .headline import listed, task_metric
 from .results import DISPLAY, Estimate, Paired, Results, Run
 from .table import metric_title, separated, show_all
 
@@ -78,9 +78,9 @@ def retention_metrics(results: Results) -> list[str]:
 
 
 def metric_pair(results: Results) -> tuple[str, str] | None:
-    """Return the names of the (retention, task) metrics that the frontier is drawn of: the first of each."""
-    kept, task = retention_metrics(results), results.metric_names("task")
-    return (kept[0], task[0]) if kept and task else None
+    """Return the names of the (retention, task) metrics that the frontier is drawn of."""
+    kept, task = retention_metrics(results), task_metric(results)
+    return (kept[0], task) if kept and task else None
 
 
 def frontiers(results: Results, kept: str, task: str) -> list[Frontier]:

@@ -93,13 +93,25 @@ def forgetting(results: Results) -> Measure | None:
 
 
 def learning(results: Results) -> Measure | None:
-    """The first task metric that a method has."""
-    for name in results.metric_names("task"):
-        estimates = [row.estimate(name) for row in results.rows]
-        if any(estimates[1:]):
-            metric = results.metric(name)
-            return Measure(metric_title(name), estimates, metric.higher_is_better, metric.unit)
-    return None
+    """The metric of `task_metric`, if there is one."""
+    name = task_metric(results)
+    return name and _measure(results, name)
+
+
+def task_metric(results: Results) -> str | None:
+    """The name of the first task metric by which a method differs from the base beyond the error; else of the first.
+
+    Small models answer nothing right before and after, and only the likelihood of the answers tells what was learned.
+    """
+    measures = {name: _measure(results, name) for name in results.metric_names("task")}
+    measures = {name: measure for name, measure in measures.items() if measure.measured}
+    moved = [n for n, m in measures.items() if m.estimates[0] and any(m.separated(i, 0) for i in m.measured)]
+    return next(iter([*moved, *measures]), None)
+
+
+def _measure(results: Results, name: str) -> Measure:
+    metric, estimates = results.metric(name), [row.estimate(name) for row in results.rows]
+    return Measure(metric_title(name), estimates, metric.higher_is_better, metric.unit)
 
 
 def verdicts(results: Results) -> list[Verdict]:

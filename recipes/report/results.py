@@ -63,10 +63,16 @@ class Row(BaseModel):
     runs: int | None = None  # of a grid: the seeds that the row is the mean of
 
     def estimate(self, name: str) -> Estimate | None:
-        """The metric `name`, or None where it is missing or not a finite number (a run that diverged)."""
+        """The metric `name`, or None where it is missing or not a finite number (a run that diverged).
+
+        None or all of n answers right leaves no spread to take an error from, and yet is not known exactly: there the
+        error is that of one right and one wrong answer more.
+        """
         metric = self.metrics.get(name)
         if metric is None or metric.value is None or not math.isfinite(metric.value):
             return None
+        if metric.unit == "fraction" and metric.value in (0, 1) and metric.stderr == 0 and metric.n:
+            return Estimate(metric.value, math.sqrt((metric.n + 1) / metric.n) / (metric.n + 2))
         known = metric.stderr is not None and math.isfinite(metric.stderr)
         return Estimate(metric.value, metric.stderr if known else None)
 

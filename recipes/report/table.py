@@ -17,7 +17,8 @@ MISSING = "–"
 WORDS = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
-    "mbpp": "MBPP", "math_verify": "math-verify", "string_match": "string rule",
+    "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
+    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "string_match": "string rule",
     "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
 }  # fmt: skip
 

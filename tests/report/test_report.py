@@ -9,7 +9,7 @@ from rich.console import Console
 from lora_null.errors import UserError
 from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
-from lora_null.recipes.report.headline import forgetting, headline, learning, verdicts
+from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
 from lora_null.recipes.report.results import Estimate, load_log, parse_results
 from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
@@ -205,7 +205,29 @@ def test_labels_tell_rows_of_one_method_apart():
     ]  # fmt: skip
 
 
+def test_none_or_all_right_is_not_known_exactly():
+    right = share("gsm8k", 0.0, role="task")
+    right["gsm8k"] |= {"stderr": 0.0, "n": 16}
+    results = parse_results(raw(base=right, lora={"gsm8k": right["gsm8k"] | {"value": 1.0}}))
+    for row in results.rows:  # one right and one wrong answer more: p = 1/18
+        assert row.estimate("gsm8k").stderr == pytest.approx((1 / 18 * 17 / 18 / 16) ** 0.5)
+    assert parse_results(measured()).base.estimate("nq kl") == (0.0, 0.0)  # by definition
+
+
 # --- headline ---
+
+
+def test_learning_is_read_where_it_shows():
+    """Not from the first column, where a small model answers nothing right before and after."""
+    none = share("gsm8k", 0.0, role="task")
+    none["gsm8k"]["stderr"] = 0.0
+    results = raw(base=none | nll(1.5), lora=none | nll(0.9), pissa=none | nll(0.8))
+    assert task_metric(parse_results(results)) == "gsm8k nll"
+    assert "PiSSA learned most: GSM8K NLL 0.800" in headline(parse_results(results))
+    some = share("gsm8k", 0.3, role="task")
+    assert task_metric(parse_results(raw(base=none | nll(1.5), lora=some | nll(0.9)))) == "gsm8k"
+    assert task_metric(parse_results(raw(base=none, lora=none))) == "gsm8k"  # nothing shows: the first
+    assert task_metric(parse_results(raw(base=kl(0), lora=kl(1)))) is None
 
 
 def test_headline_of_the_measured_run():
