@@ -5,7 +5,7 @@ import torch
 
 
 def capture_inputs(model, names, batches):
-    """Return {name: X (d_in, N)} in float64: what each named linear reads, padding excluded, one hook each."""
+    """Return {name: X (d_in, N)} in float64: what each named linear reads, padding excluded, one hook each; no logits."""
     seen = {name: [] for name in names}
     mask = None
     handles = []
@@ -20,7 +20,7 @@ def capture_inputs(model, names, batches):
     with torch.no_grad():
         for batch in batches:
             mask = batch["attention_mask"].bool().flatten()
-            model(**batch)
+            model.base_model(**batch)
     for handle in handles:
         handle.remove()
     return {name: np.concatenate(columns, axis=1) for name, columns in seen.items()}
