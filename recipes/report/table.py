@@ -103,12 +103,18 @@ def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> 
 
 
 def average(results: Results) -> tuple[list[str], list[Estimate | None]]:
-    """The names of the averaged metrics (fractions, higher is better) and their mean per row; none if under two."""
-    named = [(name, results.metric(name)) for role in ("retention", "task") for name in results.metric_names(role)]
-    names = [name for name, metric in named if metric.unit == "fraction" and metric.higher_is_better]
-    return (
-        (names, [mean([row.estimate(name) for name in names]) for row in results.rows]) if len(names) > 1 else ([], [])
-    )
+    """The names of the averaged metrics and their mean per row; none if under two.
+
+    Fractions of which more is better, the first of each task: the others measure the same answers by another rule.
+    """
+    of_task: dict[str, str] = {}
+    for name in results.metric_names("retention") + results.metric_names("task"):
+        if results.metric(name).unit == "fraction" and results.metric(name).higher_is_better:
+            of_task.setdefault(name.partition("/")[0], name)
+    names = list(of_task.values())
+    if len(names) < 2:
+        return [], []
+    return names, [mean([row.estimate(name) for name in names]) for row in results.rows]
 
 
 def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:

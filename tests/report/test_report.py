@@ -183,6 +183,15 @@ def test_average_is_over_fractions_only():
     assert means[1].value == pytest.approx(0.3) and means[1].stderr == pytest.approx(0.01 / 2**0.5)
 
 
+def test_a_task_with_several_metrics_counts_once_in_the_average():
+    several = {name: share(name, value, role="task") for name, value in (("math/verified", 0.4), ("math/string", 0.1))}
+    metrics = (
+        share("nq_open", 0.2) | several["math/verified"] | several["math/string"] | share("mbpp", 0.3, role="task")
+    )
+    names, means = average(parse_results(raw(base=metrics, lora=metrics)))
+    assert names == ["nq_open", "math/verified", "mbpp"] and means[1].value == pytest.approx(0.3)
+
+
 def test_no_average_of_one_fraction_nor_over_a_missing_one():
     assert average(parse_results(raw(base={}, lora=share("nq_open", 0.2) | nll(1.0)))) == ([], [])
     both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
