@@ -23,8 +23,8 @@ CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
     recipe = make_world(tmp_path, method={"name": "roselora,lora-null-v1", "rank": 4})
-    found = harness(recipe, tmp_path, kills=4, seed=1)
-    assert len(found["points"]) == 4 and all(point["status"] == -signal.SIGKILL for point in found["points"])
+    found = harness(recipe, tmp_path, kills=6, seed=1)
+    assert len(found["points"]) == 6 and all(point["status"] == -signal.SIGKILL for point in found["points"])
     assert set(found["ends"]) == {"equal"}, found
 
 

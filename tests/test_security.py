@@ -19,7 +19,7 @@ def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     facts = str(folder / "facts.jsonl")
     entries = [{"answers": name, "path": facts, "limit": 4} for name in ("../../escaped", "/absolute", "..")]
-    recipe = make_world(folder, method={"name": "roselora,lora-null-v1", "rank": 4}, description="d")
+    recipe = make_world(folder, method={"name": "lora,roselora,lora-null-v1", "rank": 4}, description="d")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)

@@ -167,13 +167,14 @@ def model_in_files(folder: Path, shape: Any, section: Any, config: Any) -> tuple
     from lora_null.recipes.bases import empty_model
     from lora_null.weight_files import WeightFiles
 
+    weights = WeightFiles(folder, getattr(torch, section.dtype))
     peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
     for layer in adapted_layers(peft_model).values():
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             factor.weight = torch.nn.Parameter(
                 torch.zeros(factor.weight.shape, dtype=torch.float32), requires_grad=factor.weight.requires_grad
             )
-    return peft_model, WeightFiles(folder, getattr(torch, section.dtype))
+    return peft_model, weights
 
 
 def _save_residual(peft_model: Any, out: Path) -> None:
