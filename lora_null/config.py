@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,14 +34,33 @@ _UNSUPPORTED = {
 }
 
 
-def use_lora_null_layers(config: LoraConfig) -> LoraConfig:
-    """Let `config` put `LoraNullLinear` on the model, whose base may carry a residual; return it."""
-    config._register_custom_module({nn.Linear: lora_null_layer, Conv1D: lora_null_layer})
-    return config
+@dataclass
+class ResidualLoraConfig(LoraConfig):
+    """A `peft.LoraConfig` that puts `LoraNullLinear` on the model, whose base may carry a residual.
+
+    What it saves is the config of the plain adapter for the original model: of rank 2r where there is a residual.
+    """
+
+    carries_residual = False  # of the model that it is in; no field, so that a new config never has it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._register_custom_module({nn.Linear: lora_null_layer, Conv1D: lora_null_layer})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the plain LoRA config that is saved."""
+        fields = super().to_dict()
+        if self.carries_residual:  # all ranks double, all scalings stay
+            more = math.sqrt(2) if self.use_rslora else 2
+            fields |= {"r": 2 * self.r, "lora_alpha": more * self.lora_alpha}
+            fields["rank_pattern"] = {key: 2 * r for key, r in self.rank_pattern.items()}
+            fields["alpha_pattern"] = {key: more * alpha for key, alpha in self.alpha_pattern.items()}
+            fields |= {"init_lora_weights": True, "lora_ga_config": None}  # how it started is no part of what it is
+        return fields
 
 
 @dataclass
-class LoraNullConfig(LoraConfig):
+class LoraNullConfig(ResidualLoraConfig):
     """Configuration of a LoRA adapter that starts in the null space of the calibration activations.
 
     Every argument is `peft.LoraConfig`'s, and what it saves is a plain LoRA config. Two defaults differ: `lora_alpha`
@@ -64,7 +84,6 @@ class LoraNullConfig(LoraConfig):
             self.target_modules = "all-linear"
         super().__post_init__()
         self._check()
-        use_lora_null_layers(self)
 
     def _check(self) -> None:
         if self.variant not in VARIANTS:
@@ -89,3 +108,15 @@ class LoraNullConfig(LoraConfig):
         plain = super().to_dict()
         plain.pop("variant")
         return plain
+
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> LoraNullConfig:
+        """Return the `LoraNullConfig` of a saved LoRA's fields, so that `from_pretrained` reads a saved adapter as one.
+
+        With it a saved adapter goes on training with A frozen (variant "v2") or with both factors ("v1"):
+
+            config = LoraNullConfig.from_pretrained("out/adapter", variant="v2")
+            model = PeftModel.from_pretrained(base, "out/adapter", config=config, is_trainable=True)
+        """
+        fields.pop("peft_type", None)  # which would make it PEFT's own class
+        return super().from_peft_type(**fields)

@@ -15,7 +15,7 @@ from torch import nn
 from lora_null.calibration import Calibration
 from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, residual_of
 from lora_null.quantized import weight_of
 from lora_null.sharding import whole_parameters
 
@@ -81,7 +81,7 @@ class DriftMeter(_Meter):
         probe.inputs = probe.inputs.to(A.device)
         inputs = probe.inputs.to(A.dtype)
         moved = B @ (inputs if probe.projected else A @ inputs)
-        residual = getattr(layer, "residual", None)
+        residual = residual_of(layer, self.adapter_name)
         if residual is not None:
             if probe.start is None:
                 probe.start = residual.A.to(A) @ inputs

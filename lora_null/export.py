@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_null.files import replacing, write_safetensors
 from lora_null.identity import identity_of
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, residual_of
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -22,17 +22,15 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B with s·BA = W* − W0, the change of the *original* weight.
 
-    Where the base carries a residual that is the exact rank-2r form A = [A; A0], B = [B, −B0]: only copies, no
+    Where the adapter counts from a residual that is the exact rank-2r form A = [A; A0], B = [B, −B0]: only copies, no
     arithmetic, so the factors lose nothing.
 
     Returns:
         A (r or 2r, d_in) and B (d_out, r or 2r), in the adapter's dtype.
     """
     A, B = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-    residual = getattr(layer, "residual", None)
-    if residual is None or residual.adapter != adapter_name:
-        return A, B
-    return torch.cat([A, residual.A.to(A)]), torch.cat([B, -residual.B.to(B)], dim=1)
+    residual = residual_of(layer, adapter_name)
+    return (A, B) if residual is None else residual.joined(A, B)
 
 
 def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -131,19 +129,3 @@ def _check_whole(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel, adap
                 f"{what} is not whole: {name} has A {A} and B {B}, not ({layer.r[adapter_name]} or more, "
                 f"{layer.in_features}) and ({layer.out_features}, the same); a sharded model has to be gathered first"
             )
-
-
-def save_plainly(peft_model: PeftModel, adapter_name: str = "default") -> None:
-    """Make `peft_model.save_pretrained` write the plain adapter for as long as the base carries a residual.
-
-    Without this it would write A and B alone, which belong to W0 − s·B0A0: garbage on the model that the config names.
-    """
-    original = peft_model.save_pretrained
-
-    def save_pretrained(save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        original(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if is_main_process and adapter_name in peft_model.peft_config:
-            inside = adapter_name if adapter_name != "default" else ""
-            save_plain_adapter(peft_model, Path(save_directory) / inside, adapter_name=adapter_name)
-
-    peft_model.save_pretrained = save_pretrained

@@ -19,12 +19,12 @@ from lora_null import store
 from lora_null.calibration import Calibration, LoadBalance, checked_batches, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError
-from lora_null.export import save_plainly
 from lora_null.factors import LayerStats
-from lora_null.layer import LoraNullLinear, adapted_layers
+from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.quantized import stored_statistics, unreadable
 from lora_null.ranks import all_gather, broadcast, rank_and_world, say
+from lora_null.residual import subtract_residuals
 from lora_null.sharding import is_sharded
 from lora_null.solving import PartSolver
 from lora_null.store import SolvedPart
@@ -292,6 +292,11 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
+    if is_started(peft_model, adapter_name):
+        raise UserError(
+            f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
+            "throw that away; train on from it, or give the original model a new adapter"
+        )
     owners: dict[int, str] = {}
     for name, parameter in peft_model.get_base_model().named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), name)
@@ -327,16 +332,13 @@ def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "defaul
 @torch.no_grad()
 def settle_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     """Make the step-0 output the base's: v2 sets B to zero, v1 takes s·B0A0, of the factors as stored, out of W0."""
-    variant = peft_model.peft_config[adapter_name].variant
+    if peft_model.peft_config[adapter_name].variant == "v1":
+        subtract_residuals(peft_model, adapter_name)
+        return
     for layer in adapted_layers(peft_model, adapter_name).values():
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if variant == "v2":
-            nn.init.zeros_(B)
-            layer.freeze_A(adapter_name)
-        else:
-            layer.subtract_residual(adapter_name, A, B)
-    if variant == "v1":
-        save_plainly(peft_model, adapter_name)
+        nn.init.zeros_(layer.lora_B[adapter_name].weight)
+        layer.freeze_A(adapter_name)
+        layer.started |= {adapter_name}
 
 
 @torch.no_grad()

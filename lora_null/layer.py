@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.errors import UserError
-from lora_null.quantized import is_quantized
-from lora_null.sharding import is_sharded
+from lora_null.quantized import is_quantized, weight_of
+from lora_null.sharding import is_sharded, whole_parameters
+
+
+TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
+TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 
 
 class Residual(NamedTuple):
     """What is taken out of a base: W0' = W0 − scaling · B0 A0."""
 
-    adapter: str
     A: torch.Tensor  # (r, d_in)
     B: torch.Tensor  # (d_out, r)
     scaling: float
@@ -26,6 +33,19 @@ class Residual(NamedTuple):
     def delta(self) -> torch.Tensor:
         """Return scaling · B0 A0, (d_out, d_in), in float64."""
         return self.scaling * (self.B.double() @ self.A.double())
+
+    def joined(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [A; A0] (2r, d_in) and [B, −B0] (d_out, 2r), which give BA − B0A0: copies, no arithmetic."""
+        A, B = (factor.full_tensor() if isinstance(factor, DTensor) else factor for factor in (A, B))
+        return torch.cat([A, self.A.to(A)]), torch.cat([B, -self.B.to(B)], dim=1)
+
+    def split(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return A and B of what `joined` gave; None for factors that do not end in A0 and −B0."""
+        r = len(self.A)
+        if (len(A), B.shape[1]) != (2 * r, 2 * r):
+            return None
+        same = torch.equal(A[r:], self.A.to(A)) and torch.equal(B[:, r:], -self.B.to(B))
+        return (A[:r], B[:, :r]) if same else None
 
 
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -35,6 +55,33 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict
         for name, module in peft_model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Return the name of the adapter that computes and trains, the first of several; "default" where there is none."""
+    return model.active_adapters[0] if isinstance(model, PeftModel) else "default"
+
+
+def residual_of(layer: nn.Module, adapter_name: str = "default") -> Residual | None:
+    """Return the residual that an adapter of a layer counts from; None where it starts at the original weight."""
+    return layer.residual if adapter_name in getattr(layer, "residual_adapters", ()) else None
+
+
+def is_started(peft_model: PeftModel, adapter_name: str = "default") -> bool:
+    """Return whether an adapter was initialized, trained or loaded: a fresh one adds BA = 0 to the original weights."""
+    return any(
+        adapter_name in getattr(layer, "started", ()) or residual_of(layer, adapter_name) or _adds(layer, adapter_name)
+        for layer in adapted_layers(peft_model, adapter_name).values()
+    )
+
+
+def _adds(layer: LoraLayer, adapter_name: str) -> bool:
+    """Return whether BA may differ from 0; on all ranks together where factors are sharded."""
+    if adapter_name not in layer.lora_A or layer.lora_B[adapter_name].weight.is_meta:
+        return False
+    with whole_parameters(layer.lora_A, layer.lora_B):
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        return bool(B.any()) and bool(A.any())
 
 
 def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") -> None:
@@ -48,48 +95,65 @@ def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") ->
 class LoraNullLinear(Linear):
     """A `peft` LoRA linear that never shows a half-changed base.
 
-    Under v1 the base weight is W0 − s·B0A0. Whenever the adapter that belongs to it does not take part (disabled,
-    another adapter active, deleted, unloaded), the layer adds s·B0A0 back, so that what remains is the original model,
-    to the rounding of the weight's dtype. The residual is kept on the CPU, it is rarely needed.
+    Under v1 the base weight is W0' = W0 − s·B0A0, and the layer's output is that of W0 + Σ s_i·(B_i A_i − B0 A0) over
+    the adapters i that take part and count from the residual (usually one). Whenever none does (disabled, another
+    adapter active, deleted, unloaded), or a scaling was changed, the layer adds what is missing of s·B0A0, so that what
+    remains is the original model, to the rounding of the weight's dtype. What leaves the layer, by `state_dict` or
+    `get_delta_weight`, is the change of the original weight. The residual is kept on the CPU, it is rarely needed.
+
+    Attributes:
+        residual: what is taken out of the base; None where nothing is.
+        residual_adapters: the adapters whose factors count from it.
+        started: the adapters that were initialized.
     """
 
     residual: Residual | None = None
+    residual_adapters: frozenset[str] = frozenset()
+    started: frozenset[str] = frozenset()
+    _base_is_merging = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        if isinstance(base_layer, Conv1D):  # as PEFT does for its own layers: GPT-2 stores its weights transposed
-            config.fan_in_fan_out = kwargs["is_target_conv_1d_layer"] = True
+        transposed = isinstance(base_layer, Conv1D)  # as PEFT does for its own layers: GPT-2 stores its weights so
+        if config.fan_in_fan_out and not transposed:
+            warnings.warn("fan_in_fan_out is True, but the target is a torch.nn.Linear: taken as False", stacklevel=2)
+        config.fan_in_fan_out = kwargs["is_target_conv_1d_layer"] = transposed
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        counts_from_residual = getattr(config, "carries_residual", False)
+        if counts_from_residual and (self.residual is None or adapter_name != TRL_REFERENCE):
+            raise UserError(f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one")
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
             self.freeze_A(adapter_name)
+        if counts_from_residual:
+            with torch.no_grad():
+                self.lora_A[adapter_name].weight.copy_(self.residual.A)
+                self.lora_B[adapter_name].weight.copy_(self.residual.B)
+            self.residual_adapters |= {adapter_name}
 
     def freeze_A(self, adapter_name: str) -> None:
         """Keep A out of training; see `freeze_factor`."""
         freeze_factor(self, "lora_A", adapter_name)
 
-    def subtract_residual(self, adapter_name: str, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Turn the base W0 into W0 − s·BA: its weight, in place, computed in float64 and rounded once.
-
-        Args:
-            adapter_name: the adapter that starts from these factors.
-            A: (r, d_in).
-            B: (d_out, r).
+    def subtract_residual(self, adapter_name: str) -> None:
+        """Turn the base W0 into W0 − s·BA of the adapter: its weight, in place, computed in float64 and rounded once.
 
         Raises:
             RuntimeError: when the base already carries a residual.
         """
         if self.residual is not None:
-            raise RuntimeError(f"the base already carries the residual of adapter {self.residual.adapter!r}")
-        A0, B0 = (factor.detach().clone() for factor in (A, B))  # copies: A and B go on to be trained
-        self.residual = self._take_out(Residual(adapter_name, A0, B0, self.scaling[adapter_name]))
+            raise RuntimeError(f"the base already carries the residual of {', '.join(sorted(self.residual_adapters))}")
+        factors = (self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
+        A, B = (factor.detach().clone() for factor in factors)  # copies: A and B go on to be trained
+        self.residual = self._take_out(Residual(A, B, self.scaling[adapter_name]))
+        self.residual_adapters = frozenset({adapter_name})
 
     def restore_base(self) -> None:
         """Put s·B0A0 back into the base: W0 to the rounding of its dtype. Without a residual, do nothing."""
         if self.residual is not None:
             self._put_back(self.residual)
-            self.residual = None
+            self.residual, self.residual_adapters = None, frozenset()
 
     def _take_out(self, residual: Residual) -> Residual:
         residual = residual._replace(A=residual.A.cpu(), B=residual.B.cpu())
@@ -105,14 +169,24 @@ class LoraNullLinear(Linear):
         delta = delta.T if self.fan_in_fan_out else delta
         weight.copy_((weight.double() + delta.to(weight.device)).to(weight.dtype))
 
-    def _residual_takes_part(self) -> bool:
-        """Return whether the adapter that the residual belongs to is in what the layer computes now."""
-        taking_part = self.merged_adapters or self.active_adapters
-        return self.residual is not None and not self.disable_adapters and self.residual.adapter in taking_part
+    def _residual_is_merged(self) -> bool:
+        """Return whether an adapter that counts from the residual is merged: the base then lacks nothing."""
+        return not self.residual_adapters.isdisjoint(self.merged_adapters)
 
-    def _missing(self) -> int:
-        """Return how often s·B0A0 x is to be added to what base and adapters give: once where it is left out of W0."""
-        return int(self.residual is not None and not self._residual_takes_part())
+    def _missing(self) -> float:
+        """Return c, where c·B0A0 x is to be added to what base and adapters give now."""
+        if self.residual is None:
+            return 0.0
+        if self.disable_adapters or self.merged:
+            return 0.0 if self._residual_is_merged() else self.residual.scaling
+        active = [name for name in self.active_adapters if name in self.residual_adapters]
+        replaced = next((name for name in active if len(self.lora_A[name].weight) != len(self.residual.A)), None)
+        if replaced is not None and not is_sharded(self.lora_A[replaced].weight):
+            raise UserError(
+                f"adapter {replaced!r}: its factors were replaced from outside (a hot swap?), but its base carries the "
+                "residual of its own; load the new adapter under another name"
+            )
+        return self.residual.scaling - sum(self.scaling[name] for name in active)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._has_one_adapter(args, kwargs) and not self._missing():
@@ -120,11 +194,11 @@ class LoraNullLinear(Linear):
         if self.residual is not None and kwargs.get("adapter_names"):
             raise UserError("adapter_names: rows cannot choose their adapter while the base carries a residual")
         result = super().forward(x, *args, **kwargs)
-        missing = self._missing()
+        missing = self._missing()  # only now: PEFT unmerges in there what is merged and disabled
         if not missing:
             return result
         A, B = (factor.to(x.device) for factor in (self.residual.A, self.residual.B))
-        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * (missing * self.residual.scaling)
+        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
         return result + offset.to(result.dtype)
 
     def _has_one_adapter(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -154,9 +228,47 @@ class LoraNullLinear(Linear):
             return flat.view(result.shape)
         return (result + nn.functional.linear(hidden, B)).to(result.dtype)
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Return ΔW, in the layout and dtype of PEFT's: the change of the original weight by one adapter.
+
+        While merging, it is what makes W0' (or a base with another such adapter merged) the merged weight.
+        """
+        delta = super().get_delta_weight(adapter)
+        if residual_of(self, adapter) is None:
+            return delta
+        share = -self.scaling[adapter]
+        if self._base_is_merging and not self._residual_is_merged():
+            share += self.residual.scaling
+        if share:
+            exact = torch.promote_types(delta.dtype, torch.float32)
+            A, B = (factor.to(delta.device, exact) for factor in (self.residual.A, self.residual.B))
+            start = (B @ A) * share
+            delta = (delta.to(exact) + (start.T if self.fan_in_fan_out else start)).to(delta.dtype)
+        return delta
+
+    @contextlib.contextmanager
+    def _merging(self) -> Iterator[None]:
+        self._base_is_merging = True
+        try:
+            yield
+        finally:
+            self._base_is_merging = False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with self._merging():
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        with self._merging():
+            super().unmerge()
+
     def delete_adapter(self, adapter_name: str) -> None:
-        if self.residual is not None and self.residual.adapter == adapter_name:
+        if self.residual_adapters == {adapter_name}:
+            if self._residual_is_merged():
+                self.unmerge()
             self.restore_base()
+        self.residual_adapters -= {adapter_name}
+        self.started -= {adapter_name}
         super().delete_adapter(adapter_name)
 
     def unload_and_optionally_merge_module(
@@ -165,9 +277,70 @@ class LoraNullLinear(Linear):
         """Give back the base layer, as PEFT's `merge_and_unload` and `unload` ask: merged, or the original."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not (merge and self._residual_takes_part()):
+        if not self._residual_is_merged():
             self.restore_base()
         return self.get_base_layer()
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Return W0, the original weight: a new tensor where it is not stored whole."""
+        weight = super().get_base_weight()
+        if self.residual is None or self._residual_is_merged():
+            return weight
+        delta = self.residual.delta().to(weight.device)
+        return (weight.double() + (delta.T if self.fan_in_fan_out else delta)).to(weight.dtype)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        if self.residual is not None:
+            raise UserError("set_base_weight: the base carries a residual; unload the adapter first")
+        super().set_base_weight(weight_data)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Return PEFT's state, an adapter that counts from a residual as [A; A0], [B, −B0]: for the original weight.
+
+        The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self.residual_adapters:
+            keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
+            if state[keys[0]].numel():  # ZeRO-3 leaves nothing where a weight is not gathered
+                state |= zip(keys, self.residual.joined(*(state[key] for key in keys)))
+        if self.residual is not None:
+            state[prefix + TAKEN_OUT] = torch.tensor(self.residual.scaling)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take what `state_dict` gave, A and B without A0 and −B0.
+
+        Raises:
+            UserError: it belongs to another residual than this layer's, or to none.
+        """
+        module, from_residual = prefix.rstrip("."), state_dict.pop(prefix + TAKEN_OUT, None) is not None
+        if from_residual and self.residual is None:
+            raise UserError(
+                f"{module}: the state to load has a residual taken out of its base, this model has not; start the model "
+                "from the same initialization first, or load the saved adapter onto the original model"
+            )
+        if self.residual is not None and not from_residual and f"{prefix}base_layer.weight" in state_dict:
+            raise UserError(
+                f"{module}: the state to load has its whole base, this model's lacks a residual; load it into a model "
+                "made anew"
+            )
+        for name in self.residual_adapters:
+            keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
+            if not any(key in state_dict for key in keys):
+                continue
+            found = (
+                self.residual.split(*(state_dict[key] for key in keys))
+                if all(key in state_dict for key in keys)
+                else None
+            )
+            if found is None:
+                raise UserError(
+                    f"{module}: the factors to load do not start where adapter {name!r} does; load them under another "
+                    "adapter name, or onto the original model"
+                )
+            state_dict |= zip(keys, found)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class LoraNullQuantizedLinear(LoraNullLinear):
@@ -183,11 +356,14 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     def _put_back(self, residual: Residual) -> None:
         """Leave the stored weight alone: nothing was taken out of it."""
 
-    def _missing(self) -> int:
-        return -int(self._residual_takes_part())
+    def get_base_weight(self) -> torch.Tensor:
+        return weight_of(self)
+
+    def _missing(self) -> float:
+        return super()._missing() - (0.0 if self.residual is None else self.residual.scaling)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._residual_takes_part() and self._has_one_adapter(args, kwargs):
+        if self._has_one_adapter(args, kwargs) and self.active_adapters[0] in self.residual_adapters:
             return self._offset_forward(x)
         return super().forward(x, *args, **kwargs)
 

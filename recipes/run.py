@@ -374,7 +374,7 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if not job.keep_weights:
         return None
     model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    with whole_parameters(*trainer.modules_to_save()):  # on all ranks together
+    with whole_parameters(*trainer.saved_modules()):  # on all ranks together
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, place)

@@ -322,7 +322,7 @@ def test_a_plain_lora_config_is_refused():
 
 def test_starting_twice_is_refused():
     peft_model, _ = start("v1")
-    with pytest.raises(UserError, match="already carries an adapter"):
+    with pytest.raises(UserError, match="started already"):
         initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1)
 
 

@@ -18,7 +18,7 @@ from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.errors import UserError
-from lora_null.files import write_safetensors
+from lora_null.files import link, write_safetensors
 from lora_null.initialize import (
     MIN_TOKENS,
     InitOptions,
@@ -28,10 +28,10 @@ from lora_null.initialize import (
     load_initialization,
     start_adapter,
 )
-from lora_null.layer import adapted_layers
+from lora_null.layer import is_started, residual_of
 from lora_null.quantized import keep_layout, quantized_layers
 from lora_null.sharding import whole_parameters
-from lora_null.store import copy_store, find_initialization
+from lora_null.store import PREFIX, copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     check_processes,
@@ -48,8 +48,9 @@ class LoraNullMixin(SavingMixin):
     """Put before a TRL trainer class: `class MyTrainer(LoraNullMixin, SomeTrainer): pass`.
 
     `train()` first initializes the adapter (`LoraNullConfig`) on all ranks together, once, and writes the factors and
-    the layer report to `<output_dir>/init`; resuming restores them bit for bit and calibrates nothing. With any other
-    LoRA config nothing is initialized, but the same drift is measured, so that methods can be compared.
+    the layer report to `<output_dir>/init`; resuming restores them bit for bit, from the checkpoint's own copy, and
+    calibrates nothing. An adapter that was trained already (by another trainer, or loaded) goes on from where it is.
+    With any other LoRA config nothing is initialized, but the same drift is measured, so that methods can be compared.
 
     Args:
         calibration_dataset: texts, rows with `text` or `input_ids`, or ready batches; see `as_batches`. Needed by
@@ -78,9 +79,11 @@ class LoraNullMixin(SavingMixin):
         super().__init__(*args, **kwargs)
         self.method = method or Method()
         self._measures = method is not None or isinstance(self.model, PeftModel)
+        self._goes_on = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
         if self._measures:
             self._keep_quantized_base()
-            self.method.check(self.model)
+            if not self._goes_on:
+                self.method.check(self.model)
             self.method.prepare(self.model)
         for callback in self.method.callbacks():
             self.add_callback(callback)
@@ -90,14 +93,19 @@ class LoraNullMixin(SavingMixin):
         self._init_options = init_options or defaults
         self._init_folder = init_folder and find_initialization(Path(init_folder))
         self._reuse_init = reuse_init
-        self._prepared = False
+        self._prepared = self._at_start = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
         if self._starts_lora_null:
-            check_layers(self.model, adapted_layers(self.model))
-            if calibration_dataset is None and init_folder is None:
-                raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
+            check_layers(self.model, self._lora_layers(), self.adapter_name)
+        if init_folder is not None and not self._starts_lora_null:
+            reason = "the adapter is started already" if self._goes_on else "only LoRA-Null starts from one"
+            raise UserError(f"init_folder: would not be read, {reason}")
+        needs_texts = self._starts_lora_null or (self.method.needs_gram and not self._goes_on)
+        if needs_texts and calibration_dataset is None and init_folder is None:
+            name = "LoRA-Null" if self._starts_lora_null else self.method.name
+            raise UserError(f"calibration_dataset: {name} needs texts that carry the knowledge to keep")
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -113,7 +121,9 @@ class LoraNullMixin(SavingMixin):
 
     @property
     def _starts_lora_null(self) -> bool:
-        return isinstance(self.model, PeftModel) and isinstance(self.model.peft_config["default"], LoraNullConfig)
+        if not isinstance(self.model, PeftModel) or self._goes_on:
+            return False
+        return isinstance(self.model.peft_config[self.adapter_name], LoraNullConfig)
 
     @property
     def init_dir(self) -> Path:
@@ -130,7 +140,7 @@ class LoraNullMixin(SavingMixin):
             check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
             start = time.perf_counter()
-            self._prepare(resuming=bool(resume_from_checkpoint))
+            self._prepare(resuming=resume_from_checkpoint or False)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
         if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
@@ -155,16 +165,23 @@ class LoraNullMixin(SavingMixin):
     def _zero_stage(self) -> int:
         return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
 
-    def _prepare(self, *, resuming: bool) -> None:
+    def _prepare(self, *, resuming: str | bool) -> None:
+        """Check the data, and put the model at its start, before an engine cuts the weights into pieces.
+
+        Args:
+            resuming: the checkpoint to go on from; True for the last one in the output folder.
+        """
         rows = self._first_rows()
         if rows and "labels" in rows[0]:
             check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
         if not self._measures:
             return
         check_whole(self.model)
-        if resuming or self._reuse_init:
-            self._restore()
-        elif self._calibration_dataset is not None or self._starts_lora_null:
+        if resuming:
+            self._restore_start(last_checkpoint_or_raise(self.init_dir.parent) if resuming is True else Path(resuming))
+        elif self._reuse_init:
+            self._start_from(self.init_dir)
+        else:
             self._initialize()
         check_trainable(self.model, self.method.trainable(self.model))
 
@@ -173,24 +190,44 @@ class LoraNullMixin(SavingMixin):
         return list(islice(self.train_dataset, self.args.per_device_train_batch_size))
 
     def _initialize(self) -> None:
+        if self.args.should_save:
+            self._forget_older_start()
+        self.accelerator.wait_for_everyone()
+        self._at_start = True
         if not self._starts_lora_null:
-            calibration = self._measure()
+            calibration = Calibration() if self._calibration_dataset is None else self._measure()
         elif self._init_folder is not None:
-            self.layer_report, calibration = load_initialization(self._init_folder, self.model)
+            self.layer_report, calibration = load_initialization(
+                self._init_folder, self.model, adapter_name=self.adapter_name
+            )
             if self.args.should_save:
                 copy_store(self._init_folder, self.init_dir)
         else:
             self.layer_report, calibration = start_adapter(
-                self.model, self._batches(), self._options_here(), folder=self.init_dir
+                self.model,
+                self._batches(),
+                self._options_here(),
+                folder=self.init_dir,
+                adapter_name=self.adapter_name,
             )
-        factors = self.method.compute(self, calibration)
-        self.method.apply(self.model, factors)
-        self.drift_meter = self.method.drift_meter(self.model, calibration)
+        factors = {} if self._goes_on else self.method.compute(self, calibration)
+        if factors:
+            self.method.apply(self.model, factors)
+        if calibration.inputs:
+            self.drift_meter = self.method.drift_meter(self.model, calibration)
         if self.args.should_save:
             if factors:
                 write_safetensors(self.init_dir / FACTORS_FILE, factors, {"method": self.method.name})
-            self.drift_meter.save(self.init_dir / DRIFT_FILE)
+            if self.drift_meter is not None:
+                self.drift_meter.save(self.init_dir / DRIFT_FILE)
         self.accelerator.wait_for_everyone()
+
+    def _forget_older_start(self) -> None:
+        """Remove what an earlier run started from in this folder, but for parts that this one may continue."""
+        kept = [] if self._init_options.cache else [*self.init_dir.glob(f"{PREFIX}*")]
+        for path in self.init_dir.iterdir() if self.init_dir.is_dir() else ():
+            if path not in kept:
+                path.unlink()
 
     def _options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
@@ -214,13 +251,34 @@ class LoraNullMixin(SavingMixin):
             progress=not self.args.disable_tqdm,
         )
 
-    def _restore(self) -> None:
+    def _keep_start(self, checkpoint: Path) -> None:
+        for path in self.init_dir.iterdir() if self.init_dir.is_dir() else ():
+            link(path, checkpoint / self.init_dir.name / path.name)
+
+    def _restore_start(self, checkpoint: Path) -> None:
+        """Start again as the run of a checkpoint did, from the checkpoint's own copy: no other file is read."""
+        if self._at_start or not self._measures:
+            return
+        kept = checkpoint / self.init_dir.name
+        if self._starts_lora_null and not kept.is_dir():
+            raise UserError(
+                f"resume: {checkpoint} does not hold what it started from ({self.init_dir.name}/ is missing)"
+            )
+        self._start_from(kept)
+        if self.args.should_save:
+            self._forget_older_start()
+            for path in kept.iterdir() if kept.is_dir() else ():
+                link(path, self.init_dir / path.name)
+        self.accelerator.wait_for_everyone()
+
+    def _start_from(self, folder: Path) -> None:
         if self._starts_lora_null:
-            self.layer_report, _ = load_initialization(self.init_dir, self.model)
-        elif (self.init_dir / FACTORS_FILE).is_file():
-            self.method.apply(self.model, load_file(self.init_dir / FACTORS_FILE))
-        if (self.init_dir / DRIFT_FILE).is_file():
-            self.drift_meter = self.method.drift_meter(self.model, self.init_dir / DRIFT_FILE)
+            self.layer_report, _ = load_initialization(folder, self.model, adapter_name=self.adapter_name)
+        elif (folder / FACTORS_FILE).is_file() and not self._goes_on:
+            self.method.apply(self.model, load_file(folder / FACTORS_FILE))
+        if (folder / DRIFT_FILE).is_file():
+            self.drift_meter = self.method.drift_meter(self.model, folder / DRIFT_FILE)
+        self._at_start = True
 
     @torch.no_grad()
     def _check_something_moved(self) -> None:
@@ -233,11 +291,11 @@ class LoraNullMixin(SavingMixin):
                 f"after {self.state.global_step} steps nothing differs from its start: nothing was trained"
             )
 
-    @staticmethod
-    def _moved(layer: LoraLayer) -> bool:
+    def _moved(self, layer: LoraLayer) -> bool:
+        name = self.adapter_name
         with whole_parameters(layer.lora_A, layer.lora_B):
-            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get("default", ()) else "lora_B"
-            factor, residual = getattr(layer, moves)["default"].weight, getattr(layer, "residual", None)
+            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get(name, ()) else "lora_B"
+            factor, residual = getattr(layer, moves)[name].weight, residual_of(layer, name)
             start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
             return not torch.equal(factor, start)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,18 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from safetensors.torch import load_file
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from lora_null.export import check_saved_adapter
-from lora_null.files import write_safetensors
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter, adapted_layers
 from lora_null.ranks import parameters_are_sharded
 from lora_null.sharding import whole_parameters
 from lora_null.trainer.checkpoints import COMPLETE_FILE, record_processes, seal, tidy
-
-LIVE_FILE = "live_factors.safetensors"
 
 
 class SavingMixin:
@@ -40,7 +37,8 @@ class SavingMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
-        self._save_live_factors(checkpoint)
+        if self.args.should_save:
+            self._keep_start(checkpoint)
         for callback in self.callback_handler.callbacks if self.args.should_save else ():
             if hasattr(callback, "save_state"):  # `on_save` would come after the seal
                 callback.save_state(checkpoint)
@@ -56,52 +54,71 @@ class SavingMixin:
         if not parameters_are_sharded(self.model):
             super().save_model(output_dir, _internal_call)
         else:
-            with whole_parameters(*self.modules_to_save()):
+            with whole_parameters(*self.saved_modules()):
                 self._save(output_dir)
         if self.args.should_save and self._lora_layers():
-            check_saved_adapter(Path(output_dir or self.args.output_dir), self.model)
+            folder = _adapter_folder(Path(output_dir or self.args.output_dir), self.adapter_name)
+            check_saved_adapter(folder, self.model, adapter_name=self.adapter_name)
 
-    def modules_to_save(self) -> list[nn.Module]:
-        """Return what has to be whole to be saved: of an adapter its own small modules, not the base."""
-        if not self._lora_layers():
+    def saved_modules(self) -> list[nn.Module]:
+        """Return what has to be whole to be saved: of a PEFT model what PEFT put on it, not the base.
+
+        That is what PEFT itself saves: the parts that a tuner layer names (A, B, magnitudes, …), and its wrappers of
+        modules that train beside them (`modules_to_save`, trainable tokens, a classifier's head).
+        """
+        if not isinstance(self.model, PeftModel):
             return [self.model]
-        return [part for layer in self._lora_layers().values() for part in (layer.lora_A, layer.lora_B)]
+        found: list[nn.Module] = []
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                parts = (getattr(module, part, None) for part in module.adapter_layer_names)
+                found += [part for part in parts if isinstance(part, nn.Module)]
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                found.append(module)
+        return found
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter that trains; "default" where TRL made it."""
+        return active_adapter(self.model)
 
     def _lora_layers(self) -> dict[str, LoraLayer]:
-        return adapted_layers(self.model) if isinstance(self.model, PeftModel) else {}
+        return adapted_layers(self.model, self.adapter_name) if isinstance(self.model, PeftModel) else {}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, never read
 
-    def _live_layers(self) -> dict[str, LoraLayer]:
-        """Return the layers whose A and B a checkpoint keeps as they train, beside the adapter in its plain form.
-
-        On a residual base the plain form differs; of a sharded model it is the engine's own file that is not used.
-        """
-        layers = self._lora_layers()
-        if parameters_are_sharded(self.model):
-            return layers
-        return {name: layer for name, layer in layers.items() if getattr(layer, "residual", None) is not None}
-
-    def _save_live_factors(self, checkpoint: Path) -> None:
-        layers = self._live_layers()
-        with whole_parameters(*self.modules_to_save() if layers else ()):
-            if layers and self.args.should_save:
-                write_safetensors(checkpoint / LIVE_FILE, _factors(layers), {})
-
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        layers = self._live_layers()
-        if not layers:
+        """Load what trains, as PEFT saved it; from an engine that shards too, whose own file of it is not used."""
+        checkpoint = Path(resume_from_checkpoint)
+        self._restore_start(checkpoint)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "load_state"):
+                callback.load_state(checkpoint)
+        if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = load_file(Path(resume_from_checkpoint) / LIVE_FILE)
-        with whole_parameters(*self.modules_to_save(), write=True):
-            for name, factor in _factors(layers).items():
-                factor.copy_(saved[name])
+        with whole_parameters(*self.saved_modules(), write=True):
+            for name in self.model.peft_config:  # the one that trains, and such as DPO's reference
+                inside = _adapter_folder(checkpoint, name)
+                if name == self.adapter_name or inside.is_dir():
+                    self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
         if dist.is_initialized():
             dist.barrier()
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _keep_start(self, checkpoint: Path) -> None:
+        """Leave in a checkpoint what `_restore_start` needs, so that it resumes in any folder and on any machine."""
+
+    def _restore_start(self, checkpoint: Path) -> None:
+        """Put the model where the run of a checkpoint started, before what was trained is loaded."""
 
     def _has_reached_its_end(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint is that of the last step; the trainer itself would take one step more."""
@@ -125,6 +142,6 @@ class SavingMixin:
         return processes, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
 
 
-def _factors(layers: Mapping[str, LoraLayer]) -> dict[str, torch.Tensor]:
-    factors = {f"{name}.lora_A": layer.lora_A["default"].weight for name, layer in layers.items()}
-    return factors | {f"{name}.lora_B": layer.lora_B["default"].weight for name, layer in layers.items()}
+def _adapter_folder(folder: Path, adapter_name: str) -> Path:
+    """Return where PEFT's `save_pretrained` puts an adapter."""
+    return folder if adapter_name == "default" else folder / adapter_name

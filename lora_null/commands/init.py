@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +181,20 @@ def model_in_files(folder: Path, shape: Any, section: Any, config: Any) -> tuple
 def _save_residual(peft_model: Any, out: Path) -> None:
     """Write the paper's own form: the base W0 − s·B0A0 as a model, and A, B alone as an adapter for it."""
     import torch
-    from peft import LoraConfig, get_peft_model_state_dict
 
+    from lora_null.export import state_of
     from lora_null.files import write_safetensors
+    from lora_null.layer import adapted_layers
 
-    state = {name: factor.clone() for name, factor in get_peft_model_state_dict(peft_model).items()}
-    config = LoraConfig(**peft_model.peft_config["default"].to_dict())
-    config.base_model_name_or_path = str(out / "model")
+    layers = adapted_layers(peft_model)
+    state = state_of(
+        {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
+    )
+    config = copy.copy(peft_model.peft_config["default"])
+    config.carries_residual, config.base_model_name_or_path = False, str(out / "model")
     write_safetensors(out / "model_adapter" / "adapter_model.safetensors", state, {})
     config.save_pretrained(out / "model_adapter")
-    for layer in [module for module in peft_model.modules() if getattr(module, "residual", None) is not None]:
+    for layer in layers.values():
         layer.residual = None  # the base that is written next keeps what was taken out of it
     with torch.no_grad():
         peft_model.unload().save_pretrained(out / "model")

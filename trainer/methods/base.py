@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.export import save_plain_adapter
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter, adapted_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -65,14 +65,14 @@ class Method:
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
-        return adapted_layers(model)
+        return adapted_layers(model, active_adapter(model))
 
     def prepare(self, model: nn.Module) -> None:
         """Stop what does not train, once, when the adapter is on the model; what trains is float32 for every method."""
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Return the names of exactly those parameters that train."""
-        return adapter_parameters(model)
+        return adapter_parameters(model, active_adapter(model))
 
     def check(self, model: nn.Module) -> None:
         """Refuse, on the model without weights, what the method cannot start from (UserError)."""
@@ -91,7 +91,10 @@ class Method:
 
     def drift_meter(self, model: nn.Module, measured: Calibration | Path) -> DriftMeter | WeightDriftMeter:
         """Return what follows the drift of `layers`, from measured inputs or from the probes in an earlier run's file."""
-        return DriftMeter.load(measured, model) if isinstance(measured, Path) else DriftMeter(model, measured)
+        name = active_adapter(model)
+        if isinstance(measured, Path):
+            return DriftMeter.load(measured, model, adapter_name=name)
+        return DriftMeter(model, measured, adapter_name=name)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return what happens around the optimizer's steps; `save_state(folder)` of one keeps in checkpoints what it knows."""
@@ -99,7 +102,7 @@ class Method:
 
     def save(self, model: nn.Module, directory: Path) -> int:
         """Write what loads with `peft` or `transformers` alone; return the number of parameters written."""
-        return save_plain_adapter(model, directory)
+        return save_plain_adapter(model, directory, adapter_name=active_adapter(model))
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:

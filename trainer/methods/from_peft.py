@@ -15,9 +15,9 @@ from peft.tuners.osf import OSFLayer
 from torch import nn
 
 from lora_null.calibration import Calibration
-from lora_null.config import use_lora_null_layers
+from lora_null.config import ResidualLoraConfig
 from lora_null.errors import UserError
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter, adapted_layers
 from lora_null.preserve import preserve
 from lora_null.ranks import rank_and_world
 from lora_null.trainer.methods.base import Method, method
@@ -64,7 +64,7 @@ class EVA(Method):
 
     def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
         batches = training_batches(trainer, self.rows, self.batch_rows)
-        needed = self.rho * trainer.model.peft_config["default"].r
+        needed = self.rho * trainer.model.peft_config[active_adapter(trainer.model)].r
         answers = [int((batch["labels"] != -100).sum()) for batch in batches]
         if min(answers) < needed:
             raise UserError(
@@ -75,13 +75,14 @@ class EVA(Method):
             return get_eva_state_dict(
                 trainer.model,
                 batches,
+                adapter_name=active_adapter(trainer.model),
                 gather_distributed_inputs=False,
                 show_progress_bar=not trainer.args.disable_tqdm,
             )
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        initialize_lora_eva_weights(model, eva_state_dict=dict(tensors))
-        for layer in adapted_layers(model).values():  # PEFT made them anew, in the base's dtype
+        initialize_lora_eva_weights(model, eva_state_dict=dict(tensors), adapter_name=active_adapter(model))
+        for layer in self.layers(model).values():  # PEFT made them anew, in the base's dtype
             layer.lora_A.float()
             layer.lora_B.float()
 
@@ -101,8 +102,7 @@ class LoRAGA(ResidualMethod):
     batch_rows: int = 4
 
     def config(self, **adapter: Any) -> PeftConfig:
-        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
-        return use_lora_null_layers(config)
+        return ResidualLoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
@@ -110,13 +110,13 @@ class LoRAGA(ResidualMethod):
 
     def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
-        layers, tensors = self.layers(trainer.model), {}
+        layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
         with preserve(trainer.model):
             self._take_gradients(trainer, layers)
             for name, layer in layers.items():
-                base, A, B = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
+                base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
                 original, dtype = base.weight.data.clone(), A.weight.dtype
-                layer.lora_ga_init("default", LoraGAConfig())
+                layer.lora_ga_init(adapter, LoraGAConfig())
                 base.weight.data = original
                 for factor in (A, B):  # PEFT leaves them in the base's dtype
                     factor.weight.data = factor.weight.data.to(dtype)
@@ -177,7 +177,9 @@ class OSF(WeightMethod):
         state = {name.replace(".base_layer.", "."): x for name, x in base.state_dict().items() if "osf_" not in name}
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight
-            state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+            state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(active_adapter(model)).float()).to(
+                weight.dtype
+            )
         base.save_pretrained(directory, state_dict=state)  # which empties it
         return sum(parameter.numel() for name, parameter in base.named_parameters() if "osf_" not in name)
 
@@ -193,8 +195,9 @@ def training_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str,
 
 def check_room(model: nn.Module, times: int) -> None:
     """Raise a UserError where `times` · r is more than a layer's smaller dimension."""
-    for name, layer in adapted_layers(model).items():
-        r, smallest = layer.r["default"], min(layer.in_features, layer.out_features)
+    adapter = active_adapter(model)
+    for name, layer in adapted_layers(model, adapter).items():
+        r, smallest = layer.r[adapter], min(layer.in_features, layer.out_features)
         if times * r > smallest:
             most = smallest // times
             raise UserError(f"r: {r} is larger than {name} allows here (at most {most})")

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_null.config import LoraNullConfig
 from lora_null.initialize import check_layers
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -27,7 +27,7 @@ class LoRANullV1(Method):
         return 2 * r
 
     def check(self, model: nn.Module) -> None:
-        check_layers(model, adapted_layers(model))
+        check_layers(model, self.layers(model), active_adapter(model))
 
 
 @method

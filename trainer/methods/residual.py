@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 
 from lora_null.calibration import Calibration, InputStats
-from lora_null.config import use_lora_null_layers
+from lora_null.config import ResidualLoraConfig
 from lora_null.errors import UserError
-from lora_null.export import save_plainly
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter
 from lora_null.quantized import weight_of
 from lora_null.ranks import rank_and_world
+from lora_null.residual import subtract_residuals
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -31,48 +31,47 @@ class ResidualMethod(Method):
     quantized_base = False
 
     def config(self, **adapter: Any) -> PeftConfig:
-        return use_lora_null_layers(LoraConfig(**adapter))
+        return ResidualLoraConfig(**adapter)
 
     def saved_rank(self, r: int) -> int:
         return 2 * r
 
     def check(self, model: nn.Module) -> None:
         """Raise a UserError for an r that a layer does not have room for, or a weight that two modules share."""
-        owners: dict[int, str] = {}
+        adapter, owners = active_adapter(model), {}
         for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), name)
-        for name, layer in adapted_layers(model).items():
+        for name, layer in self.layers(model).items():
             weight, smallest = layer.get_base_layer().weight, min(layer.in_features, layer.out_features)
             if not owners[id(weight)].startswith(name):
                 raise UserError(
                     f"target_modules: {name} shares its weight with another module, {self.name} needs its own"
                 )
-            if layer.r["default"] > smallest:
-                raise UserError(
-                    f"r: {layer.r['default']} is larger than {name} allows (min(d_in, d_out) = {smallest})"
-                )
+            if layer.r[adapter] > smallest:
+                raise UserError(f"r: {layer.r[adapter]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (r, d_in) and B (d_out, r), float64, whose product leaves the base.
 
         Args:
             weight: W0, (d_out, d_in) float64.
             r: the rank.
-            inputs: what the layer reads, measured.
+            inputs: what the layer reads, measured, where `needs_gram`.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
         """Return the factors of all layers, rounded as they are stored; the ranks take turns at the layers."""
-        rank, world = rank_and_world()
+        adapter, (rank, world) = active_adapter(trainer.model), rank_and_world()
         tensors = {}
         for index, (name, layer) in enumerate(self.layers(trainer.model).items()):
-            A, B = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
+            A, B = (torch.empty_like(factor[adapter].weight) for factor in (layer.lora_A, layer.lora_B))
             if index % world == rank:
-                found = self.part(weight_of(layer).double(), layer.r["default"], calibration.input_of(name))
+                inputs = calibration.input_of(name) if self.needs_gram else None
+                found = self.part(weight_of(layer).double(), layer.r[adapter], inputs)
                 for factor, value in zip((A, B), found):
-                    factor.copy_(value / layer.scaling["default"] ** 0.5)
+                    factor.copy_(value / layer.scaling[adapter] ** 0.5)
             for factor in (A, B) if world > 1 else ():
                 dist.broadcast(factor, src=index % world)
             tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
@@ -80,12 +79,11 @@ class ResidualMethod(Method):
 
     @torch.no_grad()
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        adapter = active_adapter(model)
         for name, layer in self.layers(model).items():
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            A.copy_(tensors[f"{name}.lora_A"])
-            B.copy_(tensors[f"{name}.lora_B"])
-            layer.subtract_residual("default", A, B)
-        save_plainly(model)
+            layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
+            layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
+        subtract_residuals(model, adapter)
 
 
 @method
@@ -94,7 +92,7 @@ class PiSSA(ResidualMethod):
 
     name = "pissa"
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return _balanced(U[:, :r], S[:r], Vh[:r])
 
@@ -105,7 +103,7 @@ class MiLoRA(ResidualMethod):
 
     name = "milora"
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return _balanced(U[:, -r:], S[-r:], Vh[-r:])
 
@@ -126,7 +124,7 @@ class CorDA(ResidualMethod):
     name = "corda"
     needs_gram = True
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
         covariance, inverse = invertible(inputs.gram / inputs.tokens)
         U, S, Vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
         A, B = _balanced(U[:, -r:], S[-r:], Vh[-r:] @ inverse)

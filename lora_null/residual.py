@@ -1,0 +1,71 @@
+"""A PEFT model whose adapter started by taking its own product out of the base: what every door of PEFT gives then."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, PeftModel
+from torch import nn
+
+from lora_null.config import ResidualLoraConfig
+from lora_null.layer import LoraNullLinear, adapted_layers, residual_of
+
+
+def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Turn every adapted weight W0 into W0 − s·BA, with the factors that the adapter has now; see `LoraNullLinear`.
+
+    From then on whatever leaves the model (`save_pretrained`, `get_peft_model_state_dict`, a merge, a combination of
+    adapters) is the change of the original weights.
+    """
+    for layer in adapted_layers(peft_model, adapter_name).values():
+        layer.subtract_residual(adapter_name)
+        layer.started |= {adapter_name}
+    config = copy.copy(peft_model.peft_config[adapter_name])  # the caller's own may serve for a second model
+    config.carries_residual = True
+    peft_model.peft_config[adapter_name] = config
+    peft_model.base_model.__class__ = ResidualLoraModel
+
+
+class ResidualLoraModel(LoraModel):
+    """PEFT's LoRA model, which combines adapters as what they do to the original weights."""
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's; an adapter that counts from a residual enters with its plain factors, of rank 2r."""
+        with contextlib.ExitStack() as stack:
+            for name in adapters:
+                if isinstance(config := self.peft_config.get(name), ResidualLoraConfig) and config.carries_residual:
+                    stack.enter_context(self._plain(name))
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _plain(self, adapter_name: str) -> Iterator[None]:
+        """Have [A; A0], [B, −B0] and their config in the place of an adapter's own."""
+        config = self.peft_config[adapter_name]
+        layers = [
+            layer
+            for layer in self.model.modules()
+            if isinstance(layer, LoraNullLinear) and residual_of(layer, adapter_name) is not None
+        ]
+        live = [(layer, layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight) for layer in layers]
+        self.peft_config[adapter_name] = LoraConfig(**config.to_dict())
+        try:
+            for layer, A, B in live:
+                plain = layer.residual.joined(A.detach(), B.detach())
+                _put(layer, adapter_name, *(nn.Parameter(factor, requires_grad=False) for factor in plain))
+                layer.residual_adapters -= {adapter_name}
+            yield
+        finally:
+            for layer, A, B in live:
+                _put(layer, adapter_name, A, B)
+                layer.residual_adapters |= {adapter_name}
+            self.peft_config[adapter_name] = config
+
+
+def _put(layer: LoraNullLinear, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
+    layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight = A, B
