@@ -133,8 +133,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors atomically, from the CPU and contiguous, with string metadata."""
+    """Write tensors atomically, from the CPU and contiguous, with string metadata; a shared tensor once for each name."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():  # the file format has no aliases
+        address = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode

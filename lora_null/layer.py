@@ -18,7 +18,6 @@ from lora_null.errors import UserError
 from lora_null.quantized import is_quantized, weight_of
 from lora_null.sharding import is_sharded, whole_parameters
 
-
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 
@@ -122,7 +121,9 @@ class LoraNullLinear(Linear):
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         counts_from_residual = getattr(config, "carries_residual", False)
         if counts_from_residual and (self.residual is None or adapter_name != TRL_REFERENCE):
-            raise UserError(f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one")
+            raise UserError(
+                f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one"
+            )
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
             self.freeze_A(adapter_name)
@@ -294,18 +295,24 @@ class LoraNullLinear(Linear):
             raise UserError("set_base_weight: the base carries a residual; unload the adapter first")
         super().set_base_weight(weight_data)
 
+    @property
+    def residual_taken_out_of_base(self) -> torch.Tensor:
+        """The entry of that name in the state dict; PyTorch's distributed checkpoints look each one up."""
+        return torch.tensor(self.residual.scaling)
+
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """Return PEFT's state, an adapter that counts from a residual as [A; A0], [B, −B0]: for the original weight.
 
         The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
         """
         state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.residual is None:
+            return state
         for name in self.residual_adapters:
             keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
             if state[keys[0]].numel():  # ZeRO-3 leaves nothing where a weight is not gathered
                 state |= zip(keys, self.residual.joined(*(state[key] for key in keys)))
-        if self.residual is not None:
-            state[prefix + TAKEN_OUT] = torch.tensor(self.residual.scaling)
+        state[prefix + TAKEN_OUT] = self.residual_taken_out_of_base
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

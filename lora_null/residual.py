@@ -7,7 +7,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, LoraModel, PeftModel
 from torch import nn
 

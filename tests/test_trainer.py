@@ -20,7 +20,20 @@ ROWS = Dataset.from_dict(
 CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 
 
-def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, tokenizer=None, method=None, **options):
+def make(
+    folder,
+    config=None,
+    *,
+    rows=ROWS,
+    calibration=TEXTS,
+    model=None,
+    tokenizer=None,
+    method=None,
+    init_folder=None,
+    eval_rows=None,
+    **options,
+):
+    """A trainer; `config` is "none" where the model is a PeftModel already."""
     arguments = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -39,10 +52,12 @@ def make(folder, config=None, *, rows=ROWS, calibration=TEXTS, model=None, token
         args=SFTConfig(**{**arguments, **options}),
         train_dataset=rows,
         processing_class=tokenizer or tiny_tokenizer(),
-        peft_config=config or LoraNullConfig(r=4, variant="v2"),
+        peft_config=None if config == "none" else config or LoraNullConfig(r=4, variant="v2"),
         calibration_dataset=calibration,
         calibration_args=CUT,
         method=method,
+        init_folder=init_folder,
+        eval_dataset=eval_rows,
     )
 
 

@@ -1,0 +1,319 @@
+"""A trained adapter goes on from where it is; what is saved, restored and loaded as best is whatever trains."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import CUT, ROWS, TEXTS, losses, make
+from tiny import random_batches, tiny_model, tiny_tokenizer
+from transformers import LlamaForSequenceClassification
+from trl import DPOConfig, RewardConfig, RewardTrainer
+
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null.layer import adapted_layers, residual_of
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullMixin
+from lora_null.trainer.methods import make_method
+
+BATCHES = random_batches()
+PAIRS = Dataset.from_list([{"prompt": f"Q: {i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(16)])
+CONFIGS = {
+    "v1": lambda **more: LoraNullConfig(r=4, variant="v1", **more),
+    "v2": lambda **more: LoraNullConfig(r=4, variant="v2", **more),
+    "lora": lambda **more: LoraConfig(r=4, target_modules="all-linear", **more),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
+
+
+def far(a, b):
+    return (logits(a) - logits(b)).abs().max().item()
+
+
+def second_stage(model, folder, **options):
+    """A trainer over a model that is a PeftModel already; its rate changes nothing in float32 unless another is given."""
+    return make(folder, "none", model=model, **{"max_steps": 1, "learning_rate": 1e-12, **options})
+
+
+def dpo(model, folder, **options):
+    arguments = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=2, max_steps=2)
+    arguments |= dict(report_to="none", save_strategy="no", gradient_checkpointing=False, logging_steps=1)
+    arguments |= dict(disable_tqdm=True, learning_rate=1e-12)
+    return LoraNullDPOTrainer(
+        model=model,
+        args=DPOConfig(**{**arguments, **options}),
+        train_dataset=PAIRS,
+        processing_class=tiny_tokenizer(),
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_a_second_trainer_goes_on(self, kind, tmp_path):
+        first = make(tmp_path / "1", CONFIGS[kind]())
+        first.train()
+        one = logits(first.model).clone()
+        second = second_stage(first.model, tmp_path / "2")
+        second.train()
+        assert (logits(second.model) - one).abs().max() < 1e-5 < far(second.model, tiny_model())
+        assert second.layer_report is None and second.drift_meter.summary()["mean"] > 0  # of both stages together
+
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_two_stages_train_exactly_what_one_trained(self, kind, tmp_path):
+        model = make(tmp_path / "1", CONFIGS[kind]())
+        model.train()
+        A = {name: layer.lora_A["default"].weight.clone() for name, layer in adapted_layers(model.model).items()}
+        second = second_stage(model.model, tmp_path / "2", learning_rate=1e-2, max_steps=3)
+        second.train()
+        second.save_model(tmp_path / "saved")
+        for name, layer in adapted_layers(second.model).items():
+            assert torch.equal(layer.lora_A["default"].weight, A[name]) == (kind == "v2")
+        reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
+        assert far(reloaded, second.model) < 1e-4
+
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_sft_then_dpo(self, kind, tmp_path):
+        first = make(tmp_path / "1", CONFIGS[kind]())
+        first.train()
+        one = logits(first.model).clone()
+        second = dpo(first.model, tmp_path / "2")
+        second.train()
+        assert (logits(second.model) - one).abs().max() < 1e-5
+        line = second.state.log_history[0]
+        assert abs(line["rewards/chosen"]) < 1e-4 and line["loss"] == pytest.approx(0.6931, abs=1e-3)
+        second.model.set_adapter("ref")  # TRL's reference is the policy that it began with, not the original model
+        assert (logits(second.model) - one).abs().max() < 1e-5
+
+    def test_initialized_by_hand_then_trained(self, tmp_path):
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
+        initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
+        start = {name: residual_of(layer).A for name, layer in adapted_layers(model).items()}
+        trainer = second_stage(model, tmp_path, learning_rate=1e-2)
+        trainer.train()
+        assert all(torch.equal(residual_of(x).A, start[n]) for n, x in adapted_layers(trainer.model).items())
+
+    @pytest.mark.parametrize("given", ["fresh", "v2 from disk", "v1 from disk"])
+    def test_an_adapter_from_disk(self, given, tmp_path):
+        if given == "fresh":
+            model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+            trainer = second_stage(model, tmp_path)
+            trainer.train()
+            assert trainer.layer_report is not None
+            return
+        variant = given[:2]
+        first = make(tmp_path / "1", LoraNullConfig(r=4, variant=variant))
+        first.train()
+        first.save_model(tmp_path / "saved")
+        config = LoraNullConfig.from_pretrained(tmp_path / "saved", variant="v2")
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", config=config, is_trainable=True)
+        assert far(model, first.model) < 1e-4
+        before = {name: layer.lora_A["default"].weight.clone() for name, layer in adapted_layers(model).items()}
+        second = second_stage(model, tmp_path / "2", learning_rate=1e-2)
+        second.train()
+        for name, layer in adapted_layers(second.model).items():  # the guarantee: A stays in the null space
+            assert torch.equal(layer.lora_A["default"].weight, before[name])
+        assert far(second.model, first.model) > 1e-3
+
+    @pytest.mark.parametrize("how", ["initialized v1", "initialized v2", "trained", "loaded", "by PEFT"])
+    def test_initializing_what_is_started_is_refused(self, how, tmp_path):
+        variant = "v1" if "v1" in how else "v2"
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant))
+        if how.startswith("initialized"):
+            initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
+        elif how == "trained":
+            torch.nn.init.normal_(next(iter(adapted_layers(model).values())).lora_B["default"].weight)
+        elif how == "loaded":
+            trained = make(tmp_path / "1")
+            trained.train()
+            trained.save_model(tmp_path / "saved")
+            config = LoraNullConfig.from_pretrained(tmp_path / "saved")
+            model = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", config=config, is_trainable=True)
+        else:
+            model = get_peft_model(tiny_model(), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"]))
+            before = logits(model)
+            method = make_method("pissa")
+            trainer = make(tmp_path, "none", model=model, method=method, max_steps=1, learning_rate=1e-12)
+            trainer.train()  # goes on instead
+            assert (logits(trainer.model) - before).abs().max() < 1e-4
+            return
+        before = logits(model)
+        with pytest.raises(UserError, match="is started already"):
+            initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
+        assert torch.equal(logits(model), before)
+
+    def test_what_would_not_be_read_is_refused(self, tmp_path):
+        first = make(tmp_path / "1")
+        first.train()
+        with pytest.raises(UserError, match="init_folder: would not be read, the adapter is started"):
+            make(tmp_path / "2", "none", model=first.model, init_folder=tmp_path / "1")
+        with pytest.raises(UserError, match="init_folder: would not be read, only LoRA-Null"):
+            make(tmp_path / "2", CONFIGS["lora"](), init_folder=tmp_path / "1")
+        with pytest.raises(UserError, match="calibration_dataset: corda needs texts"):
+            make(tmp_path / "2", make_method("corda").config(r=4), method=make_method("corda"), calibration=None)
+
+    def test_pissa_needs_no_texts(self, tmp_path):
+        method = make_method("pissa")
+        trainer = make(tmp_path, method.config(r=4, target_modules="all-linear"), method=method, calibration=None)
+        trainer.train()
+        assert all(residual_of(layer) is not None for layer in adapted_layers(trainer.model).values())
+        assert trainer.drift_meter is None
+
+
+class RewardTrainerWithStart(LoraNullMixin, RewardTrainer):
+    """The mixin over a trainer whose model has a head of its own."""
+
+
+def reward_model(seed):
+    torch.manual_seed(seed)
+    config = tiny_model().config
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(tiny_model().model.state_dict())
+    return model
+
+
+SCORED = Dataset.from_list([{"chosen": f"Q: {i} is {2 * i}", "rejected": f"Q: {i} or no"} for i in range(24)])
+WHAT_TRAINS = {
+    "modules_to_save": dict(modules_to_save=["embed_tokens", "lm_head"]),
+    "tied modules_to_save": dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "trainable tokens": dict(trainable_token_indices=[5, 9, 60]),
+    "norms": dict(modules_to_save=["input_layernorm"]),
+    "reward head": dict(task_type="SEQ_CLS"),
+}
+
+
+def run_of(kind, what, folder, **options):
+    config = CONFIGS[kind](**WHAT_TRAINS[what])
+    options = {"save_strategy": "steps", "save_steps": 3, **options}
+    if what != "reward head":
+        return make(folder, config, model=tiny_model(tie_word_embeddings="tied" in what), **options)
+    arguments = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=6)
+    arguments |= dict(learning_rate=1e-2, logging_steps=1, report_to="none", disable_tqdm=True, max_length=64)
+    return RewardTrainerWithStart(
+        model=reward_model(1),
+        args=RewardConfig(**{**arguments, "gradient_checkpointing": False, **options}),
+        train_dataset=SCORED,
+        processing_class=tiny_tokenizer(),
+        peft_config=config,
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+
+
+class TestWhatTrainsIsWhatIsKept:
+    @pytest.mark.parametrize("what", WHAT_TRAINS)
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_resumes_in_another_folder_to_the_same_bits(self, kind, what, tmp_path):
+        whole = run_of(kind, what, tmp_path / "whole")
+        before = {name: p.detach().clone() for name, p in whole.model.named_parameters() if p.requires_grad}
+        whole.train()
+        moved = [
+            name for name, p in whole.model.named_parameters() if name in before and not torch.equal(p, before[name])
+        ]
+        assert any("lora_" not in name for name in moved), "nothing but factors trained: the test tests nothing"
+        shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "elsewhere" / "checkpoint-3")
+        shutil.rmtree(tmp_path / "whole")
+        resumed = run_of(kind, what, tmp_path / "new")
+        resumed._calibration_dataset = "must not be read"
+        resumed.train(resume_from_checkpoint=str(tmp_path / "elsewhere" / "checkpoint-3"))
+        for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+            assert torch.equal(a, b), name
+        assert losses(resumed) == losses(whole)
+        if what == "modules_to_save":
+            resumed.save_model(tmp_path / "saved")
+            assert far(PeftModel.from_pretrained(tiny_model(), tmp_path / "saved"), resumed.model) < 1e-4
+
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_the_best_is_loaded_whatever_trains(self, kind, tmp_path):
+        options = dict(
+            eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, learning_rate=0.3
+        )
+        config = CONFIGS[kind](**WHAT_TRAINS["modules_to_save"])
+        trainer = make(tmp_path, config, save_strategy="steps", eval_rows=ROWS.select(range(4)), **options)
+        trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith("-2")
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_tied_modules_are_saved_once_and_read_by_plain_peft(self, kind, tmp_path):
+        trainer = run_of(kind, "tied modules_to_save", tmp_path)
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        fresh = PeftModel.from_pretrained(tiny_model(tie_word_embeddings=True), tmp_path / "saved")
+        assert far(fresh, trainer.model) < 1e-4
+        trainer.method.save(trainer.model, tmp_path / "plain")
+        assert far(PeftModel.from_pretrained(tiny_model(tie_word_embeddings=True), tmp_path / "plain"), fresh) < 1e-4
+
+    @pytest.mark.parametrize("kind", CONFIGS)
+    def test_an_adapter_of_another_name(self, kind, tmp_path):
+        def trainer(folder):
+            model = get_peft_model(tiny_model(), CONFIGS[kind](), adapter_name="mine")
+            return make(folder, "none", model=model, save_strategy="steps", save_steps=3)
+
+        whole = trainer(tmp_path / "whole")
+        whole.train()
+        assert far(PeftModel.from_pretrained(tiny_model(), tmp_path / "whole/checkpoint-6/mine"), whole.model) < 1e-4
+        resumed = trainer(tmp_path / "new")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+            assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("name", ["pissa", "milora", "corda", "lora-ga", "lora-fa", "mica", "eva"])
+    def test_every_method_resumes_its_modules_to_save(self, name, tmp_path):
+        def trainer(folder):
+            method = make_method(name, {"batch_rows": 16, "rows": 16} if name == "eva" else None)
+            config = method.config(
+                r=2, lora_alpha=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
+            )
+            return make(folder, config, method=method, save_strategy="steps", save_steps=3)
+
+        whole, resumed = trainer(tmp_path / "whole"), trainer(tmp_path / "new")
+        whole.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        assert losses(resumed) == losses(whole)
+
+
+OTHER = [f"zebra {i * i} JUMPS over {chr(65 + i % 26) * 3}, quick!" for i in range(64)]
+
+
+class TestTheStartIsTheCheckpointsOwn:
+    @pytest.mark.parametrize("kind", ["v1", "v2"])
+    def test_a_start_made_since_in_the_same_folder_is_not_read(self, kind, tmp_path):
+        options = dict(save_strategy="steps", save_steps=3)
+        first = make(tmp_path, CONFIGS[kind](), **options)
+        first.train()
+        again = make(tmp_path, CONFIGS[kind](), calibration=OTHER, **options)
+        again._prepare(resuming=False)  # and dies before its first checkpoint
+        resumed = make(tmp_path, CONFIGS[kind](), calibration=OTHER, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert losses(resumed) == losses(first)
+        assert far(resumed.model, first.model) == 0
+
+    def test_another_start_is_refused(self, tmp_path):
+        first = make(tmp_path / "1", CONFIGS["v1"](), save_strategy="steps", save_steps=6)
+        first.train()
+        other = make(tmp_path / "2", CONFIGS["v1"](), calibration=OTHER)
+        other._prepare(resuming=False)
+        with pytest.raises(UserError, match="do not start where adapter 'default' does"):
+            other._load_from_checkpoint(str(tmp_path / "1" / "checkpoint-6"))
+
+    def test_a_checkpoint_without_its_start_is_refused(self, tmp_path):
+        first = make(tmp_path / "1", CONFIGS["v1"](), save_strategy="steps", save_steps=6)
+        first.train()
+        shutil.rmtree(tmp_path / "1" / "checkpoint-6" / "init")
+        resumed = make(tmp_path / "1", CONFIGS["v1"](), max_steps=8)
+        with pytest.raises(UserError, match="does not hold what it started from"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-6"))
+
+    def test_of_two_runs_in_one_folder_only_the_second_is_left(self, tmp_path):
+        make(tmp_path, CONFIGS["v1"]()).train()
+        old = json.loads((tmp_path / "init" / "layers.json").read_text())
+        make(tmp_path, CONFIGS["lora"]()).train()
+        assert sorted(p.name for p in (tmp_path / "init").iterdir()) == ["drift.safetensors"] and old["layers"]
