@@ -232,14 +232,16 @@ class TestWhatTrainsIsWhatIsKept:
 
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_the_best_is_loaded_whatever_trains(self, kind, tmp_path):
-        options = dict(
-            eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, learning_rate=0.3
-        )
+        options = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
+        options |= dict(metric_for_best_model="earliness", greater_is_better=True)
         config = CONFIGS[kind](**WHAT_TRAINS["modules_to_save"])
         trainer = make(tmp_path, config, save_strategy="steps", eval_rows=ROWS.select(range(4)), **options)
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda *a, **k: evaluate(*a, **k) | {"eval_earliness": -trainer.state.global_step}
         trainer.train()
         assert trainer.state.best_model_checkpoint.endswith("-2")
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+        at_2, _, at_6 = (line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line)
+        assert evaluate()["eval_loss"] == pytest.approx(at_2, rel=1e-5) != pytest.approx(at_6, rel=1e-5)
 
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_tied_modules_are_saved_once_and_read_by_plain_peft(self, kind, tmp_path):
