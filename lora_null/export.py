@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError, safe_open
 
+from lora_null.errors import UserError
 from lora_null.files import replacing, write_safetensors
 from lora_null.identity import identity_of
 from lora_null.layer import adapted_layers, residual_of
@@ -102,6 +103,36 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
         (scratch / CONFIG_FILE).replace(temporary)
         scratch.rmdir()
     return sum(tensor.numel() for tensor in state.values())
+
+
+@torch.no_grad()
+def copy_into(peft_model: PeftModel, state: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """Write a saved adapter into the live one, tensor by tensor: where an engine that shards forbids `load_state_dict`.
+
+    Args:
+        peft_model: with all of its adapter whole, inside `whole_parameters(…, write=True)`.
+        state: what `get_peft_model_state_dict` gave of this adapter.
+
+    Raises:
+        UserError: it holds other tensors, or counts from another residual.
+    """
+    live = get_peft_model_state_dict(
+        peft_model, adapter_name=adapter_name
+    )  # the parameters themselves, but for joined
+    differing = sorted(live.keys() ^ state.keys())
+    if differing:
+        raise UserError(f"adapter {adapter_name!r}: {differing[0]} is on one side only, of the model and of the file")
+    for name, layer in adapted_layers(peft_model, adapter_name).items():
+        if (residual := residual_of(layer, adapter_name)) is None:
+            continue
+        keys = [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
+        found = residual.split(*(state[key] for key in keys))
+        if found is None:
+            raise UserError(f"{name}: the factors to load do not start where adapter {adapter_name!r} does")
+        live |= zip(keys, (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight))
+        state = {**state, **dict(zip(keys, found))}
+    for key, tensor in live.items():
+        tensor.copy_(state[key])
 
 
 def check_saved_adapter(directory: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from lora_null.export import check_saved_adapter
+from lora_null.export import check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.ranks import parameters_are_sharded
 from lora_null.sharding import whole_parameters
@@ -100,11 +100,16 @@ class SavingMixin:
         if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with whole_parameters(*self.saved_modules(), write=True):
-            for name in self.model.peft_config:  # the one that trains, and such as DPO's reference
-                inside = _adapter_folder(checkpoint, name)
-                if name == self.adapter_name or inside.is_dir():
-                    self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
+        sharded = parameters_are_sharded(self.model)
+        for name in self.model.peft_config:  # the one that trains, and such as DPO's reference
+            inside = _adapter_folder(checkpoint, name)
+            if name != self.adapter_name and not inside.is_dir():
+                continue
+            if not sharded:
+                self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
+                continue
+            with whole_parameters(*self.saved_modules(), write=True):
+                copy_into(self.model, load_peft_weights(str(inside), device="cpu"), name)
         if dist.is_initialized():
             dist.barrier()
 
