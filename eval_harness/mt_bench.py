@@ -57,6 +57,8 @@ def as_questions(
             turns, reference = [as_text(turn) for turn in turns], [as_text(text) for text in reference]
         except ValueError as error:
             raise UserError(f"MT-Bench: row {number} cannot be used: a turn {error}") from None
+        if not all(turn.strip() for turn in turns):
+            raise UserError(f"MT-Bench: row {number} cannot be used: a turn is empty")
         questions.append(
             {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
         )

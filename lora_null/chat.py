@@ -67,7 +67,7 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
             _check_complete(text, variant, tokenizer, options)
             return Chat(text, variant, blocks)
         except ValueError as error:
-            problem = problem or error
+            problem = error
     raise problem
 
 
@@ -85,16 +85,22 @@ def turn_spans(
     it, rendered with the generation prompt, ends, and what the turn itself renders to must follow there.
 
     Raises:
-        ValueError: the template renders earlier turns in another way once a conversation goes on.
+        ValueError: the template renders earlier turns in another way once a conversation goes on, or in part.
     """
-    if chat.blocks is None:
-        return [_asked_span(chat, turn, tokenizer, options) for turn in learned]
     turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if len(chat.blocks) == len(turns):
-        return [chat.blocks[turns.index(turn)] for turn in learned]
-    if list(learned) != turns or not chat.blocks:
+    if chat.blocks is None:
+        spans = [_asked_span(chat, turn, tokenizer, options) for turn in learned]
+    elif len(chat.blocks) == len(turns):
+        spans = [chat.blocks[turns.index(turn)] for turn in learned]
+    elif list(learned) == turns and chat.blocks:
+        return chat.blocks
+    else:
         raise ValueError("turns that the {% generation %} blocks of the chat template do not tell apart")
-    return chat.blocks
+    for turn, (start, end) in zip(learned, spans):
+        content = chat.messages[turn].get("content", "")
+        if "".join(content.split()) not in "".join(chat.text[start:end].split()):
+            raise ValueError(f"the chat template leaves out a part of turn {turn + 1}, such as its reasoning")
+    return spans
 
 
 def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int:
@@ -125,11 +131,11 @@ def _asked_span(
     through, _ = _render(chat.messages[: turn + 1], tokenizer, options)
     if through[:start] != chat.text[:start]:
         raise ValueError(_CHANGES)
-    # A last turn may hold more than the same turn later on (an empty thought): what both share is their end.
-    said = next(through[i:] for i in range(start, len(through) + 1) if chat.text.startswith(through[i:], start))
-    message = chat.messages[turn]
-    last = [call.get("function", call)["name"] for call in message.get("tool_calls", ())][-1:]
-    if not all(text in said for text in last or [message["content"].strip()[-40:]]):
+    # What ends a whole conversation (an end token of its own) or stands only in a last turn (an empty thought) is not in
+    # the turn once it is an earlier one: what is left of the turn must follow in the text.
+    said = through[start:].removesuffix("" if chat.text.startswith(through) else tokenizer.eos_token or "")
+    said = next(said[i:] for i in range(len(said) + 1) if chat.text.startswith(said[i:], start))
+    if not said:
         raise ValueError(_CHANGES)
     return start, start + len(said)
 
@@ -188,14 +194,6 @@ def _check_complete(
     text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> None:
     """Raise a ValueError where the template leaves out a turn, a tool or a thought, or writes Python for text."""
-    for number, message in enumerate(messages, start=1):
-        for call in message.get("tool_calls", ()):
-            if call.get("function", call)["name"] not in text:
-                raise ValueError(f"the chat template leaves out the tool calls of turn {number}")
-    for tool in options.get("tools") or ():
-        name = tool.get("function", tool).get("name")
-        if isinstance(name, str) and name not in text:
-            raise ValueError("the chat template leaves out the tools")
     given = json.dumps([list(messages), dict(options)], ensure_ascii=False, default=str)
     template = tokenizer.get_chat_template(None, options.get("tools"))
     if any(word in text and word not in given and word not in template for word in PYTHON):
@@ -203,7 +201,8 @@ def _check_complete(
     thought = messages[-1].get("reasoning_content") or messages[-1].get("thinking")
     if thought and str(thought).strip() not in text:
         raise ValueError("the chat template leaves out the last turn's reasoning")
-    if not _in_order(text, messages) or any(message["role"] not in ("user", "assistant") for message in messages):
+    plain = all(message["role"] in ("user", "assistant") and "tool_calls" not in message for message in messages)
+    if not plain or "tools" in options or not _in_order(text, messages):
         _check_turns(messages, tokenizer, options)
 
 
@@ -219,13 +218,21 @@ def _in_order(text: str, messages: Sequence[Message]) -> bool:
 
 
 def _check_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
-    """Mark every turn's text and see whether the marks come out."""
-    marks = {number: f" turn{number}mark" for number, message in enumerate(messages, 1) if message.get("content")}
-    marked = [
-        {**message, "content": message["content"] + marks[number]} if number in marks else message
-        for number, message in enumerate(messages, start=1)
-    ]
+    """Mark the text of every turn, the function of every call and the tools, and see whether the marks come out."""
+    marked, options, marks = copy.deepcopy(list(messages)), copy.deepcopy(dict(options)), {}
+    for tool in options.get("tools", ()):
+        function = tool.get("function", tool)
+        if isinstance(function.get("name"), str):
+            function["name"] += "toolmark"
+            marks["toolmark"] = "the tools"
+    for number, message in enumerate(marked, start=1):
+        if message.get("content"):
+            message["content"] += f" turn{number}mark"
+            marks[f"turn{number}mark"] = f"turn {number}, of the {message['role']}"
+        for call in message.get("tool_calls", ()):
+            call.get("function", call)["name"] += f"call{number}mark"
+            marks[f"call{number}mark"] = f"the tool calls of turn {number}"
     text, _ = _render(marked, tokenizer, options)
-    for number, mark in marks.items():
-        if mark.strip() not in text:
-            raise ValueError(f"the chat template leaves out turn {number}, of the {messages[number - 1]['role']}")
+    for mark, what in marks.items():
+        if mark not in text:
+            raise ValueError(f"the chat template leaves out {what}")

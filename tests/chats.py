@@ -34,6 +34,11 @@ STRICT = (
     "{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %}{{ ' ' + m.content | trim + eos_token }}"
     "{% endif %}{% endfor %}"
 )
+# LFM2's way: shows the tools and drops the calls. Phi-3's: a token of its own ends the whole conversation.
+NO_CALLS = TOOLS.replace(CALLS, "")
+ENDS = TOOLS.replace("{{ eos_token }}\n", "\n").replace(
+    "<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}"
+)
 # Leaves out, without a word, what it does not know.
 DEAF = (
     "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endif %}"

@@ -6,8 +6,10 @@ import pytest
 from chats import (
     BLOCKS,
     DEAF,
+    ENDS,
     JSON_CALLS,
     NEEDS_CONTENT,
+    NO_CALLS,
     OPENS_THOUGHT,
     STRICT,
     THINKING,
@@ -113,6 +115,21 @@ class TestTheTemplateDecides:
         assert found == ["2</s>\n", "<think></think>3</s>\n"] and text.count("think>") == 2
         found, _ = spans(tmp_path, [user("1+1?"), call(), tool("2"), assistant("2")], THINKING)
         assert found == ['[add {"a": 1}]</s>\n', "<think></think>2</s>\n"]
+
+    def test_an_end_token_of_the_whole_conversation(self, tmp_path):
+        assert spans(tmp_path, CHAT, ENDS)[0] == ["2\n", "3\n</s>"]
+
+    def test_a_thought_in_an_earlier_turn(self, tmp_path):
+        thought = [user("1+1?"), assistant("<think>hm</think>2"), user("and 1?"), assistant("3")]
+        reason = refusal(tmp_path, [{"messages": thought}], THINKING, messages="messages")
+        assert "leaves out a part of turn 2, such as its reasoning" in reason
+        thought[1]["weight"] = 0
+        assert spans(tmp_path, thought, THINKING)[0] == ["<think></think>3</s>\n"]
+
+    def test_calls_that_are_dropped_beside_tools_that_are_shown(self, tmp_path):
+        row = {"messages": [user("1+1?"), call(), tool("2"), assistant("2")], "tools": [TOOL]}
+        reason = refusal(tmp_path, [row], NO_CALLS, messages="messages")
+        assert "leaves out the tool calls of turn 2" in reason
 
     def test_a_generation_prompt_that_opens_a_thought(self, tmp_path):
         assert spans(tmp_path, CHAT, OPENS_THOUGHT)[0] == ["2</s>\n", "3</s>\n"]
