@@ -36,7 +36,7 @@ STRICT = (
 )
 # LFM2's way: shows the tools and drops the calls. Phi-3's: a token of its own ends the whole conversation.
 NO_CALLS = TOOLS.replace(CALLS, "")
-ENDS = TOOLS.replace("{{ eos_token }}\n", "\n").replace(
+ENDS = TOOLS.replace("{{ eos_token }}\n", "{{ '\n' }}").replace(
     "<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}"
 )
 # Leaves out, without a word, what it does not know.
