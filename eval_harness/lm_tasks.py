@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+import pyarrow
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # no public way to a task's full configuration
@@ -284,7 +285,12 @@ def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
     """Return the documents of a local file under the task's field names."""
     where = f"evaluation task {task.label!r}"
     with quiet(logging.ERROR):
-        documents = read_documents([Path(path)], where).rows
+        found = read_documents([Path(path)], where)
+    columns = {name: [row.get(name) for row in found.rows] for name in found.columns}
+    try:
+        documents = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{where}: cannot read {path} as one table ({_first_line(error)})") from None
     names = documents.column_names
     for wanted, given in (task.fields or {}).items():
         if given not in names:

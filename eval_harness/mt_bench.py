@@ -25,6 +25,7 @@ from lora_null.eval_harness.judge import Judge, JudgeError, judge_answers
 from lora_null.eval_harness.tasks import OwnTask, Role, RunOptions
 from lora_null.files import write_text
 from lora_null.ranks import broadcast, rank_and_world
+from lora_null.values import as_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
@@ -52,6 +53,12 @@ def as_questions(
         if identity is None or "category" not in row or not isinstance(turns, list) or len(turns) != 2:
             raise UserError(f"MT-Bench: row {number} is no question with question_id, category and two turns")
         reference = known.get(identity) or [text for text in row.get("reference") or [] if text]
+        try:
+            turns, reference = [as_text(turn) for turn in turns], [as_text(text) for text in reference]
+        except ValueError as error:
+            raise UserError(f"MT-Bench: row {number} cannot be used: a turn {error}") from None
+        if not all(turn.strip() for turn in turns):
+            raise UserError(f"MT-Bench: row {number} cannot be used: a turn is empty")
         questions.append(
             {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
         )

@@ -184,10 +184,14 @@ def measure_inputs(
 
 
 def checked_batches(batches: Iterable[Mapping[str, Any]], min_tokens: int) -> list[Mapping[str, Any]]:
-    """Return the batches as a list; raise a UserError when they hold fewer than `min_tokens` tokens."""
+    """Return the batches as a list; raise a UserError for fewer than `min_tokens` tokens, or a batch without mask."""
     batches = list(batches)
     if not batches:
         raise UserError("calibration: there is no batch to measure")
+    for number, batch in enumerate(batches, start=1):
+        lacking = next((key for key in ("input_ids", "attention_mask") if key not in batch), None)
+        if lacking:
+            raise UserError(f"calibration: batch {number} has no {lacking}; without padding the mask is all ones")
     tokens = count_tokens(batches)
     if tokens < min_tokens:
         raise UserError(f"calibration: only {tokens} tokens, at least {min_tokens} are needed")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
+from lora_null.chat import conversation_text
 from lora_null.errors import UserError, nearest
-from lora_null.eval_harness.documents import FILE_KINDS, Documents, read_documents
+from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
 from lora_null.recipes.schema import CalibrationSection
+from lora_null.recipes.templates import fill, split_fields
+from lora_null.values import as_text, is_conversation
 
 
-def load_rows(path: str, *, subset: str | None, split: str, where: str) -> datasets.Dataset:
-    """Load one split whole: `load_documents` where no row may be bad."""
-    return load_documents(path, subset=subset, split=split, where=where).rows
-
-
-def load_documents(path: str, *, subset: str | None, split: str, where: str, keep_bad: bool = False) -> Documents:
+def load_documents(
+    path: str, *, subset: str | None, split: str, where: str, keep_bad: bool = False, limit: int | None = None
+) -> Documents:
     """Load one split.
 
     Args:
@@ -28,6 +28,7 @@ def load_documents(path: str, *, subset: str | None, split: str, where: str, kee
         split: name of the split.
         where: the recipe key, for messages.
         keep_bad: list unreadable rows instead of refusing the file.
+        limit: rows of a hub data set that are needed, at most.
 
     Raises:
         UserError: nothing there, unknown split, unreadable, unreachable, or empty.
@@ -47,7 +48,8 @@ def load_documents(path: str, *, subset: str | None, split: str, where: str, kee
         ) from None
     if not len(rows):
         raise UserError(f"{where}.path: {path} holds no rows")
-    return Documents(rows, list(range(1, len(rows) + 1)))
+    kept = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return Documents(from_arrow(kept), list(range(1, len(kept) + 1)))
 
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
@@ -60,41 +62,72 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     return chosen
 
 
-def need_field(rows: datasets.Dataset, field: str, where: str) -> None:
-    """Raise a UserError that names the fields there are, unless `field` is one of them."""
-    if field not in rows.column_names:
-        raise UserError(f"{where}: the data has no field {field!r}{nearest(field, rows.column_names)}")
+class RowText:
+    """What a recipe takes of a row: one field, or a text made of {field}s.
 
+    Fields are found by the names that the data's columns have, whatever characters these hold.
 
-def calibration_texts(section: CalibrationSection) -> list[str]:
-    """Return the calibration texts: one field of each row, or a template filled with several.
+    Args:
+        spec: a column's name, or the text.
+        columns: the names there are.
+        where: the recipe key, for messages.
+        answer: of several accepted answers the first is meant.
 
     Raises:
-        UserError: as `load_rows`, and for a missing field.
+        UserError: an unknown field, with the nearest there is; or a text without any.
     """
-    rows = load_rows(section.path, subset=section.subset, split=section.split, where="calibration")
-    if section.template is None:
-        need_field(rows, section.field, "calibration.field")
-        return [str(text) for text in rows[section.field] if text]
-    names = re.findall(r"{(\w+)}", section.template)
-    if not names:
-        raise UserError(
-            f"calibration.template: {section.template!r} names no field, such as {{{rows.column_names[0]}}}"
+
+    def __init__(self, spec: str, columns: Sequence[str], where: str, *, answer: bool = False) -> None:
+        self.spec, self.where, self.answer = spec, where, answer
+        self.is_field = spec in columns or not {"{", "}"} & set(spec)
+        self.names = [spec] if self.is_field else [part for part, is_field in split_fields(spec, where) if is_field]
+        if not self.names:
+            raise UserError(f"{where}: {spec!r} names no field, such as {{{columns[0]}}}")
+        for name in self.names:
+            need_field(columns, name, where)
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the text of a row.
+
+        Raises:
+            ValueError: a field that is no text, and why.
+        """
+        return (
+            self._text(row, self.spec) if self.is_field else fill(self.spec, self.where, lambda n: self._text(row, n))
         )
-    for name in names:
-        need_field(rows, name, "calibration.template")
-    return [fill(section.template, row) for row in rows]
+
+    def _text(self, row: Mapping[str, Any], name: str) -> str:
+        try:
+            return as_text(row.get(name), answer=self.answer)
+        except ValueError as error:
+            raise ValueError(f"{name!r} {error}") from None
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Return a field of a row by its name, or a text with {field}s filled in."""
-    if "{" not in template:
-        return first_answer(row[template])
-    return re.sub(r"{(\w+)}", lambda match: first_answer(row[match[1]]), template)
+def need_field(columns: Sequence[str], field: str, where: str) -> None:
+    """Raise a UserError that names the fields there are, unless `field` is one of them."""
+    if field not in columns:
+        raise UserError(f"{where}: the data has no field {field!r}{nearest(field, columns)}")
 
 
-def first_answer(answer: Any) -> str:
-    """Return an answer's text; of several accepted answers the first."""
-    if isinstance(answer, (list, tuple)):
-        return str(answer[0]) if answer else ""
-    return "" if answer is None else str(answer)
+def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the calibration texts: one field of each row, or a template filled with several.
+
+    A field may hold a conversation, which the model's chat template writes, or accepted answers, of which the first is
+    taken. A row without text is left out.
+
+    Raises:
+        UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.
+    """
+    documents = load_documents(section.path, subset=section.subset, split=section.split, where="calibration")
+    key = "calibration.field" if section.template is None else "calibration.template"
+    field = RowText(section.template or section.field, documents.columns, key, answer=True)
+    texts = []
+    for number, row in zip(documents.numbers, documents.rows):
+        try:
+            conversation = field.is_field and is_conversation(row.get(field.spec))
+            text = conversation_text(row[field.spec], row, tokenizer) if conversation else field.text(row)
+        except ValueError as error:
+            raise UserError(f"calibration: row {number} cannot be used: {error}") from None
+        if text:
+            texts.append(text)
+    return texts

@@ -14,8 +14,8 @@ from lora_null.eval_harness.answers import TokenizedPair
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.judge import Judge
 from lora_null.eval_harness.mt_bench import as_questions
-from lora_null.recipes.data import first_answer, load_rows, need_field
-from lora_null.recipes.examples import Tokenized, read_examples, settle_bad_rows, tokenize
+from lora_null.recipes.data import load_documents
+from lora_null.recipes.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
 from lora_null.recipes.schema import (
     AnswersEntry,
     DataSection,
@@ -24,9 +24,10 @@ from lora_null.recipes.schema import (
     PreferencesEntry,
     Recipe,
 )
-from lora_null.recipes.templates import CHAT, prompts_and_ends, render
+from lora_null.recipes.templates import CHAT, ask
 
 FRAMED = sorted(path.stem.removesuffix(CHAT).rstrip("_") for path in TASK_FILES.rglob(f"*_{CHAT}.yaml"))
+READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -51,7 +52,7 @@ def eval_tasks(
             if isinstance(entry, LmEvalEntry):
                 tasks.append(_lm_eval(entry, role, recipe.data.template, allow_code_execution))
             elif isinstance(entry, AnswersEntry):
-                tasks.append(_answers(entry, role, where))
+                tasks.append(_answers(entry, role, where, recipe, tokenizer))
             elif isinstance(entry, PreferencesEntry):
                 tasks.append(_preferences(entry, role, where, recipe, tokenizer, max_length))
             else:
@@ -74,16 +75,24 @@ def _lm_eval(entry: LmEvalEntry, role: str, template: str, allow_code_execution:
     return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=allow_code_execution)
 
 
-def _answers(entry: AnswersEntry, role: str, where: str) -> AnswerTask:
-    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
-    need_field(rows, entry.prompt, f"{where}.prompt")
-    need_field(rows, entry.response, f"{where}.response")
-    last = len(rows) if entry.limit is None else min(len(rows), entry.offset + entry.limit)
-    if last <= entry.offset:
-        raise UserError(f"{where}.offset: {entry.path} has only {len(rows)} rows")
-    rows = rows.select(range(entry.offset, last))
-    pairs = [render(entry.template, row[entry.prompt], first_answer(row[entry.response])) for row in rows]
+def _answers(
+    entry: AnswersEntry, role: str, where: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> AnswerTask:
+    last = None if entry.limit is None else entry.offset + entry.limit
+    section = DataSection(**entry.model_dump(include=READ), limit=last)
+    examples, bad = read_examples(section, tokenizer, preferences=False, where=where)
+    if not any(example.row > entry.offset for example in (*examples, *bad)):
+        raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
+    examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
+    settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row or "error", where=where)
+    pairs = [_text_pair(example, tokenizer.eos_token) for example in examples]
     return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
+
+
+def _text_pair(example: Example, end: str) -> tuple[str, str]:
+    """Return what comes before the last answer, and the answer without its end token."""
+    text, (start, through) = example.written.text, example.written.spans[-1]
+    return text[:start], text[start:through].removesuffix(end)
 
 
 def _preferences(
@@ -94,10 +103,8 @@ def _preferences(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> PreferenceTask:
-    fields = {
-        key: getattr(entry, key) for key in ("path", "subset", "split", "prompt", "response", "rejected", "limit")
-    }
-    examples, bad = read_examples(DataSection(**fields), preferences=True, where=where)
+    section = DataSection(**entry.model_dump(include=READ | {"rejected", "limit"}), template=recipe.data.template)
+    examples, bad = read_examples(section, tokenizer, preferences=True, where=where)
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
@@ -118,17 +125,18 @@ def _pair(tokens: Tokenized, max_length: int | None) -> TokenizedPair | None:
 def _mt_bench(
     entry: MTBenchEntry, role: str, where: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> MTBenchTask:
-    rows = load_rows(entry.path, subset=entry.subset, split=entry.split, where=where)
+    rows = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where).rows
     references = read_documents([Path(entry.references)], f"{where}.references").rows if entry.references else ()
     template, judge = recipe.data.template, recipe.eval.judge
 
-    def ask(before: Sequence[tuple[str, str]], question: str) -> str:
-        return list(prompts_and_ends(template, [*before, (question, "")], tokenizer))[-1][0]
+    def ask_next(before: Sequence[tuple[str, str]], question: str) -> str:
+        messages = [{"role": r, "content": t.strip()} for turn in before for r, t in zip(("user", "assistant"), turn)]
+        return ask(template, [*messages, {"role": "user", "content": question.strip()}], tokenizer)
 
     return MTBenchTask(
         name=entry.mt_bench,
-        questions=as_questions(list(rows), list(references))[: entry.limit],
-        ask=ask,
+        questions=as_questions(rows, references)[: entry.limit],
+        ask=ask_next,
         special_tokens=template != CHAT,
         stops=STOPS.get(template, ()),
         judge=None if judge is None else Judge(**judge.model_dump()),

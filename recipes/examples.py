@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import datasets
+from datasets import Json, List
 from transformers import PreTrainedTokenizerBase
 
+from lora_null.chat import common_prefix
 from lora_null.errors import UserError
 from lora_null.eval_harness.documents import BadRow
-from lora_null.recipes.data import fill, first_answer, load_documents, need_field
+from lora_null.recipes.data import RowText, load_documents, need_field
 from lora_null.recipes.schema import DataSection
-from lora_null.recipes.templates import CHAT, need_chat_template, prompts_and_ends, render
+from lora_null.recipes.templates import CHAT, Written, need_chat_template, write_conversation, write_preference
+from lora_null.values import Message, as_messages, as_text, chat_options, is_conversation
 
-USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
 MOST_BAD = 0.01  # the share of bad rows that is left out unasked
 BATCH = 1000  # examples tokenized at once
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn: (prompt, response) turns, and for preferences the rejected last response."""
+    """A row, written under the template.
+
+    Attributes:
+        row: its number.
+        written: the conversation and what of it is learned; for preferences with the chosen end.
+        rejected: for preferences, the conversation with the rejected end.
+        prompt: for preferences, how many messages both share.
+        options: what the row gives its chat template beside the messages.
+    """
 
     row: int
-    turns: tuple[tuple[str, str], ...]
-    rejected: str | None = None
+    written: Written
+    rejected: Written | None
+    prompt: int
+    options: dict[str, Any]
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """The turns' (role, text)."""
+        return [(message["role"], message.get("content", "")) for message in self.written.messages]
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class TrainingData:
 
     Attributes:
         rows: for SFT `input_ids` and `labels`; for DPO `prompt`, `chosen` and `rejected`, texts or messages.
-        examples: the same rows as conversations.
+        examples: the same rows, written under the template.
         bad: the rows that were left out.
     """
 
@@ -69,8 +86,7 @@ def training_data(
     Raises:
         UserError: unreadable data, a missing field, or bad rows that `data.on_bad_row` does not allow to leave out.
     """
-    need_chat_template(data.template, tokenizer)
-    examples, bad = read_examples(data, preferences=preferences)
+    examples, bad = read_examples(data, tokenizer, preferences=preferences)
     total = len(examples) + len(bad)
     tokenized = tokenize(examples, data.template, tokenizer)
     kept = []
@@ -93,76 +109,166 @@ def training_data(
     return TrainingData(rows, examples, bad)
 
 
-def read_examples(data: DataSection, *, preferences: bool, where: str = "data") -> tuple[list[Example], list[BadRow]]:
-    """Return the good rows as conversations, and the bad ones.
+def read_examples(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, where: str = "data"
+) -> tuple[list[Example], list[BadRow]]:
+    """Return the good rows, written under the template, and the bad ones.
 
     Raises:
-        UserError: as `load_documents`, and for a missing field.
+        UserError: as `load_documents`, a missing field, or a model without the chat template that is asked for.
     """
-    documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True)
+    need_chat_template(data.template, tokenizer)
+    documents = load_documents(
+        data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=data.limit
+    )
     last = data.limit if data.limit is not None else float("inf")
     bad, examples = [row for row in documents.bad if row.row <= last], []
-    if len(documents.rows):
-        _need_fields(documents.rows, data, preferences, where)
+    if not documents.rows:
+        return examples, bad
+    reader = RowReader(data, documents.columns, where, preferences=preferences, first=documents.rows[0])
     for number, row in zip(documents.numbers, documents.rows):
         if number > last:
             break
         try:
-            single = () if data.messages else ((fill(data.prompt, row), _response(row[data.response])),)
-            turns = _turns(row[data.messages]) if data.messages else single
-            rejected = _response(row[data.rejected]) if preferences else None
-            _check(turns, rejected, data)
+            examples.append(reader.example(number, row, tokenizer))
         except ValueError as error:
             bad.append(BadRow(number, str(error)))
-        else:
-            examples.append(Example(number, turns, rejected))
     return examples, bad
 
 
-def _need_fields(rows: datasets.Dataset, data: DataSection, preferences: bool, where: str) -> None:
-    if data.messages:
-        need_field(rows, data.messages, f"{where}.messages")
-    else:
-        for name in re.findall(r"{(\w+)}", data.prompt) or [data.prompt]:
-            need_field(rows, name, f"{where}.prompt")
-        need_field(rows, data.response, f"{where}.response")
-    if preferences:
-        need_field(rows, data.rejected, f"{where}.rejected")
+class RowReader:
+    """Makes examples of rows: finds the fields once, then decides for each row by the types of its values.
 
-
-def _response(value: Any) -> str:
-    """Return a response's text; of a list of messages (UltraFeedback's `chosen`) the last one's."""
-    messages = isinstance(value, list) and value and isinstance(value[-1], dict)
-    return (value[-1].get("content") or "") if messages else first_answer(value)
-
-
-def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
-    """Return the turns of a conversation in ShareGPT's form (from, value) or OpenAI's (role, content).
+    Args:
+        data: which fields, and the template.
+        columns: the fields there are.
+        where: the recipe key, for messages.
+        preferences: pairs of a chosen and a rejected response.
+        first: the first row; tells whether preferences are conversations that hold their prompt.
 
     Raises:
-        ValueError: no turns, or turns that do not alternate between a human and an assistant.
+        UserError: a missing field.
     """
-    said = [(m.get("from") or m.get("role"), m.get("value") or m.get("content") or "") for m in messages or []]
-    if not said or len(said) % 2:
-        raise ValueError("a conversation that does not end with an assistant's turn")
-    pairs = tuple(zip(said[::2], said[1::2]))
-    if any(ask not in USERS or answer not in ASSISTANTS for (ask, _), (answer, _) in pairs):
-        raise ValueError("turns that do not alternate between a human and an assistant")
-    return tuple((prompt, response) for (_, prompt), (_, response) in pairs)
+
+    def __init__(
+        self, data: DataSection, columns: Sequence[str], where: str, *, preferences: bool, first: Mapping[str, Any]
+    ) -> None:
+        self.data, self.preferences = data, preferences
+        self.prompt = None
+        if data.messages:
+            need_field(columns, data.messages, f"{where}.messages")
+            return
+        default = data.prompt == DataSection.model_fields["prompt"].default
+        implicit = preferences and default and data.prompt not in columns and is_conversation(first.get(data.response))
+        if data.prompt is not None and not implicit:
+            self.prompt = RowText(data.prompt, columns, f"{where}.prompt")
+        need_field(columns, data.response, f"{where}.response")
+        if preferences:
+            need_field(columns, data.rejected, f"{where}.rejected")
+
+    def example(self, number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """Return the example of a row.
+
+        Raises:
+            ValueError: why the row cannot be used.
+        """
+        data, rejected, prompt = self.data, None, 0
+        if data.messages:
+            messages, learned = as_messages(row.get(data.messages))
+        else:
+            messages, learned = self._answered(row, data.response)
+        conversational = any(is_conversation(row.get(name)) for name in (data.messages, data.prompt, data.response))
+        options = chat_options(row) if conversational or data.template == CHAT else {}
+        if self.preferences:
+            rejected, told = self._answered(row, data.rejected)
+            prompt = _shared(messages, rejected)
+            if not all((*learned[prompt:], *told[prompt:])):
+                raise ValueError("chosen and rejected part before turns that are not learned, such as the user's")
+        turns = [turn for turn, is_learned in enumerate(learned) if is_learned]
+        _check(messages, rejected, turns)
+        if rejected is None:
+            return Example(
+                number, write_conversation(data.template, messages, turns, tokenizer, options), None, 0, options
+            )
+        sides = [write_preference(data.template, side, prompt, tokenizer, options) for side in (messages, rejected)]
+        return Example(number, *sides, prompt, options)
+
+    def _answered(self, row: Mapping[str, Any], response: str) -> tuple[list[Message], list[bool]]:
+        """Return prompt and response as one conversation, and which of its turns are learned.
+
+        The response's own turns are learned. It may be a whole conversation that begins with the prompt (UltraFeedback)
+        or has it as one of its questions; what comes before is then its context.
+        """
+        prompt = self._prompt(row)
+        if not is_conversation(row.get(response)):
+            if self.prompt is None:
+                raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
+            answer = as_message("assistant", row, response)
+            return [*prompt, answer], [False] * len(prompt) + [True]
+        said, learned = as_messages(row[response])
+        asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in said]
+        if bare[: len(asked)] == asked:
+            shared = len(prompt)
+        elif said[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":
+            said, learned, shared = [*prompt, *said], [False] * len(prompt) + learned, len(prompt)
+        elif len(asked) == 1 and asked[0] in bare:
+            shared = bare.index(asked[0]) + 1
+        else:
+            raise ValueError(f"{response!r} is a conversation that does not hold {self.prompt.spec!r}")
+        return said, [False] * shared + learned[shared:]
+
+    def _prompt(self, row: Mapping[str, Any]) -> list[Message]:
+        if self.prompt is None:
+            return []
+        if self.prompt.is_field and is_conversation(row.get(self.prompt.spec)):
+            return as_messages(row[self.prompt.spec])[0]
+        text = self.prompt.text(row).strip()
+        if not text:
+            raise ValueError(f"empty {self.prompt.spec!r}")
+        return [{"role": "user", "content": text}]
 
 
-def _check(turns: Sequence[tuple[str, str]], rejected: str | None, data: DataSection) -> None:
-    """Raise a ValueError that says what is wrong with a row's texts."""
-    names = ("human's turn", "assistant's turn") if data.messages else (data.prompt, data.response)
-    for texts in turns:
-        for text, name in zip(texts, names):
-            if not text.strip():
-                raise ValueError(f"empty {name!r}")
-    if rejected is not None and not rejected.strip():
-        raise ValueError(f"empty {data.rejected!r}")
-    if rejected is not None and rejected.strip() == turns[-1][1].strip():
+def as_message(role: str, row: Mapping[str, Any], field: str) -> Message:
+    """Return a field that holds an answer as a message.
+
+    Raises:
+        ValueError: it is empty, or no text.
+    """
+    try:
+        text = as_text(row.get(field), answer=True).strip()
+    except ValueError as error:
+        raise ValueError(f"{field!r} {error}") from None
+    if not text:
+        raise ValueError(f"empty {field!r}")
+    return {"role": role, "content": text}
+
+
+def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Return how many messages a pair has in common.
+
+    Raises:
+        ValueError: the two are equal, or begin differently.
+    """
+    shared = common_prefix(chosen, rejected)
+    if [_stripped(message) for message in chosen] == [_stripped(message) for message in rejected]:
         raise ValueError("chosen equal to rejected")
-    if any("\ufffd" in text for texts in turns for text in (*texts, rejected or "")):
+    if shared == min(len(chosen), len(rejected)):
+        raise ValueError("one of chosen and rejected is the beginning of the other")
+    if not shared:
+        raise ValueError("chosen and rejected without a common prompt")
+    return shared
+
+
+def _stripped(message: Message) -> Message:
+    return {key: value.strip() if isinstance(value, str) else value for key, value in message.items()}
+
+
+def _check(messages: Sequence[Message], rejected: Sequence[Message] | None, learned: Sequence[int]) -> None:
+    """Raise a ValueError that says what is wrong with a row's conversation."""
+    if not learned:
+        weighted = any(message["role"] == "assistant" for message in messages)
+        raise ValueError(f"a conversation without a turn of the assistant to learn{' (all weights are 0)' * weighted}")
+    if "\ufffd" in json.dumps([*messages, *(rejected or ())], ensure_ascii=False, default=str):
         raise ValueError("wrong encoding (the replacement character U+FFFD)")
 
 
@@ -193,54 +299,52 @@ def describe_bad_rows(bad: Iterable[BadRow]) -> str:
 def tokenize(
     examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase, *, rejected: bool = False
 ) -> list[Tokenized]:
-    """Tokenize conversations; every response and its end token are learned, nothing else is.
+    """Tokenize conversations; the turns that are to be learned and their end tokens are, nothing else is.
 
     As in TRL, prompt and response are tokenized as one text, and a response starts where that diverges from the
     tokenized prompt.
 
     Args:
         examples: the conversations.
-        template: see `prompts_and_ends`.
+        template: the one they were written under.
         tokenizer: the model's.
-        rejected: take the rejected last response instead of the chosen one, and learn only that.
+        rejected: take the rejected end instead of the chosen one.
     """
     found = []
     for first in range(0, len(examples), BATCH):
-        texts = []
-        for example in islice(examples, first, first + BATCH):
-            turns = (*example.turns[:-1], (example.turns[-1][0], example.rejected)) if rejected else example.turns
-            texts.append(list(prompts_and_ends(template, turns, tokenizer)))
-        flat = [text for pairs in texts for pair in pairs for text in pair]
+        written = [e.rejected if rejected else e.written for e in islice(examples, first, first + BATCH)]
+        flat = [w.text[:end] for w in written for end in (len(w.text), *(place for span in w.spans for place in span))]
         encoded = iter(tokenizer(flat, add_special_tokens=template != CHAT)["input_ids"])
-        found += [_label([(next(encoded), next(encoded)) for _ in pairs], rejected) for pairs in texts]
+        found += [_label(next(encoded), [(next(encoded), next(encoded)) for _ in w.spans]) for w in written]
     return found
 
 
-def _label(turns: list[tuple[list[int], list[int]]], only_last: bool) -> Tokenized:
-    """Return the whole conversation's ids, labeled in the spans between each turn's prompt and its end."""
-    whole = turns[-1][1]
+def _label(whole: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
+    """Return a conversation's ids, labeled between the tokens of the text before each span and through it."""
     labels = [-100] * len(whole)
-    for before, through in turns[-1:] if only_last else turns:
-        start, end = _common_prefix(before, whole), _common_prefix(through, whole)
+    for before, through in spans:
+        start, end = common_prefix(before, whole), common_prefix(through, whole)
         labels[start:end] = whole[start:end]
     return Tokenized(whole, labels)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def _preference_rows(examples: Sequence[Example], template: str) -> datasets.Dataset:
     """Return what TRL's DPOTrainer tokenizes as `tokenize` does: templated texts, or messages for "chat"."""
-    rows = []
+    if template != CHAT:
+        return datasets.Dataset.from_list([_texts(example) for example in examples])
+    rows, features = [], {side: List(Json()) for side in ("prompt", "chosen", "rejected")}
     for example in examples:
-        (prompt, chosen), rejected = example.turns[-1], example.rejected
-        if template == CHAT:
-            sides = {"chosen": chosen, "rejected": rejected}
-            row = {"prompt": [{"role": "user", "content": prompt.strip()}]}
-            row |= {side: [{"role": "assistant", "content": text.strip()}] for side, text in sides.items()}
-        else:
-            question, chosen = render(template, prompt, chosen)
-            row = {"prompt": question, "chosen": chosen, "rejected": render(template, prompt, rejected)[1]}
-        rows.append(row)
-    return datasets.Dataset.from_list(rows)
+        chosen, rejected, n = example.written.messages, example.rejected.messages, example.prompt
+        rows.append({"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]})
+    if any(example.options for example in examples):
+        features |= {"tools": Json(), "chat_template_kwargs": Json()}
+        for row, example in zip(rows, examples):
+            row["tools"] = example.options.get("tools")
+            row["chat_template_kwargs"] = {key: value for key, value in example.options.items() if key != "tools"}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+def _texts(example: Example) -> dict[str, str]:
+    (start, _), (other, _) = *example.written.spans, *example.rejected.spans
+    prompt, chosen = example.written.text[:start], example.written.text[start:]
+    return {"prompt": prompt, "chosen": chosen, "rejected": example.rejected.text[other:]}

@@ -206,11 +206,11 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
         require_vllm()
     require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
-    texts = calibration_texts(recipe.calibration)
     name = resolve_name(recipe.model)
     config = load_config(recipe.model, name)
     plans = plan_methods(recipe, config)
     tokenizer = load_tokenizer(recipe.model, name)
+    texts = calibration_texts(recipe.calibration, tokenizer)
     data = read_training_data(recipe, tokenizer, training)
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
     tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
@@ -329,7 +329,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     diverged = diverged_at(trainer)
     saved = None if diverged else _save(job, plan, trainer, folder)
     if hasattr(model, "disable_adapter") and not diverged:
-        assert_logits_differ(model, job.tokenizer, job.data.examples[0].turns[0][0])
+        assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
     found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
     if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
         diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
@@ -398,7 +398,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         reuse_init=reuses,
         init_folder=recipe.method.init,
         init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
-        calibration_dataset=[{"input_ids": window} for window in job.windows],
+        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in job.windows],
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)

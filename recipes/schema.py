@@ -156,7 +156,10 @@ class DataSection(Section):
     path: str = Field(min_length=1, description="hub id, local file or folder")
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split; a single file is its own")
-    prompt: str = Field("prompt", description="field of the prompt, or a text made of {field}s")
+    prompt: str | None = Field(
+        "prompt",
+        description="field of the prompt, or a text made of {field}s; DPO: null where both conversations hold it",
+    )
     response: str = Field("response", description="field of the response (DPO: the chosen one)")
     rejected: str = Field("rejected", description="DPO: field of the rejected response")
     messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
@@ -213,7 +216,7 @@ class PreferencesEntry(Section):
     path: str
     subset: str | None = None
     split: str = "test"
-    prompt: str = "prompt"
+    prompt: str | None = "prompt"
     response: str = Field("chosen", description="field of the chosen response")
     rejected: str = "rejected"
     limit: int | None = Field(None, ge=1)
@@ -350,9 +353,11 @@ class Recipe(Section):
         return training
 
     @model_validator(mode="after")
-    def _one_turn_preferences(self) -> Recipe:
+    def _fields(self) -> Recipe:
         if self.trainer == "dpo" and self.data.messages:
             raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
+        if self.trainer == "sft" and self.data.prompt is None and not self.data.messages:
+            raise ValueError("data.prompt: null is for trainer: dpo; data.messages names a field of conversations")
         return self
 
 

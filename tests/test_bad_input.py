@@ -137,7 +137,7 @@ CASES = {
     "no config": (lambda f: (f / "model/config.json").unlink(), NEW, 2, "holds no model (config.json is missing)"),
     "empty data": (data(""), NEW, 2, "is empty"),
     "binary data": (data(b"\x00\x93NUMPY\xff" * 50), NEW, 2, "not UTF-8 at byte 1 (row 1)"),
-    "NaN for text": (data(GOOD + '{"question": NaN, "answer": "x"}\n'), NEW, 2, "numbers.jsonl as json"),
+    "NaN for text": (data(GOOD + '{"question": NaN, "answer": "x"}\n'), NEW, 2, "1 'question' is NaN, not text (row 2)"),
     "half a line": (data(GOOD + '{"question": "wh'), NEW, 2, "1 of 2 rows cannot be used"),
     "latin-1": (data(GOOD.encode() + '{"question": "é", "answer": "ü"}\n'.encode("latin-1")), NEW, 2, "1 of 2 rows"),
     "a list for a row": (data(GOOD + "[1, 2]\n"), NEW, 2, "1 of 2 rows cannot be used"),

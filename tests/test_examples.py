@@ -11,7 +11,7 @@ from world import make_world, write_rows
 
 from lora_null.errors import UserError
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.examples import Example, tokenize, training_data
+from lora_null.recipes.examples import tokenize, training_data
 from lora_null.recipes.load import load_recipe
 from lora_null.recipes.preview import show_samples
 from lora_null.recipes.schema import DataSection
@@ -91,9 +91,17 @@ def test_the_same_preferences_as_trl(tmp_path, tokenizer, template):
             assert tokens.labels == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
 
 
+def said(who, what, user, assistant):
+    return [{who: role, what: text} for turn in TURNS for role, text in zip((user, assistant), turn)]
+
+
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_every_assistants_turn_is_learned(tokenizer, template):
-    (tokens,) = tokenize([Example(1, tuple(TURNS))], template, tokenizer)
+def test_every_assistants_turn_is_learned(tmp_path, tokenizer, template):
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": said("role", "content", "user", "assistant")}])
+    data = training_data(
+        section(path, messages="messages", template=template), tokenizer, preferences=False, max_length=None
+    )
+    (tokens,) = tokenize(data.examples, template, tokenizer)
     joined = {"alpaca": [": 3</s>", ": That is 7.</s>"], "chat": ["3</s>\n", "That is 7.</s>\n"]}[template]
     assert learned(tokens, tokenizer) == joined
     text = tokenizer.decode(tokens.ids)
@@ -105,24 +113,23 @@ def test_every_assistants_turn_is_learned(tokenizer, template):
 
 @pytest.mark.parametrize("keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")])
 def test_conversations_of_both_kinds(tmp_path, tokenizer, keys):
-    who, what, user, assistant = keys
-    said = [{who: role, what: text} for turn in TURNS for role, text in zip((user, assistant), turn)]
-    path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said(*keys)}])
     data = training_data(section(path, messages="conversations"), tokenizer, preferences=False, max_length=None)
-    assert data.examples == [Example(1, tuple(TURNS))]
+    texts = [(role, text) for turn in TURNS for role, text in zip(("user", "assistant"), turn)]
+    assert [(example.row, example.texts) for example in data.examples] == [(1, texts)]
 
 
 def test_binarized_ultrafeedback_as_the_hub_has_it(tmp_path, tokenizer):
     said = lambda text: [{"role": "user", "content": "why"}, {"role": "assistant", "content": text}]  # noqa: E731
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "why", "chosen": said("so"), "rejected": said("no")}])
     data = training_data(section(path, response="chosen"), tokenizer, preferences=True, max_length=None)
-    assert data.examples == [Example(1, (("why", "so"),), "no")]
+    assert data.rows[:] == {"prompt": ["Question: why\nAnswer:"], "chosen": [" so</s>"], "rejected": [" no</s>"]}
 
 
 def test_a_prompt_of_several_fields(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Sum", "input": "1 2", "response": "3"}])
     data = training_data(section(path, prompt="{instruction}: {input}"), tokenizer, preferences=False, max_length=None)
-    assert data.examples == [Example(1, (("Sum: 1 2", "3"),))]
+    assert data.examples[0].texts == [("user", "Sum: 1 2"), ("assistant", "3")]
 
 
 GOOD = {"prompt": "what", "response": "that", "rejected": "no"}

@@ -126,8 +126,8 @@ def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from lora_null.trainer.calibration import CalibrationArgs, as_batches
 
     model, calibration = _sections(arguments)
-    texts = calibration_texts(calibration)
     tokenizer = load_tokenizer(model, resolve_name(model))
+    texts = calibration_texts(calibration, tokenizer)
     cut = CalibrationArgs(calibration.samples, calibration.max_length, calibration.mode, arguments.seed)
     return as_batches(texts, tokenizer, cut)
 

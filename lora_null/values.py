@@ -1,0 +1,197 @@
+"""What a value of a data set means: a text, or the messages of a conversation. What is neither is refused with the reason.
+
+The one boundary for training rows, calibration texts, evaluation documents and arguments in Python. Decided by type:
+
+    str                       itself
+    int, float, Decimal       its digits; NaN and infinity are refused
+    None                      the empty text (a field that a row does not have)
+    list of the above         the single text it holds; where an answer is meant, the first of several accepted ones
+    {"text": …}, {"value": …} where an answer is meant: SQuAD's and TriviaQA's
+    list of messages          a conversation: {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT)
+    all else                  refused: truth values, bytes, dates, other dicts, lists in lists
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+# Other names of the roles; "function" and "function_call" are LLaMA-Factory's and OpenAI's former ones.
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool", "function": "tool"}
+TEXT_PARTS = ("text", "input_text", "output_text")
+Message = dict[str, Any]
+
+
+def as_text(value: Any, *, answer: bool = False) -> str:
+    """Return the text that a value stands for; see the table above.
+
+    Args:
+        value: a field of a row.
+        answer: an answer is meant, so that of several accepted ones the first is taken.
+
+    Raises:
+        ValueError: why it is no text, to be put behind the field's name: "is a dict, not text".
+    """
+    value = _plain(value)
+    if answer and isinstance(value, Mapping):
+        value = _plain(next((value[key] for key in ("text", "value") if key in value), value))
+    if isinstance(value, list | tuple):
+        texts = [_scalar(item, "holds ") for item in value]
+        if not answer and len(set(texts)) > 1:
+            raise ValueError("is a list of several texts, not one")
+        return texts[0] if texts else ""
+    return _scalar(value, "is ")
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays and scalars of NumPy and torch as lists and numbers of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _scalar(value: Any, verb: str) -> str:
+    value = _plain(value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, Real | Decimal) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{verb}{'NaN' if math.isnan(value) else 'infinite'}, not text")
+        return str(value)
+    raise ValueError(f"{verb}a {type(value).__name__}, not text")
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is meant as messages: a dict with a role, or a list that begins with one."""
+    value = _plain(value)
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
+    """Return a conversation in the one form that chat templates read, and which of its turns are learned.
+
+    Args:
+        value: a list of messages, or a single one. A message has a role and a text (a string, a number, or parts of
+            which all are text), or calls of tools instead of it, and may have a `weight`: 0 for an assistant's turn
+            that is not learned. Its other keys are left to the chat template, those that hold None are not.
+
+    Returns:
+        Messages {"role", "content"?, "tool_calls"?, …}, and for each whether it is learned: the assistant's are.
+
+    Raises:
+        ValueError: why it is no conversation.
+    """
+    value = _plain(value)
+    value = [value] if isinstance(value, Mapping) else value
+    if value is not None and not isinstance(value, list | tuple):
+        raise ValueError(f"a conversation that is a {type(value).__name__}, not a list of messages")
+    if not value:
+        raise ValueError("a conversation without turns")
+    messages = [_message(message) for message in value]
+    return messages, [_weight(message) for message in messages]
+
+
+def _message(given: Any) -> Message:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a conversation with a {type(given).__name__} among its messages")
+    message = {key: value for key, value in given.items() if value is not None}
+    role = message.pop("role", None) or message.pop("from", None)
+    if not isinstance(role, str):
+        raise ValueError("a message without role")
+    content = message.pop("content", None)
+    content = message.pop("value", None) if content is None else content
+    if role == "function_call":  # LLaMA-Factory's: the call stands where the text does
+        role, content, message["tool_calls"] = "assistant", None, content
+    if "function_call" in message:
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    role = ROLES.get(role, role)
+    calls = _tool_calls(message.pop("tool_calls", None))
+    text = _content(content, role)
+    if not text.strip() and not calls and role in ("user", "assistant"):
+        raise ValueError(f"an empty turn of the {role}")
+    said = {"role": role} | ({} if content is None else {"content": text}) | ({"tool_calls": calls} if calls else {})
+    return said | {key: value for key, value in message.items() if key != "from"}
+
+
+def _content(content: Any, role: str) -> str:
+    """Return a message's text; of content in parts, all its parts in a row."""
+    content = _plain(content)
+    if not isinstance(content, list | tuple):
+        try:
+            return _scalar(content, "is ")
+        except ValueError as error:
+            raise ValueError(f"a turn of the {role} whose content {error}") from None
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            found = f"of type {kind!r}" if isinstance(part, Mapping) else f"that is a {type(part).__name__}"
+            raise ValueError(f"a turn of the {role} with a part {found}; only text can be learned")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    calls = _from_json(_plain(calls))
+    calls = [calls] if isinstance(calls, Mapping) else calls or []
+    for call in calls if isinstance(calls, list | tuple) else (None,):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError("tool_calls without the name of a function")
+        if not isinstance(_from_json(function.get("arguments") or {}), Mapping):
+            raise ValueError("a tool call whose arguments are no JSON object")
+    return list(calls)
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a string holds as JSON, or the value itself."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _weight(message: Message) -> bool:
+    """Take a message's `weight` out and return whether the turn is learned."""
+    role, weight = message["role"], message.pop("weight", None)
+    if weight is None:
+        return role == "assistant"
+    if weight not in (0, 1):
+        raise ValueError(f"a weight of {weight!r}; a turn is learned (1) or not (0)")
+    if weight and role != "assistant":
+        raise ValueError(f"a weight of 1 on a turn of the {role}; only the assistant's are learned")
+    return bool(weight)
+
+
+def as_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Return the schemas of a row's tools, given as a list or as JSON; None where there are none.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    tools = _from_json(_plain(value))
+    tools = [_from_json(tool) for tool in tools] if isinstance(tools, list | tuple) else tools
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("'tools' is no list of schemas")
+    return tools
+
+
+def chat_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row gives its chat template beside the messages: `tools`, and TRL's `chat_template_kwargs`.
+
+    Raises:
+        ValueError: they are of the wrong kind.
+    """
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError("'chat_template_kwargs' is no dict")
+    tools = as_tools(row.get("tools"))
+    return {**options, **({} if tools is None else {"tools": tools})}

@@ -1,0 +1,320 @@
+"""Conversations as TRL, OpenAI and ShareGPT write them: what is learned, turn for turn, and the true reason of a refusal."""
+
+import json
+
+import pytest
+from chats import (
+    BLOCKS,
+    DEAF,
+    ENDS,
+    JSON_CALLS,
+    NEEDS_CONTENT,
+    NO_CALLS,
+    OPENS_THOUGHT,
+    STRICT,
+    THINKING,
+    TOOLS,
+    assistant,
+    call,
+    chat_tokenizer,
+    learned,
+    system,
+    tool,
+    user,
+)
+from datasets import Dataset
+from tiny import tiny_model
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from world import write_rows
+
+from lora_null.errors import UserError
+from lora_null.recipes.examples import tokenize, training_data
+from lora_null.recipes.schema import DataSection
+
+CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
+TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
+
+
+def read(tmp_path, rows, tokenizer, *, preferences=False, max_length=None, **options):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    section = DataSection(path=str(path), **{"template": "chat", **options})
+    return training_data(section, tokenizer, preferences=preferences, max_length=max_length)
+
+
+def spans(tmp_path, messages, chat=TOOLS, **options):
+    tokenizer, row = chat_tokenizer(chat), {"messages": messages, **options.pop("row", {})}
+    data = read(tmp_path, [row], tokenizer, messages="messages", **options)
+    (tokens,) = tokenize(data.examples, options.get("template", "chat"), tokenizer)
+    return learned(tokens, tokenizer), tokenizer.decode(tokens.ids)
+
+
+def refusal(tmp_path, rows, chat=TOOLS, **options):
+    with pytest.raises(UserError) as raised:
+        read(tmp_path, rows, chat_tokenizer(chat), **options)
+    assert "\n" not in str(raised.value) and "row 1)" in str(raised.value)
+    return str(raised.value)
+
+
+CHAT = [system("Be brief."), user("1+1?"), assistant("2"), user("and 1?"), assistant("3")]
+
+
+@pytest.mark.parametrize("template", [TOOLS, BLOCKS])
+class TestWhatIsLearned:
+    def test_every_turn_of_the_assistant(self, tmp_path, template):
+        found, text = spans(tmp_path, CHAT, template)
+        assert found == ["2</s>\n", "3</s>\n"]
+        assert text == "<system>Be brief.\n<user>1+1?\n<assistant>2</s>\n<user>and 1?\n<assistant>3</s>\n"
+
+    def test_weights(self, tmp_path, template):
+        messages = [*CHAT[:2], assistant("2", weight=0), *CHAT[3:4], assistant("3", weight=1)]
+        assert spans(tmp_path, messages, template)[0] == ["3</s>\n"]
+
+    def test_tools(self, tmp_path, template):
+        messages = [user("1+1?"), call(), tool("2", tool_call_id="x"), assistant("It is 2.")]
+        found, text = spans(tmp_path, messages, template, row={"tools": [TOOL]})
+        assert found == ['[add {"a": 1}]</s>\n', "It is 2.</s>\n"]
+        assert text.startswith('<tools>[{"type": "function"') and "<tool>2\n" in text
+        assert spans(tmp_path, messages, template, row={"tools": json.dumps([TOOL])}) == (found, text)
+
+    def test_several_turns_in_a_row_and_a_last_question(self, tmp_path, template):
+        messages = [user("a"), assistant("b"), assistant("c"), user("d")]
+        assert spans(tmp_path, messages, template)[0] == ["b</s>\n", "c</s>\n"]
+
+    def test_a_conversation_that_begins_with_the_assistant(self, tmp_path, template):
+        assert spans(tmp_path, [assistant("Hello!"), user("a"), assistant("b")], template)[0] == [
+            "Hello!</s>\n",
+            "b</s>\n",
+        ]
+
+    def test_content_in_parts(self, tmp_path, template):
+        parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+        assert spans(tmp_path, [user(parts), assistant(parts)], template)[0] == ["one two</s>\n"]
+
+    def test_prompt_and_completion_as_messages(self, tmp_path, template):
+        tokenizer = chat_tokenizer(template)
+        rows = [
+            {"prompt": CHAT[:4], "completion": CHAT[4:]},  # what was said before is not learned
+            {"prompt": CHAT[:2], "completion": CHAT[2:]},
+            {"prompt": "1+1?", "completion": [assistant("2")]},
+            {"prompt": [user("1+1?")], "completion": "2"},
+        ]
+        data = read(tmp_path, rows, tokenizer, response="completion")
+        found = [learned(tokens, tokenizer) for tokens in tokenize(data.examples, "chat", tokenizer)]
+        assert found == [["3</s>\n"], ["2</s>\n", "3</s>\n"], ["2</s>\n"], ["2</s>\n"]]
+
+
+class TestTheTemplateDecides:
+    @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+    @pytest.mark.parametrize("template", [TOOLS, JSON_CALLS, NEEDS_CONTENT])
+    def test_arguments_in_the_form_that_it_wants(self, tmp_path, template, arguments):
+        found, text = spans(tmp_path, [user("1+1?"), call("add", arguments), tool("2"), assistant("2")], template)
+        assert found[0] == '[add {"a": 1}]</s>\n' and "None" not in text
+
+    def test_thoughts_that_it_drops_from_earlier_turns(self, tmp_path):
+        found, text = spans(tmp_path, CHAT, THINKING)
+        assert found == ["2</s>\n", "<think></think>3</s>\n"] and text.count("think>") == 2
+        found, _ = spans(tmp_path, [user("1+1?"), call(), tool("2"), assistant("2")], THINKING)
+        assert found == ['[add {"a": 1}]</s>\n', "<think></think>2</s>\n"]
+
+    def test_an_end_token_of_the_whole_conversation(self, tmp_path):
+        assert spans(tmp_path, CHAT, ENDS)[0] == ["2\n", "3\n</s>"]
+
+    def test_a_thought_in_an_earlier_turn(self, tmp_path):
+        thought = [user("1+1?"), assistant("<think>hm</think>2"), user("and 1?"), assistant("3")]
+        reason = refusal(tmp_path, [{"messages": thought}], THINKING, messages="messages")
+        assert "leaves out a part of turn 2, such as its reasoning" in reason
+        thought[1]["weight"] = 0
+        assert spans(tmp_path, thought, THINKING)[0] == ["<think></think>3</s>\n"]
+
+    def test_calls_that_are_dropped_beside_tools_that_are_shown(self, tmp_path):
+        row = {"messages": [user("1+1?"), call(), tool("2"), assistant("2")], "tools": [TOOL]}
+        reason = refusal(tmp_path, [row], NO_CALLS, messages="messages")
+        assert "leaves out the tool calls of turn 2" in reason
+
+    def test_a_generation_prompt_that_opens_a_thought(self, tmp_path):
+        assert spans(tmp_path, CHAT, OPENS_THOUGHT)[0] == ["2</s>\n", "3</s>\n"]
+
+    def test_its_own_words_where_it_refuses(self, tmp_path):
+        own = "the chat template refuses it: Conversation roles must alternate user/assistant/user/assistant/..."
+        for messages in (CHAT, [user("a"), user("b"), assistant("c")], [user("a"), assistant("b"), assistant("c")]):
+            assert own in refusal(tmp_path, [{"messages": messages}], STRICT, messages="messages")
+        assert spans(tmp_path, CHAT[1:], STRICT)[0] == [" 2</s>", " 3</s>"]
+
+    @pytest.mark.parametrize(
+        "messages, left_out",
+        [
+            (CHAT, "turn 1, of the system"),
+            ([user("a"), call(), tool("2"), assistant("b")], "the tool calls of turn 2"),
+            (
+                [user("a"), assistant("ok"), {"role": "critic", "content": "k"}, assistant("b")],
+                "turn 3, of the critic",
+            ),
+            ([user("a"), assistant("b", reasoning_content="because")], "the last turn's reasoning"),
+        ],
+    )
+    def test_nothing_is_left_out_in_silence(self, tmp_path, messages, left_out):
+        assert f"the chat template leaves out {left_out}" in refusal(
+            tmp_path, [{"messages": messages}], DEAF, messages="messages"
+        )
+
+    def test_tools_that_it_leaves_out(self, tmp_path):
+        row = {"messages": CHAT[1:], "tools": [TOOL]}
+        assert "the chat template leaves out the tools" in refusal(tmp_path, [row], DEAF, messages="messages")
+
+    def test_template_kwargs_of_a_row(self, tmp_path):
+        template = "{{ mood or '' }}" + TOOLS
+        _, text = spans(tmp_path, CHAT[1:3], template, row={"chat_template_kwargs": {"mood": "calm:"}})
+        assert text.startswith("calm:<user>")
+
+    def test_a_template_that_changes_what_was_said(self, tmp_path):
+        counts = "{{ messages | length }}" + TOOLS
+        reason = refusal(tmp_path, [{"messages": CHAT}], counts, messages="messages")
+        assert "renders otherwise once the conversation goes on" in reason
+
+    def test_the_same_tokens_as_trls_assistant_only_loss(self, tmp_path):
+        rows = [{"messages": CHAT}, {"messages": [user("1+1?"), assistant("2")]}]
+        data = read(tmp_path, rows, chat_tokenizer(BLOCKS), messages="messages", max_length=99)
+        trainer = SFTTrainer(
+            model=tiny_model(),
+            args=SFTConfig(output_dir=str(tmp_path), max_length=99, assistant_only_loss=True, **CONFIG),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=chat_tokenizer(BLOCKS),
+        )
+        for key in ("input_ids", "labels"):
+            assert data.rows[key] == trainer.train_dataset[key]
+
+
+REFUSED = {  # reason → messages
+    "a conversation without turns": [],
+    "a conversation that is a str, not a list of messages": "user: a",
+    "a conversation with a str among its messages": ["a", "b"],
+    "a message without role": [{"content": "a"}, assistant("b")],
+    "an empty turn of the user": [user(" "), assistant("b")],
+    "an empty turn of the assistant": [user("a"), assistant(None)],
+    "a turn of the user whose content is NaN, not text": [user(float("nan")), assistant("b")],
+    "a turn of the user whose content is a dict, not text": [user({"a": 1}), assistant("b")],
+    "with a part of type 'image_url'; only text can be learned": [
+        user([{"type": "image_url", "image_url": {"url": "x"}}]),
+        assistant("b"),
+    ],
+    "a turn of the user with a part that is a int": [user([1]), assistant("b")],
+    "tool_calls without the name of a function": [user("a"), assistant(None, tool_calls=[{"x": 1}]), assistant("b")],
+    "a tool call whose arguments are no JSON object": [user("a"), call("f", "[1"), tool("1"), assistant("b")],
+    "a weight of 0.5": [user("a"), assistant("b", weight=0.5)],
+    "a weight of 1 on a turn of the user": [user("a", weight=1), assistant("b")],
+    "(all weights are 0)": [user("a"), assistant("b", weight=0)],
+    "without a turn of the assistant to learn": [user("a"), user("b")],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.parametrize("template", ["chat", "qa"])
+def test_refused_by_row_and_reason(tmp_path, reason, template):
+    assert reason in refusal(tmp_path, [{"messages": REFUSED[reason]}], messages="messages", template=template)
+
+
+class TestUnderATextTemplate:
+    def test_a_system_text_comes_first(self, tmp_path):
+        found, text = spans(tmp_path, CHAT, template="qa")
+        assert found == [": 2</s>", ": 3</s>"]
+        assert text == "Be brief.\n\nQuestion: 1+1?\nAnswer: 2</s>\n\nQuestion: and 1?\nAnswer: 3</s>"
+
+    def test_weights(self, tmp_path):
+        assert spans(tmp_path, [*CHAT[:2], assistant("2", weight=0), *CHAT[3:]], template="qa")[0] == [": 3</s>"]
+
+    @pytest.mark.parametrize(
+        "messages, reason",
+        [
+            (
+                [user("a"), call(), tool("2"), assistant("b")],
+                "tools, which only data.template=chat may have a place for",
+            ),
+            ([user("a"), system("b"), assistant("c")], "a turn of the system in the midst"),
+            ([user("a"), assistant("b"), assistant("c")], "turns that do not alternate between user and assistant"),
+            ([assistant("a"), user("b"), assistant("c")], "turns that do not alternate"),
+            ([user("a"), assistant("b"), user("c")], "does not end with an assistant's turn"),
+            ([user("a"), assistant("b", reasoning_content="c")], "reasoning beside the content"),
+        ],
+    )
+    def test_what_has_no_place_is_refused_and_chat_named(self, tmp_path, messages, reason):
+        line = refusal(tmp_path, [{"messages": messages}], messages="messages", template="qa")
+        assert reason in line and "data.template=chat" in line
+
+
+PAIR = {"chosen": assistant("3"), "rejected": assistant("4")}
+PREFERENCES = {  # the same pair over several turns, in every way that it is written
+    "explicit prompt": {"prompt": CHAT[:4], **{side: [end] for side, end in PAIR.items()}},
+    "whole conversations and their prompt": {"prompt": CHAT[:2], **{s: [*CHAT[:4], end] for s, end in PAIR.items()}},
+    "whole conversations and the last question": {"prompt": "and 1?", **{s: [*CHAT[:4], e] for s, e in PAIR.items()}},
+    "implicit prompt": {side: [*CHAT[:4], end] for side, end in PAIR.items()},
+    "texts after a prompt of messages": {"prompt": CHAT[:4], "chosen": "3", "rejected": "4"},
+}
+
+
+class TestPreferences:
+    @pytest.mark.parametrize("template", ["chat", "qa"])
+    @pytest.mark.parametrize("kind", PREFERENCES)
+    def test_nothing_is_cut_and_the_tokens_are_trls(self, tmp_path, kind, template):
+        tokenizer, row = chat_tokenizer(), PREFERENCES[kind]
+        data = read(tmp_path, [row, row], tokenizer, preferences=True, response="chosen", template=template)
+        trainer = DPOTrainer(
+            model=tiny_model(),
+            ref_model=tiny_model(),
+            args=DPOConfig(output_dir=str(tmp_path), max_length=None, **CONFIG),
+            train_dataset=data.rows,
+            processing_class=tokenizer,
+        )
+        for side, answer in (("chosen", "3"), ("rejected", "4")):
+            tokens = tokenize(data.examples, template, tokenizer, rejected=side == "rejected")[0]
+            row = trainer.train_dataset[0]
+            assert tokens.ids == row["prompt_ids"] + row[f"{side}_ids"]
+            assert tokens.labels == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+            assert learned(tokens, tokenizer) == [{"chat": f"{answer}</s>\n", "qa": f": {answer}</s>"}[template]]
+            text = tokenizer.decode(tokens.ids)
+            assert [text.count(said) for said in ("Be brief.", "1+1?", "2</s>", "and 1?")] == [1] * 4
+
+    def test_calls_of_tools(self, tmp_path):
+        tokenizer = chat_tokenizer()
+        row = {"prompt": [user("1+1?")], "chosen": [call()], "rejected": [call("mul", '{"b": "x"}')], "tools": [TOOL]}
+        row["tools"] = [TOOL, {"type": "function", "function": {"name": "mul"}}]
+        data = read(
+            tmp_path,
+            [row, {**row, "tools": None, "chosen": [assistant("2")]}],
+            tokenizer,
+            preferences=True,
+            response="chosen",
+        )
+        trainer = DPOTrainer(
+            model=tiny_model(),
+            ref_model=tiny_model(),
+            args=DPOConfig(output_dir=str(tmp_path), max_length=None, **CONFIG),
+            train_dataset=data.rows,
+            processing_class=tokenizer,
+        )
+        for side in ("chosen", "rejected"):
+            ours = tokenize(data.examples, "chat", tokenizer, rejected=side == "rejected")
+            theirs = [row["prompt_ids"] + row[f"{side}_ids"] for row in trainer.train_dataset]
+            assert [tokens.ids for tokens in ours] == theirs
+        assert learned(ours[0], tokenizer) == ['[mul {"b": "x"}]</s>\n']
+
+    @pytest.mark.parametrize(
+        "row, reason",
+        [
+            (
+                {"chosen": CHAT, "rejected": [*CHAT[:2], assistant("9"), *CHAT[3:]]},
+                "before turns that are not learned",
+            ),
+            ({"chosen": CHAT, "rejected": CHAT}, "chosen equal to rejected"),
+            ({"chosen": CHAT, "rejected": CHAT[:3]}, "one of chosen and rejected is the beginning of the other"),
+            ({"chosen": CHAT, "rejected": [user("else"), assistant("3")]}, "without a common prompt"),
+            ({"chosen": CHAT[:4], "rejected": [*CHAT[:3], user("b")]}, "before turns that are not learned"),
+            ({"chosen": CHAT, "rejected": [*CHAT[:4], assistant("4", weight=0)]}, "before turns that are not learned"),
+            ({"chosen": CHAT, "rejected": "4"}, "'rejected' is text, and without data.prompt"),
+            (
+                {"prompt": "else", "chosen": CHAT, "rejected": CHAT},
+                "'chosen' is a conversation that does not hold 'prompt'",
+            ),
+        ],
+    )
+    def test_refused(self, tmp_path, row, reason):
+        assert reason in refusal(tmp_path, [row], preferences=True, response="chosen")

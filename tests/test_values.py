@@ -1,0 +1,300 @@
+"""Values that are not text never become text unseen: files of every kind, fields of every kind, evaluation documents."""
+
+import json
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from chats import TOOLS, assistant, chat_tokenizer, user
+from tiny import tiny_tokenizer
+from world import make_world, write_rows
+
+from lora_null.errors import UserError
+from lora_null.eval_harness import lm_tasks
+from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.tasks import LmEvalTask
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.data import calibration_texts
+from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.examples import training_data
+from lora_null.recipes.load import load_recipe
+from lora_null.recipes.schema import CalibrationSection, DataSection
+from lora_null.values import as_text
+
+TEXTS = [
+    ("text", "text"),
+    (None, ""),
+    (7, "7"),
+    (2.5, "2.5"),
+    (Decimal("1.10"), "1.10"),
+    (np.int64(3), "3"),
+    (np.float32(0.5), "0.5"),
+    (np.str_("a"), "a"),
+    (torch.tensor(4), "4"),
+    (["one"], "one"),
+    (("one", "one"), "one"),
+    (np.array(["one"], dtype=object), "one"),
+    ([], ""),
+]
+ANSWERS = [
+    (["first", "second"], "first"),
+    ([1, 2], "1"),
+    ({"text": ["it", "this"], "answer_start": [0, 3]}, "it"),
+    ({"text": [], "answer_start": []}, ""),
+    ({"text": np.array(["it"], dtype=object), "answer_start": np.array([0])}, "it"),
+    ({"value": "it", "aliases": ["It"]}, "it"),
+]
+NO_TEXT = [
+    (True, "is a bool"),
+    (np.bool_(True), "is a bool"),
+    (float("nan"), "is NaN"),
+    (np.float64("nan"), "is NaN"),
+    (float("inf"), "is infinite"),
+    (pd.NA, "is a NAType"),
+    (pd.NaT, "is a NaTType"),
+    (pd.Timestamp("2020-01-01"), "is a Timestamp"),
+    (b"bytes", "is a bytes"),
+    ({"a": 1}, "is a dict"),
+    ({"text": {"text": "a"}}, "is a dict"),
+    ([["a"]], "holds a list"),
+    ([{"a": 1}], "holds a dict"),
+    ([float("nan")], "holds NaN"),
+    ({"a"}, "is a set"),
+]
+
+
+@pytest.mark.parametrize("value, text", TEXTS, ids=lambda value: repr(value)[:20])
+def test_what_is_text(value, text):
+    assert as_text(value) == as_text(value, answer=True) == text
+
+
+@pytest.mark.parametrize("value, text", ANSWERS, ids=lambda value: repr(value)[:20])
+def test_where_an_answer_is_meant(value, text):
+    assert as_text(value, answer=True) == text
+    with pytest.raises(ValueError, match=r"is a list of several texts|is a dict"):
+        as_text(value)
+
+
+@pytest.mark.parametrize("value, reason", NO_TEXT, ids=lambda value: repr(value)[:20])
+def test_what_is_no_text(value, reason):
+    for answer in (False, True):
+        with pytest.raises(ValueError, match=reason):
+            as_text(value, answer=answer)
+
+
+ROWS = [
+    {"a": "007", "b": "NA", "c": "null"},
+    {"a": "1e5", "b": "", "c": ' x, \n"y" '},
+    {"a": "-0", "b": "nan", "c": "True"},
+]
+
+
+MIXED = [
+    {"a": 1, "m": [user("x"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": {"p": 1}}}])]},
+    {
+        "a": "one",
+        "m": [user("x"), assistant(None, tool_calls=[{"function": {"name": "g", "arguments": {"q": None}}}])],
+    },
+    {"a": {"b": [1]}, "z": 10**30},
+    {"a": ["x", 2, None]},
+]
+
+
+class TestFilesAsTheyWereWritten:
+    def test_a_csv_keeps_its_cells(self, tmp_path):
+        pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
+        assert read_documents([tmp_path / "a.csv"], "x").rows == ROWS
+
+    def test_whole_numbers_of_a_csv(self, tmp_path):
+        (tmp_path / "a.csv").write_text("n,zip,big\n1,01,12345678901234567890\n-2,10,1\n")
+        rows = read_documents([tmp_path / "a.csv"], "x").rows
+        assert rows == [{"n": 1, "zip": "01", "big": "12345678901234567890"}, {"n": -2, "zip": "10", "big": "1"}]
+
+    @pytest.mark.parametrize(
+        "text, reason",
+        [
+            ("a,b\n1,2\n1\n", "row 2: 1 cells under 2 columns"),
+            ("a,a\n1,2\n", "two columns are called 'a'"),
+            ("a,b\n", "a header and no rows"),
+            ('a,b\n"1"x,2\n', "',' expected after '\"'"),
+            ("a\n\xff\n".encode("latin-1"), "can't decode byte 0xff"),
+        ],
+    )
+    def test_a_broken_csv(self, tmp_path, text, reason):
+        (tmp_path / "a.csv").write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(UserError) as raised:
+            read_documents([tmp_path / "a.csv"], "x")
+        assert reason in str(raised.value) and "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl"])
+    def test_mixed_types_in_a_column(self, tmp_path, suffix):
+        path = tmp_path / f"a.{suffix}"
+        path.write_text(json.dumps(MIXED)) if suffix == "json" else write_rows(path, MIXED)
+        assert read_documents([path], "x").rows == MIXED
+
+    def test_a_parquet_without_what_arrow_fills_in(self, tmp_path):
+        rows = [{"m": [{"role": "user", "content": "x"}]}, {"m": [{"role": "assistant", "weight": 0}]}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        assert read_documents([tmp_path / "a.parquet"], "x").rows == rows
+
+
+ENTRIES = [{"question": f"q{i}", "answer": [f"a{i}"]} for i in range(3)]
+CONVERSATION = [user("a"), assistant("b")]
+WHOLE_FILES = {  # what stands in a .json file → its rows
+    "an array": (ENTRIES, ENTRIES),
+    "columns": ({"question": ["q0", "q1"], "answer": [["a"], "b"]}, [{"question": "q0", "answer": ["a"]}, {"question": "q1", "answer": "b"}]),
+    "pandas' columns by index": (json.loads(pd.DataFrame(ENTRIES).to_json()), ENTRIES),
+    "rows under one key": ({"data": ENTRIES}, ENTRIES),
+    "one row": ({"question": "q", "answer": ["a", "b"]}, [{"question": "q", "answer": ["a", "b"]}]),
+    "one conversation": ({"messages": CONVERSATION}, [{"messages": CONVERSATION}]),
+    "one row of conversations": ({"prompt": CONVERSATION, "chosen": CONVERSATION[:1]}, [{"prompt": CONVERSATION, "chosen": CONVERSATION[:1]}]),
+    "columns of conversations": ({"messages": [CONVERSATION] * 2}, [{"messages": CONVERSATION}] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE_FILES)
+def test_a_json_file_that_is_one_object(tmp_path, kind):
+    whole, rows = WHOLE_FILES[kind]
+    (tmp_path / "a.json").write_text(json.dumps(whole, indent=1))
+    assert read_documents([tmp_path / "a.json"], "x").rows == rows
+
+
+def test_lists_of_different_lengths(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"question": ["a", "b"], "answer": ["c"]}))
+    with pytest.raises(UserError, match="lists of different lengths: question 2, answer 1"):
+        read_documents([tmp_path / "a.json"], "x")
+
+
+FIELDS = [  # a text made of fields, a row → the text
+    ("{input text}", {"input text": "x"}, "x"),
+    ("{a.b}: {c-d} {é}", {"a.b": 1, "c-d": ["2"], "é": None}, "1: 2 "),
+    ("{{{a}}} {{a}} }}{{", {"a": "x"}, "{x} {a} }{"),
+    ("odd name", {"odd name": "x"}, "x"),
+    ("{a}", {"{a}": "itself", "a": "x"}, "itself"),
+    ("{a}{b}", {"a": "{b}", "b": "{a}"}, "{b}{a}"),
+]
+WRONG_FIELDS = [
+    ("{input txt}", "no field 'input txt' (did you mean 'input text'?)"),
+    ("input txt", "no field 'input txt' (did you mean 'input text'?)"),
+    ('{"a": {input text}}', "a { without its partner"),
+    ("{a: b}", "no field 'a: b'"),
+    ("{input text", "a { without its partner"),
+    ("input text}", "a } without its partner"),
+    ("{{input text}}", "names no field"),
+    ("{}", "no field ''"),
+]
+
+
+class TestFieldsByTheColumnsNames:
+    @pytest.mark.parametrize("spec, row, text", FIELDS)
+    def test_found(self, tmp_path, spec, row, text):
+        path = str(write_rows(tmp_path / "rows.jsonl", [row | {"response": "r"}] * 2))
+        if text.strip():
+            data = DataSection(path=path, prompt=spec, template="plain")
+            data = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
+            assert data.examples[0].texts[0] == ("user", text.strip())
+        field = {"template": spec} if "{" in spec else {"field": spec}
+        assert calibration_texts(CalibrationSection(path=path, **field), tiny_tokenizer()) == [text] * 2
+
+    @pytest.mark.parametrize("spec, reason", WRONG_FIELDS)
+    def test_refused(self, tmp_path, spec, reason):
+        path = str(write_rows(tmp_path / "rows.jsonl", [{"input text": "x", "response": "r"}]))
+        with pytest.raises(UserError) as raised:
+            data = DataSection(path=path, prompt=spec)
+            training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
+        assert reason in str(raised.value) and str(raised.value).startswith("data.prompt: ")
+        with pytest.raises(UserError, match=r"^calibration\.template: "):
+            calibration_texts(CalibrationSection(path=path, template=spec), tiny_tokenizer())
+
+    @pytest.mark.parametrize(
+        "template, reason",
+        [("{promt}", "no field {promt}"), ("{prompt", "a { without"), ("{{prompt}}", "no {prompt}")],
+    )
+    def test_templates_of_prompts(self, tmp_path, capsys, template, reason):
+        recipe = make_world(tmp_path)
+        assert main([str(recipe), "--dry-run", f"data.template={json.dumps(template)}"]) == 2
+        assert reason in capsys.readouterr().err
+        entry = f"[{{answers: n, path: x.jsonl, template: {json.dumps(template)}}}]"
+        assert main([str(recipe), "--dry-run", f"eval.task={entry}"]) == 2
+        assert reason in capsys.readouterr().err
+
+    def test_braces_in_a_template_of_prompts(self, tmp_path):
+        path = str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "{x}", "response": "r"}]))
+        data = DataSection(path=path, template="{{{prompt}}}\nA:")
+        data = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
+        assert data.examples[0].written.text == "{{x}}\nA: r</s>"
+
+
+class TestCalibrationTexts:
+    def test_of_every_kind(self, tmp_path):
+        rows = [
+            {"t": value}
+            for value in ("a", 7, ["b", "c"], {"text": ["d"], "answer_start": [0]}, CONVERSATION, "", None)
+        ]
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        texts = calibration_texts(CalibrationSection(path=path, field="t"), chat_tokenizer("{{ bos_token }}" + TOOLS))
+        assert [text for text in texts if text] == ["a", "7", "b", "d", "<user>a\n<assistant>b</s>\n"]
+
+    @pytest.mark.parametrize(
+        "value, reason",
+        [
+            ({"a": 1}, "'t' is a dict, not text"),
+            (float("nan"), "'t' is NaN, not text"),
+            ([["a"]], "'t' holds a list, not text"),
+            (CONVERSATION, "a conversation, and the model has no chat template"),
+        ],
+    )
+    def test_refused_by_row(self, tmp_path, value, reason):
+        path = str(write_rows(tmp_path / "rows.jsonl", [{"t": "a"}, {"t": value}]))
+        with pytest.raises(UserError) as raised:
+            calibration_texts(CalibrationSection(path=path, field="t"), tiny_tokenizer())
+        assert str(raised.value) == f"calibration: row 2 cannot be used: {reason}"
+
+
+def tasks(tmp_path, rows, **entry):
+    path = write_rows(tmp_path / "docs.jsonl", rows)
+    recipe = make_world(tmp_path, eval={"task": [{"path": str(path), **entry}]})
+    return eval_tasks(load_recipe(str(recipe)), tiny_tokenizer(), max_length=None)
+
+
+class TestEvaluationDocuments:
+    def test_answers(self, tmp_path):
+        rows = [
+            {"q x": "a", "r": {"text": ["1", "2"], "answer_start": [0, 1]}},
+            {"q x": 5, "r": 6},
+            {"q x": [user("b")], "r": [assistant("c")]},
+        ]
+        (task,) = tasks(tmp_path, rows, answers="n", prompt="q x", response="r", template="{prompt} =")
+        assert task.pairs == [("a =", " 1"), ("5 =", " 6"), ("b =", " c")]
+        (task,) = tasks(tmp_path, rows[:2], answers="n", prompt="{q x}?", response="r", offset=1)
+        assert task.pairs == [("Question: 5?\nAnswer:", " 6")]
+
+    @pytest.mark.parametrize("bad", [{"a": 1}, float("nan"), [["x"]], None, True])
+    def test_answers_that_are_none(self, tmp_path, bad):
+        rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": bad}]
+        with pytest.raises(UserError, match=r"^eval.task: 1 of 2 rows cannot be used: 1 .*'answer'.* \(row 2\)"):
+            tasks(tmp_path, rows, answers="n")
+
+    def test_preferences_over_several_turns(self, tmp_path):
+        shared = [user("a"), assistant("b"), user("c")]
+        rows = [{"chosen": [*shared, assistant("yes")], "rejected": [*shared, assistant("no")]}]
+        (task,) = tasks(tmp_path, rows, preferences="p")
+        text = tiny_tokenizer().decode(task.chosen[0].ids)
+        assert text == "Question: a\nAnswer: b</s>\n\nQuestion: c\nAnswer: yes</s>"
+        assert tiny_tokenizer().decode(task.rejected[0].ids).endswith("c\nAnswer: no</s>")
+
+    @pytest.mark.parametrize("turn, reason", [({"a": 1}, "a turn is a dict"), (float("nan"), "a turn is NaN")])
+    def test_mt_bench(self, tmp_path, turn, reason):
+        row = {"question_id": 1, "category": "math", "turns": ["one", turn]}
+        with pytest.raises(UserError, match=f"MT-Bench: row 1 cannot be used: {reason}"):
+            tasks(tmp_path, [row], mt_bench="m")
+
+    def test_documents_of_lm_eval_with_mixed_columns(self, tmp_path):
+        rows = [{"question": 1, "answer": ["a"]}, {"question": "two", "answer": ["b", 2], "more": {"x": 1}}]
+        path = str(write_rows(tmp_path / "nq.jsonl", rows))
+        (leaf,) = lm_tasks.prepare(LmEvalTask("nq_open", path=path))["tasks"].values()
+        assert [leaf.doc_to_text(doc) for doc in leaf.eval_docs] == ["Q: 1?\nA:", "Q: two?\nA:"]
