@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from lora_null.errors import UserError
@@ -73,7 +74,9 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
 def architecture_of(config: PreTrainedConfig) -> str:
     """Return the name of the model's class; of a model that was never saved, that of its family's language model."""
     named = next(iter(getattr(config, "architectures", None) or ()), None)
-    return named or str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+    both = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if config.is_encoder_decoder else {}
+    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | both
+    return named or str(kinds.get(config.model_type, config.model_type))
 
 
 def position_limit(config: PreTrainedConfig) -> PositionLimit | None:

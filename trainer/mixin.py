@@ -163,6 +163,9 @@ class LoraNullMixin(SavingMixin):
             self.init_seconds = time.perf_counter() - start
         if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
             return self._take_trained(Path(resume_from_checkpoint))
+        for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
+            if hasattr(callback, "load_state"):
+                callback.load_state(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             say(f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}")

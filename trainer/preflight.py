@@ -15,8 +15,7 @@ import datasets
 import pyarrow.compute as pc
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
@@ -90,7 +89,7 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
         UserError: experts that are one fused parameter, to which PEFT put an adapter that LoRA-Null cannot start.
     """
     base, layers = model.get_base_model(), adapted_layers(model)
-    linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, LoraLinear)})
+    linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
     if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
         raise UserError(
             f"target_modules: the experts of {type(base).__name__} are fused parameters, which LoRA-Null cannot adapt; "
@@ -322,10 +321,15 @@ def why_not_measured(model: nn.Module, adapter_name: str = "default") -> str | N
     if not layers:
         return f"{type(config).__name__} has no factors A and B"
     for name, layer in layers.items():
-        if not isinstance(layer, LoraLinear) or layer.lora_variant or unreadable(layer.get_base_layer()):
-            variant = next(iter(layer.lora_variant.values()), layer) if isinstance(layer, LoraLinear) else layer
-            return f"{name} has a {type(variant).__name__} instead of W0 x + s·BA x"
+        variant = layer.lora_variant.get(adapter_name, layer)
+        if variant is not layer or not _is_linear(layer) or unreadable(layer.get_base_layer()):
+            return f"{name} has a {type(variant).__name__} of PEFT instead of W0 x + s·BA x"
     return None
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    factors = layer.lora_A.values() if isinstance(layer.lora_A, nn.ModuleDict) else ()
+    return any(isinstance(factor, nn.Linear) for factor in factors) and not isinstance(layer, ParamWrapper)
 
 
 class TrainingWatch(TrainerCallback):
