@@ -41,8 +41,8 @@ from lora_null.trainer.methods import Method, check_base
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
-    check_architecture,
     check_mode,
+    check_model,
     check_peft_config,
     check_rows,
     check_targets,
@@ -98,7 +98,7 @@ class LoraNullMixin(SavingMixin):
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         check_peft_config(given.get("peft_config"), calibration_dataset is not None or init_folder is not None)
         if self.learns_next_token and preflight != "off":
-            check_architecture(given.get("model"), given.get("args"), preflight)
+            check_model(given.get("model"), given.get("args"), preflight)
         super().__init__(*args, **kwargs)
         self._preflight = preflight
         self._watch = TrainingWatch()

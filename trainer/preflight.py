@@ -60,7 +60,14 @@ def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
         return None  # the trainer says what is wrong with it
 
 
-def check_architecture(model: Any, args: Any, mode: Mode) -> None:
+def check_architecture(config: PreTrainedConfig, mode: Mode, where: str = "model") -> None:
+    """Check that a model predicts the next token; `where` names it in the finding."""
+    reason = unsupported(config)
+    if reason:
+        tell(mode, f"{where}: {reason}")
+
+
+def check_model(model: Any, args: Any, mode: Mode) -> None:
     """Check that a model predicts the next token, and has a head to do so.
 
     Args:
@@ -69,11 +76,10 @@ def check_architecture(model: Any, args: Any, mode: Mode) -> None:
         mode: what to do with a finding.
     """
     config = config_of(model, args)
-    reason = unsupported(config) if config is not None else None
-    if reason is None and isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
-        reason = f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
-    if reason:
-        tell(mode, f"model: {reason}")
+    if config is not None:
+        check_architecture(config, mode)
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        tell(mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
 
 
 def check_peft_config(config: PeftConfig | None, calibrated: bool) -> None:
