@@ -105,11 +105,12 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     decoder = _language_model(base)
     outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
     if outside:
+        inside = sorted({name.rpartition(".")[2] for name in layers.keys() - set(outside)})
         tell(
             mode,
             f"target_modules: {outside[0]} and {len(outside) - 1} more lie outside the language model of "
             f"{type(base).__name__}, no text reaches them; "
-            f"target_modules=r'{re.escape(decoder)}.*({'|'.join(linears)})' names those inside",
+            f"target_modules=r'{re.escape(decoder)}.*({'|'.join(inside or linears)})' names those inside",
         )
 
 
@@ -188,10 +189,10 @@ def check_rows(trainer: Any, mode: Mode) -> None:
         mode: what to do with a finding.
     """
     args, tokenizer = trainer.args, tokenizer_of(trainer.processing_class)
-    look = _Look(_ends(trainer.model, tokenizer), getattr(args, "max_length", None))
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     with preserve(trainer.model):  # a collator may draw random numbers, which training has to draw
         for count in (FIRST_LOOK, SECOND_LOOK):
+            look = _Look(_ends(trainer.model, tokenizer), getattr(args, "max_length", None))
             for rows in _batches_of(trainer.train_dataset, count, max(2, args.per_device_train_batch_size)):
                 batch = collate(rows)
                 labels = trainer.labels_of(batch) if isinstance(batch, Mapping) else None
