@@ -448,6 +448,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         preflight=recipe.preflight,
         init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
         calibration_dataset=[{"input_ids": window} for window in job.windows],
+        calibration_args=CalibrationArgs(max_length=max(map(len, job.windows))),
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)

@@ -213,7 +213,7 @@ class LoraNullMixin(SavingMixin):
 
     def _fit(self, calibration_args: CalibrationArgs) -> CalibrationArgs:
         """Return the arguments with windows that the model has positions for."""
-        limit = position_limit(self.model.config) if self._measures else None
+        limit = position_limit(self.model.config) if self._measures and self._calibration_dataset is not None else None
         length = fit_windows(
             calibration_args.max_length, CalibrationArgs.max_length, limit, "calibration_args.max_length"
         )

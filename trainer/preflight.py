@@ -53,9 +53,10 @@ def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
     if not isinstance(model, str):
         return getattr(model, "config", None)
     options = getattr(args, "model_init_kwargs", None) or {}
-    known = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code", "token")}
+    trusted = bool(options.get("trust_remote_code", getattr(args, "trust_remote_code", False)))
+    known = {key: value for key, value in options.items() if key in ("revision", "token")}
     try:
-        return AutoConfig.from_pretrained(model, **known)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trusted, **known)
     except (OSError, ValueError):
         return None  # the trainer says what is wrong with it
 
@@ -161,15 +162,15 @@ class _Look:
     def add(self, batch: Mapping[str, Any], labels: torch.Tensor) -> None:
         """Take in one batch and its labels, (rows, length), −100 where nothing is learned."""
         if "cu_seq_lens_q" in batch:  # sequences without padding, one after another
-            predicted, lengths = batch["position_ids"] > 0, batch["cu_seq_lens_q"].diff()
+            tokens, lengths = batch["position_ids"] > 0, batch["cu_seq_lens_q"].diff()  # the collator masks the first
         else:
-            mask = batch.get("attention_mask", torch.ones_like(labels)).bool()
-            predicted, lengths = mask & (torch.arange(labels.shape[1]) > 0), mask.sum(1)
+            tokens = batch.get("attention_mask", torch.ones_like(labels)).bool()
+            lengths = tokens.sum(1)
         self.rows += len(lengths)
         self.longest = max(self.longest, int(lengths.max()))
         self.learned |= bool((labels != -100).any())
         self.ended |= bool(torch.isin(labels, torch.tensor(sorted(self.ends), dtype=labels.dtype)).any())
-        self.prompted |= bool(((labels == -100) & predicted).any())
+        self.prompted |= bool(((labels == -100) & tokens).any())
         self.whole += len(lengths) if self.max_length is None else int((lengths < self.max_length).sum())
 
     @property
@@ -217,7 +218,7 @@ def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
 
 def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, Any]]]:
     """Yield up to `count` rows in groups: spread evenly over a data set with a length, else the first ones."""
-    if hasattr(dataset, "__len__"):
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         step = max(1, len(dataset) // count)
         rows = (dataset[i] for i in range(0, len(dataset), step))
     else:
@@ -301,18 +302,21 @@ def check_windows(batches: Iterable[Mapping[str, Any]], config: PreTrainedConfig
 
 
 def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
-    """Check that something trains, and nothing of the base that is no part of the adapter and would be lost with it.
+    """Check that nothing of the base trains that is no part of the adapter and would be lost with it.
 
     Args:
         model: as it will train.
         expected: names of the parameters that should; empty where nobody can tell.
         mode: what to do with a finding.
+
+    Raises:
+        RuntimeError: nothing trains at all.
     """
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing, extra = sorted(expected - found), sorted(found - expected) if expected else []
     if not found:
-        tell(mode, "model: no parameter trains")
-    elif extra:
+        raise RuntimeError("no parameter of the model trains")
+    if extra:
         tell(mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it")
     elif missing:
         say(f"model: {missing[0]} ({len(missing)} of {len(expected)} parameters of the adapter) does not train")
@@ -344,14 +348,15 @@ class TrainingWatch(TrainerCallback):
 
     def __init__(self) -> None:
         self.start: dict[str, torch.Tensor] = {}
-        self.rate, self.reached, self.pushed = 0.0, False, False
+        self.steps, self.rate, self.reached, self.pushed = 0, 0.0, False, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         self.start = _sample(model)
-        self.rate, self.reached, self.pushed = 0.0, False, False
+        self.steps, self.rate, self.reached, self.pushed = 0, 0.0, False, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Note the largest rate, and whether a gradient has ever been there and been anything but zero."""
+        self.steps += 1
         self.rate = max([self.rate, *(float(group["lr"]) for group in kwargs["optimizer"].param_groups)])
         if not self.pushed:
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
@@ -359,9 +364,9 @@ class TrainingWatch(TrainerCallback):
             self.pushed = any(bool(_own(gradient).any()) for gradient in gradients)
 
     def moved(self, model: nn.Module) -> bool:
-        """Return whether anything that trains differs from its start, or cannot be seen because it is sharded."""
+        """Return whether anything that trains differs from its start; also where no step was seen, or only empty shards."""
         now = _sample(model)
-        return not self.start or any(
+        return not (self.steps and self.start) or any(
             not torch.equal(now[name], then) for name, then in self.start.items() if name in now
         )
 
