@@ -33,8 +33,9 @@ from lora_null.eval_harness.merge import merged_if_faster
 from lora_null.eval_harness.mt_bench import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, OwnTask, RunOptions, Task, describe, list_tasks
+from lora_null.limits import position_limit, tokenizer_of
 from lora_null.preserve import own_precision, preserve, seed_everything
-from lora_null.ranks import broadcast, device_of, rank_and_world, together
+from lora_null.ranks import broadcast, device_of, rank_and_world, say, together
 
 __all__ = [
     "TASK_FILES",
@@ -110,7 +111,7 @@ def evaluate(
 
     Args:
         model: a `PreTrainedModel` or `PeftModel` on its device.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or its processor.
         tasks: what to evaluate; a plain name is an `LmEvalTask`.
         limit: the most documents or pairs of each task, also of one that allows itself more.
         batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
@@ -127,7 +128,7 @@ def evaluate(
     Raises:
         UserError: for mistakes in the tasks (see `validate_tasks`), or a reference for other pairs or another vocabulary.
     """
-    began, tasks = time.perf_counter(), list_tasks(tasks)
+    began, tasks, tokenizer = time.perf_counter(), list_tasks(tasks), tokenizer_of(tokenizer)
     for name, value in {"limit": limit, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
@@ -198,7 +199,7 @@ def assert_logits_differ(model: nn.Module, tokenizer, text: str) -> None:
     """
     if not hasattr(model, "disable_adapter"):
         raise TypeError(f"{type(model).__name__} has no adapter to disable; pass a PeftModel")
-    inputs = tokenizer(text, return_tensors="pt").to(device_of(model))
+    inputs = tokenizer_of(tokenizer)(text, return_tensors="pt").to(device_of(model))
     with preserve(model), own_precision(model), torch.no_grad():
         model.eval()
         adapted = model(input_ids=inputs["input_ids"]).logits
@@ -226,8 +227,12 @@ def _run_answers(
     options: RunOptions,
 ) -> tuple[dict, dict, dict]:
     """Return (metrics, samples, nothing more for the settings)."""
-    max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pairs = tokenize_pairs(tokenizer, task.pairs[: options.limit], task.name, max_length)
+    limit = position_limit(model.config)
+    beyond = limit.tokens if limit is not None and limit.hard else None
+    pairs = tokenize_pairs(tokenizer, task.pairs[: options.limit], task.name, beyond)
+    longest = max(len(pair.ids) for pair in pairs)
+    if limit is not None and longest > limit.tokens:
+        say(f"evaluation task {task.name!r}: a pair has {longest} tokens, {limit}")
     scores = score_answers(
         model,
         pairs,

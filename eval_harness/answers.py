@@ -69,10 +69,19 @@ def tokenize_pairs(
         if start == 0 or start == len(ids):
             part = "prompt" if start == 0 else "answer"
             raise UserError(f"evaluation task {name!r}: the {part} of pair {i} has no tokens: {pairs[i]!r}")
-        if max_length is not None and len(ids) > max_length:
-            raise UserError(f"evaluation task {name!r}: pair {i} has {len(ids)} tokens, the model takes {max_length}")
         tokenized.append(TokenizedPair(tuple(ids), start))
+    if max_length is not None:
+        check_pairs_fit(name, tokenized, max_length)
     return tokenized
+
+
+def check_pairs_fit(name: str, pairs: Sequence[TokenizedPair], max_length: int) -> None:
+    """Raise a UserError that names the first pair longer than the model takes."""
+    for i, pair in enumerate(pairs):
+        if len(pair.ids) > max_length:
+            raise UserError(
+                f"evaluation task {name!r}: pair {i} has {len(pair.ids)} tokens, the model takes {max_length}"
+            )
 
 
 def answer_log_probs(model: nn.Module, batch: Sequence[TokenizedPair]) -> list[torch.Tensor]:

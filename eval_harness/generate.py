@@ -18,6 +18,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from lora_null.errors import UserError
+from lora_null.limits import PositionLimit, position_limit
 from lora_null.ranks import device_of, merge_shares, my_share, rank_and_world
 
 NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
@@ -151,9 +153,10 @@ def generate_texts(
     Returns:
         The answers, in the order of the prompts, the same on every rank.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.config)
     encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
-    encoded = [ids if room is None else ids[-max(1, room - max_new_tokens) :] for ids in encoded]
+    if limit is not None and check_room(max_new_tokens, limit):
+        encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
     mine = my_share(range(len(prompts)), model)
     ends = end_tokens(model) | {tokenizer.eos_token_id}
     stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
@@ -178,6 +181,17 @@ def generate_texts(
 
     texts = merge_shares(compute)
     return [texts[i] for i in range(len(prompts))]
+
+
+def check_room(max_new_tokens: int, limit: PositionLimit) -> bool:
+    """Return whether answers leave a prompt any of the positions that a model takes, or was trained on.
+
+    Raises:
+        UserError: they do not, and there are no positions beyond.
+    """
+    if limit.hard and max_new_tokens >= limit.tokens:
+        raise UserError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt, {limit}")
+    return max_new_tokens < limit.tokens
 
 
 def _generate_whole(

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from lora_null.errors import UserError
 from lora_null.files import replacing, write_safetensors
@@ -152,6 +153,8 @@ def check_saved_adapter(directory: Path, peft_model: PeftModel, *, adapter_name:
 
 def _check_whole(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel, adapter_name: str, what: str) -> None:
     for name, layer in adapted_layers(peft_model, adapter_name).items():
+        if not isinstance(layer.lora_A, nn.ModuleDict) or adapter_name not in layer.lora_A:
+            continue  # AdaLoRA and embeddings keep theirs under other names
         A, B = (shapes.get(f"base_model.model.{name}.{part}.weight", ()) for part in ("lora_A", "lora_B"))
         rank = A[0] if A else 0
         whole = (rank, layer.in_features) == A and (layer.out_features, rank) == B

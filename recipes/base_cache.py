@@ -48,6 +48,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
             section.bf16,
             section.backend,
             recipe.model.quantization,
+            *filter(None, [recipe.model.eos_token]),
         ],
         "tasks": [_describe(task, getattr(task, "limit", None) or section.limit) for task in tasks],
         "batch_size": section.batch_size,

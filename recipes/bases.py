@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -12,18 +13,25 @@ from typing import Any
 import torch
 from accelerate import PartialState, init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
-from lora_null.errors import UserError
+from lora_null.errors import UserError, nearest
+from lora_null.limits import architecture_of, unsupported
 from lora_null.quantized import keep_layout
 from lora_null.recipes import smollm2
 from lora_null.recipes.quantization import loading_options
 from lora_null.recipes.schema import ModelSection
 
 SHAPES = Path(__file__).parent / "shapes.json"
-PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
 
 
 def resolve_name(model: ModelSection) -> str:
@@ -80,10 +88,23 @@ def _unreachable(name: str, error: Exception) -> str:
 
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
+    kind = _class_of(config)
     with _whole_at_load(), init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+        empty = kind.from_config(config, dtype=getattr(torch, model.dtype))
     empty.tie_weights()
     return empty
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class that loads a language model, also one that reads images as well.
+
+    Raises:
+        UserError: naming an architecture that is none.
+    """
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping or kind.__name__ in (getattr(config, "auto_map", None) or {}):
+            return kind
+    raise UserError(f"model.name_or_path: {unsupported(config) or architecture_of(config) + ' is no language model'}")
 
 
 def attention(model: ModelSection) -> str:
@@ -95,22 +116,30 @@ def attention(model: ModelSection) -> str:
 
 
 def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a padding token that is not its end token.
+    """Return the tokenizer, with the recipe's padding and end token; without one to pad with its end token pads, as in TRL.
 
     Raises:
-        UserError: it cannot be loaded, or has no token to pad with.
+        UserError: it cannot be loaded, has no such token, or none to pad with.
     """
     try:
         options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         raise UserError(_unreachable(name, error)) from None
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        vocabulary = tokenizer.get_vocab()
-        pad = next((token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token), None)
-        if pad is None:
-            raise UserError(f"model: the tokenizer of {name} has no token to pad with that is not its end token")
-        tokenizer.pad_token = pad
+    vocabulary = tokenizer.get_vocab()
+    for key in ("eos_token", "pad_token"):
+        token = getattr(model, key)
+        if token is not None and token not in vocabulary:
+            close = nearest(
+                token, tokenizer.all_special_tokens + list(difflib.get_close_matches(token, vocabulary, 1))
+            )
+            raise UserError(f"model.{key}: the tokenizer of {name} has no token {token!r}{close}")
+        setattr(tokenizer, key, token or getattr(tokenizer, key))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model.pad_token: the tokenizer of {name} has no token to pad with, and none that ends an answer"
+        )
     return tokenizer
 
 
@@ -122,11 +151,11 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     Raises:
         UserError: the weights cannot be loaded.
     """
-    quantized = loading_options(model, PartialState().device)
+    quantized, kind = loading_options(model, PartialState().device), _class_of(load_config(model, name))
     logging.disable_progress_bar()
     try:
         with _whole_at_load():
-            loaded, found = AutoModelForCausalLM.from_pretrained(
+            loaded, found = kind.from_pretrained(
                 name,
                 revision=model.revision or "main",
                 dtype=getattr(torch, model.dtype),
@@ -143,7 +172,17 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
     keep_layout(loaded)
+    if model.eos_token is not None:
+        _end_with(loaded, load_tokenizer(model, name).eos_token_id)
     return loaded
+
+
+def _end_with(loaded: PreTrainedModel, end: int) -> None:
+    """Let a model's generation stop at one more token, and its configuration name it, as TRL's `eos_token` does."""
+    ends = loaded.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    loaded.generation_config.eos_token_id = [end, *(other for other in ends if other != end)]
+    loaded.config.get_text_config(decoder=True).eos_token_id = end
 
 
 @contextlib.contextmanager

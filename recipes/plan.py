@@ -19,6 +19,7 @@ from lora_null.recipes.bases import empty_model
 from lora_null.recipes.quantization import check_pairs, weight_bytes
 from lora_null.recipes.schema import MethodSection, Recipe, parse_count
 from lora_null.trainer.methods import METHODS, Method, make_method
+from lora_null.trainer.preflight import check_targets
 
 GIB = 1024**3
 
@@ -102,6 +103,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     method = make_method(name, section.options.get(name))
     rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
     model = _put_on(recipe, model_config, method, rank)
+    if isinstance(model, PeftModel):
+        check_targets(model, recipe.preflight)
     method.check(model)
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))

@@ -20,10 +20,22 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
 from lora_null.errors import UserError
-from lora_null.eval_harness import Evaluation, LmEvalTask, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness import (
+    AnswerTask,
+    Evaluation,
+    LmEvalTask,
+    MTBenchTask,
+    PreferenceTask,
+    assert_logits_differ,
+    evaluate,
+    validate_tasks,
+)
+from lora_null.eval_harness.answers import check_pairs_fit, tokenize_pairs
+from lora_null.eval_harness.generate import check_room
 from lora_null.eval_harness.vllm import open_vllm, require_vllm
 from lora_null.files import link, read_json, write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
+from lora_null.limits import PositionLimit, fit_windows, position_limit
 from lora_null.memory import release_freed_memory
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
@@ -37,7 +49,7 @@ from lora_null.recipes.bases import (
 from lora_null.recipes.data import calibration_texts, load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, templates_of
-from lora_null.recipes.examples import TrainingData, describe_bad_rows, training_data
+from lora_null.recipes.examples import TrainingData, describe_bad_rows, tokenize, training_data
 from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.preemption import SaveOnSigterm
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
@@ -50,6 +62,7 @@ from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTr
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.mixin import DRIFT_FILE
+from lora_null.trainer.preflight import check_architecture, tell
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}
@@ -119,6 +132,7 @@ def dry_run(recipe: Recipe) -> None:
     """
     name = resolve_name(recipe.model)
     config = known_shape(name) or load_config(recipe.model, name)
+    check_architecture(config, recipe.preflight, "model.name_or_path")
     training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
     rows = _count_rows(recipe.data) if Path(recipe.data.path).is_file() else None
     if PartialState().is_main_process:
@@ -208,14 +222,19 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     training = training_arguments(recipe, Path(recipe.output_dir))
     name = resolve_name(recipe.model)
     config = load_config(recipe.model, name)
+    check_architecture(config, recipe.preflight, "model.name_or_path")
     plans = plan_methods(recipe, config)
     tokenizer = load_tokenizer(recipe.model, name)
     texts = calibration_texts(recipe.calibration, tokenizer)
     data = read_training_data(recipe, tokenizer, training)
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
     tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
+    limit = position_limit(config)
+    if limit is not None and limit.hard:
+        _check_positions(recipe, tokenizer, training, data, tasks, limit)
     section = recipe.calibration
-    cut = CalibrationArgs(section.samples, section.max_length, section.mode, recipe.seed)
+    length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
+    cut = CalibrationArgs(section.samples, length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
     folder, commit = Path(recipe.output_dir), getattr(config, "_commit_hash", None)
@@ -233,6 +252,35 @@ def read_training_data(
         total = len(data.bad) + len(data.examples)
         print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
     return data
+
+
+def _check_positions(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    training: SFTConfig | DPOConfig,
+    data: TrainingData,
+    tasks: list[Any],
+    limit: PositionLimit,
+) -> None:
+    """Compare rows, as they are cut, held-out pairs and answers with a model's position table, before it loads.
+
+    Raises:
+        UserError: something is longer.
+    """
+    rows = list(data.rows["input_ids"]) if recipe.trainer == "sft" else []
+    for rejected in (False, True) if recipe.trainer == "dpo" else ():
+        rows += [t.ids for t in tokenize(data.examples, recipe.data.template, tokenizer, rejected=rejected)]
+    longest = min(max(map(len, rows), default=0), training.max_length or math.inf)
+    if longest > limit.tokens:
+        line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
+        tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
+    for task in tasks:
+        if isinstance(task, AnswerTask):
+            tokenize_pairs(tokenizer, task.pairs, task.name, limit.tokens)
+        elif isinstance(task, PreferenceTask):
+            check_pairs_fit(task.name, [*task.chosen, *task.rejected], limit.tokens)
+        elif isinstance(task, MTBenchTask):
+            check_room(task.max_new_tokens, limit)
 
 
 def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
@@ -328,7 +376,7 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     diverged = diverged_at(trainer)
     saved = None if diverged else _save(job, plan, trainer, folder)
-    if hasattr(model, "disable_adapter") and not diverged:
+    if hasattr(model, "disable_adapter") and not diverged and trainer.something_moved:
         assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
     found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
     if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
@@ -397,8 +445,10 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         method=method,
         reuse_init=reuses,
         init_folder=recipe.method.init,
+        preflight=recipe.preflight,
         init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
         calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in job.windows],
+        calibration_args=CalibrationArgs(max_length=max(map(len, job.windows))),
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)

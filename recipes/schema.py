@@ -62,6 +62,10 @@ class ModelSection(Section):
         "auto", description="auto: flash-attn where installed and on a GPU, sdpa otherwise"
     )
     trust_remote_code: bool = Field(False, description="run code that a model repository ships")
+    pad_token: str | None = Field(
+        None, description="what pads; the tokenizer's own when not given, else its end token"
+    )
+    eos_token: str | None = Field(None, description="what ends an answer; the tokenizer's own when not given")
 
     @field_validator("quantization")
     @classmethod
@@ -335,6 +339,10 @@ class Recipe(Section):
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = {}
+    preflight: Literal["error", "warn", "off"] = Field(
+        "error",
+        description="what may be wrong with model and rows, such as no end of an answer: refused, only said, not looked for",
+    )
     eval: EvalSection = EvalSection()
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
@@ -364,7 +372,7 @@ class Recipe(Section):
 def _instead(key: str) -> str:
     instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
     instead["hub_token"] = "HF_TOKEN in the environment: a recipe is kept with its results"
-    instead |= dict.fromkeys(TOKENIZED, "those of data")
+    instead |= dict.fromkeys(TOKENIZED, "those of data") | {key: f"model.{key}" for key in ("eos_token", "pad_token")}
     return f", use {instead.get(key, key.removeprefix('data_'))}"
 
 

@@ -189,12 +189,6 @@ def test_no_calibration_data_is_a_users_mistake(tmp_path):
 
 
 class TestPreflight:
-    def test_pad_is_eos(self, tmp_path):
-        tokenizer = tiny_tokenizer()
-        tokenizer.pad_token = tokenizer.eos_token
-        with pytest.raises(UserError, match="pad_token and eos_token are both"):
-            make(tmp_path, tokenizer=tokenizer).train()
-
     def test_end_is_never_trained(self, tmp_path):
         rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100, 6, 7]] * 8})
         with pytest.raises(UserError, match="is in no label"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from trl import DPOTrainer
 
-from lora_null.errors import UserError
 from lora_null.trainer.mixin import LoraNullMixin
 
 
@@ -29,20 +30,14 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     Every argument but those of `LoraNullMixin` is `DPOTrainer`'s.
     """
 
-    def _first_rows(self) -> list[dict[str, Any]]:
-        """Return the first preferences as rows with labels: each chosen and each rejected completion.
+    learns_next_token = True
+    nothing_learned = "chosen and rejected are equal, or only their prompts are left of them,"
 
-        Raises:
-            UserError: every pair of the first batch has equal completions, so that nothing would be learned.
-        """
-        pairs = super()._first_rows()
-        if pairs and all(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs):
-            raise UserError("training data: chosen and rejected are equal in the whole first batch")
-        return [
-            {
-                "input_ids": [*pair["prompt_ids"], *pair[side]],
-                "labels": [-100] * len(pair["prompt_ids"]) + [*pair[side]],
-            }
-            for pair in pairs
-            for side in ("chosen_ids", "rejected_ids")
-        ]
+    def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the completions, first the chosen ones, then the rejected; a pair of equal ones teaches nothing."""
+        if "completion_mask" not in batch:
+            return None
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        chosen, rejected = labels.chunk(2)
+        equal = (chosen == rejected).all(1)
+        return labels.masked_fill(torch.cat([equal, equal])[:, None], -100)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
 from lora_null.calibration import Calibration, measure_inputs
@@ -28,9 +27,10 @@ from lora_null.initialize import (
     load_initialization,
     start_adapter,
 )
-from lora_null.layer import is_started, residual_of
+from lora_null.layer import is_started
+from lora_null.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.quantized import keep_layout, quantized_layers
-from lora_null.sharding import whole_parameters
+from lora_null.ranks import say
 from lora_null.store import PREFIX, copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
@@ -38,7 +38,18 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint_or_raise,
 )
 from lora_null.trainer.methods import Method, check_base
-from lora_null.trainer.preflight import check_batch, check_trainable
+from lora_null.trainer.preflight import (
+    Mode,
+    TrainingWatch,
+    check_mode,
+    check_model,
+    check_peft_config,
+    check_rows,
+    check_targets,
+    check_trainable,
+    check_windows,
+    why_not_measured,
+)
 from lora_null.trainer.saving import SavingMixin
 
 DRIFT_FILE, FACTORS_FILE = "drift.safetensors", "factors.safetensors"
@@ -60,10 +71,17 @@ class LoraNullMixin(SavingMixin):
         init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
         method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
         reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
+        preflight: what to do with a finding of `lora_null.trainer.preflight`, such as labels that are all masked:
+            "error" refuses it before anything is spent, "warn" says it in a line and goes on, "off" does not look.
 
     Raises:
-        UserError: LoRA-Null without calibration data, or a batch from which nothing or no end would be learned.
+        UserError: LoRA-Null without calibration data, or a finding of the preflight: a model that does not predict the
+            next token, rows from which nothing or no end of an answer would be learned, rows or windows longer than a
+            position table, weights that train and would be lost.
     """
+
+    learns_next_token = False  # whether the trainer needs a language model; told by the trainers themselves
+    nothing_learned = "every label is masked"
 
     def __init__(
         self,
@@ -74,9 +92,18 @@ class LoraNullMixin(SavingMixin):
         init_folder: str | Path | None = None,
         method: Method | None = None,
         reuse_init: bool = False,
+        preflight: Mode = "error",
         **kwargs: Any,
     ) -> None:
+        check_mode(preflight)
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        check_peft_config(given.get("peft_config"), calibration_dataset is not None or init_folder is not None)
+        if self.learns_next_token and preflight != "off":
+            check_model(given.get("model"), given.get("args"), preflight)
         super().__init__(*args, **kwargs)
+        self._preflight = preflight
+        self._watch = TrainingWatch()
+        self.add_callback(self._watch)
         self.method = method or Method()
         self._measures = method is not None or isinstance(self.model, PeftModel)
         self._goes_on = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
@@ -88,7 +115,7 @@ class LoraNullMixin(SavingMixin):
         for callback in self.method.callbacks():
             self.add_callback(callback)
         self._calibration_dataset = calibration_dataset
-        self._calibration_args = calibration_args or CalibrationArgs(seed=self.args.seed)
+        self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
         self._init_options = init_options or defaults
         self._init_folder = init_folder and find_initialization(Path(init_folder))
@@ -98,6 +125,7 @@ class LoraNullMixin(SavingMixin):
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
         if self._starts_lora_null:
+            check_targets(self.model, preflight)
             check_layers(self.model, self._lora_layers(), self.adapter_name)
         if init_folder is not None and not self._starts_lora_null:
             reason = "the adapter is started already" if self._goes_on else "only LoRA-Null starts from one"
@@ -145,9 +173,12 @@ class LoraNullMixin(SavingMixin):
             self.init_seconds = time.perf_counter() - start
         if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
             return self._take_trained(Path(resume_from_checkpoint))
+        for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
+            if hasattr(callback, "load_state"):
+                callback.load_state(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.state.global_step and self._measures:
-            self._check_something_moved()
+        if self._preflight != "off" and not self.something_moved:
+            say(f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}")
         return output
 
     def _check_engine(self) -> None:
@@ -171,9 +202,8 @@ class LoraNullMixin(SavingMixin):
         Args:
             resuming: the checkpoint to go on from; True for the last one in the output folder.
         """
-        rows = self._first_rows()
-        if rows and "labels" in rows[0]:
-            check_batch(rows, self.processing_class, getattr(self.args, "max_length", None))
+        if self._preflight != "off":
+            check_rows(self, self._preflight)
         if not self._measures:
             return
         check_whole(self.model)
@@ -183,11 +213,28 @@ class LoraNullMixin(SavingMixin):
             self._start_from(self.init_dir)
         else:
             self._initialize()
-        check_trainable(self.model, self.method.trainable(self.model))
+        if self._preflight != "off":
+            check_trainable(self.model, self.method.trainable(self.model), self._preflight)
 
-    def _first_rows(self) -> list[dict[str, Any]]:
-        """Return the first training rows; those with `labels` are checked before anything is spent."""
-        return list(islice(self.train_dataset, self.args.per_device_train_batch_size))
+    def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return what a collated batch teaches, (rows, length), −100 where nothing; None where it has no such labels."""
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        return labels if torch.is_tensor(ids) and torch.is_tensor(labels) and ids.shape == labels.shape else None
+
+    def _drift_is_measurable(self) -> bool:
+        """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
+        reason = why_not_measured(self.model) if type(self.method) is Method else None
+        if reason is not None:
+            say(f"calibration_dataset: no drift is reported, {reason}")
+        return reason is None
+
+    def _fit(self, calibration_args: CalibrationArgs) -> CalibrationArgs:
+        """Return the arguments with windows that the model has positions for."""
+        limit = position_limit(self.model.config) if self._measures and self._calibration_dataset is not None else None
+        length = fit_windows(
+            calibration_args.max_length, CalibrationArgs.max_length, limit, "calibration_args.max_length"
+        )
+        return replace(calibration_args, max_length=length)
 
     def _initialize(self) -> None:
         if self.args.should_save:
@@ -195,7 +242,8 @@ class LoraNullMixin(SavingMixin):
         self.accelerator.wait_for_everyone()
         self._at_start = True
         if not self._starts_lora_null:
-            calibration = Calibration() if self._calibration_dataset is None else self._measure()
+            measures = self._calibration_dataset is not None and self._drift_is_measurable()
+            calibration = self._measure() if measures else Calibration()
         elif self._init_folder is not None:
             self.layer_report, calibration = load_initialization(
                 self._init_folder, self.model, adapter_name=self.adapter_name
@@ -237,8 +285,10 @@ class LoraNullMixin(SavingMixin):
         return self._init_options
 
     def _batches(self) -> list[dict[str, Any]]:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        return as_batches(self._calibration_dataset, tokenizer, self._calibration_args)
+        batches = as_batches(self._calibration_dataset, tokenizer_of(self.processing_class), self._calibration_args)
+        if self._preflight != "off":
+            check_windows(batches, self.model.config, self._preflight)
+        return batches
 
     def _measure(self) -> Calibration:
         return measure_inputs(
@@ -280,24 +330,10 @@ class LoraNullMixin(SavingMixin):
             self.drift_meter = self.method.drift_meter(self.model, folder / DRIFT_FILE)
         self._at_start = True
 
-    @torch.no_grad()
-    def _check_something_moved(self) -> None:
-        layers = self._lora_layers()
-        for layer in layers.values():
-            if self._moved(layer):
-                return
-        if layers or (self.drift_meter is not None and self.drift_meter.summary()["max"] == 0):
-            raise RuntimeError(
-                f"after {self.state.global_step} steps nothing differs from its start: nothing was trained"
-            )
-
-    def _moved(self, layer: LoraLayer) -> bool:
-        name = self.adapter_name
-        with whole_parameters(layer.lora_A, layer.lora_B):
-            moves = "lora_A" if "lora_B" in layer.frozen_peft_weight_names.get(name, ()) else "lora_B"
-            factor, residual = getattr(layer, moves)[name].weight, residual_of(layer, name)
-            start = torch.zeros_like(factor) if residual is None else residual.B.to(factor)
-            return not torch.equal(factor, start)
+    @property
+    def something_moved(self) -> bool:
+        """Whether training changed anything of what trains."""
+        return self._watch.moved(self.model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the knowledge drift (mean and max over the layers) to every training log line."""

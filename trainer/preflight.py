@@ -1,54 +1,390 @@
-"""One look at the first batch, and at what will train, before anything is spent."""
+"""What a run would lose, told before anything is spent: one look at the model, at collated batches and at what will train.
+
+Every finding here is a `UserError` with `preflight="error"`, a printed line with "warn", and nothing with "off".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, get_args
 
+import datasets
+import pyarrow.compute as pc
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from lora_null.errors import UserError
+from lora_null.config import LoraNullConfig
+from lora_null.errors import UserError, nearest
+from lora_null.layer import adapted_layers
+from lora_null.limits import PositionLimit, position_limit, tokenizer_of, unsupported
+from lora_null.preserve import preserve
+from lora_null.quantized import unreadable
+from lora_null.ranks import say
+
+Mode = Literal["error", "warn", "off"]
+FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts after which W0 is known no more
+SAMPLED = 4096  # numbers of a tensor that are compared before and after training
 
 
-def check_batch(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-    """Check tokenized training rows: labels exist, the end of an answer is trained, padding is not the end token.
+def check_mode(mode: str) -> None:
+    """Raise a UserError for a `preflight` that is none."""
+    if mode not in get_args(Mode):
+        raise UserError(f"preflight: no {mode!r}{nearest(mode, get_args(Mode))}")
 
-    A model that never learns its end token, or learns nothing, looks like one that forgot.
+
+def tell(mode: Mode, finding: str) -> None:
+    """Refuse, say or leave out a finding."""
+    if mode == "error":
+        raise UserError(f"{finding} (preflight: 'warn' goes on all the same)")
+    if mode == "warn":
+        say(f"preflight: {finding}")
+
+
+def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
+    """Return the configuration of a model, or of the name of one; None where only loading it will tell."""
+    if not isinstance(model, str):
+        return getattr(model, "config", None)
+    options = getattr(args, "model_init_kwargs", None) or {}
+    trusted = bool(options.get("trust_remote_code", getattr(args, "trust_remote_code", False)))
+    known = {key: value for key, value in options.items() if key in ("revision", "token")}
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trusted, **known)
+    except (OSError, ValueError):
+        return None  # the trainer says what is wrong with it
+
+
+def check_architecture(config: PreTrainedConfig, mode: Mode, where: str = "model") -> None:
+    """Check that a model predicts the next token; `where` names it in the finding."""
+    reason = unsupported(config)
+    if reason:
+        tell(mode, f"{where}: {reason}")
+
+
+def check_model(model: Any, args: Any, mode: Mode) -> None:
+    """Check that a model predicts the next token, and has a head to do so.
 
     Args:
-        rows: each with `input_ids` and `labels`, not yet padded.
-        tokenizer: the one that padded and ended them.
-        max_length: rows this long may have lost their end to truncation.
-
-    Raises:
-        UserError: one line with what to change.
+        model: the model, or its name; then nothing is loaded.
+        args: the training arguments.
+        mode: what to do with a finding.
     """
-    rows = list(rows)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"tokenizer: pad_token and eos_token are both {tokenizer.eos_token!r}, "
-            "so the end of an answer may never be learned; set tokenizer.pad_token to another token"
-        )
-    if not any(label != -100 for row in rows for label in row["labels"]):
-        raise UserError("training data: every label is masked in the first batch, nothing would be learned")
-    whole = [row for row in rows if max_length is None or len(row["input_ids"]) < max_length]
-    if whole and not any(tokenizer.eos_token_id in row["labels"] for row in whole):
-        raise UserError(
-            f"training data: the end token {tokenizer.eos_token!r} is in no label of the first batch, "
-            "so the model would never learn to stop; check the template and eos_token"
-        )
+    config = config_of(model, args)
+    if config is not None:
+        check_architecture(config, mode)
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        tell(mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
 
 
-def check_trainable(model: nn.Module, expected: set[str]) -> None:
-    """Check that exactly the expected parameters train.
+def check_peft_config(config: PeftConfig | None, calibrated: bool) -> None:
+    """Raise a UserError, before a model loads, for a LoRA-Null that has nothing to start from."""
+    if isinstance(config, LoraNullConfig) and not calibrated:
+        raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
+
+
+def check_targets(model: PeftModel, mode: Mode) -> None:
+    """Check that texts reach what LoRA-Null adapts, and say which experts it leaves as they are.
 
     Raises:
-        RuntimeError: naming the first parameters that differ.
+        UserError: experts that are one fused parameter, to which PEFT put an adapter that LoRA-Null cannot start.
+    """
+    base, layers = model.get_base_model(), adapted_layers(model)
+    linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
+    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
+        raise UserError(
+            f"target_modules: the experts of {type(base).__name__} are fused parameters, which LoRA-Null cannot adapt; "
+            f"name the other linears: target_modules={linears}"
+        )
+    _say_what_is_fused(base)
+    decoder = _language_model(base)
+    outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
+    if outside:
+        inside = sorted({name.rpartition(".")[2] for name in layers.keys() - set(outside)})
+        tell(
+            mode,
+            f"target_modules: {outside[0]} and {len(outside) - 1} more lie outside the language model of "
+            f"{type(base).__name__}, no text reaches them; "
+            f"target_modules=r'{re.escape(decoder)}.*({'|'.join(inside or linears)})' names those inside",
+        )
+
+
+def _say_what_is_fused(base: nn.Module) -> None:
+    """Say how much of a mixture of experts is no linear: three-dimensional parameters, one matrix an expert."""
+    fused = {n: p.numel() for n, p in base.named_parameters() if p.ndim == 3 and "expert" in n and "lora_" not in n}
+    if fused:
+        share = sum(fused.values()) / sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)
+        say(
+            f"target_modules: the experts of {type(base).__name__} are fused parameters, no linears, and stay as they "
+            f"are ({next(iter(fused))} and {len(fused) - 1} more, {share:.0%} of the weights)"
+        )
+
+
+def _language_model(base: PreTrainedModel) -> str:
+    """Return the name of the part that reads text in a model that reads more than text; "" of a language model."""
+    config = base.config
+    if config.get_text_config(decoder=True) is config:
+        return ""
+    decoder = base.get_decoder()
+    return next((name for name, module in base.named_modules() if module is decoder), "")
+
+
+@dataclass
+class _Look:
+    """What the collated batches that were looked at have to learn from.
+
+    Attributes:
+        ends: ids that end an answer.
+        max_length: sequences this long may have lost their end to truncation; None: none has.
+        rows: sequences.
+        longest: tokens of the longest.
+        learned: whether any token has a label.
+        ended: whether an end token has one.
+        prompted: whether any token is masked: there are prompts, so there are answers that have to end.
+        whole: sequences that lost nothing.
+    """
+
+    ends: set[int]
+    max_length: int | None
+    rows: int = 0
+    longest: int = 0
+    learned: bool = False
+    ended: bool = False
+    prompted: bool = False
+    whole: int = 0
+
+    def add(self, batch: Mapping[str, Any], labels: torch.Tensor) -> None:
+        """Take in one batch and its labels, (rows, length), −100 where nothing is learned."""
+        if "cu_seq_lens_q" in batch:  # sequences without padding, one after another
+            tokens, lengths = batch["position_ids"] > 0, batch["cu_seq_lens_q"].diff()  # the collator masks the first
+        else:
+            tokens = batch.get("attention_mask", torch.ones_like(labels)).bool()
+            lengths = tokens.sum(1)
+        self.rows += len(lengths)
+        self.longest = max(self.longest, int(lengths.max()))
+        self.learned |= bool((labels != -100).any())
+        self.ended |= bool(torch.isin(labels, torch.tensor(sorted(self.ends), dtype=labels.dtype)).any())
+        self.prompted |= bool(((labels == -100) & tokens).any())
+        self.whole += len(lengths) if self.max_length is None else int((lengths < self.max_length).sum())
+
+    @property
+    def is_fine(self) -> bool:
+        return self.learned and (self.ended or not self.ends)
+
+
+def check_rows(trainer: Any, mode: Mode) -> None:
+    """Check what the trainer's own collator makes of the training rows: something is learned, answers end.
+
+    Labels are read where the loss reads them, on padded batches: a collator that masks padding masks an end token that
+    is used to pad. A few rows spread over the data are looked at, more only where those are in doubt. Trainers whose
+    batches have no labels are left alone.
+
+    Args:
+        trainer: a `LoraNullMixin`.
+        mode: what to do with a finding.
+    """
+    args, tokenizer = trainer.args, tokenizer_of(trainer.processing_class)
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+    with preserve(trainer.model):  # a collator may draw random numbers, which training has to draw
+        for count in (FIRST_LOOK, SECOND_LOOK):
+            look = _Look(_ends(trainer.model, tokenizer), getattr(args, "max_length", None))
+            for rows in _batches_of(trainer.train_dataset, count, max(2, args.per_device_train_batch_size)):
+                batch = collate(rows)
+                labels = trainer.labels_of(batch) if isinstance(batch, Mapping) else None
+                if labels is None:
+                    return
+                look.add(batch, labels)
+                if look.is_fine and count == SECOND_LOOK:
+                    break
+            if look.is_fine:
+                break
+    _judge(look, tokenizer, trainer.nothing_learned, mode)
+    limit = position_limit(trainer.model.config)
+    if limit is not None:
+        _check_lengths(trainer, limit, look.longest, mode)
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's end token, and those that generation stops at."""
+    ends = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
+
+
+def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield up to `count` rows in groups: spread evenly over a data set with a length, else the first ones."""
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        step = max(1, len(dataset) // count)
+        rows = (dataset[i] for i in range(0, len(dataset), step))
+    else:
+        rows = iter(dataset)
+    rows = islice(rows, count)
+    while group := list(islice(rows, size)):
+        yield group
+
+
+def _judge(look: _Look, tokenizer: Any, nothing_learned: str, mode: Mode) -> None:
+    seen = f"in the {look.rows} rows looked at"
+    if not look.rows:
+        tell(mode, "training data: no row is left to train on")
+    elif not look.learned:
+        tell(mode, f"training data: {nothing_learned} {seen}, nothing would be learned")
+    elif look.is_fine:
+        return
+    elif not look.whole and look.prompted:
+        say(f"training data: every row is cut at max_length ({look.max_length}), so no end of an answer is learned")
+    elif look.prompted:
+        tell(
+            mode,
+            f"training data: the end token {tokenizer.eos_token!r} is in no label {seen}, so the model would never "
+            "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
+        )
+    elif look.whole and mode != "off":
+        say(
+            f"training data: the end token {tokenizer.eos_token!r} is in no label {seen}; the model does not learn to stop"
+        )
+
+
+def _check_lengths(trainer: Any, limit: PositionLimit, seen: int, mode: Mode) -> None:
+    """Compare rows, as they are cut, with the positions that the model takes; all rows where there are none beyond."""
+    cut = getattr(trainer.args, "max_length", None)
+    if cut is not None and cut <= limit.tokens:
+        return
+    longest = seen
+    if limit.hard:
+        evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        for data in (trainer.train_dataset, *evaluated.values()):
+            found = _longest_row(data)
+            longest = max(longest, found if cut is None else min(found, cut))
+    if longest <= limit.tokens:
+        return
+    line = f"max_length: a row has {longest} tokens, {limit}"
+    if limit.hard:
+        tell(mode, f"{line}; max_length={limit.tokens} cuts it")
+    else:
+        say(line)
+
+
+def _longest_row(dataset: Any) -> int:
+    """Return the tokens of the longest sequence of a prepared data set; 0 where that cannot be told without reading it."""
+    if not isinstance(dataset, datasets.Dataset):
+        return 0
+    names = [name for name in ("seq_lengths", "prompt_ids", "input_ids") if name in dataset.column_names][:1]
+    if names == ["prompt_ids"]:
+        names += [name for name in ("chosen_ids", "rejected_ids") if name in dataset.column_names]
+    longest = 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000) if names else ():
+        lengths = [pc.list_value_length(table[name]) for name in names]
+        if names == ["seq_lengths"]:
+            sizes = pc.list_flatten(table["seq_lengths"])
+        else:
+            sizes = pc.add(lengths[0], pc.max_element_wise(*lengths[1:])) if lengths[1:] else lengths[0]
+        longest = max(longest, pc.max(sizes).as_py() or 0)
+    return longest
+
+
+def check_windows(batches: Iterable[Mapping[str, Any]], config: PreTrainedConfig, mode: Mode) -> None:
+    """Compare calibration batches with the positions that the model takes."""
+    limit = position_limit(config)
+    longest = max((torch.as_tensor(batch["input_ids"]).shape[-1] for batch in batches), default=0)
+    if limit is None or longest <= limit.tokens:
+        return
+    line = f"calibration: a window has {longest} tokens, {limit}"
+    if limit.hard:
+        tell(mode, line)
+    else:
+        say(line)
+
+
+def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
+    """Check that nothing of the base trains that is no part of the adapter and would be lost with it.
+
+    Args:
+        model: as it will train.
+        expected: names of the parameters that should; empty where nobody can tell.
+        mode: what to do with a finding.
+
+    Raises:
+        RuntimeError: nothing trains at all.
     """
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing, extra = sorted(expected - found), sorted(found - expected) if expected else []
     if not found:
         raise RuntimeError("no parameter of the model trains")
-    if found != expected:
-        missing, extra = sorted(expected - found), sorted(found - expected)
-        raise RuntimeError(f"trainable parameters differ: not training {missing[:3]}, training as well {extra[:3]}")
+    if extra:
+        tell(mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it")
+    elif missing:
+        say(f"model: {missing[0]} ({len(missing)} of {len(expected)} parameters of the adapter) does not train")
+
+
+def why_not_measured(model: nn.Module, adapter_name: str = "default") -> str | None:
+    """Return why the drift of an adapter is no ‖s·BA X‖ / ‖W0 X‖, so that it cannot be followed; None where it is."""
+    config = model.peft_config[adapter_name]
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(REWRITES_BASE):
+        return f"init_lora_weights={start!r} changes the base"
+    layers = adapted_layers(model, adapter_name)
+    if not layers:
+        return f"{type(config).__name__} has no factors A and B"
+    for name, layer in layers.items():
+        variant = layer.lora_variant.get(adapter_name, layer)
+        if variant is not layer or not _is_linear(layer) or unreadable(layer.get_base_layer()):
+            return f"{name} has a {type(variant).__name__} of PEFT instead of W0 x + s·BA x"
+    return None
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    factors = layer.lora_A.values() if isinstance(layer.lora_A, nn.ModuleDict) else ()
+    return any(isinstance(factor, nn.Linear) for factor in factors) and not isinstance(layer, ParamWrapper)
+
+
+class TrainingWatch(TrainerCallback):
+    """Watches whether training changes anything, and if not, why; it never stops a run that was paid for."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, torch.Tensor] = {}
+        self.steps, self.rate, self.reached, self.pushed = 0, 0.0, False, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.start = _sample(model)
+        self.steps, self.rate, self.reached, self.pushed = 0, 0.0, False, False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Note the largest rate, and whether a gradient has ever been there and been anything but zero."""
+        self.steps += 1
+        self.rate = max([self.rate, *(float(group["lr"]) for group in kwargs["optimizer"].param_groups)])
+        if not self.pushed:
+            gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+            self.reached |= bool(gradients)
+            self.pushed = any(bool(_own(gradient).any()) for gradient in gradients)
+
+    def moved(self, model: nn.Module) -> bool:
+        """Return whether anything that trains differs from its start; also where no step was seen, or only empty shards."""
+        now = _sample(model)
+        return not (self.steps and self.start) or any(
+            not torch.equal(now[name], then) for name, then in self.start.items() if name in now
+        )
+
+    def why_not(self) -> str:
+        """Return why nothing moved, as far as the steps tell."""
+        if self.rate == 0:
+            return "the learning rate was 0 in every step"
+        if not self.reached:
+            return "no gradient reached what trains"
+        return "steps were lost to rounding" if self.pushed else "every gradient was 0"
+
+
+@torch.no_grad()
+def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return some numbers of everything that trains, copied; of what is sharded this rank's own."""
+    tensors = {name: _own(p.detach()).flatten() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: flat[:: max(1, len(flat) // SAMPLED)].clone() for name, flat in tensors.items() if len(flat)}
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -94,9 +94,6 @@ class SavingMixin:
         """Load what trains, as PEFT saved it; from an engine that shards too, whose own file of it is not used."""
         checkpoint = Path(resume_from_checkpoint)
         self._restore_start(checkpoint)
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "load_state"):
-                callback.load_state(checkpoint)
         if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

@@ -21,3 +21,5 @@ class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
 
     Every argument but those of `LoraNullMixin` is `SFTTrainer`'s.
     """
+
+    learns_next_token = True

@@ -121,14 +121,17 @@ def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from lora_null.recipes.bases import load_tokenizer, resolve_name
+    from lora_null.limits import fit_windows, position_limit
+    from lora_null.recipes.bases import load_config, load_tokenizer, resolve_name
     from lora_null.recipes.data import calibration_texts
     from lora_null.trainer.calibration import CalibrationArgs, as_batches
 
     model, calibration = _sections(arguments)
-    tokenizer = load_tokenizer(model, resolve_name(model))
+    name = resolve_name(model)
+    tokenizer, limit = load_tokenizer(model, name), position_limit(load_config(model, name))
     texts = calibration_texts(calibration, tokenizer)
-    cut = CalibrationArgs(calibration.samples, calibration.max_length, calibration.mode, arguments.seed)
+    length = fit_windows(calibration.max_length, CalibrationArgs.max_length, limit, "--max-length")
+    cut = CalibrationArgs(calibration.samples, length, calibration.mode, arguments.seed)
     return as_batches(texts, tokenizer, cut)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainerCallback
 
@@ -106,12 +108,34 @@ class Method:
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:
-    """Return the names of the adapter's parameters, those left out that PEFT records as frozen."""
-    parts = [f".{part}.{adapter_name}." for part in ("lora_A", "lora_B", "modules_to_save")] + [".token_adapter."]
-    names = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-    frozen = {
-        f"base_model.model.{name}.{part}.{adapter_name}.weight"
-        for name, layer in adapted_layers(model, adapter_name).items()
-        for part in layer.frozen_peft_weight_names.get(adapter_name, ())
-    }
-    return names - frozen
+    """Return the names of the parameters that PEFT trains for an adapter, of whatever kind it is.
+
+    PEFT's own layers and wrappers say where they keep them: factors, magnitudes, gates, modules_to_save, trainable
+    tokens, virtual tokens; those left out that it records as frozen. `bias` of the config adds biases of the base.
+    """
+    parts = {name for name, module in model.named_modules() for name in _kept_by(name, module, adapter_name)}
+    names = {name for name, _ in model.named_parameters() if _lies_in(name, parts)}
+    bias = getattr(getattr(model, "peft_config", {}).get(adapter_name), "bias", "none")
+    if bias == "all":
+        names |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    elif bias != "none":  # lora_only and its like: the biases of the adapted layers
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        own = {id(layer.bias) for layer in layers if getattr(layer.get_base_layer(), "bias", None) is not None}
+        names |= {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return names
+
+
+def _kept_by(name: str, module: nn.Module, adapter_name: str) -> list[str]:
+    """Return where a module of PEFT keeps what it trains for an adapter, as parameter name prefixes."""
+    if isinstance(module, PeftModel):
+        return (
+            [f"prompt_encoder.{adapter_name}"] if isinstance(module.active_peft_config, PromptLearningConfig) else []
+        )
+    if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return []
+    frozen = getattr(module, "frozen_peft_weight_names", {}).get(adapter_name, ())
+    return [f"{name}.{part}.{adapter_name}" for part in module.adapter_layer_names if part not in frozen]
+
+
+def _lies_in(name: str, parts: set[str]) -> bool:
+    return name in parts or any(name[:i] in parts for i, letter in enumerate(name) if letter == ".")

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.errors import UserError
 from lora_null.files import write_safetensors
@@ -89,10 +88,8 @@ class _Prune(TrainerCallback):
         self.sensitivity: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.sensitivity = {}
-        if state.global_step:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.sensitivity = load_file(checkpoint / STATE_FILE)
+        if not state.global_step:
+            self.sensitivity = {}
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
@@ -125,6 +122,10 @@ class _Prune(TrainerCallback):
     def save_state(self, checkpoint: Path) -> None:
         """Write what is remembered into a checkpoint, before that is sealed."""
         write_safetensors(checkpoint / STATE_FILE, self.sensitivity, {})
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Read it back from the checkpoint that training goes on from, before it does."""
+        self.sensitivity = load_file(checkpoint / STATE_FILE)
 
 
 def _is_moment(value: Any, parameter: nn.Parameter) -> bool:

@@ -1,0 +1,305 @@
+"""Guards look at the harm itself, early; warn where it may be meant; and lose nothing that was trained."""
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_dpo import PAIRS
+from test_dpo import make as make_dpo
+from test_trainer import CUT, ROWS, TEXTS, losses, make
+from tiny import tiny_model, tiny_tokenizer
+from transformers import DataCollatorForLanguageModeling
+from trl import SFTTrainer
+from world import make_world
+
+from lora_null import LoraNullConfig, UserError
+from lora_null.recipes import run as run_module
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.bases import load_base, load_tokenizer
+from lora_null.recipes.schema import ModelSection
+from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.trainer.methods import adapter_parameters, make_method
+
+END = 2
+
+
+def without_pad():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+def rows_of(labels, count=8):
+    return Dataset.from_dict({"input_ids": [[5, 6, END]] * count, "labels": [labels] * count})
+
+
+class TestEndToken:
+    @pytest.mark.parametrize("tokenizer", [without_pad, tiny_tokenizer])
+    def test_a_pad_that_is_the_end_token_trains_where_the_end_is_learned(self, tmp_path, tokenizer):
+        trainer = make(tmp_path, tokenizer=tokenizer())
+        trainer.train()
+        assert trainer.state.global_step == 6
+
+    def test_the_same_for_preferences(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("test_dpo.tiny_tokenizer", without_pad)
+        make_dpo(tmp_path, LoraNullConfig(r=4)).train()
+
+    def test_a_collator_that_masks_the_end_with_the_padding(self, tmp_path):
+        """The rows hold their end token; what the collator makes of them does not."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        trainer = make(tmp_path, tokenizer=tokenizer)
+        trainer.data_collator = _MaskingCollator(tokenizer)
+        assert all(END in row["labels"] for row in trainer.train_dataset)
+        with pytest.raises(UserError, match="'</s>' is in no label in the 48 rows looked at"):
+            trainer.train()
+
+    def test_another_end_that_generation_stops_at(self, tmp_path):
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100, -100, 7]] * 8})
+        with pytest.raises(UserError, match="is in no label"):
+            make(tmp_path / "a", rows=rows, max_length=16).train()
+        trainer = make(tmp_path / "b", rows=rows, max_length=16)
+        trainer.model.generation_config.eos_token_id = [END, 7]
+        trainer.train()
+
+    def test_text_without_answers_is_warned_of(self, tmp_path, capsys):
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8})
+        make(tmp_path, rows=rows, max_length=16).train()
+        assert "the model does not learn to stop" in capsys.readouterr().err
+
+    def test_rows_that_are_all_cut(self, tmp_path, capsys):
+        make(tmp_path, max_length=12).train()
+        assert "every row is cut at max_length (12)" in capsys.readouterr().err
+
+    def test_the_one_row_that_ends_is_found(self, tmp_path):
+        masked = {"input_ids": [[5, 6, 7]] * 300, "labels": [[-100, -100, 7]] * 300}
+        masked["labels"][233] = [-100, -100, END]
+        make(tmp_path, rows=Dataset.from_dict(masked), max_length=16).train()
+
+
+class _MaskingCollator(DataCollatorForLanguageModeling):
+    """transformers' own: labels are the ids, −100 wherever the id is the padding's; and here also on prompts."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, mlm=False)
+
+    def torch_call(self, examples):
+        batch = super().torch_call([{"input_ids": row["input_ids"]} for row in examples])
+        batch["labels"][:, :2] = -100
+        return batch
+
+
+class TestMaskedRows:
+    def test_the_first_batches_may_be_masked(self, tmp_path):
+        labels = [[-100] * 3] * 100 + [[-100, 6, END]] * 20
+        rows = Dataset.from_dict({"input_ids": [[5, 6, END]] * 120, "labels": labels})
+        make(tmp_path, rows=rows, max_length=None).train()
+
+    def test_all_may_not(self, tmp_path):
+        with pytest.raises(UserError, match="every label is masked in the 200 rows looked at"):
+            make(tmp_path, rows=rows_of([-100] * 3, 200), max_length=None).train()
+
+    def test_none_is_left(self, tmp_path):
+        with pytest.raises(UserError, match="no row is left to train on"):
+            make(tmp_path, rows=rows_of([-100] * 3), max_length=16).train()
+
+    def test_a_stream(self, tmp_path):
+        trainer = make(tmp_path, rows=ROWS.to_iterable_dataset())
+        trainer.train()
+        assert trainer.state.global_step == 6
+
+    def test_pairs_that_are_equal_at_first(self, tmp_path):
+        same = PAIRS["chosen"][:16] + PAIRS["rejected"][16:]
+        pairs = PAIRS.remove_columns("rejected").add_column("rejected", same)
+        make_dpo(tmp_path, LoraNullConfig(r=4), pairs=pairs).train()
+
+    def test_packed_rows(self, tmp_path):
+        make(tmp_path, packing=True, packing_strategy="wrapped", max_length=24).train()
+
+
+class TestTheWayPast:
+    @pytest.mark.parametrize("mode, said", [("warn", 1), ("off", 0)])
+    def test_every_finding_can_be_passed(self, tmp_path, capsys, mode, said):
+        trainer = LoraNullSFTTrainer(
+            model=tiny_model(),
+            args=make(tmp_path).args,
+            train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100, -100, 7]] * 8}),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraNullConfig(r=4),
+            calibration_dataset=TEXTS,
+            calibration_args=CUT,
+            preflight=mode,
+        )
+        trainer.train()
+        assert capsys.readouterr().err.count("preflight: training data: the end token") == said
+
+    def test_another_word_is_refused(self):
+        with pytest.raises(UserError, match=r"preflight: no 'warning' \(did you mean 'warn'\?\)"):
+            LoraNullSFTTrainer(model=tiny_model(), preflight="warning")
+
+
+class TestNothingTrained:
+    def test_a_step_of_warm_up(self, tmp_path, capsys):
+        trainer = make(tmp_path, max_steps=1, warmup_steps=1, save_strategy="steps", save_steps=1)
+        assert trainer.train().global_step == 1
+        assert "after 1 steps nothing has changed, the learning rate was 0 in every step" in capsys.readouterr().err
+        assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+    def test_no_signal(self, tmp_path, capsys):
+        trainer = make(tmp_path, max_steps=2)
+        trainer.compute_loss = lambda model, inputs, **_: sum(
+            (p * 0).sum() for p in model.parameters() if p.requires_grad
+        )
+        trainer.train()
+        assert "after 2 steps nothing has changed, every gradient was 0" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["lora", "lora-null-v1", "full"])
+    def test_it_is_seen_that_something_moved(self, tmp_path, capsys, name):
+        method = make_method(name)
+        config = method.config(r=4, target_modules="all-linear") or LoraConfig(r=4)
+        trainer = make(tmp_path, config, method=method if name != "full" else None)
+        assert not trainer.train().metrics.get("failed") and trainer.something_moved
+        assert "nothing has changed" not in capsys.readouterr().err
+
+    def test_a_recipe_ends(self, tmp_path, capsys):
+        recipe = make_world(tmp_path, method={"name": "lora-null-v2", "rank": 4})
+        words = ["training.max_steps=1", "training.warmup_steps=1", "training.save_steps=1"]
+        assert main([str(recipe), *words]) == 0
+        assert (tmp_path / "out/lora-null-v2/adapter/adapter_model.safetensors").is_file()
+        assert "nothing has changed, the learning rate was 0" in capsys.readouterr().err
+
+
+ALL = "all-linear"
+TWO = ["q_proj", "v_proj"]
+KINDS = {
+    "dora": LoraConfig(r=4, target_modules=ALL, use_dora=True),
+    "bias all": LoraConfig(r=4, target_modules=ALL, bias="all"),
+    "bias lora_only": LoraConfig(r=4, target_modules=TWO, bias="lora_only"),
+    "rslora": LoraConfig(r=4, target_modules=ALL, use_rslora=True),
+    "a bias of B": LoraConfig(r=4, target_modules=TWO, lora_bias=True),
+    "one layer": LoraConfig(r=4, target_modules=TWO, layers_to_transform=[1]),
+    "parameters": LoraConfig(r=4, target_modules=TWO, target_parameters=["mlp.down_proj.weight"]),
+    "embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "tokens": LoraConfig(r=4, target_modules=ALL, trainable_token_indices=[5, 6]),
+    "modules_to_save": LoraConfig(r=4, target_modules=ALL, modules_to_save=["lm_head"]),
+    "pissa": LoraConfig(r=4, target_modules=TWO, init_lora_weights="pissa"),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": peft.LoHaConfig(r=4, target_modules=TWO),
+    "lokr": peft.LoKrConfig(r=4, target_modules=TWO),
+    "oft": peft.OFTConfig(oft_block_size=8, target_modules=TWO),
+    "vera": peft.VeraConfig(r=4, target_modules=TWO),
+    "adalora": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=TWO),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "prompts": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+# ‖ΔW X‖ of these is not the ‖s·BA X‖ that a drift meter follows.
+UNMEASURED = {"dora", "parameters", "embeddings", "pissa", "ia3", "loha", "lokr", "oft", "vera", "adalora", "norms"}
+UNMEASURED |= {"prompts"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_adapter_of_peft_trains_logs_and_saves(tmp_path, kind, capsys):
+    model = tiny_model(attention_bias=True)
+    fresh = get_peft_model(tiny_model(attention_bias=True), KINDS[kind])
+    assert adapter_parameters(fresh) == {name for name, p in fresh.named_parameters() if p.requires_grad}
+    trainer = make(tmp_path, KINDS[kind], model=model, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert len(losses(trainer)) == 2 and load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert ("drift_mean" in trainer.state.log_history[0]) == (kind not in UNMEASURED)
+    assert ("no drift is reported" in capsys.readouterr().err) == (kind in UNMEASURED)
+
+
+def test_a_second_adapters_parameters_are_its_own():
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=TWO, modules_to_save=["lm_head"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
+    other = adapter_parameters(model, "other")
+    assert len(other) == 4 and all("o_proj" in name and ".other." in name for name in other)
+    assert not adapter_parameters(model) & other and any("lm_head" in name for name in adapter_parameters(model))
+
+
+class TestWhatTrains:
+    def test_a_weight_of_the_base_that_would_be_lost(self, tmp_path):
+        trainer = make(tmp_path)
+        trainer.model.get_base_model().model.norm.weight.requires_grad_(True)
+        with pytest.raises(UserError, match=r"base_model.model.model.norm.weight \(1 parameters\) trains"):
+            trainer.train()
+
+    def test_a_part_of_the_adapter_that_was_frozen_on_purpose(self, tmp_path, capsys):
+        trainer = make(tmp_path, LoraConfig(r=4, target_modules=TWO))
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "layers.1." in name)
+        trainer.train()
+        assert "(4 of 8 parameters of the adapter) does not train" in capsys.readouterr().err
+
+
+class TestRecipeTokens:
+    def section(self, folder, **tokens):
+        make_world(folder)
+        return ModelSection(name_or_path=str(folder / "model"), dtype="float32", **tokens)
+
+    def test_without_a_pad_token_the_end_token_pads_as_in_trl(self, tmp_path):
+        section = self.section(tmp_path)
+        without_pad().save_pretrained(tmp_path / "model")
+        assert load_tokenizer(section, section.name_or_path).pad_token == "</s>"
+
+    def test_named_ones_are_taken_and_generation_stops_there(self, tmp_path):
+        section = self.section(tmp_path, pad_token="<unk>", eos_token="!")
+        tokenizer = load_tokenizer(section, section.name_or_path)
+        assert (tokenizer.pad_token, tokenizer.eos_token) == ("<unk>", "!")
+        model = load_base(section, section.name_or_path)
+        assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, END]
+
+    def test_one_that_is_not_there_is_refused_before_a_model_loads(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(run_module, "load_base", None)
+        recipe = make_world(tmp_path)
+        assert main([str(recipe), "model.pad_token='<pda>'"]) == 2
+        assert "has no token '<pda>' (did you mean '<pad>'?)" in capsys.readouterr().err
+        assert main([str(recipe), "training.pad_token=x"]) == 2
+        assert "use model.pad_token" in capsys.readouterr().err
+
+    def test_a_recipe_trains_with_pad_as_end_token(self, tmp_path):
+        recipe = make_world(tmp_path, method={"name": "lora-null-v2", "rank": 4})
+        without_pad().save_pretrained(tmp_path / "model")
+        assert main([str(recipe)]) == 0
+        (row,) = [r for r in json.loads((tmp_path / "out/results.json").read_text())["rows"] if r["method"] != "base"]
+        assert row["drift"]["mean"] > 0
+
+
+def test_roselora_goes_on_from_the_checkpoint_it_is_given(tmp_path):
+    """Whichever folder it lies in, and whatever else the output folder holds."""
+
+    def trainer(folder, seed=42):
+        method = make_method("roselora", {"final_fraction": 0.3, "begin": 0.0, "end": 0.8})
+        config = method.config(r=4, lora_alpha=4, target_modules="all-linear")
+        options = dict(method=method, save_strategy="steps", save_steps=3, seed=seed)
+        return make(folder, config, **options)
+
+    whole = trainer(tmp_path / "a")
+    whole.train()
+    trainer(tmp_path / "b", seed=7).train()  # leaves a checkpoint-3 of its own
+    (tmp_path / "a" / "checkpoint-3").rename(tmp_path / "kept")
+    resumed = trainer(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "kept"))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_trl_and_this_package_train_alike_where_nothing_is_wrong(tmp_path):
+    """Looking at batches first draws no random number that training would have drawn."""
+    ours = make(tmp_path / "a", LoraConfig(r=4, target_modules=ALL), calibration=None)
+    ours.train()
+    plain = SFTTrainer(
+        model=tiny_model(),
+        args=replace(ours.args, output_dir=str(tmp_path / "b")),
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=ALL),
+    )
+    plain.train()
+    assert losses(ours) == losses(plain)
