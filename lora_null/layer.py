@@ -76,7 +76,8 @@ def is_started(peft_model: PeftModel, adapter_name: str = "default") -> bool:
 
 def _adds(layer: LoraLayer, adapter_name: str) -> bool:
     """Return whether BA may differ from 0; on all ranks together where factors are sharded."""
-    if adapter_name not in layer.lora_A or layer.lora_B[adapter_name].weight.is_meta:
+    linear = isinstance(layer.lora_A, nn.ModuleDict) and adapter_name in layer.lora_A  # not an embedding, not AdaLoRA
+    if not linear or layer.lora_B[adapter_name].weight.is_meta:
         return False
     with whole_parameters(layer.lora_A, layer.lora_B):
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight

@@ -183,7 +183,7 @@ SCORED = Dataset.from_list([{"chosen": f"Q: {i} is {2 * i}", "rejected": f"Q: {i
 WHAT_TRAINS = {
     "modules_to_save": dict(modules_to_save=["embed_tokens", "lm_head"]),
     "tied modules_to_save": dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-    "trainable tokens": dict(trainable_token_indices=[5, 9, 60]),
+    "trainable tokens": dict(trainable_token_indices=tiny_tokenizer()("Q+1")["input_ids"]),
     "norms": dict(modules_to_save=["input_layernorm"]),
     "reward head": dict(task_type="SEQ_CLS"),
 }

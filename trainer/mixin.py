@@ -223,7 +223,7 @@ class LoraNullMixin(SavingMixin):
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
-        reason = why_not_measured(self.model) if type(self.method) is Method else None
+        reason = why_not_measured(self.model, self.adapter_name) if type(self.method) is Method else None
         if reason is not None:
             say(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerC
 
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError, nearest
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter, adapted_layers
 from lora_null.limits import PositionLimit, position_limit, tokenizer_of, unsupported
 from lora_null.preserve import preserve
 from lora_null.quantized import unreadable
@@ -95,7 +95,7 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     Raises:
         UserError: experts that are one fused parameter, to which PEFT put an adapter that LoRA-Null cannot start.
     """
-    base, layers = model.get_base_model(), adapted_layers(model)
+    base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
     if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_null.layer import freeze_factor
+from lora_null.layer import active_adapter, freeze_factor
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -26,4 +26,4 @@ class LoRAFA(Method):
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():
-            freeze_factor(layer, "lora_A")
+            freeze_factor(layer, "lora_A", active_adapter(model))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from lora_null.errors import UserError
 from lora_null.files import write_safetensors
-from lora_null.layer import adapted_layers
+from lora_null.layer import active_adapter, adapted_layers
 from lora_null.trainer.methods.base import Method, method
 
 STATE_FILE = "roselora.safetensors"
@@ -134,6 +134,7 @@ def _is_moment(value: Any, parameter: nn.Parameter) -> bool:
 
 def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
     """Return (name, factor, the dimension along which entries compete): A's rows over d_in, B's columns over d_out."""
-    layers = adapted_layers(model).items()
-    factors = [(f"{name}.lora_A", layer.lora_A["default"].weight, 1) for name, layer in layers]
-    return factors + [(f"{name}.lora_B", layer.lora_B["default"].weight, 0) for name, layer in layers]
+    adapter = active_adapter(model)
+    layers = adapted_layers(model, adapter).items()
+    factors = [(f"{name}.lora_A", layer.lora_A[adapter].weight, 1) for name, layer in layers]
+    return factors + [(f"{name}.lora_B", layer.lora_B[adapter].weight, 0) for name, layer in layers]
