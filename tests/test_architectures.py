@@ -10,14 +10,17 @@ from torch import nn
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.calibration import measure_inputs
+from lora_null.commands.init import model_in_files
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.recipes.schema import ModelSection
 
 BATCHES = random_batches(count=3, size=4, length=10)
 SMALL = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 GATED = dict(SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 NARROW = dict(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXPERTS = dict(GATED, num_experts_per_tok=2, moe_intermediate_size=24)
 
 # How each is walked: layer by layer, or with hooks over the whole model.
@@ -135,3 +138,88 @@ def test_grams_equal_the_oracle_in_both_forms(name):
             next(walk_layers(model, modules, BATCHES, progress=False))
     else:
         check([part for _, part in walk_layers(model, modules, BATCHES, progress=False)], X, limit)
+
+
+def started(model, **config):
+    peft_model = get_peft_model(model, LoraNullConfig(**{"r": 2, **config}))
+    return start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False))
+
+
+REFUSED = {
+    "model: t5 is an encoder and a decoder": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    ),
+    "model: bart is an encoder and a decoder": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(
+            vocab_size=101, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        )
+    ),
+    "model: vit reads pixel_values": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, image_size=16)
+    ),
+    "layers.0.feed_forward.router is a Llama4Router": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **GATED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, interleave_moe_layer_step=1
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch):
+    monkeypatch.setattr("lora_null.store.fingerprint", None)  # nothing has been read by then
+    with pytest.raises(UserError, match=message) as told:
+        started(REFUSED[message]())
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "name, targets, message",
+    [
+        ("bert", "all-linear", "pooler.dense reads 4 rows of a batch, not its tokens"),
+        ("mamba", ["dt_proj", "in_proj"], "no token reaches backbone.layers.0.mixer.dt_proj"),
+    ],
+)
+def test_a_linear_that_reads_no_tokens_is_named(name, targets, message):
+    if name == "bert":
+        model = tf.BertForSequenceClassification(tf.BertConfig(**SMALL, intermediate_size=48))
+    else:
+        model = tf.MambaForCausalLM(LAYERS[name])
+    with pytest.raises(UserError, match=message):
+        started(model, target_modules=targets)
+
+
+def test_xlnet_with_batches_as_long_as_they_are_wide():
+    model = model_of("xlnet")
+    modules = targets(model)
+    square = random_batches(count=1, size=10, length=10)
+    rows = [{key: value[i : i + 3] for key, value in square[0].items()} for i in range(0, 10, 3)]
+    one, other = (measure_inputs(model, modules, batches, progress=False) for batches in (square, rows))
+    for a, b in zip(one.inputs, other.inputs, strict=True):
+        assert torch.allclose(a.gram, b.gram, rtol=1e-5, atol=1e-6 * float(b.gram.trace()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["apertus", "gpt2", "gemma3"])
+def test_weights_left_in_their_files_give_the_same_bits(name, dtype, tmp_path):
+    """Persistent buffers too: Apertus keeps constants of its activation there, in values that are not the defaults."""
+    config = {**LAYERS, "apertus": tf.ApertusConfig(**GATED, hidden_act="xielu", rope_parameters=ROPE)}[name]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for key, buffer in model.named_buffers():
+        if key in model.state_dict():
+            buffer.copy_(torch.rand_like(buffer) * 2)
+    model.save_pretrained(tmp_path)
+    whole = get_peft_model(
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)), LoraNullConfig(r=2)
+    )
+    expected, _ = start_adapter(whole, BATCHES, InitOptions(min_tokens=1, progress=False))
+    section = ModelSection(name_or_path=str(tmp_path), dtype=dtype)
+    empty, weights = model_in_files(tmp_path, tf.AutoConfig.from_pretrained(tmp_path), section, LoraNullConfig(r=2))
+    options = InitOptions(min_tokens=1, progress=False, weights=weights, device=torch.device("cpu"))
+    report, _ = start_adapter(empty, BATCHES, options)
+    assert report.base == expected.base
+    assert [line.leakage for line in report.layers] == [line.leakage for line in expected.layers]
+    for one, other in zip(adapted_layers(whole).values(), adapted_layers(empty).values(), strict=True):
+        assert torch.equal(one.lora_A["default"].weight, other.lora_A["default"].weight)
