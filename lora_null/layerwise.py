@@ -40,6 +40,8 @@ from lora_null.weight_files import WeightFiles
 
 CHECK_TOKENS = 16
 WHAT = "initialization"
+# What a decoder or a layer raises that was not made for being run in parts.
+CANNOT_RUN = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError)
 DEVICE_SHARE = 0.25  # of the free memory, at most, for hidden states
 
 
@@ -197,7 +199,7 @@ def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: Toke
             stack.enter_context(_instead_of_forward(layer, stub(position)))
         try:
             backbone(model)(**batch.inputs, use_cache=False)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        except CANNOT_RUN as error:
             raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
     if len(calls) != len(layers):
         raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
@@ -240,7 +242,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
         for i, layer in enumerate(layers.values()):
             for at, call in enumerate(calls):
                 states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+    except CANNOT_RUN as error:
         raise DoesNotFit(f"its decoder layers cannot be run alone ({error})") from error
     *plain, again = seen
     noise = _difference(few[0], plain[0], again)
