@@ -30,7 +30,7 @@ def cache_root() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it takes the place of `path`, on failure nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         yield temporary
         flush(temporary)
@@ -51,7 +51,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: exists already; choose another folder")
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -64,7 +64,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """Return a temporary name that no other thread, process or host takes: they may share one network file system."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
 

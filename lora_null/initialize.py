@@ -20,6 +20,7 @@ from lora_null import store
 from lora_null.calibration import (
     Calibration,
     LoadBalance,
+    NotFinite,
     check_architecture,
     checked_batches,
     count_tokens,
@@ -165,11 +166,14 @@ def start_adapter(
         _say_what_is_reused(done, layers, place)
         measured = stack.enter_context(contextlib.closing(_parts(peft_model, layers, batches, options, done)))
         solved = _solved(measured, solver, a_round, done)
-        for name, part in stack.enter_context(contextlib.closing(solved)):
-            parts[name] = part
-            part.key = key
-            if place and name not in done and rank_and_world()[0] == 0:
-                store.write_part(place, name, part)
+        try:
+            for name, part in stack.enter_context(contextlib.closing(solved)):
+                parts[name] = part
+                part.key = key
+                if place and name not in done and rank_and_world()[0] == 0:
+                    store.write_part(place, name, part)
+        except NotFinite as error:
+            raise _with_cause(error, layers) from None
         seconds = {"solve": solver.seconds, "all": time.perf_counter() - start}
         report = _report(parts, layers, seconds)
         report.tokens, report.base, report.key = count_tokens(batches), base, key
@@ -193,19 +197,21 @@ def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
     """Return the fingerprint of the base: its config and its weights, in memory or still in their files.
 
     Raises:
-        UserError: as `check_whole`; an adapted weight is zero or not finite; the ranks have different weights.
+        UserError: as `check_whole`; an adapted weight is zero; the ranks have different weights.
     """
     if weights is None:
         check_whole(peft_model)
     model = peft_model.get_base_model()
-    adapted = {f"{name}.weight" for name, layer in adapted_layers(peft_model).items() if not is_quantized(layer)}
+    layers = adapted_layers(peft_model).items()
+    adapted = {f"{name}.weight": name for name, layer in layers if not is_quantized(layer.get_base_layer())}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for owned in base_tensors(model):
             stored = weights.of(owned) if weights is not None else None
             tensor = owned.tensor if stored is None else stored
-            if owned.key in adapted:
-                _check_weight(owned.key, tensor)
+            if owned.key in adapted and not tensor.any():
+                name = adapted[owned.key]
+                raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
             if owned.saved:
                 yield owned.key, tensor
             elif not _changes(model, owned):
@@ -232,11 +238,11 @@ def _changes(model: nn.Module, owned: Owned) -> bool:
     )
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
-    largest = torch.linalg.vector_norm(weight, float("inf")).item()
-    if not 0 < largest < float("inf"):
-        what = "is zero" if largest == 0 else "holds NaN or infinite numbers"
-        raise UserError(f"target_modules: {name} {what}, leave {name.rpartition('.')[0]} out (exclude_modules)")
+def _with_cause(error: NotFinite, layers: Mapping[str, LoraLayer]) -> UserError:
+    """Return the mistake with the weight that it comes from, where that is one of the adapted ones."""
+    weights = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
+    bad = next((name for name, w in weights if not w.is_meta and not w.isfinite().all()), None)
+    return UserError(f"{error}" if bad is None else f"{error}; the weight of {bad} holds NaN or infinite numbers")
 
 
 def check_whole(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from tiny import random_batches, tiny_model
 
-from lora_null import LoraNullConfig, store
+from lora_null import LoraNullConfig, UserError, store
 from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
@@ -41,8 +41,6 @@ def only_on(rank, act):
 
 
 def refuse(*_, **__):
-    from lora_null import UserError
-
     raise UserError("a mistake of one process")
 
 
@@ -127,7 +125,7 @@ def main(folder: Path) -> None:
             act(folder)
             told[name] = None
         except Exception as error:
-            told[name] = f"{type(error).__name__}: {error}"
+            told[name] = f"{'UserError' if isinstance(error, UserError) else type(error).__name__}: {error}"
         dist.barrier()  # nobody is left behind in another collective
     print(json.dumps(told), flush=True)
     dist.destroy_process_group()

@@ -19,7 +19,7 @@ SAME = {
     "other texts": "adapter, calibration batches or settings differ between the processes",
     "other seed": "adapter, calibration batches or settings differ between the processes",
     "other base": "the base weights differ between the processes",
-    "zero weight": "model.layers.0.mlp.up_proj.weight is zero",
+    "zero weight": "the weight of model.layers.0.mlp.up_proj is zero",
     "solving on 0": "a mistake of one process",
     "solving on 1": "a mistake of one process",
     "damaged": "layers.json: damaged, not valid JSON",
