@@ -7,9 +7,10 @@ per batch and the Grams of all layers at once. `layerwise.walk_layers` is the fo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,16 @@ from tqdm import tqdm
 from lora_null.errors import UserError
 from lora_null.gram import Gram
 from lora_null.preserve import preserve
-from lora_null.ranks import rank_and_world
+from lora_null.quantized import weight_of
+from lora_null.ranks import rank_and_world, together
 
 SKETCH_COLUMNS = 64
+ENERGY_ROWS = 1024
 CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
+
+
+class NotFinite(UserError):
+    """An input is NaN or infinite."""
 
 
 @dataclass
@@ -35,7 +42,7 @@ class InputStats:
         modules: names of the modules that read this input, in the order of their first call.
         gram: C = X Xᵀ, (d_in, d_in) float64; None where it was not asked for, is another rank's, or has been solved.
         sketch: X Ω / √k, (d_in, k) float64 with Ω standard normal, so that E[S Sᵀ] = C; k = 64.
-        tokens: N, the columns of X: calibration tokens, padding excluded.
+        tokens: N, the columns of X: calibration tokens, padding excluded; as often as the modules are called on them.
         owner: the rank that holds the Gram and solves it.
     """
 
@@ -62,11 +69,6 @@ class Calibration:
     projected: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: float = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """Number of calibration tokens N."""
-        return self.inputs[0].tokens if self.inputs else 0
-
     def input_of(self, module: str) -> InputStats:
         """Return the statistics of the input that `module` reads."""
         return next(stats for stats in self.inputs if module in stats.modules)
@@ -89,6 +91,7 @@ class TokenBatch:
         inputs: `input_ids` and `attention_mask`, (batch, length) each, on the device of the model's inputs.
         mask: (batch · length,) bool, or None where nothing is padding.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
+        draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
         counted: False for a batch that only has to run.
     """
 
@@ -97,11 +100,23 @@ class TokenBatch:
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
     omega: torch.Tensor
+    draw: Callable[[int], torch.Tensor]
     counted: bool = True
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (batch, length, d) as (tokens, d) without its padding."""
-        flat = x.reshape(-1, x.shape[-1])
+    def flat(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return x, one row a token, as (batch · length, d) in the order of the mask; None where that is not its shape.
+
+        XLNet computes in (length, batch, d); a batch is never as long as it is wide, so the order shows (`pieces`).
+        """
+        batch, length = self.inputs["input_ids"].shape
+        if x.shape[:-1].numel() != batch * length:
+            return None
+        if x.dim() == 3 and x.shape[:2] == (length, batch):
+            x = x.transpose(0, 1)
+        return x.reshape(-1, x.shape[-1]) if x.dim() == 2 or len(x) == batch else None
+
+    def rows(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return flat (batch · length, d) as (tokens, d) without its padding."""
         return flat if self.mask is None else flat[self.mask]
 
 
@@ -121,24 +136,44 @@ def token_batches(
     rank, world = rank_and_world()
     mine = range(rank, len(batches), world)
     if not mine:
-        return _pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
-    return [piece for i in mine for piece in _pieces(batches[i], i, device, seed, most_tokens)]
+        return pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
+    return [piece for i in mine for piece in pieces(batches[i], i, device, seed, most_tokens)]
 
 
-def _pieces(
-    batch: Mapping[str, Any], index: int, device: torch.device, seed: int, most: int | None, *, counted: bool = True
+def pieces(
+    batch: Mapping[str, Any],
+    index: int,
+    device: torch.device,
+    seed: int,
+    most: int | None = None,
+    *,
+    counted: bool = True,
 ) -> list[TokenBatch]:
+    """Return one batch, the `index`-th of all, in pieces of whole rows of at most `most` tokens."""
     inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
     masks = inputs["attention_mask"].bool()
-    rows = max(1, most // masks.shape[1]) if most else len(masks)
+    rows = min(len(masks), max(1, most // masks.shape[1])) if most else len(masks)
+    rows = max(1, rows - (rows == masks.shape[1]))  # never square, see `TokenBatch.flat`
     masks = [part.flatten() for part in masks.split(rows)]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    tokens = [int(mask.sum()) for mask in masks]
-    omega = (torch.randn(sum(tokens), SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(device)
-    parts = zip(*(value.split(rows) for value in inputs.values()), masks, omega.split(tokens))
+    ends = list(itertools.accumulate(int(mask.sum()) for mask in masks))
+
+    def draw(call: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index + call * 2_654_435_761)  # of 32 bits
+        return (torch.randn(ends[-1], SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(device)
+
+    omega = draw(0)
+    parts = zip(*(value.split(rows) for value in inputs.values()), masks, [0, *ends], ends)
     return [
-        TokenBatch(index, i * rows, dict(zip(inputs, values)), None if mask.all() else mask, own, counted)
-        for i, (*values, mask, own) in enumerate(parts)
+        TokenBatch(
+            index,
+            i * rows,
+            dict(zip(inputs, values)),
+            None if mask.all() else mask,
+            omega[start:end],
+            lambda call, start=start, end=end: draw(call)[start:end],
+            counted,
+        )
+        for i, (*values, mask, start, end) in enumerate(parts)
     ]
 
 
@@ -170,17 +205,39 @@ def measure_inputs(
             zero, NaN or infinite.
     """
     start = time.perf_counter()
+    check_architecture(model)
     batches = checked_batches(batches, min_tokens)
     mine = token_batches(batches, input_device(model), seed)
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
-    with measuring(model), meter.attached():
+
+    def measure() -> Calibration:
         for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
             meter.begin(batch)
             backbone(model)(**batch.inputs, use_cache=False)
-    calibration = meter.result()
+        return meter.result()
+
+    with measuring(model), meter.attached():
+        calibration = together(measure, what="calibration")
     sum_over_ranks(calibration)
     calibration.seconds = time.perf_counter() - start
     return calibration
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Refuse, before any work, a model whose forward pass is not that of one sequence of tokens.
+
+    Raises:
+        UserError: naming the architecture.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    kind = getattr(getattr(inner, "config", None), "model_type", None) or type(inner).__name__
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"model: {kind} is an encoder and a decoder, and calibration texts are one sequence; take a decoder-only model"
+        )
+    reads = getattr(inner, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise UserError(f"model: {kind} reads {reads}, and calibration texts are input_ids; take a language model")
 
 
 def checked_batches(batches: Iterable[Mapping[str, Any]], min_tokens: int) -> list[Mapping[str, Any]]:
@@ -227,6 +284,9 @@ def input_device(model: nn.Module) -> torch.device:
 class InputMeter:
     """Forward hooks that add up the statistics of each distinct input, found by the identity of the input tensor.
 
+    ‖W0 X‖ is taken from the outputs; where a bias is in them, whose size may drown W0 x in the rounding of 16 bits, from
+    C as tr(W0 C W0ᵀ), or without C by multiplying once more.
+
     Args:
         modules: name → linear, or the layer that wraps it.
         gram: whether to add up C as well.
@@ -240,7 +300,7 @@ class InputMeter:
         self.stats: dict[str, InputStats] = {}  # by leader: the first module to read the input
         self.grams: dict[str, Gram] = {}
         self.leader: dict[str, str] = {}
-        self.bias: dict[str, torch.Tensor | None] = {}
+        self.calls: dict[str, int] = {}  # by leader, in this forward pass
         self.output_energy: dict[str, torch.Tensor] = {}
         self.finite: dict[str, list[tuple[TokenBatch, torch.Tensor]]] = {}  # by leader: batch, (sequences,) bool
         self.recent: list[tuple[weakref.ref, str]] = []
@@ -251,7 +311,6 @@ class InputMeter:
         with contextlib.ExitStack() as stack:
             for name, module in self.modules.items():
                 base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-                self.bias[name] = getattr(base, "bias", None)
                 handle = base.register_forward_hook(lambda _, args, out, name=name: self._see(name, args[0], out))
                 stack.callback(handle.remove)
             yield
@@ -259,21 +318,32 @@ class InputMeter:
     def begin(self, batch: TokenBatch) -> None:
         """Say which batch the next forward pass is of."""
         self.batch = batch
-        self.recent = []
+        self.recent, self.calls = [], {}
 
     def _see(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        if x.shape[:-1].numel() != self.batch.inputs["input_ids"].numel():
+        flat = self.batch.flat(x)
+        if flat is None:
             raise UserError(
                 f"calibration: {name} reads {x.shape[:-1].numel()} rows of a batch, not its tokens, leave it out"
             )
         leader = self._leader(name, x)
         if not self.batch.counted:
             return
-        clean = out if self.bias[name] is None else out - self.bias[name]
-        energy = self.batch.rows(_norms(clean)[..., None]).double().square().sum()
-        self.output_energy[name] = self.output_energy.get(name, 0.0) + energy
+        if not (self._has_bias(name) and self.with_gram):
+            clean = self.batch.flat(out) if not self._has_bias(name) else self._without_bias(name, flat)
+            energy = self.batch.rows(_norms(clean)[:, None]).double().square().sum()
+            self.output_energy[name] = self.output_energy.get(name, 0.0) + energy
         if leader == name:
-            self._add(name, x)
+            self._add(name, flat)
+
+    def _has_bias(self, name: str) -> bool:
+        module = self.modules[name]
+        return (
+            getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "bias", None) is not None
+        )
+
+    def _without_bias(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(flat, weight_of(self.modules[name]).to(flat))
 
     def _leader(self, name: str, x: torch.Tensor) -> str:
         """Return the first module that read this very tensor in this forward pass; remember it at the first batch."""
@@ -283,7 +353,10 @@ class InputMeter:
             self.recent.append((weakref.ref(x), name))
         if self.leader.setdefault(name, now) != now:
             # Shared at first, apart now (or the reverse): measured as its own input from here would miss batches.
-            raise RuntimeError(f"{name}: its input is shared with {self.leader[name]} in some batches, not in others")
+            other = next(leader for leader in (self.leader[name], now) if leader != name)
+            raise UserError(
+                f"calibration: {name} reads what {other} reads in some calls, not in others, leave one of them out"
+            )
         if now == name and name not in self.stats:
             sketch = torch.zeros(x.shape[-1], SKETCH_COLUMNS, dtype=torch.float64, device=x.device)
             self.stats[name] = InputStats([], None, sketch)
@@ -297,13 +370,16 @@ class InputMeter:
         stats = self.stats[name]
         whole = torch.isfinite(_norms(x))
         if self.batch.mask is not None:
-            whole |= ~self.batch.mask.view_as(whole)
-        self.finite.setdefault(name, []).append((self.batch, whole.reshape(len(x), -1).all(1)))
+            whole |= ~self.batch.mask
+        sequences = len(self.batch.inputs["input_ids"])
+        self.finite.setdefault(name, []).append((self.batch, whole.view(sequences, -1).all(1)))
         rows = self.batch.rows(x)
         if name in self.grams:
             self.grams[name].add(rows)
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        stats.sketch += rows.to(dtype).T @ self.batch.omega.to(dtype)
+        call = self.calls[name] = self.calls.get(name, -1) + 1
+        omega = self.batch.draw(call) if call else self.batch.omega
+        stats.sketch += rows.to(dtype).T @ omega.to(dtype)
         stats.tokens += len(rows)
 
     def result(self) -> Calibration:
@@ -319,13 +395,20 @@ class InputMeter:
             for batch, whole in flags:
                 if not whole.all():
                     sample = batch.first + int((~whole).nonzero()[0])
-                    raise UserError(
+                    raise NotFinite(
                         f"calibration: sample {sample} of batch {batch.index} gives NaN or infinite inputs at {name}"
                     )
         while self.grams:  # handed over, not held
             name, gram = self.grams.popitem()
             self.stats[name].gram = gram.result()
+            for module in filter(self._has_bias, self.stats[name].modules):
+                self.output_energy[module] = _energy(weight_of(self.modules[module]), self.stats[name].gram)
         return Calibration(list(self.stats.values()), {name: float(e) for name, e in self.output_energy.items()})
+
+
+def _energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Return ‖W0 X‖² = tr(W0 C W0ᵀ) in float64, some rows of W0 at a time."""
+    return sum(((part := rows.to(gram)) @ gram * part).sum() for rows in weight.split(ENERGY_ROWS))
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,9 @@ class LoraNullConfig(ResidualLoraConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                raise UserError(f"lora_alpha: the numerator of the scaling is a number above 0, not {alpha!r}")
         if self.variant == "v1" and self.lora_dropout > 0:
             raise UserError(
                 "lora_dropout: v1 needs 0, since dropping inputs of B0A0 alone would change the base model"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_null.calibration import Calibration
+from lora_null.errors import UserError
 from lora_null.factors import projected_inputs
 from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers, residual_of
@@ -54,7 +55,8 @@ class DriftMeter(_Meter):
 
     With ΔW = W* − W0, drift = ‖ΔW X‖_F / ‖W0 X‖_F; the denominator is measured exactly during calibration. Where A is
     frozen (v2, LoRA-FA) the numerator is exact too, from the r × r matrix A X Xᵀ Aᵀ; elsewhere it is the unbiased
-    estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run.
+    estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run. A layer with W0 X = 0, such
+    as one of zeros that was added to a model, has no drift in this sense and is left out.
 
     Args:
         peft_model: the model whose adapter is followed.
@@ -63,7 +65,7 @@ class DriftMeter(_Meter):
     """
 
     def __init__(self, peft_model: PeftModel, calibration: Calibration, *, adapter_name: str = "default") -> None:
-        self.layers = adapted_layers(peft_model, adapter_name)
+        self.layers = _with_outputs(adapted_layers(peft_model, adapter_name), calibration)
         self.adapter_name = adapter_name
         self.probes = {name: _probe(layer, name, calibration, adapter_name) for name, layer in self.layers.items()}
 
@@ -98,8 +100,10 @@ class DriftMeter(_Meter):
     def load(cls, path: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> DriftMeter:
         """Read what `save` wrote."""
         meter = cls.__new__(cls)
-        meter.layers, meter.adapter_name = adapted_layers(peft_model, adapter_name), adapter_name
         tensors = load_file(path)
+        layers = adapted_layers(peft_model, adapter_name)
+        meter.layers = {name: layer for name, layer in layers.items() if f"{name}.scale" in tensors}
+        meter.adapter_name = adapter_name
         meter.probes = {name: _read_probe(name, tensors) for name in meter.layers}
         return meter
 
@@ -115,7 +119,7 @@ class WeightDriftMeter(_Meter):
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
-        self.layers = dict(layers)
+        self.layers = _with_outputs(layers, calibration)
         self.tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             sketch = calibration.input_of(name).sketch.float()
@@ -141,8 +145,17 @@ class WeightDriftMeter(_Meter):
     def load(cls, path: Path, layers: Mapping[str, nn.Module]) -> WeightDriftMeter:
         """Read what `save` wrote."""
         meter = cls.__new__(cls)
-        meter.layers, meter.tensors = dict(layers), load_file(path)
+        meter.tensors = load_file(path)
+        meter.layers = {name: layer for name, layer in layers.items() if f"{name}.scale" in meter.tensors}
         return meter
+
+
+def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, nn.Module]:
+    """Return the layers that the calibration inputs reach with a W0 X other than zero, by which a drift can be divided."""
+    found = {name: layer for name, layer in layers.items() if calibration.output_energy[name] > 0}
+    if layers and not found:
+        raise UserError("drift: no adapted layer gives anything but zero on the calibration texts")
+    return found
 
 
 @torch.no_grad()

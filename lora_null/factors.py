@@ -17,7 +17,7 @@ class NullFactors:
         A: (r, d_in) float64, rows spanning U (theorem 1).
         B: (d_out, r) float64.
         energy: ‖T‖²_F / ‖W0‖²_F, the share of the weight's energy that moves into the adapter.
-        condition: largest over smallest singular value of T, inf where T has lost rank.
+        condition: largest over smallest singular value of T, inf where T has lost rank to float64's rounding.
     """
 
     A: torch.Tensor
@@ -36,30 +36,45 @@ def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float)
     Args:
         weight: W0, (d_out, d_in), any floating dtype.
         null_space: U, (d_in, r) with orthonormal columns.
-        scaling: PEFT's s; A and B are divided by √s each.
+        scaling: PEFT's s > 0; A and B are divided by √s each.
+
+    Raises:
+        ValueError: W0 has a number that is NaN or infinite, or T is zero to float64's rounding: factors to start from
+            there are none, and with A = 0 nothing would ever train.
     """
     weight = weight.to(null_space)
+    energy = weight.square().sum()
+    if not energy.isfinite():
+        raise ValueError("its weight has numbers that are NaN or infinite")
     Q, R = torch.linalg.qr(weight @ null_space)  # so that the SVD is of r × r only
     P, S, Qh = torch.linalg.svd(R, full_matrices=False)
+    eps = torch.finfo(S.dtype).eps
+    if S[0] <= eps * energy.sqrt():
+        raise ValueError("its weight is zero, or zero along the null space of its inputs")
     rows = Qh @ null_space.T  # (r, d_in)
     signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
     root = (S / scaling).sqrt()
+    lost = S[-1] <= len(S) * eps * S[0]
     return NullFactors(
         A=root[:, None] * rows * signs,
         B=Q @ P * signs.T * root,
-        energy=(S.square().sum() / weight.square().sum()).item(),
-        condition=(S[0] / S[-1]).item() if S[-1] > 0 else float("inf"),
+        energy=(S.square().sum() / energy).item(),
+        condition=float("inf") if lost else (S[0] / S[-1]).item(),
     )
 
 
-def projected_inputs(A: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def projected_inputs(A: torch.Tensor, gram: torch.Tensor, kernel: torch.Tensor | None = None) -> torch.Tensor:
     """Return L (r, r) with L Lᵀ = A X Xᵀ Aᵀ: the inputs as A sees them, from C = X Xᵀ.
 
     Args:
         A: (r, d_in).
         gram: C, (d_in, d_in) float64.
+        kernel: U (d_in, r), orthonormal, where X has nothing along it at all. Then X sees of A only what rounding has
+            moved out of U, and its square is below what a float64 C can tell from 0: the part in U is taken out first.
     """
     A = A.detach().to(gram)
+    if kernel is not None:
+        A = A - (A @ kernel) @ kernel.T
     values, vectors = torch.linalg.eigh(A @ gram @ A.T)
     return vectors * values.clamp(min=0).sqrt()
 

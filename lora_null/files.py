@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def cache_root() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it takes the place of `path`, on failure nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    temporary = beside(path)
     try:
         yield temporary
         flush(temporary)
@@ -50,7 +51,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: exists already; choose another folder")
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    temporary = beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -61,6 +62,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def beside(path: Path) -> Path:
+    """Return a temporary name that no other thread, process or host takes: they may share one network file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
 
 
 def flush(path: Path) -> None:
@@ -130,6 +136,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError:
         raise UserError(f"{path}: damaged, not a whole safetensors file") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; none where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,21 +17,30 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null import store
-from lora_null.calibration import Calibration, LoadBalance, checked_batches, measure_inputs
+from lora_null.calibration import (
+    Calibration,
+    LoadBalance,
+    NotFinite,
+    check_architecture,
+    checked_batches,
+    count_tokens,
+    measure_inputs,
+)
 from lora_null.config import LoraNullConfig
 from lora_null.errors import UserError
 from lora_null.factors import LayerStats
 from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.quantized import stored_statistics, unreadable
-from lora_null.ranks import all_gather, broadcast, rank_and_world, say
+from lora_null.quantized import is_quantized, stored_statistics, unreadable
+from lora_null.ranks import all_gather, on_first_rank, rank_and_world, say, together
 from lora_null.residual import subtract_residuals
 from lora_null.sharding import is_sharded
 from lora_null.solving import PartSolver
 from lora_null.store import SolvedPart
-from lora_null.weight_files import WeightFiles
+from lora_null.weight_files import Owned, WeightFiles, base_tensors
 
 MIN_TOKENS = 256
+WHAT = "initialization"
 Form = Literal["auto", "layers", "hooks"]
 
 
@@ -42,17 +52,25 @@ class LayerReport:
         layers: one `LayerStats` per adapted linear, in the model's order.
         seconds: wall time of the parts: calibrate (forward passes and Grams, of what was reused too), solve, all.
         tokens: calibration tokens.
-        base: fingerprint of the base weights it was made for.
+        base: fingerprint of the base it was made for.
+        key: of the initialization, a hash of all that decided it.
     """
 
     layers: list[LayerStats] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     base: str = ""
+    key: str = ""
 
     def to_json(self) -> dict[str, Any]:
         layers = [layer.to_json() for layer in self.layers]
-        return {"tokens": self.tokens, "base": self.base, "seconds": self.seconds, "layers": layers}
+        return {
+            "tokens": self.tokens,
+            "base": self.base,
+            "key": self.key,
+            "seconds": self.seconds,
+            "layers": layers,
+        }
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda layer: layer.leakage)
@@ -129,26 +147,37 @@ def start_adapter(
     """
     start = time.perf_counter()
     layers = adapted_layers(peft_model, adapter_name)
-    check_layers(peft_model, layers, adapter_name)
-    batches = checked_batches(batches, options.min_tokens)
+
+    def check() -> list[Mapping[str, Any]]:
+        check_layers(peft_model, layers, adapter_name)
+        return checked_batches(batches, options.min_tokens)
+
+    batches = together(check, what=WHAT)
     base = _fingerprint(peft_model, options.weights)
-    place = _working_folder(base, layers, adapter_name, batches, options) if options.cache else folder
-    done = broadcast(store.read_parts(place) if place and rank_and_world()[0] == 0 else {})
-    _say_what_is_reused(done, layers, place)
+    key = _key(base, layers, adapter_name, batches, options)
+    place = store.cached_folder(key) if options.cache else folder
     parts: dict[str, SolvedPart] = {}
     solver = PartSolver(layers, adapter_name, options.solver, options.seed)
     a_round = 1 if options.weights is not None else solver.parts_a_round()  # a layer's weights stay while it is solved
     with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
+        if options.cache and rank_and_world()[0] == 0:
+            stack.enter_context(store.in_use(place))
+        done = on_first_rank(lambda: _done(place, key))
+        _say_what_is_reused(done, layers, place)
         measured = stack.enter_context(contextlib.closing(_parts(peft_model, layers, batches, options, done)))
         solved = _solved(measured, solver, a_round, done)
-        for name, part in stack.enter_context(contextlib.closing(solved)):
-            parts[name] = part
-            if place and name not in done and rank_and_world()[0] == 0:
-                store.write_part(place, name, part)
-    seconds = {"solve": solver.seconds, "all": time.perf_counter() - start}
-    report = _report(parts, layers, base, seconds)
-    if rank_and_world()[0] == 0:
-        _finish(report, place, folder)
+        try:
+            for name, part in stack.enter_context(contextlib.closing(solved)):
+                parts[name] = part
+                part.key = key
+                if place and name not in done and rank_and_world()[0] == 0:
+                    store.write_part(place, name, part)
+        except NotFinite as error:
+            raise _with_cause(error, layers) from None
+        seconds = {"solve": solver.seconds, "all": time.perf_counter() - start}
+        report = _report(parts, layers, seconds)
+        report.tokens, report.base, report.key = count_tokens(batches), base, key
+        on_first_rank(lambda: _finish(report, place, folder))
     settle_adapter(peft_model, adapter_name)
     calibration = Calibration()
     for part in parts.values():
@@ -156,28 +185,64 @@ def start_adapter(
     return report, calibration
 
 
+def _done(place: Path | None, key: str) -> dict[str, SolvedPart]:
+    """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
+    if place is None:
+        return {}
+    store.clear_others(place, key)
+    return store.read_parts(place)
+
+
 def _fingerprint(peft_model: PeftModel, weights: WeightFiles | None) -> str:
-    """Return the fingerprint of the base weights, in memory or still in their files.
+    """Return the fingerprint of the base: its config and its weights, in memory or still in their files.
 
     Raises:
-        UserError: as `check_whole`; the ranks have different weights.
+        UserError: as `check_whole`; an adapted weight is zero; the ranks have different weights.
     """
     if weights is None:
         check_whole(peft_model)
+    model = peft_model.get_base_model()
+    layers = adapted_layers(peft_model).items()
+    adapted = {f"{name}.weight": name for name, layer in layers if not is_quantized(layer.get_base_layer())}
 
-    def parameters() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in peft_model.get_base_model().named_parameters():
-            key = name.replace("base_layer.", "")
-            if "lora_" not in name:
-                yield key, weights.read(key) if weights is not None and parameter.is_meta else parameter
-        yield from stored_statistics(peft_model.get_base_model())
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for owned in base_tensors(model):
+            stored = weights.of(owned) if weights is not None else None
+            tensor = owned.tensor if stored is None else stored
+            if owned.key in adapted and not tensor.any():
+                name = adapted[owned.key]
+                raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
+            if owned.saved:
+                yield owned.key, tensor
+            elif not _changes(model, owned):
+                # Computed anew wherever a model is loaded: the last digits differ between devices.
+                yield owned.key, tensor.bfloat16() if tensor.is_floating_point() else tensor
+        yield from stored_statistics(model)
 
-    found = all_gather(store.fingerprint(parameters()))
+    config = store.computation(getattr(model, "config", None))
+    found = all_gather(together(lambda: store.fingerprint(tensors(), config), what=WHAT))
     if len(set(found)) > 1:
         raise UserError(
             "initialization: the base weights differ between the processes; every process has to load them"
         )
     return found[0]
+
+
+def _changes(model: nn.Module, owned: Owned) -> bool:
+    """Return whether a buffer is one that rotary positions of changing length rewrite in a forward pass."""
+    if not owned.leaf.endswith("inv_freq") or owned.leaf.startswith("original"):
+        return False
+    kinds = getattr(model.get_submodule(owned.key.rpartition(".")[0]), "rope_type", "")
+    return any(
+        "dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
+
+
+def _with_cause(error: NotFinite, layers: Mapping[str, LoraLayer]) -> UserError:
+    """Return the mistake with the weight that it comes from, where that is one of the adapted ones."""
+    weights = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
+    bad = next((name for name, w in weights if not w.is_meta and not w.isfinite().all()), None)
+    return UserError(f"{error}" if bad is None else f"{error}; the weight of {bad} holds NaN or infinite numbers")
 
 
 def check_whole(model: nn.Module) -> None:
@@ -195,11 +260,14 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def _working_folder(
-    base: str, layers: Mapping[str, LoraLayer], adapter_name: str, batches: list, options: InitOptions
-) -> Path:
+def _key(base: str, layers: Mapping[str, LoraLayer], adapter_name: str, batches: list, options: InitOptions) -> str:
     settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(options.device)}
-    return store.cached_folder(base, layers, adapter_name, batches, **settings)
+    keys = all_gather(store.initialization_key(base, layers, adapter_name, batches, **settings))
+    if len(set(keys)) > 1:
+        raise UserError(
+            "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
+        )
+    return keys[0]
 
 
 def _say_what_is_reused(done: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], place: Path | None) -> None:
@@ -265,12 +333,12 @@ def _solved(
 
 
 def _report(
-    parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], base: str, seconds: Mapping[str, float]
+    parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], seconds: Mapping[str, float]
 ) -> LayerReport:
     lines = {line.name: line for part in parts.values() for line in part.stats}
     measured = [part.measured for part in parts.values()]
     times = {"calibrate": sum(part.seconds for part in measured), **seconds}
-    return LayerReport([lines[name] for name in layers], times, max(part.tokens for part in measured), base)
+    return LayerReport([lines[name] for name in layers], times)
 
 
 def _finish(report: LayerReport, place: Path | None, folder: Path | None) -> None:
@@ -287,6 +355,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
     Raises:
         UserError: one line that names the module and the reason.
     """
+    check_architecture(peft_model)
     config = peft_model.peft_config[adapter_name]
     if not isinstance(config, LoraNullConfig):
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
@@ -297,22 +366,52 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
             "throw that away; train on from it, or give the original model a new adapter"
         )
-    owners: dict[int, str] = {}
-    for name, parameter in peft_model.get_base_model().named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), name)
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, owners)
+        _check_layer(name, layer, adapter_name)
+    for name, others in sharing(peft_model.get_base_model(), layers).items():
+        out = "leave both out" if any(other in layers for other in others) else "leave it out"
+        raise UserError(
+            f"target_modules: {name} shares its weight with {', '.join(others)}, which would change with it; "
+            f"{out} (exclude_modules)"
+        )
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: Mapping[int, str]) -> None:
+def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
+    """Return, by adapted layer, the other modules that hold its weight or memory of it, under whatever name.
+
+    One parameter of two modules, one module in two places, or tensors that are views of the same memory.
+    """
+    mine = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    found: dict[str, list[str]] = {}
+    spans: list[tuple[int, int, str, bool]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        place = path.removesuffix(".base_layer")
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            name = mine.get(id(tensor))
+            if name is not None and name != place:
+                found.setdefault(name, []).append(place)
+            if not (is_sharded(tensor) or tensor.is_meta) and tensor.numel():
+                last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+                start = tensor.data_ptr()
+                spans.append((start, start + (last + 1) * tensor.element_size(), place, name is not None))
+    spans.sort()
+    for i, (_, end, place, adapted) in enumerate(spans):
+        for _, _, other, also in itertools.takewhile(lambda span, end=end: span[0] < end, spans[i + 1 :]):
+            if place != other and (adapted or also):
+                found.setdefault(place if adapted else other, []).append(other if adapted else place)
+    return {name: sorted(set(others)) for name, others in found.items()}
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
     base = layer.get_base_layer()
     reason = unreadable(base) if isinstance(layer, LoraNullLinear) else f"carries a {type(layer).__name__} of PEFT"
     if reason:
         raise UserError(f"target_modules: {name} {reason}")
-    if owners.get(id(base.weight), "").rpartition(".")[0].removesuffix(".base_layer") != name:
-        raise UserError(
-            f"target_modules: {name} shares its weight with {owners[id(base.weight)].rpartition('.')[0]}, leave it out"
-        )
+    scaling = layer.scaling[adapter_name]
+    if not 0 < scaling < float("inf"):
+        raise UserError(f"lora_alpha: {name} has a scaling of {scaling:g}, it has to be above 0")
     smallest = min(layer.in_features, layer.out_features)
     if layer.r[adapter_name] > smallest:
         raise UserError(f"r: {layer.r[adapter_name]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
@@ -356,11 +455,11 @@ def load_initialization(
     check_layers(peft_model, layers, adapter_name)
     raw = store.read_report(directory)
     report = LayerReport(
-        [LayerStats.from_json(line) for line in raw["layers"]], raw["seconds"], raw["tokens"], raw["base"]
+        [LayerStats.from_json(line) for line in raw["layers"]], raw["seconds"], raw["tokens"], raw["base"], raw["key"]
     )
     if report.base != _fingerprint(peft_model, None):
         raise UserError(f"{directory}: was written for other base weights than these")
-    parts = store.read_parts(directory)
+    parts = {name: part for name, part in store.read_parts(directory).items() if part.key == report.key}
     found = {name: part for part in parts.values() for name in part.factors}
     if set(found) != set(layers):
         raise UserError(f"{directory}: was written for other modules than this model adapts")

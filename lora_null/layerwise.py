@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +24,24 @@ from lora_null.calibration import (
     LoadBalance,
     TokenBatch,
     backbone,
+    check_architecture,
     checked_batches,
     count_tokens,
     input_device,
     measuring,
+    pieces,
     sum_over_ranks,
     token_batches,
 )
+from lora_null.errors import UserError
 from lora_null.memory import release_freed_memory
-from lora_null.ranks import rank_and_world
+from lora_null.ranks import rank_and_world, together
 from lora_null.weight_files import WeightFiles
 
 CHECK_TOKENS = 16
+WHAT = "initialization"
+# What a decoder or a layer raises that was not made for being run in parts.
+CANNOT_RUN = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError)
 DEVICE_SHARE = 0.25  # of the free memory, at most, for hidden states
 
 
@@ -52,8 +58,12 @@ class _Call:
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
         args, kwargs = _to((self.args, self.kwargs), device)
-        out = layer(hidden.to(device), *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _hidden(layer(hidden.to(device), *args, **kwargs))
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    """Return the hidden states of what a decoder layer gives: GPT-1's gives a list, most a tuple or the tensor itself."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 def decoder_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Module]:
@@ -101,18 +111,22 @@ def walk_layers(
         DoesNotFit: before anything is measured, if the model is no such chain.
         UserError: as `measure_inputs`.
     """
+    check_architecture(model)
     batches = checked_batches(batches, min_tokens)
     tokens = count_tokens(batches)
     layers = decoder_layers(model, modules)
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
-            _check_chain(model, layers, token_batches(batches[:1], input_device(model), seed)[0])
+            together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
         else:
             stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
         mine = token_batches(batches, input_device(model), seed, runs_on=device)
-        calls, hidden = zip(*(_record(model, layers, batch) for batch in mine))
+        recorded = together(
+            lambda: [_record(model, layers, b) for b in mine], alike=(UserError, DoesNotFit), what=WHAT
+        )
+        calls, hidden = zip(*recorded)
         states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
         balance = LoadBalance()
         names = list(layers)[: last + 1]
@@ -121,13 +135,17 @@ def walk_layers(
             with _resident(layers[name], name, states.device, weights):
                 start = time.perf_counter()
                 meter = InputMeter({} if skip(name) else targets, gram=gram, tokens=tokens)
-                with meter.attached():
+
+                def measure(layer: nn.Module = layers[name], i: int = i, meter: InputMeter = meter) -> Calibration:
                     for batch, call, at in zip(mine, calls, range(len(mine))):
                         meter.begin(batch)
-                        states[at] = call[i].run(layers[name], states[at], states.device)
+                        states[at] = call[i].run(layer, states[at], states.device)
+                    return meter.result()
+
+                with meter.attached():
+                    part = together(measure, what=WHAT)
                 if targets:
-                    part = None if skip(name) else _finished(meter, balance, start)
-                    yield name, part
+                    yield name, None if skip(name) else _finished(part, balance, start)
             if weights is not None:
                 release_freed_memory()
 
@@ -140,8 +158,7 @@ def _inside(layer: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module
     return {name: module for name, module in modules.items() if name.startswith(f"{layer}.")}
 
 
-def _finished(meter: InputMeter, balance: LoadBalance, start: float) -> Calibration:
-    part = meter.result()
+def _finished(part: Calibration, balance: LoadBalance, start: float) -> Calibration:
     sum_over_ranks(part, balance)
     part.seconds = time.perf_counter() - start
     return part
@@ -182,7 +199,7 @@ def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: Toke
             stack.enter_context(_instead_of_forward(layer, stub(position)))
         try:
             backbone(model)(**batch.inputs, use_cache=False)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        except CANNOT_RUN as error:
             raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
     if len(calls) != len(layers):
         raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
@@ -201,27 +218,60 @@ def _instead_of_forward(layer: nn.Module, forward: Callable) -> Iterator[None]:
             layer.forward = own
 
 
-def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch) -> None:
-    """Compare the walk with a plain forward pass on a few tokens.
+def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the walk, each layer over all batches, with plain forward passes, on a few tokens.
+
+    The same operations on the same numbers give the same bits; where they do not, the difference has to be as small as
+    that of a forward pass run twice. Batches of equal and of other shapes show what a model keeps from one layer's call
+    for the next one's.
 
     Raises:
         DoesNotFit: they give different hidden states.
     """
-    few = {key: value[:1, :CHECK_TOKENS] for key, value in batch.inputs.items()}
-    few = TokenBatch(0, 0, few, None, batch.omega)
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
-    handle = final.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    few = _few_tokens(batches, input_device(model))
+    handle = final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out)))
     try:
-        backbone(model)(**few.inputs, use_cache=False)
+        for batch in (*few, few[0]):
+            backbone(model)(**batch.inputs, use_cache=False)
     finally:
         handle.remove()
-    calls, hidden = _record(model, layers, few)
-    for call, layer in zip(calls, layers.values()):
-        hidden = call.run(layer, hidden, next(layer.parameters()).device)
-    error = torch.linalg.vector_norm((hidden - seen[0].to(hidden.device)).double())
-    if not error <= 100 * torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(hidden.double()):
+    calls, states = (list(column) for column in zip(*(_record(model, layers, batch) for batch in few)))
+    try:
+        for i, layer in enumerate(layers.values()):
+            for at, call in enumerate(calls):
+                states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
+    except CANNOT_RUN as error:
+        raise DoesNotFit(f"its decoder layers cannot be run alone ({error})") from error
+    *plain, again = seen
+    noise = _difference(few[0], plain[0], again)
+    if any(_difference(*found) > 4 * noise for found in zip(few, plain, states)):
         raise DoesNotFit("its decoder layers alone do not give what the whole decoder gives")
+
+
+def _few_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[TokenBatch]:
+    """Return small batches of tokens that the batches hold: two of one shape, one of another, padded where those are."""
+    ids, masks = ([torch.as_tensor(batch[key]).cpu() for batch in batches] for key in ("input_ids", "attention_mask"))
+    held = torch.cat([i[m.bool()] for i, m in zip(ids, masks)])[: 2 * CHECK_TOKENS]
+    held = held.repeat(-(-2 * CHECK_TOKENS // len(held)))[: 2 * CHECK_TOKENS].view(2, CHECK_TOKENS)
+    shorter = held[:, : CHECK_TOKENS * 3 // 4].clone()
+    mask = torch.ones_like(shorter)
+    padding = [i[m == 0] for i, m in zip(ids, masks) if not m.all()]
+    if padding:
+        at = slice(0, 4) if any(not m[:, 0].all() for m in masks) else slice(-4, None)
+        shorter[0, at], mask[0, at] = padding[0][0], 0
+    whole = torch.ones_like(held)
+    few = [(held, whole), (held.flip(0, 1), whole), (shorter, mask)]
+    found = [{"input_ids": tokens, "attention_mask": kept} for tokens, kept in few]
+    return [piece for batch in found for piece in pieces(batch, 0, device, seed=0)]
+
+
+def _difference(batch: TokenBatch, one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the norm of the difference of two hidden states, padding excluded; NaN counts as infinite."""
+    apart = batch.rows(batch.flat(one)).double() - batch.rows(batch.flat(other).to(one.device)).double()
+    found = torch.linalg.vector_norm(apart).item()
+    return found if found == found else float("inf")
 
 
 class _HiddenStates:

@@ -37,17 +37,9 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def on_first_rank(act: Callable[[], Any]) -> None:
-    """Run `act` on rank 0 alone while the others wait; its UserError is raised on every rank, so that all end alike."""
-    mistake = None
-    if rank_and_world()[0] == 0:
-        try:
-            act()
-        except UserError as error:
-            mistake = str(error)
-    mistake = broadcast(mistake)
-    if mistake is not None:
-        raise UserError(mistake)
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
+    return broadcast(together(lambda: act() if rank_and_world()[0] == 0 else None))
 
 
 def gather(value: Any) -> list[Any] | None:
@@ -88,24 +80,37 @@ def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
     return [position for position, key in enumerate(keys) if key % world == rank]
 
 
-def together(compute: Callable[[], Any]) -> Any:
+def together(
+    compute: Callable[[], Any],
+    *,
+    alike: type[Exception] | tuple[type[Exception], ...] = UserError,
+    what: str = "evaluation",
+) -> Any:
     """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
 
+    Args:
+        compute: has no collective of its own.
+        alike: what is raised on every rank when it is raised on one: a mistake, which rank 0 then tells.
+        what: is computed, for the message.
+
     Raises:
-        Exception: what `compute` raised here, or a RuntimeError naming the rank where it failed, so that no rank waits
-            for ever for one that is gone.
+        Exception: what `compute` raised here, or `alike` on another rank, or a RuntimeError naming the rank where it
+            failed, so that no rank waits for ever for one that is gone.
     """
     result, failure = None, None
     try:
         result = compute()
     except Exception as error:
         failure = error
-    messages = all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    told = failure if failure is None or isinstance(failure, alike) else f"{type(failure).__name__}: {failure}"
+    failures = all_gather(told)
     if failure is not None:
         raise failure
-    for rank, message in enumerate(messages):
+    for mistake in (found for found in failures if isinstance(found, alike)):
+        raise mistake
+    for rank, message in enumerate(failures):
         if message is not None:
-            raise RuntimeError(f"evaluation failed on rank {rank}: {message}")
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
     return result
 
 

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from lora_null.calibration import Calibration, InputStats
+from lora_null.errors import UserError
 from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
 from lora_null.layer import LoraNullLinear
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.quantized import weight_of
-from lora_null.ranks import all_gather, rank_and_world, say
+from lora_null.ranks import all_gather, rank_and_world, say, together
 from lora_null.store import SolvedPart
 
 NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
@@ -51,7 +52,7 @@ class PartSolver:
     def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
         """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
         start = time.perf_counter()
-        stats = self._solve_mine([part for _, part in parts])
+        stats = together(lambda: self._solve_mine([part for _, part in parts]), what="initialization")
         if rank_and_world()[1] > 1:
             stats = self._share([part for _, part in parts], stats)
         self.seconds += time.perf_counter() - start
@@ -100,21 +101,25 @@ class PartSolver:
             r = layer.r[self.adapter_name]
             if r not in spaces:
                 spaces[r] = bottom_eigenspace(gram, r, solver=self.solver, seed=self.seed)
-            factors = null_factors(weight_of(layer), spaces[r].vectors, layer.scaling[self.adapter_name])
+            space = spaces[r]
+            try:
+                factors = null_factors(weight_of(layer), space.vectors, layer.scaling[self.adapter_name])
+            except ValueError as reason:
+                raise UserError(f"target_modules: {name}: {reason}; leave it out (exclude_modules)") from None
             A, B = self._factors(name)
             A.copy_(factors.A)
             B.copy_(factors.B)
-            part.projected[name] = projected_inputs(A, gram)
+            part.projected[name] = projected_inputs(A, gram, space.vectors if space.exact else None)
             stats[name] = LayerStats(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
                 r=r,
                 tokens=measured.tokens,
-                gram_rank=min(spaces[r].rank, measured.tokens),
+                gram_rank=min(space.rank, measured.tokens),
                 leakage=leakage(A, gram, part.projected[name]),
                 energy=factors.energy,
                 condition=factors.condition,
-                solver=spaces[r].solver,
+                solver=space.solver,
                 seconds=time.perf_counter() - start,
             )
         return stats

@@ -1,31 +1,54 @@
 """Initializations on disk, one file a finished part: to resume a run, to continue a killed one, to reuse an equal one.
 
 A0 and B0 serve v1 and v2 alike, so a folder written for one starts the other. Folders are complete when `layers.json`
-is there.
+is there. Every file carries the key of its initialization, a hash of all that decides the result: what lies in a folder is
+taken for an equal initialization and for no other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.errors import UserError
 from lora_null.factors import LayerStats
-from lora_null.files import cache_root, link, read_json, read_safetensors, write_json, write_safetensors
+from lora_null.files import (
+    cache_root,
+    link,
+    read_json,
+    read_metadata,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
-FORMAT = "1"  # a change of what the files mean makes old caches unused
+FORMAT = "2"  # a change of what the files mean makes old caches unused
 KEPT = 8
+WORDS = 1 << 16  # of 8 bytes, summed up to one number: their weights stay in a processor's cache
+
+# Entries of a model's config that do not decide what its layers read in eval mode, or that loading and training set.
+NOT_COMPUTED = re.compile(
+    r"^_|drop|_loss|_token_ids?$|^output_|^initializer|^summary_|^(architectures|auto_map|dtype|torch_dtype"
+    r"|transformers_version|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
+    r"|tokenizer_class|return_dict|use_cache|tie_word_embeddings|chunk_size_feed_forward|gradient_checkpointing"
+    r"|attn_implementation)$"
+)
 
 
 @dataclass
@@ -37,12 +60,14 @@ class SolvedPart:
         scaling: module name → the s with which s·B0A0 = W0 U Uᵀ.
         measured: their inputs without Grams, for the drift.
         stats: one line a module.
+        key: `initialization_key` of what it is a part of.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     scaling: dict[str, float]
     measured: Calibration
     stats: list[LayerStats]
+    key: str = ""
 
 
 def write_part(folder: Path, name: str, part: SolvedPart) -> None:
@@ -57,7 +82,7 @@ def write_part(folder: Path, name: str, part: SolvedPart) -> None:
         "stats": [line.to_json() for line in part.stats],
         "seconds": part.measured.seconds,
     }
-    write_safetensors(folder / f"{PREFIX}{name}.safetensors", tensors, {"facts": json.dumps(facts)})
+    write_safetensors(folder / f"{PREFIX}{name}.safetensors", tensors, {"facts": json.dumps(facts), "key": part.key})
 
 
 def read_parts(folder: Path) -> dict[str, SolvedPart]:
@@ -79,7 +104,18 @@ def _read_part(path: Path) -> SolvedPart:
         facts["scaling"],
         Calibration(inputs, facts["output_energy"], projected, facts["seconds"]),
         [LayerStats.from_json(line) for line in facts["stats"]],
+        metadata.get("key", ""),
     )
+
+
+def clear_others(folder: Path, key: str) -> None:
+    """Remove from a folder what was written for another initialization than that of `key`, the report first."""
+    report = folder / REPORT_FILE
+    if report.is_file() and read_json(report).get("key") != key:
+        report.unlink()
+    for path in folder.glob(f"{PREFIX}*.safetensors"):
+        if read_metadata(path).get("key") != key:
+            path.unlink()
 
 
 def finish(folder: Path, report: Mapping[str, Any]) -> None:
@@ -91,11 +127,14 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Return the report of a complete folder.
 
     Raises:
-        UserError: it is not complete.
+        UserError: it is not complete, or was written by a version whose files mean something else.
     """
     if not (folder / REPORT_FILE).is_file():
         raise UserError(f"{folder}: holds no complete initialization ({REPORT_FILE} is missing)")
-    return read_json(folder / REPORT_FILE)
+    report = read_json(folder / REPORT_FILE)
+    if "key" not in report:
+        raise UserError(f"{folder}: was written by an older version of lora-null, initialize anew")
+    return report
 
 
 def find_initialization(folder: Path) -> Path:
@@ -112,19 +151,23 @@ def find_initialization(folder: Path) -> Path:
 
 
 def copy_store(source: Path, target: Path) -> None:
-    """Copy a complete folder, by hard links where the file system allows."""
+    """Copy a complete folder, by hard links where the file system allows, in place of what lies in the target."""
+    if target.exists() and source.samefile(target):
+        return
+    for path in [target / REPORT_FILE, *target.glob(f"{PREFIX}*")]:
+        path.unlink(missing_ok=True)
     for path in [*sorted(source.glob(f"{PREFIX}*")), source / REPORT_FILE]:
         link(path, target / path.name)
 
 
-def cached_folder(
+def initialization_key(
     model: str,
     layers: Mapping[str, LoraLayer],
     adapter_name: str,
     batches: Iterable[Mapping[str, Any]],
     **settings: Any,
-) -> Path:
-    """Return the cache folder of an initialization: one for each base, calibration tokens, ranks and settings.
+) -> str:
+    """Return a hash of all that decides an initialization: base, calibration tokens, ranks, scalings, settings.
 
     Args:
         model: `fingerprint` of the base.
@@ -140,33 +183,109 @@ def cached_folder(
         for key in ("input_ids", "attention_mask"):
             value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
             digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return cache_root() / "init" / digest.hexdigest()[:24]
+    return digest.hexdigest()[:24]
+
+
+def cached_folder(key: str) -> Path:
+    """Return the cache folder of the initialization with this key."""
+    return cache_root() / "init" / key
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache and keep `prune_cache`, of this or another process, from removing it inside the block.
+
+    The system lets go of the lock when a process is killed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / f".{uuid.uuid4().hex}.used")
+    with _cache_lock():
+        folder.mkdir(exist_ok=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+        Path(held.lock_file).unlink(missing_ok=True)
 
 
 def prune_cache(keep: Path) -> None:
-    """Remove all but the newest initializations from the cache; `keep` is the newest now, if it is there at all."""
+    """Remove all but the newest initializations from the cache, and none in use; `keep` is the newest now."""
     if keep.parent != cache_root() / "init":
         return
-    os.utime(keep)
-    folders = sorted(keep.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    for folder in folders[KEPT:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _cache_lock():
+        if keep.is_dir():
+            os.utime(keep)
+        folders = sorted(keep.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        for folder in folders[KEPT:]:
+            if not any(_is_held(lock) for lock in folder.glob(".*.used")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cache_lock() -> FileLock:
+    """Return the lock under which folders are taken into use and removed."""
+    return FileLock(cache_root() / "init.lock")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def computation(config: Any) -> str:
+    """Return what of a model's config decides what its layers compute: rotary positions, norms, activations, windows."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    return json.dumps(_computed(values), sort_keys=True)
+
+
+def _computed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {str(key): item for key, item in value.items() if not NOT_COMPUTED.search(str(key))}
+        return {key: _computed(item) for key, item in kept.items()}
+    if isinstance(value, list | tuple):
+        return [_computed(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__}"
 
 
 @torch.no_grad()
-def fingerprint(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return a hash of the weights: every name, shape, dtype, and sums over all bits of each tensor.
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], config: str = "") -> str:
+    """Return a hash of the weights: every name, shape, dtype, and weighted sums over all bits of each tensor.
 
-    The sums are exact integers, the same on every device, and read a weight once at memory speed.
+    Each sum is over 64 Ki words of 8 bytes, multiplied by an odd number of their place, modulo 2⁶⁴: exact, the same on
+    every device, another one when numbers change places, and read once at memory speed. The two halves of a word are
+    added first, since of its topmost bit alone a multiplication would keep no place.
+
+    Args:
+        tensors: by name, in a fixed order.
+        config: `computation` of the model.
     """
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        bits = (
-            parameter.detach()
-            .reshape(-1)
-            .view({2: torch.int16, 4: torch.int32}.get(parameter.element_size(), torch.uint8))
-        )
-        columns = bits[: len(bits) // 64 * 64].view(-1, 64).sum(0, dtype=torch.int64)
-        digest.update(columns.cpu().numpy().tobytes() + bits[len(bits) // 64 * 64 :].cpu().numpy().tobytes())
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        raw = tensor.detach().reshape(-1).view(torch.uint8)
+        raw = raw.clone() if raw.storage_offset() % 8 else raw
+        whole = len(raw) // 8 * 8
+        digest.update(_sums(raw[:whole].view(torch.int64)) + raw[whole:].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sums(words: torch.Tensor) -> bytes:
+    weights = _place_weights(words.device)
+    sums = [words.new_empty(0)]
+    for chunk in words.split(WORDS if words.device.type == "cpu" else 64 * WORDS):
+        mixed = (chunk >> 32).add_(chunk)
+        whole = len(mixed) // WORDS * WORDS
+        sums.append(mixed[:whole].view(-1, WORDS).mul_(weights).sum(1))
+        rest = mixed[whole:]
+        sums.append(rest.mul_(weights[: len(rest)]).sum().view(1))
+    return torch.cat(sums).cpu().numpy().tobytes()
+
+
+@functools.cache
+def _place_weights(device: torch.device) -> torch.Tensor:
+    """Return the odd number of every place, (WORDS,) int64."""
+    numbers = hashlib.shake_256(b"lora-null").digest(8 * WORDS)
+    return torch.frombuffer(bytearray(numbers), dtype=torch.int64).bitwise_or_(1).to(device)

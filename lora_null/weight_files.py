@@ -6,12 +6,65 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
 
 from lora_null.errors import UserError
+
+
+class Owned(NamedTuple):
+    """A parameter or buffer of the base model, and where it is kept.
+
+    Attributes:
+        key: its name in a checkpoint of the base, whatever PEFT has wrapped around it.
+        place, leaf: the module's own dictionary that holds it, and its name there.
+        saved: whether a checkpoint holds it; False for a buffer that is computed anew from the config.
+    """
+
+    key: str
+    place: dict[str, Any]
+    leaf: str
+    tensor: torch.Tensor
+    is_parameter: bool
+    saved: bool
+
+
+def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
+    """Yield the tensors of a base model, or of a part of it called `name`, each once and without what PEFT added to it.
+
+    Left out are adapters, trained copies of modules (`modules_to_save`), and of those outside the backbone, such as a head
+    drawn at random, the original too: nothing that an adapted layer reads comes from there.
+    """
+    added: list[str] = []
+    spine = getattr(model, "base_model_prefix", "") if not name else ""
+    spine = f"{spine}." if spine and hasattr(model, spine) else ""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            added += [f"{path}.{leaf}." for leaf in (*module.adapter_layer_names, *module.other_param_names)]
+        if isinstance(module, ModulesToSaveWrapper) and not path.startswith(spine):
+            added.append(f"{path}.")
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for place, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for leaf, tensor in place.items():
+                full = f"{path}.{leaf}" if path else leaf
+                if tensor is None or id(tensor) in seen or full.startswith(tuple(added)):
+                    continue
+                seen.add(id(tensor))
+                saved = is_parameter or leaf not in module._non_persistent_buffers_set
+                yield Owned(
+                    _in_checkpoint(f"{name}.{full}" if name else full), place, leaf, tensor, is_parameter, saved
+                )
+
+
+def _in_checkpoint(name: str) -> str:
+    """Return a name without the parts that PEFT's wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 class WeightFiles:
@@ -36,8 +89,8 @@ class WeightFiles:
         else:
             raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
 
-    def read(self, key: str) -> torch.Tensor:
-        """Return one tensor.
+    def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return one tensor, in the dtype given or that of the weights.
 
         Raises:
             UserError: the files do not have it.
@@ -45,15 +98,22 @@ class WeightFiles:
         if key not in self.file_of:
             raise UserError(f"{self.folder}: its files have no weight {key!r}, load the model whole instead")
         with safe_open(self.folder / self.file_of[key], "pt") as file:
-            return file.get_tensor(key).to(self.dtype)
+            return file.get_tensor(key).to(dtype or self.dtype)
+
+    def of(self, owned: Owned) -> torch.Tensor | None:
+        """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right.
+
+        Raises:
+            UserError: the model has only its shape (meta device), and the files do not have it.
+        """
+        if not owned.saved or not (owned.tensor.is_meta or owned.key in self.file_of):
+            return None
+        return self.read(owned.key, None if owned.is_parameter else owned.tensor.dtype)
 
     @contextlib.contextmanager
     def loaded(self, module: nn.Module, name: str) -> Iterator[None]:
         """Give `module`, called `name` in the checkpoint, its weights; afterwards it is without again."""
-        prefix = f"{name}." if name else ""
-        with self._assigned(
-            module, ((p, prefix + p.replace("base_layer.", "")) for p, _ in module.named_parameters())
-        ):
+        with self._assigned(base_tensors(module, name)):
             yield
 
     @contextlib.contextmanager
@@ -61,23 +121,26 @@ class WeightFiles:
         """Give the model all weights but its decoder layers' and its head's: embeddings, positions, norms."""
         inner = getattr(model, "get_base_model", lambda: model)()
         head = inner.get_output_embeddings()
-        apart = {id(p) for module in (*layers.values(), *([head] if head else [])) for p in module.parameters()}
+        apart = {id(t) for module in (*layers.values(), *([head] if head else [])) for t in _tensors(module)}
         apart -= {id(p) for p in inner.get_input_embeddings().parameters()}  # a tied head
-        names = [name for name, parameter in inner.named_parameters() if id(parameter) not in apart]
-        with self._assigned(inner, ((name, name) for name in names)):
+        with self._assigned(owned for owned in base_tensors(inner) if id(owned.tensor) not in apart):
             yield
 
     @contextlib.contextmanager
-    def _assigned(self, module: nn.Module, keys: Iterable[tuple[str, str]]) -> Iterator[None]:
-        before: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for name, key in keys:
-            owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            parameter = owner._parameters[leaf]
-            if parameter.is_meta:
-                before.append((owner, leaf, parameter))
-                owner._parameters[leaf] = nn.Parameter(self.read(key), requires_grad=False)
+    def _assigned(self, found: Iterable[Owned]) -> Iterator[None]:
+        before = []
+        for owned in found:
+            tensor = self.of(owned)
+            if tensor is not None:
+                before.append(owned)
+                owned.place[owned.leaf] = nn.Parameter(tensor, requires_grad=False) if owned.is_parameter else tensor
         try:
             yield
         finally:
-            for owner, leaf, parameter in before:
-                owner._parameters[leaf] = parameter
+            for owned in before:
+                owned.place[owned.leaf] = owned.tensor
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -10,6 +10,7 @@ method and setting of a seed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from accelerate import PartialState
 
 from lora_null.errors import UserError
 from lora_null.files import read_json, write_json
-from lora_null.ranks import on_first_rank
+from lora_null.ranks import on_first_rank, together
 from lora_null.recipes import output, spread
 from lora_null.recipes.environment import environment
 from lora_null.recipes.load import put
@@ -104,9 +105,10 @@ def run_grid(
         UserError: a mistake in the recipe, its data or its output folder, said before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
-    whole = check_grid(recipe, cells, allow_code_execution=allow_code_execution)
+    check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
+    whole = together(check, what="checking the recipe")
     taken = output.taken(recipe, _space(recipe, cells, whole.plans), resume=resume, overwrite=overwrite)
-    with spread.opened(root, taken):
+    with spread.opened(root, taken), spread.told():
         results = _run_cells(recipe, cells, whole, allow_code_execution=allow_code_execution)
         if whole.is_main and spread.is_first():
             write_report(root)
@@ -177,7 +179,8 @@ def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allo
     on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
     if before is None or not starts_alike(cell):
         every = own.model_copy(update={"method": _of_all(recipe, own)})
-        before = inspect_recipe(every, base=root / "base", allow_code_execution=allow_code_execution)
+        options = {"base": root / "base", "allow_code_execution": allow_code_execution}
+        before = together(lambda: inspect_recipe(every, **options), what="checking the recipe")
     started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}
     keep = recipe.grid.keep_weights
     return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lora_null.errors import UserError
-from lora_null.files import PART, read_json, sweep, write_text
+from lora_null.files import PART, beside, read_json, sweep, write_text
 from lora_null.ranks import all_gather, on_first_rank
 from lora_null.recipes.schema import Recipe
 
@@ -173,7 +173,7 @@ def _probe(folder: Path) -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}{PART}"
+        probe = beside(folder / "probe")
         try:
             with open(probe, "wb") as file:
                 file.write(b"\0" * 2**20)

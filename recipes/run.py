@@ -37,6 +37,7 @@ from lora_null.files import link, read_json, write_json, write_text
 from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.limits import PositionLimit, fit_windows, position_limit
 from lora_null.memory import release_freed_memory
+from lora_null.ranks import together
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.bases import (
     attention,
@@ -166,9 +167,13 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is said before.
     """
-    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution)
-    if recipe.method.init is not None:
-        find_initialization(Path(recipe.method.init))
+
+    def check() -> Job:
+        if recipe.method.init is not None:
+            find_initialization(Path(recipe.method.init))
+        return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+
+    job = together(check, what="checking the recipe")
     size = sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
     with output.taken(recipe, size, resume=resume, overwrite=overwrite):
         if job.data.bad and job.is_main:

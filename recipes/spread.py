@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora_null.errors import WORKER
+from lora_null.errors import WORKER, UserError
 from lora_null.recipes.output import locked
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -65,9 +66,20 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tell a mistake that this process has met in its own runs; the first one's, and what all meet, `exit_status` tells."""
+    try:
+        yield
+    except UserError as error:
+        if not is_first():
+            tqdm.write(f"error: {error}", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
 def opened(folder: Path, taken: AbstractContextManager[None]) -> Iterator[None]:
     """Enter `taken`, which claims a grid's folder, in the first process; the others wait until it has."""
-    ready = folder / f".open.{os.getppid()}"  # processes of one launch have one parent
+    ready = folder / f".open.{platform.node()}.{os.getppid()}"  # processes of one launch have one parent
     if is_first():
         with taken:
             if workers() > 1:

@@ -3,7 +3,7 @@ import oracle
 import pytest
 import torch
 
-from lora_null.nullspace import bottom_eigenspace
+from lora_null.nullspace import EXCESS, bottom_eigenspace
 
 
 def inputs(d, n, decay=6.0, seed=0):
@@ -49,7 +49,7 @@ def test_exact_null_space_larger_than_r_is_chosen_the_same_after_a_rotation_of_r
     X = inputs(400, 300, decay=2)
     gram = X @ X.T
     found = bottom_eigenspace(gram, 8, solver=solver)
-    assert found.rank == (300 if solver == "eigh" else 392)  # Krylov stops at r directions: d - r is a bound
+    assert found.rank == 300 and found.exact
     assert oracle.leak(found.vectors.T.numpy(), X.numpy()) < 1e-10
     noise = torch.randn(400, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 1e-17
     again = bottom_eigenspace(gram + noise @ noise.T, 8, solver=solver)
@@ -71,3 +71,46 @@ def test_refuses_what_has_no_answer(gram, r):
 def test_refuses_nan():
     with pytest.raises(ValueError, match="finite"):
         bottom_eigenspace(torch.full((3, 3), float("nan"), dtype=torch.float64), 1)
+
+
+def tail_of(kind, count, generator):
+    """Eigenvalues around 1 as they lie where a Krylov space of narrow blocks misses some of them."""
+    noise = torch.randn(count, generator=generator, dtype=torch.float64)
+    steps = torch.tensor([1.0, 1.3, 1.6], dtype=torch.float64).repeat_interleave(-(-count // 3))[:count]
+    return {
+        "flat": torch.ones(count, dtype=torch.float64),
+        "nearly flat": 1 + 1e-3 * noise,
+        "5%": 1 + 0.05 * noise,
+        "20%": (1 + 0.2 * noise).abs(),
+        "steps": steps,
+        "one below": torch.cat([steps[:1] * 0.1, torch.ones(count - 1, dtype=torch.float64)]),
+        "even": torch.linspace(0.01, 2, count, dtype=torch.float64),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["flat", "nearly flat", "5%", "20%", "steps", "one below", "even"])
+@pytest.mark.parametrize("d, r, tail, level", [(512, 64, 150, 1e-5), (560, 16, 300, 1e-7), (600, 40, 60, 1e-2)])
+def test_flat_tails_leak_no_more_than_one_percent_above_the_least(kind, d, r, tail, level):
+    generator = torch.Generator().manual_seed(d)
+    Q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    head = torch.logspace(0, np.log10(level) + 0.5, d - tail, dtype=torch.float64)
+    values = torch.cat([head, level * tail_of(kind, tail, generator)])
+    gram = (Q * values) @ Q.T
+    found = bottom_eigenspace((gram + gram.T) / 2, r)
+    caught = np.trace(found.vectors.T.numpy() @ gram.numpy() @ found.vectors.numpy())
+    least = np.linalg.eigvalsh(gram.numpy())[:r].sum()
+    assert caught <= (1 + EXCESS) * least
+    assert found.rank == d and not found.exact
+
+
+def test_an_eigenvalue_that_is_missing_is_noticed():
+    from lora_null.nullspace import _count_below, _is_complete
+
+    Q, _ = torch.linalg.qr(torch.randn(90, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    values = torch.linspace(1, 10, 90, dtype=torch.float64)
+    gram = (Q * values) @ Q.T
+    for level in (0.5, 1.05, 3.3, 9.99, 11.0):
+        assert _count_below(gram, level) == int((values < level).sum())
+    assert _is_complete(gram, values[:20])
+    for missing in (0, 7, 15):
+        assert not _is_complete(gram, torch.cat([values[:missing], values[missing + 1 : 21]]))

@@ -72,10 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from lora_null.export import save_plain_adapter
     from lora_null.initialize import InitOptions, start_adapter
+    from lora_null.ranks import together
 
     state = PartialState(cpu=arguments.device == "cpu")
-    batches = _batches(arguments)
-    peft_model, weights = _model(arguments)
+    batches = together(lambda: _batches(arguments), what="calibration")
+    peft_model, weights = together(lambda: _model(arguments), what="initialization")
     options = InitOptions(
         device=_device(arguments.device, state), weights=weights, seed=arguments.seed, cache=not arguments.no_cache
     )
@@ -151,7 +152,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     targets = arguments.target_modules
     config = LoraNullConfig(
         r=arguments.rank,
-        lora_alpha=arguments.alpha or arguments.rank,
+        lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
         target_modules=targets.split(",") if "," in targets else targets,
         variant=arguments.variant,
         task_type="CAUSAL_LM",

@@ -18,6 +18,7 @@ from torch import nn
 from lora_null.calibration import Calibration, InputStats
 from lora_null.config import ResidualLoraConfig
 from lora_null.errors import UserError
+from lora_null.initialize import sharing
 from lora_null.layer import active_adapter
 from lora_null.quantized import weight_of
 from lora_null.ranks import rank_and_world
@@ -37,16 +38,14 @@ class ResidualMethod(Method):
         return 2 * r
 
     def check(self, model: nn.Module) -> None:
-        """Raise a UserError for an r that a layer does not have room for, or a weight that two modules share."""
-        adapter, owners = active_adapter(model), {}
-        for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), name)
-        for name, layer in self.layers(model).items():
-            weight, smallest = layer.get_base_layer().weight, min(layer.in_features, layer.out_features)
-            if not owners[id(weight)].startswith(name):
-                raise UserError(
-                    f"target_modules: {name} shares its weight with another module, {self.name} needs its own"
-                )
+        """Raise a UserError for an r that a layer does not have room for, or a weight that another module holds too."""
+        adapter, layers = active_adapter(model), self.layers(model)
+        for name, others in sharing(model.get_base_model(), layers).items():
+            raise UserError(
+                f"target_modules: {name} shares its weight with {', '.join(others)}, {self.name} needs its own"
+            )
+        for name, layer in layers.items():
+            smallest = min(layer.in_features, layer.out_features)
             if layer.r[adapter] > smallest:
                 raise UserError(f"r: {layer.r[adapter]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
 

@@ -1,0 +1,135 @@
+"""One rank of test_rank_mistakes.py: `RANK=0 WORLD_SIZE=2 … python rank_mistakes.py FOLDER`; prints one JSON line."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from tiny import random_batches, tiny_model
+
+from lora_null import LoraNullConfig, UserError, store
+from lora_null.calibration import measure_inputs
+from lora_null.initialize import InitOptions, start_adapter
+from lora_null.layer import adapted_layers
+from lora_null.ranks import on_first_rank, together
+
+BATCHES = random_batches(count=4)
+RANK = int(os.environ["RANK"])
+
+
+def poisoned(batch):
+    """A token in one batch whose embedding is NaN: the rank that runs this batch meets it, the other does not."""
+    model = tiny_model()
+    model.model.embed_tokens.weight.data[77] = float("nan")
+    ids = [b["input_ids"].masked_fill(b["input_ids"] == 77, 5) for b in BATCHES]
+    ids[batch][2, 0] = 77
+    return model, [{**b, "input_ids": i} for b, i in zip(BATCHES, ids)]
+
+
+def start(model=None, batches=BATCHES, folder=None, config=None, **options):
+    peft_model = get_peft_model(model or tiny_model(), LoraNullConfig(**{"r": 4, **(config or {})}))
+    start_adapter(peft_model, batches, InitOptions(min_tokens=1, progress=False, **options), folder=folder)
+
+
+def only_on(rank, act):
+    if rank == RANK:
+        act()
+
+
+def refuse(*_, **__):
+    raise UserError("a mistake of one process")
+
+
+@contextlib.contextmanager
+def broken(place, name, rank):
+    """Let a function of a module refuse on one rank."""
+    plain = getattr(place, name)
+    if rank == RANK:
+        setattr(place, name, refuse)
+    try:
+        yield
+    finally:
+        setattr(place, name, plain)
+
+
+def dense(form):
+    model, batches = poisoned(1)  # of rank 1
+    start(model, batches, form=form)
+
+
+def drift_only():
+    model, batches = poisoned(3)
+    peft_model = get_peft_model(model, LoraNullConfig(r=4))
+    measure_inputs(peft_model, adapted_layers(peft_model), batches, progress=False)
+
+
+def while_solving(rank):
+    from lora_null import solving
+
+    with broken(solving, "null_factors", rank):
+        start(folder=None)
+
+
+def damaged(folder):
+    place = folder / "damaged"
+    if RANK == 0:
+        start_alone = place / "factors.model.layers.0.safetensors"
+        start_alone.parent.mkdir()
+        start_alone.write_bytes(b"no tensors")
+        (place / "layers.json").write_text("{")
+    start(folder=place)
+
+
+def cannot_write(folder):
+    with broken(store, "finish", 0):
+        start(folder=folder / "finish")
+
+
+def zero_on_one():
+    model = tiny_model()
+    if RANK == 1:
+        model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    start(model)
+
+
+CASES = {
+    "NaN, layers": lambda folder: dense("layers"),
+    "NaN, hooks": lambda folder: dense("hooks"),
+    "NaN, drift": lambda folder: drift_only(),
+    "rank": lambda folder: start(config={"r": 4 if RANK == 0 else 33}),
+    "too few tokens": lambda folder: start(batches=BATCHES if RANK == 0 else []),
+    "other texts": lambda folder: start(batches=BATCHES if RANK == 0 else BATCHES[::-1]),
+    "other seed": lambda folder: start(seed=RANK),
+    "other base": lambda folder: start(tiny_model(seed=RANK)),
+    "zero weight": lambda folder: zero_on_one(),
+    "solving on 0": lambda folder: while_solving(0),
+    "solving on 1": lambda folder: while_solving(1),
+    "damaged": damaged,
+    "writing": cannot_write,
+    "data": lambda folder: together(lambda: only_on(1, refuse)),
+    "first": lambda folder: on_first_rank(refuse),
+    "none": lambda folder: start(folder=folder / "fine"),
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    told = {}
+    for name, act in CASES.items():
+        try:
+            act(folder)
+            told[name] = None
+        except Exception as error:
+            told[name] = f"{'UserError' if isinstance(error, UserError) else type(error).__name__}: {error}"
+        dist.barrier()  # nobody is left behind in another collective
+    print(json.dumps(told), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

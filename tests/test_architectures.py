@@ -1,0 +1,225 @@
+"""Each family of architectures is measured right, layer by layer or with hooks, or refused by name before any work."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from peft import get_peft_model
+from tiny import random_batches
+from torch import nn
+
+from lora_null import LoraNullConfig, UserError
+from lora_null.calibration import measure_inputs
+from lora_null.commands.init import model_in_files
+from lora_null.initialize import InitOptions, start_adapter
+from lora_null.layer import adapted_layers
+from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.recipes.schema import ModelSection
+
+BATCHES = random_batches(count=3, size=4, length=10)
+SMALL = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+GATED = dict(SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+NARROW = dict(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXPERTS = dict(GATED, num_experts_per_tok=2, moe_intermediate_size=24)
+
+# How each is walked: layer by layer, or with hooks over the whole model.
+LAYERS = {
+    "llama": tf.LlamaConfig(**GATED),
+    "mistral": tf.MistralConfig(**GATED, sliding_window=4),
+    "qwen2": tf.Qwen2Config(**GATED),
+    "qwen3": tf.Qwen3Config(**GATED, head_dim=8),
+    "gemma2": tf.Gemma2Config(**GATED, head_dim=8, sliding_window=8),
+    "gemma3": tf.Gemma3TextConfig(**{**GATED, "num_hidden_layers": 7}, head_dim=8, sliding_window=4),
+    "phi": tf.PhiConfig(**GATED),
+    "phi3": tf.Phi3Config(**GATED),
+    "olmo2": tf.Olmo2Config(**GATED),
+    "cohere": tf.CohereConfig(**GATED),
+    "granite": tf.GraniteConfig(**GATED),
+    "stablelm": tf.StableLmConfig(**GATED),
+    "starcoder2": tf.Starcoder2Config(**GATED),
+    "gpt_neox": tf.GPTNeoXConfig(**SMALL, intermediate_size=48),
+    "gpt_neo": tf.GPTNeoConfig(
+        vocab_size=101, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=4, max_position_embeddings=64,
+    ),
+    "gptj": tf.GPTJConfig(**NARROW, rotary_dim=4),
+    "gpt2": tf.GPT2Config(**NARROW),
+    "openai-gpt": tf.OpenAIGPTConfig(**NARROW),
+    "codegen": tf.CodeGenConfig(**NARROW, rotary_dim=4),
+    "bloom": tf.BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": tf.FalconConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "mpt": tf.MptConfig(vocab_size=101, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "opt": tf.OPTConfig(
+        vocab_size=101, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0,
+    ),
+    "mixtral": tf.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": tf.Qwen3MoeConfig(**EXPERTS, num_experts=4, head_dim=8),
+    "bert": tf.BertConfig(**SMALL, intermediate_size=48, is_decoder=True),
+    "roberta": tf.RobertaConfig(**{**SMALL, "max_position_embeddings": 70}, intermediate_size=48, is_decoder=True),
+    "mamba": tf.MambaConfig(vocab_size=101, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4),
+}  # fmt: skip
+HOOKS = {
+    "albert": tf.AlbertConfig(
+        vocab_size=101, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64,
+    ),
+    "xlnet": tf.XLNetConfig(vocab_size=101, d_model=32, n_layer=2, n_head=4, d_inner=48),
+}  # fmt: skip
+MASKED = ("albert",)  # has no causal form
+EAGER = {"mixtral", "qwen3_moe"}  # whose faster experts know no float64
+UNCALLED = {"mamba": "dt_proj"}  # multiplied with, not called
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    kind = tf.AutoModelForMaskedLM if name in MASKED else tf.AutoModelForCausalLM
+    eager = {"experts_implementation": "eager"} if name in EAGER else {}
+    dtype = torch.float32 if name == "xlnet" else torch.float64  # XLNet makes float32 masks of its own
+    model = kind.from_config((LAYERS | HOOKS)[name], dtype=dtype, **eager).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms that matter
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def targets(model):
+    """Every linear that reads one row a token, apart from what belongs to the head."""
+    spine = getattr(model, model.base_model_prefix)
+    kinds = (nn.Linear, tf.pytorch_utils.Conv1D)
+    inside = {id(module) for module in spine.modules()} - {id(model.get_output_embeddings())}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and id(m) in inside}
+    return {name: module for name, module in found.items() if not name.endswith(("pooler", "pooler.dense"))}
+
+
+def inputs_of(model, modules, *, length_first):
+    """{name: X (d_in, N)}, one plain hook each, rows picked token by token."""
+    columns = {name: [] for name in modules}
+    for batch in BATCHES:
+        kept = [(i, j) for i, row in enumerate(batch["attention_mask"].tolist()) for j, one in enumerate(row) if one]
+
+        def see(name, x, kept=kept, batch=batch):
+            size, length = batch["input_ids"].shape
+            for i, j in kept:
+                row = x[j, i] if length_first and x.dim() == 3 else x.reshape(size, length, -1)[i, j]
+                columns[name].append(row.double().numpy())
+
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            for name, module in modules.items()
+        ]
+        with torch.no_grad():
+            getattr(model, model.base_model_prefix)(**batch)
+        for handle in handles:
+            handle.remove()
+    return {name: np.stack(rows, axis=1) for name, rows in columns.items()}
+
+
+def check(parts, X, limit):
+    measured = {name: stats for part in parts for stats in part.inputs for name in stats.modules}
+    assert set(measured) == set(X)
+    for name, stats in measured.items():
+        C = X[name] @ X[name].T
+        assert np.linalg.norm(stats.gram.numpy() - C) <= limit * np.linalg.norm(C), name
+        assert stats.tokens == X[name].shape[1]
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *HOOKS])
+def test_grams_equal_the_oracle_in_both_forms(name):
+    model = model_of(name)
+    modules = {n: module for n, module in targets(model).items() if not n.endswith(UNCALLED.get(name, "-"))}
+    assert len(modules) >= 4
+    limit = 1e-6 if name == "xlnet" else 1e-11
+    X = inputs_of(model, modules, length_first=name == "xlnet")
+    check([measure_inputs(model, modules, BATCHES, progress=False)], X, limit)
+    if name in HOOKS:
+        with pytest.raises(DoesNotFit):
+            next(walk_layers(model, modules, BATCHES, progress=False))
+    else:
+        check([part for _, part in walk_layers(model, modules, BATCHES, progress=False)], X, limit)
+
+
+def started(model, **config):
+    peft_model = get_peft_model(model, LoraNullConfig(**{"r": 2, **config}))
+    return start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False))
+
+
+REFUSED = {
+    "model: t5 is an encoder and a decoder": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    ),
+    "model: bart is an encoder and a decoder": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(
+            vocab_size=101, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        )
+    ),
+    "model: vit reads pixel_values": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, image_size=16)
+    ),
+    "layers.0.feed_forward.router is a Llama4Router": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **GATED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, interleave_moe_layer_step=1
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch):
+    monkeypatch.setattr("lora_null.store.fingerprint", None)  # nothing has been read by then
+    with pytest.raises(UserError, match=message) as told:
+        started(REFUSED[message]())
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "name, targets, message",
+    [
+        ("bert", "all-linear", "pooler.dense reads 4 rows of a batch, not its tokens"),
+        ("mamba", ["dt_proj", "in_proj"], "no token reaches backbone.layers.0.mixer.dt_proj"),
+    ],
+)
+def test_a_linear_that_reads_no_tokens_is_named(name, targets, message):
+    if name == "bert":
+        model = tf.BertForSequenceClassification(tf.BertConfig(**SMALL, intermediate_size=48))
+    else:
+        model = tf.MambaForCausalLM(LAYERS[name])
+    with pytest.raises(UserError, match=message):
+        started(model, target_modules=targets)
+
+
+def test_xlnet_with_batches_as_long_as_they_are_wide():
+    model = model_of("xlnet")
+    modules = targets(model)
+    square = random_batches(count=1, size=10, length=10)
+    rows = [{key: value[i : i + 3] for key, value in square[0].items()} for i in range(0, 10, 3)]
+    one, other = (measure_inputs(model, modules, batches, progress=False) for batches in (square, rows))
+    for a, b in zip(one.inputs, other.inputs, strict=True):
+        assert torch.allclose(a.gram, b.gram, rtol=1e-5, atol=1e-6 * float(b.gram.trace()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["apertus", "gpt2", "gemma3"])
+def test_weights_left_in_their_files_give_the_same_bits(name, dtype, tmp_path):
+    """Persistent buffers too: Apertus keeps constants of its activation there, in values that are not the defaults."""
+    config = {**LAYERS, "apertus": tf.ApertusConfig(**GATED, hidden_act="xielu", rope_parameters=ROPE)}[name]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for key, buffer in model.named_buffers():
+        if key in model.state_dict():
+            buffer.copy_(torch.rand_like(buffer) * 2)
+    model.save_pretrained(tmp_path)
+    whole = get_peft_model(
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)), LoraNullConfig(r=2)
+    )
+    expected, _ = start_adapter(whole, BATCHES, InitOptions(min_tokens=1, progress=False))
+    section = ModelSection(name_or_path=str(tmp_path), dtype=dtype)
+    empty, weights = model_in_files(tmp_path, tf.AutoConfig.from_pretrained(tmp_path), section, LoraNullConfig(r=2))
+    options = InitOptions(min_tokens=1, progress=False, weights=weights, device=torch.device("cpu"))
+    report, _ = start_adapter(empty, BATCHES, options)
+    assert report.base == expected.base
+    assert [line.leakage for line in report.layers] == [line.leakage for line in expected.layers]
+    for one, other in zip(adapted_layers(whole).values(), adapted_layers(empty).values(), strict=True):
+        assert torch.equal(one.lora_A["default"].weight, other.lora_A["default"].weight)

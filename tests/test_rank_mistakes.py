@@ -1,0 +1,59 @@
+"""A mistake found on any process of several ends all of them in the same line, and none waits for one that is gone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_worlds import free_port
+
+HERE = Path(__file__).parent
+SAME = {
+    "NaN, layers": "sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj",
+    "NaN, hooks": "sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0",
+    "NaN, drift": "sample 2 of batch 3 gives NaN or infinite inputs at model.layers.0",
+    "rank": "r: 33 is larger than model.layers.0.self_attn.q_proj allows",
+    "too few tokens": "there is no batch to measure",
+    "other texts": "adapter, calibration batches or settings differ between the processes",
+    "other seed": "adapter, calibration batches or settings differ between the processes",
+    "other base": "the base weights differ between the processes",
+    "zero weight": "the weight of model.layers.0.mlp.up_proj is zero",
+    "solving on 0": "a mistake of one process",
+    "solving on 1": "a mistake of one process",
+    "damaged": "layers.json: damaged, not valid JSON",
+    "writing": "a mistake of one process",
+    "data": "a mistake of one process",
+    "first": "a mistake of one process",
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "rank_mistakes.py"), str(folder)],
+            env={**common, "RANK": str(rank), "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        return [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_every_process_ends_in_the_same_line(told, case):
+    assert told[0][case] == told[1][case]
+    assert told[0][case].startswith("UserError: ") and SAME[case] in told[0][case]
+    assert "\n" not in told[0][case]
+
+
+def test_without_a_mistake_all_finish(told):
+    assert told[0]["none"] is told[1]["none"] is None

@@ -1,0 +1,274 @@
+"""An initialization is taken again for the same base, texts, adapter and settings, and for nothing else."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import random_batches, tiny_model
+from transformers import LlamaForSequenceClassification
+
+from lora_null import LoraNullConfig, UserError, store
+from lora_null.initialize import InitOptions, _fingerprint, load_initialization, start_adapter
+from lora_null.layer import adapted_layers
+
+BATCHES = random_batches()
+CHANGES = {
+    "texts": dict(batches=random_batches(seed=9)),
+    "fewer texts": dict(batches=BATCHES[:-1]),
+    "order of texts": dict(batches=BATCHES[::-1]),
+    "mask": dict(batches=[{**b, "attention_mask": torch.ones_like(b["attention_mask"])} for b in BATCHES]),
+    "base": dict(model=dict(seed=5)),
+    "base's dtype": dict(dtype=torch.bfloat16),
+    "rank": dict(config=dict(r=3)),
+    "one layer's rank": dict(config=dict(rank_pattern={"up_proj": 3})),
+    "scaling": dict(config=dict(lora_alpha=9)),
+    "one layer's scaling": dict(config=dict(alpha_pattern={"up_proj": 9})),
+    "modules": dict(config=dict(target_modules=["q_proj", "up_proj"])),
+    "seed": dict(options=dict(seed=3)),
+    "solver": dict(options=dict(solver="krylov")),
+    "form": dict(options=dict(form="hooks")),
+    "rope": dict(model=dict(rope_parameters={"rope_type": "default", "rope_theta": 10.0})),
+    "activation": dict(model=dict(hidden_act="gelu")),
+    "norms": dict(model=dict(rms_norm_eps=1.0)),
+}
+
+
+def wrapped(model=None, dtype=torch.float32, config=None, **_):
+    return get_peft_model(tiny_model(**(model or {})).to(dtype), LoraNullConfig(**{"r": 4, **(config or {})}))
+
+
+def start(folder=None, *, cache=False, batches=BATCHES, options=None, **changes):
+    peft_model = wrapped(**changes)
+    settings = InitOptions(**{"min_tokens": 1, "progress": False, "cache": cache, **(options or {})})
+    report, _ = start_adapter(peft_model, batches, settings, folder=folder)
+    return factors(peft_model), report
+
+
+def factors(peft_model):
+    return {name: layer.lora_A["default"].weight for name, layer in adapted_layers(peft_model).items()}
+
+
+def same(one, other):
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "init"
+
+
+@pytest.mark.parametrize(
+    "what, cache", [*((what, False) for what in CHANGES), ("texts", True), ("base", True), ("rope", True)]
+)
+def test_parts_of_another_initialization_are_neither_read_nor_left(what, cache, tmp_path, own_cache, capsys):
+    start(tmp_path / "init", cache=cache)
+    found, report = start(tmp_path / "init", cache=cache, **CHANGES[what])
+    assert "reused" not in capsys.readouterr().err
+    assert same(found, start(**CHANGES[what])[0])
+    keys = {part.key for part in store.read_parts(tmp_path / "init").values()}
+    assert keys == {report.key} == {json.loads((tmp_path / "init" / "layers.json").read_text())["key"]}
+    loaded = wrapped(**CHANGES[what])
+    assert load_initialization(tmp_path / "init", loaded)[0].key == report.key
+    assert same(factors(loaded), found)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_an_equal_one_is_taken_whole_or_in_parts(cache, tmp_path, own_cache, capsys):
+    found, report = start(tmp_path / "init", cache=cache)
+    again, second = start(tmp_path / "init", cache=cache)
+    assert "initialization: reused" in capsys.readouterr().err
+    assert same(found, again) and report.key == second.key
+    place = own_cache / report.key if cache else tmp_path / "init"
+    (place / "layers.json").unlink()
+    (place / "factors.model.layers.1.safetensors").unlink()
+    assert same(found, start(tmp_path / "init", cache=cache)[0])
+    assert "continued, 7 of 14 modules are there already" in capsys.readouterr().err
+
+
+def test_an_unfinished_start_over_a_finished_one_is_no_initialization(tmp_path, monkeypatch):
+    start(tmp_path)
+    write, written = store.write_part, []
+
+    def once(folder, name, part):
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(folder, name, part)
+
+    monkeypatch.setattr(store, "write_part", once)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, **CHANGES["texts"])
+    with pytest.raises(UserError, match="holds no complete initialization"):
+        load_initialization(tmp_path, wrapped())
+
+
+def test_what_an_older_version_wrote_is_refused_in_one_line(tmp_path):
+    start(tmp_path)
+    report = json.loads((tmp_path / "layers.json").read_text())
+    del report["key"]
+    (tmp_path / "layers.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="written by an older version"):
+        load_initialization(tmp_path, wrapped())
+
+
+def permuted_rows(model):
+    table = model.model.embed_tokens.weight
+    table.copy_(table.flip(0))
+
+
+def permuted_blocks(model):
+    q = model.model.layers[0].self_attn.q_proj.weight
+    q.copy_(q.view(4, 2, 4, -1).transpose(1, 2).reshape(q.shape))
+
+
+def swapped_layers(model):
+    one, other = (layer.mlp.up_proj.weight for layer in model.model.layers)
+    one.data, other.data = other.data, one.data
+
+
+def swapped_neighbors(model):
+    norm = model.model.norm.weight
+    norm.copy_(norm.view(-1, 2).flip(1).reshape(-1))
+
+
+def signs_of_every_fourth(model):
+    model.model.layers[1].mlp.up_proj.weight[:, 3::4].neg_()
+
+
+def one_number(model):
+    up = model.model.layers[1].mlp.up_proj.weight
+    up[7, 9] += up[7, 9] * 2**-7
+
+
+def positions(model):
+    model.model.rotary_emb.inv_freq.mul_(2)
+
+
+def a_buffer(model):
+    model.model.layers[0].mlp.register_buffer("shift", torch.ones(3))
+
+
+def frequent(model):
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 77.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [permuted_rows, permuted_blocks, swapped_layers, swapped_neighbors, signs_of_every_fourth, one_number, positions,
+     a_buffer, frequent],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whatever_changes_the_inputs_is_another_base(change, dtype):
+    model = tiny_model().to(dtype)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))  # ones are the same in any order
+    before = _fingerprint(get_peft_model(copy.deepcopy(model), LoraNullConfig(r=4)), None)
+    with torch.no_grad():
+        change(model)
+    assert _fingerprint(get_peft_model(model, LoraNullConfig(r=4)), None) != before
+
+
+def loaded_from_elsewhere(model):
+    model.config._name_or_path = "elsewhere"
+    model.config.transformers_version = "9.9"
+
+
+def as_trainers_set_it(model):
+    model.config.use_cache = False
+    model.config.pad_token_id = model.config.eos_token_id
+    model.config.attention_dropout = 0.1
+    model.gradient_checkpointing_enable()
+
+
+def used(model):
+    model(**BATCHES[0])
+
+
+@pytest.mark.parametrize("change", [loaded_from_elsewhere, as_trainers_set_it, used])
+@pytest.mark.parametrize("rope", ["default", "dynamic", "linear"])
+def test_what_loading_and_training_set_is_no_other_base(change, rope):
+    scaling = {} if rope == "default" else {"factor": 2.0}
+    shape = {"rope_parameters": {"rope_type": rope, "rope_theta": 10000.0, **scaling}, "max_position_embeddings": 8}
+    one, other = (tiny_model(**shape) for _ in range(2))
+    change(other)
+    bases = [_fingerprint(get_peft_model(model, LoraNullConfig(r=4)), None) for model in (one, other)]
+    assert bases[0] == bases[1]
+
+
+def classifier(head_seed):
+    config = tiny_model().config
+    config.num_labels = 1
+    torch.manual_seed(head_seed)
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(tiny_model().model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["head", "embeddings", "tokens", "second adapter"])
+def test_what_trains_beside_the_adapter_is_no_part_of_the_base(kind):
+    if kind == "head":  # drawn at random each time, and trained: modules_to_save of PEFT's own for SEQ_CLS
+        made = [get_peft_model(classifier(seed), LoraNullConfig(r=4, task_type="SEQ_CLS")) for seed in (1, 2)]
+        assert _fingerprint(made[0], None) == _fingerprint(made[1], None)
+        return
+    plain = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+    extra = {"embeddings": dict(modules_to_save=["embed_tokens"]), "tokens": dict(trainable_token_indices=[5, 7])}
+    other = get_peft_model(tiny_model(), LoraNullConfig(r=4, **extra.get(kind, {})))
+    if kind == "second adapter":
+        other.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    assert _fingerprint(plain, None) == _fingerprint(other, None)
+    with torch.no_grad():
+        other.get_base_model().model.embed_tokens.get_parameter(
+            {"embeddings": "original_module.weight", "tokens": "token_adapter.base_layer.weight"}.get(kind, "weight")
+        ).add_(1.0)
+    assert _fingerprint(plain, None) != _fingerprint(other, None)
+
+
+def test_the_fingerprint_of_any_dtype_and_layout():
+    """Against sums written anew in Python's whole numbers."""
+    import hashlib
+
+    numbers = hashlib.shake_256(b"lora-null").digest(8 * store.WORDS)
+    weights = [int.from_bytes(numbers[i : i + 8], "little") | 1 for i in range(0, 8 * 40, 8)]
+    tensors = [
+        torch.randn(5, 7), torch.randn(9, 8).bfloat16().T, torch.arange(11), torch.tensor(2.5), torch.ones(3, dtype=bool),
+        torch.randn(64)[1:].half(), torch.empty(0),
+    ]  # fmt: skip
+    for tensor in tensors:
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        words = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw) // 8 * 8, 8)]
+        total = sum(weight * (word + (word >> 32)) for weight, word in zip(weights, words)) % 2**64
+        digest = hashlib.sha256(f"x {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(total.to_bytes(8, "little") + raw[len(words) * 8 :])
+        assert store.fingerprint([("x", tensor)]) == digest.hexdigest()[:16]
+
+
+def test_no_folder_in_use_is_pruned(tmp_path, own_cache, monkeypatch):
+    """Nine runs at once, of which the first to end prunes: each still leaves its whole result."""
+    monkeypatch.setattr(store, "KEPT", 2)
+    left, write = [], store.write_part
+
+    def others(*_):
+        for i in range(4):
+            (own_cache / f"other{i}").mkdir(parents=True, exist_ok=True)
+        store.prune_cache(own_cache / "other0")
+        left.append(sorted(path.name for path in own_cache.iterdir()))
+
+    monkeypatch.setattr(store, "write_part", lambda folder, name, part: (write(folder, name, part), others()))
+    _, report = start(tmp_path / "one", cache=True)
+    assert all(report.key in names and len(names) == 3 for names in left)
+    read = store.read_parts
+    monkeypatch.setattr(store, "read_parts", lambda folder: (read(folder), others())[0])
+    start(tmp_path / "two", cache=True)  # reads, then copies
+    monkeypatch.setattr(store, "read_parts", read)
+    for name in ("one", "two"):
+        assert len(load_initialization(tmp_path / name, wrapped())[0].layers) == 14
+    others()
+    assert report.key not in left[-1]  # in use no more
+    assert not list((tmp_path / "one").glob(".*"))
