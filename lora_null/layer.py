@@ -125,6 +125,7 @@ class LoraNullLinear(Linear):
             raise UserError(
                 f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one"
             )
+        self._let_go(adapter_name)  # PEFT draws an adapter of this name anew
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
             self.freeze_A(adapter_name)
@@ -265,13 +266,17 @@ class LoraNullLinear(Linear):
             super().unmerge()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._let_go(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _let_go(self, adapter_name: str) -> None:
+        """Forget how an adapter was started; put back what the last one that counts from a residual took out."""
         if self.residual_adapters == {adapter_name}:
             if self._residual_is_merged():
                 self.unmerge()
             self.restore_base()
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
-        super().delete_adapter(adapter_name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -378,6 +378,15 @@ def config_serves_another_model(live, path):
     return live.is_right()
 
 
+def wrapped_again(live, path):
+    """PEFT draws the adapter anew on a model that carries one of this name already."""
+    config = LoraNullConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    again = get_peft_model(live.model.get_base_model(), config, autocast_adapter_dtype=False)
+    drawn = live.is_base(again)
+    initialize_lora_null_weights(again, BATCHES, min_tokens=1, progress=False)
+    return drawn and live.is_base(again)
+
+
 def hot_swaps(live, path):
     other = Live("v2", r=8, lora_alpha=12)
     other.model.save_pretrained(path)
@@ -410,6 +419,7 @@ DOORS = {
     "add_adapter(the adapter's own config)": twin_of_its_config,
     "add_adapter('ref') by TRL": reference_of_trl,
     "get_peft_model(the adapter's own config)": config_serves_another_model,
+    "get_peft_model(of its base model)": wrapped_again,
     "delete_adapter": deletes,
     "merge_and_unload": lambda live, path: live.is_right(live.model.merge_and_unload()),
     "merge_and_unload(safe_merge)": lambda live, path: live.is_right(live.model.merge_and_unload(safe_merge=True)),
