@@ -25,17 +25,17 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from torch import nn
 
-from lora_null.errors import UserError
-from lora_null.eval_harness.answers import ratio_estimate, score_answers, tokenize_pairs
-from lora_null.eval_harness.lm import ShardedLM, quiet
-from lora_null.eval_harness.lm_tasks import TASK_FILES, prepare, result_names, validate_tasks
-from lora_null.eval_harness.merge import merged_if_faster
-from lora_null.eval_harness.mt_bench import MTBenchTask
+from lora_null.eval_harness.likelihood import ratio_estimate, score_answers, tokenize_pairs
+from lora_null.eval_harness.lm_eval.lm_tasks import TASK_FILES, prepare, result_names, validate_tasks
+from lora_null.eval_harness.lm_eval.merged import merged_if_faster
+from lora_null.eval_harness.lm_eval.model import ShardedLM, quiet
+from lora_null.eval_harness.mt_bench.questions import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, OwnTask, RunOptions, Task, describe, list_tasks
-from lora_null.limits import position_limit, tokenizer_of
-from lora_null.preserve import own_precision, preserve, seed_everything
-from lora_null.ranks import broadcast, device_of, rank_and_world, say, together
+from lora_null.utils.distributed import broadcast, device_of, rank_and_world, say, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.limits import position_limit, tokenizer_of
+from lora_null.utils.model_state import own_precision, preserve, seed_everything
 
 __all__ = [
     "TASK_FILES",

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_null.errors import UserError
 from lora_null.eval_harness.documents import read_documents
-from lora_null.eval_harness.judge import OPENAI, Judge, JudgeError, judge_answers
-from lora_null.eval_harness.mt_bench import as_questions, scores
+from lora_null.eval_harness.mt_bench.judge import OPENAI, Judge, JudgeError, judge_answers
+from lora_null.eval_harness.mt_bench.questions import as_questions, scores
+from lora_null.utils.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:

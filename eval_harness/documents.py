@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lora_null.errors import UserError, nearest
-from lora_null.values import is_conversation
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.values import is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

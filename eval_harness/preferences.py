@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lora_null.errors import UserError
-from lora_null.eval_harness.answers import TokenizedPair, score_answers
+from lora_null.eval_harness.likelihood import TokenizedPair, score_answers
 from lora_null.eval_harness.tasks import OwnTask, Role, RunOptions
-from lora_null.files import write_json
-from lora_null.ranks import broadcast, rank_and_world
+from lora_null.utils.distributed import broadcast, rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_json
 
 
 @dataclass(frozen=True)

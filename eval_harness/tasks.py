@@ -13,8 +13,8 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
-from lora_null.errors import UserError, nearest
-from lora_null.ranks import broadcast
+from lora_null.utils.distributed import broadcast
+from lora_null.utils.errors import UserError, nearest
 
 Role = Literal["retention", "task"]
 

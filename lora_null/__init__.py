@@ -13,7 +13,7 @@ for _name in ("backends.cpu.ops", "autograd._functions"):
     logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
 
 from lora_null.config import LoraNullConfig  # noqa: E402
-from lora_null.errors import UserError  # noqa: E402
 from lora_null.initialize import LayerReport, initialize_lora_null_weights  # noqa: E402
+from lora_null.utils.errors import UserError  # noqa: E402
 
 __all__ = ["LayerReport", "LoraNullConfig", "UserError", "initialize_lora_null_weights"]

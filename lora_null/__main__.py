@@ -11,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lora_null.commands import check, export, init
-from lora_null.errors import exit_status
-from lora_null.quiet import quiet
+from lora_null.recipes.commands import check, export, init
+from lora_null.utils.errors import exit_status
+from lora_null.utils.quiet import quiet
 
 
 def parser() -> argparse.ArgumentParser:

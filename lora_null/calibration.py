@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from lora_null.errors import UserError
 from lora_null.gram import Gram
-from lora_null.preserve import preserve
-from lora_null.quantized import weight_of
-from lora_null.ranks import rank_and_world, together
+from lora_null.utils.distributed import rank_and_world, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import preserve
+from lora_null.utils.quantized import weight_of
 
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024

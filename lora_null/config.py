@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.errors import UserError
 from lora_null.layer import lora_null_layer
+from lora_null.utils.errors import UserError
 
 VARIANTS = ("v1", "v2")
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_null.calibration import Calibration
-from lora_null.errors import UserError
 from lora_null.factors import projected_inputs
-from lora_null.files import write_safetensors
 from lora_null.layer import adapted_layers, residual_of
-from lora_null.quantized import weight_of
-from lora_null.sharding import whole_parameters
+from lora_null.utils.distributed import whole_parameters
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_safetensors
+from lora_null.utils.quantized import weight_of
 
 
 @dataclass

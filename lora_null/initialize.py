@@ -26,18 +26,17 @@ from lora_null.calibration import (
     count_tokens,
     measure_inputs,
 )
+from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
 from lora_null.config import LoraNullConfig
-from lora_null.errors import UserError
 from lora_null.factors import LayerStats
 from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.quantized import is_quantized, stored_statistics, unreadable
-from lora_null.ranks import all_gather, on_first_rank, rank_and_world, say, together
 from lora_null.residual import subtract_residuals
-from lora_null.sharding import is_sharded
-from lora_null.solving import PartSolver
+from lora_null.solver import PartSolver
 from lora_null.store import SolvedPart
-from lora_null.weight_files import Owned, WeightFiles, base_tensors
+from lora_null.utils.distributed import all_gather, is_sharded, on_first_rank, rank_and_world, say, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import is_quantized, stored_statistics, unreadable
 
 MIN_TOKENS = 256
 WHAT = "initialization"

@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.errors import UserError
-from lora_null.quantized import is_quantized, weight_of
-from lora_null.sharding import is_sharded, whole_parameters
+from lora_null.utils.distributed import is_sharded, whole_parameters
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import is_quantized, weight_of
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict

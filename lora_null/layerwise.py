@@ -33,10 +33,10 @@ from lora_null.calibration import (
     sum_over_ranks,
     token_batches,
 )
-from lora_null.errors import UserError
-from lora_null.memory import release_freed_memory
-from lora_null.ranks import rank_and_world, together
-from lora_null.weight_files import WeightFiles
+from lora_null.checkpoint_reader import WeightFiles
+from lora_null.utils.distributed import rank_and_world, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import release_freed_memory
 
 CHECK_TOKENS = 16
 WHAT = "initialization"

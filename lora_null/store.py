@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
-from lora_null.errors import UserError
 from lora_null.factors import LayerStats
-from lora_null.files import (
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import (
     cache_root,
     link,
     read_json,

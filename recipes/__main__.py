@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_null.errors import UserError, exit_status
-from lora_null.quiet import quiet
 from lora_null.recipes.launch import join_processes, start_missing_processes
+from lora_null.utils.errors import UserError, exit_status
+from lora_null.utils.quiet import quiet
 
 USAGE = """%(prog)s RECIPE [options] [key.subkey=value ...]
        %(prog)s --list
@@ -75,7 +75,7 @@ def _dispatch(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from lora_null.recipes.load import load_recipe
+    from lora_null.recipes.config.load import load_recipe
     from lora_null.recipes.output import dump
 
     recipe = load_recipe(
@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(dump(recipe), end="")
         return
     if arguments.show_samples is not None:
-        from lora_null.recipes.preview import show_samples
+        from lora_null.recipes.data.preview import show_samples
 
         show_samples(recipe, arguments.show_samples)
         return
@@ -117,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _list() -> None:
-    from lora_null.recipes.load import load_recipe, shipped
+    from lora_null.recipes.config.load import load_recipe, shipped
 
     for name in shipped():
         recipe = load_recipe(name)

@@ -18,9 +18,9 @@ from accelerate import PartialState
 import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, LmEvalTask
 from lora_null.eval_harness.tasks import describe
-from lora_null.files import cache_root, link
-from lora_null.recipes.bases import attention
-from lora_null.recipes.schema import Recipe
+from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.models.bases import attention
+from lora_null.utils.files import cache_root, link
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
 KEPT = 16  # the most evaluations that are kept; the longest unused goes first

@@ -8,15 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.errors import UserError
 from lora_null.eval_harness import TASK_FILES, AnswerTask, LmEvalTask, MTBenchTask, OwnTask, PreferenceTask
-from lora_null.eval_harness.answers import TokenizedPair
 from lora_null.eval_harness.documents import read_documents
-from lora_null.eval_harness.judge import Judge
-from lora_null.eval_harness.mt_bench import as_questions
-from lora_null.recipes.data import load_documents
-from lora_null.recipes.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
-from lora_null.recipes.schema import (
+from lora_null.eval_harness.likelihood import TokenizedPair
+from lora_null.eval_harness.mt_bench.judge import Judge
+from lora_null.eval_harness.mt_bench.questions import as_questions
+from lora_null.recipes.config.schema import (
     AnswersEntry,
     DataSection,
     LmEvalEntry,
@@ -24,7 +21,10 @@ from lora_null.recipes.schema import (
     PreferencesEntry,
     Recipe,
 )
-from lora_null.recipes.templates import CHAT, ask
+from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
+from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.data.templates import CHAT, ask
+from lora_null.utils.errors import UserError
 
 FRAMED = sorted(path.stem.removesuffix(CHAT).rstrip("_") for path in TASK_FILES.rglob(f"*_{CHAT}.yaml"))
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`

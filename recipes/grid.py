@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from lora_null.errors import UserError
-from lora_null.files import read_json, write_json
-from lora_null.ranks import on_first_rank, together
 from lora_null.recipes import output, spread
+from lora_null.recipes.config.load import put
+from lora_null.recipes.config.schema import MethodSection, Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.load import put
-from lora_null.recipes.plan import MethodPlan
+from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.grid import paired_difference
+from lora_null.recipes.report.grid_page import paired_difference
 from lora_null.recipes.run import ROW_FILE, Job, base_row, inspect_recipe, run_job, training_arguments
-from lora_null.recipes.schema import MethodSection, Recipe, parse_recipe
+from lora_null.utils.distributed import on_first_rank, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, write_json
 
 # Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
 STEPS_ONLY = {

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from lora_null.errors import UserError
+from lora_null.utils.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from lora_null.errors import UserError
-from lora_null.files import PART, beside, read_json, sweep, write_text
-from lora_null.ranks import all_gather, on_first_rank
-from lora_null.recipes.schema import Recipe
+from lora_null.recipes.config.schema import Recipe
+from lora_null.utils.distributed import all_gather, on_first_rank
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import PART, beside, read_json, sweep, write_text
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"

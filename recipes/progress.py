@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_null.files import write_text
-from lora_null.memory import release_freed_memory
-from lora_null.sharding import whole_parameters
+from lora_null.utils.distributed import whole_parameters
+from lora_null.utils.files import write_text
+from lora_null.utils.model_state import release_freed_memory
 
 KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
 KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
-from lora_null.errors import UserError
 from lora_null.eval_harness import (
     AnswerTask,
     Evaluation,
@@ -30,16 +29,17 @@ from lora_null.eval_harness import (
     evaluate,
     validate_tasks,
 )
-from lora_null.eval_harness.answers import check_pairs_fit, tokenize_pairs
-from lora_null.eval_harness.generate import check_room
-from lora_null.eval_harness.vllm import open_vllm, require_vllm
-from lora_null.files import link, read_json, write_json, write_text
+from lora_null.eval_harness.likelihood import check_pairs_fit, tokenize_pairs
+from lora_null.eval_harness.lm_eval.generate import check_room
+from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.initialize import MIN_TOKENS, InitOptions
-from lora_null.limits import PositionLimit, fit_windows, position_limit
-from lora_null.memory import release_freed_memory
-from lora_null.ranks import together
 from lora_null.recipes import base_cache, output
-from lora_null.recipes.bases import (
+from lora_null.recipes.config.schema import CONFIGS, DataSection, Recipe
+from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
+from lora_null.recipes.data.rows import calibration_texts, load_documents
+from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.evaluations import eval_tasks, templates_of
+from lora_null.recipes.models.bases import (
     attention,
     known_shape,
     load_base,
@@ -47,23 +47,22 @@ from lora_null.recipes.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.data import calibration_texts, load_documents
-from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.evaluations import eval_tasks, templates_of
-from lora_null.recipes.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
+from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.preemption import SaveOnSigterm
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
-from lora_null.recipes.quantization import require_bitsandbytes
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.schema import CONFIGS, DataSection, Recipe
-from lora_null.sharding import count, whole_parameters
 from lora_null.store import find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.mixin import DRIFT_FILE
 from lora_null.trainer.preflight import check_architecture, tell
+from lora_null.utils.distributed import count, together, whole_parameters
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import link, read_json, write_json, write_text
+from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
+from lora_null.utils.model_state import release_freed_memory
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}

@@ -10,7 +10,7 @@ if (
 
 import pytest
 
-from lora_null.files import cache_root
+from lora_null.utils.files import cache_root
 
 
 def pytest_collection_finish():

@@ -72,7 +72,7 @@ class Writes:
         self.count, self.kill_at = 0, kill_at
         for module, name in WRITES:
             self._wrap(importlib.import_module(module), name)
-        from lora_null import files
+        from lora_null.utils import files
 
         files.save_file = sys.modules["safetensors.torch"].save_file
 

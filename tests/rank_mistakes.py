@@ -15,7 +15,7 @@ from lora_null import LoraNullConfig, UserError, store
 from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.ranks import on_first_rank, together
+from lora_null.utils.distributed import on_first_rank, together
 
 BATCHES = random_batches(count=4)
 RANK = int(os.environ["RANK"])
@@ -68,7 +68,7 @@ def drift_only():
 
 
 def while_solving(rank):
-    from lora_null import solving
+    from lora_null import solver as solving
 
     with broken(solving, "null_factors", rank):
         start(folder=None)

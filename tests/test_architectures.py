@@ -10,11 +10,11 @@ from torch import nn
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.calibration import measure_inputs
-from lora_null.commands.init import model_in_files
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.recipes.schema import ModelSection
+from lora_null.recipes.commands.init import model_in_files
+from lora_null.recipes.config.schema import ModelSection
 
 BATCHES = random_batches(count=3, size=4, length=10)
 SMALL = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)

@@ -8,8 +8,8 @@ from world import make_world
 
 from lora_null.recipes import base_cache, run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
-from lora_null.recipes.load import load_recipe
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
 

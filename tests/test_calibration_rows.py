@@ -9,9 +9,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tiny import tiny_tokenizer
 from torch.utils.data import DataLoader
 
-from lora_null.errors import UserError
 from lora_null.trainer import CalibrationArgs, calibration_windows
-from lora_null.trainer.calibration import as_batches, padded_batches
+from lora_null.trainer.calibration_data import as_batches, padded_batches
+from lora_null.utils.errors import UserError
 
 TEXTS = [f"town {i} lies {'far ' * (i % 4)}off" for i in range(40)]
 CUT = CalibrationArgs(samples=6, max_length=20, mode="separate")

@@ -11,8 +11,8 @@ from tiny import random_batches, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_null.__main__ import main
-from lora_null.check import VLLM_RANKS, vllm_rank
-from lora_null.export import save_plain_adapter
+from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
+from lora_null.adapters.plain import save_plain_adapter
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
 PROBE = random_batches(count=1)[0]

@@ -15,8 +15,8 @@ from world import write_rows
 
 from lora_null import LoraNullConfig
 from lora_null.__main__ import main
+from lora_null.checkpoint_reader import WeightFiles
 from lora_null.initialize import load_initialization
-from lora_null.weight_files import WeightFiles
 
 PROBE = random_batches(count=1)[0]
 

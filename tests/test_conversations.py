@@ -27,9 +27,9 @@ from tiny import tiny_model
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import write_rows
 
-from lora_null.errors import UserError
-from lora_null.recipes.examples import tokenize, training_data
-from lora_null.recipes.schema import DataSection
+from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.examples import tokenize, training_data
+from lora_null.utils.errors import UserError
 
 CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}

@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 
 from lora_null import UserError
-from lora_null.recipes.bases import known_shape
-from lora_null.recipes.plan import _count, _put_on, matched_rank, plan_methods
+from lora_null.recipes.config.schema import parse_recipe
+from lora_null.recipes.models.bases import known_shape
+from lora_null.recipes.models.plan import _count, _put_on, matched_rank, plan_methods
 from lora_null.recipes.report.paper import MODELS, paper_rows
-from lora_null.recipes.schema import parse_recipe
 from lora_null.trainer.methods import make_method
 
 HUB = {paper: hub for hub, paper in MODELS.items()}

@@ -23,7 +23,7 @@ from trl import SFTConfig
 from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
-from lora_null.export import check_saved_adapter, save_plain_adapter
+from lora_null.adapters.plain import check_saved_adapter, save_plain_adapter
 from lora_null.trainer.checkpoints import check_processes, record_processes
 
 METHODS = ("lora-null-v1", "lora-null-v2", "full")
@@ -194,7 +194,7 @@ def test_a_port_in_use_is_one_line():
             "MASTER_PORT": str(port),
         }
         script = """
-from lora_null.errors import exit_status
+from lora_null.utils.errors import exit_status
 from lora_null.recipes.launch import join_processes
 raise SystemExit(exit_status(join_processes))
 """

@@ -9,13 +9,13 @@ from tiny import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import make_world, write_rows
 
-from lora_null.errors import UserError
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.examples import tokenize, training_data
-from lora_null.recipes.load import load_recipe
-from lora_null.recipes.preview import show_samples
-from lora_null.recipes.schema import DataSection
-from lora_null.recipes.templates import TEMPLATES, render
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.examples import tokenize, training_data
+from lora_null.recipes.data.preview import show_samples
+from lora_null.recipes.data.templates import TEMPLATES, render
+from lora_null.utils.errors import UserError
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"

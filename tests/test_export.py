@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_batches, tiny_model
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
-from lora_null.export import plain_factors, save_plain_adapter
+from lora_null.adapters.plain import plain_factors, save_plain_adapter
 from lora_null.layer import adapted_layers
 
 BATCHES = random_batches()

@@ -16,13 +16,13 @@ from tiny import random_batches, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from world import make_world
 
-import lora_null.gguf_adapter
+import lora_null.adapters.gguf
 from lora_null.__main__ import main
-from lora_null.errors import UserError
-from lora_null.files import write_safetensors
-from lora_null.identity import base_fingerprint
-from lora_null.merge import deltas_of, write_checkpoint
+from lora_null.adapters.base_hash import base_fingerprint
+from lora_null.adapters.merge import deltas_of, write_checkpoint
 from lora_null.recipes.__main__ import main as recipes
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_safetensors
 
 ADAPTERS = ("lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
 ADAPTERS += ("mica", "eva", "lora-ga")
@@ -275,7 +275,7 @@ def test_another_base_is_refused(world, tmp_path, capsys):
 
 def test_an_export_that_computes_something_else_is_not_left(world, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    monkeypatch.setattr(lora_null.gguf_adapter, "to_gguf_rows", lambda B, heads: B)
+    monkeypatch.setattr(lora_null.adapters.gguf, "to_gguf_rows", lambda B, heads: B)
     with pytest.raises(RuntimeError, match="does not compute what"):
         export(world, "lora", tmp_path / "out", "--form", "gguf")
     assert list(tmp_path.iterdir()) == []
@@ -314,7 +314,7 @@ def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
     assert export(world, "lora", tmp_path / "out", "--form", "gguf") == 2
     assert "pip install 'lora-null[gguf]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not know GPT2LMHeadModel, only LlamaForCausalLM"):
-        lora_null.gguf_adapter.architecture_of(GPT2Config(architectures=["GPT2LMHeadModel"]))
+        lora_null.adapters.gguf.architecture_of(GPT2Config(architectures=["GPT2LMHeadModel"]))
 
 
 def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):

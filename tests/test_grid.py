@@ -18,10 +18,10 @@ from world import make_world
 
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, starts_alike
-from lora_null.recipes.load import load_recipe
-from lora_null.recipes.report.grid import equal_learning, grid_headline, holm, paired_difference, reach
+from lora_null.recipes.report.grid_page import equal_learning, grid_headline, holm, paired_difference, reach
 from lora_null.recipes.report.results import load_results, parse_results
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]

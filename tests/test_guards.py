@@ -20,8 +20,8 @@ from world import make_world
 from lora_null import LoraNullConfig, UserError
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.bases import load_base, load_tokenizer
-from lora_null.recipes.schema import ModelSection
+from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods import adapter_parameters, make_method
 

@@ -14,9 +14,9 @@ from filelock import FileLock
 from kill_harness import harness, outcome, run
 from world import make_world
 
-from lora_null.errors import exit_status
 from lora_null.recipes.__main__ import main
 from lora_null.trainer.checkpoints import is_whole, last_checkpoint, seal, tidy
+from lora_null.utils.errors import exit_status
 
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

@@ -166,7 +166,7 @@ def test_solving_side_by_side_gives_the_same_bits_and_leaves_torchs_threads_alon
 
 
 def test_out_of_memory_is_solved_on_the_cpu_and_said(monkeypatch, capsys):
-    from lora_null import solving
+    from lora_null import solver as solving
 
     solve, failed = solving.bottom_eigenspace, []
 

@@ -16,12 +16,12 @@ from world import make_world, write_rows
 from lora_null import LoraNullConfig, UserError
 from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, evaluate
-from lora_null.eval_harness.generate import generate_texts
+from lora_null.eval_harness.lm_eval.generate import generate_texts
 from lora_null.layer import adapted_layers
-from lora_null.limits import position_limit, tokenizer_of, unsupported
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.utils.limits import position_limit, tokenizer_of, unsupported
 
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 WIDE = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **IDS)

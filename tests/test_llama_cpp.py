@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_null.__main__ import main
-from lora_null.export import save_plain_adapter
-from lora_null.recipes import smollm2
+from lora_null.adapters.plain import save_plain_adapter
+from lora_null.recipes.models import smollm2
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
 gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'lora-null[gguf]'")

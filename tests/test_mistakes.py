@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from world import make_world
 
-from lora_null.recipes import bases, run
+from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.models import bases
 
 
 @pytest.fixture

@@ -20,19 +20,19 @@ from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
-from lora_null.eval_harness.merge import merged_if_faster
+from lora_null.eval_harness.lm_eval.merged import merged_if_faster
 from lora_null.initialize import load_initialization
 from lora_null.layer import LoraNullQuantizedLinear, adapted_layers
-from lora_null.preserve import preserve
-from lora_null.quantized import quantized_layers, unreadable, weight_of
-from lora_null.recipes import quantization
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.bases import empty_model, load_base
-from lora_null.recipes.load import load_recipe
-from lora_null.recipes.plan import plan_methods
-from lora_null.recipes.schema import ModelSection
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.models import quantization
+from lora_null.recipes.models.bases import empty_model, load_base
+from lora_null.recipes.models.plan import plan_methods
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import make_method
+from lora_null.utils.model_state import preserve
+from lora_null.utils.quantized import quantized_layers, unreadable, weight_of
 
 FORMS = ("nf4", "int8")
 BATCHES = random_batches()

@@ -3,9 +3,9 @@
 import pytest
 from world import make_world
 
-from lora_null.errors import UserError
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.load import load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.config.load import load_recipe, merge, presets, read_yaml, shipped
+from lora_null.utils.errors import UserError
 
 PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora")
 MODELS = {

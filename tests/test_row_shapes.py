@@ -11,8 +11,8 @@ import pytest
 from chats import BLOCKS, TOOLS, chat_tokenizer
 from world import write_rows
 
-from lora_null.recipes.examples import RowReader, tokenize, training_data
-from lora_null.recipes.schema import DataSection
+from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.examples import RowReader, tokenize, training_data
 
 WORDS = [
     "who",

@@ -16,7 +16,7 @@ from world import make_world
 
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.load import shipped
+from lora_null.recipes.config.load import shipped
 
 METHODS = ("lora", "lora-null-v1", "lora-null-v2")
 CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_null.recipes
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
-from lora_null.export import save_plain_adapter
+from lora_null.adapters.plain import save_plain_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes import smollm2
+from lora_null.recipes.models import smollm2
 from lora_null.trainer import CalibrationArgs, calibration_windows
-from lora_null.trainer.calibration import padded_batches
+from lora_null.trainer.calibration_data import padded_batches
 
 pytestmark = pytest.mark.smollm2
 SAMPLES = Path(lora_null.recipes.__file__).parent / "samples"

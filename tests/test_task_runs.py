@@ -118,7 +118,7 @@ def test_code_runs_only_when_allowed(tmp_path, capsys, monkeypatch):
     assert main([str(recipe)]) == 2
     assert "runs code that the model writes; consent with --allow-code-execution" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    from lora_null.eval_harness import lm
+    from lora_null.eval_harness.lm_eval import model as lm
 
     answers = [CODE["canonical_solution"], "    return 2", "    return 1"]
     monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda *_, **__: answers)

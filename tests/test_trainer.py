@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
-from lora_null.trainer.calibration import as_batches, padded_batches
+from lora_null.trainer.calibration_data import as_batches, padded_batches
 
 TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
 ROWS = Dataset.from_dict(

@@ -13,17 +13,17 @@ from chats import TOOLS, assistant, chat_tokenizer, user
 from tiny import tiny_tokenizer
 from world import make_world, write_rows
 
-from lora_null.errors import UserError
-from lora_null.eval_harness import lm_tasks
 from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.lm_eval import lm_tasks
 from lora_null.eval_harness.tasks import LmEvalTask
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.data import calibration_texts
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import CalibrationSection, DataSection
+from lora_null.recipes.data.examples import training_data
+from lora_null.recipes.data.rows import calibration_texts
 from lora_null.recipes.evaluations import eval_tasks
-from lora_null.recipes.examples import training_data
-from lora_null.recipes.load import load_recipe
-from lora_null.recipes.schema import CalibrationSection, DataSection
-from lora_null.values import as_text
+from lora_null.utils.errors import UserError
+from lora_null.utils.values import as_text
 
 TEXTS = [
     ("text", "text"),

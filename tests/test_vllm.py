@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 from world import make_world, write_rows
 
-from lora_null.errors import UserError
-from lora_null.eval_harness.lm import BlankLM
-from lora_null.eval_harness.vllm import open_vllm, require_vllm
+from lora_null.eval_harness.lm_eval.model import BlankLM
+from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes.__main__ import main
+from lora_null.utils.errors import UserError
 
 
 @pytest.fixture

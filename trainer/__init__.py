@@ -1,6 +1,6 @@
 """Trainers: TRL's own, with LoRA-Null's initialization inside `train()`."""
 
-from lora_null.trainer.calibration import CalibrationArgs, calibration_windows
+from lora_null.trainer.calibration_data import CalibrationArgs, calibration_windows
 from lora_null.trainer.dpo import LoraNullDPOTrainer
 from lora_null.trainer.mixin import LoraNullMixin
 from lora_null.trainer.sft import LoraNullSFTTrainer

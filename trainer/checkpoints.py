@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lora_null.errors import UserError
-from lora_null.files import flush, read_json, write_json
-from lora_null.ranks import say
+from lora_null.utils.distributed import say
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import flush, read_json, write_json
 
 COMPLETE_FILE, PROCESSES_FILE = "complete.json", "processes.json"
 

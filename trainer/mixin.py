@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 from lora_null.calibration import Calibration, measure_inputs
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.errors import UserError
-from lora_null.files import link, write_safetensors
 from lora_null.initialize import (
     MIN_TOKENS,
     InitOptions,
@@ -28,11 +26,8 @@ from lora_null.initialize import (
     start_adapter,
 )
 from lora_null.layer import is_started
-from lora_null.limits import fit_windows, position_limit, tokenizer_of
-from lora_null.quantized import keep_layout, quantized_layers
-from lora_null.ranks import say
 from lora_null.store import PREFIX, copy_store, find_initialization
-from lora_null.trainer.calibration import CalibrationArgs, as_batches
+from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     check_processes,
     last_checkpoint_or_raise,
@@ -51,6 +46,11 @@ from lora_null.trainer.preflight import (
     why_not_measured,
 )
 from lora_null.trainer.saving import SavingMixin
+from lora_null.utils.distributed import say
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import link, write_safetensors
+from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
+from lora_null.utils.quantized import keep_layout, quantized_layers
 
 DRIFT_FILE, FACTORS_FILE = "drift.safetensors", "factors.safetensors"
 

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from lora_null.config import LoraNullConfig
-from lora_null.errors import UserError, nearest
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.limits import PositionLimit, position_limit, tokenizer_of, unsupported
-from lora_null.preserve import preserve
-from lora_null.quantized import unreadable
-from lora_null.ranks import say
+from lora_null.utils.distributed import say
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.limits import PositionLimit, position_limit, tokenizer_of, unsupported
+from lora_null.utils.model_state import preserve
+from lora_null.utils.quantized import unreadable
 
 Mode = Literal["error", "warn", "off"]
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing

@@ -17,11 +17,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from lora_null.export import check_saved_adapter, copy_into
+from lora_null.adapters.plain import check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.ranks import parameters_are_sharded
-from lora_null.sharding import whole_parameters
 from lora_null.trainer.checkpoints import COMPLETE_FILE, record_processes, seal, tidy
+from lora_null.utils.distributed import parameters_are_sharded, whole_parameters
 
 
 class SavingMixin:

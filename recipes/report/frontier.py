@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .figures import COLORS, FAINT, OTHER_COLORS, _darker, _figure, _png, _sentence, _wrapped
-from .grid import Frontier, frontiers, metric_pair
+from .grid_page import Frontier, frontiers, metric_pair
 from .results import Results
 from .table import metric_title
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_null.files import replacing
+from lora_null.utils.files import replacing
 
 from .figures import curves_png, forgetting_png, plane_points, row_colors
 from .frontier import frontier_png
-from .grid import grid_content, grid_headline
+from .grid_page import grid_content, grid_headline
 from .headline import Measure, forgetting, headline, learning, verdicts
 from .paper import paper_table
 from .results import Results, load_log, load_results, method_folder, parse_results

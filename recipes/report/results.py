@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from lora_null.errors import UserError
+from lora_null.utils.errors import UserError
 
 
 class Estimate(NamedTuple):

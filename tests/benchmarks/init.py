@@ -36,8 +36,8 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
 from lora_null.recipes.environment import keep_freed_memory
-from lora_null.recipes.smollm2 import smollm2
-from lora_null.trainer.calibration import CalibrationArgs, calibration_windows, padded_batches
+from lora_null.recipes.models.smollm2 import smollm2
+from lora_null.trainer.calibration_data import CalibrationArgs, calibration_windows, padded_batches
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "recipes" / "samples" / "nq_open_calibration.jsonl"
 CASES = {

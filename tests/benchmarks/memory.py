@@ -22,10 +22,10 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_null import LoraNullConfig
-from lora_null.commands.init import model_in_files
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes.schema import ModelSection
+from lora_null.recipes.commands.init import model_in_files
+from lora_null.recipes.config.schema import ModelSection
 
 LAYERS, QUICK_LAYERS, TURNS = (2, 12, 24), (2, 4), 3  # the peak varies by a layer's worth from process to process
 WIDTH, INNER, RANK, WINDOWS, LENGTH = 1024, 2816, 16, 8, 256

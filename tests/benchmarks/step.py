@@ -59,7 +59,7 @@ from lora_null.drift import DriftMeter
 from lora_null.initialize import settle_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.environment import keep_freed_memory, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.smollm2 import smollm2
+from lora_null.recipes.models.smollm2 import smollm2
 
 SHAPES = {
     "llama-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_attention_heads=32),

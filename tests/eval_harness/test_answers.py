@@ -5,9 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lora_null.errors import UserError
 from lora_null.eval_harness import AnswerTask, evaluate
-from lora_null.eval_harness.answers import (
+from lora_null.eval_harness.likelihood import (
     TokenizedPair,
     answer_log_probs,
     open_reference,
@@ -16,6 +15,7 @@ from lora_null.eval_harness.answers import (
     score_answers,
     tokenize_pairs,
 )
+from lora_null.utils.errors import UserError
 
 
 def plain_log_probs(model, pair):
@@ -49,7 +49,7 @@ def test_nll_and_kl_equal_a_plain_float64_computation(model, peft_model, tokeniz
 def test_only_needed_logits_equal_all_logits(model, tokenizer, pairs, monkeypatch):
     tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
     few = answer_log_probs(model, tokenized)
-    monkeypatch.setattr("lora_null.eval_harness.answers._keeps_logits", lambda model: False)
+    monkeypatch.setattr("lora_null.eval_harness.likelihood._keeps_logits", lambda model: False)
     for kept, full in zip(few, answer_log_probs(model, tokenized), strict=True):
         torch.testing.assert_close(kept, full, rtol=0, atol=1e-5)
 

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.errors import UserError
 from lora_null.eval_harness import LmEvalTask, evaluate
-from lora_null.eval_harness.code_answers import extract_code, humaneval_completion, humaneval_program, mbpp_program
-from lora_null.eval_harness.sandbox import run_program
+from lora_null.eval_harness.code.code_answers import (
+    extract_code,
+    humaneval_completion,
+    humaneval_program,
+    mbpp_program,
+)
+from lora_null.eval_harness.code.sandbox import run_program
+from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 HUMANEVAL = {
@@ -90,7 +95,7 @@ def test_nothing_runs_without_consent(model, tokenizer, write):
 @pytest.mark.parametrize("task, row", [("sandbox_humaneval", HUMANEVAL), ("sandbox_mbpp", MBPP)])
 def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row):
     """Through lm-eval, with the model's text replaced: one right answer and two wrong ones."""
-    from lora_null.eval_harness import lm
+    from lora_null.eval_harness.lm_eval import model as lm
 
     right = row.get("canonical_solution") or row["code"]
     answers = iter([right, "    return None", "```python\nraise"])

@@ -2,7 +2,9 @@
 
 import pytest
 
-from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate, lm, lm_tasks
+from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate
+from lora_null.eval_harness.lm_eval import lm_tasks
+from lora_null.eval_harness.lm_eval import model as lm
 
 GSM = [
     {"question": f"What is {i}+{i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(4)
@@ -39,7 +41,7 @@ def test_math_by_mathematics_and_by_string(model, tokenizer, write, says):
 
 
 def test_asked_as_in_training(write):
-    from lora_null.recipes.templates import render
+    from lora_null.recipes.data.templates import render
 
     (leaf,) = lm_tasks.prepare(LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM)))["tasks"].values()
     assert leaf.doc_to_text(leaf.eval_docs[1]) == render("alpaca", GSM[1]["question"], "")[0]

@@ -7,8 +7,9 @@ import torch
 from tiny import random_batches, tiny_model
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
-from lora_null.eval_harness import LmEvalTask, evaluate, merge
-from lora_null.eval_harness.merge import merged_if_faster
+from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness.lm_eval import merged as merge
+from lora_null.eval_harness.lm_eval.merged import merged_if_faster
 
 
 def bits(model):

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.errors import UserError
-from lora_null.eval_harness import MTBenchTask, evaluate, generate
+from lora_null.eval_harness import MTBenchTask, evaluate
 from lora_null.eval_harness.__main__ import main
-from lora_null.eval_harness.judge import Judge, JudgeError, judge_answers, parse_grade
-from lora_null.eval_harness.mt_bench import as_questions, scores, write_answers
+from lora_null.eval_harness.lm_eval import generate
+from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers, parse_grade
+from lora_null.eval_harness.mt_bench.questions import as_questions, scores, write_answers
+from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 ROWS = [
@@ -211,7 +212,7 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
         asked.append((prompts, options["temperatures"]))
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("lora_null.eval_harness.mt_bench.generate_texts", spy)
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.questions.generate_texts", spy)
     with serving((200, "[[4]]")) as stub:
         found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path / "lora")
     answers = lines(tmp_path / "lora" / "mt_bench" / "answers.jsonl")

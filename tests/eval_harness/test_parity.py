@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate
-from lora_null.eval_harness.lm import ShardedLM
+from lora_null.eval_harness.lm_eval.model import ShardedLM
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 BATCH_SIZE = 4

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_null.errors import UserError
 from lora_null.eval_harness import PreferenceTask, evaluate
-from lora_null.eval_harness.answers import tokenize_pairs
+from lora_null.eval_harness.likelihood import tokenize_pairs
+from lora_null.utils.errors import UserError
 
 
 @pytest.fixture

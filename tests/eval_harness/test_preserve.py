@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, assert_logits_differ, evaluate
-from lora_null.preserve import own_precision, preserve
+from lora_null.utils.model_state import own_precision, preserve
 
 
 def draw():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness.sandbox import run_program
+from lora_null.eval_harness.code.sandbox import run_program
 
 
 def test_good_and_bad_programs():
@@ -74,7 +74,7 @@ def test_the_kernel_itself_refuses(capfd):
     import subprocess
     import sys
 
-    import lora_null.eval_harness.sandbox_child as child
+    import lora_null.eval_harness.code.sandbox_child as child
 
     done = subprocess.run(
         [sys.executable, "-c", KERNEL.format(folder=str(Path(child.__file__).parent))], capture_output=True, text=True

@@ -6,8 +6,9 @@ import datasets
 import pytest
 import torch
 
-from lora_null.errors import UserError
-from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, lm_tasks, validate_tasks
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, validate_tasks
+from lora_null.eval_harness.lm_eval import lm_tasks
+from lora_null.utils.errors import UserError
 
 
 def documents(task):

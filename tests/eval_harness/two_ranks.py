@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, evaluate
-from lora_null.eval_harness.answers import tokenize_pairs
+from lora_null.eval_harness.likelihood import tokenize_pairs
 
 computed = []
 

@@ -6,13 +6,13 @@ import re
 import pytest
 from rich.console import Console
 
-from lora_null.errors import UserError
 from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
 from lora_null.recipes.report.results import Estimate, load_log, parse_results
 from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
+from lora_null.utils.errors import UserError
 
 
 def kl(value, stderr=0.01):

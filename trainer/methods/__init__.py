@@ -27,8 +27,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lora_null.errors import UserError, nearest
 from lora_null.trainer.methods.base import METHODS, Method, adapter_parameters, method
+from lora_null.utils.errors import UserError, nearest
 
 __all__ = ["METHODS", "Method", "adapter_parameters", "check_base", "load_method_file", "make_method", "method"]
 

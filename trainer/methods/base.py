@@ -14,8 +14,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_null.adapters.plain import save_plain_adapter
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.export import save_plain_adapter
 from lora_null.layer import active_adapter, adapted_layers
 
 if TYPE_CHECKING:

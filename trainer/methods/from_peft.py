@@ -16,13 +16,13 @@ from torch import nn
 
 from lora_null.calibration import Calibration
 from lora_null.config import ResidualLoraConfig
-from lora_null.errors import UserError
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.preserve import preserve
-from lora_null.ranks import rank_and_world
 from lora_null.trainer.methods.base import Method, method
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
+from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import preserve
 
 
 @method

@@ -17,13 +17,13 @@ from torch import nn
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.config import ResidualLoraConfig
-from lora_null.errors import UserError
 from lora_null.initialize import sharing
 from lora_null.layer import active_adapter
-from lora_null.quantized import weight_of
-from lora_null.ranks import rank_and_world
 from lora_null.residual import subtract_residuals
 from lora_null.trainer.methods.base import Method, method
+from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import weight_of
 
 
 class ResidualMethod(Method):

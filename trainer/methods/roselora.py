@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_null.errors import UserError
-from lora_null.files import write_safetensors
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.trainer.methods.base import Method, method
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_safetensors
 
 STATE_FILE = "roselora.safetensors"
 

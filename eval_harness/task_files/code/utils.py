@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 
-from lora_null.eval_harness import code_answers
-from lora_null.eval_harness.sandbox import run_program
+from lora_null.eval_harness.code import code_answers
+from lora_null.eval_harness.code.sandbox import run_program
 
 
 def mbpp_test(rows: datasets.Dataset) -> datasets.Dataset:

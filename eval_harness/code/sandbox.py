@@ -1,0 +1,99 @@
+"""Run a program that a model wrote: a process of its own, no network, a temporary folder, limits on time and memory.
+
+What holds it, outermost first: a clean environment and an empty folder that is removed afterwards; a wall clock after
+which the process is killed; resource limits on memory, processor time and file size; a seccomp filter in the kernel, under
+which it can open no socket, start no program and no process, and signal none; and Python's audit hooks, by which it
+can neither write, move nor remove files outside its folder nor load C libraries. The hooks are a guard against accidents, not a
+jail: a program written to break out of Python may read, and write, what its user may. See `sandbox_child.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_null.utils.errors import UserError
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its end, and if not why: the last line of its error, "timed out" or "no memory"."""
+
+    passed: bool
+    reason: str = ""
+
+
+def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -> Outcome:
+    """Run a Python program to its end.
+
+    A program passes only if it reaches its last line: one that leaves early, with whatever status, does not.
+
+    Args:
+        program: the whole source, tests included.
+        seconds: of wall-clock time.
+        memory_mb: of address space, in MiB.
+
+    Raises:
+        UserError: the system cannot hold the program (no Linux, or no seccomp).
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError("code execution: needs Linux, whose kernel keeps the generated code off the network")
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="lora-null-code-") as folder:
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": folder,
+            "TMPDIR": folder,
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-I", "-B", str(CHILD), str(memory_mb), str(seconds)]
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            close_fds=True,
+        )
+        try:
+            out, error = child.communicate(
+                f"{token}\n{program}".encode("utf-8", "surrogateescape"), timeout=seconds + 5
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(False, "timed out")
+        finally:
+            _end(child)
+    return _outcome(child.returncode, out, error, token)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Kill the whole session, however it ended, and collect it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        pipe.close()
+    child.wait()
+
+
+def _outcome(status: int, out: bytes, error: bytes, token: str) -> Outcome:
+    lines = error.decode("utf-8", "replace").strip().splitlines()
+    last = lines[-1] if lines else f"ended early with status {status}"
+    if last.startswith("sandbox: "):
+        raise UserError(f"code execution: {last.removeprefix('sandbox: ')}")
+    if status == 0 and out.decode("utf-8", "replace").endswith(token):
+        return Outcome(True)
+    if status in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL) or "TimeoutError" in last:
+        return Outcome(False, "timed out")
+    return Outcome(False, "no memory" if last.startswith("MemoryError") else last)

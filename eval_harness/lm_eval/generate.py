@@ -1,0 +1,225 @@
+"""Generate text for a batch whose rows end at different times: a row that has ended costs nothing more.
+
+`transformers.generate` goes on until every row of the batch has ended, and lm-eval's stop criterion until all rows have
+met the *same* stop string, mostly to the last token that is allowed. Here a row leaves the batch, and the key-value
+cache, as soon as it ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.limits import PositionLimit, position_limit
+
+NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
+NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
+NEUTRAL |= {"bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,)}
+NEUTRAL |= {"forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "sequence_bias": (None,)}
+
+
+class StopWords:
+    """Whether the end of some generated tokens holds a stop string.
+
+    Args:
+        tokenizer: to decode them.
+        words: the stop strings.
+    """
+
+    def __init__(self, tokenizer, words: Sequence[str]) -> None:
+        self.tokenizer, self.words = tokenizer, [word for word in words if word]
+        lengths = [len(tokenizer.encode(word, add_special_tokens=False)) for word in self.words]
+        self.lookback = max(lengths, default=0) + 2  # a stop string may come in other tokens than its own
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        if not self.words:
+            return False
+        end = self.tokenizer.decode(tokens[-self.lookback :])
+        return any(word in end for word in self.words)
+
+
+def can_generate_rows(model: nn.Module) -> bool:
+    """Return whether `generate_rows` does for this model what `transformers.generate` would: its forward takes positions
+    and gives single logits, its cache can drop rows, and its generation config changes no logits."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(base.forward).parameters
+    settings = getattr(base, "generation_config", None)
+    return (
+        {"position_ids", "logits_to_keep", "past_key_values"} <= set(takes)
+        and all(getattr(settings, key, None) in neutral for key, neutral in NEUTRAL.items())
+        and all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=base.config).layers)
+    )
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """Return the ids that end a generation by the model's own generation config."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+@torch.no_grad()
+def generate_rows(
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    stopped: Callable[[Sequence[int]], bool],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Generate a continuation of each row.
+
+    Args:
+        model: in eval mode, with the ids on its device; see `can_generate_rows`.
+        ids: (rows, length), padded on the left.
+        mask: (rows, length), 0 on padding.
+        max_new_tokens: tokens of a continuation, at most.
+        ends: ids that end a row; they are its last token.
+        stopped: whether a row's tokens so far end it.
+        temperature: 0 takes the likeliest token.
+        generator: of the draws, on the model's device.
+
+    Returns:
+        The new tokens of each row, its end token included.
+    """
+    cache = DynamicCache(config=getattr(model, "get_base_model", lambda: model)().config)
+    rows, found = list(range(len(ids))), [[] for _ in ids]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(max_new_tokens):
+        options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1]
+        tokens = _pick(logits, temperature, generator)
+        for row, token in zip(rows, tokens.tolist()):
+            found[row].append(token)
+        going = [i for i, row in enumerate(rows) if found[row][-1] not in ends and not stopped(found[row])]
+        if not going:
+            break
+        if len(going) < len(rows):
+            kept = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(kept)
+            rows, tokens, mask, positions = [rows[i] for i in going], tokens[kept], mask[kept], positions[kept]
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return found
+
+
+def _pick(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    special_tokens: bool = True,
+    batch_size: int = 8,
+    autocast_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[str]:
+    """Generate an answer to each prompt, shared over the ranks, in batches of like length and equal temperature.
+
+    Args:
+        model: in eval mode, on its device; the same on every rank.
+        tokenizer: the model's.
+        prompts: whole texts, templated.
+        temperatures: one for each prompt; 0 takes the likeliest token.
+        max_new_tokens: of an answer, at most; a prompt that leaves too little room loses its beginning.
+        stops: strings that end an answer; it is cut before them.
+        special_tokens: whether the tokenizer adds its own to a prompt.
+        batch_size: sequences of a forward pass, on each rank.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        seed: of the draws.
+        progress: the label of a progress bar on rank 0; None for no bar.
+
+    Returns:
+        The answers, in the order of the prompts, the same on every rank.
+    """
+    limit = position_limit(model.config)
+    encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
+    if limit is not None and check_room(max_new_tokens, limit):
+        encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
+    mine = my_share(range(len(prompts)), model)
+    ends = end_tokens(model) | {tokenizer.eos_token_id}
+    stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
+    autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
+
+    def compute() -> dict[int, str]:
+        texts = {}
+        bar = tqdm(total=len(mine), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
+        with bar, autocast:
+            for indices in _batches(mine, encoded, temperatures, batch_size):
+                ids, mask = _pad_left([encoded[i] for i in indices], tokenizer.pad_token_id, device_of(model))
+                options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
+                if can_generate_rows(model):
+                    rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
+                else:
+                    rows = _generate_whole(model, ids, mask, pad=tokenizer.pad_token_id, **options)
+                texts |= {
+                    i: _until(tokenizer.decode(row, skip_special_tokens=True), stops) for i, row in zip(indices, rows)
+                }
+                bar.update(len(indices))
+        return texts
+
+    texts = merge_shares(compute)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def check_room(max_new_tokens: int, limit: PositionLimit) -> bool:
+    """Return whether answers leave a prompt any of the positions that a model takes, or was trained on.
+
+    Raises:
+        UserError: they do not, and there are no positions beyond.
+    """
+    if limit.hard and max_new_tokens >= limit.tokens:
+        raise UserError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt, {limit}")
+    return max_new_tokens < limit.tokens
+
+
+def _generate_whole(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, temperature: float, pad: int
+) -> list[list[int]]:
+    """Generate by `transformers.generate`, for models with rules of their own."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+
+
+def _batches(
+    mine: Sequence[int], encoded: Sequence[Sequence[int]], temperatures: Sequence[float], batch_size: int
+) -> Iterator[list[int]]:
+    order = sorted(mine, key=lambda i: (temperatures[i], -len(encoded[i])))
+    for _, group in groupby(order, key=lambda i: temperatures[i]):
+        same = list(group)
+        yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text

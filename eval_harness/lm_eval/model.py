@@ -1,0 +1,151 @@
+"""lm-evaluation-harness on a live model, with its requests shared over the ranks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+import torch
+import tqdm
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from lora_null.eval_harness.lm_eval.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.utils.distributed import merge_shares, my_share, rank_and_world
+
+
+class ShardedLM(HFLM):
+    """An lm-eval model around a live `PreTrainedModel` or `PeftModel`; every request is computed on one rank.
+
+    lm-eval takes a model object to be rank 0 of 1, so each of N ranks would do all the work (lm-eval#3312); its own
+    sharding by document pads the ranks' requests with copies and fails where a rank has none. So here every rank
+    builds all requests (cheap), computes its share, and receives the others' answers: all ranks end with the same
+    results. Neither the tokenizer (copied) nor the model's ties and requires_grad are touched; it is left in eval mode.
+
+    Args:
+        model: the model, on its device.
+        tokenizer: its tokenizer.
+        batch_size: requests in a forward pass, on each rank.
+        autocast_dtype: the dtype of `torch.autocast`; None computes in the model's own dtype.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, batch_size: int, autocast_dtype: torch.dtype | None = None):
+        with quiet(logging.ERROR), _replaced(model, "tie_weights", lambda *args, **kwargs: None):
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                batch_size=batch_size,
+                mixed_precision_dtype=autocast_dtype,
+            )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood in nats, whether greedy decoding gives it) of each request's continuation."""
+        return self._shared(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood in nats of each request's whole text."""
+        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return each request's generated text, cut at its stop strings."""
+        return self._shared(super().generate_until, requests, disable_tqdm)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
+        """Return contexts with their continuations, padded on the right: greedy ones by `generate_rows`."""
+        plain = not options.get("do_sample") and not options.get("temperature")
+        if (
+            not plain
+            or not set(options) <= {"attention_mask", "do_sample", "temperature"}
+            or not can_generate_rows(self.model)
+        ):
+            return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+        with torch.autocast(
+            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            rows = generate_rows(
+                self.model,
+                context,
+                options["attention_mask"],
+                max_new_tokens=max_length - context.shape[1],
+                ends=end_tokens(self.model),
+                stopped=StopWords(self.tokenizer, stop),
+            )
+        new = context.new_full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
+        for row, tokens in zip(new, rows):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return torch.cat([context, new], dim=1)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
+        return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
+
+    def _shared(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
+        # By document, not by request: the choices of one question stay together and share their forward pass.
+        mine = my_share((request.doc_id for request in requests), self.model)
+        quiet_here = disable_tqdm or rank_and_world()[0] != 0
+
+        def compute() -> dict[int, object]:
+            answers = method([requests[i] for i in mine], disable_tqdm=quiet_here) if mine else []
+            return dict(zip(mine, answers, strict=True))
+
+        answers = merge_shares(compute)
+        return [answers[i] for i in range(len(requests))]
+
+
+class BlankLM(LM):
+    """A stand-in without a model, to try a task's rules on a document before any model is loaded."""
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Return (-1 nat, not greedy) for each request."""
+        return [(-1.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+        """Return -1 nat for each request."""
+        return [-1.0] * len(requests)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Return the text "0" for each request."""
+        return ["0"] * len(requests)
+
+
+@contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep lm-eval's and datasets' logs below `level` and their progress bars for reading data off the screen.
+
+    The bars of the evaluation itself stay; exceptions are not touched.
+    """
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    before, bars = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(level)
+        datasets.disable_progress_bars()
+        with _replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True)):  # it has no switch of its own
+            yield
+    finally:
+        for logger, old in zip(loggers, before):
+            logger.setLevel(old)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` for a while."""
+    own, old = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,1 @@
+"""MT-Bench: answers, and a judge."""

@@ -1,0 +1,288 @@
+"""Grade answers by a language model behind any OpenAI-compatible endpoint: FastChat's single-answer grading of MT-Bench.
+
+Each of a question's two turns is graded from 1 to 10 by itself, with a reference answer for maths, reasoning and coding, at
+temperature 0; the grade is what the judge writes between double brackets. Judgments are written to a file in FastChat's
+format as they come, so that a judging that was broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_null.utils.errors import UserError
+
+OPENAI = "https://api.openai.com/v1"
+NEED_REFERENCE = ("math", "reasoning", "coding")
+RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+MISSING = -1  # FastChat's own mark for a judgment without a grade
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+PROMPTS = Path(__file__).with_name("judge_prompts.json")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An OpenAI-compatible endpoint that grades.
+
+    Args:
+        model: the name that the endpoint knows it by.
+        base_url: up to and without /chat/completions.
+        api_key_env: the environment variable that holds the key; the key itself is read when it is needed, and never
+            written anywhere. Without one, requests go without a key, as local servers take them.
+        attempts: requests for one grade, at most, each a while after the one before.
+        requests_per_minute: over all threads; None for no limit.
+        parallel: requests under way at once.
+        prompts: a file in FastChat's format (judge_prompts.jsonl) to judge by its very words; None takes this package's,
+            which follow the same protocol in other words.
+        wait: seconds before the second attempt; doubled each time.
+    """
+
+    model: str
+    base_url: str = OPENAI
+    api_key_env: str = "OPENAI_API_KEY"
+    attempts: int = 5
+    requests_per_minute: float | None = None
+    parallel: int = 4
+    prompts: str | None = None
+    wait: float = 2.0
+
+    def check(self) -> None:
+        """Raise a UserError for a missing key or prompts that cannot be used."""
+        if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.api_key_env):
+            raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
+        self.read_prompts()
+
+    def read_prompts(self) -> dict[str, dict[str, str]]:
+        """Return the judge prompts by name.
+
+        Raises:
+            UserError: the file is missing, is no JSON, or lacks one of the four prompts.
+        """
+        path = Path(self.prompts or PROMPTS)
+        try:
+            text = path.read_text(encoding="utf-8")
+            entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()]
+            prompts = {entry["name"]: entry for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"judge.prompts: cannot read {path} ({error})") from None
+        wanted = [f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn")]
+        if missing := [name for name in wanted if name not in prompts]:
+            raise UserError(f"judge.prompts: {path} has no prompt {missing[0]!r}")
+        return prompts
+
+
+class JudgeError(RuntimeError):
+    """The endpoint does not answer, or refuses; what was judged before is kept."""
+
+
+def judge_answers(
+    judge: Judge,
+    questions: Sequence[Mapping[str, Any]],
+    answers: Mapping[int, Sequence[str]],
+    path: Path,
+    *,
+    model_id: str,
+    progress: bool = True,
+) -> dict[tuple[int, int], float]:
+    """Grade both turns of every question that has an answer; write each judgment to `path` as it comes.
+
+    Args:
+        judge: the endpoint.
+        questions: `question_id`, `category`, `turns` (two), and `reference` (two, or none).
+        answers: question id → the model's answers.
+        path: a jsonl file in FastChat's format; grades that it already holds for these answers are kept.
+        model_id: of the model that answered, for the file.
+        progress: show a bar.
+
+    Returns:
+        {(question id, turn, from 1): grade}; turns whose judgment never held a grade are left out, and stand in the
+        file with the score −1.
+
+    Raises:
+        JudgeError: the endpoint cannot be reached or refuses.
+    """
+    prompts = judge.read_prompts()
+    requests = [
+        request
+        for question in questions
+        if question["question_id"] in answers
+        for request in _requests(question, answers[question["question_id"]], prompts)
+    ]
+    known = _read_grades(path, judge)
+    grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
+    todo = [request for request in requests if request.key not in grades]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    client, lock = _Client(judge), threading.Lock()
+    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(judge.parallel) as pool:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a line that a killed run left half written
+        bar = tqdm(total=len(todo), desc="judging", unit="turn", disable=not progress)
+
+        def grade(request: _Request) -> None:
+            text, score = client.grade(request)
+            line = request.to_json(judge.model, model_id) | {"judgment": text, "score": score, "tstamp": time.time()}
+            with lock:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                if score != MISSING:
+                    grades[request.key] = score
+                bar.update()
+
+        with bar:
+            try:
+                list(pool.map(grade, todo))
+            except JudgeError:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return grades
+
+
+@dataclass(frozen=True)
+class _Request:
+    question_id: int
+    turn: int
+    prompt_name: str
+    system_prompt: str
+    user_prompt: str
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.question_id, self.turn
+
+    def to_json(self, judge_model: str, model_id: str) -> dict[str, Any]:
+        return {
+            "question_id": self.question_id,
+            "model": model_id,
+            "judge": [judge_model, self.prompt_name],
+            "user_prompt": self.user_prompt,
+            "turn": self.turn,
+        }
+
+
+def _requests(
+    question: Mapping[str, Any], answers: Sequence[str], prompts: Mapping[str, Mapping[str, str]]
+) -> list[_Request]:
+    """Return the requests for the grades of a question's two turns."""
+    reference = question.get("reference") or []
+    kind = "-math" if question["category"] in NEED_REFERENCE and reference else ""
+    turns = question["turns"]
+    fields = {"question": turns[0], "answer": answers[0]}
+    for number, (asked, answered) in enumerate(zip(turns, answers), start=1):
+        fields |= {f"question_{number}": asked, f"answer_{number}": answered}
+    fields |= {f"ref_answer_{number}": text for number, text in enumerate(reference, start=1)}
+    made = []
+    for turn, suffix in ((1, ""), (2, "-multi-turn"))[: len(answers)]:
+        prompt = prompts[f"single{kind}-v1{suffix}"]
+        text = re.sub(r"{(\w+)}", lambda match: str(fields.get(match[1], match[0])), prompt["prompt_template"])
+        made.append(_Request(question["question_id"], turn, prompt["name"], prompt["system_prompt"], text))
+    return made
+
+
+def _read_grades(path: Path, judge: Judge) -> dict[str, float]:
+    """Return {user prompt: grade} of what this judge has graded before; half a line at the end is left aside."""
+    grades = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["score"] != MISSING and entry["judge"][0] == judge.model:
+            grades[entry["user_prompt"]] = entry["score"]
+    return grades
+
+
+def parse_grade(judgment: str) -> float:
+    """Return the grade in a judgment, −1 where there is none from 1 to 10."""
+    for rating in RATINGS:
+        if found := rating.search(judgment):
+            grade = float(found[1])
+            return grade if 1 <= grade <= 10 else MISSING
+    return MISSING
+
+
+class _Client:
+    """Sends requests no faster than allowed, and again when they fail in a way that may pass."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.lock, self.next_at = threading.Lock(), 0.0
+
+    def grade(self, request: _Request) -> tuple[str, float]:
+        """Return a judgment and its grade; the last judgment and −1 where no attempt gave a grade.
+
+        Raises:
+            JudgeError: no attempt gave a judgment, or one was refused for good.
+        """
+        text, failure = None, "no attempt was made"
+        for attempt in range(self.judge.attempts):
+            if attempt:
+                time.sleep(self.judge.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+            self._wait_for_turn()
+            try:
+                text = self._ask(request)
+            except _PassingError as error:
+                failure = str(error)
+                self._hold_off(error.seconds)
+                continue
+            score = parse_grade(text)
+            if score != MISSING:
+                return text, score
+        if text is None:
+            raise JudgeError(
+                f"judge: {self.judge.base_url} gave no judgment in {self.judge.attempts} attempts ({failure})"
+            )
+        return text, MISSING
+
+    def _ask(self, request: _Request) -> str:
+        key = os.environ.get(self.judge.api_key_env)
+        messages = [
+            {"role": "system", "content": request.system_prompt},
+            {"role": "user", "content": request.user_prompt},
+        ]
+        body = {"model": self.judge.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
+        try:
+            sent = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(sent, timeout=120) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"] or ""
+        except urllib.error.HTTPError as error:
+            if error.code in RETRIED:
+                raise _PassingError(f"HTTP status {error.code}", error.headers.get("Retry-After")) from None
+            hint = f", check the key in {self.judge.api_key_env}" if error.code in (401, 403) else ""
+            raise JudgeError(f"judge: {url} refuses with HTTP status {error.code}{hint}") from None
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # no connection, or no such answer
+            raise _PassingError(f"{type(error).__name__}: {error}") from None
+
+    def _wait_for_turn(self) -> None:
+        gap = 60 / self.judge.requests_per_minute if self.judge.requests_per_minute else 0.0
+        with self.lock:
+            start = max(time.monotonic(), self.next_at)
+            self.next_at = start + gap
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def _hold_off(self, seconds: float) -> None:
+        """Let no thread ask before the endpoint wants to be asked again."""
+        with self.lock:
+            self.next_at = max(self.next_at, time.monotonic() + seconds)
+
+
+class _PassingError(Exception):
+    """A failure that may be over in a while; `seconds` as the endpoint says, 0 where it does not."""
+
+    def __init__(self, message: str, retry_after: str | None = None) -> None:
+        super().__init__(message)
+        self.seconds = min(float(retry_after), 300.0) if (retry_after or "").replace(".", "", 1).isdigit() else 0.0

@@ -1,0 +1,1 @@
+"""Trained adapters as files: the plain form, merging, other formats, inspection."""

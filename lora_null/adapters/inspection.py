@@ -1,0 +1,201 @@
+"""Is a folder a sound adapter for a base: everything that PEFT or vLLM would refuse, or accept and get wrong in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_null.adapters.base_hash import DTYPE, same_base
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
+from lora_null.adapters.saved import FACTOR, SavedAdapter
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+VLLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "training_args.bin")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with an adapter: where it stands, and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def vllm_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank of vLLM that an adapter fits; None where it fits none."""
+    return next((most for most in VLLM_RANKS if most >= rank), None)
+
+
+def check_adapter(adapter: SavedAdapter, model: nn.Module, base: Path | None) -> list[Finding]:
+    """Return what is wrong with an adapter; nothing where it is sound.
+
+    Args:
+        adapter: as it lies on disk.
+        model: its base on the meta device.
+        base: folder of the base's files, to compare its hash; None where they are not at hand.
+    """
+    found = [*check_config(adapter), *check_files(adapter.folder), *check_keys(adapter)]
+    found += [*check_layers(adapter, model), *check_ranks(adapter), *check_values(adapter)]
+    if base is not None and same_base(adapter.metadata, base) is False:
+        found.append(Finding(WEIGHTS_FILE, f"trained on another base than {base}: its weights differ"))
+    return found
+
+
+def check_config(adapter: SavedAdapter) -> Iterator[Finding]:
+    """Yield what PEFT's config must not say, or what vLLM does not serve."""
+    config = adapter.config
+    if config.get("peft_type") != "LORA":
+        yield Finding(CONFIG_FILE, f"peft_type is {config.get('peft_type')!r}, must be 'LORA'")
+        return
+    try:
+        PeftConfig.from_pretrained(str(adapter.folder))
+    except Exception as error:
+        yield Finding(CONFIG_FILE, f"PEFT does not accept it ({str(error).splitlines()[0]})")
+    if not config.get("target_modules"):
+        yield Finding(CONFIG_FILE, "target_modules is missing, which vLLM asks for")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        yield Finding(CONFIG_FILE, f"bias is {config.get('bias')!r}: vLLM serves no bias")
+    for key in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
+        if config.get(key):
+            yield Finding(CONFIG_FILE, f"{key} is set, which vLLM does not serve")
+    if config.get("use_dora"):
+        yield Finding(CONFIG_FILE, "use_dora is set, which vLLM does not serve")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            yield Finding(CONFIG_FILE, f"{key} is set: vLLM drops it without a word and scales those layers wrongly")
+
+
+def check_files(folder: Path) -> Iterator[Finding]:
+    """Yield files that a loader might unpickle."""
+    for name in PICKLES:
+        if (folder / name).exists():
+            yield Finding(name, "a pickle, which can run code when it is loaded; remove it")
+
+
+def check_keys(adapter: SavedAdapter) -> Iterator[Finding]:
+    """Yield tensors that are no A or B under PEFT's names, and halves of pairs."""
+    for key in adapter.tensors:
+        if not FACTOR.fullmatch(key):
+            yield Finding(key, f"is not named base_model.model.MODULE.lora_A.weight or lora_B{_why(key)}")
+    for module, pair in adapter.factors().items():
+        for which in {"A", "B"} - pair.keys():
+            yield Finding(module, f"has no lora_{which}")
+    if not adapter.factors():
+        yield Finding(WEIGHTS_FILE, "holds no A and no B")
+
+
+def _why(key: str) -> str:
+    if re.search(r"lora_[AB]\.\w+\.weight$", key):
+        return "; the adapter's name does not belong in the file"
+    if "lora_" in key and not key.startswith("base_model.model."):
+        return "; without the prefix servers give the bare base"
+    return ""
+
+
+def check_layers(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
+    """Yield modules that the base has not or that are no linear, shapes that do not fit, and targets left out."""
+    modules = dict(model.named_modules())
+    for name, pair in adapter.factors().items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear | Conv1D):
+            yield Finding(name, "the base has no such module" if linear is None else "is no linear layer of the base")
+            continue
+        d_out, d_in = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+        for which, size, axis in (("A", d_in, 1), ("B", d_out, 0)):
+            if which in pair and (pair[which].dim() != 2 or pair[which].shape[axis] != size):
+                expected = f"(r, {d_in})" if which == "A" else f"({d_out}, r)"
+                yield Finding(name, f"lora_{which} is {tuple(pair[which].shape)}, the base needs {expected}")
+    for name in sorted(targeted(adapter.config, model) - adapter.factors().keys()):
+        yield Finding(name, "is named by target_modules, but the file has no A and B for it")
+
+
+def targeted(config: dict[str, Any], model: nn.Module) -> set[str]:
+    """Return the names of the base's linears that `target_modules` of a config names."""
+    fields = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
+    try:
+        wanted = LoraConfig(**fields, layers_pattern=config.get("layers_pattern"))
+    except (TypeError, ValueError):  # which `check_config` reports
+        return set()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if not wanted.target_modules:
+        return set()
+    if wanted.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        return {name for name in linears if model.get_submodule(name) is not head}
+    return {name for name in linears if check_target_module_exists(wanted, name)}
+
+
+def check_ranks(adapter: SavedAdapter) -> Iterator[Finding]:
+    """Yield ranks other than the config's, and a rank that vLLM has no room for."""
+    rank = adapter.config["r"]
+    for name, pair in adapter.factors().items():
+        ranks = [pair[which].shape[axis] for which, axis in (("A", 0), ("B", -1)) if which in pair]
+        if any(own != rank for own in ranks):
+            yield Finding(name, f"has rank {' and '.join(map(str, dict.fromkeys(ranks)))}, the config says r = {rank}")
+    if vllm_rank(rank) is None:
+        yield Finding(CONFIG_FILE, f"r is {rank}, vLLM serves at most {VLLM_RANKS[-1]}; export with --rank")
+
+
+def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
+    """Yield dtypes that are not served, more than one of them, numbers that are not finite, an adapter without effect."""
+    dtypes = {tensor.dtype for tensor in adapter.tensors.values()}
+    for dtype in dtypes - set(VLLM_DTYPES):
+        yield Finding(WEIGHTS_FILE, f"holds {_short(dtype)}, not float32, bfloat16 or float16")
+    if len(dtypes) > 1:
+        yield Finding(WEIGHTS_FILE, f"mixes dtypes: {', '.join(sorted(map(_short, dtypes)))}")
+    for key, tensor in adapter.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            yield Finding(key, "holds NaN or infinite numbers")
+    pairs = _moving(adapter)
+    if pairs and not any(A and B for A, B in pairs) and not is_untrained(adapter):
+        yield Finding(WEIGHTS_FILE, "changes nothing: every A or B is zero")
+
+
+def is_untrained(adapter: SavedAdapter) -> bool:
+    """Say whether every B is zero and no A: the adapter is an initialization and changes nothing yet."""
+    pairs = _moving(adapter)
+    return bool(pairs) and all(A and not B for A, B in pairs)
+
+
+def _moving(adapter: SavedAdapter) -> list[tuple[bool, bool]]:
+    """Return of every pair whether its A, and whether its B, is other than zero."""
+    pairs = [pair for pair in adapter.factors().values() if len(pair) == 2]
+    return [(bool(pair["A"].any()), bool(pair["B"].any())) for pair in pairs]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(adapter: SavedAdapter) -> str:
+    """Return one line that says what an adapter is."""
+    dtypes = {_short(tensor.dtype) for tensor in adapter.tensors.values()}
+    scaling = adapter.config["lora_alpha"] / adapter.config["r"]
+    if adapter.config.get("use_rslora"):
+        scaling = adapter.config["lora_alpha"] / adapter.config["r"] ** 0.5
+    return (
+        f"{len(adapter.factors())} modules, rank {adapter.config['r']}, scaling {scaling:g}, "
+        f"{', '.join(sorted(dtypes))}, {sum(t.numel() for t in adapter.tensors.values()) / 1e6:.1f}M parameters"
+    )
+
+
+def serve_command(adapter: SavedAdapter, base: str) -> str:
+    """Return the command with which vLLM serves the adapter."""
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(vllm_rank(adapter.config["r"]))]
+    if adapter.metadata.get(DTYPE):
+        words += ["--dtype", adapter.metadata[DTYPE]]
+    name = adapter.folder.name if adapter.folder.name != "adapter" else adapter.folder.parent.name
+    return " ".join([*words, "--lora-modules", f"{name}={adapter.folder}"])

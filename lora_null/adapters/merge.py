@@ -1,0 +1,142 @@
+"""Write W0 + s·BA as a checkpoint, read and written a shard at a time: added in float32, cast once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import nn
+
+from lora_null.checkpoint_reader import WeightFiles
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_json, write_safetensors
+
+SHARD_SIZE = "5GB"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass
+class Delta:
+    """The change of one weight: s·BA, transposed where the weight is stored as (d_in, d_out)."""
+
+    A: torch.Tensor  # (r, d_in)
+    B: torch.Tensor  # (d_out, r)
+    scaling: float
+    transposed: bool = False
+
+    def dense(self) -> torch.Tensor:
+        """Return the change in float32, in the shape of the weight."""
+        dense = (self.B.float() @ self.A.float()) * self.scaling
+        return dense.T if self.transposed else dense
+
+
+@dataclass
+class Source:
+    """One tensor of the checkpoint to write: where it is read, its dtype and shape, what is added."""
+
+    key: str
+    dtype: torch.dtype
+    shape: list[int]
+    delta: Delta | None = None
+
+
+def write_checkpoint(
+    base: Path,
+    folder: Path,
+    deltas: Mapping[str, Delta],
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> bool:
+    """Write a base's checkpoint with changed weights.
+
+    Args:
+        base: folder of the base's safetensors.
+        folder: gets `model.safetensors`, or shards and their index.
+        deltas: module name → its change.
+        model: the base on the meta device, for the names of its weights and which of them are tied.
+        dtype: of the floating-point tensors that are written; None keeps each as the base has it.
+        shard_size: of a file, at most.
+
+    Returns:
+        Whether a tied output embedding had to be written apart from the input embedding, since only it changed.
+
+    Raises:
+        UserError: the base's files have no weight that an adapted module names.
+    """
+    files = WeightFiles(base, torch.float32)
+    sources, untied = plan(files, deltas, model)
+    skeleton = {name: torch.empty(s.shape, dtype=_cast(s.dtype, dtype), device="meta") for name, s in sources.items()}
+    split = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: merged(files, sources[name], skeleton[name].dtype) for name in names}
+        write_safetensors(folder / file, shard, {})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return untied
+
+
+def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> tuple[dict[str, Source], bool]:
+    """Return the tensors to write by name, and whether a tied output embedding comes apart."""
+    sources = {}
+    for file in dict.fromkeys(files.file_of.values()):
+        with safe_open(files.folder / file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(key)
+                dtype = DTYPES.get(part.get_dtype()) or opened.get_tensor(key).dtype
+                sources[key] = Source(key, dtype, part.get_shape())
+    untied = False
+    for module, delta in deltas.items():
+        key = _key_of(module, sources, model)
+        if key is None and _is_tied_head(module, model):
+            twin = _key_of(_name_of(model, model.get_input_embeddings()), sources, model)
+            key, untied = f"{module}.weight", True
+            sources[key] = Source(twin, sources[twin].dtype, sources[twin].shape)
+        if key is None:
+            raise UserError(f"{files.folder}: its files have no weight {module + '.weight'!r} to merge into")
+        sources[key].delta = delta
+    return sources, untied
+
+
+def _key_of(module: str, sources: Mapping[str, Source], model: nn.Module) -> str | None:
+    """Return the checkpoint's name of a module's weight; older checkpoints leave out the inner model's prefix."""
+    key = f"{module}.weight"
+    bare = key.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+    return next((name for name in (key, bare) if name in sources), None)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _is_tied_head(module: str, model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and _name_of(model, head) == module and bool(model.config.tie_word_embeddings)
+
+
+def merged(files: WeightFiles, source: Source, dtype: torch.dtype) -> torch.Tensor:
+    """Return one tensor as it is written."""
+    with safe_open(files.folder / files.file_of[source.key], "pt") as opened:
+        tensor = opened.get_tensor(source.key)
+    if source.delta is not None:
+        tensor = tensor.float() + source.delta.dense()
+    return tensor.to(dtype)
+
+
+def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def deltas_of(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    scaling: Callable[[str], float],
+    transposed: Callable[[str], bool],
+) -> dict[str, Delta]:
+    """Return module name → its change."""
+    return {name: Delta(A, B, scaling(name), transposed(name)) for name, (A, B) in pairs.items()}

@@ -1,0 +1,88 @@
+"""An adapter folder as it lies on disk: its config, its tensors, its pairs A and B."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, read_safetensors
+
+FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class SavedAdapter:
+    """What `adapter_config.json` and `adapter_model.safetensors` hold.
+
+    Attributes:
+        folder: where they lie.
+        config: the config's fields, as written.
+        tensors: by the names in the file.
+        metadata: of the safetensors file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    def factors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return module name → {"A": (r, d_in), "B": (d_out, r)}, what there is of them."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            match = FACTOR.fullmatch(key)
+            if match:
+                found.setdefault(match["module"], {})[match["which"]] = tensor
+        return found
+
+    def pairs(self) -> dict[str, Pair]:
+        """Return module name → A (r, d_in) and B (d_out, r).
+
+        Raises:
+            UserError: the file holds something else besides, or half a pair.
+        """
+        factors = self.factors()
+        other = next((key for key in self.tensors if not FACTOR.fullmatch(key)), None)
+        if other is not None:
+            raise UserError(f"{self.folder}: holds {other!r} besides A and B; `lora-null check` says more")
+        half = next((name for name, pair in factors.items() if len(pair) < 2), None)
+        if half is not None or not factors:
+            raise UserError(f"{self.folder}: {half or 'no layer'} has both A and B; `lora-null check` says more")
+        return {name: (pair["A"], pair["B"]) for name, pair in factors.items()}
+
+    def scaling(self, module: str) -> float:
+        """Return PEFT's s of a module: alpha/r, or alpha/√r under rslora, each by its pattern."""
+        r, alpha = (
+            (self.config.get(pattern) or {}).get(
+                get_pattern_key((self.config.get(pattern) or {}).keys(), module), self.config[name]
+            )
+            for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Read an adapter folder; nothing in it is checked but that it can be read.
+
+    Raises:
+        UserError: it holds no adapter, or a damaged one.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: holds no adapter ({CONFIG_FILE} is missing)")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder}: holds no adapter weights ({WEIGHTS_FILE} is missing)")
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or "lora_alpha" not in config:
+        raise UserError(f"{folder / CONFIG_FILE}: not a LoRA config (r and lora_alpha are missing)")
+    tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
+    return SavedAdapter(folder, config, tensors, metadata)

@@ -1,0 +1,153 @@
+"""From Grams to factors: each rank solves the inputs that are its own and writes their A0 and B0 into the layers of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lora_null.calibration import Calibration, InputStats
+from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
+from lora_null.layer import LoraNullLinear
+from lora_null.nullspace import Eigenspace, bottom_eigenspace
+from lora_null.store import SolvedPart
+from lora_null.utils.distributed import all_gather, rank_and_world, say, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import weight_of
+
+NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
+MOST_TOGETHER = 8  # layers whose Grams wait for each other
+
+
+@dataclass
+class PartSolver:
+    """Solves measured parts of a model, a round of them together.
+
+    Attributes:
+        layers: name → adapted linear, of the whole model.
+        adapter_name: the adapter to write.
+        solver, seed: of `bottom_eigenspace`.
+        seconds: wall time spent so far.
+    """
+
+    layers: Mapping[str, LoraNullLinear]
+    adapter_name: str
+    solver: str = "auto"
+    seed: int = 0
+    seconds: float = 0.0
+
+    def parts_a_round(self) -> int:
+        """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
+        narrow = all(
+            _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
+        )
+        threads = min(all_gather(torch.get_num_threads())) if narrow else 1  # the same on every machine
+        return rank_and_world()[1] * min(threads, MOST_TOGETHER)
+
+    @torch.no_grad()
+    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
+        """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
+        start = time.perf_counter()
+        stats = together(lambda: self._solve_mine([part for _, part in parts]), what="initialization")
+        if rank_and_world()[1] > 1:
+            stats = self._share([part for _, part in parts], stats)
+        self.seconds += time.perf_counter() - start
+        for name, part in parts:
+            yield name, self._solved_part(part, stats)
+
+    def _solve_mine(self, parts: Sequence[Calibration]) -> dict[str, LayerStats]:
+        """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
+        rank = rank_and_world()[0]
+        mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
+        mine.sort(key=lambda job: -len(job[1].gram))
+        narrow = [job for job in mine if _is_narrow(len(job[1].gram), job[1].gram.device)]
+        stats: dict[str, LayerStats] = {}
+        for part, measured in mine[: len(mine) - len(narrow)]:  # the wide come first
+            stats |= self._solve_input(part, measured)
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            for found in threads.map(lambda job: self._solve_input(*job), narrow):
+                stats |= found
+        for part in parts:
+            for measured in part.inputs:
+                measured.gram = None
+        return stats
+
+    @torch.no_grad()  # which every thread has to say for itself
+    def _solve_input(self, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Solve one input and let its Gram go; on the CPU where the accelerator's memory is not enough."""
+        gram, measured.gram = measured.gram, None
+        try:
+            return self._solve_on(gram, part, measured)
+        except torch.OutOfMemoryError:
+            say(
+                f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no "
+                "memory left"
+            )
+            gram = gram.cpu()
+            torch.cuda.empty_cache()
+            return self._solve_on(gram, part, measured)
+
+    def _solve_on(self, gram: torch.Tensor, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
+        spaces: dict[int, Eigenspace] = {}
+        stats = {}
+        for name in measured.modules:
+            start = time.perf_counter()
+            layer = self.layers[name]
+            r = layer.r[self.adapter_name]
+            if r not in spaces:
+                spaces[r] = bottom_eigenspace(gram, r, solver=self.solver, seed=self.seed)
+            space = spaces[r]
+            try:
+                factors = null_factors(weight_of(layer), space.vectors, layer.scaling[self.adapter_name])
+            except ValueError as reason:
+                raise UserError(f"target_modules: {name}: {reason}; leave it out (exclude_modules)") from None
+            A, B = self._factors(name)
+            A.copy_(factors.A)
+            B.copy_(factors.B)
+            part.projected[name] = projected_inputs(A, gram, space.vectors if space.exact else None)
+            stats[name] = LayerStats(
+                name=name,
+                shape=(layer.out_features, layer.in_features),
+                r=r,
+                tokens=measured.tokens,
+                gram_rank=min(space.rank, measured.tokens),
+                leakage=leakage(A, gram, part.projected[name]),
+                energy=factors.energy,
+                condition=factors.condition,
+                solver=space.solver,
+                seconds=time.perf_counter() - start,
+            )
+        return stats
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+
+    def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
+        """Give every rank the factors and lines of all, from whoever solved them."""
+        for part in parts:
+            for measured in part.inputs:
+                for name in measured.modules:
+                    for factor in self._factors(name):
+                        dist.broadcast(factor, src=measured.owner)
+        mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
+        gathered = all_gather((stats, mine))
+        for index, part in enumerate(parts):
+            for _, projected in gathered:
+                part.projected |= projected[index]
+        return {name: line for lines, _ in gathered for name, line in lines.items()}
+
+    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> SolvedPart:
+        names = [module for measured in part.inputs for module in measured.modules]
+        copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
+        scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
+        return SolvedPart(copies, scaling, part, [stats[name] for name in names])
+
+
+def _is_narrow(width: int, device: torch.device) -> bool:
+    return device.type == "cpu" and width <= NARROW

@@ -1,0 +1,238 @@
+"""Conversations through a model's own chat template: the text, and where in it each turn of the assistant stands."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lora_null.utils.values import Message, as_messages, chat_options
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
+PYTHON = ("{'", "None")  # what a template writes that prints a dict or a missing value
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as the template renders it.
+
+    Attributes:
+        text: all of it.
+        messages: those that the template was given: the arguments of tools are dicts, or JSON where it wants that.
+        blocks: (start, end) in `text` of each {% generation %} block; None where the template has none.
+    """
+
+    text: str
+    messages: list[Message]
+    blocks: list[tuple[int, int]] | None
+
+
+def conversation_text(value: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a conversation as a text to calibrate on, without the token that the tokenizer itself puts before texts.
+
+    Raises:
+        ValueError: no conversation, no chat template, or one that refuses it.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("a conversation, and the model has no chat template")
+    text = render_chat(as_messages(value)[0], tokenizer, chat_options(row)).text
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Chat:
+    """Render a conversation.
+
+    OpenAI writes the arguments of a tool call as JSON and most templates want a dict, some the JSON; and some cannot do
+    with a call that has no content. What the template renders without leaving anything out is taken.
+
+    Args:
+        messages: see `as_messages`.
+        tokenizer: one with a chat template.
+        options: see `chat_options`.
+
+    Raises:
+        ValueError: the template's own message where it refuses, or what it would leave out.
+    """
+    problem = None
+    for variant in _variants(messages):
+        try:
+            text, blocks = _render(variant, tokenizer, options)
+            _check_complete(text, variant, tokenizer, options)
+            return Chat(text, variant, blocks)
+        except ValueError as error:
+            problem = error
+    raise problem
+
+
+def open_turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+    """Return the text that asks the assistant for its turn after `messages`."""
+    return _render(messages, tokenizer, options, add_generation_prompt=True)[0]
+
+
+def turn_spans(
+    chat: Chat, learned: Sequence[int], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[tuple[int, int]]:
+    """Return (start, end) in the text of some turns of the assistant, through the token that ends each.
+
+    A template with {% generation %} blocks says it. Any other is asked: the turn begins where the conversation up to
+    it, rendered with the generation prompt, ends, and what the turn itself renders to must follow there.
+
+    Raises:
+        ValueError: the template renders earlier turns in another way once a conversation goes on, or in part.
+    """
+    turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if chat.blocks is None:
+        spans = [_asked_span(chat, turn, tokenizer, options) for turn in learned]
+    elif len(chat.blocks) == len(turns):
+        spans = [chat.blocks[turns.index(turn)] for turn in learned]
+    elif list(learned) == turns and chat.blocks:
+        return chat.blocks
+    else:
+        raise ValueError("turns that the {% generation %} blocks of the chat template do not tell apart")
+    for turn, (start, end) in zip(learned, spans):
+        content = chat.messages[turn].get("content", "")
+        if "".join(content.split()) not in "".join(chat.text[start:end].split()):
+            raise ValueError(f"the chat template leaves out a part of turn {turn + 1}, such as its reasoning")
+    return spans
+
+
+def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int:
+    """Return where in the text a turn of the assistant begins: behind the generation prompt.
+
+    The prompt may end in what the answer does not repeat (an empty thought); then the turn begins where they part.
+    """
+    opened = open_turn(chat.messages[:turn], tokenizer, options)
+    if chat.text.startswith(opened):
+        return len(opened)
+    start, (told, _) = common_prefix(opened, chat.text), _render(chat.messages[:turn], tokenizer, options)
+    if start < len(told) or not chat.text.startswith(told):
+        raise ValueError(_CHANGES)
+    return start
+
+
+_CHANGES = (
+    "turns that the chat template renders otherwise once the conversation goes on, so that they cannot be told apart"
+)
+
+
+def _asked_span(
+    chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[int, int]:
+    start = turn_start(chat, turn, tokenizer, options)
+    if turn == len(chat.messages) - 1:
+        return start, len(chat.text)
+    through, _ = _render(chat.messages[: turn + 1], tokenizer, options)
+    if through[:start] != chat.text[:start]:
+        raise ValueError(_CHANGES)
+    # What ends a whole conversation (an end token of its own) or stands only in a last turn (an empty thought) is not in
+    # the turn once it is an earlier one: what is left of the turn must follow in the text.
+    said = through[start:].removesuffix("" if chat.text.startswith(through) else tokenizer.eos_token or "")
+    said = next(said[i:] for i in range(len(said) + 1) if chat.text.startswith(said[i:], start))
+    if not said:
+        raise ValueError(_CHANGES)
+    return start, start + len(said)
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return how many characters or tokens two sequences begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def _render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], **how: Any
+) -> tuple[str, list[tuple[int, int]] | None]:
+    template = tokenizer.get_chat_template(None, options.get("tools"))
+    marked = bool(GENERATION.search(template))
+    try:
+        texts, blocks = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            **{**tokenizer.special_tokens_map, "tools": None, **options, **how},
+        )
+    except Exception as error:  # whatever a template's author lets happen
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the chat template refuses it: {reason}") from None
+    return texts[0], blocks[0] if marked else None
+
+
+def _variants(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return the ways to write tool calls: arguments as a dict or as JSON, with no content or with an empty one."""
+    if not any("tool_calls" in message for message in messages):
+        return [list(messages)]
+    variants = []
+    for empty in (False, True):
+        for written in (_as_dict, _as_json):
+            variant = copy.deepcopy(list(messages))
+            for message in variant:
+                if empty:
+                    message.setdefault("content", "")
+                for call in message.get("tool_calls", ()):
+                    function = call.get("function", call)
+                    if "arguments" in function:
+                        function["arguments"] = written(function["arguments"])
+            variants.append(variant)
+    return variants
+
+
+def _as_dict(arguments: Any) -> Any:
+    return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+
+
+def _as_json(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _check_complete(
+    text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> None:
+    """Raise a ValueError where the template leaves out a turn, a tool or a thought, or writes Python for text."""
+    given = json.dumps([list(messages), dict(options)], ensure_ascii=False, default=str)
+    template = tokenizer.get_chat_template(None, options.get("tools"))
+    if any(word in text and word not in given and word not in template for word in PYTHON):
+        raise ValueError("the chat template writes a value of Python where text is meant")
+    thought = messages[-1].get("reasoning_content") or messages[-1].get("thinking")
+    if thought and str(thought).strip() not in text:
+        raise ValueError("the chat template leaves out the last turn's reasoning")
+    plain = all(message["role"] in ("user", "assistant") and "tool_calls" not in message for message in messages)
+    if not plain or "tools" in options or not _in_order(text, messages):
+        _check_turns(messages, tokenizer, options)
+
+
+def _in_order(text: str, messages: Sequence[Message]) -> bool:
+    at = 0
+    for message in messages:
+        content = message.get("content", "").strip()
+        at = text.find(content, at)
+        if at < 0:
+            return False
+        at += len(content)
+    return True
+
+
+def _check_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """Mark the text of every turn, the function of every call and the tools, and see whether the marks come out."""
+    marked, options, marks = copy.deepcopy(list(messages)), copy.deepcopy(dict(options)), {}
+    for tool in options.get("tools", ()):
+        function = tool.get("function", tool)
+        if isinstance(function.get("name"), str):
+            function["name"] += "toolmark"
+            marks["toolmark"] = "the tools"
+    for number, message in enumerate(marked, start=1):
+        if message.get("content"):
+            message["content"] += f" turn{number}mark"
+            marks[f"turn{number}mark"] = f"turn {number}, of the {message['role']}"
+        for call in message.get("tool_calls", ()):
+            call.get("function", call)["name"] += f"call{number}mark"
+            marks[f"call{number}mark"] = f"the tool calls of turn {number}"
+    text, _ = _render(marked, tokenizer, options)
+    for mark, what in marks.items():
+        if mark not in text:
+            raise ValueError(f"the chat template leaves out {what}")

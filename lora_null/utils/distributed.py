@@ -1,0 +1,180 @@
+"""Sharing work over the ranks of a torch.distributed group that somebody else has initialized."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from lora_null.utils.errors import UserError
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether this rank holds, or may hold at any time, only a piece of the tensor."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Return the number of entries of the whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@contextlib.contextmanager
+def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]:
+    """Have the parameters of the modules whole on every rank inside the block; all ranks enter and leave it together.
+
+    Where nothing is sharded nothing happens. No forward pass may run inside.
+
+    Args:
+        modules: whose parameters, those of their submodules too.
+        write: keep what is written into the parameters inside, which has to be the same on all ranks.
+    """
+    sharded = [(owner, name, p) for owner, name, p in _owned(modules) if is_sharded(p)]
+    pieces = [(owner, name, p) for owner, name, p in sharded if isinstance(p, DTensor)]
+    with _gathered_by_deepspeed([p for _, _, p in sharded if not isinstance(p, DTensor)], write):
+        whole = {}
+        for owner, name, p in pieces:
+            if id(p) not in whole:  # tied weights are one parameter
+                whole[id(p)] = nn.Parameter(p.detach().full_tensor(), requires_grad=p.requires_grad)
+            owner._parameters[name] = whole[id(p)]
+        try:
+            yield
+            for p in {id(p): p for _, _, p in pieces}.values() if write else ():
+                with torch.no_grad():
+                    p.copy_(distribute_tensor(whole[id(p)].detach(), p.device_mesh, p.placements))
+        finally:
+            for owner, name, p in pieces:
+                owner._parameters[name] = p
+
+
+def _owned(modules: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in modules:
+        for owner in module.modules():
+            yield from ((owner, name, p) for name, p in owner._parameters.items() if p is not None)
+
+
+@contextlib.contextmanager
+def _gathered_by_deepspeed(parameters: list[nn.Parameter], write: bool) -> Iterator[None]:
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return (rank, number of ranks); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, once whatever the number of ranks, without breaking a progress bar."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's `value` (any picklable object) on every rank."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
+    return broadcast(together(lambda: act() if rank_and_world()[0] == 0 else None))
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Return every rank's `value` in rank order on rank 0, None on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values = [None] * world if rank == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Return every rank's `value` in rank order, on every rank."""
+    world = rank_and_world()[1]
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def parameters_are_sharded(model: nn.Module) -> bool:
+    """Return whether forward passes are collective: FSDP1, FSDP2 or tensor parallel (DTensor), or ZeRO-3."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(is_sharded(p) for p in model.parameters())
+
+
+def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
+    """Return the positions in `keys` that this rank computes: those whose key is `rank` modulo the number of ranks.
+
+    Where the model's parameters are sharded, every forward pass needs every rank, and generation stops at a different
+    length for each batch; then all ranks compute everything in step, which is slow and always right.
+    """
+    rank, world = (0, 1) if parameters_are_sharded(model) else rank_and_world()
+    return [position for position, key in enumerate(keys) if key % world == rank]
+
+
+def together(
+    compute: Callable[[], Any],
+    *,
+    alike: type[Exception] | tuple[type[Exception], ...] = UserError,
+    what: str = "evaluation",
+) -> Any:
+    """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
+
+    Args:
+        compute: has no collective of its own.
+        alike: what is raised on every rank when it is raised on one: a mistake, which rank 0 then tells.
+        what: is computed, for the message.
+
+    Raises:
+        Exception: what `compute` raised here, or `alike` on another rank, or a RuntimeError naming the rank where it
+            failed, so that no rank waits for ever for one that is gone.
+    """
+    result, failure = None, None
+    try:
+        result = compute()
+    except Exception as error:
+        failure = error
+    told = failure if failure is None or isinstance(failure, alike) else f"{type(failure).__name__}: {failure}"
+    failures = all_gather(told)
+    if failure is not None:
+        raise failure
+    for mistake in (found for found in failures if isinstance(found, alike)):
+        raise mistake
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+    return result
+
+
+def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, Any]:
+    """Run `compute` on every rank and return the union of all ranks' results, the same on every rank."""
+    return {key: value for share in all_gather(together(compute)) for key, value in share.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that the model's inputs belong on."""
+    return next(model.parameters()).device

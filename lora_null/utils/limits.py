@@ -1,0 +1,134 @@
+"""What a model is able to do, told from its configuration alone: how many positions it takes, and what does not train it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from lora_null.utils.distributed import say
+from lora_null.utils.errors import UserError
+
+# Families without rotary positions and without a table: convolutions, states or a bias by distance carry the order, or
+# the positions are computed. Their `max_position_embeddings` is what they were trained on.
+NO_TABLE = {"inkling_text", "inkling2_text", "jamba", "kimi_linear", "nemotron_h", "rwkv", "whisper", "xglm", "zamba"}
+# RoBERTa and its kin leave the first pad_token_id + 1 rows of their table to padding.
+AFTER_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+LIMIT_KEYS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    """How long a sequence may be.
+
+    Attributes:
+        tokens: positions there are, or that the model was trained on.
+        key: what its configuration calls them.
+        hard: whether there is no position beyond, as in a table of learned ones; with rotary ones there is.
+        architecture: the model's class.
+    """
+
+    tokens: int
+    key: str
+    hard: bool
+    architecture: str
+
+    def __str__(self) -> str:
+        verb = "takes" if self.hard else "was trained on"
+        return f"{self.architecture} {verb} {self.tokens} ({self.key})"
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of what trainers call `processing_class`: itself, or the one of a processor.
+
+    Told by type as TRL does, since some tokenizers hold another `tokenizer` of their own.
+
+    Raises:
+        UserError: a processor without a tokenizer.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if tokenizer is None:
+        raise UserError(
+            f"processing_class: {type(processing_class).__name__} holds no tokenizer; give the model's own"
+        )
+    return tokenizer
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """Return the name of the model's class; of a model that was never saved, that of its family's language model."""
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    both = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if config.is_encoder_decoder else {}
+    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | both
+    return named or str(kinds.get(config.model_type, config.model_type))
+
+
+def position_limit(config: PreTrainedConfig) -> PositionLimit | None:
+    """Return how many positions a model takes; None where nothing limits them.
+
+    transformers gives every rotary model `rope_parameters`; of the families it knows, those that have none look positions
+    up in a table. Of code that came with a model nothing is known, so its limit is taken for what it was trained on.
+    """
+    text = config.get_text_config(decoder=True)
+    name = next((key for key in LIMIT_KEYS if isinstance(getattr(text, key, None), int)), None)
+    if name is None or getattr(text, name) <= 0:
+        return None
+    native = type(text).__module__.startswith("transformers.")
+    hard = native and not getattr(text, "rope_parameters", None) and text.model_type not in NO_TABLE
+    tokens = getattr(text, name)
+    if hard and text.model_type in AFTER_PADDING:
+        tokens -= (text.pad_token_id or 0) + 1
+    return PositionLimit(tokens, text.attribute_map.get(name, name), hard, architecture_of(config))
+
+
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """Return why a model cannot learn to predict the next token here, naming its architecture; None where it can."""
+    name = architecture_of(config)
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder–decoder, whose encoder would read the answers; only decoders are trained here"
+    text = config.get_text_config(decoder=True)
+    causal = getattr(text, "is_decoder", getattr(text, "causal", True))
+    if text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal is False:
+        return f"{name} sees the tokens that it would learn to predict (is_decoder: false); only decoders are trained here"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    if not {config.model_type, text.model_type} & known and not getattr(config, "auto_map", None):
+        return f"{name} ({config.model_type}) is no language model that transformers knows"
+    return None
+
+
+def fit_windows(asked: int, default: int, limit: PositionLimit | None, key: str) -> int:
+    """Return the tokens of a calibration window, at most: what was asked for, where the model takes it.
+
+    The default is no wish of the user's and is cut to a position table, which one line says.
+
+    Args:
+        asked: what is set.
+        default: what is set where the user sets nothing.
+        limit: the model's.
+        key: what the setting is called.
+
+    Raises:
+        UserError: another length than the default, longer than the model's position table.
+    """
+    if limit is None or not limit.hard or asked <= limit.tokens:
+        return asked
+    if asked != default:
+        raise UserError(f"{key}: {asked} tokens are too long, {limit}; at most {limit.tokens}")
+    say(f"{key}: {limit.tokens} tokens instead of {asked}, {limit}")
+    return limit.tokens

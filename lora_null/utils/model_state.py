@@ -1,0 +1,118 @@
+"""Leave a live model as it was found: measuring and evaluating switch modes, adapters and seeds; training must not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lora_null.utils.quantized import keep_layout
+
+
+@contextmanager
+def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
+    """Restore, on the way out, everything about `model` and the process that an evaluation may change.
+
+    That is: train or eval mode of every module; requires_grad of every parameter; which adapters are active, enabled
+    and merged; `config.use_cache`; torch's grad mode; the random states of Python, numpy, torch and every CUDA device;
+    and the tokenizer's padding side, if one is given. Quantized weights stay as they are stored.
+    """
+    keep_layout(model)
+    modes = [(module, module.training) for module in model.modules()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapters = [(m, _adapter_state(m)) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    active = [(m, m.active_adapter) for m in model.modules() if isinstance(m, PeftModel)]
+    config, padding_side = getattr(model, "config", None), getattr(tokenizer, "padding_side", None)
+    use_cache, grad_enabled, random_states = (
+        getattr(config, "use_cache", None),
+        torch.is_grad_enabled(),
+        _random_states(),
+    )
+    try:
+        yield
+    finally:
+        for layer, state in adapters:
+            _restore_adapter(layer, state)
+        for peft_model, name in active:
+            peft_model.active_adapter = name
+        for parameter, flag in requires_grad:  # after the adapters: PEFT sets requires_grad when it switches them
+            parameter.requires_grad_(flag)
+        for module, flag in modes:
+            module.training = flag
+        if use_cache is not None:
+            config.use_cache = use_cache
+        if padding_side is not None:
+            tokenizer.padding_side = padding_side
+        torch.set_grad_enabled(grad_enabled)
+        _restore_random_states(random_states)
+
+
+@contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Compute in the dtypes that the weights have: without the autocast that accelerate puts around a model it trains.
+
+    What was measured before training knew no such wrapper, and the rounding alone would look like forgetting.
+    """
+    wrapped = [(module, vars(module)["forward"]) for module in model.modules() if "_original_forward" in vars(module)]
+    for module, _ in wrapped:
+        module.forward = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's (CPU and CUDA) random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _adapter_state(layer: BaseTunerLayer) -> tuple[bool, list[str], list[str]]:
+    return layer.disable_adapters, list(layer.active_adapters), list(layer.merged_adapters)
+
+
+def _restore_adapter(layer: BaseTunerLayer, state: tuple[bool, list[str], list[str]]) -> None:
+    """Put back (disabled, active, merged); a layer that nobody touched is not touched here either."""
+    disabled, active, merged = state
+    if list(layer.merged_adapters) != merged:
+        if layer.merged:
+            layer.unmerge()
+        if merged:
+            layer.merge(adapter_names=merged)
+    if list(layer.active_adapters) != active:
+        layer.set_adapter(active)
+    if layer.disable_adapters != disabled:
+        layer.enable_adapters(not disabled)
+
+
+def _random_states() -> tuple:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_random_states(states: tuple) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def release_freed_memory() -> None:
+    """Return freed blocks to the kernel: glibc keeps them, in pieces, and the next large block finds no room there."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,165 @@
+"""The model card of an export: metadata as the hub expects it, the table, the recipe, the data, the base's licence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = "model_card.md.j2"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def write_card(export: Any, difference: Any, *, license_id: str | None = None) -> None:
+    """Write `README.md` into the export's folder.
+
+    Args:
+        export: `commands.export.Export`.
+        difference: what its verification found.
+        license_id: of the base; None reads it from the base's own card.
+    """
+    from lora_null.recipes.report import render
+    from lora_null.utils.files import write_text
+
+    templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
+    template = templates.get_template(TEMPLATE)
+    write_text(export.folder / "README.md", template.render(content(export, difference, license_id)))
+
+
+def content(export: Any, difference: Any, license_id: str | None) -> dict[str, Any]:
+    """Return everything that the template shows."""
+    import yaml
+
+    from lora_null.recipes.report.results import DISPLAY
+
+    source, base = export.source, hub_base(export)
+    license_id = license_id or license_of(export, base)
+    recipe = shareable(source.recipe)
+    return {
+        "metadata": metadata(export, base, license_id).to_yaml(),
+        "title": f"{DISPLAY.get(source.method, source.method)} on {short_name(base or export.base_name)}",
+        "method": DISPLAY.get(source.method, source.method),
+        "base": base or short_name(export.base_name),
+        "form": export.form,
+        "rank": export.rank,
+        "whole": source.kind == "model",
+        "license": license_id,
+        "table": results_table(source),
+        "notes": export.notes,
+        "difference": str(difference),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        "data": data_lines(recipe),
+        "peft": adapter_base(export, base),
+    }
+
+
+def metadata(export: Any, base: str | None, license_id: str | None) -> Any:
+    """Return the card's YAML head, a `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    library = {"adapter": "peft", "merged": "transformers"}.get(export.form)
+    relation = "finetune" if export.form == "merged" else "adapter"
+    tags = ["lora-null", *(["lora"] if export.source.kind == "adapter" else []), *([export.form] * (library is None))]
+    tags += [f"base_model:{relation}:{base}"] if base else []
+    datasets = datasets_of(export.source.recipe)
+    known = {"base_model": base, "base_model_relation": relation} if base else {}
+    return ModelCardData(
+        **known,
+        library_name=library,
+        license=license_id,
+        pipeline_tag="text-generation",
+        datasets=datasets or None,
+        tags=tags,
+    )
+
+
+def hub_base(export: Any) -> str | None:
+    """Return the base's id on the hub; None for a folder whose id nobody gave."""
+    from lora_null.recipes.models import smollm2
+
+    name = export.base_name
+    if name == smollm2.NAME:
+        return smollm2.HUB
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def adapter_base(export: Any, base: str | None) -> str:
+    """Return the name under which a reader loads the base."""
+    return base or f"path/to/{short_name(export.base_name)}"
+
+
+def license_of(export: Any, base: str | None) -> str | None:
+    """Return what the base's own card says, in its folder or on the hub; None where neither can be read."""
+    from huggingface_hub import ModelCard
+
+    from lora_null.recipes.models import smollm2
+
+    if export.base_name == smollm2.NAME:
+        return smollm2.LICENSE
+    for place in (export.source.base.folder / "README.md", base):
+        if place is None or (isinstance(place, Path) and not place.is_file()):
+            continue
+        try:
+            return ModelCard.load(place, ignore_metadata_errors=True).data.license
+        except Exception:  # unreachable or without metadata: then it is not known here
+            continue
+    return None
+
+
+def datasets_of(recipe: dict[str, Any]) -> list[str]:
+    """Return the hub ids of the training and the calibration data."""
+    found = []
+    for section in ("data", "calibration"):
+        path = str(recipe.get(section, {}).get("path", ""))
+        sample = next((name for prefix, name in SAMPLES.items() if Path(path).name.startswith(prefix)), None)
+        if "samples" in Path(path).parts and sample:
+            found.append(sample)
+        elif HUB_ID.fullmatch(path) and not path.endswith(DATA_FILES):
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def data_lines(recipe: dict[str, Any]) -> list[str]:
+    """Return one line a data set: what it was used for."""
+    evaluation = recipe.get("eval", {})
+    lines = [f"Trained on {recipe['data']['path']}."] if recipe.get("data", {}).get("path") else []
+    if recipe.get("calibration", {}).get("path"):
+        lines.append(f"The knowledge to keep was measured on {recipe['calibration']['path']}.")
+    for role, word in (("retention", "Retention"), ("task", "Learning")):
+        names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in evaluation.get(role) or []]
+        lines += [f"{word} was measured by {', '.join(names)}."] if names else []
+    return lines
+
+
+def _entry_name(entry: dict[str, Any]) -> str:
+    name = str(entry.get("answers") or entry.get("task") or next(iter(entry.values())))
+    return f"{name} ({entry['path']})" if entry.get("path") else name
+
+
+def shareable(value: Any) -> Any:
+    """Return a recipe in which files of this machine are called by their names alone."""
+    if isinstance(value, dict):
+        return {key: shareable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [shareable(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a hub id or a path."""
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def results_table(source: Any) -> Any:
+    """Return the report's table with the base and this method alone; None where the run has not been evaluated."""
+    from lora_null.recipes.report.results import load_results
+    from lora_null.recipes.report.table import build_table
+
+    if not (source.run / "results.json").is_file():
+        return None
+    results = load_results(source.run)
+    rows = [results.base, *(row for row in results.rows[1:] if row.method == source.method)]
+    table = build_table(results.model_copy(update={"rows": rows}))
+    return table if len(rows) > 1 and table.columns else None

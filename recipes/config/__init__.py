@@ -1,0 +1,1 @@
+"""A recipe: its schema, and how it is found and overridden."""

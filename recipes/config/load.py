@@ -1,0 +1,244 @@
+"""Find a recipe, lay overrides over it, validate it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.utils.errors import UserError, nearest
+
+FOLDER = Path(__file__).parents[1]
+PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """Return the YAML of a shipped recipe's name or of a path.
+
+    Raises:
+        UserError: naming the nearest recipe, or the missing file.
+    """
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"recipe: no file {name}")
+        return path
+    raise UserError(f"recipe: none is called {name!r}{nearest(name, recipes)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, safely.
+
+    Raises:
+        UserError: for text that is no YAML or no mapping.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped model presets by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml")) if path.stem != "default"}
+
+
+def resolve_includes(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Lay a recipe over those that its `include` names, each over the one before.
+
+    Args:
+        raw: a recipe; `include` is a name or a list of names: of a preset, "default", a shipped recipe, or a path of a
+            YAML beside the recipe.
+        where: the recipe's file.
+
+    Raises:
+        UserError: an include that is not there, or one that comes back to itself.
+    """
+    return _resolve(raw, where, (where.resolve(),))
+
+
+def _resolve(raw: Mapping[str, Any], where: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
+    names = raw.get("include") or []
+    merged: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        path = _included(str(name), where)
+        if path.resolve() in trail:
+            raise UserError(f"{where}: include: {name!r} includes itself")
+        merged = merge(merged, _resolve(read_yaml(path), path, (*trail, path.resolve())))
+    return merge(merged, {key: value for key, value in raw.items() if key != "include"})
+
+
+def _included(name: str, where: Path) -> Path:
+    known = {"default": PRESETS / "default.yaml", **presets(), **shipped()}
+    path = known.get(name, where.parent / name)
+    if not path.is_file():
+        raise UserError(f"{where}: include: no file {name!r}{nearest(name, known)}")
+    return path
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `under` with `over` laid over it; mappings are merged key by key, anything else is replaced."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay `key.subkey=value` assignments over a recipe; values are read as YAML, nothing is null.
+
+    Raises:
+        UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
+    """
+    raw = copy.deepcopy(dict(raw))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {assignment!r}: expected key.subkey=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
+        put(raw, key, _number(value), f"argument {assignment!r}")
+    return raw
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `key.subkey` of a recipe, in place.
+
+    Raises:
+        UserError: naming `where`, for a key below one that holds no keys.
+    """
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{where}: {parent!r} holds a value, not keys")
+    target[last] = value
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-4 as a number: YAML 1.1 takes it for a string, as no recipe writer ever means it."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(digit in value for digit in "0123456789") else value
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _number(inner) for key, inner in value.items()}
+    return [_number(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _section_as_meant(name: str, section: Any) -> Any:
+    """Undo three readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
+
+    1e-4 is a number, `save_strategy: no` is not false, and an empty list of tasks is not null.
+    """
+    if not isinstance(section, dict):
+        return section
+    if name in ("training", "grid"):
+        return {k: "no" if k.endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
+    if name == "method":
+        return {k: _number(v) if k == "options" else v for k, v in section.items()}
+    if name == "eval":
+        return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
+    return section
+
+
+def load_recipe(
+    name: str,
+    assignments: Sequence[str] = (),
+    *,
+    methods: str | None = None,
+    output_dir: str | None = None,
+    preset: str | None = None,
+    seeds: str | None = None,
+    sweeps: Sequence[str] = (),
+    quick: bool = False,
+) -> Recipe:
+    """Return the validated recipe with all overrides laid over it.
+
+    Args:
+        name: as in `find`.
+        assignments: `key.subkey=value`.
+        methods: method names, separated by commas.
+        output_dir: where the run goes.
+        preset: the name of a model preset, laid over the recipe first.
+        seeds: seeds of a grid, separated by commas.
+        sweeps: `key.subkey=value,value,…`, the values of a grid.
+        quick: lay the recipe's own `quick` over it first.
+
+    Raises:
+        UserError: for anything wrong with the name, the YAML or an override.
+    """
+    path = find(name)
+    raw = resolve_includes(read_yaml(path), path)
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, presets())}")
+        raw = merge(raw, resolve_includes(read_yaml(presets()[preset]), presets()[preset]))
+    raw = override(_quick(raw, path) if quick else raw, assignments)
+    _put_grid(raw, seeds, sweeps)
+    raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
+    if methods is not None:
+        raw = override(raw, [f"method.name={methods}"])
+    recipe = parse_recipe(raw, path.stem)
+    recipe.name = recipe.name or path.stem
+    recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
+    return _with_paths(recipe, path.parent)
+
+
+def _quick(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    chosen = raw.pop("quick", None)
+    if not isinstance(chosen, dict) or not chosen:
+        raise UserError(f"--quick: {path} has no quick form")
+    for key, value in chosen.items():
+        put(raw, str(key), _number(value), f"{path}: quick.{key}")
+    return raw
+
+
+def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
+    if seeds is not None:
+        put(raw, "grid.seeds", [_number(yaml.safe_load(seed)) for seed in seeds.split(",")], "--seeds")
+    if sweeps:
+        put(raw, "grid.sweep", {}, "--sweep")
+    for sweep in sweeps:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
+        raw["grid"]["sweep"][key] = _number_list(values)
+        for others in (raw["grid"].get("per_method") or {}).values():  # what was asked for holds for every method
+            others.pop(key, None)
+
+
+def _number_list(text: str) -> list[Any]:
+    try:
+        return [_number(yaml.safe_load(value)) for value in text.split(",")]
+    except yaml.YAMLError:
+        raise UserError(f"--sweep: {text!r} is no list of values") from None
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
+    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
+        beside = folder / holder.path if holder.path else None
+        if beside is not None and not Path(holder.path).exists() and beside.exists():
+            holder.path = str(beside)
+    return recipe

@@ -1,0 +1,350 @@
+"""From the rows of a data set to training examples: the fields of a recipe, and every row that is no good by number."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import datasets
+from datasets import Json, List
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.eval_harness.documents import BadRow
+from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.rows import RowText, load_documents, need_field
+from lora_null.recipes.data.templates import CHAT, Written, need_chat_template, write_conversation, write_preference
+from lora_null.utils.chat import common_prefix
+from lora_null.utils.errors import UserError
+from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
+
+MOST_BAD = 0.01  # the share of bad rows that is left out unasked
+BATCH = 1000  # examples tokenized at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row, written under the template.
+
+    Attributes:
+        row: its number.
+        written: the conversation and what of it is learned; for preferences with the chosen end.
+        rejected: for preferences, the conversation with the rejected end.
+        prompt: for preferences, how many messages both share.
+        options: what the row gives its chat template beside the messages.
+    """
+
+    row: int
+    written: Written
+    rejected: Written | None
+    prompt: int
+    options: dict[str, Any]
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """The turns' (role, text)."""
+        return [(message["role"], message.get("content", "")) for message in self.written.messages]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids, and labels of the same length that are −100 wherever nothing is learned."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a trainer gets.
+
+    Attributes:
+        rows: for SFT `input_ids` and `labels`; for DPO `prompt`, `chosen` and `rejected`, texts or messages.
+        examples: the same rows, written under the template.
+        bad: the rows that were left out.
+    """
+
+    rows: datasets.Dataset
+    examples: list[Example]
+    bad: list[BadRow]
+
+
+def training_data(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, max_length: int | None
+) -> TrainingData:
+    """Read, check and template the training rows.
+
+    Args:
+        data: the recipe's section.
+        tokenizer: the model's.
+        preferences: pairs of chosen and rejected responses for DPO, instead of responses.
+        max_length: tokens of a sequence, at most; None where nothing is cut.
+
+    Raises:
+        UserError: unreadable data, a missing field, or bad rows that `data.on_bad_row` does not allow to leave out.
+    """
+    examples, bad = read_examples(data, tokenizer, preferences=preferences)
+    total = len(examples) + len(bad)
+    tokenized = tokenize(examples, data.template, tokenizer)
+    kept = []
+    for example, tokens in zip(examples, tokenized):
+        if all(label == -100 for label in tokens.labels[:max_length]):
+            bad.append(BadRow(example.row, f"prompt longer than max_length ({max_length} tokens)"))
+        else:
+            kept.append((example, tokens))
+    bad.sort(key=lambda row: row.row)
+    settle_bad_rows(bad, total, data.on_bad_row)
+    examples = [example for example, _ in kept]
+    if preferences:
+        rows = _preference_rows(examples, data.template)
+    else:
+        columns = {
+            "input_ids": [t.ids[:max_length] for _, t in kept],
+            "labels": [t.labels[:max_length] for _, t in kept],
+        }
+        rows = datasets.Dataset.from_dict(columns)
+    return TrainingData(rows, examples, bad)
+
+
+def read_examples(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, where: str = "data"
+) -> tuple[list[Example], list[BadRow]]:
+    """Return the good rows, written under the template, and the bad ones.
+
+    Raises:
+        UserError: as `load_documents`, a missing field, or a model without the chat template that is asked for.
+    """
+    need_chat_template(data.template, tokenizer)
+    documents = load_documents(
+        data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=data.limit
+    )
+    last = data.limit if data.limit is not None else float("inf")
+    bad, examples = [row for row in documents.bad if row.row <= last], []
+    if not documents.rows:
+        return examples, bad
+    reader = RowReader(data, documents.columns, where, preferences=preferences, first=documents.rows[0])
+    for number, row in zip(documents.numbers, documents.rows):
+        if number > last:
+            break
+        try:
+            examples.append(reader.example(number, row, tokenizer))
+        except ValueError as error:
+            bad.append(BadRow(number, str(error)))
+    return examples, bad
+
+
+class RowReader:
+    """Makes examples of rows: finds the fields once, then decides for each row by the types of its values.
+
+    Args:
+        data: which fields, and the template.
+        columns: the fields there are.
+        where: the recipe key, for messages.
+        preferences: pairs of a chosen and a rejected response.
+        first: the first row; tells whether preferences are conversations that hold their prompt.
+
+    Raises:
+        UserError: a missing field.
+    """
+
+    def __init__(
+        self, data: DataSection, columns: Sequence[str], where: str, *, preferences: bool, first: Mapping[str, Any]
+    ) -> None:
+        self.data, self.preferences = data, preferences
+        self.prompt = None
+        if data.messages:
+            need_field(columns, data.messages, f"{where}.messages")
+            return
+        default = data.prompt == DataSection.model_fields["prompt"].default
+        implicit = preferences and default and data.prompt not in columns and is_conversation(first.get(data.response))
+        if data.prompt is not None and not implicit:
+            self.prompt = RowText(data.prompt, columns, f"{where}.prompt")
+        need_field(columns, data.response, f"{where}.response")
+        if preferences:
+            need_field(columns, data.rejected, f"{where}.rejected")
+
+    def example(self, number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """Return the example of a row.
+
+        Raises:
+            ValueError: why the row cannot be used.
+        """
+        data, rejected, prompt = self.data, None, 0
+        if data.messages:
+            messages, learned = as_messages(row.get(data.messages))
+        else:
+            messages, learned = self._answered(row, data.response)
+        conversational = any(is_conversation(row.get(name)) for name in (data.messages, data.prompt, data.response))
+        options = chat_options(row) if conversational or data.template == CHAT else {}
+        if self.preferences:
+            rejected, told = self._answered(row, data.rejected)
+            prompt = _shared(messages, rejected)
+            if not all((*learned[prompt:], *told[prompt:])):
+                raise ValueError("chosen and rejected part before turns that are not learned, such as the user's")
+        turns = [turn for turn, is_learned in enumerate(learned) if is_learned]
+        _check(messages, rejected, turns)
+        if rejected is None:
+            return Example(
+                number, write_conversation(data.template, messages, turns, tokenizer, options), None, 0, options
+            )
+        sides = [write_preference(data.template, side, prompt, tokenizer, options) for side in (messages, rejected)]
+        return Example(number, *sides, prompt, options)
+
+    def _answered(self, row: Mapping[str, Any], response: str) -> tuple[list[Message], list[bool]]:
+        """Return prompt and response as one conversation, and which of its turns are learned.
+
+        The response's own turns are learned. It may be a whole conversation that begins with the prompt (UltraFeedback)
+        or has it as one of its questions; what comes before is then its context.
+        """
+        prompt = self._prompt(row)
+        if not is_conversation(row.get(response)):
+            if self.prompt is None:
+                raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
+            answer = as_message("assistant", row, response)
+            return [*prompt, answer], [False] * len(prompt) + [True]
+        said, learned = as_messages(row[response])
+        asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in said]
+        if bare[: len(asked)] == asked:
+            shared = len(prompt)
+        elif said[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":
+            said, learned, shared = [*prompt, *said], [False] * len(prompt) + learned, len(prompt)
+        elif len(asked) == 1 and asked[0] in bare:
+            shared = bare.index(asked[0]) + 1
+        else:
+            raise ValueError(f"{response!r} is a conversation that does not hold {self.prompt.spec!r}")
+        return said, [False] * shared + learned[shared:]
+
+    def _prompt(self, row: Mapping[str, Any]) -> list[Message]:
+        if self.prompt is None:
+            return []
+        if self.prompt.is_field and is_conversation(row.get(self.prompt.spec)):
+            return as_messages(row[self.prompt.spec])[0]
+        text = self.prompt.text(row).strip()
+        if not text:
+            raise ValueError(f"empty {self.prompt.spec!r}")
+        return [{"role": "user", "content": text}]
+
+
+def as_message(role: str, row: Mapping[str, Any], field: str) -> Message:
+    """Return a field that holds an answer as a message.
+
+    Raises:
+        ValueError: it is empty, or no text.
+    """
+    try:
+        text = as_text(row.get(field), answer=True).strip()
+    except ValueError as error:
+        raise ValueError(f"{field!r} {error}") from None
+    if not text:
+        raise ValueError(f"empty {field!r}")
+    return {"role": role, "content": text}
+
+
+def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Return how many messages a pair has in common.
+
+    Raises:
+        ValueError: the two are equal, or begin differently.
+    """
+    shared = common_prefix(chosen, rejected)
+    if [_stripped(message) for message in chosen] == [_stripped(message) for message in rejected]:
+        raise ValueError("chosen equal to rejected")
+    if shared == min(len(chosen), len(rejected)):
+        raise ValueError("one of chosen and rejected is the beginning of the other")
+    if not shared:
+        raise ValueError("chosen and rejected without a common prompt")
+    return shared
+
+
+def _stripped(message: Message) -> Message:
+    return {key: value.strip() if isinstance(value, str) else value for key, value in message.items()}
+
+
+def _check(messages: Sequence[Message], rejected: Sequence[Message] | None, learned: Sequence[int]) -> None:
+    """Raise a ValueError that says what is wrong with a row's conversation."""
+    if not learned:
+        weighted = any(message["role"] == "assistant" for message in messages)
+        raise ValueError(f"a conversation without a turn of the assistant to learn{' (all weights are 0)' * weighted}")
+    if "\ufffd" in json.dumps([*messages, *(rejected or ())], ensure_ascii=False, default=str):
+        raise ValueError("wrong encoding (the replacement character U+FFFD)")
+
+
+def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None, *, where: str = "data") -> None:
+    """Refuse bad rows unless the recipe allows to leave them out: `policy` is `data.on_bad_row`.
+
+    Raises:
+        UserError: how many of which kind, the first of each by number.
+    """
+    allowed = policy == "skip" or (policy is None and len(bad) <= MOST_BAD * total)
+    if bad and (not allowed or len(bad) == total):
+        hint = "" if len(bad) == total else "; data.on_bad_row=skip leaves them out"
+        raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}{hint}")
+
+
+def describe_bad_rows(bad: Iterable[BadRow]) -> str:
+    """Return "4 chosen equal to rejected (rows 12, 88, 90, …), 1 empty 'rejected' (row 7)"."""
+    by_reason: dict[str, list[int]] = defaultdict(list)
+    for row in bad:
+        by_reason[row.reason].append(row.row)
+    parts = []
+    for reason, numbers in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+        parts.append(f"{len(numbers)} {reason} (row{'s' if len(numbers) > 1 else ''} {shown})")
+    return ", ".join(parts)
+
+
+def tokenize(
+    examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase, *, rejected: bool = False
+) -> list[Tokenized]:
+    """Tokenize conversations; the turns that are to be learned and their end tokens are, nothing else is.
+
+    As in TRL, prompt and response are tokenized as one text, and a response starts where that diverges from the
+    tokenized prompt.
+
+    Args:
+        examples: the conversations.
+        template: the one they were written under.
+        tokenizer: the model's.
+        rejected: take the rejected end instead of the chosen one.
+    """
+    found = []
+    for first in range(0, len(examples), BATCH):
+        written = [e.rejected if rejected else e.written for e in islice(examples, first, first + BATCH)]
+        flat = [w.text[:end] for w in written for end in (len(w.text), *(place for span in w.spans for place in span))]
+        encoded = iter(tokenizer(flat, add_special_tokens=template != CHAT)["input_ids"])
+        found += [_label(next(encoded), [(next(encoded), next(encoded)) for _ in w.spans]) for w in written]
+    return found
+
+
+def _label(whole: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
+    """Return a conversation's ids, labeled between the tokens of the text before each span and through it."""
+    labels = [-100] * len(whole)
+    for before, through in spans:
+        start, end = common_prefix(before, whole), common_prefix(through, whole)
+        labels[start:end] = whole[start:end]
+    return Tokenized(whole, labels)
+
+
+def _preference_rows(examples: Sequence[Example], template: str) -> datasets.Dataset:
+    """Return what TRL's DPOTrainer tokenizes as `tokenize` does: templated texts, or messages for "chat"."""
+    if template != CHAT:
+        return datasets.Dataset.from_list([_texts(example) for example in examples])
+    rows, features = [], {side: List(Json()) for side in ("prompt", "chosen", "rejected")}
+    for example in examples:
+        chosen, rejected, n = example.written.messages, example.rejected.messages, example.prompt
+        rows.append({"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]})
+    if any(example.options for example in examples):
+        features |= {"tools": Json(), "chat_template_kwargs": Json()}
+        for row, example in zip(rows, examples):
+            row["tools"] = example.options.get("tools")
+            row["chat_template_kwargs"] = {key: value for key, value in example.options.items() if key != "tools"}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+def _texts(example: Example) -> dict[str, str]:
+    (start, _), (other, _) = *example.written.spans, *example.rejected.spans
+    prompt, chosen = example.written.text[:start], example.written.text[start:]
+    return {"prompt": prompt, "chosen": chosen, "rejected": example.rejected.text[other:]}

@@ -1,0 +1,61 @@
+"""Show training examples as the model sees them, the trained tokens colored: `--show-samples N`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.data.examples import Tokenized, tokenize
+from lora_null.recipes.models.bases import load_tokenizer, resolve_name
+from lora_null.recipes.run import read_training_data, training_arguments
+from lora_null.utils.errors import UserError
+
+
+def show_samples(recipe: Recipe, count: int, console: Console | None = None) -> None:
+    """Print the first training examples, token for token; loads no model.
+
+    Raises:
+        UserError: as `training_data`, or a count below 1.
+    """
+    if count < 1:
+        raise UserError(f"--show-samples: a whole number of at least 1, not {count}")
+    tokenizer = load_tokenizer(recipe.model, resolve_name(recipe.model))
+    training = training_arguments(recipe, Path(recipe.output_dir))
+    examples = read_training_data(recipe, tokenizer, training).examples[:count]
+    if not PartialState().is_main_process:
+        return
+    console = console or Console(soft_wrap=True)
+    console.print(Text(f"template {recipe.data.template}; trained tokens are green").append(_brackets(console)))
+    sides = {"chosen": False, "rejected": True} if recipe.trainer == "dpo" else {"": False}
+    for side, rejected in sides.items():
+        for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):
+            console.rule(f"row {example.row} {side}".strip())
+            console.print(colored(tokens, tokenizer, training.max_length, marked=not console.is_terminal))
+
+
+def _brackets(console: Console) -> str:
+    return "" if console.is_terminal else " (between ⟦ and ⟧ where there is no color)"
+
+
+def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, marked: bool) -> Text:
+    """Return the decoded tokens, those with a label green, and what `max_length` cuts off struck through.
+
+    Args:
+        tokens: ids and labels.
+        tokenizer: to decode them.
+        max_length: tokens that are kept; None for all.
+        marked: put brackets around the trained tokens as well.
+    """
+    text = Text()
+    places = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
+    for (trained, cut), group in groupby(range(len(places)), key=places.__getitem__):
+        words = tokenizer.decode([tokens.ids[i] for i in group], clean_up_tokenization_spaces=False)
+        style = "strike dim" if cut else "bold green" if trained else ""
+        text.append(f"⟦{words}⟧" if marked and trained and not cut else words, style)
+    return text

@@ -1,0 +1,133 @@
+"""Load the rows that a recipe names, from the hub or from local files, and check them before a model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
+from lora_null.recipes.config.schema import CalibrationSection
+from lora_null.recipes.data.templates import fill, split_fields
+from lora_null.utils.chat import conversation_text
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.values import as_text, is_conversation
+
+
+def load_documents(
+    path: str, *, subset: str | None, split: str, where: str, keep_bad: bool = False, limit: int | None = None
+) -> Documents:
+    """Load one split.
+
+    Args:
+        path: a local file (json, jsonl, csv, parquet: its own split), a folder of such files, or a hub id.
+        subset: configuration of a hub data set.
+        split: name of the split.
+        where: the recipe key, for messages.
+        keep_bad: list unreadable rows instead of refusing the file.
+        limit: rows of a hub data set that are needed, at most.
+
+    Raises:
+        UserError: nothing there, unknown split, unreadable, unreachable, or empty.
+    """
+    local = Path(path)
+    if local.is_file() or local.is_dir():
+        files = [local] if local.is_file() else _files_of(local, split, where)
+        return read_documents(files, f"{where}.path", keep_bad=keep_bad)
+    if local.suffix in FILE_KINDS or path.startswith((".", "/", "~")):
+        raise UserError(f"{where}.path: no file or folder {path}")
+    try:
+        rows = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
+        ) from None
+    if not len(rows):
+        raise UserError(f"{where}.path: {path} holds no rows")
+    kept = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return Documents(from_arrow(kept), list(range(1, len(kept) + 1)))
+
+
+def _files_of(folder: Path, split: str, where: str) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS)
+    if not files:
+        raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
+    chosen = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
+    if not chosen:
+        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in files])}")
+    return chosen
+
+
+class RowText:
+    """What a recipe takes of a row: one field, or a text made of {field}s.
+
+    Fields are found by the names that the data's columns have, whatever characters these hold.
+
+    Args:
+        spec: a column's name, or the text.
+        columns: the names there are.
+        where: the recipe key, for messages.
+        answer: of several accepted answers the first is meant.
+
+    Raises:
+        UserError: an unknown field, with the nearest there is; or a text without any.
+    """
+
+    def __init__(self, spec: str, columns: Sequence[str], where: str, *, answer: bool = False) -> None:
+        self.spec, self.where, self.answer = spec, where, answer
+        self.is_field = spec in columns or not {"{", "}"} & set(spec)
+        self.names = [spec] if self.is_field else [part for part, is_field in split_fields(spec, where) if is_field]
+        if not self.names:
+            raise UserError(f"{where}: {spec!r} names no field, such as {{{columns[0]}}}")
+        for name in self.names:
+            need_field(columns, name, where)
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the text of a row.
+
+        Raises:
+            ValueError: a field that is no text, and why.
+        """
+        return (
+            self._text(row, self.spec) if self.is_field else fill(self.spec, self.where, lambda n: self._text(row, n))
+        )
+
+    def _text(self, row: Mapping[str, Any], name: str) -> str:
+        try:
+            return as_text(row.get(name), answer=self.answer)
+        except ValueError as error:
+            raise ValueError(f"{name!r} {error}") from None
+
+
+def need_field(columns: Sequence[str], field: str, where: str) -> None:
+    """Raise a UserError that names the fields there are, unless `field` is one of them."""
+    if field not in columns:
+        raise UserError(f"{where}: the data has no field {field!r}{nearest(field, columns)}")
+
+
+def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the calibration texts: one field of each row, or a template filled with several.
+
+    A field may hold a conversation, which the model's chat template writes, or accepted answers, of which the first is
+    taken. A row without text is left out.
+
+    Raises:
+        UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.
+    """
+    documents = load_documents(section.path, subset=section.subset, split=section.split, where="calibration")
+    key = "calibration.field" if section.template is None else "calibration.template"
+    field = RowText(section.template or section.field, documents.columns, key, answer=True)
+    texts = []
+    for number, row in zip(documents.numbers, documents.rows):
+        try:
+            conversation = field.is_field and is_conversation(row.get(field.spec))
+            text = conversation_text(row[field.spec], row, tokenizer) if conversation else field.text(row)
+        except ValueError as error:
+            raise UserError(f"calibration: row {number} cannot be used: {error}") from None
+        if text:
+            texts.append(text)
+    return texts

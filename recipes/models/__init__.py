@@ -1,0 +1,1 @@
+"""Base models: loading, tokenizers, quantization, what a run needs."""

@@ -1,0 +1,201 @@
+"""Load the base model a recipe names, or only its shape."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState, init_empty_weights
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import deepspeed
+from transformers.utils import logging
+
+from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.models import smollm2
+from lora_null.recipes.models.quantization import loading_options
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.limits import architecture_of, unsupported
+from lora_null.utils.quantized import keep_layout
+
+SHAPES = Path(__file__).parent / "shapes.json"
+
+
+def resolve_name(model: ModelSection) -> str:
+    """Return the folder or hub id to load; the quick start's model is fetched here, once a machine.
+
+    Raises:
+        UserError: a local folder that holds no model, or weights that cannot be fetched.
+    """
+    if model.name_or_path == smollm2.NAME:
+        with PartialState().local_main_process_first():  # which has to be left in good order, or the others hang
+            try:
+                return smollm2.smollm2()
+            except UserError as error:
+                mistake = error
+        raise mistake
+    path = Path(model.name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.name_or_path: {path} holds no model (config.json is missing)")
+    if not path.exists() and (model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1):
+        raise UserError(f"model.name_or_path: no folder {model.name_or_path}")
+    return model.name_or_path
+
+
+def known_shape(name: str) -> Any | None:
+    """Return the configuration of one of the paper's models from the package's own table; None for any other."""
+    shapes = json.loads(SHAPES.read_text())
+    return AutoConfig.for_model(**shapes[name]) if name in shapes else None
+
+
+def load_config(model: ModelSection, name: str) -> Any:
+    """Return the model's configuration, from its folder or the hub.
+
+    Raises:
+        UserError: the hub does not give it: gated, unknown or unreachable.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise UserError(_unreachable(name, error)) from None
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    text = str(error)
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        reason = "gated: ask for access on its hub page, then `hf auth login`"
+    elif Path(name).exists():
+        reason = text.splitlines()[0]
+    else:
+        reason = "not a local folder, and the hub does not give it"
+    return f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"
+
+
+def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
+    """Return the model without weights (meta device), to count and to check by."""
+    kind = _class_of(config)
+    with _whole_at_load(), init_empty_weights():
+        empty = kind.from_config(config, dtype=getattr(torch, model.dtype))
+    empty.tie_weights()
+    return empty
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class that loads a language model, also one that reads images as well.
+
+    Raises:
+        UserError: naming an architecture that is none.
+    """
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping or kind.__name__ in (getattr(config, "auto_map", None) or {}):
+            return kind
+    raise UserError(f"model.name_or_path: {unsupported(config) or architecture_of(config) + ' is no language model'}")
+
+
+def attention(model: ModelSection) -> str:
+    """Return the attention implementation: "auto" takes flash-attn where it is installed and supported, else sdpa."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and model.dtype != "float32"
+    return "flash_attention_2" if fits and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with the recipe's padding and end token; without one to pad with its end token pads, as in TRL.
+
+    Raises:
+        UserError: it cannot be loaded, has no such token, or none to pad with.
+    """
+    try:
+        options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        raise UserError(_unreachable(name, error)) from None
+    vocabulary = tokenizer.get_vocab()
+    for key in ("eos_token", "pad_token"):
+        token = getattr(model, key)
+        if token is not None and token not in vocabulary:
+            close = nearest(
+                token, tokenizer.all_special_tokens + list(difflib.get_close_matches(token, vocabulary, 1))
+            )
+            raise UserError(f"model.{key}: the tokenizer of {name} has no token {token!r}{close}")
+        setattr(tokenizer, key, token or getattr(tokenizer, key))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model.pad_token: the tokenizer of {name} has no token to pad with, and none that ends an answer"
+        )
+    return tokenizer
+
+
+def load_base(model: ModelSection, name: str) -> PreTrainedModel:
+    """Return a fresh base model with its weights, whole and on the CPU; the trainer moves it, or cuts it up.
+
+    A quantized one is on the device.
+
+    Raises:
+        UserError: the weights cannot be loaded.
+    """
+    quantized, kind = loading_options(model, PartialState().device), _class_of(load_config(model, name))
+    logging.disable_progress_bar()
+    try:
+        with _whole_at_load():
+            loaded, found = kind.from_pretrained(
+                name,
+                revision=model.revision or "main",
+                dtype=getattr(torch, model.dtype),
+                attn_implementation=attention(model),
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **quantized,
+            )
+    except SafetensorError as error:
+        raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(_unreachable(name, error)) from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
+    keep_layout(loaded)
+    if model.eos_token is not None:
+        _end_with(loaded, load_tokenizer(model, name).eos_token_id)
+    return loaded
+
+
+def _end_with(loaded: PreTrainedModel, end: int) -> None:
+    """Let a model's generation stop at one more token, and its configuration name it, as TRL's `eos_token` does."""
+    ends = loaded.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    loaded.generation_config.eos_token_id = [end, *(other for other in ends if other != end)]
+    loaded.config.get_text_config(decoder=True).eos_token_id = end
+
+
+@contextlib.contextmanager
+def _whole_at_load() -> Iterator[None]:
+    """Keep transformers from cutting weights up as it makes a model under ZeRO-3, which it does whatever zero3_init_flag says.
+
+    The initialization needs them whole; DeepSpeed cuts them up when the trainer hands the model over.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference and reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

@@ -1,0 +1,248 @@
+"""What a run will cost, counted on the model's shape alone: no weights, no data."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from trl import DPOConfig, SFTConfig
+
+from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
+from lora_null.recipes.models.bases import empty_model
+from lora_null.recipes.models.quantization import check_pairs, weight_bytes
+from lora_null.trainer.methods import METHODS, Method, make_method
+from lora_null.trainer.preflight import check_targets
+from lora_null.utils.errors import UserError, nearest
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """Counts of one method.
+
+    Attributes:
+        name: the method.
+        rank: r; None where the method has none.
+        trainable: parameters that train.
+        saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
+        saves: "adapter" or "model".
+        gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer or of all; 0 where none are.
+        extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
+    """
+
+    name: str
+    rank: int | None
+    trainable: int
+    saved: int
+    saves: str
+    gram_bytes: int
+    extra_bytes: int
+
+
+def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
+    """Return the PEFT config of a method under the recipe's settings; None for a method without an adapter."""
+    rank = rank or section.rank
+    return method.config(
+        r=rank,
+        lora_alpha=rank if section.alpha is None else section.alpha,
+        target_modules=section.target_modules,
+        use_rslora=section.use_rslora,
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+        task_type="CAUSAL_LM",
+    )
+
+
+def plan_methods(recipe: Recipe, model_config: Any) -> list[MethodPlan]:
+    """Put each method's adapter on the model without weights and count.
+
+    Raises:
+        UserError: no module matched, r too large for a layer, or a method that cannot start from this base.
+    """
+    check_pairs(recipe, model_config)
+    return [_plan_method(recipe, model_config, name) for name in recipe.method.name]
+
+
+def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
+    """Return the largest rank at which the method trains no more parameters than `method.match` allows.
+
+    What trains grows in proportion to r, so one count at r = 1 tells it.
+
+    Raises:
+        UserError: not even rank 1 fits, or ranks that differ from layer to layer.
+    """
+    section = recipe.method
+    if section.rank_pattern:
+        raise UserError("method.match: a rank_pattern sets the ranks itself, give one of the two")
+    if section.match == "lora":
+        budget = section.rank * _trained_at_one(recipe, model_config, "lora")
+    else:
+        budget = parse_count(section.match)
+    each = _trained_at_one(recipe, model_config, name)
+    if each > budget:
+        raise UserError(f"method.match: {name} trains {each:,} parameters at rank 1, more than {section.match}")
+    return budget // each
+
+
+def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
+    method = make_method(name, recipe.method.options.get(name))
+    model = _put_on(recipe, model_config, method, rank=1)
+    return _count(model, method.trainable(model))
+
+
+def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
+    section = recipe.method
+    method = make_method(name, section.options.get(name))
+    rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
+    model = _put_on(recipe, model_config, method, rank)
+    if isinstance(model, PeftModel):
+        check_targets(model, recipe.preflight)
+    method.check(model)
+    layers = method.layers(model)
+    trainable = _count(model, method.trainable(model))
+    saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
+    held = trainable
+    if method.saves == "adapter":
+        held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
+        saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
+        if recipe.model.quantization and method.saved_rank(1) > 1:
+            held *= 2  # the residual is a second path there, not taken out of the weight
+    return MethodPlan(
+        name=name,
+        rank=rank,
+        trainable=trainable,
+        saved=saved,
+        saves=method.saves,
+        gram_bytes=_gram_bytes(layers, layer_by_layer=method.layer_by_layer) if method.needs_gram else 0,
+        extra_bytes=4 * held + (12 + method.state_bytes) * trainable,
+    )
+
+
+def _put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
+    """Return the model without weights with the method on it."""
+    model = empty_model(model_config, recipe.model)
+    config = adapter_config(recipe.method, method, rank)
+    if config is not None:
+        model = _wrap(model, config, recipe.method)
+    method.prepare(model)
+    return model
+
+
+def _count(model: PreTrainedModel, names: set[str]) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+
+
+def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
+    linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
+    try:
+        return get_peft_model(empty, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        targets = section.target_modules
+        if "not found" in str(error) or "No modules" in str(error):
+            wrong = targets if isinstance(targets, str) else next((t for t in targets if t not in linears), targets[0])
+            raise UserError(f"method.target_modules: no module matches {wrong!r}{nearest(wrong, linears)}") from None
+        raise UserError(f"method: {str(error).splitlines()[0]}") from None
+
+
+def _gram_bytes(layers: dict[str, LoraLayer], *, layer_by_layer: bool) -> int:
+    """Return the bytes of one float64 Gram per distinct input: of the whole model, or of its largest decoder layer.
+
+    Which modules share an input is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
+    """
+    shared = {"k_proj", "v_proj", "up_proj"}
+    held: dict[str, int] = {}
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] not in shared:
+            block = re.match(r".*?\.\d+\.|", name)[0] if layer_by_layer else ""
+            held[block] = held.get(block, 0) + 8 * layer.in_features**2
+    return max(held.values(), default=0)
+
+
+def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
+    """Estimate the activations of one training step on one GPU, in bytes, for 16-bit compute.
+
+    With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths a token inside a
+    block (the usual count for a Llama block with a fused attention). Without it every block keeps them all.
+    """
+    tokens = training.per_device_train_batch_size * (training.max_length or 1024)
+    tokens *= 2 if isinstance(training, DPOConfig) else 1  # chosen and rejected
+    text = model_config.get_text_config()
+    inside, between = 34 * text.hidden_size * tokens, 2 * text.hidden_size * tokens
+    blocks = text.num_hidden_layers
+    return blocks * between + inside if training.gradient_checkpointing else blocks * inside
+
+
+def optimizer_steps(training: SFTConfig | DPOConfig, rows: int, batch: int) -> int:
+    """Return the number of optimizer steps for `rows` training rows in batches of `batch`."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
+
+
+def files_of(recipe: Recipe) -> list[str]:
+    """Return what the run will leave in its output folder."""
+    files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
+    for name in recipe.method.name:
+        parts = ("init/", f"{METHODS[name].saves}/", "eval.json", "train_log.jsonl")
+        files += [f"{name}/{part}" for part in parts]
+    return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
+
+
+def print_plan(
+    recipe: Recipe, model_config: Any, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+) -> None:
+    """Print the plan of a run: counts, tokens, steps, memory, files."""
+    console = Console(soft_wrap=True)
+    empty = empty_model(model_config, recipe.model)
+    size = sum(p.numel() for p in empty.parameters())
+    weights, stored = weight_bytes(empty, recipe.model), recipe.model.dtype
+    if recipe.model.quantization:
+        stored = f"linears in {recipe.model.quantization}, computed in {stored}"
+    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
+    _print_training(console, recipe, training, batch, rows)
+    cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
+    console.print(
+        f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
+        f"{recipe.calibration.max_length} tokens, {cut}"
+    )
+    console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
+    console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
+
+
+def _print_training(
+    console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+) -> None:
+    rows = rows or recipe.data.limit
+    console.print(
+        f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
+    )
+    if rows is None and training.max_steps <= 0:
+        console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
+        return
+    steps = optimizer_steps(training, rows or 0, batch)
+    tokens = steps * batch * (training.max_length or 1024)
+    console.print(
+        f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "
+        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type.value})"
+    )
+
+
+def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
+    table = Table(title="estimated memory on each GPU in GiB", title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for plan in plans:
+        peak = weights + max(plan.gram_bytes, activations + plan.extra_bytes)
+        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, peak)
+        counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
+        table.add_row(plan.name, str(plan.rank or "–"), *counts, *(f"{size / GIB:.1f}" for size in sizes))
+    return table

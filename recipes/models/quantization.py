@@ -1,0 +1,101 @@
+"""`model.quantization`: what has to be refused before anything loads, how bitsandbytes is told, what the weights take."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_null.recipes.config.schema import ModelSection, Recipe
+from lora_null.trainer.methods import check_base
+from lora_null.utils.errors import UserError
+
+MINIMUM = Version("0.50")  # the first with kernels for both forms on the CPU
+NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # bitsandbytes' blocks of weights, and of their scales under double quantization
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_pairs(recipe: Recipe, model_config: Any) -> None:
+    """Refuse what does not go together with the base as it is stored.
+
+    Raises:
+        UserError: as `check_stored`; a method that needs plain weights, or an engine that would run other weights.
+    """
+    check_stored(recipe.model, model_config)
+    if recipe.model.quantization is None:
+        return
+    for name in recipe.method.name:
+        check_base(name, quantized=True)
+    if recipe.eval.backend == "vllm":
+        raise UserError("eval.backend: vllm does not run the quantized base that is trained on, use hf")
+
+
+def check_stored(model: ModelSection, model_config: Any) -> None:
+    """Raise a UserError for a checkpoint whose weights are stored quantized already."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return
+    kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    raise UserError(
+        f"model.name_or_path: {model.name_or_path} is stored quantized ({getattr(kind, 'value', kind)}); give the "
+        "model's plain weights, and model.quantization: nf4 or int8"
+    )
+
+
+def require_bitsandbytes(model: ModelSection) -> None:
+    """Raise a UserError where `model.quantization` asks for bitsandbytes and it is missing or too old."""
+    if model.quantization is None:
+        return
+    found = importlib.util.find_spec("bitsandbytes") and Version(importlib.metadata.version("bitsandbytes"))
+    if not found or found < MINIMUM:
+        state = f"version {found} is installed" if found else "it is not installed"
+        raise UserError(
+            f"model.quantization: {model.quantization} needs bitsandbytes>={MINIMUM}, {state}; "
+            'pip install "lora-null[quantized]"'
+        )
+
+
+def loading_options(model: ModelSection, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to quantize a model while it loads, straight onto the device.
+
+    The output head stays as it is, tied or not. nf4 is QLoRA's form: double quantization, computed in `model.dtype`.
+    """
+    require_bitsandbytes(model)
+    if model.quantization is None:
+        return {}
+    if model.quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def weight_bytes(empty: PreTrainedModel, model: ModelSection) -> int:
+    """Return the bytes of a model's weights as they are stored, counted on its shape."""
+    size = DTYPE_BYTES[model.dtype]
+    total = size * sum(parameter.numel() for parameter in empty.parameters())
+    if model.quantization is None:
+        return total
+    head = empty.get_output_embeddings()
+    linears = [x for x in empty.modules() if isinstance(x, nn.Linear | Conv1D) and x is not head]
+    return total + sum(_stored_bytes(x.weight, model.quantization) - size * x.weight.numel() for x in linears)
+
+
+def _stored_bytes(weight: torch.Tensor, quantization: str) -> int:
+    """Return the bytes of one quantized weight with its scales."""
+    count = weight.numel()
+    if quantization == "int8":
+        return count + 4 * max(weight.shape[0], 1)  # one float32 scale a row
+    scales = -(-count // NF4_BLOCK)
+    return -(-count // 2) + scales + 4 * -(-scales // NF4_SECOND_BLOCK)

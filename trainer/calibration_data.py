@@ -1,0 +1,273 @@
+"""From texts to calibration batches: the windows that LoRA-Null measures."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas
+import torch
+from datasets import DatasetDict, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.utils.chat import conversation_text
+from lora_null.utils.errors import UserError
+from lora_null.utils.values import as_text, is_conversation
+
+TOKENS_PER_BATCH = 4096
+STREAM = 16  # texts of a stream that are read for each window, before the draw
+FIELDS = ("text", "messages", "conversations")  # of a row that is no window
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationArgs:
+    """How calibration windows are cut from texts (the paper: 256 samples of at most 1024 tokens).
+
+    Attributes:
+        samples: number of windows.
+        max_length: tokens of a window, at most.
+        mode: "packed" joins the texts by blank lines, in an order drawn with `seed`, and cuts windows of `max_length`
+            tokens; "separate" draws `samples` texts and keeps each alone.
+        seed: of the draw.
+    """
+
+    samples: int = 256
+    max_length: int = 1024
+    mode: Literal["packed", "separate"] = "packed"
+    seed: int = 0
+
+
+def calibration_windows(
+    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs
+) -> list[list[int]]:
+    """Tokenize texts into calibration windows.
+
+    Args:
+        rows: texts; or conversations, or dicts with either, as in `as_batches`. Those without text are left out.
+        tokenizer: the model's.
+        args: how the windows are cut.
+
+    Returns:
+        At most `args.samples` lists of token ids, each at most `args.max_length` long.
+
+    Raises:
+        UserError: when there is no text, too little for a single packed window, or a row that is no text, by number.
+    """
+    given = [_text(row, number, tokenizer) for number, row in enumerate(rows, start=1)]
+    texts = [text for text in given if text.strip()]
+    if not texts:
+        raise UserError("calibration: the data set holds no text")
+    if len(texts) < len(given):
+        log.warning("calibration: %d of %d rows have no text and are left out", len(given) - len(texts), len(given))
+    shuffled = random.Random(args.seed).sample(texts, len(texts))
+    if args.mode == "separate":
+        return [tokenizer(text)["input_ids"][: args.max_length] for text in shuffled[: args.samples]]
+    return _packed(shuffled, tokenizer, args)
+
+
+def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[list[int]]:
+    start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    body = args.max_length - len(start)
+    wanted = args.samples * body
+    ids: list[int] = []
+    for first in range(0, len(texts), 1024):
+        ids += tokenizer("\n\n".join(texts[first : first + 1024]) + "\n\n", add_special_tokens=False)["input_ids"]
+        if len(ids) >= wanted:
+            break
+    windows = [start + ids[at : at + body] for at in range(0, min(len(ids), wanted), body)]
+    if len(windows) > 1 and len(windows[-1]) < args.max_length:
+        windows.pop()
+    return windows
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def padded_batches(windows: Iterable[Sequence[int]], pad_token_id: int) -> list[dict[str, torch.Tensor]]:
+    """Group windows of like length into right-padded batches of about 4096 tokens.
+
+    Returns:
+        Dicts of `input_ids` and `attention_mask`, (batch, length) int64.
+    """
+    return [_pad(group, pad_token_id) for group in _groups(sorted(windows, key=len))]
+
+
+def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    group: list[Sequence[int]] = []
+    for window in windows:
+        if group and (len(group) + 1) * len(window) > TOKENS_PER_BATCH:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def _pad(windows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    lengths = torch.tensor([len(window) for window in windows])
+    rows = [torch.tensor(window) for window in windows]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long()}
+
+
+def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[dict[str, Any]]:
+    """Turn what a user may pass as `calibration_dataset` into batches.
+
+    Args:
+        dataset: rows of one kind: texts; conversations (lists of messages), which the model's chat template writes; dicts
+            with one of either in a field `text`, `messages` or `conversations`; windows, dicts with `input_ids` and, where
+            they are padded, `attention_mask`; or batches of windows, (batch, length) each. In a list, a data set (of a
+            `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that can be iterated.
+            A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
+            windows; or 16 texts for each, from which they are drawn, and more only until these fill them.
+        tokenizer: for texts, and for its padding token.
+        args: how windows are cut from texts. Ready windows are used as they are, without their padding.
+
+    Raises:
+        UserError: rows of any other kind, by number; or none.
+    """
+    source, is_stream = _rows(dataset)
+    rows = iter(source)
+    head = list(zip(range(1), rows))
+    if not head:
+        raise UserError("calibration: the data set is empty")
+    first = head[0][1]
+    rows = chain([first], rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if not isinstance(first, Mapping) or "input_ids" not in first:
+        rows = _enough(rows, tokenizer, args) if is_stream else rows
+        return padded_batches(calibration_windows(rows, tokenizer, args), pad)
+    batches, windows, dimensions = [], 0, 0
+    for number, row in enumerate(rows, start=1):
+        batches.append(_batch(row, number, tokenizer.pad_token_id, dimensions))
+        dimensions = batches[-1]["input_ids"].dim()
+        windows += len(batches[-1]["input_ids"]) if dimensions == 2 else 1
+        if is_stream and windows >= args.samples:
+            log.warning("calibration: the first %d windows of the stream are taken", windows)
+            break
+    if dimensions == 2:
+        return batches
+    kept = [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in batches]
+    return padded_batches(kept, pad)
+
+
+def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
+    """Return the rows of what a user passed, and whether it is a stream.
+
+    Raises:
+        UserError: a type that has no rows, or a path.
+    """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        splits = list(dataset)
+        if len(splits) != 1 and "train" not in splits:
+            raise UserError(f"calibration: a {type(dataset).__name__}; pass one of its splits ({', '.join(splits)})")
+        dataset = dataset["train" if "train" in splits else splits[0]]
+    if isinstance(dataset, pandas.DataFrame):
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, str) and not _is_file(dataset):
+        dataset = [dataset]
+    if isinstance(dataset, str | Path | bytes | set | frozenset) or not isinstance(dataset, Iterable):
+        kind = "the path of a file" if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
+        raise UserError(f"calibration: {kind}; pass the rows, such as datasets.load_dataset('json', data_files=PATH)")
+    if isinstance(dataset, Mapping):
+        return _columns(dataset), False
+    try:
+        return dataset, len(dataset) < 0
+    except TypeError:
+        return dataset, True
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        return False
+
+
+def _columns(columns: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a dict of lists; a dict of anything else is itself a row, or a batch of tensors."""
+    values = list(columns.values())
+    if not values or not all(_is_column(value) for value in values):
+        return [columns]
+    lengths = {name: len(value) for name, value in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"calibration: a dict of lists of different lengths ({lengths})")
+    return [dict(zip(columns, row)) for row in zip(*values)]
+
+
+def _is_column(value: Any) -> bool:
+    return (
+        hasattr(value, "__len__")
+        and not isinstance(value, str | Mapping | torch.Tensor)
+        and not is_conversation(value)
+    )
+
+
+def _enough(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> Iterator[str]:
+    """Yield the texts of a stream from which the windows are drawn; see `as_batches`."""
+    wanted, texts, tokens = args.samples * args.max_length, 0, 0
+    for number, row in enumerate(rows, start=1):
+        text = _text(row, number, tokenizer)
+        yield text
+        texts += bool(text.strip())
+        if args.mode == "packed":
+            tokens += len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        enough = texts >= STREAM * args.samples and (args.mode == "separate" or tokens >= wanted)
+        if enough or number >= STREAM * wanted:  # never more, should a stream hold empty texts alone
+            return
+
+
+def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of a row; a conversation by the model's chat template.
+
+    Raises:
+        UserError: it is none, with its number from 1.
+    """
+    value, name = row, ""
+    if isinstance(row, Mapping) and not is_conversation(row):
+        field = next((field for field in FIELDS if field in row), None)
+        if field is None:
+            found = ", ".join(sorted(map(str, row)))
+            raise UserError(f"calibration: row {number} needs a field {', '.join(FIELDS)} or input_ids, found {found}")
+        value, name = row[field], f"{field!r} "
+    try:
+        if is_conversation(value):
+            return conversation_text(value, row if value is not row and isinstance(row, Mapping) else {}, tokenizer)
+        return as_text(value)
+    except ValueError as error:
+        raise UserError(f"calibration: row {number} cannot be used: {name}{error}") from None
+
+
+def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str, torch.Tensor]:
+    """Return the ids and the mask of a window or a batch; a mask of ones where there is none and no padding is seen.
+
+    Raises:
+        UserError: no ids, another mask than these need, or padding without a mask.
+    """
+    where = f"calibration: row {number}"
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        raise UserError(f"{where} has no input_ids, as the first has")
+    given = row.get("attention_mask")
+    try:
+        ids = torch.as_tensor(row["input_ids"])
+        mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    expected = (dimensions,) if dimensions else (1, 2)  # as the first row's
+    if ids.is_floating_point() or ids.dim() not in expected or mask.shape != ids.shape:
+        raise UserError(f"{where}: input_ids {list(ids.shape)}, {ids.dtype}, with a mask {list(mask.shape)}")
+    if given is None and pad is not None and ids.shape[-1] > 1:
+        edges = (ids[..., :2] == pad).all(-1) | (ids[..., -2:] == pad).all(-1)
+        if edges.any():
+            raise UserError(f"{where} is padded (token {pad}) and has no attention_mask, so padding would be measured")
+    if not mask.any():
+        raise UserError(f"{where} has no tokens")
+    return {"input_ids": ids, "attention_mask": mask}
