@@ -1,19 +1,42 @@
-"""LoRA-Null: start LoRA adapters in the null space of the activations that carry a model's knowledge."""
+"""LoRA-Null: start LoRA adapters in the null space of the activations that carry a model's knowledge.
 
+The names below are imported when they are first asked for, so that a command's --help does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_checkout = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "recipes").is_dir() and (_checkout / "recipes" / "__init__.py").is_file():
-    # Imported straight from a source checkout, where the subpackages lie beside this folder, not inside it.
-    __path__.append(str(_checkout))
+if TYPE_CHECKING:
+    from lora_null.config import LoraNullConfig
+    from lora_null.initialize import LayerReport, initialize_lora_null_weights
+    from lora_null.utils.errors import UserError
+
+__all__ = ["LayerReport", "LoraNullConfig", "UserError", "initialize_lora_null_weights"]
+__version__ = "0.1.0"
+
+_HOME = {"LoraNullConfig": "config", "LayerReport": "initialize", "initialize_lora_null_weights": "initialize"}
+_HOME["UserError"] = "utils.errors"
+
+_folder = Path(__file__).parent
+if not (
+    _folder / "recipes"
+).is_dir():  # a checkout whose links were not made (Windows): the folders lie beside this one
+    __path__.append(str(_folder.resolve().parent))
 
 for _name in ("backends.cpu.ops", "autograd._functions"):
     # bitsandbytes, which PEFT imports wherever it is installed, reports a kernel that nobody asked for, and every cast.
     logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
 
-from lora_null.config import LoraNullConfig  # noqa: E402
-from lora_null.initialize import LayerReport, initialize_lora_null_weights  # noqa: E402
-from lora_null.utils.errors import UserError  # noqa: E402
 
-__all__ = ["LayerReport", "LoraNullConfig", "UserError", "initialize_lora_null_weights"]
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
