@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness import MTBenchTask, evaluate
+from lora_null.eval_harness import Metric, MTBenchTask, evaluate, generate
 from lora_null.eval_harness.__main__ import main
-from lora_null.eval_harness.lm_eval import generate
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers, parse_grade
-from lora_null.eval_harness.mt_bench.questions import as_questions, scores, write_answers
+from lora_null.eval_harness.mt_bench.task import as_questions, scores, write_answers
 from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -39,7 +38,7 @@ class Stub:
     def answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self.lock:
-            self.seen.append((dict(handler.headers), body))
+            self.seen.append((handler.headers, body))
             self.times.append(time.monotonic())
             reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         proper = (
@@ -137,8 +136,8 @@ def test_nonsense_is_retried_then_recorded_as_missing(tmp_path):
         assert grade(stub, tmp_path, attempts=3) == {}
     assert len(stub.seen) == 6 * 3
     assert {line["score"] for line in lines(tmp_path / "j.jsonl")} == {-1}
-    metrics, samples = scores("MT-Bench", "task", list(ANSWERS), {})
-    assert metrics == {} and samples == {}
+    found = scores("MT-Bench", "task", list(ANSWERS), {})
+    assert found.metrics == {} and found.samples == {}
 
 
 def test_it_goes_on_where_it_stopped(tmp_path):
@@ -212,7 +211,7 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
         asked.append((prompts, options["temperatures"]))
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("lora_null.eval_harness.mt_bench.questions.generate_texts", spy)
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.task.generate_texts", spy)
     with serving((200, "[[4]]")) as stub:
         found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path / "lora")
     answers = lines(tmp_path / "lora" / "mt_bench" / "answers.jsonl")
@@ -223,14 +222,7 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
     first, second = answers[0]["choices"][0]["turns"]
     assert asked[0] == (["U: Write a poem.\nA:", "U: What is 1+1?\nA:", "U: Print 1.\nA:"], [0.7, 0.0, 0.0])
     assert asked[1][0][0] == f"U: Write a poem.\nA: {first}\nU: Again, shorter.\nA:" and second
-    assert found.metrics["MT-Bench"] == {
-        "value": 4.0,
-        "stderr": 0.0,
-        "n": 6,
-        "higher_is_better": True,
-        "role": "task",
-        "unit": "score",
-    }
+    assert found.metrics["MT-Bench"] == Metric(4.0, 0.0, 6, True, "task", "score")
     assert found.settings["tasks"]["MT-Bench"]["missing"] == 0 and "MT-Bench turn 2" in found.metrics
 
 
