@@ -1,5 +1,6 @@
 """MT-Bench: answers in FastChat's format, graded by a stub server that speaks the real protocol."""
 
+import importlib.util
 import json
 import os
 import threading
@@ -140,6 +141,29 @@ def test_nonsense_is_retried_then_recorded_as_missing(tmp_path):
     assert found.metrics == {} and found.samples == {}
 
 
+@pytest.mark.parametrize("failures", [[(500, "")], [(200, "hm")], [(500, ""), (200, "hm")], [(200, None), (429, "")]])
+def test_attempts_count_every_request_for_a_grade(tmp_path, failures):
+    with serving(*failures, *[(200, "no grade")] * 2, (200, "[[2]]")) as stub:
+        asked = judge(stub, attempts=len(failures) + 2, parallel=1)
+        one = {81: ANSWERS[81][:1]}
+        grades = judge_answers(asked, QUESTIONS, one, tmp_path / "j.jsonl", model_id="m", progress=False)
+    assert grades == {} and len(stub.seen) == len(failures) + 2
+    assert [line["judgment"] for line in lines(tmp_path / "j.jsonl")] == ["no grade"]
+
+
+def test_a_server_without_keys_gets_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving((200, "[[7]]")) as stub:
+        grade(stub, tmp_path, api_key_env="NO_SUCH_KEY")
+    assert stub.seen and not any("Authorization" in headers for headers, _ in stub.seen)
+
+
+def test_without_the_openai_package_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(UserError, match=r"needs the openai package; .*lora-null\[judge\]"):
+        Judge("m", "http://localhost").check()
+
+
 def test_it_goes_on_where_it_stopped(tmp_path):
     with (
         serving(*[(200, "[[5]]")] * 4, (401, "")) as stub,
@@ -157,10 +181,11 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert other == {(81, 1): 1, (81, 2): 1}
 
 
-def test_no_faster_than_allowed(tmp_path):
-    with serving((200, "[[5]]")) as stub:
-        grade(stub, tmp_path, requests_per_minute=600, parallel=4)
-    assert all(b - a > 0.08 for a, b in zip(stub.times, stub.times[1:]))
+@pytest.mark.parametrize("first", [(200, "[[5]]"), (429, "", {"Retry-After": "0.01"})])
+def test_no_faster_than_allowed(tmp_path, first):
+    with serving(first, (200, "[[5]]")) as stub:
+        grade(stub, tmp_path, requests_per_minute=300, parallel=4)
+    assert all(b - a > 0.14 for a, b in zip(stub.times, stub.times[1:]))
 
 
 def test_an_endpoint_that_is_not_there(tmp_path):
