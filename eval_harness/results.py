@@ -119,4 +119,6 @@ class Evaluation:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged, not valid JSON of an evaluation; remove it and it is measured again") from None
+            raise UserError(
+                f"{path}: damaged, not valid JSON of an evaluation; remove it and it is measured again"
+            ) from None
