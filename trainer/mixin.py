@@ -18,6 +18,7 @@ from lora_null.start import InitOptions, LayerReport, Start, WholeModel, check_w
 from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
+    SavingMixin,
     check_processes,
     last_checkpoint_or_raise,
 )
@@ -34,7 +35,6 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.trainer.saving import SavingMixin
 from lora_null.utils.distributed import say
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
