@@ -16,9 +16,11 @@ from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.store import SolvedPart
-from lora_null.utils.distributed import all_gather, rank_and_world, say, together
+from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
+
+logger = get_logger(__name__)
 
 NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
 MOST_TOGETHER = 8  # layers whose Grams wait for each other
@@ -138,7 +140,7 @@ class PartSolver:
         except torch.OutOfMemoryError:
             if gram is None:
                 raise
-            say(
+            logger.warning(
                 f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no "
                 "memory left"
             )

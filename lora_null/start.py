@@ -33,9 +33,11 @@ from lora_null.factors import LayerStats
 from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.solver import NullSpace, PartSolver, Rule
 from lora_null.store import SolvedPart
-from lora_null.utils.distributed import all_gather, is_sharded, on_first_rank, rank_and_world, say, together
+from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import is_quantized, stored_statistics
+
+logger = get_logger(__name__)
 
 MIN_TOKENS = 256
 WHAT = "initialization"
@@ -330,7 +332,7 @@ def fingerprint_of(
         for owned in base_tensors(model):
             stored = weights.of(owned) if weights is not None else None
             tensor = owned.tensor if stored is None else stored
-            if owned.key in adapted and not tensor.any():
+            if owned.key in adapted and not (tensor[:1].any() or tensor.any()):
                 name = adapted[owned.key]
                 raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
             if owned.saved:
@@ -404,9 +406,9 @@ def _key(
 def _say_what_is_reused(done: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
     found = sum(len(part.factors) for part in done.values())
     if found == len(layers):
-        say(f"initialization: reused, model, calibration and settings are the same ({path})")
+        logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
     elif found:
-        say(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
+        logger.info(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
 
 
 def _parts(
@@ -444,7 +446,7 @@ def _parts(
         except DoesNotFit as reason:
             if options.form == "layers" or options.weights is not None:
                 raise UserError(f"initialization: this model cannot be walked layer by layer, {reason}") from None
-            say(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
+            logger.warning(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
     part = measure_inputs(model, layers, batches, **common)
     LoadBalance().assign(part.inputs)
     yield ALL, part

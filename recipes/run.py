@@ -32,7 +32,6 @@ from lora_null.eval_harness import (
 from lora_null.eval_harness.likelihood import check_pairs_fit, tokenize_pairs
 from lora_null.eval_harness.lm_eval.generate import check_room
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
-from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.config.schema import CONFIGS, DataSection, Recipe
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
@@ -52,6 +51,7 @@ from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.preemption import SaveOnSigterm
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
 from lora_null.recipes.report import print_table, write_report
+from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint

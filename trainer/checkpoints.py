@@ -22,9 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from lora_null.adapters.plain import check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.utils.distributed import parameters_are_sharded, say, whole_parameters
+from lora_null.utils.distributed import get_logger, parameters_are_sharded, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import flush, read_json, write_json
+
+logger = get_logger(__name__)
 
 COMPLETE_FILE, PROCESSES_FILE = "complete.json", "processes.json"
 
@@ -96,7 +98,7 @@ def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str 
             f"resume: {checkpoint} was written by {before['processes']} processes of {fixed}, which cannot go on with "
             f"{processes}; start {before['processes']}"
         )
-    say(
+    logger.warning(
         f"resume: {checkpoint.name} was written by {before['processes']} processes, this run has {processes}; batches "
         "and their order stay, results agree to rounding"
     )

@@ -35,11 +35,13 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.utils.distributed import say
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.utils.quantized import keep_layout, quantized_layers
+
+logger = get_logger(__name__)
 
 
 class LoraNullMixin(SavingMixin):
@@ -157,7 +159,9 @@ class LoraNullMixin(SavingMixin):
                 callback.load_state(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
-            say(f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}")
+            logger.warning(
+                f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
+            )
         return output
 
     def _check_engine(self) -> None:
@@ -208,7 +212,7 @@ class LoraNullMixin(SavingMixin):
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
         reason = why_not_measured(self.model, self.adapter_name) if type(self.method) is Method else None
         if reason is not None:
-            say(f"calibration_dataset: no drift is reported, {reason}")
+            logger.warning(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None
 
     def _fit(self, calibration_args: CalibrationArgs) -> CalibrationArgs:
