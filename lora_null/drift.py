@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -161,9 +162,10 @@ def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> 
 @torch.no_grad()
 def _outputs(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Return W S in float32, (d_out, k), of a linear or of a PEFT layer with its change."""
-    weight = weight_of(layer)
-    if hasattr(layer, "get_delta_weight"):
-        weight = weight + layer.get_delta_weight("default")
+    if isinstance(layer, BaseTunerLayer):
+        weight = layer.get_base_weight() + layer.get_delta_weight(layer.active_adapters[0])
+    else:
+        weight = weight_of(layer)
     return weight.float() @ inputs.to(weight.device)
 
 

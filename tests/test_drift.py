@@ -43,7 +43,7 @@ def moved(name, batches=BATCHES):
 def exact_drift(layer, W0, X):
     """‖ΔW X‖ / ‖W0 X‖ from the effective weight itself."""
     with torch.no_grad():
-        effective = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        effective = layer.get_base_weight() + layer.get_delta_weight("default")
     return np.linalg.norm((effective.numpy() - W0) @ X) / np.linalg.norm(W0 @ X)
 
 

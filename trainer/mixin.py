@@ -30,7 +30,7 @@ from lora_null.initialize import (
 from lora_null.layer import is_started
 from lora_null.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.quantized import keep_layout, quantized_layers
-from lora_null.ranks import say
+from lora_null.ranks import say, together
 from lora_null.store import PREFIX, copy_store, find_initialization
 from lora_null.trainer.calibration import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
@@ -253,7 +253,7 @@ class LoraNullMixin(SavingMixin):
         else:
             self.layer_report, calibration = start_adapter(
                 self.model,
-                self._batches(),
+                together(self._batches, what="calibration"),
                 self._options_here(),
                 folder=self.init_dir,
                 adapter_name=self.adapter_name,
@@ -294,7 +294,7 @@ class LoraNullMixin(SavingMixin):
         return measure_inputs(
             self.model,
             self.method.layers(self.model),
-            self._batches(),
+            together(self._batches, what="calibration"),
             gram=self.method.needs_gram,
             min_tokens=MIN_TOKENS if self.method.needs_gram else 1,
             seed=self.args.seed,
