@@ -35,7 +35,7 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.utils.distributed import get_logger
+from lora_null.utils.distributed import get_logger, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
@@ -243,7 +243,7 @@ class LoraNullMixin(SavingMixin):
             compute_start(
                 self.model,
                 self.method.layers(self.model),
-                self._batches() if measures else None,
+                together(self._batches, what="calibration") if measures else None,
                 options,
                 rule=rule,
                 whole=whole,
