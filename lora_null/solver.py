@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
+from lora_null.layer import factors_of
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
@@ -34,8 +35,10 @@ class Rule(Protocol):
         needs_gram: whether it reads the Gram matrices of the inputs.
     """
 
-    rule: str
-    needs_gram: bool
+    @property
+    def rule(self) -> str: ...
+    @property
+    def needs_gram(self) -> bool: ...
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
@@ -43,6 +46,7 @@ class Rule(Protocol):
         Raises:
             ValueError: by what is returned, for a weight that it cannot factor.
         """
+        ...
 
 
 @dataclass
@@ -180,8 +184,7 @@ class LayerSolver:
         return stats
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[name]
-        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        return factors_of(self.layers[name], self.adapter_name)
 
     def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
         """Give every rank the factors and lines of all, from whoever solved them."""
