@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ class Rule(Protocol):
 
     @property
     def rule(self) -> str: ...
-    @property
-    def needs_gram(self) -> bool: ...
+
+    needs_gram: ClassVar[bool]
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
@@ -60,7 +60,7 @@ class NullSpace:
     solver: str = "auto"
     seed: int = 0
     rule = "null-space"
-    needs_gram = True
+    needs_gram: ClassVar[bool] = True
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         spaces: dict[int, Eigenspace] = {}  # one for each distinct rank among the layers that read this input
