@@ -24,10 +24,20 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.chat import common_prefix
-from lora_null.utils.distributed import device_of, gather, merge_shares, my_share, on_first_rank, rank_and_world, say
+from lora_null.utils.distributed import (
+    device_of,
+    gather,
+    get_logger,
+    merge_shares,
+    my_share,
+    on_first_rank,
+    rank_and_world,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
+
+logger = get_logger(__name__)
 
 TOKENS_HASH = "token_ids_sha256"
 
@@ -75,7 +85,7 @@ class AnswerTask(Task):
         pairs = tokenize_pairs(tokenizer, self.pairs[: options.limit], self.name, beyond)
         longest = max(len(pair.ids) for pair in pairs)
         if limit is not None and longest > limit.tokens:
-            say(f"{self}: a pair has {longest} tokens, {limit}")
+            logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
         reference = options.reference(f"{self.name}.safetensors") if self.kl else None
         scores = score_answers(
             model,

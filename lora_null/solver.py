@@ -1,46 +1,105 @@
-"""From Grams to factors: each rank solves the inputs that are its own and writes their A0 and B0 into the layers of all."""
+"""From measured inputs to factors: each rank solves the inputs that it owns and writes A0 and B0 into the layers of all."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
-from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
-from lora_null.layer import LoraNullLinear
+from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
+from lora_null.layer import factors_of
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
-from lora_null.store import SolvedPart
-from lora_null.utils.distributed import all_gather, rank_and_world, say, together
+from lora_null.store import LayerResult
+from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
+
+logger = get_logger(__name__)
 
 NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
 MOST_TOGETHER = 8  # layers whose Grams wait for each other
 
 
+class Rule(Protocol):
+    """How a method's A0 and B0 follow from a layer's weight and from what the layer reads.
+
+    Attributes:
+        rule: its name, a part of what an initialization is known by.
+        needs_gram: whether it reads the Gram matrices of the inputs.
+    """
+
+    @property
+    def rule(self) -> str: ...
+
+    needs_gram: ClassVar[bool]
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
+
+        Raises:
+            ValueError: by what is returned, for a weight that it cannot factor.
+        """
+        ...
+
+
 @dataclass
-class PartSolver:
+class NullSpace:
+    """LoRA-Null's rule (method, steps 1 to 3): A0 and B0 from the bottom eigenspace of C = X Xᵀ.
+
+    Attributes:
+        solver, seed: of `bottom_eigenspace`.
+    """
+
+    solver: str = "auto"
+    seed: int = 0
+    rule = "null-space"
+    needs_gram: ClassVar[bool] = True
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        spaces: dict[int, Eigenspace] = {}  # one for each distinct rank among the layers that read this input
+
+        def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
+            if r not in spaces:
+                spaces[r] = bottom_eigenspace(inputs.gram, r, solver=self.solver, seed=self.seed)
+            space = spaces[r]
+            found = null_factors(weight, space.vectors, scaling)
+            return LayerStart(
+                A=found.A,
+                B=found.B,
+                solver=space.solver,
+                energy=found.energy,
+                condition=found.condition,
+                gram_rank=min(space.rank, inputs.tokens),
+                kernel=space.vectors if space.exact else None,
+            )
+
+        return start
+
+
+@dataclass
+class LayerSolver:
     """Solves measured parts of a model, a round of them together.
 
     Attributes:
         layers: name → adapted linear, of the whole model.
         adapter_name: the adapter to write.
-        solver, seed: of `bottom_eigenspace`.
+        rule: what gives the factors.
         seconds: wall time spent so far.
     """
 
-    layers: Mapping[str, LoraNullLinear]
+    layers: Mapping[str, LoraLayer]
     adapter_name: str
-    solver: str = "auto"
-    seed: int = 0
+    rule: Rule
     seconds: float = 0.0
 
-    def parts_a_round(self) -> int:
+    def layers_a_round(self) -> int:
         """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
         narrow = all(
             _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
@@ -49,7 +108,7 @@ class PartSolver:
         return rank_and_world()[1] * min(threads, MOST_TOGETHER)
 
     @torch.no_grad()
-    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
+    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, LayerResult]]:
         """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
         start = time.perf_counter()
         stats = together(lambda: self._solve_mine([part for _, part in parts]), what="initialization")
@@ -62,11 +121,11 @@ class PartSolver:
     def _solve_mine(self, parts: Sequence[Calibration]) -> dict[str, LayerStats]:
         """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
         rank = rank_and_world()[0]
-        mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
-        mine.sort(key=lambda job: -len(job[1].gram))
-        narrow = [job for job in mine if _is_narrow(len(job[1].gram), job[1].gram.device)]
+        own = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
+        own.sort(key=lambda job: -len(job[1].sketch))
+        narrow = [job for job in own if _is_narrow(len(job[1].sketch), job[1].sketch.device)]
         stats: dict[str, LayerStats] = {}
-        for part, measured in mine[: len(mine) - len(narrow)]:  # the wide come first
+        for part, measured in own[: len(own) - len(narrow)]:  # the wide come first
             stats |= self._solve_input(part, measured)
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
             for found in threads.map(lambda job: self._solve_input(*job), narrow):
@@ -83,7 +142,9 @@ class PartSolver:
         try:
             return self._solve_on(gram, part, measured)
         except torch.OutOfMemoryError:
-            say(
+            if gram is None:
+                raise
+            logger.warning(
                 f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no "
                 "memory left"
             )
@@ -91,42 +152,39 @@ class PartSolver:
             torch.cuda.empty_cache()
             return self._solve_on(gram, part, measured)
 
-    def _solve_on(self, gram: torch.Tensor, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
-        """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
-        spaces: dict[int, Eigenspace] = {}
+    def _solve_on(self, gram: torch.Tensor | None, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Write A0 and B0 into every layer that reads one input."""
+        start_of = self.rule.of_input(replace(measured, gram=gram))
         stats = {}
         for name in measured.modules:
             start = time.perf_counter()
             layer = self.layers[name]
-            r = layer.r[self.adapter_name]
-            if r not in spaces:
-                spaces[r] = bottom_eigenspace(gram, r, solver=self.solver, seed=self.seed)
-            space = spaces[r]
+            r, scaling, weight = layer.r[self.adapter_name], layer.scaling[self.adapter_name], weight_of(layer)
             try:
-                factors = null_factors(weight_of(layer), space.vectors, layer.scaling[self.adapter_name])
+                found = start_of(weight, r, scaling)
             except ValueError as reason:
                 raise UserError(f"target_modules: {name}: {reason}; leave it out (exclude_modules)") from None
             A, B = self._factors(name)
-            A.copy_(factors.A)
-            B.copy_(factors.B)
-            part.projected[name] = projected_inputs(A, gram, space.vectors if space.exact else None)
+            A.copy_(found.A)
+            B.copy_(found.B)
+            if gram is not None:
+                part.projected[name] = projected_inputs(A, gram, found.kernel)
             stats[name] = LayerStats(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
                 r=r,
                 tokens=measured.tokens,
-                gram_rank=min(space.rank, measured.tokens),
-                leakage=leakage(A, gram, part.projected[name]),
-                energy=factors.energy,
-                condition=factors.condition,
-                solver=space.solver,
+                gram_rank=found.gram_rank,
+                leakage=None if gram is None else leakage(A, gram, part.projected[name]),
+                energy=found.energy,
+                condition=found.condition,
+                solver=found.solver,
                 seconds=time.perf_counter() - start,
             )
         return stats
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[name]
-        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        return factors_of(self.layers[name], self.adapter_name)
 
     def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
         """Give every rank the factors and lines of all, from whoever solved them."""
@@ -135,18 +193,18 @@ class PartSolver:
                 for name in measured.modules:
                     for factor in self._factors(name):
                         dist.broadcast(factor, src=measured.owner)
-        mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
-        gathered = all_gather((stats, mine))
+        own = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
+        gathered = all_gather((stats, own))
         for index, part in enumerate(parts):
             for _, projected in gathered:
                 part.projected |= projected[index]
         return {name: line for lines, _ in gathered for name, line in lines.items()}
 
-    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> SolvedPart:
+    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> LayerResult:
         names = [module for measured in part.inputs for module in measured.modules]
         copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
         scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
-        return SolvedPart(copies, scaling, part, [stats[name] for name in names])
+        return LayerResult(copies, scaling, part, [stats[name] for name in names])
 
 
 def _is_narrow(width: int, device: torch.device) -> bool:

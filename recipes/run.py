@@ -21,7 +21,6 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
-from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.config.schema import CONFIGS, DataSection, Recipe
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
@@ -41,11 +40,11 @@ from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.preemption import SaveOnSigterm
 from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
 from lora_null.recipes.report import print_table, write_report
-from lora_null.store import find_initialization
+from lora_null.start import MIN_TOKENS, InitOptions
+from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.mixin import DRIFT_FILE
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import count, together, whole_parameters
 from lora_null.utils.errors import UserError
@@ -454,7 +453,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
     source = job.initialized.get(plan.name)
-    if source is None or not (source / "init" / DRIFT_FILE).is_file():
+    if source is None or not (source / "init" / REPORT_FILE).is_file():
         return False
     if job.is_main:
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
-from lora_null.eval_harness.lm_eval.private import full_config, needs_consent
+from lora_null.eval_harness.lm_eval.private_names import full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError
 

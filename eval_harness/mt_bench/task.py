@@ -23,11 +23,13 @@ from lora_null.eval_harness.likelihood import ratio_estimate
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import RunOptions, Task
-from lora_null.utils.distributed import broadcast, rank_and_world, say
+from lora_null.utils.distributed import broadcast, get_logger, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
 from lora_null.utils.limits import PositionLimit
 from lora_null.utils.values import as_text
+
+logger = get_logger(__name__)
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
@@ -127,7 +129,7 @@ class MTBenchTask(Task):
                     grades = judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
                 except JudgeError as error:
                     later = f"python -m lora_null.eval_harness judge {folder / ANSWERS_FILE}"
-                    say(f"{self.name}: not graded ({error}); {later} grades the answers")
+                    logger.warning(f"{self.name}: not graded ({error}); {later} grades the answers")
         grades = broadcast(grades)
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
         found.settings["judged"] = len(grades)

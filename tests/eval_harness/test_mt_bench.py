@@ -253,11 +253,11 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
     assert found.settings["tasks"]["MT-Bench"]["missing"] == 0 and "MT-Bench turn 2" in found.metrics
 
 
-def test_answers_outlive_a_judge_that_fails(model, tokenizer, tmp_path, capsys):
+def test_answers_outlive_a_judge_that_fails(model, tokenizer, tmp_path, caplog):
     with serving((404, "")) as stub:
         found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path)
     assert found.metrics == {} and len(lines(tmp_path / "mt_bench" / "answers.jsonl")) == 3
-    assert "not graded" in capsys.readouterr().err
+    assert "not graded" in caplog.text
 
 
 def test_sampled_answers_are_the_same_twice(model, tokenizer, tmp_path):
