@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+
+NO_FORK = "DISABLE_MULTIPROC"  # the environment variable that lm-eval's bootstrap asks
 
 
 def full_config(path: Path) -> dict[str, Any]:
@@ -35,6 +38,20 @@ def no_document_bars() -> Iterator[None]:
     """Hide the progress bars for building requests, which have no switch of their own."""
     with replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True)):
         yield
+
+
+@contextmanager
+def bootstrap_in_this_process() -> Iterator[None]:
+    """Keep lm-eval's bootstrap from forking: a fork of a process whose threads run PyTorch may hang for ever."""
+    before = os.environ.get(NO_FORK)
+    os.environ[NO_FORK] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_FORK]
+        else:
+            os.environ[NO_FORK] = before
 
 
 @contextmanager

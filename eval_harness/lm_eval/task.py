@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.lm_eval.loading import load, seed_fewshot, unreadable
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
+from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import rank_and_world
@@ -132,14 +133,15 @@ class LmEvalTask(Task):
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks."""
         tasks = self.loaded["tasks"]
         seed_fewshot(self.loaded, options.seed)
-        results: Any = evaluator.evaluate(
-            lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
-            task_dict=self.loaded,
-            limit=options.limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results count
-            confirm_run_unsafe_code=self.confirm_run_unsafe_code,
-            apply_chat_template=self.chat,
-        )
+        with bootstrap_in_this_process():
+            results: Any = evaluator.evaluate(
+                lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
+                task_dict=self.loaded,
+                limit=options.limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results count
+                confirm_run_unsafe_code=self.confirm_run_unsafe_code,
+                apply_chat_template=self.chat,
+            )
         settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
         found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
         for name, (owner, metric, filter_) in self.result_names(self.loaded, results).items():

@@ -3,6 +3,10 @@
 import ast
 import importlib
 import inspect
+import multiprocessing
+import os
+import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,17 @@ def test_the_index_of_tasks_has_its_fields():
     assert entry.cfg["doc_to_text"] and entry.tags == set(), "an entry of lm-eval's index has no cfg and tags"
     full = private_names.full_config(entry.yaml_path)
     assert callable(full["process_results"]) and full["dataset_path"] == "openai/gsm8k", "load_yaml resolves less"
+
+
+def test_the_bootstrap_does_not_fork_and_gives_what_the_forks_would(monkeypatch):
+    from lm_eval.api.metrics import bootstrap_stderr, perplexity
+
+    values, draw = [-0.1 * i for i in range(30)], random.Random(0)
+    expected = statistics.stdev(perplexity(draw.choices(values, k=30)) for _ in range(1000))
+    monkeypatch.setattr(multiprocessing, "Pool", None)
+    with private_names.bootstrap_in_this_process():
+        assert bootstrap_stderr(perplexity, values, 1000) == pytest.approx(expected)
+    assert private_names.NO_FORK not in os.environ
 
 
 def test_every_private_name_is_in_that_one_file():
