@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Grade a file of answers; return 0 done, 1 the endpoint fails, 2 a user's mistake."""
-    given = parser().parse_args(argv)
+    return grade(parser().parse_args(argv))
+
+
+def grade(given: argparse.Namespace) -> int:
+    """Grade a file of answers with parsed arguments, which `lora-null judge` has too; return the exit status."""
     judge = Judge(
         given.model,
         given.base_url,

@@ -148,7 +148,7 @@ main([{str(recipe)!r}])
 
 def test_two_processes_start_alike_and_write_once(finished, tmp_path):
     recipe = make_world(tmp_path)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["-m", "lora_null.recipes", str(recipe)]
     done = subprocess.run(launch, capture_output=True, text=True, env=CPU)
     assert done.returncode == 0, done.stderr[-2000:]

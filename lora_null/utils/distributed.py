@@ -78,6 +78,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first_process() -> bool:
+    """Return whether this is the one process of all that writes files and prints."""
+    return rank_and_world()[0] == 0
+
+
 def say(line: str) -> None:
     """Print a line to stderr, once whatever the number of ranks, without breaking a progress bar."""
     if rank_and_world()[0] == 0:

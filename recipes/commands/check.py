@@ -6,20 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import shtab
+
 from lora_null.utils.errors import UserError
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser's subcommands."""
-    made = commands.add_parser(
+    parser = commands.add_parser(
         "check",
         help="say whether a folder is a sound adapter, and how to serve it",
         description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
         "no weights of the base are loaded. Exit status 1 where something is wrong.",
     )
-    made.add_argument("folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD")
-    made.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
-    made.set_defaults(run=run)
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD"
+    ).complete = shtab.DIRECTORY
+    parser.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
     from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
     from lora_null.adapters.saved import read_adapter
-    from lora_null.recipes.commands.source import Base, model_section
+    from lora_null.recipes.commands.source import Base
+    from lora_null.recipes.config.schema import ModelSection, parse_section
 
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder")
@@ -41,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not name:
         raise UserError(f"{adapter.folder}: its config names no base; --base says which")
     revision = None if arguments.base else adapter.config.get("revision")
-    base = Base(model_section(name_or_path=name, revision=revision))
+    base = Base(parse_section(ModelSection, "model", {"name_or_path": name, "revision": revision}))
     files = checkpoint_on_disk(base.name, revision)
     findings = check_adapter(adapter, base.empty(), files)
     for finding in findings:

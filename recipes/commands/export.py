@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import shtab
+
 from lora_null.utils.errors import UserError, nearest
 
 FORMS = ("adapter", "merged", "gguf")
@@ -16,24 +18,25 @@ SHORT = ("float32", "bfloat16", "float16")
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser's subcommands."""
-    made = commands.add_parser(
+    parser = commands.add_parser(
         "export",
         help="write what a run trained as an adapter, a merged model or a GGUF adapter",
         description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
         "base and its logits on real text are compared with the run's before the folder appears.",
     )
-    made.add_argument("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run")
-    made.add_argument("--out", required=True, type=Path, help="folder to write")
-    made.add_argument("--form", default="adapter", help="adapter (default), merged or gguf")
-    made.add_argument("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
-    made.add_argument("--dtype", choices=SHORT, help="merged: dtype of the weights (default: as the base's files)")
-    made.add_argument("--base", help="folder or hub id of the base, where the recipe's is no longer there")
-    made.add_argument("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
-    made.add_argument("--license", metavar="ID", help="licence of the base, where its card does not say")
-    made.add_argument("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
-    made.set_defaults(run=run)
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run").complete = shtab.DIRECTORY
+    add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
+    add("--form", default="adapter", help="adapter (default), merged or gguf")
+    add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
+    add("--dtype", choices=SHORT, help="merged: dtype of the weights (default: as the base's files)")
+    add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
+    add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
+    add("--license", metavar="ID", help="license of the base, where its card does not say")
+    add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    return parser
 
 
 @dataclass

@@ -88,23 +88,6 @@ class Source:
         return self.run / self.method / self.kind
 
 
-def model_section(**fields: Any) -> Any:
-    """Return the recipe's section of a model.
-
-    Raises:
-        UserError: a field that it does not have, or a value that it does not take.
-    """
-    from pydantic import ValidationError
-
-    from lora_null.recipes.config.schema import ModelSection
-
-    try:
-        return ModelSection(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
 def find_source(folder: Path, base: str | None = None) -> Source:
     """Return what lies in RUN/METHOD.
 
@@ -116,6 +99,7 @@ def find_source(folder: Path, base: str | None = None) -> Source:
         UserError: the folder is something else, or the method has not finished.
     """
     from lora_null.recipes.config.load import read_yaml
+    from lora_null.recipes.config.schema import ModelSection, parse_section
     from lora_null.recipes.output import RECIPE_FILE
 
     if not folder.is_dir():
@@ -131,7 +115,7 @@ def find_source(folder: Path, base: str | None = None) -> Source:
     if kind is None:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
-    return Source(folder.parent, folder.name, kind, recipe, Base(model_section(**section)))
+    return Source(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
 def methods_in(run: Path) -> list[str]:

@@ -205,6 +205,11 @@ def load_recipe(
     return _with_paths(recipe, path.parent)
 
 
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe, every default written out, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def _quick(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     chosen = raw.pop("quick", None)
     if not isinstance(chosen, dict) or not chosen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -15,22 +14,15 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from trl import DPOConfig, SFTConfig
 
-from lora_null.eval_harness.mt_bench.judge import OPENAI
+from lora_null.recipes.config.known import add_methods, method_options, training_fields
 from lora_null.recipes.data.templates import check_template
-from lora_null.trainer.methods import METHODS, load_method_file, make_method
 from lora_null.utils.errors import UserError, nearest
 
 # Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
-CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps", "hub_token"}
 TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
 TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
-TRAINING_KEYS = {
-    trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
-    for trainer, config in CONFIGS.items()
-}
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
@@ -97,10 +89,9 @@ class MethodSection(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        names = [known for name in names for known in (load_method_file(name) if name.endswith(".py") else [name])]
+        names = [known for name in names for known in (add_methods(name) if name.endswith(".py") else [name])]
         for name in names:
-            if name not in METHODS:
-                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            _need_method(name)
         if len(set(names)) != len(names):
             raise ValueError("a method is named twice")
         return names
@@ -116,8 +107,17 @@ class MethodSection(Section):
     @classmethod
     def _options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, chosen in options.items():
-            make_method(name, chosen)
+            _need_method(name)
+            known = method_options()[name]
+            for key in chosen:
+                if key not in known:
+                    raise ValueError(f"{name}: no option {key!r}{nearest(key, known) if known else ''}")
         return options
+
+
+def _need_method(name: str) -> None:
+    if name not in method_options():
+        raise ValueError(f"no method {name!r}{nearest(name, method_options())}")
 
 
 def parse_count(text: Any) -> int:
@@ -242,7 +242,7 @@ class JudgeSection(Section):
     """The model that grades MT-Bench answers, behind an OpenAI-compatible endpoint."""
 
     model: str = Field(min_length=1, description="the endpoint's name for it")
-    base_url: str = Field(OPENAI, description="up to and without /chat/completions")
+    base_url: str = Field("https://api.openai.com/v1", description="up to and without /chat/completions")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
     attempts: int = Field(5, ge=1, description="requests for one grade, at most")
     requests_per_minute: float | None = Field(None, gt=0)
@@ -317,8 +317,7 @@ class GridSection(Section):
     @model_validator(mode="after")
     def _known_methods(self) -> GridSection:
         for name, sweep in self.per_method.items():
-            if name not in METHODS:
-                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            _need_method(name)
             for key, values in sweep.items():
                 if key not in self.sweep or not values:
                     raise ValueError(f"per_method.{name}: {key!r} is not swept, or has no values")
@@ -352,7 +351,7 @@ class Recipe(Section):
     @field_validator("training")
     @classmethod
     def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = TRAINING_KEYS[info.data.get("trainer", "sft")]
+        known = (training_fields(info.data.get("trainer", "sft")) - DECIDED - TOKENIZED) | {"total_batch_size"}
         for key in training:
             if key in DECIDED | TOKENIZED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
@@ -362,6 +361,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields(self) -> Recipe:
+        for name, chosen in self.method.options.items() if self.method.options else ():
+            from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
+
+            make_method(name, chosen)
         if self.trainer == "dpo" and self.data.messages:
             raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
         if self.trainer == "sft" and self.data.prompt is None and not self.data.messages:
@@ -388,6 +391,18 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
 
+def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> Any:
+    """Return one section of a recipe.
+
+    Raises:
+        UserError: a key that the section does not have, or values that it does not take.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{where}.{_explain(problem)}" for problem in error.errors())) from None
+
+
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
@@ -399,7 +414,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}"
+    message = message[0].lower() + message[1:]
+    return f"{'.'.join(path)}: {message}" if path else message
 
 
 def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.conversations import Written, need_chat_template, write_conversation, write_preference
 from lora_null.recipes.data.rows import RowText, load_documents, need_field
-from lora_null.recipes.data.templates import CHAT, Written, need_chat_template, write_conversation, write_preference
+from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 
-from .headline import Measure, forgetting, learning
-from .results import Results, TrainLog
+from lora_null.recipes.report.headline import Measure, forgetting, learning
+from lora_null.recipes.results import Results, TrainLog
 
 # One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
 COLORS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from .figures import COLORS, FAINT, OTHER_COLORS, _darker, _figure, _png, _sentence, _wrapped
-from .grid_page import Frontier, frontiers, metric_pair
-from .results import Results
-from .table import metric_title
+from lora_null.recipes.report.figures import COLORS, FAINT, OTHER_COLORS, _darker, _figure, _png, _sentence, _wrapped
+from lora_null.recipes.report.grid_page import Frontier, frontiers, metric_pair
+from lora_null.recipes.report.table import metric_title
+from lora_null.recipes.results import Results
 
 LOG_FROM = 30  # a span of forgetting beyond this factor is drawn on a logarithmic axis
 

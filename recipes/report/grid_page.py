@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .headline import listed, task_metric
-from .results import DISPLAY, Estimate, Paired, Results, Run
-from .table import metric_title, separated, show_all
+from lora_null.recipes.report.headline import listed, task_metric
+from lora_null.recipes.report.table import metric_title, separated, show_all
+from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run
 
 
 @dataclass(frozen=True)

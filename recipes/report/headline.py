@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .results import Estimate, Results
-from .table import mean, metric_title, separated, show_all
+from lora_null.recipes.report.table import mean, metric_title, separated, show_all
+from lora_null.recipes.results import Estimate, Results
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .results import Estimate, Results, Row
+from lora_null.recipes.results import Estimate, Results, Row
 
 MISSING = "–"
 WORDS = {
@@ -237,7 +237,7 @@ def _drift(row: Row) -> str:
 
 
 def _times(row: Row) -> str:
-    phases = [row.seconds.init, row.seconds.train, row.seconds.eval] if row.seconds else []
+    phases = [row.seconds.init, row.seconds.train, row.seconds.eval]
     return " / ".join(map(_time, phases)) if any(phase is not None for phase in phases) else MISSING
 
 

@@ -10,7 +10,7 @@ from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
-from lora_null.recipes.report.results import Estimate, load_log, parse_results
+from lora_null.recipes.results import Estimate, load_log, parse_results
 from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
 from lora_null.utils.errors import UserError
 
@@ -458,7 +458,7 @@ def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
 
 def printed(results, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_table(results, console)
+    print_table(parse_results(results), console)
     return console.export_text()
 
 
