@@ -302,7 +302,7 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     for name, metric in (first.metrics if not bad else {}).items():
         values = [row.metrics[name].value for row in rows]
         stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
-        metrics[name] = metric.model_copy(update={"value": statistics.mean(values), "stderr": stderr})
+        metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)
     drifts = [row.drift for row in rows if row.drift and not bad]
     return Row(
         method=first.method,

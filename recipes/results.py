@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_null import __version__
+from lora_null.eval_harness.results import Metric
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json
 
@@ -23,22 +24,6 @@ class Estimate(NamedTuple):
 
     value: float
     stderr: float | None = None
-
-
-class Metric(BaseModel):
-    """One metric of one row, made of the harness's `Metric` or of JSON.
-
-    `unit` is "fraction", "nats", or the name of another scale, which is shown as it is.
-    """
-
-    model_config = ConfigDict(from_attributes=True)
-
-    value: float | None
-    stderr: float | None = Field(default=None, ge=0)
-    n: int | None = None
-    higher_is_better: bool
-    role: Literal["retention", "task"]
-    unit: str | None = None
 
 
 class Drift(BaseModel):
@@ -94,7 +79,7 @@ class Row(BaseModel):
         error is that of one right and one wrong answer more.
         """
         metric = self.metrics.get(name)
-        if metric is None or metric.value is None or not math.isfinite(metric.value):
+        if metric is None or not math.isfinite(metric.value):
             return None
         if metric.unit == "fraction" and metric.value in (0, 1) and metric.stderr == 0 and metric.n:
             return Estimate(metric.value, math.sqrt((metric.n + 1) / metric.n) / (metric.n + 2))
@@ -171,6 +156,10 @@ class Results(BaseModel):
     def metric_names(self, role: str) -> list[str]:
         """Names of the metrics with `role`, in order of first appearance."""
         return list(dict.fromkeys(n for row in self.rows for n, m in row.metrics.items() if m.role == role))
+
+    def directed_names(self, role: str) -> list[str]:
+        """Those of `metric_names` by which methods can be compared: it is known whether higher or lower is better."""
+        return [name for name in self.metric_names(role) if self.metric(name).higher_is_better is not None]
 
     def metric(self, name: str) -> Metric:
         """The first row's entry for `name`: what is true of the metric in every row (unit, direction, role)."""

@@ -73,7 +73,7 @@ class Target:
 
 def retention_metrics(results: Results) -> list[str]:
     """Return the names of the retention metrics that are read at equal learning: every KL, or all if there is none."""
-    kept = results.metric_names("retention")
+    kept = results.directed_names("retention")
     return [name for name in kept if name.lower().split()[-1] == "kl"] or kept
 
 

@@ -68,7 +68,7 @@ class Verdict:
 
 def forgetting(results: Results) -> Measure | None:
     """KL to the base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
-    metrics = {name: results.metric(name) for name in results.metric_names("retention")}
+    metrics = {name: results.metric(name) for name in results.directed_names("retention")}
     for name, metric in metrics.items():
         words = name.lower().split()
         if words[-1] == "kl":
@@ -103,7 +103,7 @@ def task_metric(results: Results) -> str | None:
 
     Small models answer nothing right before and after, and only the likelihood of the answers tells what was learned.
     """
-    measures = {name: _measure(results, name) for name in results.metric_names("task")}
+    measures = {name: _measure(results, name) for name in results.directed_names("task")}
     measures = {name: measure for name, measure in measures.items() if measure.measured}
     moved = [n for n, m in measures.items() if m.estimates[0] and any(m.separated(i, 0) for i in m.measured)]
     return next(iter([*moved, *measures]), None)

@@ -180,11 +180,16 @@ def _metric_column(results: Results, name: str) -> Column:
         title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
         group=metric.role.capitalize(),
         definition=_definition(name, metric.unit) + size + ".",
-        cells=_marked_cells(estimates, metric.unit, metric.higher_is_better, marked=not results.grid),
-        arrow="↑" if metric.higher_is_better else "↓",
+        cells=_marked_cells(
+            estimates,
+            metric.unit,
+            metric.higher_is_better,
+            marked=not results.grid and metric.higher_is_better is not None,
+        ),
+        arrow={True: "↑", False: "↓", None: ""}[metric.higher_is_better],
     )
     for i, row in enumerate(results.rows):
-        if estimates[i] is None and name in row.metrics and row.metrics[name].value is not None:
+        if estimates[i] is None and name in row.metrics:
             column.cells[i] = Cell("not finite")
         if row.diverged is not None:
             column.cells[i] = Cell("diverged")
