@@ -32,10 +32,12 @@ from lora_null.eval_harness.lm_eval.model import ShardedLM, quiet
 from lora_null.eval_harness.mt_bench.questions import MTBenchTask
 from lora_null.eval_harness.preferences import PreferenceTask
 from lora_null.eval_harness.tasks import AnswerTask, LmEvalTask, OwnTask, RunOptions, Task, describe, list_tasks
-from lora_null.utils.distributed import broadcast, device_of, rank_and_world, say, together
+from lora_null.utils.distributed import broadcast, device_of, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import position_limit, tokenizer_of
 from lora_null.utils.model_state import own_precision, preserve, seed_everything
+
+logger = get_logger(__name__)
 
 __all__ = [
     "TASK_FILES",
@@ -232,7 +234,7 @@ def _run_answers(
     pairs = tokenize_pairs(tokenizer, task.pairs[: options.limit], task.name, beyond)
     longest = max(len(pair.ids) for pair in pairs)
     if limit is not None and longest > limit.tokens:
-        say(f"evaluation task {task.name!r}: a pair has {longest} tokens, {limit}")
+        logger.warning(f"evaluation task {task.name!r}: a pair has {longest} tokens, {limit}")
     scores = score_answers(
         model,
         pairs,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from safetensors.torch import load_file
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_null.calibration import Calibration
@@ -17,7 +16,6 @@ from lora_null.factors import projected_inputs
 from lora_null.layer import adapted_layers, residual_of
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_safetensors
 from lora_null.utils.quantized import weight_of
 
 
@@ -90,23 +88,6 @@ class DriftMeter(_Meter):
             moved = moved - residual.B.to(B) @ probe.start
         return layer.scaling[self.adapter_name] * probe.scale * torch.linalg.matrix_norm(moved.float())
 
-    def save(self, path: Path) -> None:
-        """Write the probes, so that a resumed run follows the same drift without calibrating."""
-        tensors = {f"{name}.{'L' if probe.projected else 'S'}": probe.inputs for name, probe in self.probes.items()}
-        tensors |= {f"{name}.scale": torch.tensor(p.scale, dtype=torch.float64) for name, p in self.probes.items()}
-        write_safetensors(path, tensors, {})
-
-    @classmethod
-    def load(cls, path: Path, peft_model: PeftModel, *, adapter_name: str = "default") -> DriftMeter:
-        """Read what `save` wrote."""
-        meter = cls.__new__(cls)
-        tensors = load_file(path)
-        layers = adapted_layers(peft_model, adapter_name)
-        meter.layers = {name: layer for name, layer in layers.items() if f"{name}.scale" in tensors}
-        meter.adapter_name = adapter_name
-        meter.probes = {name: _read_probe(name, tensors) for name in meter.layers}
-        return meter
-
 
 class WeightDriftMeter(_Meter):
     """The same drift where no low-rank factors hold the change: ‖W S − W0 S‖ / ‖W0 X‖, from the sketch of 64 columns.
@@ -120,34 +101,19 @@ class WeightDriftMeter(_Meter):
 
     def __init__(self, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
         self.layers = _with_outputs(layers, calibration)
-        self.tensors: dict[str, torch.Tensor] = {}
-        for name, layer in self.layers.items():
-            sketch = calibration.input_of(name).sketch.float()
-            scale = torch.tensor(calibration.output_energy[name] ** -0.5)
-            self.tensors |= {f"{name}.S": sketch, f"{name}.start": _outputs(layer, sketch), f"{name}.scale": scale}
+        self.sketches = {name: calibration.input_of(name).sketch.float() for name in self.layers}
+        self.starts = {name: _outputs(layer, self.sketches[name]) for name, layer in self.layers.items()}
+        self.scales = {name: calibration.output_energy[name] ** -0.5 for name in self.layers}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
-            sketch, start, scale = (self.tensors[f"{name}.{part}"] for part in ("S", "start", "scale"))
             with whole_parameters(layer):
-                moved = _outputs(layer, sketch)
-            found[name] = (scale.to(moved) * torch.linalg.matrix_norm(moved - start.to(moved))).item()
+                moved = _outputs(layer, self.sketches[name])
+            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved - self.starts[name].to(moved)).item()
         return found
-
-    def save(self, path: Path) -> None:
-        """Write the probes, so that a resumed run follows the same drift without calibrating."""
-        write_safetensors(path, self.tensors, {})
-
-    @classmethod
-    def load(cls, path: Path, layers: Mapping[str, nn.Module]) -> WeightDriftMeter:
-        """Read what `save` wrote."""
-        meter = cls.__new__(cls)
-        meter.tensors = load_file(path)
-        meter.layers = {name: layer for name, layer in layers.items() if f"{name}.scale" in meter.tensors}
-        return meter
 
 
 def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, nn.Module]:
@@ -161,16 +127,11 @@ def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> 
 @torch.no_grad()
 def _outputs(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Return W S in float32, (d_out, k), of a linear or of a PEFT layer with its change."""
-    weight = weight_of(layer)
-    if hasattr(layer, "get_delta_weight"):
-        weight = weight + layer.get_delta_weight("default")
+    if isinstance(layer, BaseTunerLayer):
+        weight = layer.get_base_weight() + layer.get_delta_weight(layer.active_adapters[0])
+    else:
+        weight = weight_of(layer)
     return weight.float() @ inputs.to(weight.device)
-
-
-def _read_probe(name: str, tensors: Mapping[str, torch.Tensor]) -> _Probe:
-    projected = f"{name}.L" in tensors
-    inputs = tensors[f"{name}.{'L' if projected else 'S'}"]
-    return _Probe(inputs, projected, tensors[f"{name}.scale"].item())
 
 
 def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: str) -> _Probe:

@@ -93,8 +93,29 @@ def leakage(A: torch.Tensor, gram: torch.Tensor, projected: torch.Tensor | None 
 
 
 @dataclass(frozen=True)
+class LayerStart:
+    """What a rule finds for one layer.
+
+    Attributes:
+        A: (r, d_in), B: (d_out, r), with √s divided out of each, s PEFT's scaling.
+        solver: what found them.
+        energy, condition: see `LayerStats`; None where the rule does not tell.
+        gram_rank: numerical rank of C = X Xᵀ; None where the rule does not tell.
+        kernel: U (d_in, r), where the inputs have nothing along it at all; see `projected_inputs`.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    solver: str
+    energy: float | None = None
+    condition: float | None = None
+    gram_rank: int | None = None
+    kernel: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerStats:
-    """One line of the layer report: how the initialization of one linear went.
+    """One line of the layer report: how the initialization of one linear went. What was not measured is None.
 
     Attributes:
         name: the module's name in the base model.
@@ -103,9 +124,9 @@ class LayerStats:
         tokens: calibration tokens that the input was measured on.
         gram_rank: numerical rank of C = X Xᵀ.
         leakage: ‖A0 X‖ / (‖A0‖ ‖X‖), of the factor as stored.
-        energy: share of ‖W0‖² in W0 U Uᵀ.
+        energy: share of ‖W0‖² in s·B0A0 (LoRA-Null: in W0 U Uᵀ).
         condition: largest over smallest singular value of W0 U Uᵀ.
-        solver: what found the eigenspace.
+        solver: what found the factors.
         seconds: solving, factoring and writing this layer (its eigenspace counted where it was solved).
     """
 
@@ -113,18 +134,20 @@ class LayerStats:
     shape: tuple[int, int]
     r: int
     tokens: int
-    gram_rank: int
-    leakage: float
-    energy: float
-    condition: float
+    gram_rank: int | None
+    leakage: float | None
+    energy: float | None
+    condition: float | None
     solver: str
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; an infinite condition is null."""
-        return {**asdict(self), "condition": self.condition if isfinite(self.condition) else None}
+        finite = self.condition is not None and isfinite(self.condition)
+        return {**asdict(self), "condition": self.condition if finite else None}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> LayerStats:
-        condition = float("inf") if line["condition"] is None else line["condition"]
+        infinite = line["condition"] is None and line["energy"] is not None
+        condition = float("inf") if infinite else line["condition"]
         return cls(**{**line, "shape": tuple(line["shape"]), "condition": condition})

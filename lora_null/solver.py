@@ -1,26 +1,82 @@
-"""From Grams to factors: each rank solves the inputs that are its own and writes their A0 and B0 into the layers of all."""
+"""From measured inputs to factors: each rank solves the inputs that it owns and writes A0 and B0 into the layers of all."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
-from lora_null.factors import LayerStats, leakage, null_factors, projected_inputs
-from lora_null.layer import LoraNullLinear
+from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.store import SolvedPart
-from lora_null.utils.distributed import all_gather, rank_and_world, say, together
+from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
+logger = get_logger(__name__)
+
 NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
 MOST_TOGETHER = 8  # layers whose Grams wait for each other
+
+
+class Rule(Protocol):
+    """How a method's A0 and B0 follow from a layer's weight and from what the layer reads.
+
+    Attributes:
+        rule: its name, a part of what an initialization is known by.
+        needs_gram: whether it reads the Gram matrices of the inputs.
+    """
+
+    rule: str
+    needs_gram: bool
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
+
+        Raises:
+            ValueError: by what is returned, for a weight that it cannot factor.
+        """
+
+
+@dataclass
+class NullSpace:
+    """LoRA-Null's rule (method, steps 1 to 3): A0 and B0 from the bottom eigenspace of C = X Xᵀ.
+
+    Attributes:
+        solver, seed: of `bottom_eigenspace`.
+    """
+
+    solver: str = "auto"
+    seed: int = 0
+    rule = "null-space"
+    needs_gram = True
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        spaces: dict[int, Eigenspace] = {}  # one for each distinct rank among the layers that read this input
+
+        def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
+            if r not in spaces:
+                spaces[r] = bottom_eigenspace(inputs.gram, r, solver=self.solver, seed=self.seed)
+            space = spaces[r]
+            found = null_factors(weight, space.vectors, scaling)
+            return LayerStart(
+                A=found.A,
+                B=found.B,
+                solver=space.solver,
+                energy=found.energy,
+                condition=found.condition,
+                gram_rank=min(space.rank, inputs.tokens),
+                kernel=space.vectors if space.exact else None,
+            )
+
+        return start
 
 
 @dataclass
@@ -30,14 +86,13 @@ class PartSolver:
     Attributes:
         layers: name → adapted linear, of the whole model.
         adapter_name: the adapter to write.
-        solver, seed: of `bottom_eigenspace`.
+        rule: what gives the factors.
         seconds: wall time spent so far.
     """
 
-    layers: Mapping[str, LoraNullLinear]
+    layers: Mapping[str, LoraLayer]
     adapter_name: str
-    solver: str = "auto"
-    seed: int = 0
+    rule: Rule
     seconds: float = 0.0
 
     def parts_a_round(self) -> int:
@@ -63,8 +118,8 @@ class PartSolver:
         """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
         rank = rank_and_world()[0]
         mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
-        mine.sort(key=lambda job: -len(job[1].gram))
-        narrow = [job for job in mine if _is_narrow(len(job[1].gram), job[1].gram.device)]
+        mine.sort(key=lambda job: -len(job[1].sketch))
+        narrow = [job for job in mine if _is_narrow(len(job[1].sketch), job[1].sketch.device)]
         stats: dict[str, LayerStats] = {}
         for part, measured in mine[: len(mine) - len(narrow)]:  # the wide come first
             stats |= self._solve_input(part, measured)
@@ -83,7 +138,9 @@ class PartSolver:
         try:
             return self._solve_on(gram, part, measured)
         except torch.OutOfMemoryError:
-            say(
+            if gram is None:
+                raise
+            logger.warning(
                 f"initialization: the input of {measured.modules[0]} is solved on the CPU, the accelerator has no "
                 "memory left"
             )
@@ -91,35 +148,33 @@ class PartSolver:
             torch.cuda.empty_cache()
             return self._solve_on(gram, part, measured)
 
-    def _solve_on(self, gram: torch.Tensor, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
-        """Write A0 and B0 into every layer that reads one input; one eigenspace for each distinct rank among them."""
-        spaces: dict[int, Eigenspace] = {}
+    def _solve_on(self, gram: torch.Tensor | None, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+        """Write A0 and B0 into every layer that reads one input."""
+        start_of = self.rule.of_input(replace(measured, gram=gram))
         stats = {}
         for name in measured.modules:
             start = time.perf_counter()
             layer = self.layers[name]
-            r = layer.r[self.adapter_name]
-            if r not in spaces:
-                spaces[r] = bottom_eigenspace(gram, r, solver=self.solver, seed=self.seed)
-            space = spaces[r]
+            r, scaling, weight = layer.r[self.adapter_name], layer.scaling[self.adapter_name], weight_of(layer)
             try:
-                factors = null_factors(weight_of(layer), space.vectors, layer.scaling[self.adapter_name])
+                found = start_of(weight, r, scaling)
             except ValueError as reason:
                 raise UserError(f"target_modules: {name}: {reason}; leave it out (exclude_modules)") from None
             A, B = self._factors(name)
-            A.copy_(factors.A)
-            B.copy_(factors.B)
-            part.projected[name] = projected_inputs(A, gram, space.vectors if space.exact else None)
+            A.copy_(found.A)
+            B.copy_(found.B)
+            if gram is not None:
+                part.projected[name] = projected_inputs(A, gram, found.kernel)
             stats[name] = LayerStats(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
                 r=r,
                 tokens=measured.tokens,
-                gram_rank=min(space.rank, measured.tokens),
-                leakage=leakage(A, gram, part.projected[name]),
-                energy=factors.energy,
-                condition=factors.condition,
-                solver=space.solver,
+                gram_rank=found.gram_rank,
+                leakage=None if gram is None else leakage(A, gram, part.projected[name]),
+                energy=found.energy,
+                condition=found.condition,
+                solver=found.solver,
                 seconds=time.perf_counter() - start,
             )
         return stats

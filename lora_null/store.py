@@ -16,13 +16,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStats
@@ -38,7 +38,8 @@ from lora_null.utils.files import (
 )
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
-FORMAT = "2"  # a change of what the files mean makes old caches unused
+WHOLE = "model/"  # before the names of tensors that are of the model as a whole
+FORMAT = "3"  # a change of what the files mean makes old caches unused
 KEPT = 8
 WORDS = 1 << 16  # of 8 bytes, summed up to one number: their weights stay in a processor's cache
 
@@ -60,6 +61,7 @@ class SolvedPart:
         scaling: module name → the s with which s·B0A0 = W0 U Uᵀ.
         measured: their inputs without Grams, for the drift.
         stats: one line a module.
+        tensors: what a method computes of the model as a whole, by its own names.
         key: `initialization_key` of what it is a part of.
     """
 
@@ -67,6 +69,7 @@ class SolvedPart:
     scaling: dict[str, float]
     measured: Calibration
     stats: list[LayerStats]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     key: str = ""
 
 
@@ -75,6 +78,7 @@ def write_part(folder: Path, name: str, part: SolvedPart) -> None:
     tensors = {f"{m}.A": A for m, (A, _) in part.factors.items()} | {f"{m}.B": B for m, (_, B) in part.factors.items()}
     tensors |= {f"{m}.L": L for m, L in part.measured.projected.items()}
     tensors |= {f"{i}.sketch": stats.sketch for i, stats in enumerate(part.measured.inputs)}
+    tensors |= {f"{WHOLE}{name}": tensor for name, tensor in part.tensors.items()}
     facts = {
         "scaling": part.scaling,
         "inputs": [{"modules": stats.modules, "tokens": stats.tokens} for stats in part.measured.inputs],
@@ -98,12 +102,13 @@ def _read_part(path: Path) -> SolvedPart:
         InputStats(line["modules"], None, tensors[f"{i}.sketch"], line["tokens"])
         for i, line in enumerate(facts["inputs"])
     ]
-    projected = {name: tensors[f"{name}.L"] for name in names}
+    projected = {name: tensors[f"{name}.L"] for name in names if f"{name}.L" in tensors}
     return SolvedPart(
         {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names},
         facts["scaling"],
         Calibration(inputs, facts["output_energy"], projected, facts["seconds"]),
         [LayerStats.from_json(line) for line in facts["stats"]],
+        {name.removeprefix(WHOLE): tensor for name, tensor in tensors.items() if name.startswith(WHOLE)},
         metadata.get("key", ""),
     )
 
@@ -162,7 +167,7 @@ def copy_store(source: Path, target: Path) -> None:
 
 def initialization_key(
     model: str,
-    layers: Mapping[str, LoraLayer],
+    layers: Mapping[str, nn.Module],
     adapter_name: str,
     batches: Iterable[Mapping[str, Any]],
     **settings: Any,
@@ -172,17 +177,20 @@ def initialization_key(
     Args:
         model: `fingerprint` of the base.
         layers, adapter_name: the adapter, for its ranks, scalings and dtype.
-        batches: the calibration batches.
+        batches: the calibration batches, and the training batches that a method looks at.
         settings: whatever else decides the result.
     """
     digest = hashlib.sha256(f"{FORMAT} {model} {sorted(settings.items())}".encode())
     for name, layer in layers.items():
-        dtype = layer.lora_A[adapter_name].weight.dtype
-        digest.update(f"{name} {layer.r[adapter_name]} {layer.scaling[adapter_name]} {dtype}".encode())
+        digest.update(name.encode())
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and adapter_name in layer.lora_A:
+            dtype = layer.lora_A[adapter_name].weight.dtype
+            digest.update(f" {layer.r[adapter_name]} {layer.scaling[adapter_name]} {dtype}".encode())
     for batch in batches:
-        for key in ("input_ids", "attention_mask"):
-            value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
-            digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+        for key in ("input_ids", "attention_mask", "labels"):
+            if key in batch:
+                value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
+                digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()[:24]
 
 

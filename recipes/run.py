@@ -32,7 +32,6 @@ from lora_null.eval_harness import (
 from lora_null.eval_harness.likelihood import check_pairs_fit, tokenize_pairs
 from lora_null.eval_harness.lm_eval.generate import check_room
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
-from lora_null.initialize import MIN_TOKENS, InitOptions
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
 from lora_null.recipes.config.schema import Recipe
@@ -63,11 +62,11 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
-from lora_null.store import find_initialization
+from lora_null.start import MIN_TOKENS, InitOptions
+from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.mixin import DRIFT_FILE
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
 from lora_null.utils.errors import UserError
@@ -474,7 +473,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
     source = job.initialized.get(plan.name)
-    if source is None or not (source / "init" / DRIFT_FILE).is_file():
+    if source is None or not (source / "init" / REPORT_FILE).is_file():
         return False
     if job.is_main:
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)

@@ -11,6 +11,7 @@ if (
 import pytest
 
 from lora_null.utils.files import cache_root
+from lora_null.utils.quiet import show_messages
 
 
 def pytest_collection_finish():
@@ -21,6 +22,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
+    show_messages()
     real, own = cache_root(), tmp_path_factory.mktemp("cache")
     for weights in real.glob("SmolLM2*"):
         (own / weights.name).symlink_to(weights)

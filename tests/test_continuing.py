@@ -153,7 +153,7 @@ class TestGoingOn:
         first.train()
         with pytest.raises(UserError, match="init_folder: would not be read, the adapter is started"):
             make(tmp_path / "2", "none", model=first.model, init_folder=tmp_path / "1")
-        with pytest.raises(UserError, match="init_folder: would not be read, only LoRA-Null"):
+        with pytest.raises(UserError, match="init_folder: would not be read, lora computes no start"):
             make(tmp_path / "2", CONFIGS["lora"](), init_folder=tmp_path / "1")
         with pytest.raises(UserError, match="calibration_dataset: corda needs texts"):
             make(tmp_path / "2", make_method("corda").config(r=4), method=make_method("corda"), calibration=None)
@@ -318,4 +318,7 @@ class TestTheStartIsTheCheckpointsOwn:
         make(tmp_path, CONFIGS["v1"]()).train()
         old = json.loads((tmp_path / "init" / "layers.json").read_text())
         make(tmp_path, CONFIGS["lora"]()).train()
-        assert sorted(p.name for p in (tmp_path / "init").iterdir()) == ["drift.safetensors"] and old["layers"]
+        assert (
+            sorted(p.name for p in (tmp_path / "init").iterdir()) == ["factors.all.safetensors", "layers.json"]
+            and old["layers"]
+        )

@@ -139,13 +139,8 @@ def test_the_drift_of_a_layer_that_gives_only_zeros_is_left_out(tmp_path):
     with torch.no_grad():
         for layer in layers.values():
             nn.init.normal_(layer.lora_B["default"].weight)
-    for meter, load in (
-        (DriftMeter(peft_model, calibration), lambda path: DriftMeter.load(path, peft_model)),
-        (WeightDriftMeter(layers, calibration), lambda path: WeightDriftMeter.load(path, layers)),
-    ):
+    for meter in (DriftMeter(peft_model, calibration), WeightDriftMeter(layers, calibration)):
         assert set(meter.measure()) == set(layers) - {zero}
-        meter.save(tmp_path / "drift.safetensors")
-        assert load(tmp_path / "drift.safetensors").measure() == meter.measure()
         assert all(math.isfinite(value) for value in meter.summary().values())
     only = get_peft_model(change(zero, 0), LoraConfig(r=4, target_modules=r".*layers\.1\.self_attn\.o_proj"))
     calibration = measure_inputs(only, adapted_layers(only), BATCHES, progress=False)

@@ -43,7 +43,7 @@ def moved(name, batches=BATCHES):
 def exact_drift(layer, W0, X):
     """‖ΔW X‖ / ‖W0 X‖ from the effective weight itself."""
     with torch.no_grad():
-        effective = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        effective = layer.get_base_weight() + layer.get_delta_weight("default")
     return np.linalg.norm((effective.numpy() - W0) @ X) / np.linalg.norm(W0 @ X)
 
 
@@ -68,10 +68,3 @@ def test_the_sketch_is_unbiased_and_close(name):
 def test_v2_does_not_drift_where_the_null_space_is_exact():
     few = random_batches(count=1, size=2, length=8)  # fewer tokens than input dimensions
     assert moved("v2", few)[1].summary()["max"] < 1e-6 < 1e-3 < moved("lora", few)[1].summary()["mean"]
-
-
-@pytest.mark.parametrize("name", ["lora", "v1", "v2"])
-def test_saved_probes_measure_the_same(tmp_path, name):
-    peft_model, meter, _, _ = moved(name)
-    meter.save(tmp_path / "drift.safetensors")
-    assert DriftMeter.load(tmp_path / "drift.safetensors", peft_model).measure() == meter.measure()

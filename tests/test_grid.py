@@ -183,8 +183,8 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
     rows = [row for row in results(tmp_path)["rows"] if row["method"] == "pissa"]
     assert [(row["rank"], row["variant"]) for row in rows] == [(2, "rank 2"), (4, "rank 4")]
     shapes = [
-        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.safetensors")
-        ["model.layers.0.mlp.up_proj.lora_A"].shape for r in (2, 4)
+        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.all.safetensors")
+        ["model.layers.0.mlp.up_proj.A"].shape for r in (2, 4)
     ]  # fmt: skip
     assert shapes == [(2, 32), (4, 32)]
 

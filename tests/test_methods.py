@@ -206,6 +206,11 @@ def test_corda_factors_from_the_inputs_without_padding(tmp_path):
         assert np.linalg.norm(A) == pytest.approx(np.linalg.norm(B), rel=1e-4)
 
 
+def corda_factors(weight, r, inputs):
+    found = CorDA().of_input(inputs)(weight, r, 1.0)
+    return found.A, found.B
+
+
 def test_corda_factors_are_pefts_on_the_same_gram():
     """PEFT's own code in its "kpm" mode, fed our covariance, in float32."""
     from peft.tuners.lora.config import CordaConfig
@@ -217,13 +222,13 @@ def test_corda_factors_are_pefts_on_the_same_gram():
     eigens = collect_eigens_for_layer(linear, LoraConfig(corda_config=CordaConfig(corda_method="kpm")))
     S, U, V = (x.double().detach() for x in (eigens.S_WC[-4:], eigens.U_WC[:, -4:], eigens.V_WC[:, -4:]))
     theirs = (U * S) @ V.T
-    A, B = CorDA().part(linear.weight.detach().double(), 4, InputStats([], X @ X.T, X[:, :1], 400))
+    A, B = corda_factors(linear.weight.detach().double(), 4, InputStats([], X @ X.T, X[:, :1], 400))
     assert (B @ A - theirs).norm() < 1e-4 * theirs.norm()
 
 
 def test_corda_raises_lambda_until_the_inverse_is_good():
     x = torch.linspace(1, 2, 30, dtype=torch.float64)[:, None]
-    A, B = CorDA().part(torch.eye(30, dtype=torch.float64), 3, InputStats([], x @ x.T, x, 1))  # rank one
+    A, B = corda_factors(torch.eye(30, dtype=torch.float64), 3, InputStats([], x @ x.T, x, 1))  # rank one
     assert A.isfinite().all() and B.isfinite().all()
 
 

@@ -10,8 +10,9 @@ from tiny import random_batches, tiny_model
 from transformers import LlamaForSequenceClassification
 
 from lora_null import LoraNullConfig, UserError, store
-from lora_null.initialize import InitOptions, _fingerprint, load_initialization, start_adapter
+from lora_null.initialize import InitOptions, load_initialization, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.start import fingerprint_of
 
 BATCHES = random_batches()
 CHANGES = {
@@ -165,10 +166,10 @@ def test_whatever_changes_the_inputs_is_another_base(change, dtype):
     model = tiny_model().to(dtype)
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))  # ones are the same in any order
-    before = _fingerprint(get_peft_model(copy.deepcopy(model), LoraNullConfig(r=4)), None)
+    before = fingerprint_of(get_peft_model(copy.deepcopy(model), LoraNullConfig(r=4)), None)
     with torch.no_grad():
         change(model)
-    assert _fingerprint(get_peft_model(model, LoraNullConfig(r=4)), None) != before
+    assert fingerprint_of(get_peft_model(model, LoraNullConfig(r=4)), None) != before
 
 
 def loaded_from_elsewhere(model):
@@ -194,7 +195,7 @@ def test_what_loading_and_training_set_is_no_other_base(change, rope):
     shape = {"rope_parameters": {"rope_type": rope, "rope_theta": 10000.0, **scaling}, "max_position_embeddings": 8}
     one, other = (tiny_model(**shape) for _ in range(2))
     change(other)
-    bases = [_fingerprint(get_peft_model(model, LoraNullConfig(r=4)), None) for model in (one, other)]
+    bases = [fingerprint_of(get_peft_model(model, LoraNullConfig(r=4)), None) for model in (one, other)]
     assert bases[0] == bases[1]
 
 
@@ -211,7 +212,7 @@ def classifier(head_seed):
 def test_what_trains_beside_the_adapter_is_no_part_of_the_base(kind):
     if kind == "head":  # drawn at random each time, and trained: modules_to_save of PEFT's own for SEQ_CLS
         made = [get_peft_model(classifier(seed), LoraNullConfig(r=4, task_type="SEQ_CLS")) for seed in (1, 2)]
-        assert _fingerprint(made[0], None) == _fingerprint(made[1], None)
+        assert fingerprint_of(made[0], None) == fingerprint_of(made[1], None)
         return
     plain = get_peft_model(tiny_model(), LoraNullConfig(r=4))
     extra = {"embeddings": dict(modules_to_save=["embed_tokens"]), "tokens": dict(trainable_token_indices=[5, 7])}
@@ -222,12 +223,12 @@ def test_what_trains_beside_the_adapter_is_no_part_of_the_base(kind):
         for parameter in other.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-    assert _fingerprint(plain, None) == _fingerprint(other, None)
+    assert fingerprint_of(plain) == fingerprint_of(other)
     with torch.no_grad():
         other.get_base_model().model.embed_tokens.get_parameter(
             {"embeddings": "original_module.weight", "tokens": "token_adapter.base_layer.weight"}.get(kind, "weight")
         ).add_(1.0)
-    assert _fingerprint(plain, None) != _fingerprint(other, None)
+    assert fingerprint_of(plain) != fingerprint_of(other)
 
 
 def test_the_fingerprint_of_any_dtype_and_layout():

@@ -1,8 +1,7 @@
 """Trainers: TRL's own, with LoRA-Null's initialization inside `train()`."""
 
 from lora_null.trainer.calibration_data import CalibrationArgs, calibration_windows
-from lora_null.trainer.dpo import LoraNullDPOTrainer
 from lora_null.trainer.mixin import LoraNullMixin
-from lora_null.trainer.sft import LoraNullSFTTrainer
+from lora_null.trainer.trainers import LoraNullDPOTrainer, LoraNullSFTTrainer
 
 __all__ = ["CalibrationArgs", "LoraNullDPOTrainer", "LoraNullMixin", "LoraNullSFTTrainer", "calibration_windows"]

@@ -11,28 +11,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from lora_null.calibration import Calibration, measure_inputs
-from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import (
-    MIN_TOKENS,
-    InitOptions,
-    LayerReport,
-    check_layers,
-    check_whole,
-    load_initialization,
-    start_adapter,
-)
 from lora_null.layer import is_started
-from lora_null.store import PREFIX, copy_store, find_initialization
+from lora_null.start import InitOptions, LayerReport, Start, WholeModel, check_whole, compute_start, load_start
+from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
+    SavingMixin,
     check_processes,
     last_checkpoint_or_raise,
 )
-from lora_null.trainer.methods import Method, check_base
+from lora_null.trainer.methods import Method, check_base, method_of
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
@@ -45,14 +35,13 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.trainer.saving import SavingMixin
-from lora_null.utils.distributed import say
+from lora_null.utils.distributed import get_logger, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import link, write_safetensors
+from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
-DRIFT_FILE, FACTORS_FILE = "drift.safetensors", "factors.safetensors"
+logger = get_logger(__name__)
 
 
 class LoraNullMixin(SavingMixin):
@@ -104,9 +93,9 @@ class LoraNullMixin(SavingMixin):
         self._preflight = preflight
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
-        self.method = method or Method()
         self._measures = method is not None or isinstance(self.model, PeftModel)
         self._goes_on = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
+        self.method = method or (Method() if self._goes_on else method_of(self.model))
         if self._measures:
             self._keep_quantized_base()
             if not self._goes_on:
@@ -124,16 +113,14 @@ class LoraNullMixin(SavingMixin):
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        if self._starts_lora_null:
-            check_targets(self.model, preflight)
-            check_layers(self.model, self._lora_layers(), self.adapter_name)
-        if init_folder is not None and not self._starts_lora_null:
-            reason = "the adapter is started already" if self._goes_on else "only LoRA-Null starts from one"
-            raise UserError(f"init_folder: would not be read, {reason}")
-        needs_texts = self._starts_lora_null or (self.method.needs_gram and not self._goes_on)
-        if needs_texts and calibration_dataset is None and init_folder is None:
-            name = "LoRA-Null" if self._starts_lora_null else self.method.name
-            raise UserError(f"calibration_dataset: {name} needs texts that carry the knowledge to keep")
+        if self._goes_on or not self.method.needs_gram:
+            if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
+                reason = "the adapter is started already" if self._goes_on else f"{self.method.name} computes no start"
+                raise UserError(f"init_folder: would not be read, {reason}")
+            return
+        check_targets(self.model, preflight)
+        if calibration_dataset is None and init_folder is None:
+            raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -146,12 +133,6 @@ class LoraNullMixin(SavingMixin):
         for parameter in self.model.parameters() if quantized else ():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-
-    @property
-    def _starts_lora_null(self) -> bool:
-        if not isinstance(self.model, PeftModel) or self._goes_on:
-            return False
-        return isinstance(self.model.peft_config[self.adapter_name], LoraNullConfig)
 
     @property
     def init_dir(self) -> Path:
@@ -178,7 +159,9 @@ class LoraNullMixin(SavingMixin):
                 callback.load_state(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
-            say(f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}")
+            logger.warning(
+                f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
+            )
         return output
 
     def _check_engine(self) -> None:
@@ -211,6 +194,10 @@ class LoraNullMixin(SavingMixin):
             self._restore_start(last_checkpoint_or_raise(self.init_dir.parent) if resuming is True else Path(resuming))
         elif self._reuse_init:
             self._start_from(self.init_dir)
+        elif self._init_folder is not None:
+            self._start_from(self._init_folder)
+            if self.args.should_save:
+                copy_store(self._init_folder, self.init_dir)
         else:
             self._initialize()
         if self._preflight != "off":
@@ -225,7 +212,7 @@ class LoraNullMixin(SavingMixin):
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
         reason = why_not_measured(self.model, self.adapter_name) if type(self.method) is Method else None
         if reason is not None:
-            say(f"calibration_dataset: no drift is reported, {reason}")
+            logger.warning(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None
 
     def _fit(self, calibration_args: CalibrationArgs) -> CalibrationArgs:
@@ -241,34 +228,39 @@ class LoraNullMixin(SavingMixin):
             self._forget_older_start()
         self.accelerator.wait_for_everyone()
         self._at_start = True
-        if not self._starts_lora_null:
-            measures = self._calibration_dataset is not None and self._drift_is_measurable()
-            calibration = self._measure() if measures else Calibration()
-        elif self._init_folder is not None:
-            self.layer_report, calibration = load_initialization(
-                self._init_folder, self.model, adapter_name=self.adapter_name
-            )
-            if self.args.should_save:
-                copy_store(self._init_folder, self.init_dir)
-        else:
-            self.layer_report, calibration = start_adapter(
+        options = self._options_here()
+        rule = None if self._goes_on else self.method.rule_for(options)
+        looked_at = None if self._goes_on else self.method.training_batches(self)
+        whole = (
+            None
+            if looked_at is None
+            else WholeModel(repr(self.method), looked_at, lambda: self.method.compute(self, looked_at))
+        )
+        measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
+        if not measures and rule is None and whole is None:
+            return
+        self._begin_with(
+            compute_start(
                 self.model,
-                self._batches(),
-                self._options_here(),
-                folder=self.init_dir,
+                self.method.layers(self.model),
+                together(self._batches, what="calibration") if measures else None,
+                options,
+                rule=rule,
+                whole=whole,
                 adapter_name=self.adapter_name,
+                folder=self.init_dir,
             )
-        factors = {} if self._goes_on else self.method.compute(self, calibration)
-        if factors:
-            self.method.apply(self.model, factors)
-        if calibration.inputs:
-            self.drift_meter = self.method.drift_meter(self.model, calibration)
-        if self.args.should_save:
-            if factors:
-                write_safetensors(self.init_dir / FACTORS_FILE, factors, {"method": self.method.name})
-            if self.drift_meter is not None:
-                self.drift_meter.save(self.init_dir / DRIFT_FILE)
+        )
         self.accelerator.wait_for_everyone()
+
+    def _begin_with(self, start: Start) -> None:
+        """Make the model what it is before the first step, and follow its drift from there."""
+        if not self._goes_on:
+            self.method.apply(self.model, start.tensors)
+        if start.report.layers:
+            self.layer_report = start.report
+        if start.calibration.output_energy:
+            self.drift_meter = self.method.drift_meter(self.model, start.calibration)
 
     def _forget_older_start(self) -> None:
         """Remove what an earlier run started from in this folder, but for parts that this one may continue."""
@@ -290,17 +282,6 @@ class LoraNullMixin(SavingMixin):
             check_windows(batches, self.model.config, self._preflight)
         return batches
 
-    def _measure(self) -> Calibration:
-        return measure_inputs(
-            self.model,
-            self.method.layers(self.model),
-            self._batches(),
-            gram=self.method.needs_gram,
-            min_tokens=MIN_TOKENS if self.method.needs_gram else 1,
-            seed=self.args.seed,
-            progress=not self.args.disable_tqdm,
-        )
-
     def _keep_start(self, checkpoint: Path) -> None:
         for path in self.init_dir.iterdir() if self.init_dir.is_dir() else ():
             link(path, checkpoint / self.init_dir.name / path.name)
@@ -310,7 +291,7 @@ class LoraNullMixin(SavingMixin):
         if self._at_start or not self._measures:
             return
         kept = checkpoint / self.init_dir.name
-        if self._starts_lora_null and not kept.is_dir():
+        if not self._goes_on and self.method.rule_for(self._init_options) is not None and not kept.is_dir():
             raise UserError(
                 f"resume: {checkpoint} does not hold what it started from ({self.init_dir.name}/ is missing)"
             )
@@ -322,13 +303,19 @@ class LoraNullMixin(SavingMixin):
         self.accelerator.wait_for_everyone()
 
     def _start_from(self, folder: Path) -> None:
-        if self._starts_lora_null:
-            self.layer_report, _ = load_initialization(folder, self.model, adapter_name=self.adapter_name)
-        elif (folder / FACTORS_FILE).is_file() and not self._goes_on:
-            self.method.apply(self.model, load_file(folder / FACTORS_FILE))
-        if (folder / DRIFT_FILE).is_file():
-            self.drift_meter = self.method.drift_meter(self.model, folder / DRIFT_FILE)
         self._at_start = True
+        if not (folder / REPORT_FILE).is_file():
+            return
+        rule = None if self._goes_on else self.method.rule_for(self._init_options)
+        self._begin_with(
+            load_start(
+                folder,
+                self.model,
+                self.method.layers(self.model),
+                rule=rule.rule if rule is not None else "",
+                adapter_name=self.adapter_name,
+            )
+        )
 
     @property
     def something_moved(self) -> bool:

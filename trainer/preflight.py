@@ -22,11 +22,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerC
 
 from lora_null.config import LoraNullConfig
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.utils.distributed import say
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, position_limit, tokenizer_of, unsupported
 from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import unreadable
+
+logger = get_logger(__name__)
 
 Mode = Literal["error", "warn", "off"]
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
@@ -45,7 +47,7 @@ def tell(mode: Mode, finding: str) -> None:
     if mode == "error":
         raise UserError(f"{finding} (preflight: 'warn' goes on all the same)")
     if mode == "warn":
-        say(f"preflight: {finding}")
+        logger.warning(f"preflight: {finding}")
 
 
 def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
@@ -120,7 +122,7 @@ def _say_what_is_fused(base: nn.Module) -> None:
     fused = {n: p.numel() for n, p in base.named_parameters() if p.ndim == 3 and "expert" in n and "lora_" not in n}
     if fused:
         share = sum(fused.values()) / sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)
-        say(
+        logger.warning(
             f"target_modules: the experts of {type(base).__name__} are fused parameters, no linears, and stay as they "
             f"are ({next(iter(fused))} and {len(fused) - 1} more, {share:.0%} of the weights)"
         )
@@ -237,7 +239,9 @@ def _judge(look: _Look, tokenizer: Any, nothing_learned: str, mode: Mode) -> Non
     elif look.is_fine:
         return
     elif not look.whole and look.prompted:
-        say(f"training data: every row is cut at max_length ({look.max_length}), so no end of an answer is learned")
+        logger.warning(
+            f"training data: every row is cut at max_length ({look.max_length}), so no end of an answer is learned"
+        )
     elif look.prompted:
         tell(
             mode,
@@ -245,7 +249,7 @@ def _judge(look: _Look, tokenizer: Any, nothing_learned: str, mode: Mode) -> Non
             "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
         )
     elif look.whole and mode != "off":
-        say(
+        logger.warning(
             f"training data: the end token {tokenizer.eos_token!r} is in no label {seen}; the model does not learn to stop"
         )
 
@@ -267,7 +271,7 @@ def _check_lengths(trainer: Any, limit: PositionLimit, seen: int, mode: Mode) ->
     if limit.hard:
         tell(mode, f"{line}; max_length={limit.tokens} cuts it")
     else:
-        say(line)
+        logger.warning(line)
 
 
 def _longest_row(dataset: Any) -> int:
@@ -298,7 +302,7 @@ def check_windows(batches: Iterable[Mapping[str, Any]], config: PreTrainedConfig
     if limit.hard:
         tell(mode, line)
     else:
-        say(line)
+        logger.warning(line)
 
 
 def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
@@ -319,7 +323,9 @@ def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
     if extra:
         tell(mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it")
     elif missing:
-        say(f"model: {missing[0]} ({len(missing)} of {len(expected)} parameters of the adapter) does not train")
+        logger.warning(
+            f"model: {missing[0]} ({len(missing)} of {len(expected)} parameters of the adapter) does not train"
+        )
 
 
 def why_not_measured(model: nn.Module, adapter_name: str = "default") -> str | None:

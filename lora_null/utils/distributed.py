@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
 from lora_null.utils.errors import UserError
 
@@ -83,10 +82,16 @@ def is_first_process() -> bool:
     return rank_and_world()[0] == 0
 
 
-def say(line: str) -> None:
-    """Print a line to stderr, once whatever the number of ranks, without breaking a progress bar."""
-    if rank_and_world()[0] == 0:
-        tqdm.write(line, file=sys.stderr)
+class _FirstProcessLogger(logging.LoggerAdapter):
+    """Drops every message but the first process's: all processes come to the same ones."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        return rank_and_world()[0] == 0 and super().isEnabledFor(level)
+
+
+def get_logger(name: str) -> logging.LoggerAdapter:
+    """Return a module's logger, which is heard once whatever the number of processes."""
+    return _FirstProcessLogger(logging.getLogger(name))
 
 
 def broadcast(value: Any) -> Any:

@@ -13,8 +13,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from lora_null.utils.distributed import say
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
+
+logger = get_logger(__name__)
 
 # Families without rotary positions and without a table: convolutions, states or a bias by distance carry the order, or
 # the positions are computed. Their `max_position_embeddings` is what they were trained on.
@@ -130,5 +132,5 @@ def fit_windows(asked: int, default: int, limit: PositionLimit | None, key: str)
         return asked
     if asked != default:
         raise UserError(f"{key}: {asked} tokens are too long, {limit}; at most {limit.tokens}")
-    say(f"{key}: {limit.tokens} tokens instead of {asked}, {limit}")
+    logger.warning(f"{key}: {limit.tokens} tokens instead of {asked}, {limit}")
     return limit.tokens

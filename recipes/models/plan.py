@@ -34,7 +34,7 @@ class MethodPlan:
         trainable: parameters that train.
         saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
         saves: "adapter" or "model".
-        gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer or of all; 0 where none are.
+        gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
     """
 
@@ -122,7 +122,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         trainable=trainable,
         saved=saved,
         saves=method.saves,
-        gram_bytes=_gram_bytes(layers, layer_by_layer=method.layer_by_layer) if method.needs_gram else 0,
+        gram_bytes=_gram_bytes(layers) if method.needs_gram else 0,
         extra_bytes=4 * held + (12 + method.state_bytes) * trainable,
     )
 
@@ -153,8 +153,8 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
         raise UserError(f"method: {str(error).splitlines()[0]}") from None
 
 
-def _gram_bytes(layers: dict[str, LoraLayer], *, layer_by_layer: bool) -> int:
-    """Return the bytes of one float64 Gram per distinct input: of the whole model, or of its largest decoder layer.
+def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
+    """Return the bytes of one float64 Gram per distinct input of the largest decoder layer.
 
     Which modules share an input is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
     """
@@ -162,7 +162,7 @@ def _gram_bytes(layers: dict[str, LoraLayer], *, layer_by_layer: bool) -> int:
     held: dict[str, int] = {}
     for name, layer in layers.items():
         if name.rpartition(".")[2] not in shared:
-            block = re.match(r".*?\.\d+\.|", name)[0] if layer_by_layer else ""
+            block = re.match(r".*?\.\d+\.|", name)[0]
             held[block] = held.get(block, 0) + 8 * layer.in_features**2
     return max(held.values(), default=0)
 

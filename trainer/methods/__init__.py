@@ -10,7 +10,9 @@ A method is added by writing one more class under `@method`, in a file of this f
         name = "mine"
         def config(self, **adapter): ...        # what is put on the model
         def prepare(self, model): ...           # what of it does not train
-        def compute(self, trainer, calibration): ...  # its initial factors, from weights and measured inputs
+        def rule_for(self, options): ...        # its initial factors, layer by layer, from weights and measured inputs
+        def training_batches(self, trainer): ...  # or what `compute(trainer, batches)` looks at, the model as a whole
+        def apply(self, model, tensors): ...    # the model as it is before the first step
         def callbacks(self): ...                # what happens after a step
         def save(self, model, directory): ...   # a plain adapter for the original model
 
@@ -27,10 +29,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
+
+from lora_null.config import LoraNullConfig
+from lora_null.layer import active_adapter
 from lora_null.trainer.methods.base import METHODS, Method, adapter_parameters, method
 from lora_null.utils.errors import UserError, nearest
 
-__all__ = ["METHODS", "Method", "adapter_parameters", "check_base", "load_method_file", "make_method", "method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "adapter_parameters",
+    "check_base",
+    "load_method_file",
+    "make_method",
+    "method",
+    "method_of",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -53,6 +69,12 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         return kind(**options)
     except TypeError:
         raise UserError(f"method.options.{name}: a value is of the wrong type in {options}") from None
+
+
+def method_of(model: nn.Module) -> Method:
+    """Return the method that a fresh adapter's config stands for; plain LoRA's where it stands for none."""
+    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+    return make_method(f"lora-null-{config.variant}") if isinstance(config, LoraNullConfig) else Method()
 
 
 def load_method_file(path: str) -> list[str]:

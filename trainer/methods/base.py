@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from lora_null.calibration import Calibration
+    from lora_null.solver import Rule
+    from lora_null.start import InitOptions
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -40,8 +42,7 @@ class Method:
     Attributes:
         name: what `--method` calls it.
         saves: "adapter", a plain LoRA for the original model, or "model", a whole one.
-        needs_gram: whether `compute` reads Gram matrices, not only sketches, of the calibration inputs.
-        layer_by_layer: whether it holds the Grams of one decoder layer at a time, not of all.
+        needs_gram: whether its rule reads Gram matrices, not only sketches, of the calibration inputs.
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
         sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
@@ -51,7 +52,6 @@ class Method:
     name: ClassVar[str] = "lora"
     saves: ClassVar[Literal["adapter", "model"]] = "adapter"
     needs_gram: ClassVar[bool] = False
-    layer_by_layer: ClassVar[bool] = False
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
@@ -79,24 +79,34 @@ class Method:
     def check(self, model: nn.Module) -> None:
         """Refuse, on the model without weights, what the method cannot start from (UserError)."""
 
-    def compute(self, trainer: Trainer, calibration: Calibration) -> dict[str, torch.Tensor]:
-        """Return what has to be kept to start the model again in the same bits; nothing for LoRA's own start.
+    def rule_for(self, options: InitOptions) -> Rule | None:
+        """Return how A0 and B0 of a layer follow from its weight and its input; None where they do not."""
+        return None
+
+    def training_batches(self, trainer: Trainer) -> list[dict[str, torch.Tensor]] | None:
+        """Return the training batches that `compute` looks at; None for a method that computes nothing from them."""
+        return None
+
+    def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.
 
         Args:
-            trainer: the model on its device, the training batches.
-            calibration: the inputs of `layers`, measured; with Grams where `needs_gram`.
+            trainer: the model on its device.
+            batches: what `training_batches` returned.
         """
-        return {}
+        raise NotImplementedError
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write into the model what `compute` returned, now or, on resuming, in an earlier process."""
+        """Make the model what it is before the first step: its factors are those of `rule_for`, or write `tensors`.
 
-    def drift_meter(self, model: nn.Module, measured: Calibration | Path) -> DriftMeter | WeightDriftMeter:
-        """Return what follows the drift of `layers`, from measured inputs or from the probes in an earlier run's file."""
-        name = active_adapter(model)
-        if isinstance(measured, Path):
-            return DriftMeter.load(measured, model, adapter_name=name)
-        return DriftMeter(model, measured, adapter_name=name)
+        Args:
+            model: with its adapter.
+            tensors: what `compute` returned, now or, on resuming, in an earlier process.
+        """
+
+    def drift_meter(self, model: nn.Module, calibration: Calibration) -> DriftMeter | WeightDriftMeter:
+        """Return what follows the drift of `layers` from here, the start: their inputs were measured."""
+        return DriftMeter(model, calibration, adapter_name=active_adapter(model))
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return what happens around the optimizer's steps; `save_state(folder)` of one keeps in checkpoints what it knows."""

@@ -14,9 +14,9 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.osf import OSFLayer
 from torch import nn
 
-from lora_null.calibration import Calibration
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import active_adapter, adapted_layers
+from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
@@ -62,8 +62,10 @@ class EVA(Method):
     def saved_rank(self, r: int) -> int:
         return round(self.rho * r)
 
-    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
-        batches = training_batches(trainer, self.rows, self.batch_rows)
+    def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
+        return first_batches(trainer, self.rows, self.batch_rows)
+
+    def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         needed = self.rho * trainer.model.peft_config[active_adapter(trainer.model)].r
         answers = [int((batch["labels"] != -100).sum()) for batch in batches]
         if min(answers) < needed:
@@ -108,11 +110,17 @@ class LoRAGA(ResidualMethod):
         super().check(model)
         check_room(model, 2)
 
-    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
+    def rule_for(self, options: InitOptions) -> None:
+        """Return None: the gradient of the loss needs the whole model."""
+
+    def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
+        return first_batches(trainer, self.rows, self.batch_rows)
+
+    def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
         layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
         with preserve(trainer.model):
-            self._take_gradients(trainer, layers)
+            self._take_gradients(trainer, layers, batches)
             for name, layer in layers.items():
                 base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
                 original, dtype = base.weight.data.clone(), A.weight.dtype
@@ -126,9 +134,19 @@ class LoRAGA(ResidualMethod):
                 dist.broadcast(tensor, src=0)
         return tensors
 
-    def _take_gradients(self, trainer: Any, layers: Mapping[str, nn.Module]) -> None:
+    @torch.no_grad()
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        adapter = active_adapter(model)
+        for name, layer in self.layers(model).items():
+            layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
+            layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
+        super().apply(model, tensors)
+
+    def _take_gradients(
+        self, trainer: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, torch.Tensor]]
+    ) -> None:
         def train_step() -> None:
-            for batch in training_batches(trainer, self.rows, self.batch_rows):
+            for batch in batches:
                 trainer.model(**batch).loss.backward()
 
         bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
@@ -184,7 +202,7 @@ class OSF(WeightMethod):
         return sum(parameter.numel() for name, parameter in base.named_parameters() if "osf_" not in name)
 
 
-def training_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
+def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
     """Return the first training rows, tokenized and collated as the trainer does, on the model's device."""
     data, device = trainer.train_dataset, next(trainer.model.parameters()).device
     taken = [data[i] for i in range(min(rows, len(data)))]

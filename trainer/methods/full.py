@@ -22,11 +22,8 @@ class WeightMethod(Method):
     quantized_base = False
     ranked = False
 
-    def drift_meter(self, model: nn.Module, measured: Calibration | Path) -> WeightDriftMeter:
-        layers = self.layers(model)
-        if isinstance(measured, Path):
-            return WeightDriftMeter.load(measured, layers)
-        return WeightDriftMeter(layers, measured)
+    def drift_meter(self, model: nn.Module, calibration: Calibration) -> WeightDriftMeter:
+        return WeightDriftMeter(self.layers(model), calibration)
 
 
 @method

@@ -1,15 +1,19 @@
-"""LoRA-Null, which the trainer itself initializes (`lora_null.initialize`), on all ranks together."""
+"""LoRA-Null: A0 and B0 from the null space of the calibration activations (`lora_null.initialize`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import nn
 
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import check_layers
+from lora_null.initialize import check_layers, settle_adapter
 from lora_null.layer import active_adapter
+from lora_null.solver import NullSpace
+from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -18,7 +22,7 @@ class LoRANullV1(Method):
     """A0 and B0 from the null space, base W0 − s·B0A0; A and B train."""
 
     name = "lora-null-v1"
-    needs_gram = layer_by_layer = True
+    needs_gram = True
 
     def config(self, **adapter: Any) -> PeftConfig:
         return LoraNullConfig(variant=self.name[-2:], **adapter)
@@ -28,6 +32,12 @@ class LoRANullV1(Method):
 
     def check(self, model: nn.Module) -> None:
         check_layers(model, self.layers(model), active_adapter(model))
+
+    def rule_for(self, options: InitOptions) -> NullSpace:
+        return NullSpace(options.solver, options.seed)
+
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        settle_adapter(model, active_adapter(model))
 
 
 @method

@@ -7,29 +7,33 @@ but rewrites the base for good and saves factors that belong to W0 − s·B0A0 u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftConfig
 from torch import nn
 
-from lora_null.calibration import Calibration, InputStats
+from lora_null.calibration import InputStats
 from lora_null.config import ResidualLoraConfig
+from lora_null.factors import LayerStart
 from lora_null.initialize import sharing
 from lora_null.layer import active_adapter
 from lora_null.residual import subtract_residuals
+from lora_null.solver import Rule
+from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
-from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.quantized import weight_of
 
 
 class ResidualMethod(Method):
-    """The common part; a subclass computes `part`."""
+    """What these methods have in common; a subclass computes `factors`."""
 
     quantized_base = False
+
+    @property
+    def rule(self) -> str:
+        return self.name
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(**adapter)
@@ -49,40 +53,37 @@ class ResidualMethod(Method):
             if layer.r[adapter] > smallest:
                 raise UserError(f"r: {layer.r[adapter]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def rule_for(self, options: InitOptions) -> Rule | None:
+        return self
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""
+        prepared = self.prepare_input(inputs)
+
+        def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
+            weight = weight.double()
+            A, B = self.factors(weight, r, prepared)
+            root = scaling**0.5
+            energy = ((A @ A.T) * (B.T @ B)).sum() / weight.square().sum()  # ‖BA‖² from two r × r products
+            return LayerStart(A / root, B / root, self.name, energy=float(energy))
+
+        return start
+
+    def prepare_input(self, inputs: InputStats) -> Any:
+        """Return what all layers that read an input have in common, measured where `needs_gram`."""
+
+    def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (r, d_in) and B (d_out, r), float64, whose product leaves the base.
 
         Args:
             weight: W0, (d_out, d_in) float64.
             r: the rank.
-            inputs: what the layer reads, measured, where `needs_gram`.
+            prepared: what `prepare_input` returned.
         """
         raise NotImplementedError
 
-    @torch.no_grad()
-    def compute(self, trainer: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
-        """Return the factors of all layers, rounded as they are stored; the ranks take turns at the layers."""
-        adapter, (rank, world) = active_adapter(trainer.model), rank_and_world()
-        tensors = {}
-        for index, (name, layer) in enumerate(self.layers(trainer.model).items()):
-            A, B = (torch.empty_like(factor[adapter].weight) for factor in (layer.lora_A, layer.lora_B))
-            if index % world == rank:
-                inputs = calibration.input_of(name) if self.needs_gram else None
-                found = self.part(weight_of(layer).double(), layer.r[adapter], inputs)
-                for factor, value in zip((A, B), found):
-                    factor.copy_(value / layer.scaling[adapter] ** 0.5)
-            for factor in (A, B) if world > 1 else ():
-                dist.broadcast(factor, src=index % world)
-            tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-        return tensors
-
-    @torch.no_grad()
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        adapter = active_adapter(model)
-        for name, layer in self.layers(model).items():
-            layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
-            layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
-        subtract_residuals(model, adapter)
+        subtract_residuals(model, active_adapter(model))
 
 
 @method
@@ -91,7 +92,7 @@ class PiSSA(ResidualMethod):
 
     name = "pissa"
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return _balanced(U[:, :r], S[:r], Vh[:r])
 
@@ -102,7 +103,7 @@ class MiLoRA(ResidualMethod):
 
     name = "milora"
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return _balanced(U[:, -r:], S[-r:], Vh[-r:])
 
@@ -123,8 +124,11 @@ class CorDA(ResidualMethod):
     name = "corda"
     needs_gram = True
 
-    def part(self, weight: torch.Tensor, r: int, inputs: InputStats | None) -> tuple[torch.Tensor, torch.Tensor]:
-        covariance, inverse = invertible(inputs.gram / inputs.tokens)
+    def prepare_input(self, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        return invertible(inputs.gram / inputs.tokens)
+
+    def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        covariance, inverse = prepared
         U, S, Vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
         A, B = _balanced(U[:, -r:], S[-r:], Vh[-r:] @ inverse)
         scale = (B.norm() / A.norm()).sqrt()

@@ -1,0 +1,499 @@
+"""What a run starts from: computed from weights and measured inputs, layer by layer where a method allows it.
+
+`compute_start` serves every method. It leaves the result in one folder, in one format (`lora_null.store`), and takes an
+equal one from the cache, from a killed run or from an earlier one; `load_start` starts a model from such a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_null import store
+from lora_null.calibration import (
+    Calibration,
+    InputStats,
+    LoadBalance,
+    NotFinite,
+    checked_batches,
+    count_tokens,
+    measure_inputs,
+)
+from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
+from lora_null.factors import LayerStats
+from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.solver import NullSpace, PartSolver, Rule
+from lora_null.store import SolvedPart
+from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import is_quantized, stored_statistics
+
+logger = get_logger(__name__)
+
+MIN_TOKENS = 256
+WHAT = "initialization"
+ALL = "all"  # the one part of a model that is not walked layer by layer
+Form = Literal["auto", "layers", "hooks"]
+
+
+@dataclass
+class LayerReport:
+    """How the initialization went, layer by layer.
+
+    Attributes:
+        layers: one `LayerStats` per adapted linear, in the model's order.
+        seconds: wall time of the parts: calibrate (forward passes and Grams, of what was reused too), solve, all.
+        tokens: calibration tokens.
+        base: fingerprint of the base it was made for.
+        key: of the initialization, a hash of all that decided it.
+        rule: the name of what gave the factors; empty where nothing was computed layer by layer.
+    """
+
+    layers: list[LayerStats] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    base: str = ""
+    key: str = ""
+    rule: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        layers = [layer.to_json() for layer in self.layers]
+        return {
+            "tokens": self.tokens,
+            "base": self.base,
+            "key": self.key,
+            "rule": self.rule,
+            "seconds": self.seconds,
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> LayerReport:
+        return cls(**{**raw, "layers": [LayerStats.from_json(line) for line in raw["layers"]]})
+
+    def __str__(self) -> str:
+        told = f"{len(self.layers)} layers from {self.tokens} tokens in {self.seconds['all']:.1f} s"
+        leaks = [layer for layer in self.layers if layer.leakage is not None]
+        if not leaks:
+            return f"{self.rule}: {told}"
+        worst = max(leaks, key=lambda layer: layer.leakage)
+        told += f"; leakage at most {worst.leakage:.1e} ({worst.name})"
+        energies = [layer.energy for layer in self.layers if layer.energy is not None]
+        share = f", {sum(energies) / len(energies):.2%} of the weights' energy" if energies else ""
+        return f"{'LoRA-Null' if self.rule == NullSpace.rule else self.rule}: {told}{share}"
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """How to initialize; the defaults are right for a model that is whole on one device.
+
+    Attributes:
+        solver: see `bottom_eigenspace`.
+        form: "layers" walks the decoder layer by layer, "hooks" runs the whole model with hooks, "auto" takes layers
+            where the model is a chain of decoder layers.
+        device: where layers run and are solved; None: where their weights are.
+        weights: the files to read layers from, for a model without weights (meta device).
+        min_tokens: fewest calibration tokens to accept.
+        seed: of the drift sketch and of the choice within a null space larger than r.
+        cache: keep the result in the cache folder, and reuse an equal one.
+        progress: show progress bars (on rank 0).
+    """
+
+    solver: str = "auto"
+    form: Form = "auto"
+    device: torch.device | None = None
+    weights: WeightFiles | None = None
+    min_tokens: int = MIN_TOKENS
+    seed: int = 0
+    cache: bool = False
+    progress: bool = True
+
+
+DEFAULTS = InitOptions()
+
+
+@dataclass
+class WholeModel:
+    """What a method computes of the model as a whole, instead of layer by layer.
+
+    Attributes:
+        rule: its name and settings, a part of what an initialization is known by.
+        batches: the training batches that it looks at; they decide the result.
+        compute: returns the tensors that start the model again in the same bits.
+    """
+
+    rule: str
+    batches: Sequence[Mapping[str, Any]]
+    compute: Callable[[], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Start:
+    """What `compute_start` found or read.
+
+    Attributes:
+        report: layer by layer; without lines where nothing was computed so.
+        calibration: the measured inputs, without Grams, for a drift meter.
+        tensors: what was computed of the model as a whole.
+    """
+
+    report: LayerReport
+    calibration: Calibration
+    tensors: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def compute_start(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]] | None,
+    options: InitOptions = DEFAULTS,
+    *,
+    rule: Rule | None = None,
+    whole: WholeModel | None = None,
+    adapter_name: str = "default",
+    folder: Path | None = None,
+) -> Start:
+    """Measure what the layers read, and compute their start; factors that a rule gives are written into them.
+
+    Under `torch.distributed` all ranks call this together with the same arguments.
+
+    Args:
+        model: the model, or the PEFT model around it.
+        layers: name → the layer that changes; LoRA layers where there is a `rule`.
+        batches: dicts with `input_ids` and `attention_mask`, (batch, length) each; None where nothing is measured.
+        options: how.
+        rule: gives A0 and B0 of a layer from its weight and its input; None measures alone.
+        whole: what is computed of the model as a whole instead.
+        adapter_name: the adapter.
+        folder: where to leave the result for `load_start`; with `options.cache` also in the cache.
+
+    Raises:
+        UserError: calibration data that cannot carry it, a weight that the rule cannot factor, ranks that differ.
+    """
+    start = time.perf_counter()
+    min_tokens = options.min_tokens if rule is not None and rule.needs_gram else 1
+    batches = together(lambda: [] if batches is None else checked_batches(batches, min_tokens), what=WHAT)
+    base = fingerprint_of(model, options.weights, layers if rule is not None else {})
+    name = rule.rule if rule is not None else ""
+    key = _key(base, layers, adapter_name, batches, options, whole, name)
+    path = store.cached_folder(key) if options.cache else folder
+    with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
+        if options.cache and rank_and_world()[0] == 0:
+            stack.enter_context(store.in_use(path))
+        done = on_first_rank(lambda: _done(path, key))
+        if rule is not None:
+            solver = PartSolver(layers, adapter_name, rule)
+            _say_what_is_reused(done, layers, path)
+            parts = _solve_layers(stack, model, batches, options, done, solver, path, key)
+        else:
+            parts = done or {ALL: _measured_alone(model, layers, batches, options, whole, key)}
+            if path and not done and rank_and_world()[0] == 0:
+                store.write_part(path, ALL, parts[ALL])
+        seconds = {"solve": solver.seconds if rule is not None else 0.0, "all": time.perf_counter() - start}
+        report = _report(parts, layers if rule is not None else {}, seconds)
+        report.tokens, report.base, report.key, report.rule = count_tokens(batches), base, key, name
+        on_first_rank(lambda: _finish(report, path, folder))
+    return _start_of(report, parts)
+
+
+def _solve_layers(
+    stack: contextlib.ExitStack,
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    options: InitOptions,
+    done: Mapping[str, SolvedPart],
+    solver: PartSolver,
+    path: Path | None,
+    key: str,
+) -> dict[str, SolvedPart]:
+    """Solve all layers, each part written to the folder as soon as it is there."""
+    parts: dict[str, SolvedPart] = {}
+    a_round = 1 if options.weights is not None else solver.parts_a_round()  # a layer's weights stay while it is solved
+    measured = _parts(model, solver.layers, batches, options, done, solver.rule.needs_gram)
+    solved = _solved(stack.enter_context(contextlib.closing(measured)), solver, a_round, done)
+    try:
+        for name, part in stack.enter_context(contextlib.closing(solved)):
+            parts[name] = part
+            part.key = key
+            if path and name not in done and rank_and_world()[0] == 0:
+                store.write_part(path, name, part)
+    except NotFinite as error:
+        raise _with_cause(error, solver.layers) from None
+    return parts
+
+
+def _measured_alone(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: list[Mapping[str, Any]],
+    options: InitOptions,
+    whole: WholeModel | None,
+    key: str,
+) -> SolvedPart:
+    calibration = Calibration()
+    if batches:
+        calibration = measure_inputs(model, layers, batches, gram=False, seed=options.seed, progress=options.progress)
+    with torch.enable_grad():
+        tensors = whole.compute() if whole is not None else {}
+    return SolvedPart({}, {}, calibration, [], tensors, key)
+
+
+def _start_of(report: LayerReport, parts: Mapping[str, SolvedPart]) -> Start:
+    calibration, tensors = Calibration(), {}
+    for part in parts.values():
+        calibration.add(part.measured)
+        tensors |= part.tensors
+    return Start(report, calibration, tensors)
+
+
+@torch.no_grad()
+def load_start(
+    folder: Path,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    *,
+    rule: str = "",
+    adapter_name: str = "default",
+) -> Start:
+    """Start a model from what `compute_start` left in a folder: the same bits, nothing calibrated or computed.
+
+    Args:
+        folder, model, layers, adapter_name: as in `compute_start`.
+        rule: the name of the rule that has to have given the factors.
+
+    Raises:
+        UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
+    """
+    report = LayerReport.from_json(store.read_report(folder))
+    if report.rule != rule:
+        raise UserError(f"{folder}: holds a start by {report.rule or 'no rule'}, this run starts by {rule or 'none'}")
+    if report.base != fingerprint_of(model):
+        raise UserError(f"{folder}: was written for other base weights than these")
+    parts = {name: part for name, part in store.read_parts(folder).items() if part.key == report.key}
+    if rule:
+        _check_parts(folder, parts, layers, adapter_name)
+    for part in parts.values():
+        _write_factors(part, layers, adapter_name)
+    return _start_of(report, parts)
+
+
+def _check_parts(
+    folder: Path, parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], adapter_name: str
+) -> None:
+    found = {name: part for part in parts.values() for name in part.factors}
+    if set(found) != set(layers):
+        raise UserError(f"{folder}: was written for other modules than this model adapts")
+    for name, layer in layers.items():
+        rank, scaling = len(found[name].factors[name][0]), found[name].scaling[name]
+        if (rank, scaling) != (layer.r[adapter_name], layer.scaling[adapter_name]):
+            raise UserError(
+                f"{folder}: {name} was written for rank {rank} and scaling {scaling:g}, this run asks for rank "
+                f"{layer.r[adapter_name]} and scaling {layer.scaling[adapter_name]:g}"
+            )
+
+
+def _done(path: Path | None, key: str) -> dict[str, SolvedPart]:
+    """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
+    if path is None:
+        return {}
+    store.clear_others(path, key)
+    return store.read_parts(path)
+
+
+def fingerprint_of(
+    model: nn.Module, weights: WeightFiles | None = None, nonzero: Mapping[str, LoraLayer] = MappingProxyType({})
+) -> str:
+    """Return the fingerprint of a base: its config and its weights, in memory or still in their files.
+
+    Args:
+        model: the base, or a PEFT model around it.
+        weights: the files, for a model without weights (meta device).
+        nonzero: layers whose weight must not be zero.
+
+    Raises:
+        UserError: as `check_whole`; such a weight is zero; the ranks have different weights.
+    """
+    if weights is None:
+        check_whole(model)
+    model = getattr(model, "get_base_model", lambda: model)()
+    adapted = {f"{name}.weight": name for name, x in nonzero.items() if not is_quantized(x.get_base_layer())}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for owned in base_tensors(model):
+            stored = weights.of(owned) if weights is not None else None
+            tensor = owned.tensor if stored is None else stored
+            if owned.key in adapted and not (tensor[:1].any() or tensor.any()):
+                name = adapted[owned.key]
+                raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
+            if owned.saved:
+                yield owned.key, tensor
+            elif not _changes(model, owned):
+                # Computed anew wherever a model is loaded: the last digits differ between devices.
+                yield owned.key, tensor.bfloat16() if tensor.is_floating_point() else tensor
+        yield from stored_statistics(model)
+
+    config = store.computation(getattr(model, "config", None))
+    found = all_gather(together(lambda: store.fingerprint(tensors(), config), what=WHAT))
+    if len(set(found)) > 1:
+        raise UserError(
+            "initialization: the base weights differ between the processes; every process has to load them"
+        )
+    return found[0]
+
+
+def _changes(model: nn.Module, owned: Owned) -> bool:
+    """Return whether a buffer is one that rotary positions of changing length rewrite in a forward pass."""
+    if not owned.leaf.endswith("inv_freq") or owned.leaf.startswith("original"):
+        return False
+    kinds = getattr(model.get_submodule(owned.key.rpartition(".")[0]), "rope_type", "")
+    return any(
+        "dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
+
+
+def _with_cause(error: NotFinite, layers: Mapping[str, LoraLayer]) -> UserError:
+    """Return the mistake with the weight that it comes from, where that is one of the adapted ones."""
+    weights = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
+    bad = next((name for name, w in weights if not w.is_meta and not w.isfinite().all()), None)
+    return UserError(f"{error}" if bad is None else f"{error}; the weight of {bad} holds NaN or infinite numbers")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse, on all ranks together, a model of which some rank has only a piece, or nothing, of a weight.
+
+    Raises:
+        UserError: naming the parameter, and what makes engines load a model whole.
+    """
+    mine = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
+    name = next(filter(None, all_gather(mine)), None)
+    if name is not None:
+        raise UserError(
+            f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
+            "it whole (FSDP: fsdp_cpu_ram_efficient_loading: false; ZeRO-3: load it before the training arguments are made)"
+        )
+
+
+def _key(
+    base: str,
+    layers: Mapping[str, nn.Module],
+    adapter_name: str,
+    batches: list[Mapping[str, Any]],
+    options: InitOptions,
+    whole: WholeModel | None,
+    rule: str,
+) -> str:
+    settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(options.device)}
+    settings |= {"rule": rule, "whole": whole.rule if whole is not None else ""}
+    looked_at = [*batches, *(whole.batches if whole is not None else ())]
+    keys = all_gather(store.initialization_key(base, layers, adapter_name, looked_at, **settings))
+    if len(set(keys)) > 1:
+        raise UserError(
+            "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
+        )
+    return keys[0]
+
+
+def _say_what_is_reused(done: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
+    found = sum(len(part.factors) for part in done.values())
+    if found == len(layers):
+        logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
+    elif found:
+        logger.info(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
+
+
+def _parts(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    batches: list[Mapping[str, Any]],
+    options: InitOptions,
+    done: Mapping[str, SolvedPart],
+    gram: bool,
+) -> Iterator[tuple[str, Calibration | None]]:
+    """Yield what is measured, part by part; None for a part that is done."""
+    if sum(len(part.factors) for part in done.values()) == len(layers):
+        yield from ((name, None) for name in done)
+        return
+    if not batches:
+        part = Calibration([_unmeasured(name, layer) for name, layer in layers.items()])
+        LoadBalance().assign(part.inputs)
+        yield ALL, part
+        return
+    common: dict[str, Any] = {"gram": gram, "min_tokens": options.min_tokens, "seed": options.seed}
+    common["progress"] = options.progress
+    if options.form != "hooks":
+        try:
+            walk = walk_layers(
+                model,
+                layers,
+                batches,
+                device=options.device,
+                weights=options.weights,
+                skip=done.__contains__,
+                **common,
+            )
+            yield from walk
+            return
+        except DoesNotFit as reason:
+            if options.form == "layers" or options.weights is not None:
+                raise UserError(f"initialization: this model cannot be walked layer by layer, {reason}") from None
+            logger.warning(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
+    part = measure_inputs(model, layers, batches, **common)
+    LoadBalance().assign(part.inputs)
+    yield ALL, part
+
+
+def _unmeasured(name: str, layer: LoraLayer) -> InputStats:
+    weight = layer.get_base_layer().weight
+    return InputStats([name], None, torch.zeros(layer.in_features, 0, dtype=torch.float64, device=weight.device))
+
+
+def _solved(
+    measured: Iterable[tuple[str, Calibration | None]],
+    solver: PartSolver,
+    a_round: int,
+    done: Mapping[str, SolvedPart],
+) -> Iterator[tuple[str, SolvedPart]]:
+    """Solve the parts in rounds of as many as are worth it; write those that are done into their layers."""
+    waiting: list[tuple[str, Calibration]] = []
+    for name, part in measured:
+        if part is None:
+            _write_factors(done[name], solver.layers, solver.adapter_name)
+            yield name, done[name]
+            continue
+        waiting.append((name, part))
+        if len(waiting) == a_round:
+            yield from solver.solve(waiting)
+            waiting = []
+    yield from solver.solve(waiting)
+
+
+def _report(
+    parts: Mapping[str, SolvedPart], layers: Mapping[str, nn.Module], seconds: Mapping[str, float]
+) -> LayerReport:
+    lines = {line.name: line for part in parts.values() for line in part.stats}
+    times = {"calibrate": sum(part.measured.seconds for part in parts.values()), **seconds}
+    return LayerReport([lines[name] for name in layers], times)
+
+
+def _finish(report: LayerReport, path: Path | None, folder: Path | None) -> None:
+    if path is not None:
+        store.finish(path, report.to_json())
+        store.prune_cache(path)
+    if path is not None and folder is not None and path != folder:
+        store.copy_store(path, folder)
+
+
+def _write_factors(part: SolvedPart, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    for name, (A, B) in part.factors.items():
+        layers[name].lora_A[adapter_name].weight.copy_(A)
+        layers[name].lora_B[adapter_name].weight.copy_(B)
