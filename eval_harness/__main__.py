@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("command", choices=["judge"])
     made.add_argument("answers", help="answers in FastChat's format")
     made.add_argument("--questions", required=True, help="MT-Bench's questions")
-    made.add_argument("--references", help="reference answers, for maths, reasoning and coding")
+    made.add_argument("--references", help="reference answers, for math, reasoning and coding")
     made.add_argument("--model", required=True, help="the judge")
     made.add_argument("--base-url", default=OPENAI, help="an OpenAI-compatible endpoint (default: %(default)s)")
     made.add_argument(

@@ -1,4 +1,4 @@
-"""Answers to maths problems: taken out of a solution, and compared with the right one.
+"""Answers to math problems: taken out of a solution, and compared with the right one.
 
 extract_answer("So 3 + 4 = 7.\\nThe answer is: 7")   # "7"
 same_number("$1,200.00", "1200")                      # GSM8K

@@ -22,9 +22,7 @@ _HOME = {"LoraNullConfig": "config", "LayerReport": "initialize", "initialize_lo
 _HOME["UserError"] = "utils.errors"
 
 _folder = Path(__file__).parent
-if not (
-    _folder / "recipes"
-).is_dir():  # a checkout whose links were not made (Windows): the folders lie beside this one
+if (_folder / "recipes").is_file():  # a checkout whose links were not made (Windows): the folders lie beside this one
     __path__.append(str(_folder.resolve().parent))
 
 for _name in ("backends.cpu.ops", "autograd._functions"):

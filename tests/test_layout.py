@@ -1,94 +1,131 @@
-"""The tree itself: who may import whom, and that both kinds of install find every folder."""
+"""The tree itself: who may import whom, and that every way of installing finds every folder."""
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = {"lora_null": "lora_null", "trainer": "lora_null.trainer", "eval_harness": "lora_null.eval_harness"}
-PARTS |= {"recipes": "lora_null.recipes"}
+LINKED = ("recipes", "trainer", "eval_harness")
 MAY_IMPORT = {"lora_null": set(), "trainer": set(), "eval_harness": set(), "recipes": {"trainer", "eval_harness"}}
-WITHOUT_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-IMPORT_ALL = "import lora_null.recipes.grid, lora_null.recipes.report, lora_null.trainer, lora_null.eval_harness; "
+FIND = "import importlib.util as i, sys; print(*[i.find_spec(f'lora_null.{n}').origin for n in sys.argv[1:]])"
+NO_CHECKOUT = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "venv", ".venv")
 
 
-def imported_parts(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported_folders(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
-            yield from (part for part, package in PARTS.items() if part != "lora_null" and name.startswith(package))
+            yield from (folder for folder in LINKED if f"{name}.".startswith(f"lora_null.{folder}."))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_data_flows_one_way(part):
-    for file in sorted((ROOT / part).rglob("*.py")):
-        if file.is_relative_to(ROOT / "lora_null" / "commands"):  # they stand above all parts
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_data_flows_one_way(folder):
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        if file == ROOT / "lora_null" / "__main__.py":  # the command stands above all folders
             continue
-        assert set(imported_parts(file)) - {part} <= MAY_IMPORT[part], file
+        assert set(imported_folders(file)) - {folder} <= MAY_IMPORT[folder], file
 
 
-def test_every_package_folder_is_installed():
-    import tomllib
-
-    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent for part in PARTS for path in (ROOT / part).rglob("__init__.py")}
-    names = {PARTS[folder.relative_to(ROOT).parts[0]] for folder in folders}
-    nested = {".".join([PARTS[f.relative_to(ROOT).parts[0]], *f.relative_to(ROOT).parts[1:]]) for f in folders}
-    assert declared == names | nested
+def test_links_lead_to_the_folders_of_the_root():
+    for folder in LINKED:
+        assert (ROOT / "lora_null" / folder).is_symlink()
+        assert (ROOT / "lora_null" / folder).resolve() == ROOT / folder
 
 
-def test_editable_install_works_from_anywhere(tmp_path):
-    code = IMPORT_ALL + "print(lora_null.recipes.__file__)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def copied(target):
+    """Copy the checkout, links as links: builds leave files, and take in what earlier ones left."""
+    return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=NO_CHECKOUT))
+
+
+def run_python(*words, cwd, path=None):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
+    run = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
 
 
-def test_wheel_holds_everything_and_works_in_and_outside_the_checkout(tmp_path):
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+def found_from(cwd, path):
+    """Return the folders from which a process in `cwd`, with `path` on PYTHONPATH, would import."""
+    return [Path(origin).parent for origin in run_python("-c", FIND, *LINKED, cwd=cwd, path=path).split()]
+
+
+def built(checkout, kind, target):
+    """Build a wheel, an editable wheel or an sdist with setuptools, as pip does, and return its path."""
+    target.mkdir(exist_ok=True)
+    run_python("-c", f"from setuptools.build_meta import build_{kind} as b; b({str(target)!r})", cwd=checkout)
+    (path,) = target.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return path
+
+
+def names_in(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        held = set(archive.namelist())
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return copied(tmp_path_factory.mktemp("built") / "checkout")
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout):
+    return built(checkout, "wheel", checkout.parent / "wheel")
+
+
+def test_the_wheel_holds_every_file(wheel):
+    expected = {"lora_null/eval_harness/task_files/README.md", "lora_null/recipes/samples/README.md"}
+    for folder in MAY_IMPORT:
+        inside = Path("lora_null") if folder == "lora_null" else Path("lora_null", folder)
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
+                expected.add((inside / path.relative_to(ROOT / folder)).as_posix())
+    assert names_in(wheel) == expected
+    assert {
+        "lora_null/py.typed",
+        "lora_null/recipes/quickstart.yaml",
+        "lora_null/trainer/methods/roselora.py",
+    } <= expected
+
+
+def test_the_wheel_works_in_and_outside_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    for name in (
-        "recipes/quickstart.yaml",
-        "recipes/shapes.json",
-        "recipes/samples/README.md",
-        "recipes/samples/wikitext_test.jsonl",
-        "recipes/study.yaml",
-        "recipes/report/paper_tables.csv",
-        "trainer/methods/roselora.py",
-        "recipes/report/page.html.j2",
-        "recipes/report/table.md.j2",
-        "commands/model_card.md.j2",
-        "recipes/presets/default.yaml",
-        "eval_harness/sandbox_child.py",
-        "eval_harness/judge_prompts.json",
-        "eval_harness/task_files/math/metamath_gsm8k.yaml",
-        "eval_harness/task_files/code/utils.py",
-    ):
-        assert f"lora_null/{name}" in held
-    assert not any(name.startswith(("tests/", "recipes/")) for name in held)
-    where = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    code = WITHOUT_EDITABLE + IMPORT_ALL + "print(lora_null.recipes.__file__)"
-    for folder, home in ((tmp_path, tmp_path / "site" / "lora_null" / "recipes"), (ROOT, ROOT / "recipes")):
-        run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=where, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert Path(run.stdout.strip()).parent == home
+    for folder, home in ((tmp_path, tmp_path / "site"), (ROOT, ROOT)):
+        assert found_from(folder, tmp_path / "site") == [home / "lora_null" / name for name in LINKED]
+    code = "import lora_null.recipes.grid, lora_null.recipes.report, lora_null.trainer, lora_null.eval_harness"
+    run_python("-c", code, cwd=tmp_path, path=tmp_path / "site")
+
+
+def test_the_source_archive_makes_the_same_wheel(checkout, wheel, tmp_path):
+    with tarfile.open(built(checkout, "sdist", tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("lora_null-*")
+    assert names_in(built(unpacked, "wheel", tmp_path / "wheel")) == names_in(wheel)
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_read(checkout, tmp_path):
+    """A `.pth` file with the checkout's path, and no import hook, which pyright, mypy and editors cannot follow."""
+    (name,) = names_in(editable := built(checkout, "editable", tmp_path / "editable"))
+    assert name.endswith(".pth")
+    assert zipfile.ZipFile(editable).read(name).decode().strip() == str(checkout)
+
+
+def test_a_checkout_without_links_runs(tmp_path):
+    """What git writes where it may not make links: text files that hold the path."""
+    checkout = copied(tmp_path / "checkout")
+    for folder in LINKED:
+        link = checkout / "lora_null" / folder
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
+    assert "quickstart" in run_python("-m", "lora_null.recipes", "--list", cwd=checkout)
+    assert found_from(tmp_path, checkout) == [checkout / name for name in LINKED]

@@ -1,6 +1,6 @@
 """Grade answers by a language model behind any OpenAI-compatible endpoint: FastChat's single-answer grading of MT-Bench.
 
-Each of a question's two turns is graded from 1 to 10 by itself, with a reference answer for maths, reasoning and coding, at
+Each of a question's two turns is graded from 1 to 10 by itself, with a reference answer for math, reasoning and coding, at
 temperature 0; the grade is what the judge writes between double brackets. Judgments are written to a file in FastChat's
 format as they come, so that a judging that was broken off goes on where it stopped.
 """

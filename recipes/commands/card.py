@@ -1,4 +1,4 @@
-"""The model card of an export: metadata as the hub expects it, the table, the recipe, the data, the base's licence."""
+"""The model card of an export: metadata as the hub expects it, the table, the recipe, the data, the base's license."""
 
 from __future__ import annotations
 

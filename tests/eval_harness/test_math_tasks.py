@@ -1,4 +1,4 @@
-"""The maths task files, in our harness and through the lm_eval command."""
+"""The math task files, in our harness and through the lm_eval command."""
 
 import pytest
 

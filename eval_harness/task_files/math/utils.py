@@ -1,4 +1,4 @@
-"""What the maths task files call."""
+"""What the math task files call."""
 
 from __future__ import annotations
 
