@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("answers", help="answers in FastChat's format").complete = shtab.FILE
     add("--questions", required=True, help="MT-Bench's questions").complete = shtab.FILE
-    add("--references", help="reference answers, for maths, reasoning and coding").complete = shtab.FILE
+    add("--references", help="reference answers, for math, reasoning and coding").complete = shtab.FILE
     add("--model", required=True, help="the judge")
     add("--base-url", default=default["base_url"], help="an OpenAI-compatible endpoint (default: %(default)s)")
     add("--api-key-env", default=default["api_key_env"], help="variable that holds the key (default: %(default)s)")
