@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-import shtab
-
+from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
+from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
+from lora_null.adapters.saved import read_adapter
+from lora_null.recipes.commands.source import Base
+from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.utils.errors import UserError
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser's subcommands."""
-    parser = commands.add_parser(
-        "check",
-        help="say whether a folder is a sound adapter, and how to serve it",
-        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
-        "no weights of the base are loaded. Exit status 1 where something is wrong.",
-    )
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD"
-    ).complete = shtab.DIRECTORY
-    parser.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,12 +18,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no adapter, or its base cannot be found.
     """
-    from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
-    from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
-    from lora_null.adapters.saved import read_adapter
-    from lora_null.recipes.commands.source import Base
-    from lora_null.recipes.config.schema import ModelSection, parse_section
-
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder")
     inner = arguments.folder / "adapter"

@@ -4,54 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
-
-import shtab
 
 from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.schema import Recipe
 from lora_null.utils.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser's subcommands."""
-    parser = commands.add_parser(
-        "train",
-        help="train and evaluate methods by a recipe",
-        description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
-        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s --list",
-    )
-    add = parser.add_argument
-    add("recipe", nargs="?", help="a shipped name, or the path of a YAML").complete = {
-        "bash": "_lora_null_recipe",
-        "zsh": "_lora_null_recipe",
-    }
-    add("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
-    add("--method", help="methods to run, separated by commas")
-    add("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
-    add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
-    add("--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key")
-    add("--quick", action="store_true", help="the recipe's own short variant")
-    add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
-    add("--resume", action="store_true", help="continue an unfinished run")
-    add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
-    add("--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them")
-    add("--allow-code-execution", action="store_true", help="run the code that the model writes (HumanEval, MBPP)")
-    add("--print-config", action="store_true", help="print the resolved recipe")
-    add("--list", action="store_true", help="list the shipped recipes")
-    return parser
-
-
-def complete_recipes() -> dict[str, str]:
-    """Return the shell functions that complete the name of a recipe, or a file."""
-    names = " ".join(shipped())
-    return {
-        "bash": f'_lora_null_recipe() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
-        "zsh": f'_lora_null_recipe() {{ _alternative "recipes:recipe:({names})" "files:file:_files" }}',
-    }
 
 
 def run(arguments: argparse.Namespace) -> None:
