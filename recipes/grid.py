@@ -42,6 +42,7 @@ from lora_null.recipes.results import (
     Seconds,
     load_results,
     read_row,
+    settings_text,
     write_results,
 )  # fmt: skip
 from lora_null.recipes.run import Job, base_row, inspect_recipe, run_job, training_arguments
@@ -70,13 +71,13 @@ class Cell:
     @property
     def title(self) -> str:
         """Such as "learning_rate 0.0003, seed 1"."""
-        return ", ".join([*(f"{short(key)} {_plain(value)}" for key, value in self.point), f"seed {self.seed}"])
+        return ", ".join(filter(None, [settings_text(dict(self.point)), f"seed {self.seed}"]))
 
     @property
     def folder(self) -> str:
         """Path below the grid's folder, such as "cells/learning_rate=0.0003/seed=1"."""
-        values = [f"{short(key)}={_plain(value)}".replace("/", "_") for key, value in self.point]
-        return "/".join(["cells", *([",".join(values)] if values else []), f"seed={self.seed}"])
+        values = settings_text(dict(self.point), join="=").replace(", ", ",").replace("/", "_")
+        return "/".join(filter(None, ["cells", values, f"seed={self.seed}"]))
 
     def recipe(self, grid: Recipe, root: Path) -> Recipe:
         """Return the ordinary recipe of this run."""
@@ -85,15 +86,6 @@ class Cell:
         for key, value in self.point:
             put(raw, key, value, "grid")
         return parse_recipe(raw, self.title)
-
-
-def short(key: str) -> str:
-    """Return a recipe key's last part."""
-    return key.rpartition(".")[2]
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def grid_cells(recipe: Recipe) -> list[Cell]:
@@ -273,7 +265,13 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
         seed=seeds[0] if len(seeds) == 1 else None,
         environment=environment(),
         settings=same,
-        rows=[base, *(mean_row(group, _variant(point)) for (_, point), group in groups.items())],
+        rows=[
+            base,
+            *(
+                mean_row(group, settings_text(dict(point)).replace("learning_rate", "lr") or None)
+                for (_, point), group in groups.items()
+            ),
+        ],
         grid=Grid(
             seeds=seeds,
             sweep={key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
@@ -286,10 +284,6 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             paired=paired_tests(root, rows),
         ),
     )
-
-
-def _variant(point: tuple[tuple[str, Any], ...]) -> str | None:
-    return ", ".join(f"{short(key).replace('learning_rate', 'lr')} {_plain(value)}" for key, value in point) or None
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -164,6 +165,14 @@ class Results(BaseModel):
     def metric(self, name: str) -> Metric:
         """The first row's entry for `name`: what is true of the metric in every row (unit, direction, role)."""
         return next(row.metrics[name] for row in self.rows if name in row.metrics)
+
+
+def settings_text(point: Mapping[str, Any], join: str = " ") -> str:
+    """Return the swept values of a grid's run as text, such as "learning_rate 0.0003, rank 4"."""
+    pairs = ((key.rpartition(".")[2], value) for key, value in point.items())
+    return ", ".join(
+        f"{key}{join}{value:g}" if isinstance(value, float) else f"{key}{join}{value}" for key, value in pairs
+    )
 
 
 DISPLAY = {

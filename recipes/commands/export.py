@@ -117,7 +117,6 @@ def _write(export: Export, arguments: argparse.Namespace) -> None:
     if export.form == "merged":
         _write_merged(export, arguments.dtype)
         return
-
     adapter = read_adapter(export.source.folder)
     _check_base(export, adapter.metadata)
     pairs, scaling = _plain(export, adapter, arguments.rank)

@@ -36,7 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--quantization: not with --low-memory, which reads the weights as they are")
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
-
     state = PartialState(cpu=arguments.device == "cpu")
     batches = together(lambda: _batches(arguments), what="calibration")
     peft_model, weights = together(lambda: _model(arguments), what="initialization")

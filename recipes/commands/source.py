@@ -24,12 +24,11 @@ READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 class Base:
     """A base model by its name: nothing is loaded before it is asked for."""
 
-    section: Any  # recipes.schema.ModelSection
+    section: ModelSection
 
     @cached_property
     def name(self) -> str:
         """Folder or hub id, fetched where the recipe's name stands for a package."""
-
         return resolve_name(self.section)
 
     @cached_property
@@ -50,12 +49,10 @@ class Base:
 
     def empty(self) -> Any:
         """Return the model without weights."""
-
         return empty_model(self.config, self.section)
 
     def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
         """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
-
         section = self.section.model_copy(update={"dtype": dtype or self.section.dtype})
         if name is not None:
             section = section.model_copy(update={"revision": None})

@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
 from lora_null.recipes.report.headline import listed, task_metric
 from lora_null.recipes.report.table import metric_title, separated, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run
+from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run, settings_text
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def equal_learning(results: Results, kept: str, task: str) -> list[Target]:
     for where, (learned, _) in zip(_swept(results, "lora"), lora.mean_path() if lora else []):
         level = min([learned.value, *(max(x for x, _ in path) for path in lora.points.values())])
         if level > 0:
-            targets.append(Target(level, where, _holm(_at(every, lora, level))))
+            rows = _at(every, lora, level)
+            adjusted = holm([row.p for row in rows])
+            targets.append(Target(level, where, [replace(row, p=p) for row, p in zip(rows, adjusted)]))
     return sorted(targets, key=lambda target: target.learned)
 
 
@@ -159,8 +161,7 @@ def _swept(results: Results, method: str) -> list[str]:
     """The variants of a method's rows in the order of its frontier."""
     runs = [run for run in results.grid.cells if run.method == method and run.metrics]
     runs.sort(key=lambda run: tuple(_sortable(value) for value in run.point.values()))
-    return list(dict.fromkeys(", ".join(f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k} {v}"
-                                        for k, v in run.point.items()) for run in runs))  # fmt: skip
+    return list(dict.fromkeys(settings_text(run.point) for run in runs))
 
 
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
@@ -179,11 +180,6 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqu
         gap = _over_seeds(gaps) if gaps else None
         rows.append(AtEqual(frontier.method, value, len(values), len(read[frontier.method]), gap, p))
     return rows
-
-
-def _holm(rows: list[AtEqual]) -> list[AtEqual]:
-    adjusted = holm([row.p for row in rows])
-    return [AtEqual(r.method, r.value, r.reached, r.seeds, r.difference, p) for r, p in zip(rows, adjusted)]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -302,10 +298,7 @@ def _equal_text(row: AtEqual) -> str:
 
 
 def _paired_row(entry: Paired) -> tuple[str, str, str, str, str]:
-    settings = ", ".join(
-        f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.point.items()
-    )
     difference = Estimate(entry.mean, entry.stderr)
     p = "–" if entry.p is None else "< 0.001" if entry.p < 0.001 else f"{entry.p:.3f}"
     label = DISPLAY.get(entry.method, entry.method)
-    return (label, settings or "–", metric_title(entry.metric), _pm(difference), p)
+    return (label, settings_text(entry.point) or "–", metric_title(entry.metric), _pm(difference), p)

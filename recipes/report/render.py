@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_null.recipes.report.figures import curves_png, forgetting_png, plane_points, row_colors
-from lora_null.recipes.report.frontier import frontier_png
+from lora_null.recipes.report.figures import curves_png, forgetting_png, frontier_png, plane_points, row_colors
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
 from lora_null.recipes.report.paper import paper_table
