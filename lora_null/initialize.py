@@ -125,9 +125,7 @@ def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list
     spans: list[tuple[int, int, str, bool]] = []
     for path, module in model.named_modules(remove_duplicate=False):
         place = path.removesuffix(".base_layer")
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             name = mine.get(id(tensor))
             if name is not None and name != place:
                 found.setdefault(name, []).append(place)

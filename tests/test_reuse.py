@@ -263,7 +263,7 @@ def test_no_folder_in_use_is_pruned(tmp_path, own_cache, monkeypatch):
 
     monkeypatch.setattr(store, "write_part", lambda folder, name, part: (write(folder, name, part), others()))
     _, report = start(tmp_path / "one", cache=True)
-    assert all(report.key in names and len(names) == 3 for names in left)
+    assert all(report.key in names and len(names) <= 3 for names in left)  # 2 by age, which may be this one, and it
     read = store.read_parts
     monkeypatch.setattr(store, "read_parts", lambda folder: (read(folder), others())[0])
     start(tmp_path / "two", cache=True)  # reads, then copies

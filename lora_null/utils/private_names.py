@@ -1,0 +1,27 @@
+"""The private names of other packages that the core and the trainers use, each with the version it was seen in.
+
+Nothing public does what they do. `tests/test_private_names.py` names the one that another version no longer has.
+"""
+
+SEEN = {
+    # PEFT asks a custom layer to be registered so (its documentation calls it experimental).
+    "peft.LoraConfig._register_custom_module": "peft 0.21.0",
+    # Keeps a factor out of training through PEFT's own record, which survives `set_adapter`.
+    "peft.tuners.tuners_utils.BaseTunerLayer._freeze_non_trainable_peft_weights": "peft 0.21.0",
+    # Casts an input as PEFT's own forward pass does.
+    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": "peft 0.21.0",
+    # Which buffers a checkpoint holds: PyTorch tells it nowhere else.
+    "torch.nn.Module()._non_persistent_buffers_set": "torch 2.13.0",
+    # Where tensors that an engine keeps in pieces stand in for whole ones for a while.
+    "torch.nn.Module()._parameters": "torch 2.13.0",
+    # Overridden: a layer whose base lacks a residual takes a state apart before its parts load.
+    "torch.nn.Module._load_from_state_dict": "torch 2.13.0",
+    # Overridden, as transformers' documentation suggests for a Trainer's subclasses.
+    "transformers.Trainer._save": "transformers 5.23.0",
+    "transformers.Trainer._save_checkpoint": "transformers 5.23.0",
+    "transformers.Trainer._load_from_checkpoint": "transformers 5.23.0",
+    "transformers.Trainer._load_best_model": "transformers 5.23.0",
+    "transformers.Trainer._get_output_dir": "transformers 5.23.0",
+    # Collates a batch as training does, to look at its labels.
+    "transformers.Trainer._get_collator_with_removed_columns": "transformers 5.23.0",
+}
