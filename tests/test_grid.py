@@ -183,7 +183,7 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
     rows = [row for row in results(tmp_path)["rows"] if row["method"] == "pissa"]
     assert [(row["rank"], row["variant"]) for row in rows] == [(2, "rank 2"), (4, "rank 4")]
     shapes = [
-        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.all.safetensors")
+        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.model.layers.0.safetensors")
         ["model.layers.0.mlp.up_proj.A"].shape for r in (2, 4)
     ]  # fmt: skip
     assert shapes == [(2, 32), (4, 32)]
