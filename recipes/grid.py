@@ -3,7 +3,7 @@
     accelerate launch -m lora_null.recipes quickstart --seeds 0,1,2 --sweep training.learning_rate=1e-4,3e-4,1e-3
 
 Runs go seed by seed, so that an early end leaves a smaller grid. Whatever finished is never done again: `--resume`
-goes on after a kill. On several processes each takes whole runs (`recipes/processes.py`). Data order, windows and random
+goes on after a kill. On several processes each takes runs of its own (`recipes/processes.py`). Data order, windows and random
 starts depend on the seed alone, so they are the same for every method and setting of a seed.
 """
 
@@ -107,7 +107,7 @@ def run_grid(
     """Run every cell that is not finished, and return the grid's folder.
 
     Raises:
-        UserError: a mistake in the recipe, its data or its output folder, said before a model loads.
+        UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)

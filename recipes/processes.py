@@ -1,6 +1,6 @@
 """The processes of one launch: that all are there, that they meet, and how the runs of a grid are spread over them.
 
-A grid's runs are independent, so each process takes whole runs, alone, on a device of its own. A run then is what one
+A grid's runs are independent, so each process takes runs of its own, alone, on a device of its own. A run then is what one
 process makes of it, to the last bit, and processes wait for each other only through the locks on the runs' folders. What
 shards a model over its processes (FSDP, DeepSpeed), and several machines, work on each run together.
 """

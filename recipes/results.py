@@ -121,7 +121,7 @@ class Grid(BaseModel):
 
 
 class Results(BaseModel):
-    """A whole `results.json`; the first row is the base."""
+    """A `results.json`; the first row is the base."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 

@@ -165,7 +165,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 
     Raises:
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
-            is said before.
+            is reported before.
     """
 
     def check() -> Job:
@@ -249,7 +249,7 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
 def read_training_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
 ) -> TrainingData:
-    """Return the checked training rows; say on the main process which were left out."""
+    """Return the checked training rows; print which were left out."""
     cut = None if getattr(training, "packing", False) else training.max_length
     data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
     if data.bad and is_first_process():
@@ -414,10 +414,10 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
-    """Train from the start or from a whole checkpoint.
+    """Train from the start or from a complete checkpoint.
 
     Raises:
-        UserError: the checkpoint is whole and yet cannot be read; pickled code in it is such a case and is never run.
+        UserError: the checkpoint is complete and yet cannot be read; pickled code in it is such a case and is never run.
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -433,12 +433,12 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
     if not job.keep_weights:
         return None
-    model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
+    model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
     with whole_parameters(*trainer.saved_modules()):  # on all ranks together
         if not job.is_main:
             return plan.saved
-        saved = trainer.method.save(model, place)
-    job.tokenizer.save_pretrained(place)
+        saved = trainer.method.save(model, target)
+    job.tokenizer.save_pretrained(target)
     return saved
 
 

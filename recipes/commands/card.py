@@ -92,11 +92,11 @@ def license_of(export: Any, base: str | None) -> str | None:
     """Return what the base's own card says, in its folder or on the hub; None where neither can be read."""
     if export.base_name == smollm2.NAME:
         return smollm2.LICENSE
-    for place in (export.source.base.folder / "README.md", base):
-        if place is None or (isinstance(place, Path) and not place.is_file()):
+    for source in (export.source.base.folder / "README.md", base):
+        if source is None or (isinstance(source, Path) and not source.is_file()):
             continue
         try:
-            return ModelCard.load(place, ignore_metadata_errors=True).data.license
+            return ModelCard.load(source, ignore_metadata_errors=True).data.license
         except Exception:  # unreachable or without metadata: then it is not known here
             continue
     return None

@@ -39,7 +39,7 @@ EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what
 
 @dataclass
 class Export:
-    """What is being written, and what there is to say of it.
+    """What is being written, and the notes about it.
 
     Attributes:
         source: the finished method.
@@ -134,7 +134,7 @@ def _check_base(export: Export, metadata: dict[str, str]) -> None:
             "--base names the right one"
         )
     if same is None:
-        export.notes.append("The adapter does not record which base it was trained on; the recipe's was taken.")
+        export.notes.append("The adapter does not record which base it was trained on; the recipe's was used.")
 
 
 def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, Any], float]:
@@ -280,5 +280,5 @@ def push(folder: Path, name: str) -> None:
         hub.create_repo(name, private=True, exist_ok=True)
         where = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lora-null")
     except Exception as error:
-        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is whole") from None
+        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is complete") from None
     print(f"pushed: {where}")

@@ -59,7 +59,7 @@ def _device(name: str | None, state: Any) -> Any:
 
 
 def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return what the options say as a recipe's sections `model` and `calibration`."""
+    """Return the options as a recipe's sections `model` and `calibration`."""
     given = vars(arguments)
     model = {key: given[key] for key in ("revision", "dtype", "quantization")} | {"name_or_path": given["model"]}
     keys = ("split", "field", "template", "samples", "max_length", "mode")

@@ -21,7 +21,7 @@ WORDS = {str: "text", int: "integer", float: "number", bool: "true, false", dict
 
 
 def describe_keys() -> str:
-    """Return the table of every key, one part for each section, as Markdown."""
+    """Return the table of every key, one table for each section, as Markdown."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items() if _is_section(field.annotation)}
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 def _one_or_more(value: Any) -> Any:
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return [name.strip() for name in value.split(",") if name.strip()]
     return value
 
 
@@ -309,7 +309,7 @@ class GridSection(Section):
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
     )
     keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
-    spread: bool = Field(True, description="each process takes whole runs; false: all work on each run together")
+    spread: bool = Field(True, description="each process takes runs of its own; false: all work on each run together")
 
     @field_validator("sweep")
     @classmethod
@@ -342,7 +342,7 @@ class GridSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe, resolved."""
+    """A recipe, resolved."""
 
     name: str = Field("", description="the recipe's name; the file's when not given")
     description: str = Field("", description="what it is for, in one line, for --list")
@@ -429,11 +429,11 @@ def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> 
 
 
 def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path = [str(key) for key in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         parent = Recipe
-        for part in path[:-1]:
-            parent = _section(parent, part)
+        for key in path[:-1]:
+            parent = _section(parent, key)
         known = parent.model_fields if parent else ()
         return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":

@@ -50,12 +50,12 @@ def write_conversation(
         template: a text template, under which a system's text comes first and the turns follow each other, all with a
             blank line between; or "chat".
         messages: see `as_messages`.
-        learned: the places of the turns that are learned.
+        learned: the indices of the turns that are learned.
         tokenizer: for its end token, and its chat template.
         options: see `chat_options`; only for "chat".
 
     Raises:
-        ValueError: the template has no place for something in it, or "chat" refuses it, with its own message.
+        ValueError: the template cannot write something in it, or "chat" refuses it, with its own message.
     """
     if template == CHAT:
         chat = render_chat(messages, tokenizer, options)
@@ -100,21 +100,21 @@ def _write_text(
     """Return a conversation under a text template, and where each turn of the assistant stands in it."""
     first = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM), len(messages))
     turns = messages[first:]
-    _need_place(turns, options)
+    _check_writable(turns, options)
     text = "\n\n".join(message["content"].strip() for message in messages[:first] if message.get("content"))
     spans = {}
-    for place in range(0, len(turns), 2):
-        answer = turns[place + 1]["content"] if place + 1 < len(turns) else None
-        question, response = render(template, turns[place]["content"], answer or "")
+    for index in range(0, len(turns), 2):
+        answer = turns[index + 1]["content"] if index + 1 < len(turns) else None
+        question, response = render(template, turns[index]["content"], answer or "")
         text = f"{text}\n\n{question}" if text else question
         if answer is not None:
             start, text = len(text), text + response.removesuffix(end) + end
-            spans[first + place + 1] = start, len(text)
+            spans[first + index + 1] = start, len(text)
     return text, spans
 
 
-def _need_place(turns: Sequence[Message], options: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a conversation holds what only a chat template has a place for."""
+def _check_writable(turns: Sequence[Message], options: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a conversation holds what only a chat template can write."""
     only = "only data.template=chat may have a place for"
     if "tools" in options or any("tool_calls" in message or message["role"] == "tool" for message in turns):
         raise ValueError(f"tools, which {only}")

@@ -50,8 +50,8 @@ def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: i
         marked: put brackets around the trained tokens as well.
     """
     text = Text()
-    places = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
-    for (trained, cut), group in groupby(range(len(places)), key=places.__getitem__):
+    kinds = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
+    for (trained, cut), group in groupby(range(len(kinds)), key=kinds.__getitem__):
         words = tokenizer.decode([tokens.ids[i] for i in group], clean_up_tokenization_spaces=False)
         style = "strike dim" if cut else "bold green" if trained else ""
         text.append(f"⟦{words}⟧" if marked and trained and not cut else words, style)

@@ -23,23 +23,23 @@ TEMPLATES = {
 
 @lru_cache(maxsize=256)
 def split_fields(template: str, where: str) -> tuple[tuple[str, bool], ...]:
-    """Split a text made of {field}s into parts, each with whether it is a field's name; {{ and }} write braces.
+    """Split a text made of {field}s into pieces, each with whether it is a field's name; {{ and }} write braces.
 
     Raises:
         UserError: a brace without its partner.
     """
-    parts = []
-    for part in re.findall(r"{{|}}|{[^{}]*}|[{}]|[^{}]+", template):
-        if part in ("{", "}"):
-            raise UserError(f"{where}: a {part} without its partner in {template!r}; {{{{ and }}}} write a brace")
-        is_field = len(part) > 1 and part[0] == "{" and part[-1] == "}"
-        parts.append((part[1:-1] if is_field else part[0] if part in ("{{", "}}") else part, is_field))
-    return tuple(parts)
+    pieces = []
+    for piece in re.findall(r"{{|}}|{[^{}]*}|[{}]|[^{}]+", template):
+        if piece in ("{", "}"):
+            raise UserError(f"{where}: a {piece} without its partner in {template!r}; {{{{ and }}}} write a brace")
+        is_field = len(piece) > 1 and piece[0] == "{" and piece[-1] == "}"
+        pieces.append((piece[1:-1] if is_field else piece[0] if piece in ("{{", "}}") else piece, is_field))
+    return tuple(pieces)
 
 
 def fill(template: str, where: str, value_of: Callable[[str], str]) -> str:
     """Return a text made of {field}s with each filled in by `value_of` its name."""
-    return "".join(value_of(part) if is_field else part for part, is_field in split_fields(template, where))
+    return "".join(value_of(piece) if is_field else piece for piece, is_field in split_fields(template, where))
 
 
 def check_template(template: str, where: str, *, chat: bool = False) -> None:
@@ -51,7 +51,7 @@ def check_template(template: str, where: str, *, chat: bool = False) -> None:
     names = [*TEMPLATES, CHAT] if chat else [*TEMPLATES]
     if template in names:
         return
-    fields = {part for part, is_field in split_fields(template, where) if is_field}
+    fields = {piece for piece, is_field in split_fields(template, where) if is_field}
     other = next((field for field in sorted(fields) if field != "prompt"), None)
     if other is not None:
         raise UserError(f"{where}: no field {{{other}}} in a template, only {{prompt}}; {{{{ and }}}} write a brace")

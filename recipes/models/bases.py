@@ -154,7 +154,7 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: ModelSection, name: str) -> PreTrainedModel:
-    """Return a fresh base model with its weights, whole and on the CPU; the trainer moves it, or cuts it up.
+    """Return a fresh base model with its weights, complete and on the CPU; the trainer moves it, or shards it.
 
     A quantized one is on the device.
 

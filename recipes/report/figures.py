@@ -278,4 +278,4 @@ def _wrapped(text: str, width: int = 24) -> str:
 
 def _darker(color: str) -> str:
     """`color` dark enough to be read as text on white."""
-    return to_hex([0.72 * part for part in to_rgb(color)])
+    return to_hex([0.72 * channel for channel in to_rgb(color)])

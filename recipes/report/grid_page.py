@@ -94,10 +94,10 @@ def _frontier(results: Results, method: str, kept: str, task: str) -> Frontier:
     points: dict[int, list[tuple[float, float]]] = {}
     errors: dict[int, list[tuple[float, float] | None]] = {}
     for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
-        place = tuple(change(results, run, name) for name in (task, kept))
-        if None in place:
+        point = tuple(change(results, run, name) for name in (task, kept))
+        if None in point:
             continue
-        points.setdefault(run.seed, [(0.0, 0.0)]).append(place)
+        points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
         stderrs = (run.estimate(task).stderr, run.estimate(kept).stderr)
         errors.setdefault(run.seed, [(0.0, 0.0)]).append(None if None in stderrs else stderrs)
     return Frontier(method, points, errors, sum(run.diverged is not None for run in runs))
@@ -197,7 +197,7 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float |
 
     With D = ours − theirs, the error of its mean combines what varies with the question and what varies with the seed,
     SE² = Var_q(mean over seeds) / Q + Var_s(mean over questions) / S, which counts their interaction twice and so is
-    never too small; t with Satterthwaite's degrees of freedom. Of one seed only the questions' part is known.
+    never too small; t with Satterthwaite's degrees of freedom. Of one seed only what varies with the question is known.
 
     Args:
         ours, theirs: (seeds, questions), the metric of each question.
@@ -207,12 +207,12 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float |
     """
     D = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     S, Q = D.shape
-    parts = [(D.mean(axis=0).var(ddof=1) / Q, Q - 1)] if Q > 1 else []
-    parts += [(D.mean(axis=1).var(ddof=1) / S, S - 1)] if S > 1 else []
-    variance = sum(part for part, _ in parts)
+    variances = [(D.mean(axis=0).var(ddof=1) / Q, Q - 1)] if Q > 1 else []
+    variances += [(D.mean(axis=1).var(ddof=1) / S, S - 1)] if S > 1 else []
+    variance = sum(value for value, _ in variances)
     found = {"mean": float(D.mean()), "stderr": None, "p": None, "questions": Q, "seeds": S}
-    if parts and variance > 0 and math.isfinite(variance):
-        freedom = variance**2 / sum(part**2 / df for part, df in parts)
+    if variances and variance > 0 and math.isfinite(variance):
+        freedom = variance**2 / sum(value**2 / df for value, df in variances)
         found["stderr"] = math.sqrt(variance)
         found["p"] = float(2 * stats.t.sf(abs(D.mean()) / math.sqrt(variance), freedom))
     return found

@@ -130,7 +130,7 @@ def headline(results: Results) -> str:
         return "Only the untouched base was evaluated: there is no method to compare yet."
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.measured) == 1]
-    sentences = _told(verdicts(results), results) + sentences
+    sentences = _sentences(verdicts(results), results) + sentences
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
@@ -138,12 +138,12 @@ def headline(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _told(found: list[Verdict], results: Results) -> list[str]:
+def _sentences(found: list[Verdict], results: Results) -> list[str]:
     """The sentences of the verdicts; the same comparison is not spelled out twice."""
-    told = [verdict.sentence + verdict.qualification for verdict in found]
+    sentences = [verdict.sentence + verdict.qualification for verdict in found]
     if len(found) == 2 and found[0].against == found[1].against and found[0].winners[:1] == found[1].winners[:1] != []:
-        told[1] = f"{results.labels()[found[0].winners[0]]} also learned most.{found[1].qualification}"
-    return told
+        sentences[1] = f"{results.labels()[found[0].winners[0]]} also learned most.{found[1].qualification}"
+    return sentences
 
 
 def _loss(results: Results, i: int, name: str) -> Estimate | None:

@@ -127,7 +127,7 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
 
 
 def _shared(results: Results, table: Table) -> dict[str, Any]:
-    """What the report of a run and that of a grid have in common; a run's own parts are empty."""
+    """What the report of a run and that of a grid have in common; what only a run has is empty."""
     return {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
@@ -156,8 +156,12 @@ def plane_alt(results: Results) -> str:
     labels, points = results.labels(), plane_points(kept, learned)
     if not points:
         return "; ".join(f"{m.title}: {_values(labels, m)}" for m in (kept, learned) if m) or "No metric was measured."
-    said = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
-    return f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; " + "; ".join(said) + "."
+    points_in_words = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
+    return (
+        f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; "
+        + "; ".join(points_in_words)
+        + "."
+    )
 
 
 def _values(labels: list[str], measure: Measure) -> str:

@@ -95,8 +95,8 @@ def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> 
         key=lambda i: estimates[i].value * (-1 if higher_is_better else 1),
     )
     marks: list[Literal["best", "second"] | None] = [None] * len(estimates)
-    for mark, (place, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
-        if not all(separated(estimates[better], estimates[worse]) for worse in order[place:]):
+    for mark, (rank, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
+        if not all(separated(estimates[better], estimates[worse]) for worse in order[rank:]):
             break
         marks[better] = mark
     return marks
