@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_null.utils.errors import UserError
+
 Role = Literal["retention", "task"]
 
 
@@ -109,5 +111,14 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Return the evaluation in a file that holds `to_json`'s text."""
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        """Return the evaluation in a file that holds `to_json`'s text.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: damaged, not valid JSON of an evaluation; remove it and it is measured again"
+            ) from None

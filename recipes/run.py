@@ -19,18 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
-from lora_null.eval_harness import (
-    AnswerTask,
-    Evaluation,
-    LmEvalTask,
-    MTBenchTask,
-    PreferenceTask,
-    assert_logits_differ,
-    evaluate,
-    validate_tasks,
-)
-from lora_null.eval_harness.likelihood import check_pairs_fit, tokenize_pairs
-from lora_null.eval_harness.lm_eval.generate import check_room
+from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
@@ -70,7 +59,7 @@ from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import link, read_json, write_json, write_text
+from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
 
@@ -89,7 +78,7 @@ class Job:
     plans: list[MethodPlan]
     data: TrainingData
     windows: list[list[int]]
-    tasks: list[Any]
+    tasks: list[Task]
     base: Path
     base_key: str | None  # of its kept evaluation; None where none is to be kept
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
@@ -263,7 +252,7 @@ def _check_positions(
     tokenizer: PreTrainedTokenizerBase,
     training: SFTConfig | DPOConfig,
     data: TrainingData,
-    tasks: list[Any],
+    tasks: list[Task],
     limit: PositionLimit,
 ) -> None:
     """Compare rows, as they are cut, held-out pairs and answers with a model's position table, before it loads.
@@ -279,12 +268,7 @@ def _check_positions(
         line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
         tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
     for task in tasks:
-        if isinstance(task, AnswerTask):
-            tokenize_pairs(tokenizer, task.pairs, task.name, limit.tokens)
-        elif isinstance(task, PreferenceTask):
-            check_pairs_fit(task.name, [*task.chosen, *task.rejected], limit.tokens)
-        elif isinstance(task, MTBenchTask):
-            check_room(task.max_new_tokens, limit)
+        task.check_positions(tokenizer, limit)
 
 
 def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
@@ -301,7 +285,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}
     options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
-    outside = [task for task in job.tasks if section.backend == "vllm" and isinstance(task, LmEvalTask)]
+    outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
     inside = [task for task in job.tasks if task not in outside]
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
@@ -314,16 +298,16 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
 
 
 def _check_finite(job: Job, found: Evaluation) -> None:
-    bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric["value"])), None)
+    bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if bad:
         raise UserError(
-            f"model.name_or_path: {job.model_name} gives {found.metrics[bad]['value']} for {bad}; its weights are "
+            f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
             f"damaged, or {job.recipe.model.dtype} is too narrow for them"
         )
 
 
 def _evaluate_by_vllm(
-    job: Job, model: Any, folder: Path | None, tasks: list[LmEvalTask], options: dict[str, Any]
+    job: Job, model: Any, folder: Path | None, tasks: list[Task], options: dict[str, Any]
 ) -> Evaluation:
     """Evaluate what is saved in a method's folder (None: the base), the live model out of the accelerator's memory."""
     device = model.device
@@ -349,7 +333,7 @@ def base_row(job: Job) -> Row:
             if job.is_main and base_cache.fetch(job.base_key, job.base):
                 print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
             PartialState().wait_for_everyone()
-        found = Evaluation(**read_json(saved)) if saved.is_file() else _evaluate_base(job)
+        found = Evaluation.read(saved) if saved.is_file() else _evaluate_base(job)
     return Row(
         method="base",
         rank=None,
@@ -390,7 +374,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         if hasattr(model, "disable_adapter") and trainer.something_moved:
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
-        if found and not all(math.isfinite(metric["value"]) for metric in found.metrics.values()):
+        if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
             diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
     row = Row(
