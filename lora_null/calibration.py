@@ -134,10 +134,10 @@ def token_batches(
     """
     most_tokens = None if (runs_on or device).type == "cuda" else CPU_TOKENS
     rank, world = rank_and_world()
-    mine = range(rank, len(batches), world)
-    if not mine:
+    own = range(rank, len(batches), world)
+    if not own:
         return pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
-    return [piece for i in mine for piece in pieces(batches[i], i, device, seed, most_tokens)]
+    return [piece for i in own for piece in pieces(batches[i], i, device, seed, most_tokens)]
 
 
 def pieces(
@@ -207,11 +207,11 @@ def measure_inputs(
     start = time.perf_counter()
     check_architecture(model)
     batches = checked_batches(batches, min_tokens)
-    mine = token_batches(batches, input_device(model), seed)
+    own = token_batches(batches, input_device(model), seed)
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
 
     def measure() -> Calibration:
-        for batch in tqdm(mine, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
+        for batch in tqdm(own, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
             meter.begin(batch)
             backbone(model)(**batch.inputs, use_cache=False)
         return meter.result()

@@ -22,12 +22,12 @@ class Owned(NamedTuple):
 
     Attributes:
         key: its name in a checkpoint of the base, whatever PEFT has wrapped around it.
-        place, leaf: the module's own dictionary that holds it, and its name there.
+        storage, leaf: the module's own dictionary that holds it, and its name there.
         saved: whether a checkpoint holds it; False for a buffer that is computed anew from the config.
     """
 
     key: str
-    place: dict[str, Any]
+    storage: dict[str, Any]
     leaf: str
     tensor: torch.Tensor
     is_parameter: bool
@@ -50,15 +50,15 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
             added.append(f"{path}.")
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for place, is_parameter in ((module._parameters, True), (module._buffers, False)):
-            for leaf, tensor in place.items():
+        for storage, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for leaf, tensor in storage.items():
                 full = f"{path}.{leaf}" if path else leaf
                 if tensor is None or id(tensor) in seen or full.startswith(tuple(added)):
                     continue
                 seen.add(id(tensor))
                 saved = is_parameter or leaf not in module._non_persistent_buffers_set
                 yield Owned(
-                    _in_checkpoint(f"{name}.{full}" if name else full), place, leaf, tensor, is_parameter, saved
+                    _in_checkpoint(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
                 )
 
 
@@ -133,12 +133,12 @@ class WeightFiles:
             tensor = self.of(owned)
             if tensor is not None:
                 before.append(owned)
-                owned.place[owned.leaf] = nn.Parameter(tensor, requires_grad=False) if owned.is_parameter else tensor
+                owned.storage[owned.leaf] = nn.Parameter(tensor, requires_grad=False) if owned.is_parameter else tensor
         try:
             yield
         finally:
             for owned in before:
-                owned.place[owned.leaf] = owned.tensor
+                owned.storage[owned.leaf] = owned.tensor
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -66,7 +66,7 @@ def start_adapter(
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
     rule = NullSpace(options.solver, options.seed)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
-    settle_adapter(peft_model, adapter_name)
+    finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
 
 
@@ -84,7 +84,7 @@ def load_initialization(
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
     start = load_start(directory, peft_model, layers, rule=NullSpace.rule, adapter_name=adapter_name)
-    settle_adapter(peft_model, adapter_name)
+    finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
 
 
@@ -120,24 +120,24 @@ def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list
 
     One parameter of two modules, one module in two places, or tensors that are views of the same memory.
     """
-    mine = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    own = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
     found: dict[str, list[str]] = {}
     spans: list[tuple[int, int, str, bool]] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        place = path.removesuffix(".base_layer")
+        owner = path.removesuffix(".base_layer")
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            name = mine.get(id(tensor))
-            if name is not None and name != place:
-                found.setdefault(name, []).append(place)
+            name = own.get(id(tensor))
+            if name is not None and name != owner:
+                found.setdefault(name, []).append(owner)
             if not (is_sharded(tensor) or tensor.is_meta) and tensor.numel():
                 last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
                 start = tensor.data_ptr()
-                spans.append((start, start + (last + 1) * tensor.element_size(), place, name is not None))
+                spans.append((start, start + (last + 1) * tensor.element_size(), owner, name is not None))
     spans.sort()
-    for i, (_, end, place, adapted) in enumerate(spans):
+    for i, (_, end, owner, adapted) in enumerate(spans):
         for _, _, other, also in itertools.takewhile(lambda span, end=end: span[0] < end, spans[i + 1 :]):
-            if place != other and (adapted or also):
-                found.setdefault(place if adapted else other, []).append(other if adapted else place)
+            if owner != other and (adapted or also):
+                found.setdefault(owner if adapted else other, []).append(other if adapted else owner)
     return {name: sorted(set(others)) for name, others in found.items()}
 
 
@@ -166,7 +166,7 @@ def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "defaul
 
 
 @torch.no_grad()
-def settle_adapter(peft_model: PeftModel, adapter_name: str) -> None:
+def finish_initialization(peft_model: PeftModel, adapter_name: str) -> None:
     """Make the step-0 output the base's: v2 sets B to zero, v1 takes s·B0A0, of the factors as stored, out of W0."""
     if peft_model.peft_config[adapter_name].variant == "v1":
         subtract_residuals(peft_model, adapter_name)

@@ -122,10 +122,8 @@ def walk_layers(
         else:
             stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
-        mine = token_batches(batches, input_device(model), seed, runs_on=device)
-        recorded = together(
-            lambda: [_record(model, layers, b) for b in mine], alike=(UserError, DoesNotFit), what=WHAT
-        )
+        own = token_batches(batches, input_device(model), seed, runs_on=device)
+        recorded = together(lambda: [_record(model, layers, b) for b in own], alike=(UserError, DoesNotFit), what=WHAT)
         calls, hidden = zip(*recorded)
         states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
         balance = LoadBalance()
@@ -137,7 +135,7 @@ def walk_layers(
                 meter = InputMeter({} if skip(name) else targets, gram=gram, tokens=tokens)
 
                 def measure(layer: nn.Module = layers[name], i: int = i, meter: InputMeter = meter) -> Calibration:
-                    for batch, call, at in zip(mine, calls, range(len(mine))):
+                    for batch, call, at in zip(own, calls, range(len(own))):
                         meter.begin(batch)
                         states[at] = call[i].run(layer, states[at], states.device)
                     return meter.result()
@@ -293,11 +291,11 @@ class _HiddenStates:
         return self.tensors[index]
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
-        place = self.tensors[index]
-        if place.device == hidden.device and not getattr(place, "is_file", False):
+        kept = self.tensors[index]
+        if kept.device == hidden.device and not getattr(kept, "is_file", False):
             self.tensors[index] = hidden
         else:
-            place.copy_(hidden)
+            kept.copy_(hidden)
 
 
 def _free_bytes(device: torch.device) -> int:

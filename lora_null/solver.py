@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
-from lora_null.store import SolvedPart
+from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
@@ -80,7 +80,7 @@ class NullSpace:
 
 
 @dataclass
-class PartSolver:
+class LayerSolver:
     """Solves measured parts of a model, a round of them together.
 
     Attributes:
@@ -95,7 +95,7 @@ class PartSolver:
     rule: Rule
     seconds: float = 0.0
 
-    def parts_a_round(self) -> int:
+    def layers_a_round(self) -> int:
         """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
         narrow = all(
             _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
@@ -104,7 +104,7 @@ class PartSolver:
         return rank_and_world()[1] * min(threads, MOST_TOGETHER)
 
     @torch.no_grad()
-    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, SolvedPart]]:
+    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, LayerResult]]:
         """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
         start = time.perf_counter()
         stats = together(lambda: self._solve_mine([part for _, part in parts]), what="initialization")
@@ -117,11 +117,11 @@ class PartSolver:
     def _solve_mine(self, parts: Sequence[Calibration]) -> dict[str, LayerStats]:
         """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
         rank = rank_and_world()[0]
-        mine = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
-        mine.sort(key=lambda job: -len(job[1].sketch))
-        narrow = [job for job in mine if _is_narrow(len(job[1].sketch), job[1].sketch.device)]
+        own = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
+        own.sort(key=lambda job: -len(job[1].sketch))
+        narrow = [job for job in own if _is_narrow(len(job[1].sketch), job[1].sketch.device)]
         stats: dict[str, LayerStats] = {}
-        for part, measured in mine[: len(mine) - len(narrow)]:  # the wide come first
+        for part, measured in own[: len(own) - len(narrow)]:  # the wide come first
             stats |= self._solve_input(part, measured)
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
             for found in threads.map(lambda job: self._solve_input(*job), narrow):
@@ -190,18 +190,18 @@ class PartSolver:
                 for name in measured.modules:
                     for factor in self._factors(name):
                         dist.broadcast(factor, src=measured.owner)
-        mine = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
-        gathered = all_gather((stats, mine))
+        own = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
+        gathered = all_gather((stats, own))
         for index, part in enumerate(parts):
             for _, projected in gathered:
                 part.projected |= projected[index]
         return {name: line for lines, _ in gathered for name, line in lines.items()}
 
-    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> SolvedPart:
+    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> LayerResult:
         names = [module for measured in part.inputs for module in measured.modules]
         copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
         scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
-        return SolvedPart(copies, scaling, part, [stats[name] for name in names])
+        return LayerResult(copies, scaling, part, [stats[name] for name in names])
 
 
 def _is_narrow(width: int, device: torch.device) -> bool:

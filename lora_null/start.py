@@ -31,8 +31,8 @@ from lora_null.calibration import (
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
 from lora_null.factors import LayerStats
 from lora_null.layerwise import DoesNotFit, walk_layers
-from lora_null.solver import NullSpace, PartSolver, Rule
-from lora_null.store import SolvedPart
+from lora_null.solver import LayerSolver, NullSpace, Rule
+from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import is_quantized, stored_statistics
@@ -192,7 +192,7 @@ def compute_start(
             stack.enter_context(store.in_use(path))
         done = on_first_rank(lambda: _done(path, key))
         if rule is not None:
-            solver = PartSolver(layers, adapter_name, rule)
+            solver = LayerSolver(layers, adapter_name, rule)
             _say_what_is_reused(done, layers, path)
             parts = _solve_layers(stack, model, batches, options, done, solver, path, key)
         else:
@@ -211,14 +211,16 @@ def _solve_layers(
     model: nn.Module,
     batches: list[Mapping[str, Any]],
     options: InitOptions,
-    done: Mapping[str, SolvedPart],
-    solver: PartSolver,
+    done: Mapping[str, LayerResult],
+    solver: LayerSolver,
     path: Path | None,
     key: str,
-) -> dict[str, SolvedPart]:
+) -> dict[str, LayerResult]:
     """Solve all layers, each part written to the folder as soon as it is there."""
-    parts: dict[str, SolvedPart] = {}
-    a_round = 1 if options.weights is not None else solver.parts_a_round()  # a layer's weights stay while it is solved
+    parts: dict[str, LayerResult] = {}
+    a_round = (
+        1 if options.weights is not None else solver.layers_a_round()
+    )  # a layer's weights stay while it is solved
     measured = _parts(model, solver.layers, batches, options, done, solver.rule.needs_gram)
     solved = _solved(stack.enter_context(contextlib.closing(measured)), solver, a_round, done)
     try:
@@ -239,16 +241,16 @@ def _measured_alone(
     options: InitOptions,
     whole: WholeModel | None,
     key: str,
-) -> SolvedPart:
+) -> LayerResult:
     calibration = Calibration()
     if batches:
         calibration = measure_inputs(model, layers, batches, gram=False, seed=options.seed, progress=options.progress)
     with torch.enable_grad():
         tensors = whole.compute() if whole is not None else {}
-    return SolvedPart({}, {}, calibration, [], tensors, key)
+    return LayerResult({}, {}, calibration, [], tensors, key)
 
 
-def _start_of(report: LayerReport, parts: Mapping[str, SolvedPart]) -> Start:
+def _start_of(report: LayerReport, parts: Mapping[str, LayerResult]) -> Start:
     calibration, tensors = Calibration(), {}
     for part in parts.values():
         calibration.add(part.measured)
@@ -288,7 +290,7 @@ def load_start(
 
 
 def _check_parts(
-    folder: Path, parts: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], adapter_name: str
+    folder: Path, parts: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], adapter_name: str
 ) -> None:
     found = {name: part for part in parts.values() for name in part.factors}
     if set(found) != set(layers):
@@ -302,7 +304,7 @@ def _check_parts(
             )
 
 
-def _done(path: Path | None, key: str) -> dict[str, SolvedPart]:
+def _done(path: Path | None, key: str) -> dict[str, LayerResult]:
     """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
     if path is None:
         return {}
@@ -374,8 +376,8 @@ def check_whole(model: nn.Module) -> None:
     Raises:
         UserError: naming the parameter, and what makes engines load a model whole.
     """
-    mine = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
-    name = next(filter(None, all_gather(mine)), None)
+    own = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
+    name = next(filter(None, all_gather(own)), None)
     if name is not None:
         raise UserError(
             f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
@@ -403,7 +405,7 @@ def _key(
     return keys[0]
 
 
-def _say_what_is_reused(done: Mapping[str, SolvedPart], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
+def _say_what_is_reused(done: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
     found = sum(len(part.factors) for part in done.values())
     if found == len(layers):
         logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
@@ -416,7 +418,7 @@ def _parts(
     layers: Mapping[str, LoraLayer],
     batches: list[Mapping[str, Any]],
     options: InitOptions,
-    done: Mapping[str, SolvedPart],
+    done: Mapping[str, LayerResult],
     gram: bool,
 ) -> Iterator[tuple[str, Calibration | None]]:
     """Yield what is measured, part by part; None for a part that is done."""
@@ -459,10 +461,10 @@ def _unmeasured(name: str, layer: LoraLayer) -> InputStats:
 
 def _solved(
     measured: Iterable[tuple[str, Calibration | None]],
-    solver: PartSolver,
+    solver: LayerSolver,
     a_round: int,
-    done: Mapping[str, SolvedPart],
-) -> Iterator[tuple[str, SolvedPart]]:
+    done: Mapping[str, LayerResult],
+) -> Iterator[tuple[str, LayerResult]]:
     """Solve the parts in rounds of as many as are worth it; write those that are done into their layers."""
     waiting: list[tuple[str, Calibration]] = []
     for name, part in measured:
@@ -478,7 +480,7 @@ def _solved(
 
 
 def _report(
-    parts: Mapping[str, SolvedPart], layers: Mapping[str, nn.Module], seconds: Mapping[str, float]
+    parts: Mapping[str, LayerResult], layers: Mapping[str, nn.Module], seconds: Mapping[str, float]
 ) -> LayerReport:
     lines = {line.name: line for part in parts.values() for line in part.stats}
     times = {"calibrate": sum(part.measured.seconds for part in parts.values()), **seconds}
@@ -493,7 +495,7 @@ def _finish(report: LayerReport, path: Path | None, folder: Path | None) -> None
         store.copy_store(path, folder)
 
 
-def _write_factors(part: SolvedPart, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+def _write_factors(part: LayerResult, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     for name, (A, B) in part.factors.items():
         layers[name].lora_A[adapter_name].weight.copy_(A)
         layers[name].lora_B[adapter_name].weight.copy_(B)

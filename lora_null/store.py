@@ -53,7 +53,7 @@ NOT_COMPUTED = re.compile(
 
 
 @dataclass
-class SolvedPart:
+class LayerResult:
     """The result for the modules of one decoder layer (or of the whole model).
 
     Attributes:
@@ -73,7 +73,7 @@ class SolvedPart:
     key: str = ""
 
 
-def write_part(folder: Path, name: str, part: SolvedPart) -> None:
+def write_part(folder: Path, name: str, part: LayerResult) -> None:
     """Write one part atomically as `factors.NAME.safetensors`."""
     tensors = {f"{m}.A": A for m, (A, _) in part.factors.items()} | {f"{m}.B": B for m, (_, B) in part.factors.items()}
     tensors |= {f"{m}.L": L for m, L in part.measured.projected.items()}
@@ -89,12 +89,12 @@ def write_part(folder: Path, name: str, part: SolvedPart) -> None:
     write_safetensors(folder / f"{PREFIX}{name}.safetensors", tensors, {"facts": json.dumps(facts), "key": part.key})
 
 
-def read_parts(folder: Path) -> dict[str, SolvedPart]:
+def read_parts(folder: Path) -> dict[str, LayerResult]:
     """Return all finished parts in the folder, by name; none where there is no folder."""
     return {path.stem.removeprefix(PREFIX): _read_part(path) for path in sorted(folder.glob(f"{PREFIX}*.safetensors"))}
 
 
-def _read_part(path: Path) -> SolvedPart:
+def _read_part(path: Path) -> LayerResult:
     tensors, metadata = read_safetensors(path)
     facts = json.loads(metadata["facts"])
     names = [line["name"] for line in facts["stats"]]
@@ -103,7 +103,7 @@ def _read_part(path: Path) -> SolvedPart:
         for i, line in enumerate(facts["inputs"])
     ]
     projected = {name: tensors[f"{name}.L"] for name in names if f"{name}.L" in tensors}
-    return SolvedPart(
+    return LayerResult(
         {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names},
         facts["scaling"],
         Calibration(inputs, facts["output_energy"], projected, facts["seconds"]),

@@ -24,6 +24,7 @@ from lora_null.trainer.methods import METHODS
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lora_null", "trainer", "eval_harness", "recipes", "tests")
 READMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{folder}/README.md" for folder in FOLDERS)]
+READMES += ["tests/benchmarks/README.md"]
 RUN = re.compile(r"(?:accelerate launch|torchrun|python) (?:.* )?-m lora_null\.recipes (?P<words>.*)")
 ANY_RECIPE = ("RECIPE", "my-recipe.yaml")  # stand for a file of the reader's
 BRITISH = (

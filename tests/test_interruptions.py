@@ -15,7 +15,7 @@ from kill_harness import harness, outcome, run
 from world import make_world
 
 from lora_null.recipes.__main__ import main
-from lora_null.trainer.checkpoints import is_whole, last_checkpoint, seal, tidy
+from lora_null.trainer.checkpoints import is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import exit_status
 
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -69,7 +69,7 @@ def make_checkpoint(folder, step, size=100):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "optimizer.pt").write_bytes(bytes(size))
-    seal(path)
+    mark_complete(path)
     return path
 
 
@@ -91,7 +91,7 @@ def test_old_checkpoints_go_by_their_number_when_the_clock_went_backwards(tmp_pa
         path = make_checkpoint(tmp_path, step)
         os.utime(path, (1e9 - step, 1e9 - step))
     (tmp_path / "checkpoint-4").mkdir()  # half-written
-    tidy(tmp_path, keep=2, best=None)
+    remove_old(tmp_path, keep=2, best=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     assert is_whole(tmp_path / "checkpoint-3")
 
@@ -202,6 +202,6 @@ def test_no_pickle_of_a_checkpoint_is_run(finished, tmp_path):
     shutil.rmtree(method / "checkpoint-4")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save(Planted(), method / "checkpoint-2" / name)
-    seal(method / "checkpoint-2")
+    mark_complete(method / "checkpoint-2")
     assert resume(folder, finished) != 0
     assert not (tmp_path / "executed").exists()

@@ -57,7 +57,7 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def seal(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Flush every file of a finished checkpoint to disk and list them in `complete.json`."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_FILE)
     for path in files:
@@ -104,7 +104,7 @@ def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str 
     )
 
 
-def tidy(folder: Path, keep: int | None, best: str | None) -> None:
+def remove_old(folder: Path, keep: int | None, best: str | None) -> None:
     """Remove what killed runs left half-written, then the oldest by step until `keep` are left; never the best one."""
     for path in _checkpoints(folder):
         if not is_whole(path):
@@ -120,7 +120,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 class SavingMixin:
-    """Put before a Trainer class: sealed checkpoints, whole adapters, and a resume that takes no step too many."""
+    """Put before a Trainer class: complete checkpoints and adapters, and a resume that takes no step too many."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is either whole or not there for `last_checkpoint`; only then let older ones go."""
@@ -135,13 +135,13 @@ class SavingMixin:
         if self.args.should_save:
             self._keep_start(checkpoint)
         for callback in self.callback_handler.callbacks if self.args.should_save else ():
-            if hasattr(callback, "save_state"):  # `on_save` would come after the seal
+            if hasattr(callback, "save_state"):  # `on_save` would come after it is marked as complete
                 callback.save_state(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             record_processes(checkpoint, *self._processes_and_batch())
-            seal(checkpoint)
-            tidy(folder, keep, self.state.best_model_checkpoint)
+            mark_complete(checkpoint)
+            remove_old(folder, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -271,9 +271,9 @@ class LoraNullMixin(SavingMixin):
 
     def _options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
-        place = self.accelerator.device
-        if self._init_options.device is None and place.type != "cpu" and self.model.device.type == "cpu":
-            return replace(self._init_options, device=place)
+        device = self.accelerator.device
+        if self._init_options.device is None and device.type != "cpu" and self.model.device.type == "cpu":
+            return replace(self._init_options, device=device)
         return self._init_options
 
     def _batches(self) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ from transformers.utils import logging
 from lora_null import LoraNullConfig
 from lora_null.calibration import measure_inputs
 from lora_null.drift import DriftMeter
-from lora_null.initialize import settle_adapter
+from lora_null.initialize import finish_initialization
 from lora_null.layer import adapted_layers
 from lora_null.recipes.environment import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.models.smollm2 import smollm2
@@ -161,7 +161,7 @@ def build(contender: str, setting: Setting, dtype: torch.dtype) -> nn.Module:
     model = get_peft_model(model, LoraNullConfig(variant=contender[:2], **common))
     for layer in adapted_layers(model).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
-    settle_adapter(model, "default")  # v1: the base becomes W0 − s·BA
+    finish_initialization(model, "default")  # v1: the base becomes W0 − s·BA
     return model
 
 

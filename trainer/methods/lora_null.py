@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import check_layers, settle_adapter
+from lora_null.initialize import check_layers, finish_initialization
 from lora_null.layer import active_adapter
 from lora_null.solver import NullSpace
 from lora_null.start import InitOptions
@@ -37,7 +37,7 @@ class LoRANullV1(Method):
         return NullSpace(options.solver, options.seed)
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        settle_adapter(model, active_adapter(model))
+        finish_initialization(model, active_adapter(model))
 
 
 @method

@@ -120,7 +120,7 @@ class _Prune(TrainerCallback):
                 parameter.clamp_(-self.method.clamp, self.method.clamp)
 
     def save_state(self, checkpoint: Path) -> None:
-        """Write what is remembered into a checkpoint, before that is sealed."""
+        """Write what is remembered into a checkpoint, before it is marked as complete."""
         write_safetensors(checkpoint / STATE_FILE, self.sensitivity, {})
 
     def load_state(self, checkpoint: Path) -> None:
