@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.mt_bench.judge import OPENAI, Judge, JudgeError, judge_answers
-from lora_null.eval_harness.mt_bench.questions import as_questions, scores
+from lora_null.eval_harness.mt_bench.task import as_questions, scores
 from lora_null.utils.errors import UserError
 
 
@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Grade a file of answers; return 0 done, 1 the endpoint fails, 2 a user's mistake."""
-    given = parser().parse_args(argv)
+    return grade(parser().parse_args(argv))
+
+
+def grade(given: argparse.Namespace) -> int:
+    """Grade a file of answers with parsed arguments, which `lora-null judge` has too; return the exit status."""
     judge = Judge(
         given.model,
         given.base_url,
@@ -62,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, JudgeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    for name, metric in scores("MT-Bench", "task", list(answers), grades)[0].items():
-        print(f"{name:16} {metric['value']:.2f} (n = {metric['n']})")
+    for name, metric in scores("MT-Bench", "task", list(answers), grades).metrics.items():
+        print(f"{name:16} {metric.value:.2f} (n = {metric.n})")
     print(f"missing: {2 * len(answers) - len(grades)} of {2 * len(answers)} grades; judgments: {path}")
     return 0
 

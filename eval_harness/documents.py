@@ -5,11 +5,12 @@ Rows come as they were written: no column is forced into one type, no empty or "
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,17 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
             raise UserError(f"{where}: cannot read {path}{nearest(path.suffix, FILE_KINDS)}")
         if path.stat().st_size == 0:
             raise UserError(f"{where}: {path} is empty")
-    kind = FILE_KINDS[paths[0].suffix.lower()]
+    kind, found, last = FILE_KINDS[paths[0].suffix.lower()], Documents([], []), 0
     try:
-        found = _read_json(paths) if kind == "json" else _read_table(paths, kind)
+        for path in paths:
+            entries = READERS[kind](path)
+            for number, entry in enumerate(entries, start=last + 1):
+                if isinstance(entry, str):
+                    found.bad.append(BadRow(number, entry))
+                elif entry is not None:
+                    found.rows.append(entry)
+                    found.numbers.append(number)
+            last += len(entries)
     except (ValueError, OSError, csv.Error, pyarrow.ArrowException) as error:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: cannot read {paths[0]} as {kind} ({reason})") from error
@@ -77,20 +86,8 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
     return found
 
 
-def _read_table(paths: Sequence[Path], kind: str) -> Documents:
-    rows, numbers, bad = [], [], []
-    for path in paths:
-        if kind == "parquet":
-            found = from_arrow(pyarrow.parquet.ParquetFile(path).read().to_pylist())
-        else:
-            found = _csv_rows(path)
-        for number, row in enumerate(found, start=len(rows) + len(bad) + 1):
-            if isinstance(row, str):
-                bad.append(BadRow(number, row))
-            else:
-                rows.append(row)
-                numbers.append(number)
-    return Documents(rows, numbers, bad)
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    return from_arrow(pyarrow.parquet.ParquetFile(path).read().to_pylist())
 
 
 def from_arrow(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -105,7 +102,7 @@ def _without_filler(value: Any) -> Any:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
-    """Return the rows of a csv, every cell as its text; columns that hold nothing but whole numbers as those."""
+    """Return the rows of a csv, every cell as its text, or what is wrong with one; whole columns of integers as those."""
     csv.field_size_limit(sys.maxsize)
     lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True))
     names, *cells = [line for line in lines if line]
@@ -113,8 +110,8 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
         raise ValueError(f"two columns are called {next(name for name in names if names.count(name) > 1)!r}")
     if not cells:
         raise ValueError("a header and no rows")
-    whole = [row for row in cells if len(row) == len(names)]
-    numbers = [all(_is_number(row[i]) for row in whole) for i in range(len(names))]
+    complete = [row for row in cells if len(row) == len(names)]
+    numbers = [all(_is_integer(row[i]) for row in complete) for i in range(len(names))]
     return [
         {name: int(cell) if number else cell for name, number, cell in zip(names, numbers, row)}
         if len(row) == len(names)
@@ -123,68 +120,48 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     ]
 
 
-def _is_number(cell: str) -> bool:
-    """Whether a cell is a whole number that is written back as it stands: not 007, which is a name."""
+def _is_integer(cell: str) -> bool:
+    """Whether a cell is an integer that is written back as it stands: not 007, which is a name."""
     return cell.removeprefix("-").isdecimal() and len(cell) < 19 and str(int(cell)) == cell
 
 
-def _read_json(paths: Sequence[Path]) -> Documents:
-    """Read arrays of objects, or an object a line; rows are counted on over several files."""
-    rows, numbers, bad, last = [], [], [], 0
-    for path in paths:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        entries = _whole_file(data, lines=path.suffix.lower() == ".jsonl")
-        for number, entry in enumerate(entries, start=last + 1):
-            if isinstance(entry, bytes) and not entry.strip():
-                continue
-            row = _object(entry)
-            if isinstance(row, str):
-                bad.append(BadRow(number, row))
-            else:
-                rows.append(row)
-                numbers.append(number)
-        last += len(entries)
-    return Documents(rows, numbers, bad)
-
-
-def _whole_file(data: bytes, *, lines: bool) -> list[Any]:
-    """Return the entries of a file that is one JSON array or one object over many lines; else its lines."""
+def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
+    """Return the rows of a file that is one JSON value, or one a line; or what is wrong with one, None for an empty line."""
+    data, value = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), None
     if data.lstrip().startswith((b"[", b"{")):
-        try:
-            whole = json.loads(data)
-        except (ValueError, RecursionError):
-            return data.splitlines()
-        if isinstance(whole, list):
-            return whole
-        return [whole] if lines else _entries(whole)
-    return data.splitlines()
+        with contextlib.suppress(ValueError, RecursionError):  # then it is one value a line
+            value = json.loads(data)
+    if value is None:
+        entries = data.splitlines()
+    elif isinstance(value, list):
+        entries = value
+    else:
+        entries = [value] if path.suffix.lower() == ".jsonl" else _rows_of_object(value)
+    return [None if isinstance(entry, bytes) and not entry.strip() else _row(entry) for entry in entries]
 
 
-def _entries(whole: dict[str, Any]) -> list[Any]:
+def _rows_of_object(value: dict[str, Any]) -> list[Any]:
     """Return the rows of a file that is one object: rows under one key, columns (lists, or pandas' dicts by index), or a row.
 
     Raises:
         ValueError: lists of different lengths, which are neither columns nor a row.
     """
-    values = list(whole.values())
-    if len(values) == 1 and isinstance(values[0], list) and values[0]:
-        inner = values[0]
+    columns = list(value.values())
+    if len(columns) == 1 and isinstance(columns[0], list) and columns[0]:
+        inner = columns[0]
         if all(isinstance(entry, dict) for entry in inner) and not is_conversation(inner):
             return inner
-    if values and all(
-        isinstance(value, dict) and "0" in value and value.keys() == values[0].keys() for value in values
-    ):
-        values = [list(value.values()) for value in values]
-    if not values or not all(isinstance(value, list) for value in values) or all(map(is_conversation, values)):
-        return [whole]
-    lengths = {name: len(value) for name, value in zip(whole, values)}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"one object of lists of different lengths: {told}")
-    return [dict(zip(whole, row)) for row in zip(*values)]
+    if columns and all(isinstance(c, dict) and "0" in c and c.keys() == columns[0].keys() for c in columns):
+        columns = [list(column.values()) for column in columns]
+    if not columns or not all(isinstance(c, list) for c in columns) or all(map(is_conversation, columns)):
+        return [value]
+    if len({len(column) for column in columns}) > 1:
+        lengths = ", ".join(f"{name} {len(column)}" for name, column in zip(value, columns))
+        raise ValueError(f"one object of lists of different lengths: {lengths}")
+    return [dict(zip(value, row)) for row in zip(*columns)]
 
 
-def _object(entry: Any) -> dict[str, Any] | str:
+def _row(entry: Any) -> dict[str, Any] | str:
     """Return the row of a line or an array's entry, or what is wrong with it."""
     if isinstance(entry, bytes):
         try:
@@ -200,3 +177,10 @@ def _object(entry: Any) -> dict[str, Any] | str:
     except UnicodeEncodeError:
         return "half a character (a lone surrogate)"
     return entry
+
+
+READERS: dict[str, Callable[[Path], Sequence[dict[str, Any] | str | None]]] = {
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+}

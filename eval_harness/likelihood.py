@@ -1,4 +1,4 @@
-"""How likely right answers are, and how far a model's predictions on them moved from the base model's.
+"""Answer likelihoods: how likely right answers are, and how far a model's predictions on them moved from the base's.
 
 Small models answer few open questions correctly, so accuracy hardly moves when they forget; these measures do.
 """
@@ -9,8 +9,9 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,91 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from lora_null.utils.distributed import broadcast, device_of, gather, merge_shares, my_share, rank_and_world
+from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.tasks import RunOptions, Task
+from lora_null.utils.chat import common_prefix
+from lora_null.utils.distributed import (
+    device_of,
+    gather,
+    get_logger,
+    merge_shares,
+    my_share,
+    on_first_rank,
+    rank_and_world,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
+from lora_null.utils.limits import PositionLimit, position_limit
+
+logger = get_logger(__name__)
 
 TOKENS_HASH = "token_ids_sha256"
+
+
+@dataclass(frozen=True)
+class AnswerTask(Task):
+    """Prompts with their right answers; measures how likely, and how changed, the answers are.
+
+    Args:
+        name: what to call the results ("NAME nll", "NAME kl").
+        pairs: (prompt text, answer text), e.g. ("Q: who wrote Emma?\\nA:", " Jane Austen").
+        kl: also measure KL(base || model) on the answers, against the base model's recorded predictions. Those take
+            (answer tokens) × (vocabulary) × 4 bytes on disk: short answers only.
+        role: as in `LmEvalTask`.
+    """
+
+    name: str
+    pairs: list[tuple[str, str]] = field(repr=False)
+    kl: bool = False
+    role: Role = "task"
+
+    def check(self) -> None:
+        super().check()
+        if not self.pairs:
+            raise UserError(f"{self} has no pairs of prompt and answer")
+        for i, pair in enumerate(self.pairs):
+            if len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+                raise UserError(f"{self}: pair {i} must be a prompt and an answer, both with text, not {pair!r}")
+
+    def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
+        tokenize_pairs(tokenizer, self.pairs, self.name, limit.tokens)
+
+    def describe(self, limit: int | None) -> dict[str, Any]:
+        pairs = repr(self.pairs[:limit]).encode()
+        return {"kl": self.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+
+    def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
+        """Score the answers; the KL is missing where there is no reference.
+
+        Raises:
+            UserError: a pair that cannot be scored, or a reference of other pairs or another vocabulary.
+        """
+        limit = position_limit(model.config)
+        beyond = limit.tokens if limit is not None and limit.hard else None
+        pairs = tokenize_pairs(tokenizer, self.pairs[: options.limit], self.name, beyond)
+        longest = max(len(pair.ids) for pair in pairs)
+        if limit is not None and longest > limit.tokens:
+            logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
+        reference = options.reference(f"{self.name}.safetensors") if self.kl else None
+        scores = score_answers(
+            model,
+            pairs,
+            batch_size=options.batch_size,
+            reference=reference,
+            record=options.record_reference and reference is not None,
+            autocast_dtype=options.autocast_dtype,
+            progress=self.name,
+        )
+        found = TaskResult()
+        for measure, sums in (("nll", scores.nll), ("kl", scores.kl)):
+            if sums is not None:
+                value, stderr = ratio_estimate(sums, scores.tokens)
+                name = f"{self.name} {measure}"
+                found.metrics[name] = Metric(value, stderr, len(pairs), False, self.role, "nats")
+                found.samples[name] = (sums / scores.tokens).tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -65,7 +145,7 @@ def tokenize_pairs(
     texts = tokenizer([prompt + answer for prompt, answer in pairs])["input_ids"]
     tokenized = []
     for i, (prompt, ids) in enumerate(zip(prompts, texts)):
-        start = next((k for k, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
+        start = common_prefix(prompt, ids)
         if start == 0 or start == len(ids):
             part = "prompt" if start == 0 else "answer"
             raise UserError(f"evaluation task {name!r}: the {part} of pair {i} has no tokens: {pairs[i]!r}")
@@ -157,29 +237,35 @@ def score_answers(
     Raises:
         UserError: if `reference` was recorded for other tokens or another vocabulary.
     """
-    mine = my_share(range(len(pairs)), model)
-    kept: dict[str, torch.Tensor] = {}
+    share = my_share(range(len(pairs)), model)
+    recorded: dict[str, torch.Tensor] = {}
 
-    def compute() -> dict[int, tuple[float, float | None]]:
+    def compute() -> dict[int, tuple[float, float]]:
         known = None if reference is None or record else open_reference(reference, pairs)
         scores = {}
-        for indices, log_probs in _forward(model, pairs, mine, batch_size, autocast_dtype, progress):
-            for i, model_log_probs in zip(indices, log_probs):
-                targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=model_log_probs.device)
-                kl = None if known is None else _kl_sum(known.get_tensor(str(i)), model_log_probs, reference)
-                scores[i] = token_nll(model_log_probs, targets).sum().item(), kl
-                if record:
-                    kept[str(i)] = model_log_probs.cpu()
+        for i, log_probs in _forward(model, pairs, share, batch_size, autocast_dtype, progress):
+            kl = 0.0
+            if known is not None:
+                base = known.get_tensor(str(i))
+                if base.shape != log_probs.shape:
+                    raise UserError(
+                        f"the reference {reference} has a vocabulary of {base.shape[-1]} tokens, the model "
+                        f"{log_probs.shape[-1]}; they cannot be compared"
+                    )
+                kl = token_kl(base.to(log_probs.device), log_probs).sum().item()
+            targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
+            scores[i] = token_nll(log_probs, targets).sum().item(), kl
+            if record:
+                recorded[str(i)] = log_probs.cpu()
         return scores
 
     scores = merge_shares(compute)
-    nll, kl = zip(*(scores[i] for i in range(len(pairs))))
+    nll, kl = np.array([scores[i] for i in range(len(pairs))]).T
     if record:
-        _record_reference(reference, kept, pairs)
-        kl = np.zeros(len(pairs))
-    has_kl = reference is not None
+        shares = gather(recorded)
+        on_first_rank(lambda: save_reference(reference, {k: v for share in shares for k, v in share.items()}, pairs))
     tokens = np.array([len(pair.ids) - pair.start for pair in pairs])
-    return AnswerScores(np.array(nll), np.array(kl, dtype=float) if has_kl else None, tokens)
+    return AnswerScores(nll, None if reference is None else kl, tokens)
 
 
 def open_reference(path: Path, pairs: Sequence[TokenizedPair]) -> safe_open:
@@ -189,7 +275,7 @@ def open_reference(path: Path, pairs: Sequence[TokenizedPair]) -> safe_open:
         UserError: if the file was recorded for other token ids.
     """
     reference = safe_open(path, framework="pt")
-    if (reference.metadata() or {}).get(TOKENS_HASH) != _hash(pairs):
+    if (reference.metadata() or {}).get(TOKENS_HASH) != hash_pairs(pairs):
         raise UserError(
             f"the reference {path} was recorded for other prompts, answers or another tokenizer; record it again"
         )
@@ -198,19 +284,24 @@ def open_reference(path: Path, pairs: Sequence[TokenizedPair]) -> safe_open:
 
 def save_reference(path: Path, log_probs: dict[str, torch.Tensor], pairs: Sequence[TokenizedPair]) -> None:
     """Write the file that `open_reference` reads: complete, or not at all."""
-    write_safetensors(path, log_probs, {TOKENS_HASH: _hash(pairs)})
+    write_safetensors(path, log_probs, {TOKENS_HASH: hash_pairs(pairs)})
+
+
+def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
+    """Return a hash of token ids and of where the answers start."""
+    return hashlib.sha256(repr([(pair.ids, pair.start) for pair in pairs]).encode()).hexdigest()
 
 
 def _forward(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
-    mine: Sequence[int],
+    share: Sequence[int],
     batch_size: int,
     autocast_dtype: torch.dtype | None,
     progress: str | None,
-) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-    """Yield (indices, their answers' log-probabilities) for this rank's pairs, in batches of like length."""
-    order = sorted(mine, key=lambda i: -len(pairs[i].ids))
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
+    order = sorted(share, key=lambda i: -len(pairs[i].ids))
     bar = tqdm(total=len(order), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
     autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
     with bar, torch.no_grad():
@@ -218,35 +309,10 @@ def _forward(
             indices = order[begin : begin + batch_size]
             with autocast:
                 log_probs = answer_log_probs(model, [pairs[i] for i in indices])
-            yield indices, log_probs
+            yield from zip(indices, log_probs)
             bar.update(len(indices))
-
-
-def _kl_sum(base: torch.Tensor, model: torch.Tensor, reference: Path) -> float:
-    if base.shape != model.shape:
-        raise UserError(
-            f"the reference {reference} has a vocabulary of {base.shape[-1]} tokens, the model {model.shape[-1]}; "
-            "they cannot be compared"
-        )
-    return token_kl(base.to(model.device), model).sum().item()
-
-
-def _record_reference(path: Path, kept: dict[str, torch.Tensor], pairs: Sequence[TokenizedPair]) -> None:
-    """Write every rank's part into one file from rank 0; return on every rank when it is there."""
-    parts, failure = gather(kept), None
-    if parts is not None:
-        try:
-            save_reference(path, {key: value for part in parts for key, value in part.items()}, pairs)
-        except OSError as error:
-            failure = error
-    if (failure := broadcast(failure)) is not None:
-        raise failure
 
 
 def _keeps_logits(model: nn.Module) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def _hash(pairs: Sequence[TokenizedPair]) -> str:
-    return hashlib.sha256(repr([(pair.ids, pair.start) for pair in pairs]).encode()).hexdigest()

@@ -16,8 +16,7 @@ import torch
 from accelerate import PartialState
 
 import lora_null.eval_harness
-from lora_null.eval_harness import Evaluation, LmEvalTask
-from lora_null.eval_harness.tasks import describe
+from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.models.bases import attention
 from lora_null.utils.files import cache_root, link
@@ -31,7 +30,7 @@ def folder() -> Path:
     return cache_root() / "base_evaluations"
 
 
-def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Any]) -> str:
+def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Task]) -> str:
     """Return a hash over all that a base model's results depend on.
 
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
@@ -50,7 +49,9 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
             recipe.model.quantization,
             *filter(None, [recipe.model.eos_token]),
         ],
-        "tasks": [_describe(task, getattr(task, "limit", None) or section.limit) for task in tasks],
+        "tasks": [
+            {"label": task.label, "role": task.role} | task.describe(task.limit or section.limit) for task in tasks
+        ],
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
         "processes": PartialState().num_processes,
@@ -66,11 +67,6 @@ def _identity(name: str, revision: str | None, commit: str | None) -> Any:
         return [name, revision, commit]
     files = sorted(file for file in path.iterdir() if file.is_file())
     return [str(path.resolve()), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
-
-
-def _describe(task: Any, limit: int | None) -> dict[str, Any]:
-    own = {"num_fewshot": task.num_fewshot} if isinstance(task, LmEvalTask) else {}
-    return {"label": task.label, "role": task.role} | own | describe(task, limit)
 
 
 def _code_hash() -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness import TASK_FILES, AnswerTask, LmEvalTask, MTBenchTask, OwnTask, PreferenceTask
+from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
+from lora_null.eval_harness.lm_eval.task import FRAMED
 from lora_null.eval_harness.mt_bench.judge import Judge
-from lora_null.eval_harness.mt_bench.questions import as_questions
+from lora_null.eval_harness.mt_bench.task import as_questions
+from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
     AnswersEntry,
     DataSection,
@@ -21,71 +24,74 @@ from lora_null.recipes.config.schema import (
     PreferencesEntry,
     Recipe,
 )
+from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.data.templates import CHAT, ask
+from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
-FRAMED = sorted(path.stem.removesuffix(CHAT).rstrip("_") for path in TASK_FILES.rglob(f"*_{CHAT}.yaml"))
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
-def eval_tasks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, allow_code_execution: bool = False
-) -> list[AnswerTask | LmEvalTask | OwnTask]:
-    """Return the harness's tasks, their documents loaded and templated.
+@dataclass(frozen=True)
+class Asked:
+    """What tasks are made with, beside their entries.
 
-    Args:
+    Attributes:
         recipe: the recipe.
         tokenizer: the model's.
         max_length: tokens of a training sequence; held-out pairs are cut alike.
         allow_code_execution: whether tasks may run what the model writes.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+    allow_code_execution: bool
+
+
+def eval_tasks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, allow_code_execution: bool = False
+) -> list[Task]:
+    """Return the harness's tasks, their documents loaded and templated; see `Asked` for the arguments.
 
     Raises:
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
-    tasks = []
-    for role, entries in (("retention", recipe.eval.retention), ("task", recipe.eval.task)):
-        for entry in entries:
-            where = f"eval.{role}"
-            if isinstance(entry, LmEvalEntry):
-                tasks.append(_lm_eval(entry, role, recipe.data.template, allow_code_execution))
-            elif isinstance(entry, AnswersEntry):
-                tasks.append(_answers(entry, role, where, recipe, tokenizer))
-            elif isinstance(entry, PreferencesEntry):
-                tasks.append(_preferences(entry, role, where, recipe, tokenizer, max_length))
-            else:
-                tasks.append(_mt_bench(entry, role, where, recipe, tokenizer))
+    asked = Asked(recipe, tokenizer, max_length, allow_code_execution)
+    tasks = [
+        MAKERS[type(entry)](entry, role, asked)
+        for role, entries in (("retention", recipe.eval.retention), ("task", recipe.eval.task))
+        for entry in entries
+    ]
     names = [task.key for task in tasks]
-    twin = next((name for name in names if names.count(name) > 1), None)
-    if twin:
-        raise UserError(f"eval: {twin!r} is measured twice")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"eval: {twice!r} is measured twice")
     return tasks
 
 
-def _lm_eval(entry: LmEvalEntry, role: str, template: str, allow_code_execution: bool) -> LmEvalTask:
+def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
-    fields = entry.model_dump() | {"name": entry.name or entry.task}
+    fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
     if entry.task in FRAMED:
         if template not in ("alpaca", CHAT):
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
         if template == CHAT:
             fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
-    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=allow_code_execution)
+    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=asked.allow_code_execution)
 
 
-def _answers(
-    entry: AnswersEntry, role: str, where: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> AnswerTask:
+def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
+    where = f"eval.{role}"
     last = None if entry.limit is None else entry.offset + entry.limit
     section = DataSection(**entry.model_dump(include=READ), limit=last)
-    examples, bad = read_examples(section, tokenizer, preferences=False, where=where)
+    examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
-    settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row or "error", where=where)
-    pairs = [_text_pair(example, tokenizer.eos_token) for example in examples]
+    settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
+    pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
     return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
 
 
@@ -95,14 +101,8 @@ def _text_pair(example: Example, end: str) -> tuple[str, str]:
     return text[:start], text[start:through].removesuffix(end)
 
 
-def _preferences(
-    entry: PreferencesEntry,
-    role: str,
-    where: str,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-) -> PreferenceTask:
+def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
+    where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
     section = DataSection(**entry.model_dump(include=READ | {"rejected", "limit"}), template=recipe.data.template)
     examples, bad = read_examples(section, tokenizer, preferences=True, where=where)
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
@@ -122,16 +122,15 @@ def _pair(tokens: Tokenized, max_length: int | None) -> TokenizedPair | None:
     return TokenizedPair(tuple(ids), start) if start < len(ids) else None
 
 
-def _mt_bench(
-    entry: MTBenchEntry, role: str, where: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> MTBenchTask:
+def _mt_bench(entry: MTBenchEntry, role: Role, asked: Asked) -> MTBenchTask:
+    where, recipe = f"eval.{role}", asked.recipe
     rows = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where).rows
     references = read_documents([Path(entry.references)], f"{where}.references").rows if entry.references else ()
     template, judge = recipe.data.template, recipe.eval.judge
 
     def ask_next(before: Sequence[tuple[str, str]], question: str) -> str:
         messages = [{"role": r, "content": t.strip()} for turn in before for r, t in zip(("user", "assistant"), turn)]
-        return ask(template, [*messages, {"role": "user", "content": question.strip()}], tokenizer)
+        return ask(template, [*messages, {"role": "user", "content": question.strip()}], asked.tokenizer)
 
     return MTBenchTask(
         name=entry.mt_bench,
@@ -145,11 +144,16 @@ def _mt_bench(
     )
 
 
-def templates_of(tasks: Sequence[Any], template: str) -> str:
-    """Say for the report in which form the training template is asked in evaluation."""
-    own = [
-        task.label
-        for task in tasks
-        if isinstance(task, OwnTask) or getattr(task, "task", "").startswith(tuple(FRAMED))
-    ]
+# A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
+MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
+    LmEvalEntry: _lm_eval,
+    AnswersEntry: _answers,
+    PreferencesEntry: _preferences,
+    MTBenchEntry: _mt_bench,
+}
+
+
+def templates_of(tasks: Sequence[Task], template: str) -> str:
+    """Return for the report which evaluations are asked in the training template."""
+    own = [task.label for task in tasks if task.in_training_template]
     return f"{template}, in training and in {', '.join(own)}" if own else template

@@ -16,7 +16,7 @@ from world import make_world, write_rows
 from lora_null import LoraNullConfig, UserError
 from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, evaluate
-from lora_null.eval_harness.lm_eval.generate import generate_texts
+from lora_null.eval_harness.generate import generate_texts
 from lora_null.layer import adapted_layers
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main

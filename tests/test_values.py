@@ -14,8 +14,7 @@ from tiny import tiny_tokenizer
 from world import make_world, write_rows
 
 from lora_null.eval_harness.documents import read_documents
-from lora_null.eval_harness.lm_eval import lm_tasks
-from lora_null.eval_harness.tasks import LmEvalTask
+from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import CalibrationSection, DataSection
@@ -296,5 +295,5 @@ class TestEvaluationDocuments:
     def test_documents_of_lm_eval_with_mixed_columns(self, tmp_path):
         rows = [{"question": 1, "answer": ["a"]}, {"question": "two", "answer": ["b", 2], "more": {"x": 1}}]
         path = str(write_rows(tmp_path / "nq.jsonl", rows))
-        (leaf,) = lm_tasks.prepare(LmEvalTask("nq_open", path=path))["tasks"].values()
+        (leaf,) = LmEvalTask("nq_open", path=path).loaded["tasks"].values()
         assert [leaf.doc_to_text(doc) for doc in leaf.eval_docs] == ["Q: 1?\nA:", "Q: two?\nA:"]

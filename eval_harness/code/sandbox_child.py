@@ -1,4 +1,4 @@
-"""The process in which one generated program runs: `python -I sandbox_child.py MEMORY_MB SECONDS`, by `sandbox.py`.
+"""The process in which one generated program runs: `python -I sandbox_child.py MEMORY_MB SECONDS`, by `programs.py`.
 
 Reads a token and the program from standard input; prints the token as its last word only if the program reaches its end.
 It imports nothing but the standard library, and not this package, so that it starts in a few milliseconds.
@@ -58,8 +58,8 @@ def close_the_kernel() -> None:
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
     libc = ctypes.CDLL(None, use_errno=True)
-    whole = Program(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
-    for call in ((SET_NO_NEW_PRIVS, 1, 0, 0, 0), (SET_SECCOMP, FILTER, ctypes.byref(whole), 0, 0)):
+    filter_program = Program(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
+    for call in ((SET_NO_NEW_PRIVS, 1, 0, 0, 0), (SET_SECCOMP, FILTER, ctypes.byref(filter_program), 0, 0)):
         if libc.prctl(*call) != 0:
             raise OSError(ctypes.get_errno(), "the kernel takes no seccomp filter")
 
@@ -94,7 +94,7 @@ def watch(folder: str) -> None:
 
 
 def main() -> None:
-    """Read, close everything, run, and say so."""
+    """Read the program, set its limits, run it, and print the token if it reached its end."""
     token, _, program = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").partition("\n")
     sys.stdin = open(os.devnull)  # noqa: SIM115  a program that reads its input finds it empty
     out = os.dup(1)

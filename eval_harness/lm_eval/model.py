@@ -6,23 +6,18 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import datasets
-import lm_eval.api.task
 import torch
-import tqdm
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from lora_null.eval_harness.lm_eval.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.eval_harness.lm_eval.private import RowwiseLM, no_document_bars, replaced
 from lora_null.utils.distributed import merge_shares, my_share, rank_and_world
 
 
-class ShardedLM(HFLM):
+class ShardedLM(RowwiseLM):
     """An lm-eval model around a live `PreTrainedModel` or `PeftModel`; every request is computed on one rank.
 
     lm-eval takes a model object to be rank 0 of 1, so each of N ranks would do all the work (lm-eval#3312); its own
@@ -38,7 +33,7 @@ class ShardedLM(HFLM):
     """
 
     def __init__(self, model: nn.Module, tokenizer, batch_size: int, autocast_dtype: torch.dtype | None = None):
-        with quiet(logging.ERROR), _replaced(model, "tie_weights", lambda *args, **kwargs: None):
+        with quiet(logging.ERROR), replaced(model, "tie_weights", lambda *args, **kwargs: None):
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
@@ -58,43 +53,14 @@ class ShardedLM(HFLM):
         """Return each request's generated text, cut at its stop strings."""
         return self._shared(super().generate_until, requests, disable_tqdm)
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
-        """Return contexts with their continuations, padded on the right: greedy ones by `generate_rows`."""
-        plain = not options.get("do_sample") and not options.get("temperature")
-        if (
-            not plain
-            or not set(options) <= {"attention_mask", "do_sample", "temperature"}
-            or not can_generate_rows(self.model)
-        ):
-            return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
-        with torch.autocast(
-            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-        ):
-            rows = generate_rows(
-                self.model,
-                context,
-                options["attention_mask"],
-                max_new_tokens=max_length - context.shape[1],
-                ends=end_tokens(self.model),
-                stopped=StopWords(self.tokenizer, stop),
-            )
-        new = context.new_full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
-        for row, tokens in zip(new, rows):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return torch.cat([context, new], dim=1)
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
-        # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
-        return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
-
     def _shared(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
         # By document, not by request: the choices of one question stay together and share their forward pass.
-        mine = my_share((request.doc_id for request in requests), self.model)
-        quiet_here = disable_tqdm or rank_and_world()[0] != 0
+        share = my_share((request.doc_id for request in requests), self.model)
+        hidden = disable_tqdm or rank_and_world()[0] != 0
 
         def compute() -> dict[int, object]:
-            answers = method([requests[i] for i in mine], disable_tqdm=quiet_here) if mine else []
-            return dict(zip(mine, answers, strict=True))
+            answers = method([requests[i] for i in share], disable_tqdm=hidden) if share else []
+            return dict(zip(share, answers, strict=True))
 
         answers = merge_shares(compute)
         return [answers[i] for i in range(len(requests))]
@@ -128,24 +94,10 @@ def quiet(level: int = logging.WARNING) -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(level)
         datasets.disable_progress_bars()
-        with _replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True)):  # it has no switch of its own
+        with no_document_bars():
             yield
     finally:
         for logger, old in zip(loggers, before):
             logger.setLevel(old)
         if bars:
             datasets.enable_progress_bars()
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let `owner.name` be `value` for a while."""
-    own, old = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, old)
-        else:
-            delattr(owner, name)

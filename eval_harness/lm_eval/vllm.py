@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
-
-from lm_eval.api.model import LM
+from typing import TYPE_CHECKING
 
 from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 
 def require_vllm() -> None:

@@ -7,16 +7,15 @@ format as they come, so that a judging that was broken off goes on where it stop
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ OPENAI = "https://api.openai.com/v1"
 NEED_REFERENCE = ("math", "reasoning", "coding")
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 MISSING = -1  # FastChat's own mark for a judgment without a grade
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+PASSING = (408, 409, 429)  # what the openai package asks again after, beside 500 and above
 PROMPTS = Path(__file__).with_name("judge_prompts.json")
 
 
@@ -42,12 +41,12 @@ class Judge:
         base_url: up to and without /chat/completions.
         api_key_env: the environment variable that holds the key; the key itself is read when it is needed, and never
             written anywhere. Without one, requests go without a key, as local servers take them.
-        attempts: requests for one grade, at most, each a while after the one before.
+        attempts: requests for one grade, at most; the openai package waits between those that fail.
         requests_per_minute: over all threads; None for no limit.
         parallel: requests under way at once.
         prompts: a file in FastChat's format (judge_prompts.jsonl) to judge by its very words; None takes this package's,
             which follow the same protocol in other words.
-        wait: seconds before the second attempt; doubled each time.
+        wait: seconds before a judgment that holds no grade is asked for again.
     """
 
     model: str
@@ -60,7 +59,9 @@ class Judge:
     wait: float = 2.0
 
     def check(self) -> None:
-        """Raise a UserError for a missing key or prompts that cannot be used."""
+        """Raise a UserError for a missing package or key, or prompts that cannot be used."""
+        if importlib.util.find_spec("openai") is None:
+            raise UserError("judge: needs the openai package; install it with pip install 'lora-null[judge]'")
         if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.api_key_env):
             raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
         self.read_prompts()
@@ -125,8 +126,12 @@ def judge_answers(
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
     path.parent.mkdir(parents=True, exist_ok=True)
-    client, lock = _Client(judge), threading.Lock()
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(judge.parallel) as pool:
+    lock = threading.Lock()
+    with (
+        closing(_Client(judge)) as client,
+        open(path, "a", encoding="utf-8") as file,
+        ThreadPoolExecutor(judge.parallel) as pool,
+    ):
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")  # a line that a killed run left half written
         bar = tqdm(total=len(todo), desc="judging", unit="turn", disable=not progress)
@@ -214,11 +219,24 @@ def parse_grade(judgment: str) -> float:
 
 
 class _Client:
-    """Sends requests no faster than allowed, and again when they fail in a way that may pass."""
+    """Asks the endpoint through the openai package, which asks again when a failure may pass, no faster than allowed."""
 
     def __init__(self, judge: Judge) -> None:
-        self.judge = judge
-        self.lock, self.next_at = threading.Lock(), 0.0
+        import openai
+
+        key = os.environ.get(judge.api_key_env)
+        self.judge, self.lock, self.next_at = judge, threading.Lock(), 0.0
+        self.openai = openai.OpenAI(
+            api_key=key or "none",
+            base_url=judge.base_url,
+            timeout=120,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
+        )
+        self.headers = {} if key else {"Authorization": openai.omit}
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.openai.close()
 
     def grade(self, request: _Request) -> tuple[str, float]:
         """Return a judgment and its grade; the last judgment and −1 where no attempt gave a grade.
@@ -226,63 +244,57 @@ class _Client:
         Raises:
             JudgeError: no attempt gave a judgment, or one was refused for good.
         """
-        text, failure = None, "no attempt was made"
-        for attempt in range(self.judge.attempts):
-            if attempt:
-                time.sleep(self.judge.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-            self._wait_for_turn()
+        import openai
+
+        text, failure, left = None, "no answer in OpenAI's format", self.judge.attempts
+        while left > 0:
             try:
-                text = self._ask(request)
-            except _PassingError as error:
-                failure = str(error)
-                self._hold_off(error.seconds)
-                continue
-            score = parse_grade(text)
-            if score != MISSING:
-                return text, score
+                judgment, used = self._ask(request, left)
+            except openai.APIStatusError as error:
+                status = error.status_code
+                if status not in PASSING and status < 500:
+                    hint = f", check the key in {self.judge.api_key_env}" if status in (401, 403) else ""
+                    message = f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}"
+                    raise JudgeError(message) from None
+                failure = f"HTTP status {status}"
+                break
+            except openai.APIConnectionError as error:
+                failure = f"{type(error).__name__}: {error.__cause__ or error}"
+                break
+            text = text if judgment is None else judgment
+            if judgment is not None and (score := parse_grade(judgment)) != MISSING:
+                return judgment, score
+            left -= used
+            if left > 0:
+                time.sleep(self.judge.wait)
         if text is None:
             raise JudgeError(
                 f"judge: {self.judge.base_url} gave no judgment in {self.judge.attempts} attempts ({failure})"
             )
         return text, MISSING
 
-    def _ask(self, request: _Request) -> str:
-        key = os.environ.get(self.judge.api_key_env)
-        messages = [
-            {"role": "system", "content": request.system_prompt},
-            {"role": "user", "content": request.user_prompt},
-        ]
-        body = {"model": self.judge.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
-        try:
-            sent = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(sent, timeout=120) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"] or ""
-        except urllib.error.HTTPError as error:
-            if error.code in RETRIED:
-                raise _PassingError(f"HTTP status {error.code}", error.headers.get("Retry-After")) from None
-            hint = f", check the key in {self.judge.api_key_env}" if error.code in (401, 403) else ""
-            raise JudgeError(f"judge: {url} refuses with HTTP status {error.code}{hint}") from None
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # no connection, or no such answer
-            raise _PassingError(f"{type(error).__name__}: {error}") from None
+    def _ask(self, request: _Request, attempts: int) -> tuple[str | None, int]:
+        """Return the judgment, None where the answer holds none, and how many attempts it took."""
+        client = self.openai.with_options(max_retries=attempts - 1)
+        answer = client.chat.completions.with_raw_response.create(
+            model=self.judge.model,
+            messages=[
+                {"role": "system", "content": request.system_prompt},
+                {"role": "user", "content": request.user_prompt},
+            ],
+            temperature=0,
+            max_tokens=2048,
+            extra_headers=self.headers,
+        )
+        try:  # from the text: local servers do not always name its type, without which the package does not read it
+            text = json.loads(answer.http_response.text)["choices"][0]["message"]["content"] or ""
+        except (ValueError, LookupError, TypeError):
+            text = None
+        return text, 1 + answer.retries_taken
 
-    def _wait_for_turn(self) -> None:
+    def _wait_for_turn(self, _: Any) -> None:
         gap = 60 / self.judge.requests_per_minute if self.judge.requests_per_minute else 0.0
         with self.lock:
             start = max(time.monotonic(), self.next_at)
             self.next_at = start + gap
         time.sleep(max(0.0, start - time.monotonic()))
-
-    def _hold_off(self, seconds: float) -> None:
-        """Let no thread ask before the endpoint wants to be asked again."""
-        with self.lock:
-            self.next_at = max(self.next_at, time.monotonic() + seconds)
-
-
-class _PassingError(Exception):
-    """A failure that may be over in a while; `seconds` as the endpoint says, 0 where it does not."""
-
-    def __init__(self, message: str, retry_after: str | None = None) -> None:
-        super().__init__(message)
-        self.seconds = min(float(retry_after), 300.0) if (retry_after or "").replace(".", "", 1).isdigit() else 0.0

@@ -58,10 +58,10 @@ def test_kl_of_the_base_with_itself_is_zero(model, tokenizer, pairs, tmp_path):
     task = AnswerTask("nq", pairs, kl=True, role="retention")
     recorded = evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
     again = evaluate(model, tokenizer, [task], reference_dir=tmp_path)
-    assert recorded.metrics["nq kl"]["value"] == recorded.metrics["nq kl"]["stderr"] == 0.0
-    assert again.metrics["nq kl"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert recorded.metrics["nq kl"].value == recorded.metrics["nq kl"].stderr == 0.0
+    assert again.metrics["nq kl"].value == pytest.approx(0.0, abs=1e-9)
     assert again.metrics["nq nll"] == recorded.metrics["nq nll"]
-    assert again.metrics["nq kl"]["role"] == "retention" and not again.metrics["nq kl"]["higher_is_better"]
+    assert again.metrics["nq kl"].role == "retention" and not again.metrics["nq kl"].higher_is_better
 
 
 def test_kl_is_missing_without_a_reference(model, tokenizer, pairs, tmp_path):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from lora_null.eval_harness import LmEvalTask, evaluate
-from lora_null.eval_harness.code.code_answers import (
+from lora_null.eval_harness.code.programs import (
     extract_code,
     humaneval_completion,
     humaneval_program,
     mbpp_program,
+    run_program,
 )
-from lora_null.eval_harness.code.sandbox import run_program
 from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")

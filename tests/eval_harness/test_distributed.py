@@ -57,7 +57,7 @@ def test_two_ranks_equal_one_and_compute_each_request_once(folder, pairs):
         evaluations = [Evaluation.from_json(result[moment]) for result in (one, *two)]
         assert evaluations[1] == evaluations[2]
         for name, metric in evaluations[0].metrics.items():
-            shared = evaluations[1].metrics[name]
+            metric, shared = metric.to_dict(), evaluations[1].metrics[name].to_dict()
             numbers = {key: metric[key] for key in ("value", "stderr") if metric[key] is not None}
             assert {key: shared[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-7), name
             assert shared | numbers == metric

@@ -5,7 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lora_null.eval_harness.lm_eval.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
 from lora_null.eval_harness.lm_eval.model import ShardedLM
 
 PROMPTS = [f"Q: {'why ' * i}?\nA:" for i in range(9)]

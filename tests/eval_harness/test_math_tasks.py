@@ -3,8 +3,8 @@
 import pytest
 
 from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate
-from lora_null.eval_harness.lm_eval import lm_tasks
 from lora_null.eval_harness.lm_eval import model as lm
+from lora_null.eval_harness.lm_eval.loading import folder_manager
 
 GSM = [
     {"question": f"What is {i}+{i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(4)
@@ -29,7 +29,7 @@ def test_gsm8k(model, tokenizer, write, says):
     says(GSM_ANSWERS)
     found = evaluate(model, tokenizer, [LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM), name="gsm8k")])
     assert found.samples["gsm8k"] == [1.0, 1.0, 1.0, 0.0]
-    assert found.metrics["gsm8k"]["unit"] == "fraction"
+    assert found.metrics["gsm8k"].unit == "fraction"
     assert found.settings["tasks"]["gsm8k"]["versions"] == {"metamath_gsm8k": 1.0}
 
 
@@ -43,17 +43,17 @@ def test_math_by_mathematics_and_by_string(model, tokenizer, write, says):
 def test_asked_as_in_training(write):
     from lora_null.recipes.data.templates import render
 
-    (leaf,) = lm_tasks.prepare(LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM)))["tasks"].values()
+    (leaf,) = LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM)).loaded["tasks"].values()
     assert leaf.doc_to_text(leaf.eval_docs[1]) == render("alpaca", GSM[1]["question"], "")[0]
 
 
 @pytest.mark.parametrize("name", ["metamath_gsm8k", "metamath_math", "sandbox_humaneval", "sandbox_mbpp"])
 def test_the_chat_twin_asks_the_same_without_the_frame(name):
-    manager = lm_tasks._own_manager()
+    manager = folder_manager(TASK_FILES)
     bare, framed = (manager.task_index[n].cfg["doc_to_text"] for n in (f"{name}_chat", name))
     opening, _, rest = framed.partition("### Instruction:\n")
     assert opening.startswith("Below is an instruction") and rest == f"{bare}\n\n### Response:"
 
 
 def test_the_folder_has_only_tasks_of_its_own():
-    assert TASK_FILES.is_dir() and {"metamath_gsm8k", "sandbox_mbpp"} <= set(lm_tasks._own_manager().task_index)
+    assert TASK_FILES.is_dir() and {"metamath_gsm8k", "sandbox_mbpp"} <= set(folder_manager(TASK_FILES).task_index)

@@ -1,5 +1,6 @@
 """MT-Bench: answers in FastChat's format, graded by a stub server that speaks the real protocol."""
 
+import importlib.util
 import json
 import os
 import threading
@@ -10,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness import MTBenchTask, evaluate
+from lora_null.eval_harness import Metric, MTBenchTask, evaluate, generate
 from lora_null.eval_harness.__main__ import main
-from lora_null.eval_harness.lm_eval import generate
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers, parse_grade
-from lora_null.eval_harness.mt_bench.questions import as_questions, scores, write_answers
+from lora_null.eval_harness.mt_bench.task import as_questions, scores, write_answers
 from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -39,7 +39,7 @@ class Stub:
     def answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self.lock:
-            self.seen.append((dict(handler.headers), body))
+            self.seen.append((handler.headers, body))
             self.times.append(time.monotonic())
             reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         proper = (
@@ -137,8 +137,31 @@ def test_nonsense_is_retried_then_recorded_as_missing(tmp_path):
         assert grade(stub, tmp_path, attempts=3) == {}
     assert len(stub.seen) == 6 * 3
     assert {line["score"] for line in lines(tmp_path / "j.jsonl")} == {-1}
-    metrics, samples = scores("MT-Bench", "task", list(ANSWERS), {})
-    assert metrics == {} and samples == {}
+    found = scores("MT-Bench", "task", list(ANSWERS), {})
+    assert found.metrics == {} and found.samples == {}
+
+
+@pytest.mark.parametrize("failures", [[(500, "")], [(200, "hm")], [(500, ""), (200, "hm")], [(200, None), (429, "")]])
+def test_attempts_count_every_request_for_a_grade(tmp_path, failures):
+    with serving(*failures, *[(200, "no grade")] * 2, (200, "[[2]]")) as stub:
+        asked = judge(stub, attempts=len(failures) + 2, parallel=1)
+        one = {81: ANSWERS[81][:1]}
+        grades = judge_answers(asked, QUESTIONS, one, tmp_path / "j.jsonl", model_id="m", progress=False)
+    assert grades == {} and len(stub.seen) == len(failures) + 2
+    assert [line["judgment"] for line in lines(tmp_path / "j.jsonl")] == ["no grade"]
+
+
+def test_a_server_without_keys_gets_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving((200, "[[7]]")) as stub:
+        grade(stub, tmp_path, api_key_env="NO_SUCH_KEY")
+    assert stub.seen and not any("Authorization" in headers for headers, _ in stub.seen)
+
+
+def test_without_the_openai_package_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(UserError, match=r"needs the openai package; .*lora-null\[judge\]"):
+        Judge("m", "http://localhost").check()
 
 
 def test_it_goes_on_where_it_stopped(tmp_path):
@@ -158,10 +181,11 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert other == {(81, 1): 1, (81, 2): 1}
 
 
-def test_no_faster_than_allowed(tmp_path):
-    with serving((200, "[[5]]")) as stub:
-        grade(stub, tmp_path, requests_per_minute=600, parallel=4)
-    assert all(b - a > 0.08 for a, b in zip(stub.times, stub.times[1:]))
+@pytest.mark.parametrize("first", [(200, "[[5]]"), (429, "", {"Retry-After": "0.01"})])
+def test_no_faster_than_allowed(tmp_path, first):
+    with serving(first, (200, "[[5]]")) as stub:
+        grade(stub, tmp_path, requests_per_minute=300, parallel=4)
+    assert all(b - a > 0.14 for a, b in zip(stub.times, stub.times[1:]))
 
 
 def test_an_endpoint_that_is_not_there(tmp_path):
@@ -212,7 +236,7 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
         asked.append((prompts, options["temperatures"]))
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("lora_null.eval_harness.mt_bench.questions.generate_texts", spy)
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.task.generate_texts", spy)
     with serving((200, "[[4]]")) as stub:
         found = evaluate(model, tokenizer, [task(judge=judge(stub))], output_dir=tmp_path / "lora")
     answers = lines(tmp_path / "lora" / "mt_bench" / "answers.jsonl")
@@ -223,14 +247,7 @@ def test_a_live_model_answers_both_turns_and_is_graded(model, tokenizer, tmp_pat
     first, second = answers[0]["choices"][0]["turns"]
     assert asked[0] == (["U: Write a poem.\nA:", "U: What is 1+1?\nA:", "U: Print 1.\nA:"], [0.7, 0.0, 0.0])
     assert asked[1][0][0] == f"U: Write a poem.\nA: {first}\nU: Again, shorter.\nA:" and second
-    assert found.metrics["MT-Bench"] == {
-        "value": 4.0,
-        "stderr": 0.0,
-        "n": 6,
-        "higher_is_better": True,
-        "role": "task",
-        "unit": "score",
-    }
+    assert found.metrics["MT-Bench"] == Metric(4.0, 0.0, 6, True, "task", "score")
     assert found.settings["tasks"]["MT-Bench"]["missing"] == 0 and "MT-Bench turn 2" in found.metrics
 
 

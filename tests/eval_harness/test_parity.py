@@ -102,12 +102,12 @@ def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, hal
     for name, (task, metric, filter_) in pairs.items():
         value = expected[task][f"{metric},{filter_}"]
         if metric == "perplexity":  # exp of a float32 sum, whose last bits depend on the number of threads
-            assert math.log(ours[name]["value"]) == pytest.approx(math.log(value), rel=1e-6), name
+            assert math.log(ours[name].value) == pytest.approx(math.log(value), rel=1e-6), name
         else:
-            assert ours[name]["value"] == value, name
-            assert ours[name]["stderr"] == expected[task][f"{metric}_stderr,{filter_}"], name
-    assert 0 < ours["nq_open"]["value"] < 1 and 0 < ours["sciq/acc"]["value"] < 1
-    assert ours["lambada_openai/perplexity"]["unit"] == "perplexity"
+            assert ours[name].value == value, name
+            assert ours[name].stderr == expected[task][f"{metric}_stderr,{filter_}"], name
+    assert 0 < ours["nq_open"].value < 1 and 0 < ours["sciq/acc"].value < 1
+    assert ours["lambada_openai/perplexity"].unit == "perplexity"
 
 
 def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_tokenizer, write):
@@ -133,7 +133,7 @@ def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_token
         LmEvalTask("sandbox_humaneval_completion", path=code, name="humaneval", confirm_run_unsafe_code=True),
     ]
     ours = evaluate(*model_and_tokenizer, tasks, batch_size=BATCH_SIZE).metrics
-    assert ours["humaneval"]["value"] == expected["my_humaneval"]["pass@1,none"]
-    assert ours["humaneval"]["stderr"] == expected["my_humaneval"]["pass@1_stderr,none"]
-    assert ours["metamath_gsm8k"]["value"] == expected["my_gsm8k"]["exact_match,none"]
-    assert 0 < ours["humaneval"]["value"] < 1
+    assert ours["humaneval"].value == expected["my_humaneval"]["pass@1,none"]
+    assert ours["humaneval"].stderr == expected["my_humaneval"]["pass@1_stderr,none"]
+    assert ours["metamath_gsm8k"].value == expected["my_gsm8k"]["exact_match,none"]
+    assert 0 < ours["humaneval"].value < 1

@@ -25,7 +25,7 @@ def log_prob(model, pair):
 
 def test_rewards_are_counted_from_the_base(model, peft_model, tokenizer, task, tmp_path):
     base = evaluate(model, tokenizer, [task], batch_size=4, reference_dir=tmp_path, record_reference=True)
-    assert base.metrics["pairs reward accuracy"]["value"] == 0.5 and base.metrics["pairs reward margin"]["value"] == 0
+    assert base.metrics["pairs reward accuracy"].value == 0.5 and base.metrics["pairs reward margin"].value == 0
     found = evaluate(peft_model, tokenizer, [task], batch_size=4, reference_dir=tmp_path)
     with torch.no_grad():
         rewards = np.array(
@@ -36,9 +36,9 @@ def test_rewards_are_counted_from_the_base(model, peft_model, tokenizer, task, t
         )
     margins = rewards[0] - rewards[1]
     assert found.samples["pairs reward margin"] == pytest.approx(margins.tolist(), abs=1e-4)
-    assert found.metrics["pairs reward accuracy"]["value"] == pytest.approx((margins > 0).mean())
-    assert found.metrics["pairs reward accuracy"]["unit"] == "fraction"
-    assert found.metrics["pairs reward margin"]["stderr"] == pytest.approx(margins.std(ddof=1) / 3, abs=1e-4)
+    assert found.metrics["pairs reward accuracy"].value == pytest.approx((margins > 0).mean())
+    assert found.metrics["pairs reward accuracy"].unit == "fraction"
+    assert found.metrics["pairs reward margin"].stderr == pytest.approx(margins.std(ddof=1) / 3, abs=1e-4)
 
 
 def test_without_a_reference_nothing_is_said(peft_model, tokenizer, task, tmp_path):

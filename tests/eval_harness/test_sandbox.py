@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness.code.sandbox import run_program
+from lora_null.eval_harness.code.programs import run_program
 
 
 def test_good_and_bad_programs():

@@ -1,19 +1,20 @@
 """lm-eval tasks from local files, and every mistake with its line."""
 
+import json
 import math
 
 import datasets
 import pytest
 import torch
 
-from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, validate_tasks
-from lora_null.eval_harness.lm_eval import lm_tasks
+from lora_null.eval_harness import AnswerTask, LmEvalTask, Metric, evaluate, validate_tasks
+from lora_null.eval_harness.lm_eval import loading
 from lora_null.utils.errors import UserError
 
 
 def documents(task):
     """The prompts and targets that lm-eval makes of a task's documents."""
-    (leaf,) = lm_tasks.prepare(task)["tasks"].values()
+    (leaf,) = task.loaded["tasks"].values()
     shots = leaf.config.num_fewshot
     return [(leaf.fewshot_context(doc, shots), leaf.doc_to_target(doc)) for doc in leaf.eval_docs]
 
@@ -27,7 +28,7 @@ def test_a_local_file_stands_in_for_the_hub(nq_file):
 def test_fields_are_renamed(write):
     path = write("wq.jsonl", [{"id": "1", "query": "who", "answer": ["b", "a"]}] * 2)
     task = LmEvalTask("webqs", path=path, fields={"answers": "answer", "question": "query"})
-    (leaf,) = lm_tasks.prepare(task)["tasks"].values()
+    (leaf,) = task.loaded["tasks"].values()
     assert leaf.doc_to_text(leaf.eval_docs[0]) == "Question: who\nAnswer:"
     assert leaf.doc_to_choice(leaf.eval_docs[0]) == ["a", "b"]
 
@@ -78,7 +79,8 @@ def test_names_of_results(model, tokenizer, write, nq_file):
         "gsm8k/flexible-extract",
         "picked/strict-match",
     }
-    assert found.metrics["nq_open"] == {
+    assert found.metrics["nq_open"] == Metric(0.0, 0.0, 2, True, "retention", "fraction")
+    assert json.loads(found.to_json())["metrics"]["nq_open"] == {
         "value": 0.0,
         "stderr": 0.0,
         "n": 2,
@@ -86,7 +88,7 @@ def test_names_of_results(model, tokenizer, write, nq_file):
         "role": "retention",
         "unit": "fraction",
     }
-    assert found.metrics["nq again"]["n"] == 1 and found.metrics["nq again"]["stderr"] is None
+    assert found.metrics["nq again"].n == 1 and found.metrics["nq again"].stderr is None
     assert found.samples["nq_open"] == [0.0, 0.0]
     assert found.settings["tasks"]["gsm8k"]["versions"] == {"gsm8k": 3.0}
     assert type(found).from_json(found.to_json()) == found
@@ -107,14 +109,14 @@ def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_h
     fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
     found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match", limit=3)], limit=2)
     assert set(found.metrics) == {"hendrycks_math"} and not found.samples
-    assert found.metrics["hendrycks_math"]["n"] == 7 * 2 and found.metrics["hendrycks_math"]["unit"] == "fraction"
+    assert found.metrics["hendrycks_math"].n == 7 * 2 and found.metrics["hendrycks_math"].unit == "fraction"
 
 
 def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
     choices = {"text": ["a", "b"], "label": ["A", "B"]}
     fake_hub([{"id": str(i), "question": f"q{i}", "choices": choices, "answerKey": "A"} for i in range(3)])
     found = evaluate(model, tokenizer, [LmEvalTask("ai2_arc", metric="acc", limit=1), "arc_easy"], limit=2)
-    assert {name: metric["n"] for name, metric in found.metrics.items()} == {
+    assert {name: metric.n for name, metric in found.metrics.items()} == {
         "arc_challenge/acc": 1,
         "arc_easy/acc": 2,
         "arc_easy/acc_norm": 2,
@@ -124,9 +126,8 @@ def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
 def test_several_metrics_are_told_apart(write):
     rows = [{"text": f"one two three {i}", "domain": None} for i in range(2)]
     task = LmEvalTask("lambada_openai", path=write("l.jsonl", rows))
-    loaded = lm_tasks.prepare(task)
     results = {"results": {"lambada_openai": {"perplexity,none": 1.0, "perplexity_stderr,none": 0.1, "acc,none": 0.5}}}
-    assert set(lm_tasks.result_names(task, loaded, results)) == {"lambada_openai/perplexity", "lambada_openai/acc"}
+    assert set(task.result_names(task.loaded, results)) == {"lambada_openai/perplexity", "lambada_openai/acc"}
 
 
 def test_rolling_likelihood_equals_a_plain_computation(model, tokenizer, write):
@@ -136,9 +137,9 @@ def test_rolling_likelihood_equals_a_plain_computation(model, tokenizer, write):
     log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     nats = -log_probs.gather(-1, ids[0, 1:, None]).sum().item()
     word_perplexity = found.metrics["wikitext/word_perplexity"]
-    assert word_perplexity["value"] == pytest.approx(math.exp(nats / 6), rel=1e-4)
-    assert word_perplexity["unit"] == "word_perplexity" and not word_perplexity["higher_is_better"]
-    assert word_perplexity["stderr"] is None
+    assert word_perplexity.value == pytest.approx(math.exp(nats / 6), rel=1e-4)
+    assert word_perplexity.unit == "word_perplexity" and not word_perplexity.higher_is_better
+    assert word_perplexity.stderr is None
 
 
 MISTAKES = {
@@ -227,5 +228,5 @@ def test_lm_evals_tasks_are_parsed_once(nq_file, monkeypatch):
     def parse(*args, **kwargs):
         raise AssertionError("parsed again")
 
-    monkeypatch.setattr(lm_tasks, "TaskManager", parse)
-    validate_tasks([task])
+    monkeypatch.setattr(loading, "TaskManager", parse)
+    validate_tasks([LmEvalTask("nq_open", path=nq_file)])

@@ -6,8 +6,7 @@ from typing import Any
 
 import datasets
 
-from lora_null.eval_harness.code import code_answers
-from lora_null.eval_harness.code.sandbox import run_program
+from lora_null.eval_harness.code import programs
 
 
 def mbpp_test(rows: datasets.Dataset) -> datasets.Dataset:
@@ -17,18 +16,18 @@ def mbpp_test(rows: datasets.Dataset) -> datasets.Dataset:
 
 def score_humaneval(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
     """Run the response's code with the problem's tests."""
-    return _passed(code_answers.humaneval_program(doc, results[0]))
+    return _passed(programs.humaneval_program(doc, results[0]))
 
 
 def score_humaneval_completion(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
     """Run the prompt and its completion with the problem's tests."""
-    return _passed(code_answers.humaneval_completion(doc, results[0]))
+    return _passed(programs.humaneval_completion(doc, results[0]))
 
 
 def score_mbpp(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
     """Run the response's code with the task's tests."""
-    return _passed(code_answers.mbpp_program(doc, results[0]))
+    return _passed(programs.mbpp_program(doc, results[0]))
 
 
 def _passed(program: str) -> dict[str, int]:
-    return {"pass@1": int(run_program(program).passed)}
+    return {"pass@1": int(programs.run_program(program).passed)}

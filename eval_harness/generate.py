@@ -140,7 +140,7 @@ def generate_texts(
     Args:
         model: in eval mode, on its device; the same on every rank.
         tokenizer: the model's.
-        prompts: whole texts, templated.
+        prompts: the texts that the model sees, templated.
         temperatures: one for each prompt; 0 takes the likeliest token.
         max_new_tokens: of an answer, at most; a prompt that leaves too little room loses its beginning.
         stops: strings that end an answer; it is cut before them.
@@ -157,25 +157,27 @@ def generate_texts(
     encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
     if limit is not None and check_room(max_new_tokens, limit):
         encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
-    mine = my_share(range(len(prompts)), model)
+    share = my_share(range(len(prompts)), model)
     ends = end_tokens(model) | {tokenizer.eos_token_id}
     stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
     autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
 
     def compute() -> dict[int, str]:
         texts = {}
-        bar = tqdm(total=len(mine), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
+        bar = tqdm(total=len(share), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
         with bar, autocast:
-            for indices in _batches(mine, encoded, temperatures, batch_size):
+            for indices in _batches(share, encoded, temperatures, batch_size):
                 ids, mask = _pad_left([encoded[i] for i in indices], tokenizer.pad_token_id, device_of(model))
                 options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
                 if can_generate_rows(model):
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
                 else:
-                    rows = _generate_whole(model, ids, mask, pad=tokenizer.pad_token_id, **options)
-                texts |= {
-                    i: _until(tokenizer.decode(row, skip_special_tokens=True), stops) for i, row in zip(indices, rows)
-                }
+                    rows = _generate_by_transformers(model, ids, mask, pad=tokenizer.pad_token_id, **options)
+                for i, row in zip(indices, rows):
+                    text = tokenizer.decode(row, skip_special_tokens=True)
+                    for stop in stops:
+                        text = text.split(stop, 1)[0]
+                    texts[i] = text
                 bar.update(len(indices))
         return texts
 
@@ -194,7 +196,7 @@ def check_room(max_new_tokens: int, limit: PositionLimit) -> bool:
     return max_new_tokens < limit.tokens
 
 
-def _generate_whole(
+def _generate_by_transformers(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, temperature: float, pad: int
 ) -> list[list[int]]:
     """Generate by `transformers.generate`, for models with rules of their own."""
@@ -204,9 +206,9 @@ def _generate_whole(
 
 
 def _batches(
-    mine: Sequence[int], encoded: Sequence[Sequence[int]], temperatures: Sequence[float], batch_size: int
+    share: Sequence[int], encoded: Sequence[Sequence[int]], temperatures: Sequence[float], batch_size: int
 ) -> Iterator[list[int]]:
-    order = sorted(mine, key=lambda i: (temperatures[i], -len(encoded[i])))
+    order = sorted(share, key=lambda i: (temperatures[i], -len(encoded[i])))
     for _, group in groupby(order, key=lambda i: temperatures[i]):
         same = list(group)
         yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
@@ -217,9 +219,3 @@ def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop, 1)[0]
-    return text

@@ -7,34 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from lora_null.eval_harness.generate import check_room, generate_texts
 from lora_null.eval_harness.likelihood import ratio_estimate
-from lora_null.eval_harness.lm_eval.generate import generate_texts
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
-from lora_null.eval_harness.tasks import OwnTask, Role, RunOptions
-from lora_null.utils.distributed import broadcast, rank_and_world
+from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.tasks import RunOptions, Task
+from lora_null.utils.distributed import broadcast, get_logger, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
+from lora_null.utils.limits import PositionLimit
 from lora_null.utils.values import as_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
 
+logger = get_logger(__name__)
+
 
 def as_questions(
     rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """Return questions in one form, from FastChat's files or from the hub's `HuggingFaceH4/mt_bench_prompts`.
+    """Return questions with the same fields, whether from FastChat's files or the hub's `HuggingFaceH4/mt_bench_prompts`.
 
     Args:
         rows: `question_id`, `category`, `turns`; or `prompt_id`, `category`, `prompt`, `reference`.
@@ -66,7 +70,7 @@ def as_questions(
 
 
 @dataclass(frozen=True)
-class MTBenchTask(OwnTask):
+class MTBenchTask(Task):
     """MT-Bench on a live model.
 
     Both turns are answered, with FastChat's temperature for each category. The answers go to `answers.jsonl`, and are graded
@@ -83,8 +87,6 @@ class MTBenchTask(OwnTask):
         role: as in `LmEvalTask`.
     """
 
-    generates: ClassVar[bool] = True
-
     name: str
     questions: list[dict[str, Any]] = field(repr=False)
     ask: Callable[[list[tuple[str, str]], str], str] = field(repr=False)
@@ -94,11 +96,19 @@ class MTBenchTask(OwnTask):
     max_new_tokens: int = 1024
     role: Role = "task"
 
+    @property
+    def in_training_template(self) -> bool:
+        return True
+
     def check(self) -> None:
+        super().check()
         if not self.questions:
-            raise UserError(f"evaluation task {self.name!r} has no questions")
+            raise UserError(f"{self} has no questions")
         if self.judge is not None:
             self.judge.check()
+
+    def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
+        check_room(self.max_new_tokens, limit)
 
     def describe(self, limit: int | None) -> dict[str, Any]:
         asked = [self.ask([(question["turns"][0], "")], question["turns"][1]) for question in self.questions[:limit]]
@@ -106,34 +116,42 @@ class MTBenchTask(OwnTask):
         digest = hashlib.sha256(repr((asked, self.questions[:limit])).encode()).hexdigest()
         return {"limit": limit, "max_new_tokens": self.max_new_tokens, "judge": judge, "questions_sha256": digest}
 
-    def run(self, model: nn.Module, tokenizer: Any, options: RunOptions) -> tuple[dict, dict, dict]:
-        """Answer, write the answers, have them graded."""
+    def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
+        """Answer, write the answers, have them graded; the settings say how many grades there are and are missing."""
         questions = self.questions[: options.limit]
         answers = self._answer(model, tokenizer, questions, options)
         grades: dict[tuple[int, int], float] = {}
         if rank_and_world()[0] == 0 and options.output_dir is not None:
-            folder = options.output_dir / "mt_bench"
-            write_answers(folder / ANSWERS_FILE, answers, model_id=options.output_dir.name)
+            folder, model_id = options.output_dir / "mt_bench", options.output_dir.name
+            write_answers(folder / ANSWERS_FILE, answers, model_id=model_id)
             if self.judge is not None:
-                grades = self._grade(questions, answers, folder, options.output_dir.name)
+                try:
+                    grades = judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
+                except JudgeError as error:
+                    later = f"python -m lora_null.eval_harness judge {folder / ANSWERS_FILE}"
+                    logger.warning(f"{self.name}: not graded ({error}); {later} grades the answers")
         grades = broadcast(grades)
-        metrics, samples = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
-        missing = {} if self.judge is None else {"missing": 2 * len(questions) - len(grades)}
-        return metrics, samples, {"judged": len(grades)} | missing
+        found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
+        found.settings["judged"] = len(grades)
+        if self.judge is not None:
+            found.settings["missing"] = 2 * len(questions) - len(grades)
+        return found
 
     def _answer(
-        self, model: nn.Module, tokenizer: Any, questions: Sequence[Mapping[str, Any]], options: RunOptions
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Mapping[str, Any]],
+        options: RunOptions,
     ) -> dict[int, list[str]]:
+        """Return the answers to both turns by question id; the second turn is asked after the model's own first answer."""
         answers: dict[int, list[str]] = {question["question_id"]: [] for question in questions}
         for turn in range(2):
-            prompts = []
-            for question in questions:
-                before = list(zip(question["turns"], answers[question["question_id"]]))
-                prompts.append(self.ask(before, question["turns"][turn]))
+            before = [list(zip(question["turns"], answers[question["question_id"]])) for question in questions]
             texts = generate_texts(
                 model,
                 tokenizer,
-                prompts,
+                [self.ask(turns, question["turns"][turn]) for turns, question in zip(before, questions)],
                 temperatures=[TEMPERATURES.get(question["category"], 0.0) for question in questions],
                 max_new_tokens=self.max_new_tokens,
                 stops=self.stops,
@@ -146,16 +164,6 @@ class MTBenchTask(OwnTask):
             for question, text in zip(questions, texts):
                 answers[question["question_id"]].append(text.strip())
         return answers
-
-    def _grade(
-        self, questions: Sequence[Mapping[str, Any]], answers: Mapping[int, list[str]], folder: Path, model_id: str
-    ) -> dict[tuple[int, int], float]:
-        try:
-            return judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
-        except JudgeError as error:
-            later = f"python -m lora_null.eval_harness judge {folder / ANSWERS_FILE}"
-            print(f"{self.name}: not graded ({error}); {later} grades the answers", file=sys.stderr)
-            return {}
 
 
 def write_answers(path: Path, answers: Mapping[int, list[str]], *, model_id: str) -> None:
@@ -173,16 +181,22 @@ def write_answers(path: Path, answers: Mapping[int, list[str]], *, model_id: str
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def scores(name: str, role: str, ids: Sequence[int], grades: Mapping[tuple[int, int], float]) -> tuple[dict, dict]:
-    """Return metrics and samples: the mean of all grades, and of each turn's, with errors clustered by question."""
-    metrics, samples = {}, {}
+def scores(name: str, role: Role, ids: Sequence[int], grades: Mapping[tuple[int, int], float]) -> TaskResult:
+    """Return the mean of all grades, and of each turn's, with standard errors clustered by question.
+
+    Args:
+        name: of the task.
+        role: of the metrics.
+        ids: of the questions.
+        grades: (question id, turn, from 1) → grade; those that are missing are left out.
+    """
+    found = TaskResult()
     for label, turns in ((name, (1, 2)), (f"{name} turn 1", (1,)), (f"{name} turn 2", (2,))):
-        given = [[grades[i, turn] for turn in turns if (i, turn) in grades] for i in ids]
-        given = [graded for graded in given if graded]
-        if given:
-            value, error = ratio_estimate(np.array([sum(g) for g in given]), np.array([len(g) for g in given]))
-            metrics[label] = {"value": value, "stderr": error, "n": sum(map(len, given)), "higher_is_better": True}
-            metrics[label] |= {"role": role, "unit": "score"}
-            if len(given) == len(ids):
-                samples[label] = [sum(graded) / len(graded) for graded in given]
-    return metrics, samples
+        graded = [given for i in ids if (given := [grades[i, turn] for turn in turns if (i, turn) in grades])]
+        if graded:
+            sums, counts = np.array([sum(given) for given in graded]), np.array([len(given) for given in graded])
+            value, stderr = ratio_estimate(sums, counts)
+            found.metrics[label] = Metric(value, stderr, int(counts.sum()), True, role, "score")
+            if len(graded) == len(ids):
+                found.samples[label] = (sums / counts).tolist()
+    return found

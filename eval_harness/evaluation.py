@@ -1,0 +1,146 @@
+"""Evaluate a live model on a list of tasks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_null.eval_harness.lm_eval.model import quiet
+from lora_null.eval_harness.lm_eval.task import LmEvalTask
+from lora_null.eval_harness.results import Evaluation
+from lora_null.eval_harness.tasks import RunOptions, Task
+from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.limits import tokenizer_of
+from lora_null.utils.model_state import own_precision, preserve, seed_everything
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
+
+
+def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
+    """Check everything about `tasks` that needs no model, and return them with plain names turned into `LmEvalTask`s.
+
+    Raises:
+        UserError: two tasks of the same name, or what a task's own `check` finds.
+    """
+    tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
+    keys = [task.key for task in tasks]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"evaluation task {twice!r} is listed twice; give one of them another name")
+    for task in tasks:
+        task.check()
+    return tasks
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task | str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    reference_dir: Path | str | None = None,
+    record_reference: bool = False,
+    seed: int = 1234,
+    autocast_dtype: torch.dtype | None = None,
+    output_dir: Path | str | None = None,
+    lm: LM | None = None,
+) -> Evaluation:
+    """Evaluate a live model; leave it, the tokenizer and all random states as they were.
+
+    Under torch.distributed, every rank calls this with the same arguments; the work is shared (so a model whose
+    parameters are whole on each rank), and every rank returns the same metrics.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel` on its device.
+        tokenizer: its tokenizer, or its processor.
+        tasks: what to evaluate; a plain name is an `LmEvalTask`.
+        limit: the most documents or pairs of each task, also of one that allows itself more.
+        batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
+        reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)` and `PreferenceTask`.
+        record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
+        seed: for sampling few-shot examples and for tasks that sample their generations; lm-eval's own default.
+        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
+        output_dir: where tasks may leave what they made (MT-Bench its answers).
+        lm: another engine with the same weights for the tasks of lm-eval, such as `open_vllm` gives; None uses `model`.
+
+    Returns:
+        The metrics. A KL is missing where no reference was recorded.
+
+    Raises:
+        UserError: for mistakes in the tasks (see `validate_tasks`), or a reference for other pairs or another vocabulary.
+    """
+    began, tokenizer = time.perf_counter(), tokenizer_of(tokenizer)
+    for name, value in {"limit": limit, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if record_reference and reference_dir is None:
+        raise UserError("record_reference needs reference_dir, the folder to record into")
+    options = RunOptions(
+        limit=limit,
+        batch_size=batch_size,
+        autocast_dtype=autocast_dtype,
+        seed=seed,
+        reference_dir=None if reference_dir is None else Path(reference_dir),
+        record_reference=record_reference,
+        output_dir=None if output_dir is None else Path(output_dir),
+        engine=lm,
+    )
+    metrics, samples, described = {}, {}, {}
+    with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
+        model.eval()
+        for task in together(lambda: validate_tasks(tasks)):
+            seed_everything(seed)
+            least = min(filter(None, (task.limit, limit)), default=None)
+            found = broadcast(task.run(model, tokenizer, replace(options, limit=least)))
+            metrics |= found.metrics
+            samples |= found.samples
+            described[task.key] = task.describe(least) | found.settings
+    settings = {
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "dtype": str(model.dtype),
+        "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
+        "batch_size": batch_size,
+        "ranks": rank_and_world()[1],
+        "device": device_of(model).type,
+        "seed": seed,
+        "backend": "hf" if lm is None else "vllm",
+        "tasks": described,
+    }
+    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples)
+
+
+def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
+    """Check that the active adapter changes the model's predictions on `text`, so that a score is not the base's.
+
+    Args:
+        model: a `PeftModel`; it is left as it was.
+        tokenizer: its tokenizer, or its processor.
+        text: a few words that the tokenizer turns into at least one token.
+
+    Raises:
+        RuntimeError: if the logits with and without the adapter are equal.
+        TypeError: if the model has no adapter to disable.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise TypeError(f"{type(model).__name__} has no adapter to disable; pass a PeftModel")
+    inputs = tokenizer_of(tokenizer)(text, return_tensors="pt").to(device_of(model))
+    with preserve(model), own_precision(model), torch.no_grad():
+        model.eval()
+        adapted = model(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            base = model(input_ids=inputs["input_ids"]).logits
+    if torch.equal(adapted, base):
+        raise RuntimeError(
+            "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"
+        )

@@ -1,0 +1,229 @@
+"""Find lm-eval's tasks by name, and give them local documents where asked."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import lm_eval.tasks
+import pyarrow
+from lm_eval.tasks import TaskManager
+
+from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.lm_eval.model import quiet
+from lora_null.eval_harness.lm_eval.private import full_config, needs_consent
+from lora_null.eval_harness.tasks import TASK_FILES
+from lora_null.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_null.eval_harness.lm_eval.task import LmEvalTask
+
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
+LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
+
+
+def load(task: LmEvalTask) -> dict[str, Any]:
+    """Return lm-eval's {"tasks", "groups", …} with this task's documents and its own few-shot number.
+
+    Raises:
+        UserError: see `LmEvalTask.check`.
+    """
+    manager = manager_of(task.task)
+    _check_consent(task, (manager.task_index[task.task].cfg or {}).get("unsafe_code"))
+    try:
+        loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+    except ImportError as error:
+        raise UserError(f"{task} needs another package ({_first_line(error)})") from error
+    for member in loaded["tasks"].values():
+        own = member.get_config("num_fewshot")
+        if own == 0 and task.num_fewshot:  # as lm-eval's command line, which never changes a task's own 0
+            raise UserError(f"{task} allows no few-shot examples; leave num_fewshot out")
+        member.set_config("num_fewshot", (own or 0) if task.num_fewshot is None else task.num_fewshot)
+        _check_consent(task, needs_consent(member))
+    seed_fewshot(loaded, 0)
+    return loaded
+
+
+def seed_fewshot(loaded: dict[str, Any], seed: int) -> None:
+    """Seed the sampling of few-shot examples in all tasks that `load` returned."""
+    for member in loaded["tasks"].values():
+        member.set_fewshot_seed(seed)
+
+
+def _check_consent(task: LmEvalTask, unsafe: bool | None) -> None:
+    if unsafe and not task.confirm_run_unsafe_code:
+        raise UserError(
+            f"{task} runs code that the model writes; consent with --allow-code-execution "
+            "(in Python: confirm_run_unsafe_code=True)"
+        )
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def manager_of(name: str) -> TaskManager:
+    """Return a task manager that knows `name`.
+
+    lm-eval takes about 10 s to index its 14,000 task files. So the folder that the name begins with is tried first (arc
+    for arc_easy, after this package's own), and all of them only where it does not have the task.
+
+    Raises:
+        UserError: nobody knows it.
+    """
+    words = name.split("_")
+    folders = (LM_EVAL_TASKS / "_".join(words[:length]) for length in range(len(words), 0, -1))
+    for folder in (TASK_FILES, *filter(Path.is_dir, folders)):
+        if _knows(manager := folder_manager(folder), name):
+            return manager
+    manager = _full_manager()
+    if name in manager.task_index:
+        return manager
+    close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
+    raise UserError(f"unknown lm-eval task {name!r} ({hint})")
+
+
+def _knows(manager: TaskManager, name: str) -> bool:
+    """Return whether `manager` has the task, or the group with all its members; a tag may go on in other folders."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.cfg is None:
+        return False
+    members = entry.cfg.get("task")
+    return not isinstance(members, list) or all(isinstance(m, str) and _knows(manager, m) for m in members)
+
+
+@functools.cache
+def folder_manager(folder: Path) -> TaskManager:
+    """Return a task manager of the task files in one folder."""
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=folder, include_defaults=False)
+
+
+@functools.cache
+def _full_manager() -> TaskManager:
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=TASK_FILES)
+
+
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    try:
+        return manager.load(task.task)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # No network, no such data set, or one that is a script, which datasets no longer runs.
+        raise UserError(
+            f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
+        ) from error
+
+
+def _load_from_file(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    config = _local_config(task, manager)
+    try:
+        loaded = manager.load(config)
+        for leaf in loaded["tasks"].values():
+            for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+                # lm-eval takes a bare field name that is not in the data for literal text, and scores that.
+                if isinstance(rule := leaf.get_config(key), str) and rule.isidentifier() and rule not in leaf.features:
+                    raise KeyError(rule)
+        return loaded
+    except Exception as error:
+        raise unreadable(task, error) from error
+
+
+def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    """Return the task's full configuration with its documents replaced by the local file's."""
+    config = _single_config(task, manager)
+    fewshot = config.get("fewshot_config") or {}
+    shots = config.get("num_fewshot") or 0 if task.num_fewshot is None else task.num_fewshot
+    splits = {config[key] for key in SPLITS if config.get(key)}
+    if task.fewshot_path is not None:
+        config["fewshot_split"] = "fewshot examples"
+        config["fewshot_config"] = {k: v for k, v in fewshot.items() if k not in ("split", "samples")}
+    elif shots > 0 and (fewshot.get("samples") is None or config.get("fewshot_split") or fewshot.get("split")):
+        raise UserError(
+            f"{task} would take its {shots} few-shot examples from the evaluated file "
+            f"{task.path}; set num_fewshot: 0, or fewshot_path: another file"
+        )
+    splits |= {fewshot["split"]} if "split" in fewshot else set()
+    documents = dict.fromkeys(splits, _read(task, task.path))
+    if task.fewshot_path is not None:
+        documents["fewshot examples"] = _read(task, task.fewshot_path)
+
+    def read(**_: Any) -> dict[str, datasets.Dataset]:
+        return documents
+
+    return config | {"task": task.task, "custom_dataset": read, "dataset_kwargs": None}
+
+
+def _single_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+    """Return the full configuration of a task, or of the one task that a group's members are subsets of."""
+    leaves = list(_leaves(task.task, manager))
+    rules = [{k: v for k, v in manager.task_index[leaf].cfg.items() if k not in SUBSET_KEYS} for leaf in leaves]
+    if any(rule != rules[0] for rule in rules):
+        raise UserError(
+            f"{task} is a group of different tasks, so path cannot stand in for their data; "
+            f"list its members instead ({', '.join(leaves[:3])}, …)"
+        )
+    config = full_config(manager.task_index[leaves[0]].yaml_path)
+    if "class" in config:
+        raise UserError(f"{task} reads its data with its own code; it cannot use path")
+    return {key: value for key, value in config.items() if key not in ("tag", "group", "task_alias")}
+
+
+def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
+    """Yield the names of the tasks in a task (itself), group or tag."""
+    entry = manager.task_index[name]
+    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task")
+    if not isinstance(members, list):
+        yield name
+        return
+    for member in members:
+        if not isinstance(member, str) or member not in manager.task_index:
+            raise UserError(f"group {name!r} changes its members' rules, so it cannot use path; list its members")
+        yield from _leaves(member, manager)
+
+
+def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
+    """Return the documents of a local file under the task's field names."""
+    with quiet(logging.ERROR):
+        found = read_documents([Path(path)], str(task))
+    columns = {name: [row.get(name) for row in found.rows] for name in found.columns}
+    try:
+        documents = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{task}: cannot read {path} as one table ({_first_line(error)})") from None
+    names = documents.column_names
+    for wanted, given in (task.fields or {}).items():
+        if given not in names:
+            raise UserError(f"{task}: {path} has no field {given!r}; its fields: {', '.join(names)}")
+        column = list(documents[given])
+        documents = documents.remove_columns([wanted] if wanted in names else []).add_column(wanted, column)
+    return documents
+
+
+def unreadable(task: LmEvalTask, error: Exception) -> UserError:
+    """Return the mistake behind an error in a task's rules over a local file: mostly a missing field."""
+    names = _read(task, task.path).column_names
+    undefined = re.match(r"'(\w+)' is undefined", str(error))
+    missing = error.args[0] if isinstance(error, KeyError) and error.args else undefined and undefined.group(1)
+    if missing and missing not in names:
+        return UserError(
+            f"{task}: {task.path} has no field {missing!r}; its fields: {', '.join(names)}; "
+            f"map one with fields: {{{missing}: FIELD}}"
+        )
+    return UserError(
+        f"{task} cannot use {task.path} ({type(error).__name__}: {_first_line(error)}); its fields: {', '.join(names)}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,80 @@
+"""The names of lm-eval that it does not promise to keep, all in this file; last seen in lm-eval 0.4.13.
+
+`tests/eval_harness/test_private_names.py` names the one that another version of lm-eval changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+import torch
+import tqdm
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+
+
+def full_config(path: Path) -> dict[str, Any]:
+    """Return a task file's configuration with the files it includes and its functions; the task manager keeps neither."""
+    return load_yaml(path, resolve_func=True)
+
+
+def needs_consent(task: Any) -> bool:
+    """Return whether a task of lm-eval runs code that the model writes."""
+    return getattr(task, "UNSAFE_CODE", False)
+
+
+@contextmanager
+def no_document_bars() -> Iterator[None]:
+    """Hide the progress bars for building requests, which have no switch of their own."""
+    with replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True)):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` for a while."""
+    own, old = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)
+
+
+class RowwiseLM(HFLM):
+    """lm-eval's model on transformers, in which a row of a batch that has ended costs nothing more."""
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options) -> torch.Tensor:
+        """Return contexts with their continuations, padded on the right: greedy ones by `generate_rows`."""
+        greedy = not options.get("do_sample") and not options.get("temperature")
+        known = set(options) <= {"attention_mask", "do_sample", "temperature"}
+        if not (greedy and known and can_generate_rows(self.model)):
+            return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+        dtype = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            rows = generate_rows(
+                self.model,
+                context,
+                options["attention_mask"],
+                max_new_tokens=max_length - context.shape[1],
+                ends=end_tokens(self.model),
+                stopped=StopWords(self.tokenizer, stop),
+            )
+        new = context.new_full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
+        for row, tokens in zip(new, rows):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return torch.cat([context, new], dim=1)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
+        return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)

@@ -1,0 +1,191 @@
+"""A task of lm-evaluation-harness as a task of this package: checked before a model loads, run on the live model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from lm_eval import evaluator
+from lm_eval.api.metrics import mean
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.eval_harness.lm_eval.loading import load, seed_fewshot, unreadable
+from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
+from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
+from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.errors import UserError, nearest
+
+BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
+CHAT = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
+# This package's tasks that are asked in the training prompt, and have a twin for chat templates.
+FRAMED = tuple(sorted(path.stem.removesuffix(CHAT) for path in TASK_FILES.rglob(f"*{CHAT}.yaml")))
+
+
+@dataclass(frozen=True)
+class LmEvalTask(Task):
+    """A task, group or tag of lm-evaluation-harness. Its documents are read once, when they are first needed.
+
+    Args:
+        task: its name there, e.g. "nq_open".
+        path: a local json, jsonl, parquet or csv file with the documents to evaluate, instead of the hub data set. A
+            group whose members differ only in their subset (hendrycks_math) is then run as one task over the file.
+        fields: the task's field names → the file's, where they differ, e.g. {"answers": "answer"}.
+        num_fewshot: examples in the prompt; None keeps the task's own number (0 where it has none).
+        limit: evaluate only the first `limit` documents (of each member of a group).
+        metric: report only this one of several results: a metric, a filter, or "metric/filter".
+        fewshot_path: a local file for the few-shot examples; `path` never serves for that, as it would leak answers.
+        role: "retention" for what the model should keep knowing, "task" for what it is trained on.
+        name: what to call the results, if not `task`; needed to run one task on two files.
+        confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+        chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
+    """
+
+    runs_on_engine: ClassVar[bool] = True
+
+    task: str
+    path: str | None = None
+    fields: dict[str, str] | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    metric: str | None = None
+    fewshot_path: str | None = None
+    role: Role = "task"
+    name: str | None = None
+    confirm_run_unsafe_code: bool = False
+    chat: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name or self.task
+
+    @property
+    def key(self) -> str:
+        """The label, with the metric where there is one: a task may be listed once for each metric."""
+        return self.label if self.metric is None else f"{self.label}/{self.metric}"
+
+    @property
+    def in_training_template(self) -> bool:
+        return self.task.startswith(FRAMED)
+
+    def check(self) -> None:
+        """Check the values, build the task, read its documents and try its rules on the first one.
+
+        Raises:
+            UserError: for an unknown task, a missing file or field, an unreachable hub data set, few-shot examples out of
+                the evaluated file, an unknown metric, or no consent to run code.
+        """
+        super().check()
+        for key, least in (("limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"{self}: {key} must be a whole number of at least {least}, not {value!r}")
+        for key in ("fields", "fewshot_path"):
+            if getattr(self, key) and self.path is None:
+                raise UserError(f"{self}: {key} needs path, the local file with the documents")
+        if self.path and self.fewshot_path and Path(self.path).resolve() == Path(self.fewshot_path).resolve():
+            raise UserError(f"{self}: fewshot_path is the evaluated file itself; name another file")
+        self.loaded  # noqa: B018
+
+    @cached_property
+    def loaded(self) -> dict[str, Any]:
+        """lm-eval's {"tasks", "groups", …}, ready to run, after a trial on the first document with a stand-in model.
+
+        The trial finds missing fields and unknown metrics.
+
+        Raises:
+            UserError: see `check`.
+        """
+        with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
+            loaded = load(self)
+            options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
+            options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code
+            try:
+                results = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
+            except Exception as error:
+                if self.path is None:
+                    raise
+                raise unreadable(self, error) from error
+        self.result_names(loaded, results)
+        return loaded
+
+    def describe(self, limit: int | None) -> dict[str, Any]:
+        keys = ("task", "fields", "metric", "chat", "num_fewshot")
+        settings = {key: getattr(self, key) for key in keys} | {"limit": limit}
+        for key in ("path", "fewshot_path"):
+            if (path := getattr(self, key)) is not None:
+                settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return settings
+
+    def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
+        """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks."""
+        tasks = self.loaded["tasks"]
+        seed_fewshot(self.loaded, options.seed)
+        results = evaluator.evaluate(
+            lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
+            task_dict=self.loaded,
+            limit=options.limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results count
+            confirm_run_unsafe_code=self.confirm_run_unsafe_code,
+            apply_chat_template=self.chat,
+        )
+        settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
+        found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
+        for name, (owner, metric, filter_) in self.result_names(self.loaded, results).items():
+            scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
+            members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
+            stderr = scores.get(f"{metric}_stderr,{filter_}")
+            found.metrics[name] = Metric(
+                float(scores[f"{metric},{filter_}"]),
+                float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
+                sum(results["n-samples"][member]["effective"] for member in members),
+                results["higher_is_better"].get(owner, {}).get(metric),
+                self.role,
+                "fraction" if tasks[members[0]].aggregation().get(metric) is mean else metric,
+            )
+            documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
+            values = [document.get(metric) for document in documents]
+            if values and all(isinstance(value, int | float | np.number) for value in values):
+                found.samples[name] = [float(value) for value in values]
+        return found
+
+    def result_names(self, loaded: dict[str, Any], results: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+        """Return {name of a result: (lm-eval's task, metric, filter)} for what this task asks for.
+
+        The name is the label; "/metric" is added where there are several metrics, and "/filter" where there are several
+        filters: "nq_open", "arc_easy/acc_norm", "gsm8k/strict-match".
+
+        Raises:
+            UserError: `metric` names none of them, or several.
+        """
+        groups = [name for name in loaded.get("groups") or {} if name == self.task and _scores(results, name)]
+        owners = groups or list(loaded["tasks"])
+        names = {}
+        for owner in owners:
+            label = self.label if len(owners) == 1 else f"{self.name}/{owner}" if self.name else owner
+            scores = _scores(results, owner)
+            metrics, filters = ({score[i] for score in scores} for i in (0, 1))
+            for metric, filter_ in scores:
+                words = [label, *[metric] * (len(metrics) > 1), *[filter_] * (len(filters) > 1)]
+                if self.metric in (None, metric, filter_, f"{metric}/{filter_}"):
+                    names["/".join(words)] = (owner, metric, filter_)
+        if not names or (self.metric is not None and len(names) > len(owners)):
+            choices = {f"{metric}/{filter_}" for owner in owners for metric, filter_ in _scores(results, owner)}
+            raise UserError(
+                f"{self}: metric {self.metric!r} names {len(names)} of its results{nearest(self.metric, choices)}"
+            )
+        return names
+
+
+def _scores(results: dict[str, Any], owner: str) -> Sequence[tuple[str, str]]:
+    """Return the (metric, filter) pairs of lm-eval's results for one task or group."""
+    keys = (key.split(",", 1) for key in results["results"].get(owner, {}) if "," in key)
+    return [(metric, filter_) for metric, filter_ in keys if not metric.endswith("_stderr")]
