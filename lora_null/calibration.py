@@ -408,7 +408,8 @@ class InputMeter:
 
 def _energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Return ‖W0 X‖² = tr(W0 C W0ᵀ) in float64, some rows of W0 at a time."""
-    return sum(((part := rows.to(gram)) @ gram * part).sum() for rows in weight.split(ENERGY_ROWS))
+    rows = (rows.to(gram) for rows in weight.split(ENERGY_ROWS))
+    return torch.stack([(some @ gram * some).sum() for some in rows]).sum()
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

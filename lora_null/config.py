@@ -53,8 +53,8 @@ class ResidualLoraConfig(LoraConfig):
         if self.carries_residual:  # all ranks double, all scalings stay
             more = math.sqrt(2) if self.use_rslora else 2
             fields |= {"r": 2 * self.r, "lora_alpha": more * self.lora_alpha}
-            fields["rank_pattern"] = {key: 2 * r for key, r in self.rank_pattern.items()}
-            fields["alpha_pattern"] = {key: more * alpha for key, alpha in self.alpha_pattern.items()}
+            fields["rank_pattern"] = {key: 2 * r for key, r in (self.rank_pattern or {}).items()}
+            fields["alpha_pattern"] = {key: more * alpha for key, alpha in (self.alpha_pattern or {}).items()}
             fields |= {"init_lora_weights": True, "lora_ga_config": None}  # how it started is no part of what it is
         return fields
 
@@ -88,10 +88,10 @@ class LoraNullConfig(ResidualLoraConfig):
     def _check(self) -> None:
         if self.variant not in VARIANTS:
             raise UserError(f"variant: {self.variant!r} is not one of {', '.join(VARIANTS)}")
-        for rank in (self.r, *self.rank_pattern.values()):
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+        for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 raise UserError(f"lora_alpha: the numerator of the scaling is a number above 0, not {alpha!r}")
         if self.variant == "v1" and self.lora_dropout > 0:
@@ -113,7 +113,7 @@ class LoraNullConfig(ResidualLoraConfig):
         return plain
 
     @classmethod
-    def from_peft_type(cls, **fields: Any) -> LoraNullConfig:
+    def from_peft_type(cls, **fields: Any) -> Any:
         """Return the `LoraNullConfig` of a saved LoRA's fields, so that `from_pretrained` reads a saved adapter as one.
 
         With it a saved adapter goes on training with A frozen (variant "v2") or with both factors ("v1"):

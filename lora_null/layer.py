@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -61,9 +61,16 @@ def active_adapter(model: nn.Module) -> str:
     return model.active_adapters[0] if isinstance(model, PeftModel) else "default"
 
 
+def factors_of(layer: nn.Module, adapter_name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+    """Return A (r, d_in) and B (d_out, r) of an adapter, as they train."""
+    A, B = (factor[adapter_name].weight for factor in (layer.lora_A, layer.lora_B))
+    return cast(nn.Parameter, A), cast(nn.Parameter, B)
+
+
 def residual_of(layer: nn.Module, adapter_name: str = "default") -> Residual | None:
     """Return the residual that an adapter of a layer counts from; None where it starts at the original weight."""
-    return layer.residual if adapter_name in getattr(layer, "residual_adapters", ()) else None
+    counts = isinstance(layer, LoraNullLinear) and adapter_name in layer.residual_adapters
+    return cast("Residual | None", layer.residual) if counts else None
 
 
 def is_started(peft_model: PeftModel, adapter_name: str = "default") -> bool:
@@ -80,7 +87,7 @@ def _adds(layer: LoraLayer, adapter_name: str) -> bool:
     if not linear or layer.lora_B[adapter_name].weight.is_meta:
         return False
     with whole_parameters(layer.lora_A, layer.lora_B):
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        A, B = factors_of(layer, adapter_name)
         return bool(B.any()) and bool(A.any())
 
 
@@ -131,8 +138,8 @@ class LoraNullLinear(Linear):
             self.freeze_A(adapter_name)
         if counts_from_residual:
             with torch.no_grad():
-                self.lora_A[adapter_name].weight.copy_(self.residual.A)
-                self.lora_B[adapter_name].weight.copy_(self.residual.B)
+                for factor, start in zip(factors_of(self, adapter_name), (self._start.A, self._start.B)):
+                    factor.copy_(start)
             self.residual_adapters |= {adapter_name}
 
     def freeze_A(self, adapter_name: str) -> None:
@@ -147,10 +154,18 @@ class LoraNullLinear(Linear):
         """
         if self.residual is not None:
             raise RuntimeError(f"the base already carries the residual of {', '.join(sorted(self.residual_adapters))}")
-        factors = (self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
-        A, B = (factor.detach().clone() for factor in factors)  # copies: A and B go on to be trained
+        A, B = (
+            factor.detach().clone() for factor in factors_of(self, adapter_name)
+        )  # copies: A and B go on to be trained
         self.residual = self._take_out(Residual(A, B, self.scaling[adapter_name]))
         self.residual_adapters = frozenset({adapter_name})
+
+    @property
+    def _start(self) -> Residual:
+        """The residual, where it is known that there is one."""
+        if self.residual is None:
+            raise RuntimeError("the base carries no residual")
+        return self.residual
 
     def restore_base(self) -> None:
         """Put s·B0A0 back into the base: W0 to the rounding of its dtype. Without a residual, do nothing."""
@@ -200,7 +215,7 @@ class LoraNullLinear(Linear):
         missing = self._missing()  # only now: PEFT unmerges in there what is merged and disabled
         if not missing:
             return result
-        A, B = (factor.to(x.device) for factor in (self.residual.A, self.residual.B))
+        A, B = (factor.to(x.device) for factor in (self._start.A, self._start.B))
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
         return result + offset.to(result.dtype)
 
@@ -221,7 +236,7 @@ class LoraNullLinear(Linear):
         A x, r wide, is kept for the backward pass.
         """
         name = self.active_adapters[0]
-        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        (A, B), scaling = factors_of(self, name), self.scaling[name]
         result = self.base_layer(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, A.dtype)
@@ -237,14 +252,15 @@ class LoraNullLinear(Linear):
         While merging, it is what makes W0' (or a base with another such adapter merged) the merged weight.
         """
         delta = super().get_delta_weight(adapter)
-        if residual_of(self, adapter) is None:
+        residual = residual_of(self, adapter)
+        if residual is None:
             return delta
         share = -self.scaling[adapter]
         if self._base_is_merging and not self._residual_is_merged():
-            share += self.residual.scaling
+            share += residual.scaling
         if share:
             exact = torch.promote_types(delta.dtype, torch.float32)
-            A, B = (factor.to(delta.device, exact) for factor in (self.residual.A, self.residual.B))
+            A, B = (factor.to(delta.device, exact) for factor in (residual.A, residual.B))
             start = (B @ A) * share
             delta = (delta.to(exact) + (start.T if self.fan_in_fan_out else start)).to(delta.dtype)
         return delta
@@ -304,7 +320,7 @@ class LoraNullLinear(Linear):
     @property
     def residual_taken_out_of_base(self) -> torch.Tensor:
         """The entry of that name in the state dict; PyTorch's distributed checkpoints look each one up."""
-        return torch.tensor(self.residual.scaling)
+        return torch.tensor(self._start.scaling)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """Return PEFT's state, an adapter that counts from a residual as [A; A0], [B, −B0]: for the original weight.
@@ -342,11 +358,8 @@ class LoraNullLinear(Linear):
             keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
             if not any(key in state_dict for key in keys):
                 continue
-            found = (
-                self.residual.split(*(state_dict[key] for key in keys))
-                if all(key in state_dict for key in keys)
-                else None
-            )
+            complete = all(key in state_dict for key in keys)
+            found = self._start.split(*(state_dict[key] for key in keys)) if complete else None
             if found is None:
                 raise UserError(
                     f"{module}: the factors to load do not start where adapter {name!r} does; load them under another "
@@ -383,14 +396,14 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     def _offset_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute W0 x + (s·B A x − s·B0 A0 x), the difference first: at the start it is exactly zero."""
         name = self.active_adapters[0]
-        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if (self.residual.A.device, self.residual.A.dtype) != (A.device, A.dtype):  # the model was moved or cast
-            self.residual = self.residual._replace(A=self.residual.A.to(A), B=self.residual.B.to(B))
+        (A, B), scaling, residual = factors_of(self, name), self.scaling[name], self._start
+        if (residual.A.device, residual.A.dtype) != (A.device, A.dtype):  # the model was moved or cast
+            self.residual = residual = residual._replace(A=residual.A.to(A), B=residual.B.to(B))
         result = self.base_layer(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, A.dtype)
         now = nn.functional.linear(_scaled(nn.functional.linear(x, A), scaling), B)
-        start = nn.functional.linear(_scaled(nn.functional.linear(x, self.residual.A), scaling), self.residual.B)
+        start = nn.functional.linear(_scaled(nn.functional.linear(x, residual.A), scaling), residual.B)
         return (result + (now - start)).to(result.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

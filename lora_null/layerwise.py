@@ -267,7 +267,10 @@ def _few_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device) -> l
 
 def _difference(batch: TokenBatch, one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the norm of the difference of two hidden states, padding excluded; NaN counts as infinite."""
-    apart = batch.rows(batch.flat(one)).double() - batch.rows(batch.flat(other).to(one.device)).double()
+    flat, against = batch.flat(one), batch.flat(other.to(one.device))
+    if flat is None or against is None:
+        return float("inf")
+    apart = batch.rows(flat).double() - batch.rows(against).double()
     found = torch.linalg.vector_norm(apart).item()
     return found if found == found else float("inf")
 

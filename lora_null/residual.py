@@ -11,7 +11,7 @@ from peft import LoraConfig, LoraModel, PeftModel
 from torch import nn
 
 from lora_null.config import ResidualLoraConfig
-from lora_null.layer import LoraNullLinear, adapted_layers, residual_of
+from lora_null.layer import LoraNullLinear, adapted_layers, factors_of, residual_of
 
 
 def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -46,21 +46,20 @@ class ResidualLoraModel(LoraModel):
     def _plain(self, adapter_name: str) -> Iterator[None]:
         """Have [A; A0], [B, −B0] and their config in the place of an adapter's own."""
         config = self.peft_config[adapter_name]
-        layers = [
-            layer
+        live = [
+            (layer, residual, *factors_of(layer, adapter_name))
             for layer in self.model.modules()
-            if isinstance(layer, LoraNullLinear) and residual_of(layer, adapter_name) is not None
+            if isinstance(layer, LoraNullLinear) and (residual := residual_of(layer, adapter_name)) is not None
         ]
-        live = [(layer, layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight) for layer in layers]
         self.peft_config[adapter_name] = LoraConfig(**config.to_dict())
         try:
-            for layer, A, B in live:
-                plain = layer.residual.joined(A.detach(), B.detach())
+            for layer, residual, A, B in live:
+                plain = residual.joined(A.detach(), B.detach())
                 _put(layer, adapter_name, *(nn.Parameter(factor, requires_grad=False) for factor in plain))
                 layer.residual_adapters -= {adapter_name}
             yield
         finally:
-            for layer, A, B in live:
+            for layer, _, A, B in live:
                 _put(layer, adapter_name, A, B)
                 layer.residual_adapters |= {adapter_name}
             self.peft_config[adapter_name] = config

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
+from lora_null.layer import factors_of
 from lora_null.nullspace import Eigenspace, bottom_eigenspace
 from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
@@ -34,8 +35,10 @@ class Rule(Protocol):
         needs_gram: whether it reads the Gram matrices of the inputs.
     """
 
-    rule: str
-    needs_gram: bool
+    @property
+    def rule(self) -> str: ...
+
+    needs_gram: ClassVar[bool]
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
@@ -43,6 +46,7 @@ class Rule(Protocol):
         Raises:
             ValueError: by what is returned, for a weight that it cannot factor.
         """
+        ...
 
 
 @dataclass
@@ -56,7 +60,7 @@ class NullSpace:
     solver: str = "auto"
     seed: int = 0
     rule = "null-space"
-    needs_gram = True
+    needs_gram: ClassVar[bool] = True
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         spaces: dict[int, Eigenspace] = {}  # one for each distinct rank among the layers that read this input
@@ -180,8 +184,7 @@ class LayerSolver:
         return stats
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[name]
-        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        return factors_of(self.layers[name], self.adapter_name)
 
     def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
         """Give every rank the factors and lines of all, from whoever solved them."""

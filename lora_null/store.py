@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null.calibration import Calibration, InputStats
@@ -183,8 +184,9 @@ def initialization_key(
     digest = hashlib.sha256(f"{FORMAT} {model} {sorted(settings.items())}".encode())
     for name, layer in layers.items():
         digest.update(name.encode())
-        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and adapter_name in layer.lora_A:
-            dtype = layer.lora_A[adapter_name].weight.dtype
+        factors = getattr(layer, "lora_A", None)
+        if isinstance(layer, LoraLayer) and isinstance(factors, nn.ModuleDict) and adapter_name in factors:
+            dtype = factors[adapter_name].weight.dtype
             digest.update(f" {layer.r[adapter_name]} {layer.scaling[adapter_name]} {dtype}".encode())
     for batch in batches:
         for key in ("input_ids", "attention_mask", "labels"):

@@ -72,7 +72,7 @@ def calibration_windows(
 
 
 def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[list[int]]:
-    start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    start: list[int] = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []  # type: ignore[list-item]
     body = args.max_length - len(start)
     wanted = args.samples * body
     ids: list[int] = []

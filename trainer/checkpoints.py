@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -115,11 +115,17 @@ def remove_old(folder: Path, keep: int | None, best: str | None) -> None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints by rising step: by their number, since clocks go backwards."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {path: pattern.fullmatch(path.name) for path in folder.iterdir()} if folder.is_dir() else {}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-class SavingMixin:
+if TYPE_CHECKING:
+    from lora_null.trainer.protocol import TrainerProtocol as Base
+else:
+    Base = object  # the Trainer class that the mixin is put before
+
+
+class SavingMixin(Base):
     """Put before a Trainer class: complete checkpoints and adapters, and a resume that takes no step too many."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

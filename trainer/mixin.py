@@ -177,7 +177,8 @@ class LoraNullMixin(SavingMixin):
 
     @property
     def _zero_stage(self) -> int:
-        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin.zero_stage if plugin is not None else 0
 
     def _prepare(self, *, resuming: str | bool) -> None:
         """Check the data, and put the model at its start, before an engine cuts the weights into pieces.

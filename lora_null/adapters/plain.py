@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora_null.adapters.base_hash import identity_of
-from lora_null.layer import adapted_layers, residual_of
+from lora_null.layer import adapted_layers, factors_of, residual_of
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import replacing, write_safetensors
 
@@ -30,7 +30,7 @@ def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torc
     Returns:
         A (r or 2r, d_in) and B (d_out, r or 2r), in the adapter's dtype.
     """
-    A, B = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    A, B = (factor.detach() for factor in factors_of(layer, adapter_name))
     residual = residual_of(layer, adapter_name)
     return (A, B) if residual is None else residual.joined(A, B)
 
@@ -130,7 +130,7 @@ def copy_into(peft_model: PeftModel, state: Mapping[str, torch.Tensor], adapter_
         found = residual.split(*(state[key] for key in keys))
         if found is None:
             raise UserError(f"{name}: the factors to load do not start where adapter {adapter_name!r} does")
-        live |= zip(keys, (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight))
+        live |= dict(zip(keys, factors_of(layer, adapter_name)))
         state = {**state, **dict(zip(keys, found))}
     for key, tensor in live.items():
         tensor.copy_(state[key])

@@ -60,7 +60,7 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: the template's own message where it refuses, or what it would leave out.
     """
-    problem = None
+    problem = ValueError("a conversation without messages")
     for variant in _variants(messages):
         try:
             text, blocks = _render(variant, tokenizer, options)
@@ -160,7 +160,8 @@ def _render(
     except Exception as error:  # whatever a template's author lets happen
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the chat template refuses it: {reason}") from None
-    return texts[0], blocks[0] if marked else None
+    spans: Any = blocks[0] if marked else None  # transformers calls them strings
+    return str(texts[0]), spans
 
 
 def _variants(messages: Sequence[Message]) -> list[list[Message]]:

@@ -64,7 +64,7 @@ def _gathered_by_deepspeed(parameters: list[nn.Parameter], write: bool) -> Itera
     if not parameters:
         yield
         return
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
         yield

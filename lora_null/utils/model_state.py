@@ -48,9 +48,9 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in modes:
             module.training = flag
-        if use_cache is not None:
+        if config is not None and use_cache is not None:
             config.use_cache = use_cache
-        if padding_side is not None:
+        if tokenizer is not None and padding_side is not None:
             tokenizer.padding_side = padding_side
         torch.set_grad_enabled(grad_enabled)
         _restore_random_states(random_states)

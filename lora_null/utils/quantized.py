@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
@@ -43,7 +44,7 @@ def unreadable(module: nn.Module) -> str | None:
     plain = (
         isinstance(module, nn.Linear | Conv1D) and isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
     )
-    if plain and not type(weight.data).__module__.startswith("torchao"):
+    if plain and not type(cast(torch.Tensor, weight).data).__module__.startswith("torchao"):
         return None
     return f"is a {type(module).__name__}, only plain linears and bitsandbytes' quantized ones can be read"
 
@@ -65,7 +66,8 @@ def weight_of(module: nn.Module) -> torch.Tensor:
         raise UserError(f"a layer {reason}")
     if is_quantized(base):
         return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
-    return base.weight.T if isinstance(base, Conv1D) else base.weight
+    weight = cast(torch.Tensor, base.weight)
+    return weight.T if isinstance(base, Conv1D) else weight
 
 
 def stored_statistics(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -87,9 +87,10 @@ def load_method_file(path: str) -> list[str]:
         raise UserError(f"method: no file {path}")
     before = dict(METHODS)
     spec = importlib.util.spec_from_file_location(f"lora_null_method_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        if spec is None or spec.loader is None:
+            raise ImportError("not a Python file")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
         raise UserError(f"method: {path} cannot be imported ({type(error).__name__}: {error})") from None
     entered = [name for name, kind in METHODS.items() if before.get(name) is not kind]

@@ -65,7 +65,7 @@ class Method:
         """Return the rank of the adapter that is saved."""
         return r
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
         return adapted_layers(model, active_adapter(model))
 

@@ -174,7 +174,7 @@ class OSF(WeightMethod):
             target_modules=adapter["target_modules"], effective_rank=self.effective_rank, task_type="CAUSAL_LM"
         )
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def layers(self, model: nn.Module) -> Mapping[str, Any]:
         return {name: x for name, x in model.get_base_model().named_modules() if isinstance(x, OSFLayer)}
 
     def prepare(self, model: nn.Module) -> None:

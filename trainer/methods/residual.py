@@ -125,6 +125,8 @@ class CorDA(ResidualMethod):
     needs_gram = True
 
     def prepare_input(self, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
+        if inputs.gram is None:
+            raise ValueError("its input has no Gram matrix")
         return invertible(inputs.gram / inputs.tokens)
 
     def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_null.layer import active_adapter, adapted_layers
+from lora_null.layer import active_adapter, adapted_layers, factors_of
 from lora_null.trainer.methods.base import Method, method
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
@@ -136,5 +136,5 @@ def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
     """Return (name, factor, the dimension along which entries compete): A's rows over d_in, B's columns over d_out."""
     adapter = active_adapter(model)
     layers = adapted_layers(model, adapter).items()
-    factors = [(f"{name}.lora_A", layer.lora_A[adapter].weight, 1) for name, layer in layers]
-    return factors + [(f"{name}.lora_B", layer.lora_B[adapter].weight, 0) for name, layer in layers]
+    factors = [(f"{name}.lora_A", factors_of(layer, adapter)[0], 1) for name, layer in layers]
+    return factors + [(f"{name}.lora_B", factors_of(layer, adapter)[1], 0) for name, layer in layers]
