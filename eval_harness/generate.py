@@ -100,7 +100,10 @@ def generate_rows(
     for _ in range(max_new_tokens):
         options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1]
-        tokens = _pick(logits, temperature, generator)
+        if temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
         for row, token in zip(rows, tokens.tolist()):
             found[row].append(token)
         going = [i for i, row in enumerate(rows) if found[row][-1] not in ends and not stopped(found[row])]
@@ -113,12 +116,6 @@ def generate_rows(
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return found
-
-
-def _pick(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def generate_texts(

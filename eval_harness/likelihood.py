@@ -263,7 +263,9 @@ def score_answers(
     nll, kl = np.array([scores[i] for i in range(len(pairs))]).T
     if record:
         shares = gather(recorded)
-        on_first_rank(lambda: save_reference(reference, {k: v for share in shares for k, v in share.items()}, pairs))
+        on_first_rank(
+            lambda: save_reference(reference, {k: v for share in shares or () for k, v in share.items()}, pairs)
+        )
     tokens = np.array([len(pair.ids) - pair.start for pair in pairs])
     return AnswerScores(nll, None if reference is None else kl, tokens)
 

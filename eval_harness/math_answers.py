@@ -36,8 +36,17 @@ def extract_answer(text: str) -> str | None:
         parts = marker.split(text)
         if len(parts) > 1:
             answer = _first_statement(parts[-1])
-            return _boxed(answer) or answer or None
-    return _boxed(text)
+            return boxed_answer(answer) or answer or None
+    return boxed_answer(text)
+
+
+def boxed_answer(text: str) -> str | None:
+    """Return the contents of the last \\boxed{…}, the answer of MATH's own solutions; None where there is none."""
+    box = last_boxed_only_string(text)
+    try:
+        return None if box is None else remove_boxed(box).strip() or None
+    except AssertionError:  # \fbox, or a box that never ends
+        return None
 
 
 def metamath_answer(text: str) -> str | None:
@@ -91,13 +100,9 @@ def equivalent(answer: str | None, right: str | None) -> bool:
         return False
     if same_string(answer, right):
         return True
-    wanted, given = (_parse(_plain(text)) for text in (right, answer))
+    readers = [LatexExtractionConfig(), ExprExtractionConfig()]
+    wanted, given = (parse(f"${_plain(text)}$", extraction_config=readers) for text in (right, answer))
     return bool(wanted) and bool(given) and verify(wanted, given)
-
-
-def solution_answer(solution: str) -> str | None:
-    """Return the right answer of a MATH problem: the contents of its solution's last \\boxed{…}."""
-    return _boxed(solution)
 
 
 def _first_statement(text: str) -> str:
@@ -108,19 +113,7 @@ def _first_statement(text: str) -> str:
     return next((part for part in inside.groups() if part is not None), line).strip() if inside else line
 
 
-def _boxed(text: str) -> str | None:
-    box = last_boxed_only_string(text)
-    try:
-        return None if box is None else remove_boxed(box).strip() or None
-    except AssertionError:  # \fbox, or a box that never ends
-        return None
-
-
 def _plain(answer: str) -> str:
     """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees."""
     plain = _NOISE.sub("", answer.strip().strip("$"))
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain) if not re.search(r"[(\[{].*,", plain) else plain
-
-
-def _parse(answer: str) -> list:
-    return parse(f"${answer}$", extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()])

@@ -34,7 +34,9 @@ def engine(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_refused_where_it_is_not_installed(tmp_path, capsys):
-    assert main([str(make_world(tmp_path)), "eval.backend=vllm"]) == 2
+    recipe = str(make_world(tmp_path))
+    capsys.readouterr()  # a progress bar for writing the model
+    assert main([recipe, "eval.backend=vllm"]) == 2
     assert (
         capsys.readouterr().err
         == "error: eval.backend: vllm is not installed here; eval.backend=hf evaluates without it\n"

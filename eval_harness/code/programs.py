@@ -107,28 +107,16 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-I", "-B", str(CHILD), str(memory_mb), str(seconds)]
-        child = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            close_fds=True,
-        )
-        try:
-            out, error = child.communicate(
-                f"{token}\n{program}".encode("utf-8", "surrogateescape"), timeout=seconds + 5
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome(False, "timed out")
-        finally:  # the whole session is killed, however it ended
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            for pipe in (child.stdin, child.stdout, child.stderr):
-                pipe.close()
-            child.wait()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as child:
+            try:
+                given = f"{token}\n{program}".encode("utf-8", "surrogateescape")
+                out, error = child.communicate(given, timeout=seconds + 5)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, "timed out")
+            finally:  # the whole session is killed, however the program ended
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
     return _outcome(child.returncode, out, error, token)
 
 

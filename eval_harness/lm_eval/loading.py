@@ -17,11 +17,13 @@ from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
-from lora_null.eval_harness.lm_eval.private import full_config, needs_consent
+from lora_null.eval_harness.lm_eval.private_names import full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
+
     from lora_null.eval_harness.lm_eval.task import LmEvalTask
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -29,7 +31,7 @@ SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
-def load(task: LmEvalTask) -> dict[str, Any]:
+def load(task: LmEvalTask) -> TaskDict:
     """Return lm-eval's {"tasks", "groups", …} with this task's documents and its own few-shot number.
 
     Raises:
@@ -51,7 +53,7 @@ def load(task: LmEvalTask) -> dict[str, Any]:
     return loaded
 
 
-def seed_fewshot(loaded: dict[str, Any], seed: int) -> None:
+def seed_fewshot(loaded: TaskDict, seed: int) -> None:
     """Seed the sampling of few-shot examples in all tasks that `load` returned."""
     for member in loaded["tasks"].values():
         member.set_fewshot_seed(seed)
@@ -115,7 +117,7 @@ def _full_manager() -> TaskManager:
 # --- documents -----------------------------------------------------------------------------------------------------
 
 
-def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> TaskDict:
     try:
         return manager.load(task.task)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -125,7 +127,7 @@ def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
         ) from error
 
 
-def _load_from_file(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
+def _load_from_file(task: LmEvalTask, manager: TaskManager) -> TaskDict:
     config = _local_config(task, manager)
     try:
         loaded = manager.load(config)
@@ -167,7 +169,9 @@ def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
 def _single_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
     """Return the full configuration of a task, or of the one task that a group's members are subsets of."""
     leaves = list(_leaves(task.task, manager))
-    rules = [{k: v for k, v in manager.task_index[leaf].cfg.items() if k not in SUBSET_KEYS} for leaf in leaves]
+    rules = [
+        {k: v for k, v in (manager.task_index[leaf].cfg or {}).items() if k not in SUBSET_KEYS} for leaf in leaves
+    ]
     if any(rule != rules[0] for rule in rules):
         raise UserError(
             f"{task} is a group of different tasks, so path cannot stand in for their data; "

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import nn
 
-from lora_null.eval_harness.lm_eval.private import RowwiseLM, no_document_bars, replaced
+from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars, replaced
 from lora_null.utils.distributed import merge_shares, my_share, rank_and_world
 
 

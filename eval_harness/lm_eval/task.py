@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from lm_eval import evaluator
@@ -23,6 +23,9 @@ from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
 
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
 CHAT = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
@@ -96,7 +99,7 @@ class LmEvalTask(Task):
         self.loaded  # noqa: B018
 
     @cached_property
-    def loaded(self) -> dict[str, Any]:
+    def loaded(self) -> TaskDict:
         """lm-eval's {"tasks", "groups", …}, ready to run, after a trial on the first document with a stand-in model.
 
         The trial finds missing fields and unknown metrics.
@@ -109,7 +112,7 @@ class LmEvalTask(Task):
             options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
             options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code
             try:
-                results = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
+                results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
             except Exception as error:
                 if self.path is None:
                     raise
@@ -129,7 +132,7 @@ class LmEvalTask(Task):
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks."""
         tasks = self.loaded["tasks"]
         seed_fewshot(self.loaded, options.seed)
-        results = evaluator.evaluate(
+        results: Any = evaluator.evaluate(
             lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
             task_dict=self.loaded,
             limit=options.limit,
@@ -157,7 +160,7 @@ class LmEvalTask(Task):
                 found.samples[name] = [float(value) for value in values]
         return found
 
-    def result_names(self, loaded: dict[str, Any], results: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    def result_names(self, loaded: TaskDict, results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
         """Return {name of a result: (lm-eval's task, metric, filter)} for what this task asks for.
 
         The name is the label; "/metric" is added where there are several metrics, and "/filter" where there are several
@@ -185,7 +188,7 @@ class LmEvalTask(Task):
         return names
 
 
-def _scores(results: dict[str, Any], owner: str) -> Sequence[tuple[str, str]]:
+def _scores(results: Mapping[str, Any], owner: str) -> Sequence[tuple[str, str]]:
     """Return the (metric, filter) pairs of lm-eval's results for one task or group."""
     keys = (key.split(",", 1) for key in results["results"].get(owner, {}) if "," in key)
     return [(metric, filter_) for metric, filter_ in keys if not metric.endswith("_stderr")]

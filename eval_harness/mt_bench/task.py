@@ -29,6 +29,8 @@ from lora_null.utils.files import write_text
 from lora_null.utils.limits import PositionLimit
 from lora_null.utils.values import as_text
 
+logger = get_logger(__name__)
+
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
 

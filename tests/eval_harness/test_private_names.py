@@ -10,10 +10,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness import LmEvalTask
-from lora_null.eval_harness.lm_eval import private
+from lora_null.eval_harness.lm_eval import private_names
 from lora_null.eval_harness.tasks import TASK_FILES
 
-FOLDER = Path(private.__file__).parents[1]
+FOLDER = Path(private_names.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -49,21 +49,21 @@ def test_tasks_that_run_code_are_marked_as_such(write):
     row = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass", "task_id": "t/0"}
     path, consent = write("h.jsonl", [row]), {"confirm_run_unsafe_code": True}
     (task,) = LmEvalTask("sandbox_humaneval", path=path, **consent).loaded["tasks"].values()
-    assert private.needs_consent(task), "lm-eval's tasks have no UNSAFE_CODE"
+    assert private_names.needs_consent(task), "lm-eval's tasks have no UNSAFE_CODE"
 
 
 def test_the_index_of_tasks_has_its_fields():
     entry = TaskManager(include_path=TASK_FILES, include_defaults=False).task_index["metamath_gsm8k_chat"]
     assert entry.yaml_path.name == "metamath_gsm8k_chat.yaml", "an entry of lm-eval's index has another yaml_path"
     assert entry.cfg["doc_to_text"] and entry.tags == set(), "an entry of lm-eval's index has no cfg and tags"
-    full = private.full_config(entry.yaml_path)
+    full = private_names.full_config(entry.yaml_path)
     assert callable(full["process_results"]) and full["dataset_path"] == "openai/gsm8k", "load_yaml resolves less"
 
 
 def test_every_private_name_is_in_that_one_file():
     """What begins with an underscore and belongs to another package, or to a class of one."""
     for file in sorted(FOLDER.rglob("*.py")):
-        if file == Path(private.__file__):
+        if file == Path(private_names.__file__):
             continue
         tree, found = ast.parse(file.read_text()), []
         own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {"_fields_"}
@@ -73,4 +73,4 @@ def test_every_private_name_is_in_that_one_file():
                 found += [word for word in words if word.startswith("_") and not word.startswith("__")]
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 found += [node.attr] if node.attr not in own else []
-        assert not found, f"{file.relative_to(FOLDER)} uses {found}; gather them in lm_eval/private.py"
+        assert not found, f"{file.relative_to(FOLDER)} uses {found}; gather them in lm_eval/private_names.py"

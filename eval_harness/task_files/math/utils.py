@@ -14,8 +14,8 @@ SUBJECTS += ("prealgebra", "precalculus")
 
 def load_math(**_: Any) -> dict[str, datasets.Dataset]:
     """Return the test split of all seven subjects of MATH as one."""
-    parts = [datasets.load_dataset("EleutherAI/hendrycks_math", subject, split="test") for subject in SUBJECTS]
-    return {"test": datasets.concatenate_datasets(parts)}
+    splits = [datasets.load_dataset("EleutherAI/hendrycks_math", subject, split="test") for subject in SUBJECTS]
+    return {"test": datasets.concatenate_datasets(splits)}
 
 
 def score_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
@@ -26,7 +26,7 @@ def score_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
 
 def score_math(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
     """Return whether the final answer is the right one, by mathematics and by the paper's string rule."""
-    right = math_answers.solution_answer(doc["solution"])
+    right = math_answers.boxed_answer(doc["solution"])
     return {
         "math_verify": int(math_answers.equivalent(math_answers.extract_answer(results[0]), right)),
         "string_match": int(math_answers.same_string(math_answers.metamath_answer(results[0]), right)),
