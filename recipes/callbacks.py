@@ -66,7 +66,7 @@ class StopDiverged(TrainerCallback):
 
 def diverged_at(trainer: Trainer) -> int | None:
     """Return the step at which a trained model was first seen to have diverged (loss or weights not finite), or None."""
-    losses = ((line["step"], float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
+    losses = ((int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
     bad = next((step for step, loss in losses if not math.isfinite(loss)), None)
     with whole_parameters(*trainer.saved_modules()):
         finite = all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)

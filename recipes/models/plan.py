@@ -163,7 +163,7 @@ def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
     for name, layer in layers.items():
         if name.rpartition(".")[2] not in shared:
             block = re.match(r".*?\.\d+\.|", name)[0]
-            held[block] = held.get(block, 0) + 8 * layer.in_features**2
+            held[block] = held.get(block, 0) + 8 * int(layer.in_features) ** 2
     return max(held.values(), default=0)
 
 

@@ -56,16 +56,20 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
     """Where each method with both measures lies: row -> (learned, forgotten), both counted from the base."""
     if kept is None or learned is None:
         return {}
-    along = {i: (learned.change(i), kept.change(i)) for i in learned.measured if i in kept.measured}
     x_sign, y_sign = (1 if learned.higher_is_better else -1), (-1 if kept.higher_is_better else 1)
-    return {i: (x_sign * x, y_sign * y) for i, (x, y) in sorted(along.items()) if None not in (x, y)}
+    points = {}
+    for i in sorted(set(learned.measured) & set(kept.measured)):
+        x, y = learned.change(i), kept.change(i)
+        if x is not None and y is not None:
+            points[i] = x_sign * x, y_sign * y
+    return points
 
 
 def frontier_png(results: Results) -> bytes:
     """Small multiples of all frontiers: means over the seeds, bars one standard error, the others in gray."""
     pair = metric_pair(results)
     drawn = [f for f in frontiers(results, *pair) if f.mean_path()] if pair else []
-    if not drawn:
+    if pair is None or not drawn:
         return _png(_sentence("No runs of the grid have both a retention and a task metric yet."))
     return _png(_panels(drawn, *pair))
 
@@ -147,7 +151,8 @@ def _strips(results: Results, measures: list[Measure]) -> Figure:
         scale = _scale(measure)
         for height, i in enumerate(reversed(rows)):
             if i in measure.measured:
-                value, error = measure.estimates[i]
+                estimate = measure.estimates[i]
+                value, error = estimate.value, estimate.stderr
                 axes.errorbar(
                     scale * value, height, xerr=scale * (error or 0), fmt=markers[i], color=colors[i], markersize=9
                 )

@@ -133,9 +133,10 @@ def reach(
     for ((x0, y0), e0), ((x1, y1), e1) in itertools.pairwise(zip(path, errors)):
         if x0 < learned <= x1:
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
-            known = e0 is not None and e1 is not None
-            variance = [ey**2 + (slope * ex) ** 2 for ex, ey in (e0, e1)] if known else []
-            error = math.sqrt((1 - w) ** 2 * variance[0] + w**2 * variance[1]) if known else None
+            error = None
+            if e0 is not None and e1 is not None:
+                variance = [ey**2 + (slope * ex) ** 2 for ex, ey in (e0, e1)]
+                error = math.sqrt((1 - w) ** 2 * variance[0] + w**2 * variance[1])
             return Estimate((1 - w) * y0 + w * y1, error)
     return None
 
@@ -222,7 +223,7 @@ def grid_headline(results: Results) -> str:
     """The finding at the middle level of LoRA's learning: who forgot least, by how much, who is not told apart."""
     pair = metric_pair(results)
     targets = equal_learning(results, *pair) if pair else []
-    if not targets:
+    if pair is None or not targets:
         done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
         return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
     kept, task = pair

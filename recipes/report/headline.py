@@ -95,7 +95,7 @@ def forgetting(results: Results) -> Measure | None:
 def learning(results: Results) -> Measure | None:
     """The metric of `task_metric`, if there is one."""
     name = task_metric(results)
-    return name and _measure(results, name)
+    return _measure(results, name) if name else None
 
 
 def task_metric(results: Results) -> str | None:
