@@ -24,9 +24,10 @@ from lora_null.recipes.config.schema import (
     PreferencesEntry,
     Recipe,
 )
+from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.data.templates import CHAT, ask
+from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`

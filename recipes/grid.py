@@ -2,9 +2,9 @@
 
     accelerate launch -m lora_null.recipes quickstart --seeds 0,1,2 --sweep training.learning_rate=1e-4,3e-4,1e-3
 
-Runs go seed by seed, so that an early end leaves a smaller whole. Whatever finished is never done again: `--resume`
-goes on after a kill. On several processes each takes whole runs (`recipes/spread.py`). Data order, windows and random starts depend on the seed alone, so they are the same for every
-method and setting of a seed.
+Runs go seed by seed, so that an early end leaves a smaller grid. Whatever finished is never done again: `--resume`
+goes on after a kill. On several processes each takes runs of its own (`recipes/processes.py`). Data order, windows and random
+starts depend on the seed alone, so they are the same for every method and setting of a seed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,31 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from lora_null.recipes import output, spread
+from lora_null.recipes import output, processes
 from lora_null.recipes.config.load import put
-from lora_null.recipes.config.schema import MethodSection, Recipe, parse_recipe
+from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.grid_page import paired_difference
-from lora_null.recipes.run import ROW_FILE, Job, base_row, inspect_recipe, run_job, training_arguments
-from lora_null.utils.distributed import on_first_rank, together
+from lora_null.recipes.results import (
+    RESULTS_FILE,
+    Drift,
+    Grid,
+    Paired,
+    Results,
+    Row,
+    Run,
+    Seconds,
+    load_results,
+    read_row,
+    settings_text,
+    write_results,
+)  # fmt: skip
+from lora_null.recipes.run import Job, base_row, inspect_recipe, run_job, training_arguments
+from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import read_json, write_json
+from lora_null.utils.files import read_json
 
 # Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
 STEPS_ONLY = {
@@ -57,30 +71,21 @@ class Cell:
     @property
     def title(self) -> str:
         """Such as "learning_rate 0.0003, seed 1"."""
-        return ", ".join([*(f"{short(key)} {_plain(value)}" for key, value in self.point), f"seed {self.seed}"])
+        return ", ".join(filter(None, [settings_text(dict(self.point)), f"seed {self.seed}"]))
 
     @property
     def folder(self) -> str:
-        """Place below the grid's folder, such as "cells/learning_rate=0.0003/seed=1"."""
-        values = [f"{short(key)}={_plain(value)}".replace("/", "_") for key, value in self.point]
-        return "/".join(["cells", *([",".join(values)] if values else []), f"seed={self.seed}"])
+        """Path below the grid's folder, such as "cells/learning_rate=0.0003/seed=1"."""
+        values = settings_text(dict(self.point), join="=").replace(", ", ",").replace("/", "_")
+        return "/".join(filter(None, ["cells", values, f"seed={self.seed}"]))
 
-    def recipe(self, whole: Recipe, root: Path) -> Recipe:
+    def recipe(self, grid: Recipe, root: Path) -> Recipe:
         """Return the ordinary recipe of this run."""
-        raw = whole.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
+        raw = grid.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
         put(raw, "method.name", list(self.methods), "grid")
         for key, value in self.point:
             put(raw, key, value, "grid")
         return parse_recipe(raw, self.title)
-
-
-def short(key: str) -> str:
-    """Return a recipe key's last part."""
-    return key.rpartition(".")[2]
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def grid_cells(recipe: Recipe) -> list[Cell]:
@@ -102,49 +107,46 @@ def run_grid(
     """Run every cell that is not finished, and return the grid's folder.
 
     Raises:
-        UserError: a mistake in the recipe, its data or its output folder, said before a model loads.
+        UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
-    whole = together(check, what="checking the recipe")
-    taken = output.taken(recipe, _space(recipe, cells, whole.plans), resume=resume, overwrite=overwrite)
-    with spread.opened(root, taken), spread.told():
-        results = _run_cells(recipe, cells, whole, allow_code_execution=allow_code_execution)
-        if whole.is_main and spread.is_first():
+    job = together(check, what="checking the recipe")
+    lock = output.claimed(recipe, _space(recipe, cells, job.plans), resume=resume, overwrite=overwrite)
+    first = is_first_process() and processes.is_first_worker()
+    with processes.grid_folder(root, lock):
+        results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)
+        if first:
+            write_results(root, results)
             write_report(root)
-    if whole.is_main and spread.is_first():
+    if first:
         print_table(results)
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
 
 
-def _run_cells(
-    recipe: Recipe, cells: Sequence[Cell], whole: Job, *, allow_code_execution: bool = False
-) -> dict[str, Any]:
+def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool) -> Results:
     """Run what is not finished, write the results after each cell; return the results.
 
-    Of several processes that work apart, the first comes back for what the others hold until all is finished.
+    Of several workers, the first comes back for what the others hold until all is finished.
     """
     root = Path(recipe.output_dir)
-    with spread.mine(root / "base", wait=True):
-        base = base_row(whole)
+    with processes.run_folder(root / "base", wait=True):
+        base = base_row(of_grid)
     progress = Progress(root, cells)
     job: Job | None = None
-    passes = (False, True) if spread.workers() > 1 and spread.is_first() else (False,)
+    passes = (False, True) if processes.workers() > 1 and processes.is_first_worker() else (False,)
     for wait, cell in itertools.product(passes, cells):
-        with spread.mine(root / cell.folder, wait=wait) as mine:
-            if not mine or output.is_finished(root / cell.folder):
+        with processes.run_folder(root / cell.folder, wait=wait) as held:
+            if not held or output.is_finished(root / cell.folder):
                 continue
             before = job if job is not None and job.recipe.seed == cell.seed else None
             job = cell_job(recipe, root, cell, before, allow_code_execution=allow_code_execution)
-            run_job(job, progress.row_done(cell))
-            if whole.is_main:
-                write_json(root / "results.json", collect(recipe, cells, whole.model_name, base))
-    results = collect(recipe, cells, whole.model_name, base)
-    if whole.is_main and spread.is_first():
-        write_json(root / "results.json", results)
-    return results
+            run_job(job, functools.partial(progress.row_done, cell))
+            if is_first_process():
+                write_results(root, collect(recipe, cells, of_grid.model_name, base))
+    return collect(recipe, cells, of_grid.model_name, base)
 
 
 def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
@@ -155,7 +157,7 @@ def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -
 
 
 def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool = False) -> Job:
-    """Check all runs before the first; return the job of the whole, which the base's evaluation belongs to."""
+    """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to."""
     if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
         raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
     root = Path(recipe.output_dir)
@@ -178,7 +180,8 @@ def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allo
     own = cell.recipe(recipe, root)
     on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
     if before is None or not starts_alike(cell):
-        every = own.model_copy(update={"method": _of_all(recipe, own)})
+        method = own.method.model_copy(update={"name": recipe.method.name})  # one job serves every run of a seed
+        every = own.model_copy(update={"method": method})
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
         before = together(lambda: inspect_recipe(every, **options), what="checking the recipe")
     started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}
@@ -186,18 +189,13 @@ def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allo
     return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)
 
 
-def _of_all(recipe: Recipe, own: Recipe) -> MethodSection:
-    """Return the run's method section with all methods of the grid, so that one job serves every run of a seed."""
-    return own.method.model_copy(update={"name": recipe.method.name})
-
-
 def _started_alike(recipe: Recipe, root: Path, cell: Cell) -> dict[str, Path]:
     """Return, by method, a finished run of the same seed, whose initial factors and probes are the same."""
     found = {}
     for other in grid_cells(recipe):
         if other.seed == cell.seed and other != cell:
-            ready = [name for name in other.methods if (root / other.folder / name / ROW_FILE).is_file()]
-            found |= {name: root / other.folder / name for name in ready}
+            folders = {name: root / other.folder / name for name in other.methods}
+            found |= {name: folder for name, folder in folders.items() if read_row(folder) is not None}
     return found
 
 
@@ -212,39 +210,35 @@ class Progress:
         self._count()
         self.last = time.perf_counter()
 
-    def row_done(self, cell: Cell):
-        """Return what a run calls with each of its rows."""
-
-        def done(row: dict[str, Any]) -> None:
-            new = (cell, row["method"]) in self.waiting
-            spent, self.last = time.perf_counter() - self.last, time.perf_counter()
-            self._count()
-            if new and PartialState().is_main_process:
-                spread.say(self.line(cell, row, spent))
-
-        return done
+    def row_done(self, cell: Cell, row: Row) -> None:
+        """Print the line of a method that a run has just finished."""
+        new = (cell, row.method) in self.waiting
+        spent, self.last = time.perf_counter() - self.last, time.perf_counter()
+        self._count()
+        if new and is_first_process():
+            processes.print_line(self.line(cell, row, spent))
 
     def _count(self) -> None:
         """Count what is finished on disk, whichever process did it."""
         for cell, name in list(self.waiting):
-            row = read_row(self.root, cell, name)
+            row = read_row(self.root / cell.folder / name)
             if row is not None:
                 self.waiting.remove((cell, name))
-                self.seconds.setdefault(name, []).append(sum(value for value in row["seconds"].values() if value))
+                self.seconds.setdefault(name, []).append(sum(value for _, value in row.seconds if value))
 
     def left(self) -> float:
         """Return the seconds that what is waiting will take, by the means of its methods so far."""
         every = [value for values in self.seconds.values() for value in values]
         if not every:
             return math.nan
-        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) / spread.workers()
+        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) / processes.workers()
 
-    def line(self, cell: Cell, row: dict[str, Any], spent: float) -> str:
-        metrics = ", ".join(f"{name} {metric['value']:.4g}" for name, metric in row["metrics"].items())
-        outcome = f"diverged at step {row['diverged']}" if row.get("diverged") else metrics or "not evaluated"
+    def line(self, cell: Cell, row: Row, spent: float) -> str:
+        metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
+        outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
         done = self.total - len(self.waiting)
         return (
-            f"[{done}/{self.total}] {row['method']}, {cell.title}: {outcome}; {_duration(spent)}, "
+            f"[{done}/{self.total}] {row.method}, {cell.title}: {outcome}; {_duration(spent)}, "
             f"about {_duration(self.left())} left"
         )
 
@@ -254,76 +248,72 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 99.5 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
-def read_row(root: Path, cell: Cell, method: str) -> dict[str, Any] | None:
-    """Return a finished method's row, None where it is not finished."""
-    path = root / cell.folder / method / ROW_FILE
-    return read_json(path) if path.is_file() else None
-
-
-def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: dict[str, Any]) -> dict[str, Any]:
+def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -> Results:
     """Return the results of what is finished: a row for each method and setting, means over the seeds."""
     root = Path(recipe.output_dir)
-    rows = [(cell, row) for cell in cells for name in cell.methods if (row := read_row(root, cell, name))]
+    rows = [(cell, row) for cell in cells for name in cell.methods if (row := read_row(root / cell.folder / name))]
     seeds = sorted({cell.seed for cell in cells})
-    groups: dict[tuple[str, tuple], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, tuple], list[Row]] = {}
     for name in recipe.method.name:  # the settings of a method beside each other
         for cell, row in rows:
-            if row["method"] == name:
+            if row.method == name:
                 groups.setdefault((name, cell.point), []).append(row)
     same, differing = _settings(root, cells)
-    return {
-        "schema": 1,
-        "recipe": recipe.name,
-        "model": model_name,
-        "seed": seeds[0] if len(seeds) == 1 else None,
-        "environment": environment(),
-        "settings": same,
-        "rows": [base, *(mean_row(group, _variant(point)) for (_, point), group in groups.items())],
-        "grid": {
-            "seeds": seeds,
-            "sweep": {key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
-            "planned": sum(len(cell.methods) for cell in cells),
-            "differing": differing,
-            "cells": [
-                {"folder": cell.folder, "seed": cell.seed, "point": dict(cell.point), **row} for cell, row in rows
+    return Results(
+        recipe=recipe.name,
+        model=model_name,
+        seed=seeds[0] if len(seeds) == 1 else None,
+        environment=environment(),
+        settings=same,
+        rows=[
+            base,
+            *(
+                mean_row(group, settings_text(dict(point)).replace("learning_rate", "lr") or None)
+                for (_, point), group in groups.items()
+            ),
+        ],
+        grid=Grid(
+            seeds=seeds,
+            sweep={key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
+            planned=sum(len(cell.methods) for cell in cells),
+            differing=differing,
+            cells=[
+                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **row.model_dump(exclude_unset=True))
+                for cell, row in rows
             ],
-            "paired": paired_tests(root, rows),
-        },
-    }
+            paired=paired_tests(root, rows),
+        ),
+    )
 
 
-def _variant(point: tuple[tuple[str, Any], ...]) -> str | None:
-    return ", ".join(f"{short(key).replace('learning_rate', 'lr')} {_plain(value)}" for key, value in point) or None
-
-
-def mean_row(rows: Sequence[dict[str, Any]], variant: str | None) -> dict[str, Any]:
+def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
 
     `stderr` is that of the mean over the seeds, s/√n; of a single seed it is the evaluation's own.
     """
-    first, bad = rows[0], [row["diverged"] for row in rows if row.get("diverged")]
+    first, bad = rows[0], [row.diverged for row in rows if row.diverged]
     metrics = {}
-    for name, metric in (first["metrics"] if not bad else {}).items():
-        values = [row["metrics"][name]["value"] for row in rows]
-        stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric["stderr"]
-        metrics[name] = metric | {"value": statistics.mean(values), "stderr": stderr}
-    drifts = [row["drift"] for row in rows if row["drift"]]
-    return {
-        "method": first["method"],
-        "variant": variant,
-        "rank": first["rank"],
-        "trainable_params": first["trainable_params"],
-        "adapter_params": first["adapter_params"],
-        "runs": len(rows),
-        "diverged": min(bad) if bad else None,
-        "metrics": metrics,
-        "drift": {key: statistics.mean(d[key] for d in drifts) for key in ("mean", "max")}
-        if drifts and not bad
-        else None,
-        "seconds": {key: _mean(row["seconds"][key] for row in rows) for key in ("init", "train", "eval")},
-        "tokens_per_second": _mean(row["tokens_per_second"] for row in rows),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-    }
+    for name, metric in (first.metrics if not bad else {}).items():
+        values = [row.metrics[name].value for row in rows]
+        stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
+        metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)
+    drifts = [row.drift for row in rows if row.drift and not bad]
+    return Row(
+        method=first.method,
+        variant=variant,
+        rank=first.rank,
+        trainable_params=first.trainable_params,
+        adapter_params=first.adapter_params,
+        runs=len(rows),
+        diverged=min(bad) if bad else None,
+        metrics=metrics,
+        drift=Drift(mean=_mean(d.mean for d in drifts), max=_mean(d.max for d in drifts)) if drifts else None,
+        seconds=Seconds(
+            **{key: _mean(getattr(row.seconds, key) for row in rows) for key in ("init", "train", "eval")}
+        ),
+        tokens_per_second=_mean(row.tokens_per_second for row in rows),
+        peak_memory_bytes=max((row.peak_memory_bytes for row in rows if row.peak_memory_bytes), default=None),
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -333,8 +323,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _settings(root: Path, cells: Sequence[Cell]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Return the settings that all finished runs share, and the values of those that differ."""
-    files = [root / cell.folder / "results.json" for cell in cells]
-    found = [json.loads(file.read_text(encoding="utf-8"))["settings"] for file in files if file.is_file()]
+    folders = [root / cell.folder for cell in cells]
+    found = [load_results(folder).settings for folder in folders if (folder / RESULTS_FILE).is_file()]
     keys = list(dict.fromkeys(key for settings in found for key in settings))
     values = {key: _distinct(settings.get(key) for settings in found) for key in keys}
     same = {key: each[0] for key, each in values.items() if len(each) == 1}
@@ -345,29 +335,25 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value): value for value in values}.values())
 
 
-def paired_tests(root: Path, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+def paired_tests(root: Path, rows: Sequence[tuple[Cell, Row]]) -> list[Paired]:
     """Compare each method with LoRA at the same settings, question by question and seed by seed.
 
     Returns:
-        One entry for each method, setting and metric with a number a question: {"method", "point", "metric", …} and
-        what `paired_difference` says.
+        One entry for each method, setting and metric with a number a question; see `paired_difference`.
     """
-    samples = {
-        (cell, row["method"]): _samples(root, cell, row["method"]) for cell, row in rows if not row.get("diverged")
-    }
+    samples: dict[tuple[Cell, str], dict[str, list[float]]] = {}
+    for cell, row in rows:
+        evaluation = root / cell.folder / row.method / "eval.json"
+        if row.diverged is None:
+            samples[cell, row.method] = read_json(evaluation)["samples"] if evaluation.is_file() else {}
     points = list(dict.fromkeys(cell.point for cell, _ in rows))
-    methods = [name for name in dict.fromkeys(row["method"] for _, row in rows) if name != "lora"]
+    methods = [name for name in dict.fromkeys(row.method for _, row in rows) if name != "lora"]
     entries = []
     for name, point in itertools.product(methods, points):
-        cells = [cell for cell, row in rows if cell.point == point and row["method"] == name]
+        cells = [cell for cell, row in rows if cell.point == point and row.method == name]
         cells = [cell for cell in cells if (cell, name) in samples and (cell, "lora") in samples]
         for metric in samples[cells[0], name] if cells else ():
             ours, lora = (np.array([samples[cell, which][metric] for cell in cells]) for which in (name, "lora"))
-            entry = {"method": name, "point": dict(point), "metric": metric}
-            entries.append(entry | paired_difference(ours, lora))
+            difference = paired_difference(ours, lora)
+            entries.append(Paired(method=name, point=dict(point), metric=metric, **difference))
     return entries
-
-
-def _samples(root: Path, cell: Cell, method: str) -> dict[str, list[float]]:
-    path = root / cell.folder / method / "eval.json"
-    return json.loads(path.read_text(encoding="utf-8"))["samples"] if path.is_file() else {}

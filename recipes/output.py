@@ -1,4 +1,4 @@
-"""The output folder of a run: taken once, never overwritten unasked, continued when asked."""
+"""The output folder of a run: claimed by one run at a time, never overwritten unasked, continued when asked."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from lora_null.recipes.config.load import dump
 from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.results import RESULTS_FILE, load_results
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import PART, beside, read_json, sweep, write_text
+from lora_null.utils.files import PART, beside, sweep, write_text
 
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
-OWN_FILES = ("base", "cells", "results.json", "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
+OWN_FILES = ("base", "cells", RESULTS_FILE, "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished run: the report is written last, of a grid after any part of it."""
-    results = folder / "results.json"
+    """Return whether the folder holds a finished run: the report is written last, of a grid after each of its runs."""
     if not (folder / LAST_FILE).is_file():
         return False
-    grid = read_json(results).get("grid") if results.is_file() else None
-    return grid is None or len(grid["cells"]) == grid["planned"]
+    grid = load_results(folder).grid if (folder / RESULTS_FILE).is_file() else None
+    return grid is None or len(grid.cells) == grid.planned
 
 
 @contextlib.contextmanager
-def taken(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Hold the output folder for as long as a run of all processes lasts: claimed by the first, locked against others.
 
     Args:
@@ -43,18 +44,24 @@ def taken(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterat
         resume, overwrite: what may become of an earlier run in the folder.
 
     Raises:
-        UserError: as `claim`; another run is writing there; there is less space.
+        UserError: as `claim`; another run is writing there; there is less space; the processes do not share the folder.
     """
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
 
-        def take() -> None:
+        def claim_and_lock() -> None:
             check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
-            stack.enter_context(_locked(folder))
+            _check_writable(folder)
+            if not stack.enter_context(locked(folder)):
+                raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
-            need_space(folder, size)
+            free = shutil.disk_usage(folder).free
+            if free < size:
+                raise UserError(
+                    f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB"
+                )
 
-        on_first_rank(take)
+        on_first_rank(claim_and_lock)
         _check_shared(folder)
         yield
 
@@ -75,18 +82,8 @@ def _check_shared(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder."""
-    _probe(folder)
-    with locked(folder) as ours:
-        if not ours:
-            raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
-        yield
-
-
-@contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, which the system lets go of when a process is killed; yield whether it is ours.
+    """Hold a folder's lock, which the system releases when a process is killed; yield whether it is held.
 
     Args:
         folder: is there already.
@@ -104,26 +101,20 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
-    """Make the output folder ours: check what it holds, and that it can be written; sweep up after a killed run.
+def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Make the output folder this run's: check what it holds, remove what a killed run left half-written, write recipe.yaml.
 
     Raises:
-        UserError: it is in use and neither --resume nor --overwrite fits, or it cannot be written or has no space.
+        UserError: it is in use and neither --resume nor --overwrite fits, or it cannot be written.
     """
     folder = Path(recipe.output_dir)
     check(recipe, resume=resume, overwrite=overwrite)
-    _probe(folder)
+    _check_writable(folder)
     sweep(folder)
     if overwrite:
         _clear(folder)
     if not (folder / RECIPE_FILE).is_file():
         write_text(folder / RECIPE_FILE, dump(recipe))
-    return folder
-
-
-def _is_left_over(path: Path) -> bool:
-    """Return whether a name is our lock's, or that of a file which a killed run did not finish."""
-    return path.name == LOCK_FILE or (path.name.startswith(".") and path.name.endswith(PART))
 
 
 def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -131,17 +122,11 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")
-    held = sorted(path.name for path in folder.iterdir() if not _is_left_over(path)) if folder.is_dir() else []
-    if held and not overwrite:
-        _check_held(folder, held, recipe, resume)
-
-
-def dump(recipe: Recipe) -> str:
-    """Return the resolved recipe, every default written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _check_held(folder: Path, held: list[str], recipe: Recipe, resume: bool) -> None:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    left_over = {name for name in names if name == LOCK_FILE or (name.startswith(".") and name.endswith(PART))}
+    held = [name for name in names if name not in left_over]
+    if not held or overwrite:
+        return
     if RECIPE_FILE not in held:
         raise UserError(f"output_dir: {folder} holds other files ({held[0]}); choose an empty folder")
     if is_finished(folder):
@@ -169,7 +154,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _probe(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,15 +170,8 @@ def _probe(folder: Path) -> None:
         raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
 
 
-def need_space(folder: Path, size: int) -> None:
-    """Raise a UserError unless `size` bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
-
-
 def _clear(folder: Path) -> None:
-    """Remove what a run of ours left, and nothing else."""
+    """Remove what a run of this package left, and nothing else."""
     if not (folder / RECIPE_FILE).is_file():
         return
     before = _read_recipe(folder)

@@ -22,13 +22,15 @@ from trl import DPOConfig, SFTConfig
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes import base_cache, output
-from lora_null.recipes.config.schema import CONFIGS, DataSection, Recipe
+from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
+from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
 from lora_null.recipes.data.rows import calibration_texts, load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.models.bases import (
     attention,
+    hub_commit,
     known_shape,
     load_base,
     load_config,
@@ -37,24 +39,32 @@ from lora_null.recipes.models.bases import (
 )
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
 from lora_null.recipes.models.quantization import require_bitsandbytes
-from lora_null.recipes.preemption import SaveOnSigterm
-from lora_null.recipes.progress import ProgressBar, ReleaseMemory, StopDiverged, TrainLog, diverged_at, read_log
 from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.results import (
+    LOG_FILE,
+    Drift,
+    Results,
+    Row,
+    Seconds,
+    load_log,
+    read_row,
+    write_results,
+    write_row,
+)
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
-from lora_null.utils.distributed import count, together, whole_parameters
+from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import link, read_json, write_json, write_text
+from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
-TRAINERS = {"sft": LoraNullSFTTrainer, "dpo": LoraNullDPOTrainer}
-ROW_FILE = "row.json"
+TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
 
 
 @dataclass
@@ -76,7 +86,7 @@ class Job:
 
     @property
     def is_main(self) -> bool:
-        return PartialState().is_main_process
+        return is_first_process()
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
@@ -99,7 +109,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
             )
         options["gradient_accumulation_steps"] = total // one_pass
     try:
-        return CONFIGS[recipe.trainer](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
+        return TRAINERS[recipe.trainer][1](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
 
@@ -122,24 +132,16 @@ def dry_run(recipe: Recipe) -> None:
     config = known_shape(name) or load_config(recipe.model, name)
     check_architecture(config, recipe.preflight, "model.name_or_path")
     training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
-    rows = _count_rows(recipe.data) if Path(recipe.data.path).is_file() else None
-    if PartialState().is_main_process:
+    rows, data = None, recipe.data
+    if Path(data.path).is_file():
+        found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
+        rows = min(len(found.rows), data.limit or len(found.rows))
+    if is_first_process():
         print_plan(recipe, config, training, total_batch(training), rows)
-        if recipe.grid:
-            _print_grid(recipe)
-
-
-def _print_grid(recipe: Recipe) -> None:
-    grid = recipe.grid
-    swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in grid.sweep.items())
-    print(
-        f"grid: each method for seeds {', '.join(map(str, grid.seeds or [recipe.seed]))}; {swept or 'nothing swept'}"
-    )
-
-
-def _count_rows(data: DataSection) -> int:
-    rows = len(load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True).rows)
-    return rows if data.limit is None else min(rows, data.limit)
+    if recipe.grid and is_first_process():
+        swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in recipe.grid.sweep.items())
+        seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
+        print(f"grid: each method for seeds {seeds}; {swept or 'nothing swept'}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:
@@ -152,7 +154,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 
     Raises:
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
-            is said before.
+            is reported before.
     """
 
     def check() -> Job:
@@ -162,7 +164,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 
     job = together(check, what="checking the recipe")
     size = sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
-    with output.taken(recipe, size, resume=resume, overwrite=overwrite):
+    with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
         if job.data.bad and job.is_main:
             write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
         if not job.tasks and job.is_main:
@@ -174,7 +176,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
     return job.folder
 
 
-def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
     rows = [base_row(job)]
     for plan in job.plans:
@@ -183,17 +185,16 @@ def run_job(job: Job, after_row: Callable[[dict[str, Any]], None] | None = None)
         rows.append(_method_row(job, plan))
         if after_row is not None:
             after_row(rows[-1])
-    results = {
-        "schema": 1,
-        "recipe": job.recipe.name,
-        "model": job.model_name,
-        "seed": job.recipe.seed,
-        "environment": environment(),
-        "settings": _settings(job),
-        "rows": rows,
-    }
+    results = Results(
+        recipe=job.recipe.name,
+        model=job.model_name,
+        seed=job.recipe.seed,
+        environment=environment(),
+        settings=_settings(job),
+        rows=rows,
+    )
     if job.is_main:
-        write_json(job.folder / "results.json", results)
+        write_results(job.folder, results)
         write_report(job.folder)
     PartialState().wait_for_everyone()
     return results
@@ -229,18 +230,18 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     cut = CalibrationArgs(section.samples, length, section.mode, recipe.seed)
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
-    folder, commit = Path(recipe.output_dir), getattr(config, "_commit_hash", None)
-    key = base_cache.key_of(recipe, name, commit, tasks) if recipe.eval.cache else None
+    folder = Path(recipe.output_dir)
+    key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), tasks) if recipe.eval.cache else None
     return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", key)
 
 
 def read_training_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
 ) -> TrainingData:
-    """Return the checked training rows; say on the main process which were left out."""
+    """Return the checked training rows; print which were left out."""
     cut = None if getattr(training, "packing", False) else training.max_length
     data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
-    if data.bad and PartialState().is_main_process:
+    if data.bad and is_first_process():
         total = len(data.bad) + len(data.examples)
         print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
     return data
@@ -324,67 +325,72 @@ def _evaluate_by_vllm(
     return found
 
 
-def base_row(job: Job) -> dict[str, Any]:
+def base_row(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
-    row: dict[str, Any] = {"method": "base", "rank": None, "trainable_params": None, "adapter_params": None}
-    row |= {"metrics": {}, "drift": None, "seconds": {"init": None, "train": None, "eval": None}}
-    row |= {"tokens_per_second": None, "peak_memory_bytes": None}
-    saved = job.base / "eval.json"
-    if not job.recipe.eval.before or not job.tasks:
-        return row
-    if not saved.is_file() and job.base_key:
-        if job.is_main and base_cache.fetch(job.base_key, job.base):
-            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
-        PartialState().wait_for_everyone()
-    if saved.is_file():
-        found = Evaluation.read(saved)
-    else:
-        model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
-        found = _evaluate(job, model, job.base, base=True)
-        del model
-        _free()
-        if job.is_main and job.base_key:
-            base_cache.keep(job.base_key, job.base, found)
-    return row | {
-        "metrics": found.to_dict()["metrics"],
-        "seconds": {"init": None, "train": None, "eval": found.seconds},
-    }
+    found, saved = None, job.base / "eval.json"
+    if job.recipe.eval.before and job.tasks:
+        if not saved.is_file() and job.base_key:
+            if job.is_main and base_cache.fetch(job.base_key, job.base):
+                print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+            PartialState().wait_for_everyone()
+        found = Evaluation.read(saved) if saved.is_file() else _evaluate_base(job)
+    return Row(
+        method="base",
+        rank=None,
+        trainable_params=None,
+        adapter_params=None,
+        metrics=found.metrics if found else {},
+        drift=None,
+        seconds=Seconds(init=None, train=None, eval=found.seconds if found else None),
+        tokens_per_second=None,
+        peak_memory_bytes=None,
+    )
 
 
-def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
+def _evaluate_base(job: Job) -> Evaluation:
+    model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
+    found = _evaluate(job, model, job.base, base=True)
+    del model
+    _free()
+    if job.is_main and job.base_key:
+        base_cache.keep(job.base_key, job.base, found)
+    return found
+
+
+def _method_row(job: Job, plan: MethodPlan) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
-    finished = folder / ROW_FILE
-    if finished.is_file():
-        return read_json(finished)
+    if (finished := read_row(folder)) is not None:
+        return finished
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
-    checkpoint = last_checkpoint(folder)
     start = time.perf_counter()
-    _train(trainer, checkpoint)
-    seconds = {"init": trainer.init_seconds, "train": time.perf_counter() - start - trainer.init_seconds}
+    _train(trainer, last_checkpoint(folder))
+    train_seconds = time.perf_counter() - start - trainer.init_seconds
     model = trainer.accelerator.unwrap_model(trainer.model)
-    diverged = diverged_at(trainer)
-    saved = None if diverged else _save(job, plan, trainer, folder)
-    if hasattr(model, "disable_adapter") and not diverged and trainer.something_moved:
-        assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
-    found = _evaluate(job, model, folder, base=False) if job.tasks and not diverged else None
-    if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
-        diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
-    row = {
-        "method": plan.name,
-        "rank": plan.rank,
-        "trainable_params": sum(count(p) for p in model.parameters() if p.requires_grad),
-        "adapter_params": saved if plan.saves == "adapter" else None,
-        "diverged": diverged,
-        "metrics": found.to_dict()["metrics"] if found else {},
-        "drift": trainer.drift_meter.summary() if trainer.drift_meter and not diverged else None,
-        "seconds": {**seconds, "eval": found.seconds if found else None},
-        "tokens_per_second": _tokens_per_second(folder / "train_log.jsonl"),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    diverged, found, saved = diverged_at(trainer), None, None
+    if diverged is None:
+        saved = _save(job, plan, trainer, folder)
+        if hasattr(model, "disable_adapter") and trainer.something_moved:
+            assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
+        found = _evaluate(job, model, folder, base=False) if job.tasks else None
+        if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
+            diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
+    drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
+    row = Row(
+        method=plan.name,
+        rank=plan.rank,
+        trainable_params=sum(count(p) for p in model.parameters() if p.requires_grad),
+        adapter_params=saved if plan.saves == "adapter" else None,
+        diverged=diverged,
+        metrics=found.metrics if found else {},
+        drift=drift and Drift(**drift),
+        seconds=Seconds(init=trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None),
+        tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
     if job.is_main:
-        write_json(finished, row)
+        write_row(folder, row)
     PartialState().wait_for_everyone()
     del trainer, model
     _free()
@@ -392,10 +398,10 @@ def _method_row(job: Job, plan: MethodPlan) -> dict[str, Any]:
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
-    """Train from the start or from a whole checkpoint.
+    """Train from the start or from a complete checkpoint.
 
     Raises:
-        UserError: the checkpoint is whole and yet cannot be read; pickled code in it is such a case and is never run.
+        UserError: the checkpoint is complete and yet cannot be read; pickled code in it is such a case and is never run.
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -411,12 +417,12 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     """Write METHOD/adapter or METHOD/model from the main process; return the number of parameters, None if not kept."""
     if not job.keep_weights:
         return None
-    model, place = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
+    model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
     with whole_parameters(*trainer.saved_modules()):  # on all ranks together
         if not job.is_main:
             return plan.saved
-        saved = trainer.method.save(model, place)
-    job.tokenizer.save_pretrained(place)
+        saved = trainer.method.save(model, target)
+    job.tokenizer.save_pretrained(target)
     return saved
 
 
@@ -426,7 +432,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
-    trainer = TRAINERS[recipe.trainer](
+    trainer = TRAINERS[recipe.trainer][0](
         model=load_base(recipe.model, job.model_name),
         args=arguments,
         train_dataset=job.data.rows,
@@ -442,11 +448,9 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
-    trainer.add_callback(StopDiverged())
-    trainer.add_callback(SaveOnSigterm())
-    trainer.add_callback(ReleaseMemory())
-    trainer.add_callback(ProgressBar(plan.name))
-    trainer.add_callback(TrainLog(folder / "train_log.jsonl"))
+    log = WriteLog(folder / LOG_FILE)
+    for callback in (StopDiverged(), SaveOnSigterm(), ReleaseMemory(), ProgressBar(plan.name), log):
+        trainer.add_callback(callback)
     return trainer
 
 
@@ -459,12 +463,6 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)
     PartialState().wait_for_everyone()
     return True
-
-
-def _tokens_per_second(log: Path) -> float | None:
-    """Return the training's tokens a second by its log, which goes on over a resumed run."""
-    last = read_log(log)[-1:]
-    return last[0]["tokens"] / last[0]["seconds"] if last and "tokens" in last[0] and last[0]["seconds"] else None
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """What `accelerate launch --config_file` makes of a shipped configuration."""
 
-from pathlib import Path
-
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 import lora_null.recipes.config.load as load
 
-FOLDER = Path(load.__file__).parent / "accelerate"
+FOLDER = load.FOLDER / "accelerate"
 
 
 def arguments_of(name: str):

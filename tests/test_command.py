@@ -54,16 +54,12 @@ def test_v2_is_a_plain_adapter_that_changes_nothing_yet(world, tmp_path, capsys)
     assert all(bool(tensor.any()) == ("lora_A" in name) for name, tensor in state.items())
 
 
-def test_v1_as_rank_2r_and_as_a_residual_model(world, tmp_path):
-    assert init(world, tmp_path / "out", "--variant", "v1", "--residual") == 0
+def test_v1_is_a_plain_adapter_of_rank_2r(world, tmp_path):
+    assert init(world, tmp_path / "out", "--variant", "v1") == 0
     expected = logits(base(world))
     plain = PeftModel.from_pretrained(base(world), tmp_path / "out" / "adapter").eval()
     assert (logits(plain) - expected).abs().max() < 1e-4
     assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 8
-    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32).eval()
-    assert (logits(residual) - expected).abs().max() > 0.1
-    residual = PeftModel.from_pretrained(residual, tmp_path / "out" / "model_adapter").eval()
-    assert (logits(residual) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
@@ -120,7 +116,11 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
     [
         (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
         (["--field", "qestion"], "no field 'qestion' (did you mean 'question'?)"),
-        (["--residual"], "--residual: only with --variant v1"),
+        (["--residual"], "no option '--residual'"),
+        (["--samples", "0"], "calibration.samples: input should be greater than or equal to 1"),
+        (["--template", "{qestion}"], "no field 'qestion' (did you mean 'question'?)"),
+        (["--template", "{question"], "a { without its partner"),
+        (["--quantization", "nf4", "--low-memory"], "--quantization: not with --low-memory"),
         (["--device", "gpu"], "--device"),
         (["--model", "/nowhere"], "no folder /nowhere"),
         (["--samples", "1"], "at least 256 are needed"),

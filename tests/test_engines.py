@@ -195,7 +195,7 @@ def test_a_port_in_use_is_one_line():
         }
         script = """
 from lora_null.utils.errors import exit_status
-from lora_null.recipes.launch import join_processes
+from lora_null.recipes.processes import join_processes
 raise SystemExit(exit_status(join_processes))
 """
         command = [sys.executable, "-c", script]

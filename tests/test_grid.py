@@ -22,7 +22,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, starts_alike
 from lora_null.recipes.report.grid_page import equal_learning, grid_headline, holm, paired_difference, reach
-from lora_null.recipes.report.results import load_results, parse_results
+from lora_null.recipes.results import load_results, parse_results
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]
@@ -127,7 +127,7 @@ def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys)
 
 def test_two_processes_share_out_the_runs(grid, tmp_path):
     """Each takes whole runs, which are what one process alone makes of them, to the last bit."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [*launch, "-m", "lora_null.recipes", str(make_world(tmp_path)), *WORDS]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -183,7 +183,7 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
     rows = [row for row in results(tmp_path)["rows"] if row["method"] == "pissa"]
     assert [(row["rank"], row["variant"]) for row in rows] == [(2, "rank 2"), (4, "rank 4")]
     shapes = [
-        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.all.safetensors")
+        load_file(tmp_path / "out" / "cells" / f"rank={r}" / "seed=0" / "pissa" / "init" / "factors.model.layers.0.safetensors")
         ["model.layers.0.mlp.up_proj.A"].shape for r in (2, 4)
     ]  # fmt: skip
     assert shapes == [(2, 32), (4, 32)]

@@ -18,12 +18,37 @@ FIND = "import importlib.util as i, sys; print(*[i.find_spec(f'lora_null.{n}').o
 NO_CHECKOUT = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "venv", ".venv")
 
 
-def imported_folders(file):
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+def imported_folders(source, package):
+    """Yield the folders that a file imports from, at the top or inside functions, absolutely, relatively or by name."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            names = [word.value for word in node.args if isinstance(word, ast.Constant)]
         for name in names:
             yield from (folder for folder in LINKED if f"{name}.".startswith(f"lora_null.{folder}."))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lora_null.recipes import run",
+        "def f():\n    from lora_null.recipes.run import run",
+        "class A:\n    def f(self):\n        from lora_null import recipes",
+        "def f():\n    import lora_null.recipes.run as r",
+        "from ..recipes import run",
+        "if True:\n    from .. import recipes",
+        "importlib.import_module('lora_null.recipes.run')",
+    ],
+)
+def test_an_import_is_found_wherever_it_stands(source):
+    assert "recipes" in set(imported_folders(source, "lora_null.utils"))
+    assert not set(imported_folders(source.replace("recipes", "recipes_of_another"), "lora_null.utils"))
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -31,7 +56,11 @@ def test_data_flows_one_way(folder):
     for file in sorted((ROOT / folder).rglob("*.py")):
         if file == ROOT / "lora_null" / "__main__.py":  # the command stands above all folders
             continue
-        assert set(imported_folders(file)) - {folder} <= MAY_IMPORT[folder], file
+        package = ".".join(
+            ["lora_null", *file.relative_to(ROOT / "lora_null" if folder == "lora_null" else ROOT).parts[:-1]]
+        )
+        found = set(imported_folders(file.read_text(encoding="utf-8"), package))
+        assert found - {folder} <= MAY_IMPORT[folder], file
 
 
 def test_links_lead_to_the_folders_of_the_root():

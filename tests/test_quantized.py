@@ -335,10 +335,8 @@ def test_a_checkpoint_stored_quantized_is_refused(tmp_path, capsys):
     words = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl")]
     assert command([*words, "--out", str(tmp_path / "out")]) == 2
     assert "is stored quantized (gptq)" in capsys.readouterr().err
-    for other in ("--low-memory", "--residual"):
-        variant = ["--variant", "v1"] if other == "--residual" else []
-        assert command([*words, "--out", str(tmp_path / "out"), "--quantization", "nf4", other, *variant]) == 2
-        assert "--quantization: not with" in capsys.readouterr().err
+    assert command([*words, "--out", str(tmp_path / "out"), "--quantization", "nf4", "--low-memory"]) == 2
+    assert "--quantization: not with" in capsys.readouterr().err
 
 
 def test_weights_of_unknown_storage_are_refused_by_class():

@@ -34,6 +34,8 @@ logger = get_logger(__name__)
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
 ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
 
+logger = get_logger(__name__)
+
 
 def as_questions(
     rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]] = ()

@@ -77,6 +77,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first_process() -> bool:
+    """Return whether this is the one process of all that writes files and prints."""
+    return rank_and_world()[0] == 0
+
+
 class _FirstProcessLogger(logging.LoggerAdapter):
     """Drops every message but the first process's: all processes come to the same ones."""
 

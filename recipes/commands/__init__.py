@@ -1,1 +1,55 @@
-"""The commands of `lora-null`, one module each; they stand above all parts and import them inside functions."""
+"""The commands of `lora-null`, one file each; `python -m lora_null.recipes` and `python -m lora_null` run them too.
+
+They stand above all other folders. A command's file is imported when it runs, so that --help, --list and the line about a
+typo do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+from lora_null.recipes.commands.arguments import build_parser
+from lora_null.utils.errors import UserError, exit_status, nearest
+from lora_null.utils.quiet import quiet
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command line; options and `key.subkey=value` words may stand in any order.
+
+    Raises:
+        UserError: an unknown command or option, with the nearest there is, or a value that an option does not take.
+    """
+    parser, commands = build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise UserError(f"no command {argv[0]!r}{nearest(argv[0], commands)}")
+    used = commands.get(argv[0], parser) if argv else parser
+    known = re.findall(r"--[a-z][\w-]*", used.format_help())
+    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if not any(name.startswith(option) for name in known):
+            raise UserError(f"{used.prog}: no option {option!r}{nearest(option, known)}")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (rest[0].startswith("-") or not hasattr(arguments, "words")):
+        raise UserError(f"{used.prog}: cannot use {rest[0]!r}")
+    arguments.words = [*getattr(arguments, "words", []), *rest]
+    if arguments.command is None and not arguments.list:
+        raise UserError(f"give a command: {', '.join(commands)}; lora-null --help says what each does")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 2 a user's mistake, told in one line on stderr.
+
+    `check` returns 1 for an adapter that is not sound, `judge` where the endpoint fails.
+    """
+
+    def run() -> int | None:
+        arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        name = arguments.command or "train"  # without a command: --list
+        return importlib.import_module(f"{__name__}.{name}").run(arguments)
+
+    quiet()
+    return exit_status(run)

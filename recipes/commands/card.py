@@ -6,6 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from lora_null.recipes.models import smollm2
+from lora_null.recipes.report import render
+from lora_null.recipes.report.table import build_table
+from lora_null.recipes.results import DISPLAY, load_results
+from lora_null.utils.files import write_text
+
 TEMPLATE = "model_card.md.j2"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
@@ -20,9 +29,6 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
         difference: what its verification found.
         license_id: of the base; None reads it from the base's own card.
     """
-    from lora_null.recipes.report import render
-    from lora_null.utils.files import write_text
-
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
     template = templates.get_template(TEMPLATE)
     write_text(export.folder / "README.md", template.render(content(export, difference, license_id)))
@@ -30,10 +36,6 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
 
 def content(export: Any, difference: Any, license_id: str | None) -> dict[str, Any]:
     """Return everything that the template shows."""
-    import yaml
-
-    from lora_null.recipes.report.results import DISPLAY
-
     source, base = export.source, hub_base(export)
     license_id = license_id or license_of(export, base)
     recipe = shareable(source.recipe)
@@ -57,8 +59,6 @@ def content(export: Any, difference: Any, license_id: str | None) -> dict[str, A
 
 def metadata(export: Any, base: str | None, license_id: str | None) -> Any:
     """Return the card's YAML head, a `huggingface_hub.ModelCardData`."""
-    from huggingface_hub import ModelCardData
-
     library = {"adapter": "peft", "merged": "transformers"}.get(export.form)
     relation = "finetune" if export.form == "merged" else "adapter"
     tags = ["lora-null", *(["lora"] if export.source.kind == "adapter" else []), *([export.form] * (library is None))]
@@ -77,8 +77,6 @@ def metadata(export: Any, base: str | None, license_id: str | None) -> Any:
 
 def hub_base(export: Any) -> str | None:
     """Return the base's id on the hub; None for a folder whose id nobody gave."""
-    from lora_null.recipes.models import smollm2
-
     name = export.base_name
     if name == smollm2.NAME:
         return smollm2.HUB
@@ -92,17 +90,13 @@ def adapter_base(export: Any, base: str | None) -> str:
 
 def license_of(export: Any, base: str | None) -> str | None:
     """Return what the base's own card says, in its folder or on the hub; None where neither can be read."""
-    from huggingface_hub import ModelCard
-
-    from lora_null.recipes.models import smollm2
-
     if export.base_name == smollm2.NAME:
         return smollm2.LICENSE
-    for place in (export.source.base.folder / "README.md", base):
-        if place is None or (isinstance(place, Path) and not place.is_file()):
+    for source in (export.source.base.folder / "README.md", base):
+        if source is None or (isinstance(source, Path) and not source.is_file()):
             continue
         try:
-            return ModelCard.load(place, ignore_metadata_errors=True).data.license
+            return ModelCard.load(source, ignore_metadata_errors=True).data.license
         except Exception:  # unreachable or without metadata: then it is not known here
             continue
     return None
@@ -154,9 +148,6 @@ def short_name(name: str) -> str:
 
 def results_table(source: Any) -> Any:
     """Return the report's table with the base and this method alone; None where the run has not been evaluated."""
-    from lora_null.recipes.report.results import load_results
-    from lora_null.recipes.report.table import build_table
-
     if not (source.run / "results.json").is_file():
         return None
     results = load_results(source.run)

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
+from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
+from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
+from lora_null.adapters.saved import read_adapter
+from lora_null.recipes.commands.source import Base
+from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.utils.errors import UserError
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the parser's subcommands."""
-    made = commands.add_parser(
-        "check",
-        help="say whether a folder is a sound adapter, and how to serve it",
-        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
-        "no weights of the base are loaded. Exit status 1 where something is wrong.",
-    )
-    made.add_argument("folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD")
-    made.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
-    made.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,11 +18,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no adapter, or its base cannot be found.
     """
-    from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
-    from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
-    from lora_null.adapters.saved import read_adapter
-    from lora_null.recipes.commands.source import Base, model_section
-
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder")
     inner = arguments.folder / "adapter"
@@ -41,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not name:
         raise UserError(f"{adapter.folder}: its config names no base; --base says which")
     revision = None if arguments.base else adapter.config.get("revision")
-    base = Base(model_section(name_or_path=name, revision=revision))
+    base = Base(parse_section(ModelSection, "model", {"name_or_path": name, "revision": revision}))
     files = checkpoint_on_disk(base.name, revision)
     findings = check_adapter(adapter, base.empty(), files)
     for finding in findings:

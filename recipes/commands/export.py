@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_null.utils.errors import UserError, nearest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
-FORMS = ("adapter", "merged", "gguf")
+from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
+from lora_null.adapters.gguf import load_gguf, read_gguf, write_gguf
+from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
+from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.truncate import truncate_all
+from lora_null.adapters.verify import compare, logits_of
+from lora_null.checkpoint_reader import WeightFiles
+from lora_null.recipes.commands.card import write_card
+from lora_null.recipes.commands.source import find_source
+from lora_null.recipes.config.load import FOLDER
+from lora_null.recipes.models import smollm2
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import replacing_folder, write_json, write_safetensors
+
 GGUF_FILE = "adapter.gguf"
-SHORT = ("float32", "bfloat16", "float16")
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the parser's subcommands."""
-    made = commands.add_parser(
-        "export",
-        help="write what a run trained as an adapter, a merged model or a GGUF adapter",
-        description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
-        "base and its logits on real text are compared with the run's before the folder appears.",
-    )
-    made.add_argument("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run")
-    made.add_argument("--out", required=True, type=Path, help="folder to write")
-    made.add_argument("--form", default="adapter", help="adapter (default), merged or gguf")
-    made.add_argument("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
-    made.add_argument("--dtype", choices=SHORT, help="merged: dtype of the weights (default: as the base's files)")
-    made.add_argument("--base", help="folder or hub id of the base, where the recipe's is no longer there")
-    made.add_argument("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
-    made.add_argument("--license", metavar="ID", help="licence of the base, where its card does not say")
-    made.add_argument("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
-    made.set_defaults(run=run)
 
 
 @dataclass
 class Export:
-    """What is being written, and what there is to say of it.
+    """What is being written, and the notes about it.
 
     Attributes:
         source: the finished method.
@@ -69,10 +70,6 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: not a finished method of a run, a base that is another, an output folder in use, options that do not
             fit together.
     """
-    from lora_null.recipes.commands.card import write_card
-    from lora_null.recipes.commands.source import find_source
-    from lora_null.utils.files import replacing_folder
-
     _check_options(arguments)
     source = find_source(arguments.source, arguments.base)
     if source.kind == "model" and arguments.form != "merged":
@@ -95,8 +92,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _note_base(export: Export) -> None:
     """Say where others will not find the base under the name that the export gives it, or find other weights."""
-    from lora_null.recipes.models import smollm2
-
     quantization = export.source.base.section.quantization
     if quantization:
         export.notes.append(f"Trained on the base quantized to {quantization}; on the base as it is, figures differ.")
@@ -110,15 +105,11 @@ def _note_base(export: Export) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    if arguments.form not in FORMS:
-        raise UserError(f"--form: {arguments.form!r} is not one{nearest(arguments.form, FORMS)}")
     if arguments.rank is not None and arguments.form == "merged":
         raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
     if arguments.dtype is not None and arguments.form != "merged":
         raise UserError("--dtype: adapters are written as they were trained; use --form merged")
     if arguments.form == "gguf":
-        from lora_null.adapters.gguf import load_gguf
-
         load_gguf()
 
 
@@ -126,22 +117,16 @@ def _write(export: Export, arguments: argparse.Namespace) -> None:
     if export.form == "merged":
         _write_merged(export, arguments.dtype)
         return
-    from lora_null.adapters.saved import read_adapter
-
     adapter = read_adapter(export.source.folder)
     _check_base(export, adapter.metadata)
     pairs, scaling = _plain(export, adapter, arguments.rank)
     if export.form == "gguf":
-        from lora_null.adapters.gguf import write_gguf
-
         write_gguf(export.folder / GGUF_FILE, pairs, scaling, export.source.base.config, base_name=export.base_name)
     else:
         _write_adapter(export, adapter, pairs, scaling)
 
 
 def _check_base(export: Export, metadata: dict[str, str]) -> None:
-    from lora_null.adapters.base_hash import same_base
-
     same = same_base(metadata, export.source.base.folder)
     if same is False:
         raise UserError(
@@ -149,14 +134,11 @@ def _check_base(export: Export, metadata: dict[str, str]) -> None:
             "--base names the right one"
         )
     if same is None:
-        export.notes.append("The adapter does not record which base it was trained on; the recipe's was taken.")
+        export.notes.append("The adapter does not record which base it was trained on; the recipe's was used.")
 
 
 def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, Any], float]:
     """Return the pairs with one rank and one scaling, truncated where asked, and the scaling."""
-    from lora_null.adapters.plain import uniform
-    from lora_null.adapters.truncate import truncate_all
-
     pairs = adapter.pairs()
     pairs, full, scaling = uniform(pairs, {name: adapter.scaling(name) for name in pairs})
     export.rank = rank or full
@@ -172,10 +154,6 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
 
 
 def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
-    from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint
-    from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of
-    from lora_null.utils.files import write_json, write_safetensors
-
     metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
     metadata.setdefault(FINGERPRINT, base_fingerprint(export.source.base.folder))
     write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
@@ -187,12 +165,6 @@ def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling:
 
 
 def _write_merged(export: Export, dtype: str | None) -> None:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    from lora_null.adapters.merge import deltas_of, write_checkpoint
-    from lora_null.adapters.saved import read_adapter
-
     base, deltas, folder = export.source.base, {}, export.source.folder
     empty = base.empty()
     if export.source.kind == "adapter":
@@ -217,13 +189,6 @@ def _write_merged(export: Export, dtype: str | None) -> None:
 
 def _stored_dtype(export: Export) -> str:
     """Return the dtype that most of the base's files are in."""
-    from collections import Counter
-
-    from safetensors import safe_open
-
-    from lora_null.adapters.merge import DTYPES
-    from lora_null.checkpoint_reader import WeightFiles
-
     files = WeightFiles(export.source.base.folder, None)
     counted: Counter = Counter()
     for name in set(files.file_of.values()):
@@ -234,8 +199,6 @@ def _stored_dtype(export: Export) -> str:
 
 def _copy_tokenizer(export: Export) -> None:
     """Copy the tokenizer and the chat template that the run saved beside its result, and the base's settings."""
-    import shutil
-
     kept = ("adapter_", "model", "config.json", "generation_config.json", "README", ".", "pytorch_model")
     for path in sorted(export.source.folder.iterdir()):
         if path.is_file() and not path.name.startswith(kept):
@@ -255,8 +218,6 @@ def verify(export: Export) -> Any:
         UserError: a 16-bit merge loses too much.
         RuntimeError: anything else differs by more than rounding.
     """
-    from lora_null.adapters.verify import compare, logits_of
-
     texts = verification_texts(export)
     base, reference = _reference_logits(export, texts)
     found = logits_of(_load(export), texts)
@@ -270,10 +231,6 @@ def verify(export: Export) -> Any:
 
 def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any], list[Any]]:
     """Return the logits of the untouched base and of the run's own result."""
-    from peft import PeftModel
-
-    from lora_null.adapters.verify import logits_of
-
     model = export.source.base.load()
     untouched = logits_of(model, texts)
     if export.source.kind == "model":
@@ -283,8 +240,6 @@ def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any]
 
 def _load(export: Export) -> Any:
     """Return the export as its users load it, in the dtype that the run's base was in."""
-    from peft import PeftModel
-
     base = export.source.base
     if export.form == "merged":
         return base.load(export.folder, quantized=False)
@@ -295,12 +250,6 @@ def _load(export: Export) -> Any:
 
 def _load_gguf(export: Export) -> Any:
     """Return a fresh base with the factors that stand in the GGUF file, under the names that they have there."""
-    import torch
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-
-    from lora_null.adapters.gguf import read_gguf
-    from lora_null.adapters.plain import plain_fields, state_of
-
     model = export.source.base.load()
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     pairs, scaling = read_gguf(export.folder / GGUF_FILE, linears, export.source.base.config)
@@ -312,12 +261,6 @@ def _load_gguf(export: Export) -> Any:
 
 def verification_texts(export: Export) -> list[list[int]]:
     """Return packaged WikiText and GSM8K samples, tokenized by the run's own tokenizer."""
-    import json
-
-    from transformers import AutoTokenizer
-
-    from lora_null.recipes.config.load import FOLDER
-
     tokenizer = AutoTokenizer.from_pretrained(export.source.folder)
     texts = []
     for name, fields in (("wikitext_test", ("prompt", "response")), ("gsm8k_test", ("question", "answer"))):
@@ -332,12 +275,10 @@ def push(folder: Path, name: str) -> None:
     Raises:
         UserError: the hub refuses.
     """
-    from huggingface_hub import HfApi
-
     hub = HfApi()
     try:
         hub.create_repo(name, private=True, exist_ok=True)
         where = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lora-null")
     except Exception as error:
-        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is whole") from None
+        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is complete") from None
     print(f"pushed: {where}")

@@ -7,6 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.schema import ModelSection, parse_section
+from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
+from lora_null.recipes.output import RECIPE_FILE
 from lora_null.utils.errors import UserError, nearest
 
 MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
@@ -17,19 +24,15 @@ READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 class Base:
     """A base model by its name: nothing is loaded before it is asked for."""
 
-    section: Any  # recipes.schema.ModelSection
+    section: ModelSection
 
     @cached_property
     def name(self) -> str:
         """Folder or hub id, fetched where the recipe's name stands for a package."""
-        from lora_null.recipes.models.bases import resolve_name
-
         return resolve_name(self.section)
 
     @cached_property
     def config(self) -> Any:
-        from lora_null.recipes.models.bases import load_config
-
         return load_config(self.section, self.name)
 
     @cached_property
@@ -37,7 +40,6 @@ class Base:
         """The folder of its files, downloaded where the hub has them."""
         if Path(self.name).is_dir():
             return Path(self.name)
-        from huggingface_hub import snapshot_download
 
         try:
             return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=READ))
@@ -47,16 +49,10 @@ class Base:
 
     def empty(self) -> Any:
         """Return the model without weights."""
-        from lora_null.recipes.models.bases import empty_model
-
         return empty_model(self.config, self.section)
 
     def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
         """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
-        from accelerate import PartialState
-
-        from lora_null.recipes.models.bases import load_base
-
         section = self.section.model_copy(update={"dtype": dtype or self.section.dtype})
         if name is not None:
             section = section.model_copy(update={"revision": None})
@@ -88,23 +84,6 @@ class Source:
         return self.run / self.method / self.kind
 
 
-def model_section(**fields: Any) -> Any:
-    """Return the recipe's section of a model.
-
-    Raises:
-        UserError: a field that it does not have, or a value that it does not take.
-    """
-    from pydantic import ValidationError
-
-    from lora_null.recipes.config.schema import ModelSection
-
-    try:
-        return ModelSection(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
 def find_source(folder: Path, base: str | None = None) -> Source:
     """Return what lies in RUN/METHOD.
 
@@ -115,9 +94,6 @@ def find_source(folder: Path, base: str | None = None) -> Source:
     Raises:
         UserError: the folder is something else, or the method has not finished.
     """
-    from lora_null.recipes.config.load import read_yaml
-    from lora_null.recipes.output import RECIPE_FILE
-
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
     folder = folder.resolve()
@@ -131,7 +107,7 @@ def find_source(folder: Path, base: str | None = None) -> Source:
     if kind is None:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
-    return Source(folder.parent, folder.name, kind, recipe, Base(model_section(**section)))
+    return Source(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
 def methods_in(run: Path) -> list[str]:

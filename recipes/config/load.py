@@ -58,37 +58,27 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml")) if path.stem != "default"}
 
 
-def resolve_includes(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Lay a recipe over those that its `include` names, each over the one before.
+def resolve_includes(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe's file, laid over those that its `include` names, each over the one before.
 
     Args:
-        raw: a recipe; `include` is a name or a list of names: of a preset, "default", a shipped recipe, or a path of a
-            YAML beside the recipe.
-        where: the recipe's file.
+        path: `include` in it is a name or a list of names: of a preset, "default", a shipped recipe, or a path of a YAML
+            beside it.
+        trail: the files that include this one.
 
     Raises:
         UserError: an include that is not there, or one that comes back to itself.
     """
-    return _resolve(raw, where, (where.resolve(),))
-
-
-def _resolve(raw: Mapping[str, Any], where: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
-    names = raw.get("include") or []
-    merged: dict[str, Any] = {}
-    for name in [names] if isinstance(names, str) else names:
-        path = _included(str(name), where)
-        if path.resolve() in trail:
-            raise UserError(f"{where}: include: {name!r} includes itself")
-        merged = merge(merged, _resolve(read_yaml(path), path, (*trail, path.resolve())))
-    return merge(merged, {key: value for key, value in raw.items() if key != "include"})
-
-
-def _included(name: str, where: Path) -> Path:
-    known = {"default": PRESETS / "default.yaml", **presets(), **shipped()}
-    path = known.get(name, where.parent / name)
-    if not path.is_file():
-        raise UserError(f"{where}: include: no file {name!r}{nearest(name, known)}")
-    return path
+    raw, merged = read_yaml(path), {}
+    names, known = raw.pop("include", None) or [], {"default": PRESETS / "default.yaml", **presets(), **shipped()}
+    for name in [names] if isinstance(names, str) else map(str, names):
+        included = known.get(name, path.parent / name)
+        if not included.is_file():
+            raise UserError(f"{path}: include: no file {name!r}{nearest(name, known)}")
+        if included.resolve() in (path.resolve(), *trail):
+            raise UserError(f"{path}: include: {name!r} includes itself")
+        merged = merge(merged, resolve_includes(included, (path.resolve(), *trail)))
+    return merge(merged, raw)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,42 +171,45 @@ def load_recipe(
         methods: method names, separated by commas.
         output_dir: where the run goes.
         preset: the name of a model preset, laid over the recipe first.
-        seeds: seeds of a grid, separated by commas.
-        sweeps: `key.subkey=value,value,…`, the values of a grid.
+        seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
         quick: lay the recipe's own `quick` over it first.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
     """
-    path = find(name)
-    raw = resolve_includes(read_yaml(path), path)
+    path, known = find(name), presets()
+    raw = resolve_includes(path)
     if preset is not None:
-        if preset not in presets():
-            raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, presets())}")
-        raw = merge(raw, resolve_includes(read_yaml(presets()[preset]), presets()[preset]))
-    raw = override(_quick(raw, path) if quick else raw, assignments)
+        if preset not in known:
+            raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, known)}")
+        raw = merge(raw, resolve_includes(known[preset]))
+    if quick:
+        _lay_quick(raw, path)
+    raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
-    if methods is not None:
-        raw = override(raw, [f"method.name={methods}"])
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     return _with_paths(recipe, path.parent)
 
 
-def _quick(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe, every default written out, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _lay_quick(raw: dict[str, Any], path: Path) -> None:
     chosen = raw.pop("quick", None)
     if not isinstance(chosen, dict) or not chosen:
         raise UserError(f"--quick: {path} has no quick form")
     for key, value in chosen.items():
         put(raw, str(key), _number(value), f"{path}: quick.{key}")
-    return raw
 
 
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
     if seeds is not None:
-        put(raw, "grid.seeds", [_number(yaml.safe_load(seed)) for seed in seeds.split(",")], "--seeds")
+        put(raw, "grid.seeds", _number_list(seeds), "--seeds")
     if sweeps:
         put(raw, "grid.sweep", {}, "--sweep")
     for sweep in sweeps:
@@ -232,7 +225,7 @@ def _number_list(text: str) -> list[Any]:
     try:
         return [_number(yaml.safe_load(value)) for value in text.split(",")]
     except yaml.YAMLError:
-        raise UserError(f"--sweep: {text!r} is no list of values") from None
+        raise UserError(f"{text!r} is no list of values, such as 1,2") from None
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:

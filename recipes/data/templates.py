@@ -1,18 +1,12 @@
-"""Prompt templates: how a conversation becomes the text a model sees, the same in training and in evaluation."""
+"""Prompt templates: the text around a prompt, the same in training and in evaluation. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from lora_null.utils.chat import open_turn, render_chat, turn_spans, turn_start
 from lora_null.utils.errors import UserError, nearest
-from lora_null.utils.values import Message
 
 CHAT = "chat"  # the model's own chat template
 TEMPLATES = {
@@ -25,43 +19,27 @@ TEMPLATES = {
     "qa": "Question: {prompt}\nAnswer:",
     "plain": "{prompt}",
 }
-SYSTEM = ("system", "developer")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A conversation as text.
-
-    Attributes:
-        text: all of it, as the model sees it.
-        spans: (start, end) in `text` of what is learned: turns of the assistant, each with its end token.
-        messages: the conversation, as the template was given it.
-    """
-
-    text: str
-    spans: list[tuple[int, int]]
-    messages: list[Message]
 
 
 @lru_cache(maxsize=256)
 def split_fields(template: str, where: str) -> tuple[tuple[str, bool], ...]:
-    """Split a text made of {field}s into parts, each with whether it is a field's name; {{ and }} write braces.
+    """Split a text made of {field}s into pieces, each with whether it is a field's name; {{ and }} write braces.
 
     Raises:
         UserError: a brace without its partner.
     """
-    parts = []
-    for part in re.findall(r"{{|}}|{[^{}]*}|[{}]|[^{}]+", template):
-        if part in ("{", "}"):
-            raise UserError(f"{where}: a {part} without its partner in {template!r}; {{{{ and }}}} write a brace")
-        is_field = len(part) > 1 and part[0] == "{" and part[-1] == "}"
-        parts.append((part[1:-1] if is_field else part[0] if part in ("{{", "}}") else part, is_field))
-    return tuple(parts)
+    pieces = []
+    for piece in re.findall(r"{{|}}|{[^{}]*}|[{}]|[^{}]+", template):
+        if piece in ("{", "}"):
+            raise UserError(f"{where}: a {piece} without its partner in {template!r}; {{{{ and }}}} write a brace")
+        is_field = len(piece) > 1 and piece[0] == "{" and piece[-1] == "}"
+        pieces.append((piece[1:-1] if is_field else piece[0] if piece in ("{{", "}}") else piece, is_field))
+    return tuple(pieces)
 
 
 def fill(template: str, where: str, value_of: Callable[[str], str]) -> str:
     """Return a text made of {field}s with each filled in by `value_of` its name."""
-    return "".join(value_of(part) if is_field else part for part, is_field in split_fields(template, where))
+    return "".join(value_of(piece) if is_field else piece for piece, is_field in split_fields(template, where))
 
 
 def check_template(template: str, where: str, *, chat: bool = False) -> None:
@@ -73,7 +51,7 @@ def check_template(template: str, where: str, *, chat: bool = False) -> None:
     names = [*TEMPLATES, CHAT] if chat else [*TEMPLATES]
     if template in names:
         return
-    fields = {part for part, is_field in split_fields(template, where) if is_field}
+    fields = {piece for piece, is_field in split_fields(template, where) if is_field}
     other = next((field for field in sorted(fields) if field != "prompt"), None)
     if other is not None:
         raise UserError(f"{where}: no field {{{other}}} in a template, only {{prompt}}; {{{{ and }}}} write a brace")
@@ -85,99 +63,3 @@ def render(template: str, prompt: str, response: str) -> tuple[str, str]:
     """Return the prompt text and the completion text; the completion starts with the space that separates them."""
     text = fill(TEMPLATES.get(template, template), "template", lambda _: prompt.strip())
     return text, " " + response.strip()
-
-
-def need_chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError where "chat" is asked of a tokenizer that has no chat template."""
-    if template == CHAT and not tokenizer.chat_template:
-        raise UserError("data.template: 'chat' needs a model with a chat template, this one has none; use alpaca")
-
-
-def write_conversation(
-    template: str,
-    messages: Sequence[Message],
-    learned: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any],
-) -> Written:
-    """Write a conversation of which some turns of the assistant are learned.
-
-    Args:
-        template: a text template, under which a system's text comes first and the turns follow each other, all with a
-            blank line between; or "chat".
-        messages: see `as_messages`.
-        learned: the places of the turns that are learned.
-        tokenizer: for its end token, and its chat template.
-        options: see `chat_options`; only for "chat".
-
-    Raises:
-        ValueError: the template has no place for something in it, or "chat" refuses it, with its own message.
-    """
-    if template == CHAT:
-        chat = render_chat(messages, tokenizer, options)
-        return Written(chat.text, turn_spans(chat, learned, tokenizer, options), chat.messages)
-    text, spans = _write_text(template, messages, tokenizer.eos_token, options)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("a conversation that does not end with an assistant's turn; data.template=chat may take it")
-    return Written(text, [spans[turn] for turn in learned], list(messages))
-
-
-def write_preference(
-    template: str,
-    messages: Sequence[Message],
-    prompt: int,
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any],
-) -> Written:
-    """Write a conversation of which all that follows the first `prompt` messages is learned, as TRL's DPOTrainer does.
-
-    Raises:
-        ValueError: as `write_conversation`.
-    """
-    if template == CHAT:
-        chat = render_chat(messages, tokenizer, options)
-        start = turn_start(chat, prompt, tokenizer, options)
-        return Written(chat.text, [(start, len(chat.text))], chat.messages)
-    return write_conversation(template, messages, [prompt], tokenizer, options)
-
-
-def ask(
-    template: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] = {}
-) -> str:
-    """Return the text up to the response to a conversation that ends with a question."""
-    if template == CHAT:
-        return open_turn(messages, tokenizer, options)
-    return _write_text(template, messages, tokenizer.eos_token, options)[0]
-
-
-def _write_text(
-    template: str, messages: Sequence[Message], end: str, options: Mapping[str, Any]
-) -> tuple[str, dict[int, tuple[int, int]]]:
-    """Return a conversation under a text template, and where each turn of the assistant stands in it."""
-    first = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM), len(messages))
-    turns = messages[first:]
-    _need_place(turns, options)
-    text = "\n\n".join(message["content"].strip() for message in messages[:first] if message.get("content"))
-    spans = {}
-    for place in range(0, len(turns), 2):
-        answer = turns[place + 1]["content"] if place + 1 < len(turns) else None
-        question, response = render(template, turns[place]["content"], answer or "")
-        text = f"{text}\n\n{question}" if text else question
-        if answer is not None:
-            start, text = len(text), text + response.removesuffix(end) + end
-            spans[first + place + 1] = start, len(text)
-    return text, spans
-
-
-def _need_place(turns: Sequence[Message], options: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a conversation holds what only a chat template has a place for."""
-    only = "only data.template=chat may have a place for"
-    if "tools" in options or any("tool_calls" in message or message["role"] == "tool" for message in turns):
-        raise ValueError(f"tools, which {only}")
-    other = next((m["role"] for m in turns if m["role"] not in ("user", "assistant")), None)
-    if other:
-        raise ValueError(f"a turn of the {other} in the midst, which {only}")
-    if any(m.get("reasoning_content") or m.get("thinking") for m in turns):
-        raise ValueError(f"reasoning beside the content, which {only}")
-    if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(turns)):
-        raise ValueError(f"turns that do not alternate between user and assistant, which {only}")

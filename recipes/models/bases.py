@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState, init_empty_weights
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,12 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
+from lora_null.recipes.private_names import complete_at_load
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout
@@ -75,6 +76,12 @@ def load_config(model: ModelSection, name: str) -> Any:
         raise UserError(_unreachable(name, error)) from None
 
 
+def hub_commit(model: ModelSection, name: str) -> str | None:
+    """Return the hub's commit that a model's configuration was read from; None for a local folder."""
+    path = try_to_load_from_cache(name, "config.json", revision=model.revision) if not Path(name).exists() else None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
 def _unreachable(name: str, error: Exception) -> str:
     text = str(error)
     if "gated" in text.lower() or "401" in text or "403" in text:
@@ -89,7 +96,7 @@ def _unreachable(name: str, error: Exception) -> str:
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
     kind = _class_of(config)
-    with _whole_at_load(), init_empty_weights():
+    with complete_at_load(), init_empty_weights():
         empty = kind.from_config(config, dtype=getattr(torch, model.dtype))
     empty.tie_weights()
     return empty
@@ -101,8 +108,11 @@ def _class_of(config: Any) -> Any:
     Raises:
         UserError: naming an architecture that is none.
     """
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in kind._model_mapping or kind.__name__ in (getattr(config, "auto_map", None) or {}):
+    for kind, known in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in known or kind.__name__ in (getattr(config, "auto_map", None) or {}):
             return kind
     raise UserError(f"model.name_or_path: {unsupported(config) or architecture_of(config) + ' is no language model'}")
 
@@ -144,7 +154,7 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: ModelSection, name: str) -> PreTrainedModel:
-    """Return a fresh base model with its weights, whole and on the CPU; the trainer moves it, or cuts it up.
+    """Return a fresh base model with its weights, complete and on the CPU; the trainer moves it, or shards it.
 
     A quantized one is on the device.
 
@@ -154,7 +164,7 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     quantized, kind = loading_options(model, PartialState().device), _class_of(load_config(model, name))
     logging.disable_progress_bar()
     try:
-        with _whole_at_load():
+        with complete_at_load():
             loaded, found = kind.from_pretrained(
                 name,
                 revision=model.revision or "main",
@@ -183,19 +193,3 @@ def _end_with(loaded: PreTrainedModel, end: int) -> None:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     loaded.generation_config.eos_token_id = [end, *(other for other in ends if other != end)]
     loaded.config.get_text_config(decoder=True).eos_token_id = end
-
-
-@contextlib.contextmanager
-def _whole_at_load() -> Iterator[None]:
-    """Keep transformers from cutting weights up as it makes a model under ZeRO-3, which it does whatever zero3_init_flag says.
-
-    The initialization needs them whole; DeepSpeed cuts them up when the trainer hands the model over.
-    """
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference and reference()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)

@@ -115,7 +115,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         if recipe.model.quantization and method.saved_rank(1) > 1:
-            held *= 2  # the residual is a second path there, not taken out of the weight
+            held *= 2  # the residual is a second path there, not subtracted from the weight
     return MethodPlan(
         name=name,
         rank=rank,
@@ -163,7 +163,7 @@ def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
     for name, layer in layers.items():
         if name.rpartition(".")[2] not in shared:
             block = re.match(r".*?\.\d+\.|", name)[0]
-            held[block] = held.get(block, 0) + 8 * layer.in_features**2
+            held[block] = held.get(block, 0) + 8 * int(layer.in_features) ** 2
     return max(held.values(), default=0)
 
 
@@ -192,8 +192,8 @@ def files_of(recipe: Recipe) -> list[str]:
     """Return what the run will leave in its output folder."""
     files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
     for name in recipe.method.name:
-        parts = ("init/", f"{METHODS[name].saves}/", "eval.json", "train_log.jsonl")
-        files += [f"{name}/{part}" for part in parts]
+        left = ("init/", f"{METHODS[name].saves}/", "eval.json", "train_log.jsonl")
+        files += [f"{name}/{path}" for path in left]
     return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
 
 

@@ -1,4 +1,4 @@
-"""`model.quantization`: what has to be refused before anything loads, how bitsandbytes is told, what the weights take."""
+"""`model.quantization`: what is refused before anything loads, how bitsandbytes loads, how many bytes the weights are."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from lora_null.recipes.report import write_report
 write_report("runs/quickstart")     # report.md, report.html, forgetting.png
 """
 
-from .render import print_table, write_report
-from .results import load_results
+from lora_null.recipes.report.render import print_table, write_report
+from lora_null.recipes.results import load_results
 
 __all__ = ["load_results", "print_table", "write_report"]

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.path import Path
-from matplotlib.transforms import Bbox
 
-from .headline import Measure, forgetting, learning
-from .results import Results, TrainLog
+from lora_null.recipes.report.grid_page import Frontier, frontiers, metric_pair
+from lora_null.recipes.report.headline import Measure, forgetting, learning
+from lora_null.recipes.report.table import metric_title
+from lora_null.recipes.results import Results, TrainLog
 
 # One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
 COLORS = {
@@ -26,21 +26,7 @@ COLORS = {
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 MARKERS = "osD^vP"
-# Where a label may stand: right, left, above, below, the corners, and above or below but shifted sideways.
-SIDES = (
-    (1, 0),
-    (-1, 0),
-    (0, 1),
-    (0, -1),
-    (1, 1),
-    (-1, 1),
-    (1, -1),
-    (-1, -1),
-    (0.5, 1),
-    (-0.5, 1),
-    (0.5, -1),
-    (-0.5, -1),
-)
+LOG_FROM = 30  # a span of forgetting beyond this factor is drawn on a logarithmic axis
 INK, FAINT, GOOD = "#1f2937", "#d1d5db", "#15803d"
 
 
@@ -70,9 +56,22 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
     """Where each method with both measures lies: row -> (learned, forgotten), both counted from the base."""
     if kept is None or learned is None:
         return {}
-    along = {i: (learned.change(i), kept.change(i)) for i in learned.measured if i in kept.measured}
     x_sign, y_sign = (1 if learned.higher_is_better else -1), (-1 if kept.higher_is_better else 1)
-    return {i: (x_sign * x, y_sign * y) for i, (x, y) in sorted(along.items()) if None not in (x, y)}
+    points = {}
+    for i in sorted(set(learned.measured) & set(kept.measured)):
+        x, y = learned.change(i), kept.change(i)
+        if x is not None and y is not None:
+            points[i] = x_sign * x, y_sign * y
+    return points
+
+
+def frontier_png(results: Results) -> bytes:
+    """Small multiples of all frontiers: means over the seeds, bars one standard error, the others in gray."""
+    pair = metric_pair(results)
+    drawn = [f for f in frontiers(results, *pair) if f.mean_path()] if pair else []
+    if pair is None or not drawn:
+        return _png(_sentence("No runs of the grid have both a retention and a task metric yet."))
+    return _png(_panels(drawn, *pair))
 
 
 def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str) -> bytes | None:
@@ -89,29 +88,29 @@ def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str)
 
 def _plane(results: Results, kept: Measure, learned: Measure) -> Figure:
     points = plane_points(kept, learned)
-    figure, axes = _figure(6.8, 4.9)
+    figure, axes = _figure(7.4, 4.6)
     _plane_limits(axes, kept, learned, points)
     _shade_good_corner(axes)
     labels, colors, markers = results.labels(), row_colors(results), row_markers(results)
-    scale = [100 if m.unit in ("fraction", "points") else 1 for m in (learned, kept)]
-    anchors, bars = [(0.0, 0.0)], [(0.0, 0.0)]
-    axes.plot(
-        0, 0, marker="o", color="white", markeredgecolor=COLORS["base"], markeredgewidth=2, markersize=9, zorder=4
-    )
+    scale = [_scale(measure) for measure in (learned, kept)]
+    white = {"color": "white", "markeredgecolor": COLORS["base"], "markeredgewidth": 2, "markersize": 9}
+    axes.plot(0, 0, marker="o", linestyle="", label="base", zorder=4, **white)
     for i, (x, y) in points.items():
-        x, y = x * scale[0], y * scale[1]
         errors = [factor * (m.estimates[i].stderr or 0) for factor, m in zip(scale, (learned, kept))]
-        axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], color=colors[i], elinewidth=1.4, alpha=0.75, zorder=3)
-        axes.plot(x, y, marker=markers[i], color=colors[i], markeredgecolor="white", markersize=10, zorder=4)
-        anchors.append((x, y))
-        bars.append(tuple(errors))
+        axes.errorbar(
+            x * scale[0], y * scale[1], xerr=errors[0], yerr=errors[1], fmt=markers[i], color=colors[i], markersize=10,
+            markeredgecolor="white", elinewidth=1.4, zorder=3, label=_wrapped(labels[i]),
+        )  # fmt: skip
     direction = "rise" if learned.higher_is_better else "fall"
     axes.set_xlabel(f"Learned: {direction} of {learned.title} from the base{_unit(learned, change=True)}  →")
     axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept, change=True)}  →")
     axes.set_title("Learned much, forgot little: lower right is better", loc="left", fontweight="bold")
-    texts = ["base", *(labels[i] for i in points)]
-    _place_labels(axes, anchors, bars, texts, [_darker(colors[i]) for i in (0, *points)])
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10)
     return figure
+
+
+def _scale(measure: Measure) -> int:
+    return 100 if measure.unit in ("fraction", "points") else 1
 
 
 def _plane_limits(axes: Axes, kept: Measure, learned: Measure, points: dict[int, tuple[float, float]]) -> None:
@@ -120,7 +119,7 @@ def _plane_limits(axes: Axes, kept: Measure, learned: Measure, points: dict[int,
         (learned, [p[0] for p in points.values()], axes.set_xlim),
         (kept, [p[1] for p in points.values()], axes.set_ylim),
     ):
-        scale = 100 if measure.unit in ("fraction", "points") else 1
+        scale = _scale(measure)
         errors = [measure.estimates[i].stderr or 0 for i in points]
         low = scale * min(0, *(v - e for v, e in zip(values, errors)))
         high = scale * max(0, *(v + e for v, e in zip(values, errors)))
@@ -143,109 +142,17 @@ def _shade_good_corner(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _place_labels(
-    axes: Axes,
-    anchors: list[tuple[float, float]],
-    errors: list[tuple[float, float]],
-    texts: list[str],
-    colors: list[str],
-) -> None:
-    """Write each text beside its point, at the nearest place that hides no point, error bar or other text.
-
-    Args:
-        axes: with its final limits and titles, since places are counted in pixels.
-        anchors: the points, in data coordinates.
-        errors: half lengths of the error bars of each point, in data coordinates.
-    """
-    axes.figure.draw_without_rendering()  # lets the layout settle
-    renderer, frame = axes.figure.canvas.get_renderer(), axes.get_window_extent()
-    pixels = [tuple(pixel) for pixel in axes.transData.transform(anchors)]
-    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels]
-    for (x, y), (dx, dy) in zip(anchors, errors):
-        for sides in ([(x - dx, y), (x + dx, y)], [(x, y - dy), (x, y + dy)]):
-            taken.append(Bbox(axes.transData.transform(sides)).padded(2))
-    written = [text.get_window_extent(renderer) for text in axes.texts]
-    labels = [
-        axes.annotate(
-            _wrapped(text), anchor, (0, 0), textcoords="offset pixels", ha="center", va="center", color=color,
-            fontsize=10.5, fontweight="bold", zorder=5, linespacing=1.1, in_layout=False,
-        )
-        for anchor, text, color in zip(anchors, texts, colors)
-    ]  # fmt: skip
-    places = _arrange([label.get_window_extent(renderer) for label in labels], pixels, taken, written, frame)
-    for label, place, (x, y), anchor in zip(labels, places, pixels, anchors):
-        label.set_position(((place.x0 + place.x1) / 2 - x, (place.y0 + place.y1) / 2 - y))
-        end, far = _leader(place, (x, y))
-        if far:
-            line = {"arrowstyle": "-", "color": label.get_color(), "linewidth": 1, "shrinkA": 0, "shrinkB": 5}
-            axes.annotate("", anchor, end, textcoords="offset pixels", arrowprops=line, in_layout=False)
-
-
-def _arrange(
-    boxes: list[Bbox], pixels: list[tuple[float, float]], taken: list[Bbox], written: list[Bbox], frame: Bbox
-) -> list[Bbox]:
-    """Places of all texts: each takes the best that is left, in whichever of a few orders crowds them least.
-
-    Args:
-        boxes: the texts' sizes.
-        pixels: the points they belong to.
-        taken: the points and error bars, which a text must not hide.
-        written: other texts, which neither a text nor the line that leads to it may cross.
-        frame: the axes.
-    """
-    everyone = range(len(boxes))
-    orders = [sorted(everyone, key=key) for key in (lambda i: i, lambda i: -i)]
-    orders += [sorted(everyone, key=lambda i: sign * pixels[i][axis]) for axis in (1, 0) for sign in (1, -1)]
-    best, least = [], float("inf")
-    for order in orders:
-        places, total = {}, 0
-        for i in order:
-            places[i], crowd = _free_place(boxes[i], pixels[i], taken, [*written, *places.values()], frame)
-            total += crowd
-        if total < least:
-            best, least = [places[i] for i in everyone], total
-    return best
-
-
-def _leader(place: Bbox, point: tuple[float, float]) -> tuple[tuple[float, float], bool]:
-    """From `point` to the nearest edge of a text at `place`, and whether that is too far to be read as one."""
-    x, y = np.clip(point[0], place.x0, place.x1) - point[0], np.clip(point[1], place.y0, place.y1) - point[1]
-    return (x, y), bool(np.hypot(x, y) > 30)
-
-
-def _free_place(
-    box: Bbox, point: tuple[float, float], taken: list[Bbox], written: list[Bbox], frame: Bbox
-) -> tuple[Bbox, float]:
-    """Where a text of the size of `box` fits beside `point`, and how crowded it is there: the first free place, else
-    the least crowded, nearest first. A far place counts a little, a text across another much."""
-    least, least_crowd = box, float("inf")
-    for gap, (dx, dy) in itertools.product(range(14, 200, 12), SIDES):
-        x, y = point[0] + dx * (box.width / 2 + gap), point[1] + dy * (box.height / 2 + gap)
-        place = Bbox.from_bounds(x - box.width / 2, y - box.height / 2, box.width, box.height)
-        outside = place.x0 < frame.x0 or place.x1 > frame.x1 or place.y0 < frame.y0 or place.y1 > frame.y1
-        end, far = _leader(place, point)
-        crowd = 100 * outside + sum(place.overlaps(other) for other in taken)
-        crowd += 10 * sum(place.overlaps(other) for other in written) + 0.5 * far
-        if far and crowd < least_crowd:
-            line = Path([point, (point[0] + end[0], point[1] + end[1])])
-            crowd += 5 * sum(line.intersects_bbox(other) for other in written)
-        if crowd < least_crowd:
-            least, least_crowd = place, crowd
-        if crowd == 0:
-            break
-    return least, least_crowd
-
-
 def _strips(results: Results, measures: list[Measure]) -> Figure:
     """Methods as rows, the measure along the axis: what is drawn where the plane lacks a side or the base."""
     rows = sorted({i for measure in measures for i in measure.measured})
     figure, panels = _figure(8.0, 1.5 + 0.4 * len(rows), columns=len(measures))
     colors, markers, labels = row_colors(results), row_markers(results), results.labels()
     for axes, measure in zip(np.atleast_1d(panels), measures):
-        scale = 100 if measure.unit in ("fraction", "points") else 1
+        scale = _scale(measure)
         for height, i in enumerate(reversed(rows)):
             if i in measure.measured:
-                value, error = measure.estimates[i]
+                estimate = measure.estimates[i]
+                value, error = estimate.value, estimate.stderr
                 axes.errorbar(
                     scale * value, height, xerr=scale * (error or 0), fmt=markers[i], color=colors[i], markersize=9
                 )
@@ -279,6 +186,50 @@ def _curves(results: Results, series: dict[int, tuple[list[float], list[float]]]
     figure.supxlabel("step", fontsize=10, color=INK)
     figure.supylabel(title, fontsize=10, color=INK)
     return figure
+
+
+def _panels(drawn: list[Frontier], kept: str, task: str) -> Figure:
+    wide = min(len(drawn), 3)
+    tall = -(-len(drawn) // wide)
+    figure, panels = _figure(8.0, 0.9 + 2.2 * tall, rows=tall, columns=wide, sharex=True, sharey=True)
+    panels = np.atleast_1d(panels).ravel()
+    forgotten = [y.value for f in drawn for _, y in f.mean_path()]
+    logarithmic = min(forgotten) > 0 and max(forgotten) > LOG_FROM * min(forgotten)
+    for index, (axes, frontier) in enumerate(zip(panels, drawn)):
+        for other in drawn:  # LoRA, what all are compared with, dashed in its own color
+            _draw_path(
+                axes,
+                other,
+                COLORS["lora"] if other.method == "lora" else FAINT,
+                behind=True,
+                from_base=not logarithmic,
+            )
+        color = COLORS.get(frontier.method, OTHER_COLORS[index % len(OTHER_COLORS)])
+        _draw_path(axes, frontier, color, behind=False, from_base=not logarithmic)
+        axes.set_title(_wrapped(frontier.label, 18), fontsize=10, fontweight="bold", color=_darker(color), loc="left")
+        if logarithmic:
+            axes.set_yscale("log")
+    for axes in panels[len(drawn) :]:
+        axes.set_visible(False)
+    for axes in panels[len(drawn) - wide : len(drawn)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel(f"learned: {metric_title(task)}, improvement on the base  →", fontsize=10)
+    scale = ", logarithmic" if logarithmic else ""
+    figure.supylabel(f"forgotten: {metric_title(kept)}{scale}  →", fontsize=10)
+    return figure
+
+
+def _draw_path(axes: Axes, frontier: Frontier, color: str, *, behind: bool, from_base: bool) -> None:
+    path = frontier.mean_path()
+    x, y = ([point[i].value for point in path] for i in (0, 1))
+    start = [0.0] if from_base else []
+    dashed = "--" if behind and frontier.method == "lora" else "-"
+    width, above = (1, 1 + (dashed == "--")) if behind else (2, 3)
+    axes.plot([*start, *x], [*start, *y], dashed, color=color, linewidth=width, zorder=above)
+    if behind:
+        return
+    errors = [[point[i].stderr or 0 for point in path] for i in (0, 1)]
+    axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, markersize=5, elinewidth=1.2, zorder=4)
 
 
 def _moving_average(values: Sequence[float]) -> np.ndarray:
@@ -332,4 +283,4 @@ def _wrapped(text: str, width: int = 24) -> str:
 
 def _darker(color: str) -> str:
     """`color` dark enough to be read as text on white."""
-    return to_hex([0.72 * part for part in to_rgb(color)])
+    return to_hex([0.72 * channel for channel in to_rgb(color)])

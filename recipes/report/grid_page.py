@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
-from .headline import listed, task_metric
-from .results import DISPLAY, Estimate, Paired, Results, Run
-from .table import metric_title, separated, show_all
+from lora_null.recipes.report.headline import listed, task_metric
+from lora_null.recipes.report.table import metric_title, separated, show_all
+from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run, settings_text
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Target:
 
 def retention_metrics(results: Results) -> list[str]:
     """Return the names of the retention metrics that are read at equal learning: every KL, or all if there is none."""
-    kept = results.metric_names("retention")
+    kept = results.directed_names("retention")
     return [name for name in kept if name.lower().split()[-1] == "kl"] or kept
 
 
@@ -94,10 +94,10 @@ def _frontier(results: Results, method: str, kept: str, task: str) -> Frontier:
     points: dict[int, list[tuple[float, float]]] = {}
     errors: dict[int, list[tuple[float, float] | None]] = {}
     for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
-        place = tuple(change(results, run, name) for name in (task, kept))
-        if None in place:
+        point = tuple(change(results, run, name) for name in (task, kept))
+        if None in point:
             continue
-        points.setdefault(run.seed, [(0.0, 0.0)]).append(place)
+        points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
         stderrs = (run.estimate(task).stderr, run.estimate(kept).stderr)
         errors.setdefault(run.seed, [(0.0, 0.0)]).append(None if None in stderrs else stderrs)
     return Frontier(method, points, errors, sum(run.diverged is not None for run in runs))
@@ -133,9 +133,10 @@ def reach(
     for ((x0, y0), e0), ((x1, y1), e1) in itertools.pairwise(zip(path, errors)):
         if x0 < learned <= x1:
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
-            known = e0 is not None and e1 is not None
-            variance = [ey**2 + (slope * ex) ** 2 for ex, ey in (e0, e1)] if known else []
-            error = math.sqrt((1 - w) ** 2 * variance[0] + w**2 * variance[1]) if known else None
+            error = None
+            if e0 is not None and e1 is not None:
+                variance = [ey**2 + (slope * ex) ** 2 for ex, ey in (e0, e1)]
+                error = math.sqrt((1 - w) ** 2 * variance[0] + w**2 * variance[1])
             return Estimate((1 - w) * y0 + w * y1, error)
     return None
 
@@ -151,7 +152,9 @@ def equal_learning(results: Results, kept: str, task: str) -> list[Target]:
     for where, (learned, _) in zip(_swept(results, "lora"), lora.mean_path() if lora else []):
         level = min([learned.value, *(max(x for x, _ in path) for path in lora.points.values())])
         if level > 0:
-            targets.append(Target(level, where, _holm(_at(every, lora, level))))
+            rows = _at(every, lora, level)
+            adjusted = holm([row.p for row in rows])
+            targets.append(Target(level, where, [replace(row, p=p) for row, p in zip(rows, adjusted)]))
     return sorted(targets, key=lambda target: target.learned)
 
 
@@ -159,8 +162,7 @@ def _swept(results: Results, method: str) -> list[str]:
     """The variants of a method's rows in the order of its frontier."""
     runs = [run for run in results.grid.cells if run.method == method and run.metrics]
     runs.sort(key=lambda run: tuple(_sortable(value) for value in run.point.values()))
-    return list(dict.fromkeys(", ".join(f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k} {v}"
-                                        for k, v in run.point.items()) for run in runs))  # fmt: skip
+    return list(dict.fromkeys(settings_text(run.point) for run in runs))
 
 
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
@@ -181,11 +183,6 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqu
     return rows
 
 
-def _holm(rows: list[AtEqual]) -> list[AtEqual]:
-    adjusted = holm([row.p for row in rows])
-    return [AtEqual(r.method, r.value, r.reached, r.seeds, r.difference, p) for r, p in zip(rows, adjusted)]
-
-
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return the p-values adjusted for their number by Holm's step-down; None stays None and is not counted."""
     order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
@@ -201,7 +198,7 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float |
 
     With D = ours − theirs, the error of its mean combines what varies with the question and what varies with the seed,
     SE² = Var_q(mean over seeds) / Q + Var_s(mean over questions) / S, which counts their interaction twice and so is
-    never too small; t with Satterthwaite's degrees of freedom. Of one seed only the questions' part is known.
+    never too small; t with Satterthwaite's degrees of freedom. Of one seed only what varies with the question is known.
 
     Args:
         ours, theirs: (seeds, questions), the metric of each question.
@@ -211,12 +208,12 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float |
     """
     D = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     S, Q = D.shape
-    parts = [(D.mean(axis=0).var(ddof=1) / Q, Q - 1)] if Q > 1 else []
-    parts += [(D.mean(axis=1).var(ddof=1) / S, S - 1)] if S > 1 else []
-    variance = sum(part for part, _ in parts)
+    variances = [(D.mean(axis=0).var(ddof=1) / Q, Q - 1)] if Q > 1 else []
+    variances += [(D.mean(axis=1).var(ddof=1) / S, S - 1)] if S > 1 else []
+    variance = sum(value for value, _ in variances)
     found = {"mean": float(D.mean()), "stderr": None, "p": None, "questions": Q, "seeds": S}
-    if parts and variance > 0 and math.isfinite(variance):
-        freedom = variance**2 / sum(part**2 / df for part, df in parts)
+    if variances and variance > 0 and math.isfinite(variance):
+        freedom = variance**2 / sum(value**2 / df for value, df in variances)
         found["stderr"] = math.sqrt(variance)
         found["p"] = float(2 * stats.t.sf(abs(D.mean()) / math.sqrt(variance), freedom))
     return found
@@ -226,7 +223,7 @@ def grid_headline(results: Results) -> str:
     """The finding at the middle level of LoRA's learning: who forgot least, by how much, who is not told apart."""
     pair = metric_pair(results)
     targets = equal_learning(results, *pair) if pair else []
-    if not targets:
+    if pair is None or not targets:
         done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
         return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
     kept, task = pair
@@ -302,10 +299,7 @@ def _equal_text(row: AtEqual) -> str:
 
 
 def _paired_row(entry: Paired) -> tuple[str, str, str, str, str]:
-    settings = ", ".join(
-        f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.point.items()
-    )
     difference = Estimate(entry.mean, entry.stderr)
     p = "–" if entry.p is None else "< 0.001" if entry.p < 0.001 else f"{entry.p:.3f}"
     label = DISPLAY.get(entry.method, entry.method)
-    return (label, settings or "–", metric_title(entry.metric), _pm(difference), p)
+    return (label, settings_text(entry.point) or "–", metric_title(entry.metric), _pm(difference), p)

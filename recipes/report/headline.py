@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .results import Estimate, Results
-from .table import mean, metric_title, separated, show_all
+from lora_null.recipes.report.table import mean, metric_title, separated, show_all
+from lora_null.recipes.results import Estimate, Results
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Verdict:
 
 def forgetting(results: Results) -> Measure | None:
     """KL to the base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
-    metrics = {name: results.metric(name) for name in results.metric_names("retention")}
+    metrics = {name: results.metric(name) for name in results.directed_names("retention")}
     for name, metric in metrics.items():
         words = name.lower().split()
         if words[-1] == "kl":
@@ -95,7 +95,7 @@ def forgetting(results: Results) -> Measure | None:
 def learning(results: Results) -> Measure | None:
     """The metric of `task_metric`, if there is one."""
     name = task_metric(results)
-    return name and _measure(results, name)
+    return _measure(results, name) if name else None
 
 
 def task_metric(results: Results) -> str | None:
@@ -103,7 +103,7 @@ def task_metric(results: Results) -> str | None:
 
     Small models answer nothing right before and after, and only the likelihood of the answers tells what was learned.
     """
-    measures = {name: _measure(results, name) for name in results.metric_names("task")}
+    measures = {name: _measure(results, name) for name in results.directed_names("task")}
     measures = {name: measure for name, measure in measures.items() if measure.measured}
     moved = [n for n, m in measures.items() if m.estimates[0] and any(m.separated(i, 0) for i in m.measured)]
     return next(iter([*moved, *measures]), None)
@@ -130,7 +130,7 @@ def headline(results: Results) -> str:
         return "Only the untouched base was evaluated: there is no method to compare yet."
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.measured) == 1]
-    sentences = _told(verdicts(results), results) + sentences
+    sentences = _sentences(verdicts(results), results) + sentences
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
@@ -138,12 +138,12 @@ def headline(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _told(found: list[Verdict], results: Results) -> list[str]:
+def _sentences(found: list[Verdict], results: Results) -> list[str]:
     """The sentences of the verdicts; the same comparison is not spelled out twice."""
-    told = [verdict.sentence + verdict.qualification for verdict in found]
+    sentences = [verdict.sentence + verdict.qualification for verdict in found]
     if len(found) == 2 and found[0].against == found[1].against and found[0].winners[:1] == found[1].winners[:1] != []:
-        told[1] = f"{results.labels()[found[0].winners[0]]} also learned most.{found[1].qualification}"
-    return told
+        sentences[1] = f"{results.labels()[found[0].winners[0]]} also learned most.{found[1].qualification}"
+    return sentences
 
 
 def _loss(results: Results, i: int, name: str) -> Estimate | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .results import DISPLAY, Results, Row
+from lora_null.recipes.results import DISPLAY, Results, Row
 
 TABLES = Path(__file__).parent / "paper_tables.csv"
 MODELS = {

@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lora_null.recipes.report.figures import curves_png, forgetting_png, frontier_png, plane_points, row_colors
+from lora_null.recipes.report.grid_page import grid_content, grid_headline
+from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
+from lora_null.recipes.report.paper import paper_table
+from lora_null.recipes.report.table import Column, Table, build_table
+from lora_null.recipes.results import LOG_FILE, Results, load_log, load_results
 from lora_null.utils.files import replacing
-
-from .figures import curves_png, forgetting_png, plane_points, row_colors
-from .frontier import frontier_png
-from .grid_page import grid_content, grid_headline
-from .headline import Measure, forgetting, headline, learning, verdicts
-from .paper import paper_table
-from .results import Results, load_log, load_results, method_folder, parse_results
-from .table import Column, Table, build_table
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
@@ -64,10 +62,9 @@ def templates_in(*folders: Path) -> jinja2.Environment:
     return environment
 
 
-def print_table(results: dict | Results, console: Console | None = None) -> None:
+def print_table(results: Results, console: Console | None = None) -> None:
     """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
-    results, console = parse_results(results), console or Console()
-    table = build_table(results)
+    console, table = console or Console(), build_table(results)
     console.print(Text(_headline(results), style="bold"))
     for columns in _fitting(table, console.width):
         drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
@@ -111,10 +108,10 @@ def _fitting(table: Table, width: int) -> list[list[Column]]:
 def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers ready to print."""
     labels, table = results.labels(), build_table(results)
-    folders = [method_folder(output_dir, results, i) for i in range(len(labels))]
-    logs = [load_log(output_dir / folder / "train_log.jsonl") for folder in folders]
     if results.grid:  # its runs have reports of their own, with their curves
         return _shared(results, table) | {"grid": grid_content(results)}
+    folders = [row.method for row in results.rows]
+    logs = [load_log(output_dir / folder / LOG_FILE) for folder in folders]
     curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
     found = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
@@ -130,7 +127,7 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
 
 
 def _shared(results: Results, table: Table) -> dict[str, Any]:
-    """What the report of a run and that of a grid have in common; a run's own parts are empty."""
+    """What the report of a run and that of a grid have in common; what only a run has is empty."""
     return {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
@@ -159,8 +156,12 @@ def plane_alt(results: Results) -> str:
     labels, points = results.labels(), plane_points(kept, learned)
     if not points:
         return "; ".join(f"{m.title}: {_values(labels, m)}" for m in (kept, learned) if m) or "No metric was measured."
-    said = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
-    return f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; " + "; ".join(said) + "."
+    points_in_words = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
+    return (
+        f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; "
+        + "; ".join(points_in_words)
+        + "."
+    )
 
 
 def _values(labels: list[str], measure: Measure) -> str:

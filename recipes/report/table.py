@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .results import Estimate, Results, Row
+from lora_null.recipes.results import Estimate, Results, Row
 
 MISSING = "–"
 WORDS = {
@@ -95,8 +95,8 @@ def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> 
         key=lambda i: estimates[i].value * (-1 if higher_is_better else 1),
     )
     marks: list[Literal["best", "second"] | None] = [None] * len(estimates)
-    for mark, (place, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
-        if not all(separated(estimates[better], estimates[worse]) for worse in order[place:]):
+    for mark, (rank, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
+        if not all(separated(estimates[better], estimates[worse]) for worse in order[rank:]):
             break
         marks[better] = mark
     return marks
@@ -180,11 +180,16 @@ def _metric_column(results: Results, name: str) -> Column:
         title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
         group=metric.role.capitalize(),
         definition=_definition(name, metric.unit) + size + ".",
-        cells=_marked_cells(estimates, metric.unit, metric.higher_is_better, marked=not results.grid),
-        arrow="↑" if metric.higher_is_better else "↓",
+        cells=_marked_cells(
+            estimates,
+            metric.unit,
+            metric.higher_is_better,
+            marked=not results.grid and metric.higher_is_better is not None,
+        ),
+        arrow={True: "↑", False: "↓", None: ""}[metric.higher_is_better],
     )
     for i, row in enumerate(results.rows):
-        if estimates[i] is None and name in row.metrics and row.metrics[name].value is not None:
+        if estimates[i] is None and name in row.metrics:
             column.cells[i] = Cell("not finite")
         if row.diverged is not None:
             column.cells[i] = Cell("diverged")
@@ -237,7 +242,7 @@ def _drift(row: Row) -> str:
 
 
 def _times(row: Row) -> str:
-    phases = [row.seconds.init, row.seconds.train, row.seconds.eval] if row.seconds else []
+    phases = [row.seconds.init, row.seconds.train, row.seconds.eval]
     return " / ".join(map(_time, phases)) if any(phase is not None for phase in phases) else MISSING
 
 

@@ -4,7 +4,7 @@ import json
 
 from lora_null.recipes.report import load_results, write_report
 from lora_null.recipes.report.paper import comparable, paper_name, paper_rows, paper_table
-from lora_null.recipes.report.results import parse_results
+from lora_null.recipes.results import parse_results
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 

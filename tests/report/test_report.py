@@ -6,12 +6,22 @@ import re
 import pytest
 from rich.console import Console
 
+from lora_null.eval_harness.results import Metric
 from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
-from lora_null.recipes.report.results import Estimate, load_log, parse_results
 from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
+from lora_null.recipes.results import (
+    Estimate,
+    Row,
+    Seconds,
+    load_log,
+    parse_results,
+    read_row,
+    write_results,
+    write_row,
+)
 from lora_null.utils.errors import UserError
 
 
@@ -458,7 +468,7 @@ def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
 
 def printed(results, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_table(results, console)
+    print_table(parse_results(results), console)
     return console.export_text()
 
 
@@ -482,7 +492,9 @@ def test_terminal_takes_names_literally():
         (None, "cannot be read"),
         ("{", "not valid JSON"),
         ("[]", "the whole file"),
-        ('{"schema": 2, "recipe": "a", "model": "b", "rows": [{"method": "base"}]}', "schema"),
+        ('{"schema": 2, "recipe": "a", "model": "b", "rows": [{"method": "base"}]}', "schema 2 needs the version"),
+        ('{"schema": 2, "environment": {"lora_null": "0.9.1"}}', "schema 2 needs lora-null 0.9.1, which wrote it"),
+        ('{"recipe": "a", "model": "b", "rows": [{"method": "base"}]}', "schema None needs the version"),
         ('{"schema": 1, "recipe": "a", "model": "b", "rows": []}', "rows"),
         ('{"schema": 1, "recipe": "a", "model": "b", "rows": [{"method": "lora"}]}', "untouched base"),
         ('{"schema": 1, "recipe": "a", "model": "b", "rows": [{"method": "base", "rank": "x"}]}', "rows.0.rank"),
@@ -494,3 +506,48 @@ def test_a_malformed_file_is_a_mistake_in_one_line(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         load_results(tmp_path)
     assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- one writer, one reader ---
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    """Nothing is added that was not set, nothing is lost, and the schema stands first."""
+    for number, results in enumerate((measured(), measured(full=nll(0.8)))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_results(folder, parse_results(results))
+        written = json.loads((folder / "results.json").read_text())
+        assert written == results and next(iter(written)) == "schema"
+        assert load_results(folder) == parse_results(results)
+
+
+def test_a_row_comes_back_as_it_was_written(tmp_path):
+    metric = Metric(0.5, None, 8, True, "task", "fraction")
+    row = Row(method="lora", rank=4, diverged=None, metrics={"gsm8k": metric}, seconds=Seconds(init=1.0, train=2.0))
+    assert read_row(tmp_path) is None
+    write_row(tmp_path, row)
+    assert read_row(tmp_path) == row and read_row(tmp_path).metrics["gsm8k"] == metric
+    assert set(json.loads((tmp_path / "row.json").read_text())) == {"method", "rank", "diverged", "metrics", "seconds"}
+    (tmp_path / "row.json").write_text('{"method": "lora", "rank": "x"}')
+    with pytest.raises(UserError, match=r"row\.json: rank"):
+        read_row(tmp_path)
+    (tmp_path / "row.json").write_text('{"method"')
+    with pytest.raises(UserError, match="damaged"):
+        read_row(tmp_path)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_row(tmp_path, Row(method="lora", tokens_per_second=float("nan")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_without_a_direction_is_shown_and_not_ranked(tmp_path):
+    def odd(value):
+        return {"odd": metric(value, 0.01, "task", "odd_score", None)}
+
+    results = raw(base=odd(1.0), lora=odd(5.0), pissa=odd(9.0))
+    assert learning(parse_results(results)) is None
+    _, text = write(tmp_path, results)
+    assert "| odd |" in text and "9.000 ± 0.010" in text and "**9" not in text and "learned most" not in text

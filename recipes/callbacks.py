@@ -1,25 +1,30 @@
-"""What a training run shows and writes while it trains."""
+"""What happens around a training's steps: progress, log, memory, divergence, and the end by SIGTERM."""
 
 from __future__ import annotations
 
 import gc
 import json
 import math
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_null.recipes.results import load_log
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.files import write_text
 from lora_null.utils.model_state import release_freed_memory
 
-KEYS = {"step": "step", "loss": "loss", "learning_rate": "learning_rate", "drift_mean": "drift_mean"}
-KEYS |= {"drift_max": "drift_max", "num_tokens": "tokens"}
-KEYS |= {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}  # DPO
+LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean", "drift_max")}  # Trainer's name → ours
+LOGGED |= {"num_tokens": "tokens", "rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
+SIGTERM_STATUS = 128 + signal.SIGTERM
 
 
 class ProgressBar(TrainerCallback):
@@ -61,7 +66,7 @@ class StopDiverged(TrainerCallback):
 
 def diverged_at(trainer: Trainer) -> int | None:
     """Return the step at which a trained model was first seen to have diverged (loss or weights not finite), or None."""
-    losses = ((line["step"], float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
+    losses = ((int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
     bad = next((step for step, loss in losses if not math.isfinite(loss)), None)
     with whole_parameters(*trainer.saved_modules()):
         finite = all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
@@ -78,7 +83,7 @@ class ReleaseMemory(TrainerCallback):
         release_freed_memory()
 
 
-class TrainLog(TrainerCallback):
+class WriteLog(TrainerCallback):
     """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats."""
 
     def __init__(self, path: Path) -> None:
@@ -91,8 +96,8 @@ class TrainLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = []
-        if state.global_step and self.path.is_file():
-            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+        if state.global_step:
+            kept = [line for line in load_log(self.path).entries if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:  # TRL counts tokens from zero in every process; the log goes on
             self.seconds_before, self.tokens_before = kept[-1]["seconds"], kept[-1].get("tokens", 0)
@@ -101,7 +106,9 @@ class TrainLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        line = {ours: _finite(logs[theirs]) for theirs, ours in KEYS.items() if theirs in logs}
+        line = {ours: logs[theirs] for theirs, ours in LOGGED.items() if theirs in logs}
+        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        line |= dict.fromkeys(bad)  # JSON has no NaN
         line = {"step": state.global_step, **line}
         if "tokens" in line:
             line["tokens"] += self.tokens_before
@@ -110,17 +117,45 @@ class TrainLog(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a training log up to where a kill left half a one; none where there is no log."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+def exit_on_sigterm() -> None:
+    """End with 143 at once outside of training: every file is written completely or not at all."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: a number that is not finite is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+class SaveOnSigterm(TrainerCallback):
+    """In training finish the step, save a checkpoint, and end the process with 143: a cluster takes the machine away.
+
+    Transformers has `enable_jit_checkpoint` for this. It waits three seconds first, may save in the middle of a step, and
+    knows of one process alone; here the step is finished, so that the resumed run repeats an unbroken one bit for bit, and
+    all processes stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.group: Any = None
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._remember)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo")  # on the CPU: the accelerator's queue is not waited for
+
+    def _remember(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.group is not None:
+            asked = torch.tensor(int(self.asked))
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+            self.asked = bool(asked)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        if self.asked:
+            if state.is_world_process_zero:
+                print(
+                    f"stopped by SIGTERM after step {state.global_step}; --resume goes on from there", file=sys.stderr
+                )
+            sys.exit(SIGTERM_STATUS)

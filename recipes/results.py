@@ -1,16 +1,23 @@
-"""What a run leaves on disk, as the report reads it: `results.json` and each method's `train_log.jsonl`."""
+"""What a run leaves of its figures, written and read here alone: `results.json`, METHOD/row.json, METHOD/train_log.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lora_null import __version__
+from lora_null.eval_harness.results import Metric
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, write_json
+
+SCHEMA = 1
+RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
 
 
 class Estimate(NamedTuple):
@@ -18,17 +25,6 @@ class Estimate(NamedTuple):
 
     value: float
     stderr: float | None = None
-
-
-class Metric(BaseModel):
-    """One metric of one row. `unit` is "fraction", "nats", or the name of another scale, which is shown as it is."""
-
-    value: float | None
-    stderr: float | None = Field(default=None, ge=0)
-    n: int | None = None
-    higher_is_better: bool
-    role: Literal["retention", "task"]
-    unit: str | None = None
 
 
 class Drift(BaseModel):
@@ -47,20 +43,35 @@ class Seconds(BaseModel):
 
 
 class Row(BaseModel):
-    """One method of a run, or the untouched base."""
+    """One method of a run, or the untouched base. What is None was not measured; what was never set is not written.
+
+    Attributes:
+        method: its name; "base" for the untouched base.
+        variant: of a grid: the swept values.
+        rank: r; None for a method without one.
+        trainable_params: the parameters that train.
+        adapter_params: those of the saved adapter.
+        runs: of a grid: the seeds that the row is the mean of.
+        diverged: the step at which loss or weights were no longer finite.
+        metrics: by name.
+        drift: None where nothing is adapted.
+        seconds: of the three phases.
+        tokens_per_second: of the training.
+        peak_memory_bytes: of the accelerator, or of the process where there is none.
+    """
 
     method: str
     variant: str | None = None
     rank: int | None = None
     trainable_params: int | None = None
     adapter_params: int | None = None
+    runs: int | None = None
+    diverged: int | None = None
     metrics: dict[str, Metric] = {}
     drift: Drift | None = None
-    seconds: Seconds | None = None
+    seconds: Seconds = Seconds()
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
-    diverged: int | None = None  # the step at which loss or weights were no longer finite
-    runs: int | None = None  # of a grid: the seeds that the row is the mean of
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or not a finite number (a run that diverged).
@@ -69,7 +80,7 @@ class Row(BaseModel):
         error is that of one right and one wrong answer more.
         """
         metric = self.metrics.get(name)
-        if metric is None or metric.value is None or not math.isfinite(metric.value):
+        if metric is None or not math.isfinite(metric.value):
             return None
         if metric.unit == "fraction" and metric.value in (0, 1) and metric.stderr == 0 and metric.n:
             return Estimate(metric.value, math.sqrt((metric.n + 1) / metric.n) / (metric.n + 2))
@@ -110,9 +121,11 @@ class Grid(BaseModel):
 
 
 class Results(BaseModel):
-    """A whole `results.json`; the first row is the base."""
+    """A `results.json`; the first row is the base."""
 
-    schema_version: Literal[1] = Field(alias="schema")
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
     recipe: str
     model: str
     seed: int | None = None
@@ -145,9 +158,21 @@ class Results(BaseModel):
         """Names of the metrics with `role`, in order of first appearance."""
         return list(dict.fromkeys(n for row in self.rows for n, m in row.metrics.items() if m.role == role))
 
+    def directed_names(self, role: str) -> list[str]:
+        """Those of `metric_names` by which methods can be compared: it is known whether higher or lower is better."""
+        return [name for name in self.metric_names(role) if self.metric(name).higher_is_better is not None]
+
     def metric(self, name: str) -> Metric:
         """The first row's entry for `name`: what is true of the metric in every row (unit, direction, role)."""
         return next(row.metrics[name] for row in self.rows if name in row.metrics)
+
+
+def settings_text(point: Mapping[str, Any], join: str = " ") -> str:
+    """Return the swept values of a grid's run as text, such as "learning_rate 0.0003, rank 4"."""
+    pairs = ((key.rpartition(".")[2], value) for key, value in point.items())
+    return ", ".join(
+        f"{key}{join}{value:g}" if isinstance(value, float) else f"{key}{join}{value}" for key, value in pairs
+    )
 
 
 DISPLAY = {
@@ -168,22 +193,22 @@ DISPLAY = {
 }
 
 
-def parse_results(raw: Any, where: str = "results") -> Results:
+def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
     """Validate a decoded `results.json`.
 
     Raises:
-        UserError: naming `where`, the first wrong entry and how many more there are.
+        UserError: naming `where`: a schema that this version does not read, and the version that does; or the first wrong
+            entry and how many more there are.
     """
     if isinstance(raw, Results):
         return raw
-    try:
-        return Results.model_validate(raw)
-    except ValidationError as error:
-        first, *rest = error.errors()
-        entry = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        more = f" (and {len(rest)} more)" if rest else ""
-        message = " ".join(first["msg"].removeprefix("Value error, ").split())
-        raise UserError(f"{where}: {entry}: {message}{more}") from None
+    if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
+        writer = (raw.get("environment") or {}).get("lora_null") if isinstance(raw.get("environment"), dict) else None
+        needed = f"lora-null {writer}, which wrote it" if writer else "the version of lora-null that wrote it"
+        raise UserError(
+            f"{where}: schema {raw.get('schema')!r} needs {needed}; this is {__version__}, which reads schema {SCHEMA}"
+        )
+    return _validated(Results, raw, where)
 
 
 def load_results(path: str | Path) -> Results:
@@ -193,7 +218,7 @@ def load_results(path: str | Path) -> Results:
         UserError: in one line, when the file is missing, is not JSON, or does not follow the schema.
     """
     path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
+    path = path / RESULTS_FILE if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -203,12 +228,31 @@ def load_results(path: str | Path) -> Results:
     return parse_results(raw, str(path))
 
 
-def method_folder(output_dir: Path, results: Results, index: int) -> str:
-    """Name of the folder that holds row `index`: METHOD, or METHOD-VARIANT where a run has several variants."""
-    row = results.rows[index]
-    own = f"{row.method}-{row.variant}" if row.variant else row.method
-    shared = sum(other.method == row.method for other in results.rows) > 1
-    return own if shared or (output_dir / own).is_dir() else row.method
+def write_results(folder: Path, results: Results) -> None:
+    """Write `results.json` into a run's folder."""
+    write_json(folder / RESULTS_FILE, {"schema": SCHEMA} | results.model_dump(by_alias=True, exclude_unset=True))
+
+
+def read_row(folder: Path) -> Row | None:
+    """Return the row of a finished method by its folder, METHOD; None where it is not finished."""
+    path = folder / ROW_FILE
+    return _validated(Row, read_json(path), str(path)) if path.is_file() else None
+
+
+def write_row(folder: Path, row: Row) -> None:
+    """Write METHOD/row.json, which stands for a finished method."""
+    write_json(folder / ROW_FILE, row.model_dump(exclude_unset=True))
+
+
+def _validated(kind: type[BaseModel], raw: Any, where: str) -> Any:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first, *rest = error.errors()
+        entry = ".".join(str(key) for key in first["loc"]) or "the whole file"
+        more = f" (and {len(rest)} more)" if rest else ""
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise UserError(f"{where}: {entry}: {message}{more}") from None
 
 
 class TrainLog(NamedTuple):
@@ -222,6 +266,12 @@ class TrainLog(NamedTuple):
         known = [entry for entry in self.entries if isinstance(entry.get(key), int | float)]
         return [entry["step"] for entry in known], [entry[key] for entry in known]
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The training's tokens a second, which go on over a resumed run."""
+        last = self.entries[-1] if self.entries else {}
+        return last["tokens"] / last["seconds"] if last.get("tokens") is not None and last.get("seconds") else None
+
 
 def load_log(path: Path) -> TrainLog:
     """Read a `train_log.jsonl`; a missing file is an empty log.
@@ -229,15 +279,11 @@ def load_log(path: Path) -> TrainLog:
     A run that was killed may leave half a line, and a resumed one repeats steps: the half line is counted, not fatal
     (a report after hours of training must not fail on it), and the last entry of a step wins.
     """
-    if not path.is_file():
-        return TrainLog([])
     by_step, unreadable = {}, 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             by_step[float(entry["step"])] = entry
         except (ValueError, KeyError, TypeError):
-            unreadable += 1
+            unreadable += bool(line.strip())
     return TrainLog([by_step[step] for step in sorted(by_step)], unreadable)

@@ -1,0 +1,175 @@
+"""The command line: every command's options, without what the commands do, which takes long to import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import shtab
+
+from lora_null import __version__
+from lora_null.recipes.config.load import shipped
+from lora_null.recipes.config.schema import JudgeSection
+from lora_null.utils.errors import UserError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+FORMS = ("adapter", "merged", "gguf")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake as every other mistake of a user is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the complete command line, and the one of each command."""
+    parser = Parser(
+        prog="lora-null", description="Fine-tune a language model without forgetting; measured before and after."
+    )
+    parser.add_argument("--version", action="version", version=f"lora-null {__version__}")
+    parser.add_argument("--list", action="store_true", help="list the shipped recipes")
+    names = " ".join(shipped())
+    complete = {
+        "bash": f'_lora_null_recipe() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
+        "zsh": f'_lora_null_recipe() {{ _alternative "recipes:recipe:({names})" "files:file:_files" }}',
+    }
+    shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    table = {"train": _train, "report": _report, "init": _init, "export": _export, "check": _check, "judge": _judge}
+    return parser, {name: add(commands) for name, add in table.items()}
+
+
+def _train(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train",
+        help="train and evaluate methods by a recipe",
+        description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
+        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s --list",
+    )
+    add = parser.add_argument
+    add("recipe", nargs="?", help="a shipped name, or the path of a YAML").complete = {
+        "bash": "_lora_null_recipe",
+        "zsh": "_lora_null_recipe",
+    }
+    add("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
+    add("--method", help="methods to run, separated by commas")
+    add("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
+    add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
+    add("--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key")
+    add("--quick", action="store_true", help="the recipe's own short variant")
+    add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
+    add("--resume", action="store_true", help="continue an unfinished run")
+    add("--overwrite", action="store_true", help="replace the run that the folder holds")
+    add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
+    add("--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them")
+    add("--allow-code-execution", action="store_true", help="run the code that the model writes (HumanEval, MBPP)")
+    add("--print-config", action="store_true", help="print the resolved recipe")
+    add("--list", action="store_true", help="list the shipped recipes")
+    return parser
+
+
+def _report(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "report",
+        help="write a run's report again",
+        description="Write report.md, report.html and forgetting.png from the results.json of a run or a grid.",
+    )
+    parser.add_argument("words", nargs="+", metavar="DIR", help="output folder of a run").complete = shtab.DIRECTORY
+    return parser
+
+
+def _init(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "init",
+        help="write an initial adapter and its factors",
+        description="Calibrate, solve, and write DIR/adapter (a plain LoRA for the original model, for any trainer to "
+        "continue) and DIR/init (for a recipe: method.init=DIR). A killed run continues where it was.",
+    )
+    add = parser.add_argument
+    add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
+    add("--variant", choices=("v1", "v2"), default="v2", help="v2: B = 0, train B alone; v1: train A and B")
+    add("--rank", type=int, default=128, help="r (default 128)")
+    add("--alpha", type=float, help="numerator of the scaling (default: the rank, s = 1)")
+    add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear")
+    add("--no-cache", action="store_true", help="neither use nor fill the cache of initializations")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
+    add("--revision", help="hub revision")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base")
+    add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
+    add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
+    add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibration", required=True, help="hub id, local file or folder of the texts to keep").complete = shtab.FILE
+    add("--split", default="train", help="split of a data set (default train); a single file is its own")
+    add("--field", default="question", help="field that holds the text (default question)")
+    add("--template", help="text made of a row's fields, such as 'Q: {question}'")
+    add("--samples", type=int, default=256, help="number of windows (default 256)")
+    add("--max-length", type=int, default=1024, help="tokens of a window, at most (default 1024)")
+    add("--mode", choices=("packed", "separate"), default="packed", help="texts joined and cut, or one text a window")
+    add("--seed", type=int, default=0, help="seed of what is drawn at random (default 0)")
+    return parser
+
+
+def _form(name: str) -> str:
+    if name not in FORMS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one{nearest(name, FORMS)}")
+    return name
+
+
+def _export(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "export",
+        help="write what a run trained as an adapter, a merged model or a GGUF adapter",
+        description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
+        "base and its logits on real text are compared with the run's before the folder appears.",
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run").complete = shtab.DIRECTORY
+    add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
+    add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
+    add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
+    add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
+    add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
+    add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
+    add("--license", metavar="ID", help="license of the base, where its card does not say")
+    add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    return parser
+
+
+def _check(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "check",
+        help="say whether a folder is a sound adapter, and how to serve it",
+        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
+        "no weights of the base are loaded. Exit status 1 where something is wrong.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD"
+    ).complete = shtab.DIRECTORY
+    parser.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
+    return parser
+
+
+def _judge(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "judge",
+        help="grade MT-Bench answers with a judge model",
+        description="Grade MT-Bench answers in FastChat's format; writes ANSWERS.judgments.jsonl and prints the scores. "
+        "Run again, it goes on where it stopped. Exit status 1 where the endpoint fails.",
+    )
+    default = {name: field.default for name, field in JudgeSection.model_fields.items()}
+    add = parser.add_argument
+    add("answers", help="answers in FastChat's format").complete = shtab.FILE
+    add("--questions", required=True, help="MT-Bench's questions").complete = shtab.FILE
+    add("--references", help="reference answers, for math, reasoning and coding").complete = shtab.FILE
+    add("--model", required=True, help="the judge")
+    add("--base-url", default=default["base_url"], help="an OpenAI-compatible endpoint (default: %(default)s)")
+    add("--api-key-env", default=default["api_key_env"], help="variable that holds the key (default: %(default)s)")
+    add("--prompts", help="FastChat's judge_prompts.jsonl, to judge by its very words").complete = shtab.FILE
+    add("--requests-per-minute", type=float, help="at most")
+    add("--attempts", type=int, default=default["attempts"], help="for one grade, at most (default: %(default)s)")
+    return parser

@@ -1,0 +1,79 @@
+"""`lora-null train RECIPE`: fine-tune with a recipe, measure what was learned and what was kept, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from lora_null.recipes.config.load import dump, load_recipe, shipped
+from lora_null.recipes.config.schema import Recipe
+from lora_null.utils.errors import UserError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List, print, plan or run.
+
+    Raises:
+        UserError: a mistake in the recipe, its data or the output folder.
+    """
+    if arguments.list:
+        for name in shipped():
+            recipe = load_recipe(name)
+            print(f"{name:13} {recipe.description} [{recipe.model.name_or_path}]")
+        return
+    words = [word for word in (arguments.recipe, *arguments.words) if word is not None]
+    if not words:
+        raise UserError("give a recipe, or --list to see them")
+    recipe = load_recipe(
+        words[0],
+        words[1:],
+        methods=arguments.method,
+        output_dir=arguments.output_dir,
+        preset=arguments.model_preset,
+        seeds=arguments.seeds,
+        sweeps=arguments.sweep,
+        quick=arguments.quick,
+    )
+    if arguments.print_config:
+        print(dump(recipe), end="")
+    elif arguments.show_samples is not None:
+        from lora_null.recipes.data.preview import show_samples
+
+        show_samples(recipe, arguments.show_samples)
+    else:
+        _start(recipe, arguments)
+
+
+def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Plan or run the recipe in every process that was launched."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if on_cpu and "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANK_VARIABLES):
+        # Without an MPI host file accelerate (1.15) starts one process on a CPU, whatever number it is asked for.
+        raise UserError(
+            "accelerate launch --cpu has started one of several processes; use "
+            "torchrun --nproc_per_node N -m lora_null.recipes …"
+        )
+    from lora_null.recipes.callbacks import exit_on_sigterm
+    from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+    from lora_null.recipes.grid import run_grid
+    from lora_null.recipes.processes import join_processes, work_alone
+    from lora_null.recipes.run import dry_run
+    from lora_null.recipes.run import run as run_recipe
+
+    use_all_cores()
+    keep_freed_memory()
+    if recipe.grid and recipe.grid.spread:
+        work_alone()
+    join_processes()
+    if arguments.dry_run:
+        dry_run(recipe)
+        return
+    exit_on_sigterm()
+    (run_grid if recipe.grid else run_recipe)(
+        recipe,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        allow_code_execution=arguments.allow_code_execution,
+    )

@@ -1,0 +1,27 @@
+"""The private names of other packages that recipes use, each with the version it was seen in; a test names one that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from transformers.integrations import deepspeed
+
+SEEN = {"transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "transformers 5.23.0"}
+
+
+@contextlib.contextmanager
+def complete_at_load() -> Iterator[None]:
+    """Keep transformers from sharding weights as it makes a model under ZeRO-3, which it does whatever zero3_init_flag says.
+
+    The initialization needs complete weights; DeepSpeed shards them when the trainer hands the model over. There are public
+    functions to set and unset the configuration by which transformers decides, and none to read it.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference and reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

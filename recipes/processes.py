@@ -1,0 +1,128 @@
+"""The processes of one launch: that all are there, that they meet, and how the runs of a grid are spread over them.
+
+A grid's runs are independent, so each process takes runs of its own, alone, on a device of its own. A run then is what one
+process makes of it, to the last bit, and processes wait for each other only through the locks on the runs' folders. What
+shards a model over its processes (FSDP, DeepSpeed), and several machines, work on each run together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch.distributed import DistNetworkError
+from tqdm import tqdm
+
+from lora_null.recipes.output import locked
+from lora_null.utils.errors import WORKER, UserError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+WORKERS = "LORA_NULL_WORKERS"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+def join_processes() -> None:
+    """Join the other processes of this run, if there are any.
+
+    Raises:
+        UserError: the port where they meet is taken, or nobody answers there.
+    """
+    port = os.environ.get("MASTER_PORT")
+    try:
+        PartialState()
+    except DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} is in use on this machine; choose another one with "
+                "--main_process_port (accelerate, 0 takes a free one) or --master-port (torchrun)"
+            ) from None
+        raise UserError(
+            f"the first process does not answer at {os.environ.get('MASTER_ADDR')}:{port}; check --main_process_ip, "
+            "the port and the firewall"
+        ) from None
+
+
+def work_alone() -> None:
+    """Turn one of several launched processes into one that knows of no other; call it before any of them has met.
+
+    The first one keeps the terminal: the others show no bars, and print only through `print_line`.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or any(map(_is_set, SHARDING_VARIABLES)) or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+        return
+    index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index % len(visible.split(","))]
+    for name in LAUNCH_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ |= {WORKER: str(index), WORKERS: str(world)}
+    if index:
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def workers() -> int:
+    """Return over how many processes the runs are spread; 1 where all work on each run together."""
+    return int(os.environ.get(WORKERS, 1))
+
+
+def is_first_worker() -> bool:
+    """Return whether this process locks the grid's folder and writes its report."""
+    return int(os.environ.get(WORKER, 0)) == 0
+
+
+def print_line(line: str) -> None:
+    """Print a line from any of the workers, in one piece."""
+    out = sys.stdout if is_first_worker() else sys.__stdout__
+    out.write(f"{line}\n")
+    out.flush()
+
+
+@contextlib.contextmanager
+def grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter `lock`, which claims a grid's folder, in the first worker; the others wait until it has.
+
+    A UserError of another worker than the first is printed here; `exit_status` prints the first one's.
+    """
+    ready = folder / f".open.{platform.node()}.{os.getppid()}"  # processes of one launch have one parent
+    if is_first_worker():
+        with lock:
+            if workers() > 1:
+                ready.touch()
+            try:
+                yield
+            finally:
+                ready.unlink(missing_ok=True)
+        return
+    while not ready.is_file():  # if the first worker fails, the launcher ends this one
+        time.sleep(0.2)
+    try:
+        yield
+    except UserError as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Yield whether this worker holds the lock on a run's folder: False while another does, unless told to wait."""
+    if workers() == 1:
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=wait) as held:
+        yield held
