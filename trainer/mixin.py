@@ -99,6 +99,8 @@ class LoraNullMixin(SavingMixin):
         if self._measures:
             self._keep_quantized_base()
             if not self._goes_on:
+                if self.method.needs_gram:
+                    check_targets(self.model, preflight)
                 self.method.check(self.model)
             self.method.prepare(self.model)
         for callback in self.method.callbacks():
@@ -118,7 +120,6 @@ class LoraNullMixin(SavingMixin):
                 reason = "the adapter is started already" if self._goes_on else f"{self.method.name} computes no start"
                 raise UserError(f"init_folder: would not be read, {reason}")
             return
-        check_targets(self.model, preflight)
         if calibration_dataset is None and init_folder is None:
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
 
