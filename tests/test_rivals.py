@@ -229,6 +229,39 @@ def test_preferences(tmp_path, name):
     assert all(term in line for term in method.terms for line in log)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_anchor_under_gradient_checkpointing_and_autocast_with_dropout(tmp_path, passes):
+    """Its first value is 0 to rounding: both passes are the base's; then the same log as without checkpointing."""
+    logs = []
+    for checkpointing in (False, True):
+        trainer = make(
+            tmp_path / str(checkpointing), "kl-anchor", bf16=True, gradient_checkpointing=checkpointing,
+            gradient_accumulation_steps=passes, adapter={"lora_dropout": 0.1}, max_steps=3,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([line["anchor_kl"] for line in trainer.state.log_history if "anchor_kl" in line])
+    assert abs(logs[0][0]) < 1e-6 and logs[0][2] > 1e-5
+    assert logs[1] == pytest.approx(logs[0], rel=1e-2, abs=1e-6)
+
+
+def test_an_adapter_that_was_trained_goes_on_with_a_term(tmp_path):
+    """The anchor is the original model, not where the second training starts."""
+    first = make(tmp_path / "a", "lora")
+    first.train()
+    config = make_method("kl-anchor")
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "b"), use_cpu=True, bf16=False, max_steps=2, logging_steps=1, report_to="none",
+        disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    second = LoraNullDPOTrainer(
+        model=first.model, args=arguments, train_dataset=PAIRS, processing_class=tiny_tokenizer(), method=config,
+        calibration_dataset=iter(TEXTS), calibration_args=CUT,
+    )  # fmt: skip
+    perturbed(second)
+    second.train()
+    assert second.state.log_history[0]["anchor_kl"] > 1e-3
+
+
 # --- replay ---
 
 
@@ -422,16 +455,17 @@ def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatc
     assert said in error and "\n" not in error
 
 
-def test_every_rival_by_the_command(tmp_path, capsys):
+def test_rivals_by_the_command(tmp_path, capsys):
     options = {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "sc-lora": {"rows": 16}}
     recipe = make_world(tmp_path, method={"name": ",".join(NAMES), "rank": 4, "options": options})
     assert main([str(recipe), "--dry-run"]) == 0
     plan = " ".join(capsys.readouterr().out.split())
     assert "kl-anchor: each step two forward passes" in plan and "an epoch has 1.25 times the steps" in plan
-    assert main([str(recipe)]) == 0
+    names = ("kl-anchor", "replay", "oft")  # a run of each; how all train is told above
+    assert main([str(recipe), "--method", ",".join(names)]) == 0
     rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
-    assert set(rows) == {"base", *NAMES}
-    for name in NAMES:
+    assert set(rows) == {"base", *names}
+    for name in names:
         assert rows[name]["drift"]["mean"] > 0 and rows[name]["adapter_params"] > 0
         PeftModel.from_pretrained(tiny_model(), tmp_path / "out" / name / "adapter")
         for line in (tmp_path / "out" / name / "train_log.jsonl").read_text().splitlines():

@@ -55,7 +55,6 @@ class TrainerProtocol(Protocol):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch, and the outputs where asked for."""
-        raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Write a line of the log."""

@@ -85,7 +85,7 @@ class SCLoRA(ResidualMethod):
         """Return the factors of the layers whose Grams this rank holds."""
         found = {}
         for knowledge, task in part:
-            if knowledge.owner != rank_and_world()[0]:
+            if knowledge.owner != rank_and_world()[0] or knowledge.gram is None or task.gram is None:
                 continue
             gram = (1 - self.beta) / task.tokens * task.gram - self.beta / knowledge.tokens * knowledge.gram
             for name in knowledge.modules:
