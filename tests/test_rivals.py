@@ -235,7 +235,7 @@ def test_the_anchor_under_gradient_checkpointing_and_autocast_with_dropout(tmp_p
     logs = []
     for checkpointing in (False, True):
         trainer = make(
-            tmp_path / str(checkpointing), "kl-anchor", bf16=True, gradient_checkpointing=checkpointing,
+            tmp_path / str(checkpointing), "kl-anchor", options={"every": 1}, bf16=True, gradient_checkpointing=checkpointing,
             gradient_accumulation_steps=passes, adapter={"lora_dropout": 0.1}, max_steps=3,
         )  # fmt: skip
         trainer.train()
