@@ -52,12 +52,14 @@ class AnswerTask(Task):
         kl: also measure KL(base || model) on the answers, against the base model's recorded predictions. Those take
             (answer tokens) × (vocabulary) × 4 bytes on disk: short answers only.
         role: as in `LmEvalTask`.
+        special_tokens: whether the tokenizer adds its own, such as a BOS; not to texts of a chat template, which has them.
     """
 
     name: str
     pairs: list[tuple[str, str]] = field(repr=False)
     kl: bool = False
     role: Role = "task"
+    special_tokens: bool = True
 
     def check(self) -> None:
         super().check()
@@ -68,11 +70,12 @@ class AnswerTask(Task):
                 raise UserError(f"{self}: pair {i} must be a prompt and an answer, both with text, not {pair!r}")
 
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
-        tokenize_pairs(tokenizer, self.pairs, self.name, limit.tokens)
+        tokenize_pairs(tokenizer, self.pairs, self.name, limit.tokens, special_tokens=self.special_tokens)
 
     def describe(self, limit: int | None) -> dict[str, Any]:
         pairs = repr(self.pairs[:limit]).encode()
-        return {"kl": self.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+        found = {"kl": self.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+        return found if self.special_tokens else found | {"special_tokens": False}
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Score the answers; the KL is missing where there is no reference.
@@ -82,7 +85,8 @@ class AnswerTask(Task):
         """
         limit = position_limit(model.config)
         beyond = limit.tokens if limit is not None and limit.hard else None
-        pairs = tokenize_pairs(tokenizer, self.pairs[: options.limit], self.name, beyond)
+        texts, special = self.pairs[: options.limit], self.special_tokens
+        pairs = tokenize_pairs(tokenizer, texts, self.name, beyond, special_tokens=special)
         longest = max(len(pair.ids) for pair in pairs)
         if limit is not None and longest > limit.tokens:
             logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
@@ -124,7 +128,7 @@ class AnswerScores:
 
 
 def tokenize_pairs(
-    tokenizer, pairs: Sequence[tuple[str, str]], name: str, max_length: int | None
+    tokenizer, pairs: Sequence[tuple[str, str]], name: str, max_length: int | None, *, special_tokens: bool = True
 ) -> list[TokenizedPair]:
     """Tokenize prompts with their answers as TRL's SFTTrainer does for training.
 
@@ -135,14 +139,15 @@ def tokenize_pairs(
         pairs: (prompt text, answer text).
         name: of the task, for messages.
         max_length: the most tokens that the model takes; None for no limit.
+        special_tokens: see `AnswerTask`.
 
     Raises:
         UserError: for an empty list, an answer or prompt without tokens, or a pair that is too long.
     """
     if not pairs:
         raise UserError(f"evaluation task {name!r} has no pairs of prompt and answer")
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    texts = tokenizer([prompt + answer for prompt, answer in pairs])["input_ids"]
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=special_tokens)["input_ids"]
+    texts = tokenizer([prompt + answer for prompt, answer in pairs], add_special_tokens=special_tokens)["input_ids"]
     tokenized = []
     for i, (prompt, ids) in enumerate(zip(prompts, texts)):
         start = common_prefix(prompt, ids)

@@ -216,14 +216,14 @@ class AnswersEntry(Section):
     split: str = Field("test", description=SPLIT)
     prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
     response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
-    template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
+    template: str = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        check_template(template, "eval template")
+        check_template(template, "eval template", chat=True)
         return template
 
 

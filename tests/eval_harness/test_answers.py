@@ -33,6 +33,16 @@ def test_tokenized_as_trl_does(tokenizer):
     assert pair.start == 1  # the prompt alone ends in ":", which the answer's space has joined
 
 
+def test_a_chat_text_gets_no_second_start_token(tokenizer):
+    tokenizer.bos_token, tokenizer.add_bos_token = "Q", True
+    tokenizer.update_post_processor()
+    counts = [
+        len(tokenize_pairs(tokenizer, [("ab", " yes")], "t", None, special_tokens=special)[0].ids)
+        for special in (True, False)
+    ]
+    assert counts[0] == counts[1] + 1
+
+
 def test_nll_and_kl_equal_a_plain_float64_computation(model, peft_model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
     peft_model.eval()
