@@ -86,8 +86,9 @@ class ReleaseMemory(TrainerCallback):
 class WriteLog(TrainerCallback):
     """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, terms: tuple[str, ...] = ()) -> None:
         self.path = path
+        self.logged = LOGGED | {name: name for name in terms}  # of the loss, see `Method.terms`
         self.seconds_before = 0.0
         self.tokens_before = 0
         self.start = time.perf_counter()
@@ -106,7 +107,7 @@ class WriteLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        line = {ours: logs[theirs] for theirs, ours in LOGGED.items() if theirs in logs}
+        line = {ours: logs[theirs] for theirs, ours in self.logged.items() if theirs in logs}
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         line |= dict.fromkeys(bad)  # JSON has no NaN
         line = {"step": state.global_step, **line}

@@ -190,6 +190,12 @@ DISPLAY = {
     "mica": "MiCA",
     "eva": "EVA",
     "lora-ga": "LoRA-GA",
+    "sc-lora": "SC-LoRA",
+    "kl-anchor": "KL anchor",
+    "replay": "Replay",
+    "clora": "CLoRA",
+    "oft": "OFT",
+    "oplora": "OPLoRA",
 }
 
 

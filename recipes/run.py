@@ -448,7 +448,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
-    log = WriteLog(folder / LOG_FILE)
+    log = WriteLog(folder / LOG_FILE, method.terms)
     for callback in (StopDiverged(), SaveOnSigterm(), ReleaseMemory(), ProgressBar(plan.name), log):
         trainer.add_callback(callback)
     return trainer

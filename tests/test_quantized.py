@@ -114,7 +114,8 @@ def test_starts_from_the_dequantized_weights_and_changes_nothing(base, variant, 
 
 @pytest.mark.parametrize(
     "form, kind",
-    [(form, kind) for form in FORMS for kind in ("v1", "v2", "lora")] + [("nf4", "lora-fa"), ("nf4", "roselora")],
+    [(form, kind) for form in FORMS for kind in ("v1", "v2", "lora")]
+    + [("nf4", kind) for kind in ("lora-fa", "roselora", "kl-anchor", "replay", "oplora")],
 )
 def test_training_leaves_the_stored_weights_and_saves_a_plain_adapter(folder, tmp_path, form, kind):
     model = load(folder, form)

@@ -36,6 +36,7 @@ class MethodPlan:
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
+        costs: what the method computes or reads besides training, in words.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MethodPlan:
     saves: str
     gram_bytes: int
     extra_bytes: int
+    costs: str = ""
 
 
 def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
@@ -110,7 +112,9 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     trainable = _count(model, method.trainable(model))
     saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
     held = trainable
-    if method.saves == "adapter":
+    if method.saves == "adapter" and not method.plain:
+        saved = trainable
+    elif method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
@@ -122,8 +126,9 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         trainable=trainable,
         saved=saved,
         saves=method.saves,
-        gram_bytes=_gram_bytes(layers) if method.needs_gram else 0,
-        extra_bytes=4 * held + (12 + method.state_bytes) * trainable,
+        gram_bytes=method.grams * _gram_bytes(layers) if method.needs_gram else 0,
+        extra_bytes=4 * held + (12 + method.state_bytes) * trainable + method.held_bytes(model),
+        costs=method.costs(),
     )
 
 
@@ -131,6 +136,7 @@ def _put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None)
     """Return the model without weights with the method on it."""
     model = empty_model(model_config, recipe.model)
     config = adapter_config(recipe.method, method, rank)
+    method.check_bare(model)
     if config is not None:
         model = _wrap(model, config, recipe.method)
     method.prepare(model)
@@ -214,7 +220,11 @@ def print_plan(
         f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
-    console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
+    plans = plan_methods(recipe, model_config)
+    console.print(_table(plans, weights, activation_bytes(model_config, training)))
+    for plan in plans:
+        if plan.costs:
+            console.print(f"{plan.name}: {plan.costs}")
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
