@@ -92,7 +92,7 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
     pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
+    return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role)
 
 
 def _text_pair(example: Example, end: str) -> tuple[str, str]:
