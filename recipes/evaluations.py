@@ -93,7 +93,7 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
     pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
     special = entry.template != CHAT
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role, special_tokens=special)
+    return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
 def _text_pair(example: Example, end: str) -> tuple[str, str]:

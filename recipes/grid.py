@@ -35,6 +35,7 @@ from lora_null.recipes.results import (
     RESULTS_FILE,
     Drift,
     Grid,
+    Magnitude,
     Paired,
     Results,
     Row,
@@ -278,7 +279,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             planned=sum(len(cell.methods) for cell in cells),
             differing=differing,
             cells=[
-                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **row.model_dump(exclude_unset=True))
+                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **_without_layers(row))
                 for cell, row in rows
             ],
             paired=paired_tests(root, rows),
@@ -298,6 +299,7 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
         metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)
     drifts = [row.drift for row in rows if row.drift and not bad]
+    sizes = [row.magnitude for row in rows if row.magnitude and not bad]
     return Row(
         method=first.method,
         variant=variant,
@@ -308,12 +310,18 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         diverged=min(bad) if bad else None,
         metrics=metrics,
         drift=Drift(mean=_mean(d.mean for d in drifts), max=_mean(d.max for d in drifts)) if drifts else None,
+        magnitude=Magnitude(total=_mean(m.total for m in sizes), max=_mean(m.max for m in sizes)) if sizes else None,
         seconds=Seconds(
             **{key: _mean(getattr(row.seconds, key) for row in rows) for key in ("init", "train", "eval")}
         ),
         tokens_per_second=_mean(row.tokens_per_second for row in rows),
         peak_memory_bytes=max((row.peak_memory_bytes for row in rows if row.peak_memory_bytes), default=None),
     )
+
+
+def _without_layers(row: Row) -> dict[str, Any]:
+    """Return a row's figures without one for each layer, which a grid of hundreds of runs leaves to their own results."""
+    return row.model_dump(exclude_unset=True, exclude={"magnitude": {"layers"}})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -34,6 +34,29 @@ class Drift(BaseModel):
     max: float | None = None
 
 
+class Magnitude(BaseModel):
+    """Size of the change of the adapted layers' weights, ‖ΔW‖_F / ‖W0‖_F, against the original model.
+
+    Attributes:
+        total: over all these weights as one, √Σ‖ΔW‖² / √Σ‖W0‖².
+        max: of the layer that changed most.
+        layers: of each, by module name; left out where rows stand for several runs, whose own results hold them.
+    """
+
+    total: float
+    max: float
+    layers: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, changes: Mapping[str, tuple[float, float]]) -> Magnitude | None:
+        """Return the sizes from each layer's (‖ΔW‖_F, ‖W0‖_F), without layers of zeros; None where none is left."""
+        layers = {name: moved / start for name, (moved, start) in changes.items() if start > 0}
+        if not layers:
+            return None
+        moved, start = (math.hypot(*norms) for norms in zip(*changes.values()))
+        return cls(total=moved / start, max=max(layers.values()), layers=layers)
+
+
 class Seconds(BaseModel):
     """Wall-clock seconds of the three phases."""
 
@@ -55,6 +78,7 @@ class Row(BaseModel):
         diverged: the step at which loss or weights were no longer finite.
         metrics: by name.
         drift: None where nothing is adapted.
+        magnitude: size of the change of the weights; None where nothing is adapted.
         seconds: of the three phases.
         tokens_per_second: of the training.
         peak_memory_bytes: of the accelerator, or of the process where there is none.
@@ -69,6 +93,7 @@ class Row(BaseModel):
     diverged: int | None = None
     metrics: dict[str, Metric] = {}
     drift: Drift | None = None
+    magnitude: Magnitude | None = None
     seconds: Seconds = Seconds()
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None

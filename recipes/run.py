@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
+from lora_null.layer import active_adapter
+from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
 from lora_null.recipes.config.schema import Recipe
@@ -43,6 +46,7 @@ from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     LOG_FILE,
     Drift,
+    Magnitude,
     Results,
     Row,
     Seconds,
@@ -62,6 +66,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.quantized import weight_of
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
@@ -385,6 +390,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         diverged=diverged,
         metrics=found.metrics if found else {},
         drift=drift and Drift(**drift),
+        magnitude=_magnitude(job, trainer, model) if diverged is None else None,
         seconds=Seconds(init=trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None),
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
@@ -395,6 +401,15 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     del trainer, model
     _free()
     return row
+
+
+def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
+    """Return how far the weights of the method's layers moved; without an adapter, from the base as it is loaded anew."""
+    alone = job.is_main and not isinstance(model, PeftModel)
+    base = load_base(job.recipe.model, job.model_name) if alone else None
+    original = None if base is None else lambda name: weight_of(base.get_submodule(name))
+    changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
+    return Magnitude.of(changes) if job.is_main else None
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:

@@ -208,7 +208,7 @@ class LmEvalEntry(Section):
 
 
 class AnswersEntry(Section):
-    """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
+    """Likelihood of known answers: NLL a token, and the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
     path: str = PATH
