@@ -132,12 +132,12 @@ def _delimiter(path: Path, text: str) -> str:
 
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the pieces of a text as rows: `text`; the same as `prompt` and its last words as `response`; `file`."""
+    """Return the pieces of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`."""
     rows = []
     for piece in pieces(path.read_bytes().decode("utf-8-sig")):
         words = list(re.finditer(r"\S+", piece))
         cut = words[-min(END_WORDS, max(len(words) // 3, 1))].start()
-        rows.append({"text": piece, "prompt": piece[:cut].rstrip(), "response": piece[cut:], "file": path.name})
+        rows.append({"text": piece, "beginning": piece[:cut].rstrip(), "ending": piece[cut:], "file": path.name})
     return rows
 
 

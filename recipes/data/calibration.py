@@ -89,7 +89,7 @@ def cut_windows(
     args: CalibrationArgs,
     write: Callable[[Source, int], list[str]] | None = None,
 ) -> Windows:
-    """Cut every source's share of the windows from its texts.
+    """Cut every source's share of the windows from its texts; what the model writes is never packed.
 
     Args:
         sources: where from.
@@ -104,11 +104,10 @@ def cut_windows(
     for source, count in zip(sources, shares([source.share for source in sources], args.samples)):
         if not count:
             raise UserError(f"calibration.samples: {args.samples} windows leave none for {source.title}")
-        texts = source.texts
-        if texts is None:
-            assert write is not None
-            texts = write(source, count)
-        cut = calibration_windows(texts, tokenizer, CalibrationArgs(count, args.max_length, args.mode, args.seed))
+        texts, mode = source.texts, args.mode
+        if texts is None and write is not None:
+            texts, mode = write(source, count), "separate"
+        cut = calibration_windows(texts or [], tokenizer, CalibrationArgs(count, args.max_length, mode, args.seed))
         kinds = ", ".join(f"{n} {kind}" for kind, n in source.kinds.items())
         tokens = sum(map(len, cut))
         missing = "" if len(cut) == count else f" of {count}"
