@@ -24,11 +24,12 @@ from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evalu
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
-from lora_null.recipes import base_cache, output
+from lora_null.recipes import base_cache, output, own_texts
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
 from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.data.rows import calibration_texts, load_documents
+from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.models.bases import (
@@ -57,7 +58,7 @@ from lora_null.recipes.results import (
 )
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE, find_initialization
-from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
@@ -82,7 +83,9 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     plans: list[MethodPlan]
     data: TrainingData
-    windows: list[list[int]]
+    sources: list[Source]  # of the texts to calibrate on
+    cut: CalibrationArgs
+    windows: Windows | None  # None until the model has written its own texts
     tasks: list[Task]
     base: Path
     base_key: str | None  # of its kept evaluation; None where none is to be kept
@@ -184,6 +187,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
     rows = [base_row(job)]
+    if job.windows is None:
+        job.windows = _own_windows(job)
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
@@ -223,8 +228,8 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     check_architecture(config, recipe.preflight, "model.name_or_path")
     plans = plan_methods(recipe, config)
     tokenizer = load_tokenizer(recipe.model, name)
-    texts = calibration_texts(recipe.calibration, tokenizer)
     data = read_training_data(recipe, tokenizer, training)
+    sources = calibration_sources(recipe.calibration, tokenizer, data.examples, recipe.data.template)
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
     tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
     limit = position_limit(config)
@@ -233,11 +238,26 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
     cut = CalibrationArgs(section.samples, length, section.mode, recipe.seed)
-    windows = calibration_windows(texts, tokenizer, cut)
-    _check_tokens(windows, plans)
+    windows = None
+    if all(source.texts is not None for source in sources):
+        windows = cut_windows(sources, tokenizer, cut)
+        _check_tokens(windows.ids, plans)
     folder = Path(recipe.output_dir)
     key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), tasks) if recipe.eval.cache else None
-    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", key)
+    return Job(
+        recipe, folder, name, tokenizer, plans, data, sources, cut, windows, tasks, base or folder / "base", key
+    )
+
+
+def _own_windows(job: Job) -> Windows:
+    """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
+    with own_texts.writer(
+        job.recipe.model, job.model_name, job.tokenizer, job.cut, job.recipe.calibration.cache
+    ) as write:
+        windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
+    _free()
+    _check_tokens(windows.ids, job.plans)
+    return windows
 
 
 def read_training_data(
@@ -442,7 +462,7 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
 
 
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
-    recipe = job.recipe
+    recipe, windows = job.recipe, job.windows.ids if job.windows else []
     arguments = training_arguments(recipe, folder)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
@@ -458,8 +478,8 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         init_folder=recipe.method.init,
         preflight=recipe.preflight,
         init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
-        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in job.windows],
-        calibration_args=CalibrationArgs(max_length=max(map(len, job.windows))),
+        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows],
+        calibration_args=CalibrationArgs(max_length=max(map(len, windows))),
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
@@ -497,9 +517,9 @@ def _settings(job: Job) -> dict[str, Any]:
         "template": templates_of(job.tasks, recipe.data.template),
         "rank": recipe.method.rank,
         "alpha": recipe.method.alpha or recipe.method.rank,
-        "calibration_data": recipe.calibration.path,
-        "calibration_windows": len(job.windows),
-        "calibration_tokens": sum(len(window) for window in job.windows),
+        "calibration_data": "; ".join(job.windows.covered) if job.windows else None,
+        "calibration_windows": len(job.windows.ids) if job.windows else 0,
+        "calibration_tokens": sum(map(len, job.windows.ids)) if job.windows else 0,
         "calibration_mode": recipe.calibration.mode,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,

@@ -152,20 +152,101 @@ def parse_count(text: Any) -> int:
     return count
 
 
-class CalibrationSection(Section):
-    """The knowledge to keep: texts whose activations are measured before training."""
+class CalibrationSource(Section):
+    """Texts to calibrate on, of one kind: a path, the general mix, or what the model itself writes."""
 
-    path: str = PATH
+    path: str | None = Field(
+        None, min_length=1, description="hub id, or local file or folder of data, or of .txt and .md files"
+    )
+    source: Literal["general", "self"] | None = Field(
+        None, description="instead of a path: the shipped general mix (the default), or what the base itself writes"
+    )
+    self: Literal["prompts", "data", "bos"] | None = Field(
+        None,
+        description="source self: written after shipped prompts (the default), after data's prompts, or from nothing",
+    )
     subset: str | None = SUBSET
     split: str = Field("train", description=SPLIT)
-    field: str = Field("question", description="field that holds the text")
+    field: str | None = Field(
+        None,
+        description="field that holds the text; found out when not given: a conversation, question and answer, or text",
+    )
     template: str | None = Field(
         None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
+    )
+    answers: bool = Field(True, description="conversations and questions with their answers; false: without the last")
+    limit: int | None = Field(None, ge=1, description="first rows only, so that later ones can be measured")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CalibrationSource:
+        if self.self is not None and self.source is None:
+            self.source = "self"
+        if self.source == "self" and self.self is None:
+            self.self = "prompts"
+        if self.self is not None and self.source != "self":
+            raise ValueError("'self' goes with source: self")
+        named = {key for key in ("path", "source", "sources") if getattr(self, key, None)}
+        if len(named) > 1:
+            raise ValueError(f"takes one of path, source and sources, not {' and '.join(sorted(named))}")
+        if not named:
+            self.source = "general"
+        idle = ("subset", "field", "template", "limit") if self.path is None else ()
+        given = next((key for key in idle if getattr(self, key) is not None), None)
+        if given:
+            raise ValueError(f"{given!r} goes with a path")
+        if not self.answers and (self.source == "self" or self.template):
+            raise ValueError("'answers: false' goes with rows whose answers are found out")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        writes = {
+            "prompts": "after the shipped prompts",
+            "data": "after the prompts of the data",
+            "bos": "from nothing",
+        }
+        if self.source == "self":
+            return f"what the model writes {writes[str(self.self)]}"
+        return self.path or "the general mix"
+
+
+class WeightedSource(CalibrationSource):
+    """An entry of `calibration.sources`."""
+
+    weight: float = Field(1.0, gt=0, description="share of the windows, relative to the other sources")
+
+
+def calibration_entry(value: Any) -> Any:
+    """Read `self` and `general` for a source, another text for a path, and a list for several of either."""
+    if isinstance(value, list):
+        return {"sources": value}
+    if isinstance(value, str):
+        return {"source": value} if value in ("self", "general") else {"path": value}
+    return {} if value is None else value
+
+
+class CalibrationSection(CalibrationSource):
+    """The knowledge to keep: texts whose activations are measured before training."""
+
+    sources: list[Annotated[WeightedSource, BeforeValidator(calibration_entry)]] = Field(
+        [], description="several sources, each with its share of the windows"
     )
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
+
+    @property
+    def each(self) -> list[WeightedSource]:
+        """The sources, also where there is one alone."""
+        one = {name: getattr(self, name) for name in CalibrationSource.model_fields}
+        return self.sources or [WeightedSource(**one)]
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return ", ".join(source.title for source in self.sources) or super().title
 
 
 class DataSection(Section):
@@ -348,7 +429,7 @@ class Recipe(Section):
     description: str = Field("", description="what it is for, in one line, for --list")
     model: ModelSection
     method: MethodSection
-    calibration: CalibrationSection
+    calibration: Annotated[CalibrationSection, BeforeValidator(calibration_entry)] = CalibrationSection()
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = Field(
@@ -433,7 +514,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         parent = Recipe
         for key in path[:-1]:
-            parent = _section(parent, key)
+            parent = parent if key.isdigit() else _section(parent, key)
         known = parent.model_fields if parent else ()
         return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":
@@ -445,7 +526,7 @@ def _explain(problem: Any) -> str:
 
 def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
     field = parent.model_fields.get(name) if parent else None
-    kinds = (
-        [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)] if field else []
-    )
+    inside = [] if field is None else [field.annotation, *get_args(field.annotation)]
+    inside += [kind for outer in inside for kind in get_args(outer)]  # of a list of sections
+    kinds = [kind for kind in inside if isinstance(kind, type)]
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)

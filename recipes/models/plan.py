@@ -228,7 +228,7 @@ def print_plan(
     _print_training(console, recipe, training, batch, rows)
     cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
     console.print(
-        f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
+        f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
     plans = plan_methods(recipe, model_config)
