@@ -25,10 +25,10 @@ import numpy as np
 from accelerate import PartialState
 
 from lora_null.recipes import output, processes
+from lora_null.recipes.checks import rehearse
 from lora_null.recipes.config.load import put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.grid_page import paired_difference
 from lora_null.recipes.results import (
@@ -46,7 +46,7 @@ from lora_null.recipes.results import (
     settings_text,
     write_results,
 )  # fmt: skip
-from lora_null.recipes.run import Job, base_row, inspect_recipe, run_job, training_arguments
+from lora_null.recipes.run import Job, base_row, check_run, inspect_recipe, run_job, training_arguments
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json
@@ -56,9 +56,11 @@ STEPS_ONLY = {
     f"training.{key}"
     for key in (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size", "gradient_accumulation_steps",
     )
 }  # fmt: skip
+# Of these, what a trainer takes at any value that its configuration takes.
+NUMBERS = STEPS_ONLY - {"training.lr_scheduler_type"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,11 @@ def run_grid(
         UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
+    if is_first_process() and processes.is_first_worker():
+        output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    lock = output.claimed(recipe, _space(recipe, cells, job.plans), resume=resume, overwrite=overwrite)
+    lock = output.claimed(recipe, space_of_grid(recipe, cells, job), resume=resume, overwrite=overwrite)
     first = is_first_process() and processes.is_first_worker()
     with processes.grid_folder(root, lock):
         results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)
@@ -150,25 +154,38 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     return collect(recipe, cells, of_grid.model_name, base)
 
 
-def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
-    """Return the bytes that the grid may take: what is saved of every run, and the checkpoints of the largest."""
-    by_name = {plan.name: plan for plan in plans}
+def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
+    """Return the bytes that the grid may write: what is saved of every run, and the checkpoints of the largest."""
+    by_name = {plan.name: plan for plan in job.plans}
     saved = sum(4 * by_name[name].saved for cell in cells for name in cell.methods) if recipe.grid.keep_weights else 0
-    return saved + max(4 * plan.saved + 3 * plan.extra_bytes for plan in plans)
+    return saved + job.reference_bytes + max(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
 
 
-def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool = False) -> Job:
-    """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to."""
+def check_grid(
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    *,
+    allow_code_execution: bool = False,
+    unreached: list[str] | None = None,
+) -> Job:
+    """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
+
+    See `lora_null.recipes.run.inspect_recipe` for the arguments.
+    """
     if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
         raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
     root = Path(recipe.output_dir)
-    seeds = {cell.seed for cell in cells}
+    first = cells[0].seed
+    options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
+    job = check_run(recipe, **options)
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
-        if cell.seed == min(seeds) and not starts_alike(cell):
-            inspect_recipe(own, allow_code_execution=allow_code_execution)
-    return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+        if cell.seed == first and not starts_alike(cell):
+            inspect_recipe(own, **options)
+        if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
+            rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
+    return job
 
 
 def starts_alike(cell: Cell) -> bool:

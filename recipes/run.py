@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -21,15 +22,24 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
-from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
+from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output, own_texts
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
+from lora_null.recipes.checks import (
+    check_answers_end,
+    check_judge,
+    check_packages,
+    check_start,
+    check_task_names,
+    check_weights,
+    reference_bytes,
+    rehearse,
+)
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, templates_of
 from lora_null.recipes.models.bases import (
@@ -41,8 +51,7 @@ from lora_null.recipes.models.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.models.quantization import require_bitsandbytes
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     LOG_FILE,
@@ -57,13 +66,13 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.start import MIN_TOKENS, InitOptions
-from lora_null.store import REPORT_FILE, find_initialization
+from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
@@ -80,15 +89,17 @@ class Job:
     recipe: Recipe
     folder: Path
     model_name: str
-    tokenizer: PreTrainedTokenizerBase
     plans: list[MethodPlan]
-    data: TrainingData
-    sources: list[Source]  # of the texts to calibrate on
-    cut: CalibrationArgs
-    windows: Windows | None  # None until the model has written its own texts
-    tasks: list[Task]
     base: Path
-    base_key: str | None  # of its kept evaluation; None where none is to be kept
+    config: Any  # the model's
+    tokenizer: PreTrainedTokenizerBase = None  # this and what follows may be missing in a dry run without a hub
+    data: TrainingData = None
+    sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
+    cut: CalibrationArgs = field(default_factory=CalibrationArgs)
+    windows: Windows | None = None  # None until the model has written its own texts
+    tasks: list[Task] = field(default_factory=list)
+    base_key: str | None = None  # of its kept evaluation; None where none is to be kept
+    reference_bytes: int = 0  # what the base's predictions will take on the disk
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
 
@@ -97,8 +108,13 @@ class Job:
         return is_first_process()
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
+def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
+
+    Args:
+        recipe: the recipe.
+        folder: of the method.
+        replaced: arguments that stand over the recipe's.
 
     Raises:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
@@ -115,41 +131,28 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
                 f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
                 f"= {one_pass}"
             )
-        options["gradient_accumulation_steps"] = total // one_pass
+        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
+        if steps != total // one_pass:
+            raise UserError(
+                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
+                f"({total}); give one of the two"
+            )
+    options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
     try:
-        return TRAINERS[recipe.trainer][1](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
-    except (TypeError, ValueError) as error:
+        return TRAINERS[recipe.trainer][1](**options)
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
 
 
 def _check_positive(options: dict[str, Any]) -> None:
     """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
-    for key in ("learning_rate", "num_train_epochs", "total_batch_size", "per_device_train_batch_size", "max_length"):
+    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    for key in ("learning_rate", "num_train_epochs", *counts):
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-
-
-def dry_run(recipe: Recipe) -> None:
-    """Print the plan; loads no weights and no data.
-
-    Raises:
-        UserError: for whatever is already known to be wrong.
-    """
-    name = resolve_name(recipe.model)
-    config = known_shape(name) or load_config(recipe.model, name)
-    check_architecture(config, recipe.preflight, "model.name_or_path")
-    training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
-    rows, data = None, recipe.data
-    if Path(data.path).is_file():
-        found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
-        rows = min(len(found.rows), data.limit or len(found.rows))
-    if is_first_process():
-        print_plan(recipe, config, training, total_batch(training), rows)
-    if recipe.grid and is_first_process():
-        swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in recipe.grid.sweep.items())
-        seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
-        print(f"grid: each method for seeds {seeds}; {swept or 'nothing swept'}")
+        if key in counts and value is not None and value != int(value):
+            raise UserError(f"training.{key}: must be a whole number, not {value}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:
@@ -165,14 +168,10 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
             is reported before.
     """
 
-    def check() -> Job:
-        if recipe.method.init is not None:
-            find_initialization(Path(recipe.method.init))
-        return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
-
+    output.check(recipe, resume=resume, overwrite=overwrite)
+    check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    size = sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
-    with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
+    with output.claimed(recipe, space_of_run(job), resume=resume, overwrite=overwrite):
         if job.data.bad and job.is_main:
             write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
         if not job.tasks and job.is_main:
@@ -210,43 +209,76 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     return results
 
 
-def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool = False) -> Job:
+def check_run(recipe: Recipe, *, allow_code_execution: bool = False, unreached: list[str] | None = None) -> Job:
+    """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
+    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
+    check_judge(job.tasks)
+    if not unreached:
+        rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
+    return job
+
+
+def space_of_run(job: Job) -> int:
+    """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
+    return sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans) + job.reference_bytes
+
+
+def inspect_recipe(
+    recipe: Recipe,
+    *,
+    base: Path | None = None,
+    allow_code_execution: bool = False,
+    unreached: list[str] | None = None,
+) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
 
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
         allow_code_execution: whether tasks may run what the model writes.
+        unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
+            job is then incomplete.
     """
     set_seed(recipe.seed)
-    if recipe.eval.backend == "vllm":
-        require_vllm()
-    require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
-    name = resolve_name(recipe.model)
-    config = load_config(recipe.model, name)
+    check_packages(recipe, training)
+    name, reach = resolve_name(recipe.model), functools.partial(_reach, unreached)
+    config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
+    if config is None:
+        raise UserError(unreached[-1])  # pyright: ignore[reportOptionalSubscript]  # where it may not be noted, it was raised
     check_architecture(config, recipe.preflight, "model.name_or_path")
+    check_weights(recipe.model, name)
     plans = plan_methods(recipe, config)
-    tokenizer = load_tokenizer(recipe.model, name)
-    data = read_training_data(recipe, tokenizer, training)
-    sources = calibration_sources(recipe.calibration, tokenizer, data.examples, recipe.data.template)
+    check_start(recipe, config, plans)
+    folder = Path(recipe.output_dir)
+    job = Job(recipe, folder, name, plans, base or folder / "base", config)
+    if not unreached:
+        job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
+    if job.tokenizer is None:  # without which no row, window or answer is read
+        check_task_names(recipe)
+        return job
+    tokenizer = job.tokenizer
+    job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
+    examples = job.data.examples if job.data is not None else []
+    sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
-    tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
+    tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
+    job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
+    job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
     limit = position_limit(config)
-    if limit is not None and limit.hard:
-        _check_positions(recipe, tokenizer, training, data, tasks, limit)
+    if job.data is not None:
+        check_answers_end(recipe, name, tokenizer, training, job.data)
+        if limit is not None and limit.hard:
+            _check_positions(recipe, tokenizer, training, job.data, job.tasks, limit)
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
-    cut = CalibrationArgs(section.samples, length, section.mode, recipe.seed)
-    windows = None
-    if all(source.texts is not None for source in sources):
-        windows = cut_windows(sources, tokenizer, cut)
-        _check_tokens(windows.ids, plans)
-    folder = Path(recipe.output_dir)
-    key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), tasks) if recipe.eval.cache else None
-    return Job(
-        recipe, folder, name, tokenizer, plans, data, sources, cut, windows, tasks, base or folder / "base", key
-    )
+    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
+    if sources and all(source.texts is not None for source in sources):
+        job.windows = cut_windows(sources, tokenizer, job.cut)
+        _check_tokens(job.windows.ids, plans)
+    if recipe.eval.cache and not unreached:
+        job.base_key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), job.tasks)
+    return job
 
 
 def _own_windows(job: Job) -> Windows:
@@ -258,6 +290,17 @@ def _own_windows(job: Job) -> Windows:
     _free()
     _check_tokens(windows.ids, job.plans)
     return windows
+
+
+def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:
+    """Return what `compute` does; None where the hub that it asks does not answer, which is then noted if it may be."""
+    try:
+        return compute()
+    except Unreachable as error:
+        if unreached is None:
+            raise
+        unreached.append(str(error))
+        return None
 
 
 def read_training_data(

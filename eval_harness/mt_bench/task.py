@@ -52,7 +52,10 @@ def as_questions(
     Raises:
         UserError: a row without those fields, or without two turns.
     """
-    known = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    try:
+        known = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    except (LookupError, TypeError):
+        raise UserError("MT-Bench: the references are not in FastChat's format (question_id, choices)") from None
     questions = []
     for number, row in enumerate(rows, start=1):
         identity, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))

@@ -10,7 +10,7 @@ import datasets
 
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
 from lora_null.recipes.data.templates import fill, split_fields
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.values import as_text
 
 
@@ -40,9 +40,8 @@ def load_documents(
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
-        ) from None
+        line = f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
+        raise hub_error(line, error) from None
     if not len(rows):
         raise UserError(f"{where}.path: {path} holds no rows")
     kept = rows if limit is None else rows.select(range(min(limit, len(rows))))

@@ -98,7 +98,7 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
 
 def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
     method = make_method(name, recipe.method.options.get(name))
-    model = _put_on(recipe, model_config, method, rank=1)
+    model = put_on(recipe, model_config, method, rank=1)
     return _count(model, method.trainable(model))
 
 
@@ -106,7 +106,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     section = recipe.method
     method = make_method(name, section.options.get(name))
     rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
-    model = _put_on(recipe, model_config, method, rank)
+    model = put_on(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
         check_targets(model, recipe.preflight)
     method.check(model)
@@ -139,7 +139,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     )
 
 
-def _put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
+def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
     """Return the model without weights with the method on it."""
     model = empty_model(model_config, recipe.model)
     config = adapter_config(recipe.method, method, rank)
@@ -215,7 +215,12 @@ def files_of(recipe: Recipe) -> list[str]:
 
 
 def print_plan(
-    recipe: Recipe, model_config: Any, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+    recipe: Recipe,
+    model_config: Any,
+    plans: list[MethodPlan],
+    training: SFTConfig | DPOConfig,
+    batch: int,
+    rows: int | None,
 ) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
     console = Console(soft_wrap=True)
@@ -231,7 +236,6 @@ def print_plan(
         f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
-    plans = plan_methods(recipe, model_config)
     console.print(_table(plans, weights, activation_bytes(model_config, training)))
     for plan in plans:
         if plan.costs:
