@@ -162,6 +162,7 @@ def load_recipe(
     seeds: str | None = None,
     sweeps: Sequence[str] = (),
     quick: bool = False,
+    max_forgetting: str | None = None,
 ) -> Recipe:
     """Return the validated recipe with all overrides laid over it.
 
@@ -173,6 +174,7 @@ def load_recipe(
         preset: the name of a model preset, laid over the recipe first.
         seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
         quick: lay the recipe's own `quick` over it first.
+        max_forgetting: `budget.at_most`.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -186,6 +188,8 @@ def load_recipe(
     if quick:
         _lay_quick(raw, path)
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    if max_forgetting is not None:
+        put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     recipe = parse_recipe(raw, path.stem)
@@ -230,7 +234,11 @@ def _number_list(text: str) -> list[Any]:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
-    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
+    probe = recipe.eval.probe
+    probed = (
+        [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
+    )
+    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task, *probed):
         beside = folder / holder.path if holder.path else None
         if beside is not None and not Path(holder.path).exists() and beside.exists():
             holder.path = str(beside)
