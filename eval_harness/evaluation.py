@@ -55,6 +55,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     output_dir: Path | str | None = None,
     lm: LM | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
 
@@ -73,6 +74,7 @@ def evaluate(
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
         output_dir: where tasks may leave what they made (MT-Bench its answers).
         lm: another engine with the same weights for the tasks of lm-eval, such as `open_vllm` gives; None uses `model`.
+        progress: show progress bars (on rank 0).
 
     Returns:
         The metrics. A KL is missing where no reference was recorded.
@@ -95,6 +97,7 @@ def evaluate(
         record_reference=record_reference,
         output_dir=None if output_dir is None else Path(output_dir),
         engine=lm,
+        progress=progress,
     )
     metrics, samples, described = {}, {}, {}
     with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():

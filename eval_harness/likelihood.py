@@ -101,7 +101,7 @@ class AnswerTask(Task):
             reference=reference,
             record=options.record_reference and reference is not None,
             autocast_dtype=options.autocast_dtype,
-            progress=self.name,
+            progress=self.name if options.progress else None,
         )
         found = TaskResult(settings={} if scores.kept is None else {"kl_kept_tokens": scores.kept})
         for measure, sums in (("nll", scores.nll), ("kl", scores.kl)):

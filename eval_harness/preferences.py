@@ -64,7 +64,8 @@ class PreferenceTask(Task):
             UserError: if the reference was recorded for other pairs.
         """
         pairs = self._pairs(options.limit)
-        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype, "progress": self.name}
+        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype}
+        scoring["progress"] = self.name if options.progress else None
         log_probs = -score_answers(model, pairs, **scoring).nll
         path = options.reference(f"{self.name} preferences.json")
         if path is None:

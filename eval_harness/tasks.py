@@ -36,6 +36,7 @@ class RunOptions:
         record_reference: this is the base model, and its predictions are to be written there.
         output_dir: where a task may leave what it made; None for nowhere.
         engine: of the same weights, for tasks that can run on another engine than the live model.
+        progress: show a bar where there is one.
     """
 
     limit: int | None
@@ -46,6 +47,7 @@ class RunOptions:
     record_reference: bool
     output_dir: Path | None
     engine: LM | None = None
+    progress: bool = True
 
     def reference(self, file: str) -> Path | None:
         """Return the path of a reference file; None if there is no folder, or nothing to read in it."""

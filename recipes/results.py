@@ -65,6 +65,59 @@ class Seconds(BaseModel):
     eval: float | None = None
 
 
+class GivenUp(BaseModel):
+    """What a budget cost of one task metric, on the probed rows: of the base, at full strength, and as saved."""
+
+    base: float | None = None
+    full: float
+    kept: float
+    lost: float
+    stderr: float | None = None
+
+
+class Budget(BaseModel):
+    """How a method kept its budget of forgetting.
+
+    Attributes:
+        measure, at_most, then: the budget.
+        strength: of the adapter that is saved, 1 being as it was trained.
+        step: the state that is saved, of `steps` planned.
+        reached: the step at which a probe was beyond the budget and ended the training.
+        value, stderr, n: what is forgotten by what is saved, on n rows that no probe used.
+        kept: whether value + stderr is within the budget.
+        first_check: the first value on these rows, where it was beyond the budget and the strength was lowered further.
+        learned: by metric what was given up for it.
+    """
+
+    measure: str
+    at_most: float
+    then: str
+    strength: float
+    step: int
+    steps: int
+    reached: int | None = None
+    value: float
+    stderr: float | None = None
+    n: int
+    kept: bool
+    first_check: float | None = None
+    learned: dict[str, GivenUp] = {}
+
+    def sentence(self) -> str:
+        """Say how it was kept, and what was given up."""
+        error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
+        how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
+        how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
+        told = f"{self.measure} {self.value:.3g}{error} on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
+        told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
+        if self.first_check is not None:
+            told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"
+        for name, change in self.learned.items() if how else ():
+            error = "" if change.stderr is None else f" ± {change.stderr:.2g}"
+            told += f"; given up: {change.lost:.3g}{error} of {name} ({change.kept:.3g}, {change.full:.3g} without the budget)"
+        return told + ("" if self.kept else "; the budget is NOT kept")
+
+
 class Row(BaseModel):
     """One method of a run, or the untouched base. What is None was not measured; what was never set is not written.
 
@@ -82,6 +135,7 @@ class Row(BaseModel):
         seconds: of the three phases.
         tokens_per_second: of the training.
         peak_memory_bytes: of the accelerator, or of the process where there is none.
+        budget: how a budget of forgetting was kept; None where there was none.
     """
 
     method: str
@@ -97,6 +151,7 @@ class Row(BaseModel):
     seconds: Seconds = Seconds()
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    budget: Budget | None = None
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or not a finite number (a run that diverged).
@@ -299,22 +354,23 @@ class TrainLog(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The training's tokens a second, which go on over a resumed run."""
-        last = self.entries[-1] if self.entries else {}
-        return last["tokens"] / last["seconds"] if last.get("tokens") is not None and last.get("seconds") else None
+        """The training's tokens a second, probes left out, which go on over a resumed run."""
+        last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
+        seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in self.entries)
+        return last["tokens"] / seconds if last.get("tokens") is not None and seconds > 0 else None
 
 
 def load_log(path: Path) -> TrainLog:
     """Read a `train_log.jsonl`; a missing file is an empty log.
 
     A run that was killed may leave half a line, and a resumed one repeats steps: the half line is counted, not fatal
-    (a report after hours of training must not fail on it), and the last entry of a step wins.
+    (a report after hours of training must not fail on it), and the last value of a step wins.
     """
     by_step, unreadable = {}, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-            by_step[float(entry["step"])] = entry
+            by_step.setdefault(float(entry["step"]), {}).update(entry)  # a probe's line and the loss of one step
         except (ValueError, KeyError, TypeError):
             unreadable += bool(line.strip())
     return TrainLog([by_step[step] for step in sorted(by_step)], unreadable)

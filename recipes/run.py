@@ -9,7 +9,7 @@ import math
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,20 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
+from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
+from lora_null.eval_harness.probe import Probe, record_base
 from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output, own_texts
+from lora_null.recipes.budget import (
+    Bound,
+    KeepBudget,
+    Measurement,
+    check_base,
+    keep_budget,
+    plan_budget,
+    require_strength,
+)
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
 from lora_null.recipes.checks import (
     check_answers_end,
@@ -41,7 +52,7 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.evaluations import eval_tasks, templates_of
+from lora_null.recipes.evaluations import eval_tasks, probe_tasks, templates_of
 from lora_null.recipes.models.bases import (
     attention,
     hub_commit,
@@ -52,6 +63,7 @@ from lora_null.recipes.models.bases import (
     resolve_name,
 )
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods
+from lora_null.recipes.probes import ProbePlan, plan_probes, probe_folder
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     LOG_FILE,
@@ -100,6 +112,9 @@ class Job:
     tasks: list[Task] = field(default_factory=list)
     base_key: str | None = None  # of its kept evaluation; None where none is to be kept
     reference_bytes: int = 0  # what the base's predictions will take on the disk
+    probe: ProbePlan | None = None
+    probe_key: str | None = None  # of the base's kept evaluation on the probed rows
+    bound: Bound | None = None
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
 
@@ -276,9 +291,24 @@ def inspect_recipe(
     if sources and all(source.texts is not None for source in sources):
         job.windows = cut_windows(sources, tokenizer, job.cut)
         _check_tokens(job.windows.ids, plans)
-    if recipe.eval.cache and not unreached:
-        job.base_key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), job.tasks)
+    if not unreached:
+        _plan_probes(job, training)
     return job
+
+
+def _plan_probes(job: Job, training: SFTConfig | DPOConfig) -> None:
+    """Plan what is measured while it trains and what may be forgotten; name the evaluations of the base that are kept."""
+    recipe, name = job.recipe, job.model_name
+    own = probe_tasks(recipe, job.tokenizer, max_length=training.max_length)
+    job.probe = plan_probes(recipe, job.tasks, {role: validate_tasks(made) for role, made in own.items()})
+    job.bound = plan_budget(recipe, job.tasks, job.probe)
+    if job.bound or recipe.eval.strengths:
+        for plan in job.plans:
+            require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
+    if recipe.eval.cache:
+        commit = hub_commit(recipe.model, name)
+        job.base_key = base_cache.key_of(recipe, name, commit, job.tasks)
+        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks)
 
 
 def _own_windows(job: Job) -> Windows:
@@ -352,7 +382,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     section = job.recipe.eval
     options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}
-    options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
+    options |= {"autocast_dtype": _autocast(job)}
     outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
     inside = [task for task in job.tasks if task not in outside]
     found = evaluate(model, job.tokenizer, inside, **options)
@@ -363,6 +393,10 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     return found
+
+
+def _autocast(job: Job) -> torch.dtype | None:
+    return torch.bfloat16 if job.recipe.eval.bf16 else None
 
 
 def _check_finite(job: Job, found: Evaluation) -> None:
@@ -395,13 +429,17 @@ def _evaluate_by_vllm(
 
 def base_row(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
-    found, saved = None, job.base / "eval.json"
+    found = None
     if job.recipe.eval.before and job.tasks:
-        if not saved.is_file() and job.base_key:
-            if job.is_main and base_cache.fetch(job.base_key, job.base):
-                print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
-            PartialState().wait_for_everyone()
-        found = Evaluation.read(saved) if saved.is_file() else _evaluate_base(job)
+        load = functools.cache(lambda: load_base(job.recipe.model, job.model_name).to(PartialState().device))
+        found = _of_base(job, job.base, job.base_key, lambda: _evaluate(job, load(), job.base, base=True))
+        if job.probe is not None:
+            folder = probe_folder(job.base)
+            probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
+            if job.bound is not None:
+                check_base(job.bound, probed, found)
+        del load
+        _free()
     return Row(
         method="base",
         rank=None,
@@ -415,13 +453,29 @@ def base_row(job: Job) -> Row:
     )
 
 
-def _evaluate_base(job: Job) -> Evaluation:
-    model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
-    found = _evaluate(job, model, job.base, base=True)
-    del model
-    _free()
-    if job.is_main and job.base_key:
-        base_cache.keep(job.base_key, job.base, found)
+def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
+    """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
+    saved = folder / "eval.json"
+    if not saved.is_file() and key:
+        if job.is_main and base_cache.fetch(key, folder):
+            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+        PartialState().wait_for_everyone()
+    if saved.is_file():
+        return Evaluation.read(saved)
+    found = measure()
+    if job.is_main and key:
+        base_cache.keep(key, folder, found)
+    return found
+
+
+def _record_probe(job: Job, model: Any) -> Evaluation:
+    """Measure the base on the probed rows, with its noise, and write it down."""
+    folder = probe_folder(job.base)
+    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
+    found = record_base(model, job.tokenizer, job.probe.tasks, folder, **options)
+    if job.is_main:
+        write_text(folder / "eval.json", found.to_json())
+    PartialState().wait_for_everyone()
     return found
 
 
@@ -432,14 +486,17 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         return finished
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
+    probe = _probe(job, trainer, folder)
     start = time.perf_counter()
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
     model = trainer.accelerator.unwrap_model(trainer.model)
-    diverged, found, saved = diverged_at(trainer), None, None
+    diverged, found, saved, kept = diverged_at(trainer), None, None, None
     if diverged is None:
+        if isinstance(probe, KeepBudget):
+            kept = keep_budget(_measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
-        if hasattr(model, "disable_adapter") and trainer.something_moved:
+        if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
         if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
@@ -457,8 +514,11 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         seconds=Seconds(init=trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None),
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
+        **({"budget": kept} if kept else {}),
     )
     if job.is_main:
+        if kept:
+            print(f"{plan.name}: {kept.sentence()}")
         write_row(folder, row)
     PartialState().wait_for_everyone()
     del trainer, model
@@ -530,6 +590,41 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     for callback in (StopDiverged(), SaveOnSigterm(), ReleaseMemory(), ProgressBar(plan.name), log):
         trainer.add_callback(callback)
     return trainer
+
+
+def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
+    """Let the trainer measure the recipe's probes while it trains, and keep the budget where there is one.
+
+    After the log's callback: that one begins the log anew before the first step is measured.
+    """
+    if job.probe is None:
+        return None
+    section = job.probe.section
+    options = {"every": section.every, "share": section.share, "batch_size": job.recipe.eval.batch_size}
+    options |= {"tokenizer": job.tokenizer, "reference_dir": probe_folder(job.base), "autocast_dtype": _autocast(job)}
+    options |= {"keep": folder / PROBE_FILE}
+    if job.bound is None:
+        probe = Probe(trainer, job.probe.tasks, **options)
+    else:
+        base = Evaluation.read(probe_folder(job.base) / "eval.json")
+        probe = KeepBudget(trainer, job.probe.tasks, job.bound, base, **options)
+    trainer.add_callback(probe)
+    return probe
+
+
+def _measurement(job: Job, model: Any) -> Measurement:
+    """Return what measures how a live model keeps the budget."""
+    whole, few = job.base, probe_folder(job.base)
+    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
+
+    def measure(tasks: Sequence[Task]) -> Evaluation:
+        complete = tasks == [job.bound.task]
+        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
+        return evaluate(model, job.tokenizer, tasks, **limits, **options)
+
+    learning = [task for task in job.probe.tasks if task.role == "task"]
+    bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]
+    return Measurement(measure, job.tokenizer, job.bound, *bases, learning)
 
 
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:

@@ -168,11 +168,11 @@ class LoraNullMixin(SavingMixin):
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
         self._now, self._terms = None, {}
-        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
-            return self._take_trained(Path(resume_from_checkpoint))
         for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
+        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+            return self._take_trained(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             logger.warning(

@@ -60,6 +60,11 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
     add("--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key")
     add("--quick", action="store_true", help="the recipe's own short variant")
+    add(
+        "--max-forgetting",
+        metavar="X",
+        help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
+    )
     add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")

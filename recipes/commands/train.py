@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         sweeps=arguments.sweep,
         quick=arguments.quick,
+        max_forgetting=arguments.max_forgetting,
     )
     if arguments.print_config:
         print(dump(recipe), end="")

@@ -185,6 +185,7 @@ def load_recipe(
     seeds: str | None = None,
     sweeps: Sequence[str] = (),
     quick: bool = False,
+    max_forgetting: str | None = None,
 ) -> Recipe:
     """Return the validated recipe with all overrides laid over it.
 
@@ -196,6 +197,7 @@ def load_recipe(
         preset: the name of a model preset, laid over the recipe first.
         seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
         quick: lay the recipe's own `quick` over it first.
+        max_forgetting: `budget.at_most`.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -209,6 +211,8 @@ def load_recipe(
     if quick:
         _lay_quick(raw, path)
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    if max_forgetting is not None:
+        put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     recipe = parse_recipe(raw, path.stem)
@@ -253,8 +257,11 @@ def _number_list(text: str) -> list[Any]:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
-    calibration = (recipe.calibration, *recipe.calibration.sources)
-    for holder in (*calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
+    calibration, probe = (recipe.calibration, *recipe.calibration.sources), recipe.eval.probe
+    probed = (
+        [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
+    )
+    for holder in (*calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task, *probed):
         path = holder.path
         if path and not Path(path).exists():
             shipped = [FOLDER] if path.startswith("samples/") else []

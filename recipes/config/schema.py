@@ -365,6 +365,44 @@ EvalEntry = Annotated[
 ]
 
 
+def _rows_or_entries(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise ValueError("a number of rows, or a list of entries as in eval.retention")
+    return value
+
+
+Probed = Annotated[int | list[EvalEntry], BeforeValidator(_rows_or_entries)]
+
+
+class ProbeSection(Section):
+    """What is measured again and again while a method trains."""
+
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="steps between two measurements; auto keeps them below `share` of the time"
+    )
+    retention: Probed = Field(32, description="rows of each entry of eval.retention, or entries of its own")
+    task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
+    share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
+
+
+class BudgetSection(Section):
+    """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
+
+    measure: str | None = Field(
+        None, description="a metric of eval.retention, such as 'NQ kl'; its first KL when not given"
+    )
+    at_most: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction",
+    )
+    then: Literal["scale", "stop", "rewind"] = Field(
+        "scale",
+        description="scale: train to the end, then take the largest strength within it; stop: end the training where a "
+        "probe reaches it; rewind: the same, and go back to the last state within it",
+    )
+
+
 class EvalSection(Section):
     """What is measured before and after training."""
 
@@ -379,6 +417,10 @@ class EvalSection(Section):
     )
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
+    probe: ProbeSection | None = Field(None, description="measured while training too")
+    strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
+        [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
+    )
 
 
 class GridSection(Section):
@@ -442,6 +484,7 @@ class Recipe(Section):
         description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
     )
     eval: EvalSection = EvalSection()
+    budget: BudgetSection | None = Field(None, description="how much may be forgotten")
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
