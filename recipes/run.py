@@ -23,6 +23,7 @@ from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evalu
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes import base_cache, output
 from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
 from lora_null.recipes.data.rows import calibration_texts, load_documents
@@ -51,6 +52,7 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.recipes.side_by_side import side_by_side
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
@@ -193,6 +195,9 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         settings=_settings(job),
         rows=rows,
     )
+    evaluations = read_evaluations(job.folder, results, base=job.base) if job.is_main else {}
+    results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
+    results.answers = side_by_side(job, results, evaluations)
     if job.is_main:
         write_results(job.folder, results)
         write_report(job.folder)
