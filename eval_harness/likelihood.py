@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.chat import common_prefix
 from lora_null.utils.distributed import (
@@ -63,6 +64,8 @@ class AnswerTask(Task):
     kl: bool = False
     role: Role = "task"
     special_tokens: bool = True
+
+    measured_twice: ClassVar[int | None] = None
 
     def check(self) -> None:
         super().check()
@@ -106,11 +109,12 @@ class AnswerTask(Task):
         found = TaskResult(settings={} if scores.kept is None else {"kl_kept_tokens": scores.kept})
         for measure, sums in (("nll", scores.nll), ("kl", scores.kl)):
             if sums is not None:
-                value, stderr = ratio_estimate(sums, scores.tokens)
+                value, stderr = mean_and_error(sums / scores.tokens, scores.tokens)
                 name = f"{self.name} {measure}"
                 lower = None if measure == "kl" and self.role == "task" else False
                 found.metrics[name] = Metric(value, stderr, len(pairs), lower, self.role, "nats")
                 found.samples[name] = (sums / scores.tokens).tolist()
+                found.weights[name] = scores.tokens.tolist()
         return found
 
 
@@ -204,27 +208,6 @@ def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """Return KL(base || model) in nats at each token, from two tensors of log-probabilities [tokens, vocabulary]."""
     return F.kl_div(model, base, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
-
-
-def ratio_estimate(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """Return the mean over all tokens, and its standard error clustered by question.
-
-    Tokens of one answer depend on each other, so the question is the unit of sampling. With s_i the sum over the t_i
-    tokens of question i, the mean is the ratio estimator R = Σ s_i / Σ t_i and, linearized,
-    SE² = n / (n − 1) · Σ (s_i − R t_i)² / (Σ t_i)².
-
-    Args:
-        sums: s, [questions].
-        counts: t, [questions].
-
-    Returns:
-        (R, SE); the standard error of a single question is None.
-    """
-    n, total = len(sums), counts.sum()
-    ratio = sums.sum() / total
-    if n < 2:
-        return float(ratio), None
-    return float(ratio), float(np.sqrt(n / (n - 1) * np.square(sums - ratio * counts).sum()) / total)
 
 
 def score_answers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -41,6 +41,8 @@ class PreferenceTask(Task):
     rejected: list[TokenizedPair] = field(repr=False)
     beta: float = 0.1
     role: Role = "task"
+
+    measured_twice: ClassVar[int | None] = None
 
     @property
     def in_training_template(self) -> bool:

@@ -64,12 +64,15 @@ class Task(ABC):
         name: what to call the results.
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         limit: documents, at most, whatever the whole evaluation allows; None for no limit of its own.
+        measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
+            for all.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
     """
 
     name: str | None
     role: Role
     limit: int | None = None
+    measured_twice: ClassVar[int | None] = 0
     runs_on_engine: ClassVar[bool] = False
 
     @property

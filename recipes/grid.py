@@ -21,22 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
 from lora_null.recipes.config.load import put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.grid_page import paired_difference
 from lora_null.recipes.results import (
     RESULTS_FILE,
     Drift,
     Grid,
     Magnitude,
-    Paired,
     Results,
     Row,
     Run,
@@ -44,12 +42,12 @@ from lora_null.recipes.results import (
     load_results,
     read_row,
     settings_text,
+    variant_of,
     write_results,
 )  # fmt: skip
 from lora_null.recipes.run import Job, base_row, check_run, inspect_recipe, run_job, training_arguments
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import read_json
 
 # Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
 STEPS_ONLY = {
@@ -277,7 +275,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             if row.method == name:
                 groups.setdefault((name, cell.point), []).append(row)
     same, differing = _settings(root, cells)
-    return Results(
+    results = Results(
         recipe=recipe.name,
         model=model_name,
         seed=seeds[0] if len(seeds) == 1 else None,
@@ -285,10 +283,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
         settings=same,
         rows=[
             base,
-            *(
-                mean_row(group, settings_text(dict(point)).replace("learning_rate", "lr") or None)
-                for (_, point), group in groups.items()
-            ),
+            *(mean_row(group, variant_of(dict(point))) for (_, point), group in groups.items()),
         ],
         grid=Grid(
             seeds=seeds,
@@ -299,15 +294,18 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
                 Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **_without_layers(row))
                 for cell, row in rows
             ],
-            paired=paired_tests(root, rows),
         ),
     )
+    found = read_evaluations(root, results)
+    set_errors(results, found)
+    results.paired, results.noise = compare(results, found), noise_of(found)
+    return results
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
 
-    `stderr` is that of the mean over the seeds, s/√n; of a single seed it is the evaluation's own.
+    `stderr` is that over the seeds, s/√n, of a single seed the evaluation's own; `set_errors` puts both together.
     """
     first, bad = rows[0], [row.diverged for row in rows if row.diverged]
     metrics = {}
@@ -358,27 +356,3 @@ def _settings(root: Path, cells: Sequence[Cell]) -> tuple[dict[str, Any], dict[s
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value): value for value in values}.values())
-
-
-def paired_tests(root: Path, rows: Sequence[tuple[Cell, Row]]) -> list[Paired]:
-    """Compare each method with LoRA at the same settings, question by question and seed by seed.
-
-    Returns:
-        One entry for each method, setting and metric with a number a question; see `paired_difference`.
-    """
-    samples: dict[tuple[Cell, str], dict[str, list[float]]] = {}
-    for cell, row in rows:
-        evaluation = root / cell.folder / row.method / "eval.json"
-        if row.diverged is None:
-            samples[cell, row.method] = read_json(evaluation)["samples"] if evaluation.is_file() else {}
-    points = list(dict.fromkeys(cell.point for cell, _ in rows))
-    methods = [name for name in dict.fromkeys(row.method for _, row in rows) if name != "lora"]
-    entries = []
-    for name, point in itertools.product(methods, points):
-        cells = [cell for cell, row in rows if cell.point == point and row.method == name]
-        cells = [cell for cell in cells if (cell, name) in samples and (cell, "lora") in samples]
-        for metric in samples[cells[0], name] if cells else ():
-            ours, lora = (np.array([samples[cell, which][metric] for cell in cells]) for which in (name, "lora"))
-            difference = paired_difference(ours, lora)
-            entries.append(Paired(method=name, point=dict(point), metric=metric, **difference))
-    return entries

@@ -177,16 +177,50 @@ class Run(Row):
 
 
 class Paired(BaseModel):
-    """A method minus LoRA on one metric at the same settings, paired by question and by seed."""
+    """One row of the table minus another on one metric, paired by question and by seed.
 
-    method: str
-    point: dict[str, Any] = {}
+    Attributes:
+        row, against: numbers of rows; 0 is the base.
+        metric: its name, or "mean retention" and "mean task".
+        mean: the difference, in the metric's unit.
+        stderr: its standard error over questions, and over seeds where there are several.
+        p: two-sided, of this test alone.
+        p_adjusted: among all tests of the table, by Holm.
+        questions, seeds: how many of each.
+    """
+
+    row: int
+    against: int
     metric: str
     mean: float
     stderr: float | None = None
     p: float | None = None
+    p_adjusted: float | None = None
     questions: int
     seeds: int
+
+
+class Answered(BaseModel):
+    """A question, its right answer, how far the methods' predictions on it moved in the mean, and every row's answer."""
+
+    question: str
+    right: str
+    change: float
+    why: str
+    answers: list[str]
+
+
+class Answers(BaseModel):
+    """What the base and each method answer, greedily, to some questions of `task` that were chosen by `metric`.
+
+    `labels` name who answered, in the order of each question's answers; `run` is the folder of the run of a grid.
+    """
+
+    task: str
+    metric: str
+    labels: list[str]
+    questions: list[Answered]
+    run: str | None = None
 
 
 class Grid(BaseModel):
@@ -197,11 +231,16 @@ class Grid(BaseModel):
     planned: int
     differing: dict[str, list[Any]] = {}
     cells: list[Run] = []
-    paired: list[Paired] = []
 
 
 class Results(BaseModel):
-    """A `results.json`; the first row is the base."""
+    """A `results.json`; the first row is the base.
+
+    Attributes:
+        noise: by how much each metric of the base changes when it is measured again in other batches.
+        paired: every two rows compared; None in a file of a version that did not compare.
+        answers: some questions, answered by the base and every method.
+    """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
@@ -212,6 +251,9 @@ class Results(BaseModel):
     environment: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     rows: list[Row] = Field(min_length=1)
+    noise: dict[str, float] = {}
+    paired: list[Paired] | None = None
+    answers: Answers | None = None
     grid: Grid | None = None
 
     @field_validator("rows")
@@ -234,6 +276,17 @@ class Results(BaseModel):
             names = [f"{name} ({describe(i)})" if times[name] > 1 else name for i, name in enumerate(names)]
         return names
 
+    def difference(self, row: int, against: int, metric: str) -> Paired | None:
+        """Return the comparison of two rows, as row minus against; None where they were not compared."""
+        for pair in self.paired or ():
+            if pair.metric == metric and {pair.row, pair.against} == {row, against}:
+                return (
+                    pair
+                    if pair.row == row
+                    else pair.model_copy(update={"row": row, "against": against, "mean": -pair.mean})
+                )
+        return None
+
     def metric_names(self, role: str) -> list[str]:
         """Names of the metrics with `role`, in order of first appearance."""
         return list(dict.fromkeys(n for row in self.rows for n, m in row.metrics.items() if m.role == role))
@@ -253,6 +306,11 @@ def settings_text(point: Mapping[str, Any], join: str = " ") -> str:
     return ", ".join(
         f"{key}{join}{value:g}" if isinstance(value, float) else f"{key}{join}{value}" for key, value in pairs
     )
+
+
+def variant_of(point: Mapping[str, Any]) -> str | None:
+    """Return the `variant` of the row that averages over a grid's runs at `point`."""
+    return settings_text(point).replace("learning_rate", "lr") or None
 
 
 DISPLAY = {

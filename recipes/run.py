@@ -48,6 +48,7 @@ from lora_null.recipes.checks import (
     reference_bytes,
     rehearse,
 )
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
@@ -77,6 +78,7 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.recipes.side_by_side import side_by_side
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -217,6 +219,9 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         settings=_settings(job),
         rows=rows,
     )
+    evaluations = read_evaluations(job.folder, results, base=job.base) if job.is_main else {}
+    results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
+    results.answers = side_by_side(job, results, evaluations)
     if job.is_main:
         write_results(job.folder, results)
         write_report(job.folder)

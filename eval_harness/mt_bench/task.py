@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.generate import check_room, generate_texts
-from lora_null.eval_harness.likelihood import ratio_estimate
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, get_logger, rank_and_world
 from lora_null.utils.errors import UserError
@@ -200,8 +200,8 @@ def scores(name: str, role: Role, ids: Sequence[int], grades: Mapping[tuple[int,
         graded = [given for i in ids if (given := [grades[i, turn] for turn in turns if (i, turn) in grades])]
         if graded:
             sums, counts = np.array([sum(given) for given in graded]), np.array([len(given) for given in graded])
-            value, stderr = ratio_estimate(sums, counts)
+            value, stderr = mean_and_error(sums / counts, counts)
             found.metrics[label] = Metric(value, stderr, int(counts.sum()), True, role, "score")
             if len(graded) == len(ids):
-                found.samples[label] = (sums / counts).tolist()
+                found.samples[label], found.weights[label] = (sums / counts).tolist(), counts.tolist()
     return found

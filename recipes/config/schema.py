@@ -416,6 +416,9 @@ class EvalSection(Section):
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
+    examples: int = Field(
+        5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
+    )
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
     probe: ProbeSection | None = Field(None, description="measured while training too")
     strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(

@@ -11,7 +11,6 @@ from lora_null.eval_harness.likelihood import (
     TokenizedPair,
     answer_log_probs,
     kept_tokens,
-    ratio_estimate,
     save_reference,
     score_answers,
     tokenize_pairs,
@@ -136,19 +135,6 @@ def test_autocast_is_close_and_different(model, tokenizer, pairs):
     half = score_answers(model, tokenized, autocast_dtype=torch.bfloat16).nll
     assert not np.array_equal(full, half)
     np.testing.assert_allclose(half, full, rtol=0.1)
-
-
-def test_clustered_standard_error():
-    sums, counts = np.array([2.0, 9.0, 4.0, 1.0]), np.array([1, 3, 4, 2])
-    ratio = 16 / 10
-    residuals = [2 - ratio * 1, 9 - ratio * 3, 4 - ratio * 4, 1 - ratio * 2]
-    value, stderr = ratio_estimate(sums, counts)
-    assert value == pytest.approx(ratio)
-    assert stderr == pytest.approx((4 / 3 * sum(r * r for r in residuals)) ** 0.5 / 10)
-    # With equal counts it is the ordinary standard error of the questions' means.
-    value, stderr = ratio_estimate(sums, np.full(4, 2))
-    assert stderr == pytest.approx(np.std(sums / 2, ddof=1) / 2)
-    assert ratio_estimate(sums[:1], counts[:1]) == (2.0, None)
 
 
 def test_reference_holds_the_full_distribution_in_float32(model, tokenizer, pairs, tmp_path):
