@@ -21,8 +21,9 @@ from torch import nn
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import AnswerTask, Evaluation, PreferenceTask, Task
-from lora_null.eval_harness.likelihood import ratio_estimate, tokenize_pairs
+from lora_null.eval_harness.likelihood import tokenize_pairs
 from lora_null.eval_harness.probe import Point, Probe
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import Budget, Estimate, GivenUp
@@ -163,7 +164,7 @@ def forgotten(
         leave_out: rows that do not count.
 
     Returns:
-        The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `ratio_estimate`.
+        The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
     """
     sign = 1 if found.metrics[measure].higher_is_better else -1
     return _difference(task, measure, base, found, tokenizer, sign, leave_out)
@@ -185,7 +186,7 @@ def _difference(
     if isinstance(task, AnswerTask):
         pairs = tokenize_pairs(tokenizer, task.pairs[: len(change)], task.name, None)
         weights = np.array([len(pair.ids) - pair.start for pair in pairs], dtype=float)
-    return Estimate(*ratio_estimate((change * weights)[keep], weights[keep]))
+    return Estimate(*mean_and_error(change[keep], weights[keep]))
 
 
 class KeepBudget(Probe):
