@@ -106,8 +106,8 @@ class Job:
     plans: list[MethodPlan]
     base: Path
     config: Any  # the model's
-    tokenizer: PreTrainedTokenizerBase = None  # this and what follows may be missing in a dry run without a hub
-    data: TrainingData = None
+    tokenizer: Any = None  # this and what follows may be missing in a dry run without a hub
+    data: TrainingData | None = None
     sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
     cut: CalibrationArgs = field(default_factory=CalibrationArgs)
     windows: Windows | None = None  # None until the model has written its own texts
