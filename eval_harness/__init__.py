@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from lora_null.eval_harness.lm_eval.task import LmEvalTask
     from lora_null.eval_harness.mt_bench.task import MTBenchTask
     from lora_null.eval_harness.preferences import PreferenceTask
+    from lora_null.eval_harness.probe import Probe, few_rows
     from lora_null.eval_harness.results import Evaluation, Metric, TaskResult
     from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 
 _HOME = {"assert_logits_differ": "evaluation", "evaluate": "evaluation", "validate_tasks": "evaluation"}
 _HOME |= {"AnswerTask": "likelihood", "LmEvalTask": "lm_eval.task", "MTBenchTask": "mt_bench.task"}
 _HOME |= {"PreferenceTask": "preferences", "Evaluation": "results", "Metric": "results", "TaskResult": "results"}
+_HOME |= {"Probe": "probe", "few_rows": "probe"}
 _HOME |= {"TASK_FILES": "tasks", "RunOptions": "tasks", "Task": "tasks"}
 
 __all__ = [
@@ -35,11 +37,13 @@ __all__ = [
     "MTBenchTask",
     "Metric",
     "PreferenceTask",
+    "Probe",
     "RunOptions",
     "Task",
     "TaskResult",
     "assert_logits_differ",
     "evaluate",
+    "few_rows",
     "validate_tasks",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -42,6 +42,8 @@ class PreferenceTask(Task):
     beta: float = 0.1
     role: Role = "task"
 
+    measured_twice: ClassVar[int | None] = None
+
     @property
     def in_training_template(self) -> bool:
         return True
@@ -64,7 +66,8 @@ class PreferenceTask(Task):
             UserError: if the reference was recorded for other pairs.
         """
         pairs = self._pairs(options.limit)
-        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype, "progress": self.name}
+        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype}
+        scoring["progress"] = self.name if options.progress else None
         log_probs = -score_answers(model, pairs, **scoring).nll
         path = options.reference(f"{self.name} preferences.json")
         if path is None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_null.eval_harness.probe import PREFIX
 from lora_null.recipes.results import load_log
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.files import write_text
@@ -101,13 +102,15 @@ class WriteLog(TrainerCallback):
             kept = [line for line in load_log(self.path).entries if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:  # TRL counts tokens from zero in every process; the log goes on
-            self.seconds_before, self.tokens_before = kept[-1]["seconds"], kept[-1].get("tokens", 0)
+            self.seconds_before = kept[-1]["seconds"]
+            self.tokens_before = max(line.get("tokens", 0) for line in kept)
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        probes = {name: value for name, value in (logs or {}).items() if name.startswith(PREFIX)}
+        if not state.is_world_process_zero or not logs or ("loss" not in logs and not probes):
             return
-        line = {ours: logs[theirs] for theirs, ours in self.logged.items() if theirs in logs}
+        line = {ours: logs[theirs] for theirs, ours in self.logged.items() if theirs in logs} | probes
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         line |= dict.fromkeys(bad)  # JSON has no NaN
         line = {"step": state.global_step, **line}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,15 +60,24 @@ def eval_tasks(
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
     asked = Asked(recipe, tokenizer, max_length, allow_code_execution)
-    tasks = [
-        MAKERS[type(entry)](entry, role, asked)
-        for role, entries in (("retention", recipe.eval.retention), ("task", recipe.eval.task))
-        for entry in entries
-    ]
+    tasks = [task for role in get_args(Role) for task in _made(getattr(recipe.eval, role), role, asked)]
     names = [task.key for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"eval: {twice!r} is measured twice")
     return tasks
+
+
+def probe_tasks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> dict[Role, list[Task]]:
+    """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
+    asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution=False), recipe.eval.probe
+    entries = {role: getattr(held, role) if held else [] for role in get_args(Role)}
+    return {role: _made(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
+
+
+def _made(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
+    return [MAKERS[type(entry)](entry, role, asked) for entry in entries]
 
 
 def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
@@ -92,7 +101,8 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
     pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
+    special = entry.template != CHAT
+    return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
 def _text_pair(example: Example, end: str) -> tuple[str, str]:

@@ -55,15 +55,28 @@ def claimed(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iter
             if not stack.enter_context(locked(folder)):
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
-            free = shutil.disk_usage(folder).free
-            if free < size:
-                raise UserError(
-                    f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB"
-                )
+            check_space(folder, size)
 
         on_first_rank(claim_and_lock)
         _check_shared(folder)
         yield
+
+
+def check_space(folder: Path, size: int) -> int:
+    """Return the bytes that are free where the folder is, or will be; nothing is written.
+
+    Raises:
+        UserError: fewer than `size`, or the folder cannot be made or written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir: cannot write to {folder} ({there} is {'read-only' if there.is_dir() else 'a file'})"
+        )
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
+    return free
 
 
 def _check_shared(folder: Path) -> None:

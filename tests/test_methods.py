@@ -29,7 +29,7 @@ ROWS = Dataset.from_dict(
 CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 PAPER = ("full", "lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
 RIVALS = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora")
-ALL = (*PAPER, "osf", "mica", "eva", "lora-ga", *RIVALS)
+ALL = (*PAPER, "nb-lora", "osf", "mica", "eva", "lora-ga", *RIVALS)
 TRAINS = dict.fromkeys(ALL, ("lora_A", "lora_B"))
 TRAINS |= {
     "lora-fa": ("lora_B",),

@@ -54,7 +54,7 @@ def test_results_follow_the_schema(finished):
     assert found["schema"] == 1 and found["recipe"] == "tiny" and found["seed"] == 0
     assert [row["method"] for row in found["rows"]] == ["base", *METHODS]
     for row in found["rows"]:
-        assert set(row["metrics"]) == {"facts nll", "facts kl", "numbers nll"}
+        assert set(row["metrics"]) == {"facts nll", "facts kl", "numbers nll", "numbers kl"}
         assert all({"value", "stderr", "n", "higher_is_better", "role"} <= set(m) for m in row["metrics"].values())
     base, lora, v1, v2 = found["rows"]
     assert base["metrics"]["facts kl"]["value"] == 0 < lora["metrics"]["facts kl"]["value"]

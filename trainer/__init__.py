@@ -2,6 +2,14 @@
 
 from lora_null.trainer.calibration_data import CalibrationArgs, calibration_windows
 from lora_null.trainer.mixin import LoraNullMixin
+from lora_null.trainer.own_texts import own_texts
 from lora_null.trainer.trainers import LoraNullDPOTrainer, LoraNullSFTTrainer
 
-__all__ = ["CalibrationArgs", "LoraNullDPOTrainer", "LoraNullMixin", "LoraNullSFTTrainer", "calibration_windows"]
+__all__ = [
+    "CalibrationArgs",
+    "LoraNullDPOTrainer",
+    "LoraNullMixin",
+    "LoraNullSFTTrainer",
+    "calibration_windows",
+    "own_texts",
+]

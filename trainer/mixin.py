@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.initialize import check_basis
 from lora_null.layer import is_started
 from lora_null.start import InitOptions, LayerReport, Start, WholeModel, check_whole, compute_start, load_start
 from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
@@ -25,6 +26,7 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint_or_raise,
 )
 from lora_null.trainer.methods import Method, MicroBatch, check_base, check_trainer, method_of
+from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
@@ -110,7 +112,9 @@ class LoraNullMixin(SavingMixin):
                     check_targets(self.model, preflight)
                 self.method.check(self.model)
             self.method.prepare(self.model)
-        for callback in self.method.callbacks():
+        if self._goes_on:
+            check_basis(self.model, self.adapter_name)
+        for callback in (*self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
         self._calibration_dataset = calibration_dataset
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
@@ -164,11 +168,11 @@ class LoraNullMixin(SavingMixin):
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
         self._now, self._terms = None, {}
-        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
-            return self._take_trained(Path(resume_from_checkpoint))
         for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
+        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+            return self._take_trained(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             logger.warning(

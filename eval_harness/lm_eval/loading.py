@@ -19,7 +19,7 @@ from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.private_names import full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, hub_error
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -122,9 +122,8 @@ def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> TaskDict:
         return manager.load(task.task)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # No network, no such data set, or one that is a script, which datasets no longer runs.
-        raise UserError(
-            f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
-        ) from error
+        line = f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
+        raise hub_error(line, error) from error
 
 
 def _load_from_file(task: LmEvalTask, manager: TaskManager) -> TaskDict:

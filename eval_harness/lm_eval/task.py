@@ -54,6 +54,7 @@ class LmEvalTask(Task):
     """
 
     runs_on_engine: ClassVar[bool] = True
+    measured_twice: ClassVar[int | None] = 64  # generating takes long
 
     task: str
     path: str | None = None

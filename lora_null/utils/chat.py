@@ -43,7 +43,18 @@ def conversation_text(value: Any, row: Mapping[str, Any], tokenizer: PreTrainedT
     if not tokenizer.chat_template:
         raise ValueError("a conversation, and the model has no chat template")
     text = render_chat(as_messages(value)[0], tokenizer, chat_options(row)).text
-    return text.removeprefix(tokenizer.bos_token or "")
+    return without_bos(text, tokenizer)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer itself puts its first token before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a text that already holds all its special tokens without the one that the tokenizer would put there again."""
+    return text.removeprefix(tokenizer.bos_token or "") if adds_bos(tokenizer) else text
 
 
 def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Chat:

@@ -21,6 +21,26 @@ class UserError(ValueError):
     """
 
 
+class Unreachable(UserError):
+    """What is named may be right: it lies on the hub, and that cannot be reached from here."""
+
+
+def hub_error(message: str, error: BaseException) -> UserError:
+    """Return the mistake behind a failed request to the hub, as `Unreachable` where nobody answered."""
+    return (Unreachable if _nobody_answered(error) else UserError)(message)
+
+
+def _nobody_answered(error: BaseException | None) -> bool:
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & {"ConnectError", "TimeoutException", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+            return True
+        if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def nearest(wrong: str, valid: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)", or the whole list of `valid` choices when none of them looks like `wrong`."""
     valid = sorted(str(choice) for choice in valid)

@@ -60,6 +60,11 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
     add("--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key")
     add("--quick", action="store_true", help="the recipe's own short variant")
+    add(
+        "--max-forgetting",
+        metavar="X",
+        help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
+    )
     add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -103,9 +108,14 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
     add = parser.add_argument_group("calibration").add_argument
-    add("--calibration", required=True, help="hub id, local file or folder of the texts to keep").complete = shtab.FILE
+    add(
+        "--calibration",
+        default="general",
+        help="hub id, local file or folder of the texts to keep; general: the shipped mix (default); self: what the model "
+        "itself writes",
+    ).complete = shtab.FILE
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
-    add("--field", default="question", help="field that holds the text (default question)")
+    add("--field", help="field that holds the text (default: found out)")
     add("--template", help="text made of a row's fields, such as 'Q: {question}'")
     add("--samples", type=int, default=256, help="number of windows (default 256)")
     add("--max-length", type=int, default=1024, help="tokens of a window, at most (default 1024)")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from lora_null.recipes.config.schema import CalibrationSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.report import render
 from lora_null.recipes.report.table import build_table
@@ -18,7 +19,7 @@ from lora_null.utils.files import write_text
 TEMPLATE = "model_card.md.j2"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def write_card(export: Any, difference: Any, *, license_id: str | None = None) -> None:
@@ -105,8 +106,9 @@ def license_of(export: Any, base: str | None) -> str | None:
 def datasets_of(recipe: dict[str, Any]) -> list[str]:
     """Return the hub ids of the training and the calibration data."""
     found = []
-    for section in ("data", "calibration"):
-        path = str(recipe.get(section, {}).get("path", ""))
+    calibration = recipe.get("calibration", {})
+    for section in (recipe.get("data", {}), calibration, *(calibration.get("sources") or [])):
+        path = str(section.get("path") or "")
         sample = next((name for prefix, name in SAMPLES.items() if Path(path).name.startswith(prefix)), None)
         if "samples" in Path(path).parts and sample:
             found.append(sample)
@@ -119,8 +121,8 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
     """Return one line a data set: what it was used for."""
     evaluation = recipe.get("eval", {})
     lines = [f"Trained on {recipe['data']['path']}."] if recipe.get("data", {}).get("path") else []
-    if recipe.get("calibration", {}).get("path"):
-        lines.append(f"The knowledge to keep was measured on {recipe['calibration']['path']}.")
+    if "calibration" in recipe:
+        lines.append(f"The knowledge to keep was measured on {CalibrationSection(**recipe['calibration']).title}.")
     for role, word in (("retention", "Retention"), ("task", "Learning")):
         names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in evaluation.get(role) or []]
         lines += [f"{word} was measured by {', '.join(names)}."] if names else []

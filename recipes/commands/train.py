@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import urllib.error
+import urllib.request
 
 from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.schema import Recipe
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         sweeps=arguments.sweep,
         quick=arguments.quick,
+        max_forgetting=arguments.max_forgetting,
     )
     if arguments.print_config:
         print(dump(recipe), end="")
@@ -55,11 +58,13 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
             "accelerate launch --cpu has started one of several processes; use "
             "torchrun --nproc_per_node N -m lora_null.recipes …"
         )
+    if arguments.dry_run:
+        _go_offline_without_a_network()
     from lora_null.recipes.callbacks import exit_on_sigterm
+    from lora_null.recipes.dry_run import dry_run
     from lora_null.recipes.environment import keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.processes import join_processes, work_alone
-    from lora_null.recipes.run import dry_run
     from lora_null.recipes.run import run as run_recipe
 
     use_all_cores()
@@ -67,13 +72,23 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if recipe.grid and recipe.grid.spread:
         work_alone()
     join_processes()
+    options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        dry_run(recipe)
+        dry_run(recipe, **options)
         return
     exit_on_sigterm()
-    (run_grid if recipe.grid else run_recipe)(
-        recipe,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        allow_code_execution=arguments.allow_code_execution,
-    )
+    (run_grid if recipe.grid else run_recipe)(recipe, **options)
+
+
+def _go_offline_without_a_network() -> None:
+    """Ask the hub once: where nobody answers, every one of its files would be asked for six times, for 20 s each."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=3):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"

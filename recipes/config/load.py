@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.recipes.config.schema import CalibrationSource, Recipe, calibration_entry, parse_recipe
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
@@ -85,9 +85,27 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `under` with `over` laid over it; mappings are merged key by key, anything else is replaced."""
     merged = dict(under)
     for key, value in over.items():
+        if key == "calibration":
+            merged[key] = lay_calibration(merged.get(key), value)
+            continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def lay_calibration(under: Any, over: Any) -> Any:
+    """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
+
+    Another path keeps what says how its rows are read; anything else takes that away too.
+    """
+    under, over = calibration_entry(under), calibration_entry(over)
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    named = {"path", "source", "self", "sources"}
+    if named & set(over):
+        gone = named if "path" in over else named | set(CalibrationSource.model_fields)
+        under = {key: value for key, value in under.items() if key not in gone}
+    return under | over
 
 
 def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +139,12 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UserError(f"{where}: {parent!r} holds a value, not keys")
-    target[last] = value
+    if key == "calibration":
+        raw[key] = lay_calibration(raw.get(key), value)
+    elif parents == ["calibration"]:
+        raw["calibration"] = lay_calibration(target, {last: value})
+    else:
+        target[last] = value
 
 
 def _number(value: Any) -> Any:
@@ -162,6 +185,7 @@ def load_recipe(
     seeds: str | None = None,
     sweeps: Sequence[str] = (),
     quick: bool = False,
+    max_forgetting: str | None = None,
 ) -> Recipe:
     """Return the validated recipe with all overrides laid over it.
 
@@ -173,6 +197,7 @@ def load_recipe(
         preset: the name of a model preset, laid over the recipe first.
         seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
         quick: lay the recipe's own `quick` over it first.
+        max_forgetting: `budget.at_most`.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -186,6 +211,8 @@ def load_recipe(
     if quick:
         _lay_quick(raw, path)
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    if max_forgetting is not None:
+        put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     recipe = parse_recipe(raw, path.stem)
@@ -229,9 +256,15 @@ def _number_list(text: str) -> list[Any]:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
-    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
-        beside = folder / holder.path if holder.path else None
-        if beside is not None and not Path(holder.path).exists() and beside.exists():
-            holder.path = str(beside)
+    """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
+    calibration, probe = (recipe.calibration, *recipe.calibration.sources), recipe.eval.probe
+    probed = (
+        [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
+    )
+    for holder in (*calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task, *probed):
+        path = holder.path
+        if path and not Path(path).exists():
+            shipped = [FOLDER] if path.startswith("samples/") else []
+            found = next((folder / path for folder in (folder, *shipped) if (folder / path).exists()), path)
+            holder.path = str(found)
     return recipe

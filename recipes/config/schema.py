@@ -152,20 +152,101 @@ def parse_count(text: Any) -> int:
     return count
 
 
-class CalibrationSection(Section):
-    """The knowledge to keep: texts whose activations are measured before training."""
+class CalibrationSource(Section):
+    """Texts to calibrate on, of one kind: a path, the general mix, or what the model itself writes."""
 
-    path: str = PATH
+    path: str | None = Field(
+        None, min_length=1, description="hub id, or local file or folder of data, or of .txt and .md files"
+    )
+    source: Literal["general", "self"] | None = Field(
+        None, description="instead of a path: the shipped general mix (the default), or what the base itself writes"
+    )
+    self: Literal["prompts", "data", "bos"] | None = Field(
+        None,
+        description="source self: written after shipped prompts (the default), after data's prompts, or from nothing",
+    )
     subset: str | None = SUBSET
     split: str = Field("train", description=SPLIT)
-    field: str = Field("question", description="field that holds the text")
+    field: str | None = Field(
+        None,
+        description="field that holds the text; found out when not given: a conversation, question and answer, or text",
+    )
     template: str | None = Field(
         None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
+    )
+    answers: bool = Field(True, description="conversations and questions with their answers; false: without the last")
+    limit: int | None = Field(None, ge=1, description="first rows only, so that later ones can be measured")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CalibrationSource:
+        if self.self is not None and self.source is None:
+            self.source = "self"
+        if self.source == "self" and self.self is None:
+            self.self = "prompts"
+        if self.self is not None and self.source != "self":
+            raise ValueError("'self' goes with source: self")
+        named = {key for key in ("path", "source", "sources") if getattr(self, key, None)}
+        if len(named) > 1:
+            raise ValueError(f"takes one of path, source and sources, not {' and '.join(sorted(named))}")
+        if not named:
+            self.source = "general"
+        idle = ("subset", "field", "template", "limit") if self.path is None else ()
+        given = next((key for key in idle if getattr(self, key) is not None), None)
+        if given:
+            raise ValueError(f"{given!r} goes with a path")
+        if not self.answers and (self.source == "self" or self.template):
+            raise ValueError("'answers: false' goes with rows whose answers are found out")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        writes = {
+            "prompts": "after the shipped prompts",
+            "data": "after the prompts of the data",
+            "bos": "from nothing",
+        }
+        if self.source == "self":
+            return f"what the model writes {writes[str(self.self)]}"
+        return self.path or "the general mix"
+
+
+class WeightedSource(CalibrationSource):
+    """An entry of `calibration.sources`."""
+
+    weight: float = Field(1.0, gt=0, description="share of the windows, relative to the other sources")
+
+
+def calibration_entry(value: Any) -> Any:
+    """Read `self` and `general` for a source, another text for a path, and a list for several of either."""
+    if isinstance(value, list):
+        return {"sources": value}
+    if isinstance(value, str):
+        return {"source": value} if value in ("self", "general") else {"path": value}
+    return {} if value is None else value
+
+
+class CalibrationSection(CalibrationSource):
+    """The knowledge to keep: texts whose activations are measured before training."""
+
+    sources: list[Annotated[WeightedSource, BeforeValidator(calibration_entry)]] = Field(
+        [], description="several sources, each with its share of the windows"
     )
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
+
+    @property
+    def each(self) -> list[WeightedSource]:
+        """The sources, also where there is one alone."""
+        one = {name: getattr(self, name) for name in CalibrationSource.model_fields}
+        return self.sources or [WeightedSource(**one)]
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return ", ".join(source.title for source in self.sources) or super().title
 
 
 class DataSection(Section):
@@ -208,7 +289,7 @@ class LmEvalEntry(Section):
 
 
 class AnswersEntry(Section):
-    """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
+    """Likelihood of known answers: NLL a token, and the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
     path: str = PATH
@@ -216,14 +297,14 @@ class AnswersEntry(Section):
     split: str = Field("test", description=SPLIT)
     prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
     response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
-    template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
+    template: str = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        check_template(template, "eval template")
+        check_template(template, "eval template", chat=True)
         return template
 
 
@@ -284,6 +365,44 @@ EvalEntry = Annotated[
 ]
 
 
+def _rows_or_entries(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise ValueError("a number of rows, or a list of entries as in eval.retention")
+    return value
+
+
+Probed = Annotated[int | list[EvalEntry], BeforeValidator(_rows_or_entries)]
+
+
+class ProbeSection(Section):
+    """What is measured again and again while a method trains."""
+
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="steps between two measurements; auto keeps them below `share` of the time"
+    )
+    retention: Probed = Field(32, description="rows of each entry of eval.retention, or entries of its own")
+    task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
+    share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
+
+
+class BudgetSection(Section):
+    """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
+
+    measure: str | None = Field(
+        None, description="a metric of eval.retention, such as 'NQ kl'; its first KL when not given"
+    )
+    at_most: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction",
+    )
+    then: Literal["scale", "stop", "rewind"] = Field(
+        "scale",
+        description="scale: train to the end, then take the largest strength within it; stop: end the training where a "
+        "probe reaches it; rewind: the same, and go back to the last state within it",
+    )
+
+
 class EvalSection(Section):
     """What is measured before and after training."""
 
@@ -297,7 +416,14 @@ class EvalSection(Section):
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
+    examples: int = Field(
+        5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
+    )
     bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
+    probe: ProbeSection | None = Field(None, description="measured while training too")
+    strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
+        [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
+    )
 
 
 class GridSection(Section):
@@ -348,7 +474,7 @@ class Recipe(Section):
     description: str = Field("", description="what it is for, in one line, for --list")
     model: ModelSection
     method: MethodSection
-    calibration: CalibrationSection
+    calibration: Annotated[CalibrationSection, BeforeValidator(calibration_entry)] = CalibrationSection()
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = Field(
@@ -361,6 +487,7 @@ class Recipe(Section):
         description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
     )
     eval: EvalSection = EvalSection()
+    budget: BudgetSection | None = Field(None, description="how much may be forgotten")
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
@@ -433,7 +560,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         parent = Recipe
         for key in path[:-1]:
-            parent = _section(parent, key)
+            parent = parent if key.isdigit() else _section(parent, key)
         known = parent.model_fields if parent else ()
         return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":
@@ -445,7 +572,7 @@ def _explain(problem: Any) -> str:
 
 def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
     field = parent.model_fields.get(name) if parent else None
-    kinds = (
-        [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)] if field else []
-    )
+    inside = [] if field is None else [field.annotation, *get_args(field.annotation)]
+    inside += [kind for outer in inside for kind in get_args(outer)]  # of a list of sections
+    kinds = [kind for kind in inside if isinstance(kind, type)]
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)

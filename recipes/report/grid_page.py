@@ -18,7 +18,7 @@ from scipy import stats
 
 from lora_null.recipes.report.headline import listed, task_metric
 from lora_null.recipes.report.table import metric_title, separated, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run, settings_text
+from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Row, settings_text
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,13 @@ class Target:
 
 
 def retention_metrics(results: Results) -> list[str]:
-    """Return the names of the retention metrics that are read at equal learning: every KL, or all if there is none."""
-    kept = results.directed_names("retention")
-    return [name for name in kept if name.lower().split()[-1] == "kl"] or kept
+    """Return the names of what is read at equal learning: every KL on retention, or all of retention if there is none.
+
+    Then the KLs on the new task's own prompts, a measure of forgetting too.
+    """
+    kept, learned = results.directed_names("retention"), results.metric_names("task")
+    of_kept, of_learned = ([n for n in names if n.lower().split()[-1] == "kl"] for names in (kept, learned))
+    return (of_kept or kept) + of_learned
 
 
 def metric_pair(results: Results) -> tuple[str, str] | None:
@@ -103,14 +107,24 @@ def _frontier(results: Results, method: str, kept: str, task: str) -> Frontier:
     return Frontier(method, points, errors, sum(run.diverged is not None for run in runs))
 
 
-def change(results: Results, run: Run, name: str) -> float | None:
+def change(results: Results, run: Row, name: str) -> float | None:
     """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
     metric, before, after = results.metric(name), results.base.estimate(name), run.estimate(name)
     if before is None or after is None:
         return None
     better = 1 if metric.higher_is_better else -1
     gain = better * (after.value - before.value)
-    return gain if metric.role == "task" else -gain
+    return gain if metric.role == "task" and metric.higher_is_better is not None else -gain
+
+
+def magnitude_points(results: Results) -> dict[str, list[tuple[float, float, float]]]:
+    """Return each method's settings as (learned, forgotten, ‖ΔW‖/‖W0‖), means over the seeds, where all are known."""
+    pair, points = metric_pair(results), {}
+    for row in results.rows[1:] if pair else ():
+        point = (change(results, row, pair[1]), change(results, row, pair[0]), row.magnitude and row.magnitude.total)
+        if None not in point:
+            points.setdefault(row.method, []).append(point)
+    return points
 
 
 def _sortable(value: object) -> tuple:

@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_null.recipes.report.figures import curves_png, forgetting_png, frontier_png, plane_points, row_colors
+from lora_null.recipes.report.figures import (
+    curves_png,
+    forgetting_png,
+    frontier_png,
+    magnitude_png,
+    plane_points,
+    row_colors,
+)
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
 from lora_null.recipes.report.paper import paper_table
@@ -27,7 +34,7 @@ CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accur
 
 
 def write_report(output_dir: str | Path) -> None:
-    """Write the three files of the report from what lies in `output_dir`; equal inputs give equal bytes.
+    """Write the files of the report (for a grid also `magnitude.png`) from what lies in `output_dir`; equal inputs give equal bytes.
 
     `report.html` is written last: it stands for a finished run.
 
@@ -37,13 +44,15 @@ def write_report(output_dir: str | Path) -> None:
     output_dir = Path(output_dir)
     results = load_results(output_dir)
     picture = frontier_png(results) if results.grid else forgetting_png(results)
-    content = _content(results, output_dir) | {"plane": _data_uri(picture)}
+    sizes = magnitude_png(results) if results.grid else None
+    content = _content(results, output_dir) | {"plane": _data_uri(picture), "sizes": sizes and _data_uri(sizes)}
     templates = templates_in(Path(__file__).parent)
     pages = {
         page: templates.get_template(template).render(content).encode()
         for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
     }
-    for name, data in ({"forgetting.png": picture} | pages).items():
+    pictures = {"forgetting.png": picture} | ({"magnitude.png": sizes} if sizes else {})
+    for name, data in (pictures | pages).items():
         with replacing(output_dir / name) as temporary:
             temporary.write_bytes(data)
 

@@ -74,6 +74,7 @@ def build_table(results: Results) -> Table:
     columns += [column for column in (_average_column(results),) if column]
     columns += [
         _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, _drift),
+        _plain("‖ΔW‖/‖W₀‖", "", "size of the change of the adapted weights as one, Frobenius norms.", results, _magnitude),
         _plain("Init / train / eval", "Cost", "wall-clock time of the three phases.", results, _times),
         _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
     ]  # fmt: skip
@@ -237,7 +238,15 @@ def _plain(title: str, group: str, definition: str, results: Results, text) -> C
 def _drift(row: Row) -> str:
     if row.drift is None or row.drift.mean is None:
         return MISSING
-    percent = 100 * row.drift.mean
+    return _percent(row.drift.mean)
+
+
+def _magnitude(row: Row) -> str:
+    return MISSING if row.magnitude is None else _percent(row.magnitude.total)
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
     return f"{percent:.1f}%" if percent >= 0.1 or percent == 0 else f"{percent:.2g}%"
 
 

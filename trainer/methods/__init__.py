@@ -79,7 +79,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 def method_of(model: nn.Module) -> Method:
     """Return the method that a fresh adapter's config stands for; plain LoRA's where it stands for none."""
     config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
-    return make_method(f"lora-null-{config.variant}") if isinstance(config, LoraNullConfig) else Method()
+    if not isinstance(config, LoraNullConfig):
+        return Method()
+    if config.variant == "nb":
+        return make_method("nb-lora", {key: getattr(config, key) for key in ("null_multiple", "null_energy", "start")})
+    return make_method(f"lora-null-{config.variant}")
 
 
 def load_method_file(path: str) -> list[str]:

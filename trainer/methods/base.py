@@ -102,6 +102,10 @@ class Method:
         """Return the rank of the adapter that is saved."""
         return r
 
+    def basis_width(self, r: int, d_in: int) -> int:
+        """Return how many directions (d_in float32 each) it keeps for an input, to hold A in their span; 0 for none."""
+        return 0
+
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
         return adapted_layers(model, active_adapter(model))
