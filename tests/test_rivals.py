@@ -18,6 +18,8 @@ from world import make_world
 from lora_null import UserError
 from lora_null.layer import adapted_layers
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.models.quantization import check_pairs
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
 
@@ -443,7 +445,6 @@ def test_conv1d(tmp_path):
         (["--method", "replay", "trainer=dpo"], "replay learns no preferences (DPO); those that do: "),
         (["--method", "oft", "model.quantization=nf4"], "oft needs plain weights, not a quantized base"),
         (["--method", "sc-lora", "model.quantization=int8"], "sc-lora needs plain weights, not a quantized base"),
-        (["--method", "oft", "eval.backend=vllm"], "eval.backend: vllm runs no adapter of oft"),
     ],
 )
 def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatch, words, said):
@@ -453,6 +454,12 @@ def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatc
     assert main([str(recipe), "--dry-run", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+def test_vllm_serves_no_oft(tmp_path):
+    recipe = load_recipe(str(make_world(tmp_path)), ["method.name=oft", "eval.backend=vllm"])
+    with pytest.raises(UserError, match=r"eval\.backend: vllm runs no adapter of oft"):
+        check_pairs(recipe, None)
 
 
 def test_rivals_by_the_command(tmp_path, capsys):
