@@ -136,7 +136,9 @@ class LoraNullConfig(ResidualLoraConfig):
         if self.null_multiple is not None and self.null_energy is not None:
             raise UserError("null_multiple: gives the directions of N, as null_energy does; give one of the two")
         if self.null_multiple is not None and not 1 <= _number(self.null_multiple) < math.inf:
-            raise UserError(f"null_multiple: N needs r directions, so a number of at least 1, not {self.null_multiple!r}")
+            raise UserError(
+                f"null_multiple: N needs r directions, so a number of at least 1, not {self.null_multiple!r}"
+            )
         if self.null_energy is not None and not 0 < _number(self.null_energy) < 1:
             raise UserError(f"null_energy: a share between 0 and 1, such as 0.99, not {self.null_energy!r}")
 

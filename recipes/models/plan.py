@@ -36,7 +36,7 @@ class MethodPlan:
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
-        basis_bytes: the part of it that are float32 bases which A is kept in.
+        basis_bytes: the part of it that are float16 bases which A is kept in.
     """
 
     name: str
@@ -118,8 +118,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         if recipe.model.quantization and method.saved_rank(1) > 1:
             held *= 2  # the residual is a second path there, not subtracted from the weight
-    basis = 4 * sum(
-        method.basis_width(layer.r["default"], layer.in_features) * layer.in_features
+    basis = 2 * sum(
+        method.basis_width(layer.r["default"], layer.in_features) * int(layer.in_features)
         for layer in (_distinct_inputs(layers).values() if method.saves == "adapter" else ())
     )
     return MethodPlan(
