@@ -94,6 +94,7 @@ def run_worlds(folder: Path, *names: str) -> None:
     if not recipe.is_file():
         training = {"learning_rate": 1e-2, "max_steps": 4, "total_batch_size": 4, "per_device_train_batch_size": 1}
         training |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_steps": 2}
+        training |= {"weight_decay": 0.3}  # to the start, where there is a residual
         kept = [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 4}]
         changes = {"training": training, "eval": {"batch_size": 4, "cache": False, "retention": kept}}
         make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, **changes)

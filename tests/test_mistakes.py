@@ -61,6 +61,11 @@ CASES = [
         ["--method", "nb-lora", "method.options.nb-lora.null_multiple=9"],
         "null_multiple: 9 r are 36 directions, more than",
     ),
+    (["method.decay_to_start=true"], "method.decay_to_start: there is no residual base to go back to"),
+    (
+        ["--method", "lora-null-v1", "method.decay_to_start=true"],
+        "method.decay_to_start: there is no decay, weight_decay",
+    ),
     (["--method", "lora,lora"], "a method is named twice"),
     (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows (min(d_in, d_out) = 32)"),
     (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
