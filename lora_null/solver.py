@@ -85,8 +85,8 @@ class NullSpace:
             space = spaces[k]
             if space.vectors.shape[1] < r:
                 raise ValueError(
-                    f"only {space.vectors.shape[1]} directions lie outside the top {self.energy:.4g} of its inputs' "
-                    f"energy, fewer than r = {r}; lower null_energy"
+                    f"only {space.vectors.shape[1]} directions lie outside the top {self.energy} of its inputs' energy "
+                    f"(null_energy), fewer than r = {r}"
                 )
             found = null_factors(weight, space.vectors, scaling, r)
             return LayerStart(
@@ -199,8 +199,7 @@ class LayerSolver:
             A.copy_(found.A)
             B.copy_(found.B)
             if found.basis is not None:
-                stored = torch.promote_types(A.dtype, torch.float32)
-                basis = bases.setdefault(id(found.basis), NullBasis(found.basis.to(stored).contiguous()))
+                basis = bases.setdefault(id(found.basis), NullBasis.for_factor(found.basis, A))
                 layer.confine(self.adapter_name, basis)
                 layer.keep_in_basis(self.adapter_name)  # in its rounding
             if gram is not None:

@@ -25,6 +25,7 @@ from lora_null.trainer.checkpoints import (
     check_processes,
     last_checkpoint_or_raise,
 )
+from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import Method, MicroBatch, check_base, check_trainer, method_of
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
@@ -63,6 +64,8 @@ class LoraNullMixin(SavingMixin):
         init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
         init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
         method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
+        decay_to_start: let AdamW's weight decay pull A and B to A0 and B0, the original model, instead of to zero; by
+            default where the base carries a residual and there is weight decay. See `lora_null.trainer.decay`.
         reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
         preflight: what to do with a finding of `lora_null.trainer.preflight`, such as labels that are all masked:
             "error" refuses it before anything is spent, "warn" says it in a line and goes on, "off" does not look.
@@ -85,6 +88,7 @@ class LoraNullMixin(SavingMixin):
         init_options: InitOptions | None = None,
         init_folder: str | Path | None = None,
         method: Method | None = None,
+        decay_to_start: bool | None = None,
         reuse_init: bool = False,
         preflight: Mode = "error",
         **kwargs: Any,
@@ -114,7 +118,10 @@ class LoraNullMixin(SavingMixin):
             self.method.prepare(self.model)
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
-        for callback in (*self.method.callbacks(), KeepInNullBasis()):
+        engine = {"deepspeed": self.is_deepspeed_enabled}
+        to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **engine)
+        decay = [DecayToStart()] if to_start else []
+        for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
         self._calibration_dataset = calibration_dataset
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))

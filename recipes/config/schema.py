@@ -92,6 +92,11 @@ class MethodSection(Section):
     )
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
     target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
+    decay_to_start: bool | None = Field(
+        None,
+        description="let training.weight_decay pull to the start (A0, B0) instead of to zero; when not given, for those "
+        "methods whose base carries a residual",
+    )
     use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
     rank_pattern: dict[str, int] = Field({}, description="module pattern → rank")
     alpha_pattern: dict[str, float] = Field({}, description="module pattern → alpha")

@@ -14,9 +14,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
+from lora_null.config import starts_from_residual
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
+from lora_null.trainer.decay import check_decay_to_start
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.preflight import check_targets
 from lora_null.utils.errors import UserError, nearest
@@ -36,7 +38,7 @@ class MethodPlan:
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
-        basis_bytes: the part of it that are float32 bases which A is kept in.
+        basis_bytes: the part of it that are float16 bases which A is kept in.
         costs: what the method computes or reads besides training, in words.
     """
 
@@ -120,10 +122,10 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
-        if recipe.model.quantization and method.saved_rank(1) > 1:
+        if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
             held *= 2  # the residual is a second path there, not subtracted from the weight
-    basis = 4 * sum(
-        method.basis_width(layer.r["default"], layer.in_features) * layer.in_features
+    basis = 2 * sum(
+        method.basis_width(layer.r["default"], layer.in_features) * int(layer.in_features)
         for layer in (_distinct_inputs(layers).values() if method.saves == "adapter" else ())
     )
     return MethodPlan(
@@ -144,6 +146,11 @@ def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) 
     model = empty_model(model_config, recipe.model)
     config = adapter_config(recipe.method, method, rank)
     method.check_bare(model)
+    decay = float(recipe.training.get("weight_decay") or 0)
+    try:
+        check_decay_to_start(recipe.method.decay_to_start, config, decay)
+    except UserError as mistake:
+        raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:
         model = _wrap(model, config, recipe.method)
     method.prepare(model)

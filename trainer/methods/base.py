@@ -103,7 +103,7 @@ class Method:
         return r
 
     def basis_width(self, r: int, d_in: int) -> int:
-        """Return how many directions (d_in float32 each) it keeps for an input, to hold A in their span; 0 for none."""
+        """Return how many directions (d_in float16 each) it keeps for an input, to hold A in their span."""
         return 0
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:

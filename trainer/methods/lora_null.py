@@ -17,6 +17,7 @@ from lora_null.layer import active_adapter, keep_in_null_basis
 from lora_null.solver import NullSpace, directions
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
+from lora_null.utils.errors import UserError
 
 WIDEST = 0.45  # of d_in: N at the NB-LoRA paper's 99%, at most; how much it is turns out while calibrating
 
@@ -69,7 +70,10 @@ class NBLoRA(LoRANullV1):
     start: str = "zero"
 
     def __post_init__(self) -> None:
-        self.config()  # refuses what it refuses, before a model loads
+        try:
+            self.config()  # before a model loads
+        except UserError as mistake:
+            raise UserError(f"method.options.{self.name}.{mistake}") from None
 
     def config(self, **adapter: Any) -> PeftConfig:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
