@@ -53,6 +53,12 @@ def _options(experiment: str) -> dict[str, Any] | None:
 
 def _texts(path: str, template: str, samples: int, **_: Any) -> list[str]:
     """Return the first texts of a hub data set or a local jsonl file; of several accepted answers the first counts."""
-    rows = load_dataset("json", data_files=path, split="train") if Path(path).is_file() else load_dataset(path, split="train")
-    first = [{key: v[0] if isinstance(v, list) else v for key, v in rows[i].items()} for i in range(min(samples, len(rows)))]
+    rows = (
+        load_dataset("json", data_files=path, split="train")
+        if Path(path).is_file()
+        else load_dataset(path, split="train")
+    )
+    first = [
+        {key: v[0] if isinstance(v, list) else v for key, v in rows[i].items()} for i in range(min(samples, len(rows)))
+    ]
     return [template.format(**row) for row in first]
