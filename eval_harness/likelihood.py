@@ -35,7 +35,7 @@ from lora_null.utils.distributed import (
     rank_and_world,
 )
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_safetensors
+from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
 
 logger = get_logger(__name__)
@@ -328,6 +328,27 @@ def save_reference(
 ) -> None:
     """Write the file that `Reference` reads: complete, or not at all."""
     write_safetensors(path, tensors, {TOKENS_HASH: hash_pairs(pairs), VOCABULARY: str(vocabulary)})
+
+
+def of_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
+    """Return the base model's values, one a pair, on every rank: `values` themselves where this is the base.
+
+    Args:
+        path: the file that they are written to where `record` is set, and read from.
+
+    Raises:
+        UserError: they were recorded for other pairs.
+    """
+
+    def read() -> np.ndarray:
+        if record:
+            write_json(path, {TOKENS_HASH: hash_pairs(pairs), "values": values.tolist()})
+        saved = read_json(path)
+        if saved[TOKENS_HASH] != hash_pairs(pairs):
+            raise UserError(f"the reference {path} was recorded for other texts or another tokenizer; record it again")
+        return np.array(saved["values"])
+
+    return on_first_rank(read)
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:

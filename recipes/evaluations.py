@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
+from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.task import FRAMED
@@ -19,6 +19,7 @@ from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
     AnswersEntry,
     DataSection,
+    ForgettingEntry,
     LmEvalEntry,
     MTBenchEntry,
     PreferencesEntry,
@@ -26,7 +27,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
-from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
@@ -154,12 +155,27 @@ def _mt_bench(entry: MTBenchEntry, role: Role, asked: Asked) -> MTBenchTask:
     )
 
 
+def _forgetting(entry: ForgettingEntry, role: Role, asked: Asked) -> ForgettingTask:
+    where = f"eval.{role}"
+    found = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=entry.limit)
+    text_of, texts = RowText(entry.field, found.columns, f"{where}.field"), []
+    for number, row in list(zip(found.numbers, found.rows))[: entry.limit]:
+        try:
+            texts.append(text_of.text(row))
+        except ValueError as error:
+            raise UserError(f"{where}: row {number} of {entry.path} cannot be used: {error}") from None
+        if len(asked.tokenizer(texts[-1], truncation=True, max_length=2)["input_ids"]) < 2:
+            raise UserError(f"{where}: row {number} of {entry.path} has fewer than two tokens; leave it out")
+    return ForgettingTask(entry.forgetting, texts, entry.max_length, role)
+
+
 # A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
 MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
     LmEvalEntry: _lm_eval,
     AnswersEntry: _answers,
     PreferencesEntry: _preferences,
     MTBenchEntry: _mt_bench,
+    ForgettingEntry: _forgetting,
 }
 
 

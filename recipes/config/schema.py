@@ -338,6 +338,18 @@ class MTBenchEntry(Section):
     limit: int | None = Field(None, ge=1, description="first questions only")
 
 
+class ForgettingEntry(Section):
+    """PEFT's `forgetting`: by how much the loss on general text rose, as its method comparison measures it."""
+
+    forgetting: str = Field(min_length=1, description="a name for the columns")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
+    field: str = Field("text", description="field of the text")
+    max_length: int = Field(768, ge=2, description="tokens of a text, at most")
+    limit: int | None = Field(100, ge=1, description="first rows only")
+
+
 class JudgeSection(Section):
     """The model that grades MT-Bench answers, behind an OpenAI-compatible endpoint."""
 
@@ -351,6 +363,7 @@ class JudgeSection(Section):
 
 
 ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
+ENTRIES |= {"forgetting": ForgettingEntry}
 
 
 def _task_entry(value: Any) -> Any:
@@ -365,7 +378,7 @@ def _task_entry(value: Any) -> Any:
 
 
 EvalEntry = Annotated[
-    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry],  # noqa: UP007
+    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry, ForgettingEntry],  # noqa: UP007
     BeforeValidator(_task_entry),
 ]
 

@@ -203,6 +203,9 @@ def _definition(name: str, unit: str | None) -> str:
         return "KL(base ‖ method) of the next-token distributions over the answers (nats per token; 0 is the base)"
     if kind == "nll":
         return "negative log-likelihood of the reference answers (nats per token)"
+    if kind in ("loss", "forgetting"):
+        rose = "rise of the loss over the base's" if kind == "forgetting" else "loss"
+        return f"{rose} on general text (nats per token), as PEFT's method comparison measures it"
     if name.endswith("reward accuracy"):
         return "percent of held-out pairs whose chosen answer has the higher reward (ties half; the base has 50)"
     if name.endswith("reward margin"):

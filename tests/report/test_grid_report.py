@@ -1,8 +1,9 @@
 """The parts of the report that only a grid, or only one of the paper's models, has."""
 
 import json
+from statistics import fmean, geometric_mean
 
-from lora_null.recipes.report import load_results, write_report
+from lora_null.recipes.report import load_results, paper, write_report
 from lora_null.recipes.report.paper import comparable, paper_name, paper_rows, paper_table
 from lora_null.recipes.results import parse_results
 
@@ -37,10 +38,15 @@ def test_names():
 def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_path):
     found = parse_results(paper_run())
     table = paper_table(found)
-    assert table.titles == ["NQ open", "GSM8K"]
+    assert table.titles == ["NQ open", "GSM8K", "Avg1 (Per)", "GM"]
     cells = dict(table.rows)
-    assert cells["LoRA-Null-v2 (r = 128), table 1a"] == ["9.78 / 9.99", "39.65 / 40.00"]
-    assert cells["LoRA-Null-v2 (r = 235), table 1a"] == ["9.70 / –", "44.95 / –"]
+    assert cells["LoRA-Null-v2 (r = 128), table 1a"] == [
+        "9.78 / 9.99",
+        "39.65 / 40.00",
+        "22.53 (87.5%) / –",
+        "22.63 / –",
+    ]
+    assert cells["LoRA-Null-v2 (r = 235), table 1a"] == ["9.70 / –", "44.95 / –", "22.61 (87.8%) / –", "24.08 / –"]
     other = dict(paper_table(parse_results(paper_run("meta-llama/Meta-Llama-3-8B"))).rows)
     assert other["LoRA (r = 128), table 2a"][1] == "72.86? / –"
     (tmp_path / "results.json").write_text(json.dumps(paper_run()))
@@ -49,6 +55,30 @@ def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_p
         page = (tmp_path / name).read_text()
         assert "Beside the paper" in page and "39.65 / 40.00" in page
     assert "44.95" not in (tmp_path / "report.md").read_text().split("Beside the paper")[0]  # in no mean, no mark
+
+
+def test_the_columns_of_the_aaai_version():
+    """Avg1, its share of the base's and GM against the standard library, from the paper's own figures and from ours."""
+    raw = json.loads(json.dumps(paper_run()))  # whose rows share their metrics
+    ours = {"triviaqa": 0.5, "nq_open": 0.1, "webqs": 0.06}
+    for row, scale in ((raw["rows"][0], 1.25), (raw["rows"][1], 1.0)):
+        row["metrics"] |= {name: percent(value * scale, "retention") for name, value in ours.items()}
+        row["metrics"] |= {"math/string_match": percent(0.05 / scale, "task")}
+    cells = dict(paper_table(parse_results(raw)).rows)
+    theirs = next(r for r in paper_rows() if (r.table, r.method, r.rank) == ("1a", "lora-null-v2", 128)).metrics
+    base = next(r for r in paper_rows() if (r.table, r.method) == ("1a", "base")).metrics
+    kept, before = (fmean([row[name] for name in ("TriviaQA", "NQ open", "WebQS")]) for row in (theirs, base))
+    gm = geometric_mean([kept, fmean([theirs["GSM8K"], theirs["MATH"]])])
+    assert cells["LoRA-Null-v2 (r = 128), table 1a"][-2:] == [
+        f"{kept:.2f} ({100 * kept / before:.1f}%) / 22.00 (80.0%)",
+        f"{gm:.2f} / {geometric_mean([22.0, fmean([40.0, 5.0])]):.2f}",
+    ]
+    assert cells["base, table 1a"][-1].startswith("– /")  # the base has no task figures
+    assert (
+        paper.kept_share({"TriviaQA": 1.0}, base) is None and paper.kept_share(base, dict.fromkeys(base, 0.0)) is None
+    )
+    assert paper.geometric_mean(base | {"MTBench": 5.0}, "instruction") is None  # no percentage
+    assert paper.average_of({}, ()) is None
 
 
 def test_nothing_of_the_paper_where_model_or_task_is_another():
