@@ -84,9 +84,9 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
-    where = f"eval.{role}"
+    where, thinking = f"eval.{role}", asked.recipe.data.thinking
     last = None if entry.limit is None else entry.offset + entry.limit
-    section = DataSection(**entry.model_dump(include=READ | {"messages", "system"}), limit=last)
+    section = DataSection(**entry.model_dump(include=READ | {"messages", "system"}), limit=last, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")

@@ -185,9 +185,9 @@ class RowReader:
         """
         data, rejected, prompt = self.data, None, 0
         if data.text:
-            text = str(as_message("text", row, data.text)["content"])
+            text = as_message("text", row, data.text)["content"]
             _check_encoding([text])
-            text += tokenizer.eos_token or ""
+            text = f"{text}{tokenizer.eos_token or ''}"
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         if data.messages:
             messages, learned = as_messages(row.get(data.messages))
