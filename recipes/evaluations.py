@@ -93,29 +93,32 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
-    where = f"eval.{role}"
+    where, thinking = f"eval.{role}", asked.recipe.data.thinking
     last = None if entry.limit is None else entry.offset + entry.limit
-    section = DataSection(**entry.model_dump(include=READ), limit=last)
+    section = DataSection(**entry.model_dump(include=READ | {"messages", "system"}), limit=last, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
-    pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
+    pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
     special = entry.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
-def _text_pair(example: Example, end: str) -> tuple[str, str]:
+def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:
     """Return what comes before the last answer, and the answer without its end token."""
     text, (start, through) = example.written.text, example.written.spans[-1]
-    return text[:start], text[start:through].removesuffix(end)
+    answer = text[start:through]
+    return text[:start], (answer.rstrip() if template == CHAT else answer).removesuffix(end)
 
 
 def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
     where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
-    section = DataSection(**entry.model_dump(include=READ | {"rejected", "limit"}), template=recipe.data.template)
-    examples, bad = read_examples(section, tokenizer, preferences=True, where=where)
+    last = None if entry.limit is None else entry.offset + entry.limit
+    keys = entry.model_dump(include=READ | {"rejected"}) | {"template": recipe.data.template, "limit": last}
+    examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
+    examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)

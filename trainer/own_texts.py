@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def own_texts(
     Raises:
         UserError: no token to begin with, or prompts of which none leaves room to write.
     """
-    starts = _starts(tokenizer, prompts, max_tokens)
+    starts: Any = _starts(tokenizer, prompts, max_tokens)
     limit = position_limit(model.config)
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
@@ -74,7 +75,7 @@ def own_texts(
     return [texts[i] for i in range(count)]
 
 
-def _starts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+def _starts(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
@@ -87,9 +88,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_toke
 
 
 @torch.no_grad()
-def _write(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], longest: int, seed: int
-) -> list[str]:
+def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed: int) -> list[str]:
     """Return the rows, each with what the model writes after it."""
     width, device, pad = max(map(len, rows)), device_of(model), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
@@ -107,14 +106,15 @@ def _write(
             top_p=1.0,
             pad_token_id=pad,
         )
-    texts = []
+    texts, ends = [], _ends(model, tokenizer)
     for row, new in zip(rows, found[:, width:].tolist()):
-        end = next((i + 1 for i, token in enumerate(new) if token in _ends(model, tokenizer)), len(new))
+        end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         text = tokenizer.decode(row + new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         texts.append(without_bos(text, tokenizer))
     return texts
 
 
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id} | (set() if ends is None else {ends} if isinstance(ends, int) else set(ends))

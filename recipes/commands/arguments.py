@@ -38,8 +38,27 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     }
     shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    table = {"train": _train, "report": _report, "init": _init, "export": _export, "check": _check, "judge": _judge}
+    table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
+    table["judge"] = _judge
     return parser, {name: add(commands) for name, add in table.items()}
+
+
+def _new(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "new",
+        help="write a recipe for your model and your data",
+        description="Look at a model and a file of data and write a commented recipe for them: format, template, lengths, "
+        "batch for the device at hand, what to calibrate on and what to measure. No weights are loaded.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
+    add("--data", required=True, help="file, folder or hub id of what to learn").complete = shtab.FILE
+    add("--keep", help="file, folder or hub id of what to keep; else a general mix").complete = shtab.FILE
+    add("--split", default="train", help="split of a data set (default train); a single file is its own")
+    add(
+        "--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)"
+    ).complete = shtab.FILE
+    return parser
 
 
 def _train(commands: Any) -> argparse.ArgumentParser:

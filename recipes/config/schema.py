@@ -267,6 +267,13 @@ class DataSection(Section):
     response: str = Field("response", description="field of the response (DPO: the chosen one)")
     rejected: str = Field("rejected", description="DPO: field of the rejected response")
     messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
+    text: str | None = Field(None, description="field of a text that is all learned, instead of prompt and response")
+    system: str | None = Field(None, description="field of a system text, put before the conversation")
+    thinking: Literal["keep", "drop"] | None = Field(
+        None,
+        description="thoughts of the assistant (<think>, reasoning_content): all kept, or dropped; when not given, as the "
+        "template has it, and the last turn's at least",
+    )
     template: str = Field("alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}")
     limit: int | None = Field(None, ge=1, description="first rows only")
     on_bad_row: Literal["error", "skip"] | None = Field(
@@ -278,6 +285,14 @@ class DataSection(Section):
     def _template(cls, template: str) -> str:
         check_template(template, "data.template", chat=True)
         return template
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> DataSection:
+        other = next((key for key in ("messages", "system", "thinking") if getattr(self, key) is not None), None)
+        other = other or ("template: chat" if self.template == "chat" else None)
+        if self.text is not None and other:
+            raise ValueError(f"data.text is learned as it stands, without data.{other}")
+        return self
 
 
 class LmEvalEntry(Section):
@@ -302,6 +317,10 @@ class AnswersEntry(Section):
     split: str = Field("test", description=SPLIT)
     prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
     response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
+    messages: str | None = Field(
+        None, description="field of a conversation whose last learned answer counts, instead of prompt and response"
+    )
+    system: str | None = Field(None, description="field of a system text, put before the conversation")
     template: str = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
@@ -323,7 +342,8 @@ class PreferencesEntry(Section):
     prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
     rejected: str = Field("rejected", description="field of the rejected response")
-    limit: int | None = Field(None, ge=1, description="first rows only")
+    offset: int = Field(0, ge=0, description="rows to skip")
+    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
 
 class MTBenchEntry(Section):
@@ -535,9 +555,10 @@ class Recipe(Section):
             from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
 
             make_method(name, chosen)
-        if self.trainer == "dpo" and self.data.messages:
-            raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
-        if self.trainer == "sft" and self.data.prompt is None and not self.data.messages:
+        other = next((key for key in ("messages", "text") if getattr(self.data, key)), None)
+        if self.trainer == "dpo" and other:
+            raise ValueError(f"trainer: dpo takes data.prompt, data.response and data.rejected, not data.{other}")
+        if self.trainer == "sft" and self.data.prompt is None and not other:
             raise ValueError("data.prompt: null is for trainer: dpo; data.messages names a field of conversations")
         return self
 
