@@ -1,4 +1,4 @@
-"""What happens around a training's steps: progress, log, memory, divergence, and the end by SIGTERM."""
+"""What happens around a training's steps: progress, log, memory, divergence, and the end by a signal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX
 from lora_null.recipes.results import load_log
-from lora_null.utils.distributed import whole_parameters
+from lora_null.utils.distributed import is_first_process, whole_parameters
 from lora_null.utils.files import write_text
 from lora_null.utils.model_state import release_freed_memory
 
@@ -126,37 +126,63 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
 
 
-class SaveOnSigterm(TrainerCallback):
-    """In training finish the step, save a checkpoint, and end the process with 143: a cluster takes the machine away.
+class KeepCard(TrainerCallback):
+    """Put a method's card where PEFT and TRL leave stubs of theirs, into checkpoints too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def put_back(self, *_: Any, **__: Any) -> None:
+        """Write the card into the method's folder; in place of `Trainer.create_model_card`."""
+        write_text(self.path, self.text)
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write the card into a checkpoint before that is marked as complete."""
+        write_text(checkpoint / self.path.name, self.text)
+
+
+class SaveOnSignal(TrainerCallback):
+    """In training finish the step, save a checkpoint, and end: on SIGTERM with 143 (a cluster takes the machine away), on
+    Ctrl-C as an interrupt, which a second one makes at once.
 
     Transformers has `enable_jit_checkpoint` for this. It waits three seconds first, may save in the middle of a step, and
     knows of one process alone; here the step is finished, so that the resumed run repeats an unbroken one bit for bit, and
     all processes stop at the same step.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # the signal
         self.group: Any = None
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._remember)
+        self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")  # on the CPU: the accelerator's queue is not waited for
 
-    def _remember(self, *_: Any) -> None:
-        self.asked = True
+    def _remember(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not self.asked and is_first_process():
+                tqdm.write("finishing this step and saving it; Ctrl-C again stops at once", file=sys.stderr)
+        self.asked = self.asked or number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.group is not None:
-            asked = torch.tensor(int(self.asked))
+            asked = torch.tensor(self.asked)
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-            self.asked = bool(asked)
+            self.asked = int(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.asked:
             if state.is_world_process_zero:
                 print(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import DistributedType, PartialState
 from peft import LoraConfig
@@ -120,6 +121,11 @@ def check_weights(model: ModelSection, name: str) -> None:
                 raise UserError(f"model.name_or_path: {folder / file} is damaged ({error})") from None
 
 
+def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
+    """Return whether the trainer shortens the rows itself: joined to packs, or at their beginnings."""
+    return getattr(training, "packing", False) or training.truncation_mode == "keep_end"
+
+
 def check_answers_end(
     recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, training: Any, data: TrainingData
 ) -> None:
@@ -131,7 +137,7 @@ def check_answers_end(
         found = GenerationConfig.from_pretrained(name).eos_token_id
         ends |= set(found if isinstance(found, list) else [] if found is None else [found])
     rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
-    cut = None if getattr(training, "packing", False) else training.max_length
+    cut = None if cut_by_trainer(training) else training.max_length
     looked_at = ((row.ids[:cut], row.labels[:cut]) for row in rows)
     check_labels(looked_at, ends, tokenizer.eos_token, cut, recipe.preflight)
 
@@ -215,15 +221,16 @@ def rehearse(
     if recipe.preflight == "off" or PartialState().distributed_type != DistributedType.NO:
         return
     logging.disable(logging.WARNING)
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
             settings = arguments(Path(folder), **REHEARSAL)
-            settings.max_length = settings.max_length and min(settings.max_length, REHEARSED_TOKENS)
             kind = DPOTrainer if recipe.trainer == "dpo" else SFTTrainer
             trainer = kind(
                 model=_stand_in(recipe, tokenizer, settings),
                 args=settings,
-                train_dataset=data.rows.select(range(min(REHEARSED_ROWS, len(data.rows)))),
+                train_dataset=_shortest_rows(data),
                 processing_class=tokenizer,
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
             )
@@ -236,9 +243,22 @@ def rehearse(
         finding = (str(error).strip() or type(error).__name__).splitlines()[0]
     finally:
         logging.disable(logging.NOTSET)
+        if bars:
+            datasets.enable_progress_bars()
         seed_everything(recipe.seed)
     if finding is not None:
         tell(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
+
+
+def _shortest_rows(data: TrainingData) -> datasets.Dataset:
+    """Return a few rows; of ids, which the trainer only cuts, their ends, where the labels are."""
+    order = sorted(range(len(data.examples)), key=lambda i: len(data.examples[i].written.text))
+    rows = data.rows.select(order[:REHEARSED_ROWS])
+    if "input_ids" not in rows.column_names:
+        return rows
+    return datasets.Dataset.from_dict(
+        {name: [row[-REHEARSED_TOKENS:] for row in rows[name]] for name in rows.features}
+    )
 
 
 def _stand_in(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig | DPOConfig) -> LlamaForCausalLM:

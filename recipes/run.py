@@ -37,7 +37,16 @@ from lora_null.recipes.budget import (
     plan_budget,
     require_strength,
 )
-from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
+from lora_null.recipes.callbacks import (
+    KeepCard,
+    ProgressBar,
+    ReleaseMemory,
+    SaveOnSignal,
+    StopDiverged,
+    WriteLog,
+    diverged_at,
+)
+from lora_null.recipes.card import CARD_FILE, write_run_card
 from lora_null.recipes.checks import (
     check_answers_end,
     check_judge,
@@ -45,6 +54,7 @@ from lora_null.recipes.checks import (
     check_start,
     check_task_names,
     check_weights,
+    cut_by_trainer,
     reference_bytes,
     rehearse,
 )
@@ -52,7 +62,7 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.environment import computes_bf16, environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import eval_tasks, probe_tasks, templates_of
 from lora_null.recipes.models.bases import (
     attention,
@@ -138,6 +148,8 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     """
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
+    if options.get("bf16") == "auto":
+        options["bf16"] = computes_bf16() and not options.get("fp16")
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
@@ -208,17 +220,14 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
+        if job.is_main:
+            write_run_card(job.folder / plan.name, job.recipe, plan, None)
         rows.append(_method_row(job, plan))
+        if job.is_main:
+            write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
             after_row(rows[-1])
-    results = Results(
-        recipe=job.recipe.name,
-        model=job.model_name,
-        seed=job.recipe.seed,
-        environment=environment(),
-        settings=_settings(job),
-        rows=rows,
-    )
+    results = _results(job, rows)
     evaluations = read_evaluations(job.folder, results, base=job.base) if job.is_main else {}
     results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
     results.answers = side_by_side(job, results, evaluations)
@@ -227,6 +236,17 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         write_report(job.folder)
     PartialState().wait_for_everyone()
     return results
+
+
+def _results(job: Job, rows: list[Row]) -> Results:
+    return Results(
+        recipe=job.recipe.name,
+        model=job.model_name,
+        seed=job.recipe.seed,
+        environment=environment(),
+        settings=_settings(job),
+        rows=rows,
+    )
 
 
 def check_run(recipe: Recipe, *, allow_code_execution: bool = False, unreached: list[str] | None = None) -> Job:
@@ -342,7 +362,7 @@ def read_training_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
 ) -> TrainingData:
     """Return the checked training rows; print which were left out."""
-    cut = None if getattr(training, "packing", False) else training.max_length
+    cut = None if cut_by_trainer(training) else training.max_length
     data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
     if data.bad and is_first_process():
         total = len(data.bad) + len(data.examples)
@@ -565,6 +585,7 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, target)
+        shutil.copyfile(folder / CARD_FILE, target / CARD_FILE)
     job.tokenizer.save_pretrained(target)
     return saved
 
@@ -593,7 +614,9 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
     log = WriteLog(folder / LOG_FILE, method.terms)
-    for callback in (StopDiverged(), SaveOnSigterm(), ReleaseMemory(), ProgressBar(plan.name), log):
+    card = KeepCard(folder / CARD_FILE)
+    trainer.create_model_card = card.put_back  # in place of a stub that knows no data and no results
+    for callback in (StopDiverged(), SaveOnSignal(), ReleaseMemory(), ProgressBar(plan.name), log, card):
         trainer.add_callback(callback)
     return trainer
 

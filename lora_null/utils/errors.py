@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 WORKER = "LORA_NULL_WORKER"  # set where processes of one launch work apart: the number of this one
 
 
@@ -49,7 +50,8 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr.
+    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
+    for Ctrl-C.
 
     On many ranks it is told once. Any other exception is a fault of ours and keeps its traceback.
     """
@@ -58,6 +60,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except UserError as error:
         _tell(str(error))
         return 2
+    except KeyboardInterrupt as interrupt:
+        _tell("\n".join(map(str, interrupt.args)) or "stopped", head="")
+        return INTERRUPTED
     except Exception as error:
         if not _disk_is_full(error):
             raise
@@ -65,9 +70,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 1
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, head: str = "error: ") -> None:
     if int(os.environ.get("RANK", os.environ.get(WORKER, 0))) == 0:
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar was running
+        tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -26,7 +26,7 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.truncate import truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes.commands.card import write_card
+from lora_null.recipes.card import write_card
 from lora_null.recipes.commands.source import find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2

@@ -6,6 +6,7 @@ import argparse
 import os
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.schema import Recipe
@@ -77,7 +78,22 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         dry_run(recipe, **options)
         return
     exit_on_sigterm()
-    (run_grid if recipe.grid else run_recipe)(recipe, **options)
+    try:
+        (run_grid if recipe.grid else run_recipe)(recipe, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*_stopped(Path(recipe.output_dir), arguments)) from None
+
+
+def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
+    from lora_null.recipes.output import RECIPE_FILE, what_is_kept
+
+    if not (folder / RECIPE_FILE).is_file():
+        return "stopped before anything was begun", "the same command starts it"
+    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("LORA_NULL_WORKERS", 1)))
+    launcher = "lora-null train" if processes == 1 else f"torchrun --nproc_per_node {processes} -m lora_null.recipes"
+    consent = " --allow-code-execution" if arguments.allow_code_execution else ""
+    return f"stopped; kept {what_is_kept(folder)}", f"go on with: {launcher} {folder / RECIPE_FILE} --resume{consent}"
 
 
 def _go_offline_without_a_network() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lora_null.recipes.config.schema import CalibrationSource, Recipe, calibrati
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
+RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe
+BATCH = ("total_batch_size", "gradient_accumulation_steps")
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
@@ -90,7 +92,15 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
-    return merged
+    return forget_other_batch(merged, over)
+
+
+def forget_other_batch(under: dict[str, Any], over: Collection[str]) -> dict[str, Any]:
+    """Of the two ways to give a batch, forget the one below where only the other is laid over it."""
+    for given, other in (BATCH, BATCH[::-1]):
+        if given in over and other not in over:
+            under.pop(other, None)
+    return under
 
 
 def lay_calibration(under: Any, over: Any) -> Any:
@@ -124,6 +134,9 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         except yaml.YAMLError:
             raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
         put(raw, key, _number(value), f"argument {assignment!r}")
+    given = {assignment.partition("=")[0].removeprefix("training.") for assignment in assignments}
+    if isinstance(raw.get("training"), dict):
+        forget_other_batch(raw["training"], given)
     return raw
 
 
@@ -160,10 +173,12 @@ def _number(value: Any) -> Any:
 
 
 def _section_as_meant(name: str, section: Any) -> Any:
-    """Undo three readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
+    """Undo four readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
 
-    1e-4 is a number, `save_strategy: no` is not false, and an empty list of tasks is not null.
+    1e-4 is a number, `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
     """
+    if name == "preflight" and section is False:
+        return "off"
     if not isinstance(section, dict):
         return section
     if name in ("training", "grid"):
@@ -217,6 +232,8 @@ def load_recipe(
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
+    if path.name == RECIPE_FILE and path.absolute().parent.name == Path(recipe.output_dir).name:
+        recipe.output_dir = str(path.parent)  # the one that a run left in its folder, wherever that lies now
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     return _with_paths(recipe, path.parent)
 

