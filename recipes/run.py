@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
@@ -64,6 +66,8 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.recipes.strengths import FOLDER as DIAL_FOLDER
+from lora_null.recipes.strengths import Dial, sweep, write_dial
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE, find_initialization
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
@@ -247,20 +251,49 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     windows = calibration_windows(texts, tokenizer, cut)
     _check_tokens(windows, plans)
     folder = Path(recipe.output_dir)
-    own = probe_tasks(recipe, tokenizer, max_length=training.max_length)
-    probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
-    bound = plan_budget(recipe, tasks, probe)
-    if bound or recipe.eval.strengths:
+    measured = _measured(recipe, name, tokenizer, tasks, training.max_length)
+    if measured["bound"] or recipe.eval.strengths:
         for plan in plans:
             require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
-    keys = [
-        base_cache.key_of(recipe, name, hub_commit(recipe.model, name), measured)
-        if recipe.eval.cache and measured
-        else None
-        for measured in (tasks, probe and probe.tasks)
-    ]
-    base = base or folder / "base"
-    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base, keys[0], probe, keys[1], bound)
+    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", **measured)
+
+
+def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool = False) -> Job:
+    """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
+
+    Args:
+        recipe: the recipe; its output folder is that of the base's evaluation.
+        base: the folder of the base's evaluation.
+        allow_code_execution: whether tasks may run what the model writes.
+    """
+    name = resolve_name(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, name)
+    length = training_arguments(recipe, base).max_length
+    tasks = validate_tasks(eval_tasks(recipe, tokenizer, max_length=length, allow_code_execution=allow_code_execution))
+    nothing = TrainingData(datasets.Dataset.from_dict({}), [], [])
+    measured = _measured(recipe, name, tokenizer, tasks, length)
+    return Job(recipe, base.parent, name, tokenizer, [], nothing, [], tasks, base, **measured)
+
+
+def _measured(
+    recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], max_length: int | None
+) -> dict[str, Any]:
+    """Return a job's probes, its budget, and the keys under which the base's evaluations are kept."""
+    own = probe_tasks(recipe, tokenizer, max_length=max_length)
+    probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
+
+    def key(measured: list[Task] | None) -> str | None:
+        if not recipe.eval.cache or measured is None:
+            return None
+        return base_cache.key_of(recipe, name, hub_commit(recipe.model, name), measured)
+
+    counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
+    if counted and not recipe.eval.before:
+        raise UserError(f"{counted}: is counted from the base, which eval.before=false does not evaluate")
+    if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
+        raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
+    keys = {"base_key": key(tasks), "probe_key": key(probe.tasks if probe else None)}
+    return keys | {"probe": probe, "bound": plan_budget(recipe, tasks, probe)}
 
 
 def read_training_data(
@@ -424,13 +457,15 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     diverged, found, saved, kept = diverged_at(trainer), None, None, None
     if diverged is None:
         if isinstance(probe, KeepBudget):
-            kept = keep_budget(_measurement(job, model), probe, model)
+            kept = keep_budget(measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
         if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
         if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
             diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
+        if found and job.recipe.eval.strengths:
+            dial(job, plan.name, model, folder, {1.0: found})
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
     row = Row(
         method=plan.name,
@@ -453,6 +488,36 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     del trainer, model
     _free()
     return row
+
+
+def dial(
+    job: Job,
+    method: str,
+    model: Any,
+    folder: Path,
+    known: dict[float, Evaluation],
+    strengths: Sequence[float] | None = None,
+) -> Dial:
+    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
+
+    Args:
+        job: with the base evaluated.
+        method: for the title.
+        model: a PEFT model.
+        folder: of the method, or of the adapter.
+        known: strength → what was measured already.
+        strengths: instead of the recipe's.
+    """
+    section = job.recipe.eval
+    options = {"limit": section.limit, "batch_size": section.batch_size, "autocast_dtype": _autocast(job)}
+    measure = functools.partial(evaluate, model, job.tokenizer, job.tasks, reference_dir=job.base, **options)
+    base = Evaluation.read(job.base / "eval.json")
+    points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
+    if job.is_main:
+        write_dial(folder / DIAL_FOLDER, found)
+    PartialState().wait_for_everyone()
+    return found
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
@@ -532,7 +597,7 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     return probe
 
 
-def _measurement(job: Job, model: Any) -> Measurement:
+def measurement(job: Job, model: Any) -> Measurement:
     """Return what measures how a live model keeps the budget."""
     whole, few = job.base, probe_folder(job.base)
     options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
