@@ -1,5 +1,6 @@
 """Probes: measured while any Trainer trains, exactly, and without any trace in what it trains."""
 
+import itertools
 import json
 import math
 
@@ -59,7 +60,9 @@ def test_in_any_trainer_and_without_a_trace(tmp_path):
     assert [point.step for point in probe.points] == [0, 4, 6]
     lines = [line for line in probed.state.log_history if "probe/facts kl" in line]
     assert [line["step"] for line in lines] == [0, 4, 6]
-    assert set(lines[0]) >= {"probe/facts nll", "probe/sums nll", "probe/seconds"} and lines[0]["probe/facts kl"] < 1e-6
+    assert (
+        set(lines[0]) >= {"probe/facts nll", "probe/sums nll", "probe/seconds"} and lines[0]["probe/facts kl"] < 1e-6
+    )
     losses = [[line["loss"] for line in run.state.log_history if "loss" in line] for run in (plain, probed)]
     assert losses[0] == losses[1] and len(losses[0]) == 6  # no line of the trainer's own is lost
     found = probe.points[-1].metrics["facts kl"]
@@ -81,7 +84,9 @@ def test_auto_keeps_to_its_share_and_too_many_are_said(tmp_path, caplog):
     assert again.every == auto.every  # a run that is started again probes where it did
 
 
-@pytest.mark.parametrize(("least", "found"), [(0.0, 1), (1.0, 1), (1.2, 2), (5.0, 5), (5.1, 10), (34, 50), (1001, 2000)])
+@pytest.mark.parametrize(
+    ("least", "found"), [(0.0, 1), (1.0, 1), (1.2, 2), (5.0, 5), (5.1, 10), (34, 50), (1001, 2000)]
+)
 def test_the_number_of_steps_is_a_round_one(least, found):
     assert nice_number(least) == found
 
@@ -90,7 +95,7 @@ def test_rows_are_drawn_once_for_all_and_not_by_their_order():
     few, rows = few_rows(TASKS[0], 6)
     assert few_rows(TASKS[0], 6)[1] == rows == sorted(set(rows)) and len(rows) == 6
     assert few.pairs == [FACTS[i] for i in rows] and few.kl and few.role == "retention"
-    assert len({b - a for a, b in zip(rows, rows[1:])}) > 1  # a period of the file is not met
+    assert len({b - a for a, b in itertools.pairwise(rows)}) > 1  # a period of the file is not met
     assert few_rows(TASKS[1], 100)[1] == list(range(12)) and few_rows(TASKS[1], 100, limit=5)[1] == list(range(5))
 
 
