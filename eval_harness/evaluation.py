@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import time
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ from lora_null.utils.model_state import own_precision, preserve, seed_everything
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+_version = functools.cache(
+    importlib.metadata.version
+)  # reading one takes milliseconds, and probes ask again and again
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
 
 
@@ -116,7 +120,7 @@ def evaluate(
                 noise |= _noise(task, found, model, tokenizer, replace(options, limit=least))
             described[task.key] = task.describe(least) | found.settings
     settings = {
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
         "dtype": str(model.dtype),
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "batch_size": batch_size,

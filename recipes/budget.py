@@ -60,14 +60,12 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     """Return the budget of a recipe, checked against what the run measures; None where it sets none.
 
     Raises:
-        UserError: a measure that the run does not have, no base to count from, too few rows to probe and to check, or an
+        UserError: a measure that the run does not have, too few rows to probe and to check, or an
             accuracy that these rows cannot see so finely.
     """
     section = recipe.budget
     if section is None or probe is None:
         return None
-    if not recipe.eval.before:
-        raise UserError("budget: is counted from the base, which eval.before=false does not evaluate")
     task, measure = _find_measure(section.measure, tasks)
     few = next((few for few in probe.tasks if few.role == "retention" and few.key == task.key), None)
     if few is None:

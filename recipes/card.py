@@ -15,7 +15,8 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Results, load_results
+from lora_null.recipes.results import DISPLAY, Results, Row, load_results
+from lora_null.recipes.strengths import read_dial
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import write_text
 
@@ -106,7 +107,7 @@ def content(export: Any, difference: Any, license_id: str | None, *, look: bool 
         "rank": export.rank,
         "whole": source.kind == "model",
         "license": license_id,
-        "table": results_table(source),
+        "table": results_table(source, export.strength),
         "notes": export.notes,
         "difference": difference and str(difference),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
@@ -210,12 +211,23 @@ def short_name(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
-def results_table(source: Any) -> Any:
-    """Return the report's table with the base and this method alone; None where the run has not been evaluated."""
-    if not (source.run / "results.json").is_file():
+def results_table(source: Any, strength: float = 1.0) -> Any:
+    """Return the report's table with the base and this method alone; None where that was not evaluated.
+
+    Args:
+        source: the finished method.
+        strength: of the export; at another one than 1 the row is what the dial measured there.
+    """
+    if not (source.run / "results.json").is_file() or source.elsewhere:
         return None
     results = load_results(source.run)
     rows = [results.base, *(row for row in results.rows[1:] if row.method == source.method)]
+    if strength != 1:
+        found = read_dial(source.home)
+        point = found.at(strength) if found else None
+        if point is None:
+            return None
+        rows = [rows[0], Row(method=source.method, variant=f"strength {strength:g}", metrics=point.metrics)]
     return _table_of(results.model_copy(update={"rows": rows}))
 
 

@@ -114,7 +114,7 @@ class Budget(BaseModel):
             told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"
         for name, change in self.learned.items() if how else ():
             error = "" if change.stderr is None else f" ± {change.stderr:.2g}"
-            told += f"; given up: {change.lost:.3g}{error} of {name} ({change.kept:.3g}, {change.full:.3g} without the budget)"
+            told += f"; given up: {change.lost:.3g}{error} of {name} ({change.kept:.3g}, {change.full:.3g} where training ended)"
         return told + ("" if self.kept else "; the budget is NOT kept")
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
@@ -89,6 +91,8 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.recipes.side_by_side import side_by_side
+from lora_null.recipes.strengths import FOLDER as DIAL_FOLDER
+from lora_null.recipes.strengths import Dial, sweep, write_dial
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -317,22 +321,44 @@ def inspect_recipe(
         job.windows = cut_windows(sources, tokenizer, job.cut)
         _check_tokens(job.windows.ids, plans)
     if not unreached:
-        _plan_probes(job, training)
+        _plan_measures(job, training.max_length)
     return job
 
 
-def _plan_probes(job: Job, training: SFTConfig | DPOConfig) -> None:
-    """Plan what is measured while it trains and what may be forgotten; name the evaluations of the base that are kept."""
-    recipe, name = job.recipe, job.model_name
-    own = probe_tasks(recipe, job.tokenizer, max_length=training.max_length)
-    job.probe = plan_probes(recipe, job.tasks, {role: validate_tasks(made) for role, made in own.items()})
-    job.bound = plan_budget(recipe, job.tasks, job.probe)
-    if job.bound or recipe.eval.strengths:
-        for plan in job.plans:
-            require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
+def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool = False) -> Job:
+    """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
+
+    Args:
+        recipe: the recipe; its output folder is that of the base's evaluation.
+        base: the folder of the base's evaluation.
+        allow_code_execution: whether tasks may run what the model writes.
+    """
+    name = resolve_name(recipe.model)
+    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
+    job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
+    length = training_arguments(recipe, base).max_length
+    options = {"max_length": length, "allow_code_execution": allow_code_execution}
+    job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
+    _plan_measures(job, length)
+    return job
+
+
+def _plan_measures(job: Job, max_length: int | None) -> None:
+    """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
+    recipe, name, tasks = job.recipe, job.model_name, job.tasks
+    own = probe_tasks(recipe, job.tokenizer, max_length=max_length)
+    job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
+    counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
+    if counted and not recipe.eval.before:
+        raise UserError(f"{counted}: is counted from the base, which eval.before=false does not evaluate")
+    if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
+        raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
+    job.bound = plan_budget(recipe, tasks, job.probe)
+    for plan in job.plans if job.bound or recipe.eval.strengths else ():
+        require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
     if recipe.eval.cache:
         commit = hub_commit(recipe.model, name)
-        job.base_key = base_cache.key_of(recipe, name, commit, job.tasks)
+        job.base_key = base_cache.key_of(recipe, name, commit, tasks)
         job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks)
 
 
@@ -519,13 +545,15 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     diverged, found, saved, kept = diverged_at(trainer), None, None, None
     if diverged is None:
         if isinstance(probe, KeepBudget):
-            kept = keep_budget(_measurement(job, model), probe, model)
+            kept = keep_budget(measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
         if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
         if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
             diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
+        if found and job.recipe.eval.strengths:
+            dial(job, plan.name, model, folder, {1.0: found})
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
     row = Row(
         method=plan.name,
@@ -558,6 +586,36 @@ def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
     original = None if base is None else lambda name: weight_of(base.get_submodule(name))
     changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
     return Magnitude.of(changes) if job.is_main else None
+
+
+def dial(
+    job: Job,
+    method: str,
+    model: Any,
+    folder: Path,
+    known: dict[float, Evaluation],
+    strengths: Sequence[float] | None = None,
+) -> Dial:
+    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
+
+    Args:
+        job: with the base evaluated.
+        method: for the title.
+        model: a PEFT model.
+        folder: of the method, or of the adapter.
+        known: strength → what was measured already.
+        strengths: instead of the recipe's.
+    """
+    section = job.recipe.eval
+    options = {"limit": section.limit, "batch_size": section.batch_size, "autocast_dtype": _autocast(job)}
+    measure = functools.partial(evaluate, model, job.tokenizer, job.tasks, reference_dir=job.base, **options)
+    base = Evaluation.read(job.base / "eval.json")
+    points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
+    if job.is_main:
+        write_dial(folder / DIAL_FOLDER, found)
+    PartialState().wait_for_everyone()
+    return found
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
@@ -641,7 +699,7 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     return probe
 
 
-def _measurement(job: Job, model: Any) -> Measurement:
+def measurement(job: Job, model: Any) -> Measurement:
     """Return what measures how a live model keeps the budget."""
     whole, few = job.base, probe_folder(job.base)
     options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}

@@ -40,6 +40,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
     table["judge"] = _judge
+    table |= {"dial": _dial}
     return parser, {name: add(commands) for name, add in table.items()}
 
 
@@ -157,15 +158,52 @@ def _export(commands: Any) -> argparse.ArgumentParser:
         "base and its logits on real text are compared with the run's before the folder appears.",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run").complete = shtab.DIRECTORY
+    add(
+        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
+    ).complete = shtab.DIRECTORY
     add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
     add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
     add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
     add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
+    add("--strength", type=float, metavar="S", help="write ΔW times S; 1 is as trained")
+    add("--max-forgetting", type=float, metavar="X", help="the largest strength that forgets no more than X, measured")
+    add("--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL)")
+    _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    return parser
+
+
+def _add_questions(add: Any) -> None:
+    """Add what says what to measure, where it is not a run's own recipe."""
+    add(
+        "--keep", metavar="FILE", help="measure on these questions with answers what is forgotten"
+    ).complete = shtab.FILE
+    add("--learn", metavar="FILE", help="and on these what was learned").complete = shtab.FILE
+    add("--prompt", default="question", help="field of the question (default question)")
+    add("--response", default="answer", help="field of the answer (default answer)")
+    add("--template", default="qa", help="alpaca, qa (default), plain, or a text with {prompt}")
+    add("--limit", type=int, help="first questions of every file only")
+
+
+def _dial(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "dial",
+        help="evaluate an adapter at several strengths",
+        description="Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what "
+        "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
+    )
+    add = parser.add_argument
+    add(
+        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
+    ).complete = shtab.DIRECTORY
+    add("--strengths", metavar="S,S", help="1 is as trained (default 0,0.2,0.4,0.6,0.8,1,1.25)")
+    add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
+    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)").complete = shtab.DIRECTORY
+    _add_questions(add)
     return parser
 
 

@@ -97,6 +97,34 @@ def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str)
     return _png(_curves(results, series, title)) if series else None
 
 
+def dial_png(found: tuple[Measure, Measure] | None, strengths: Sequence[float], label: str) -> bytes:
+    """The frontier of one adapter: a point a strength, joined from the base on; bars are one standard error."""
+    if found is None:
+        return _png(_sentence("Only one of learning and forgetting was measured: there is no frontier to draw."))
+    kept, learned = found
+    points = plane_points(kept, learned)
+    figure, axes = _figure(7.4, 4.6)
+    scale = [_scale(measure) for measure in (learned, kept)]
+    line = [(0.0, 0.0), *((x * scale[0], y * scale[1]) for x, y in points.values())]
+    axes.plot(*zip(*line), color=COLORS["lora-null-v2"], linewidth=1.5, zorder=2)
+    axes.plot(
+        0, 0, marker="o", color="white", markeredgecolor=COLORS["base"], markeredgewidth=2, markersize=9, zorder=4
+    )
+    axes.annotate("base", (0, 0), xytext=(8, 6), textcoords="offset points", fontsize=10, color=INK)
+    for i, (x, y) in points.items():
+        errors = [factor * (m.estimates[i].stderr or 0) for factor, m in zip(scale, (learned, kept))]
+        place = (x * scale[0], y * scale[1])
+        axes.errorbar(
+            *place, xerr=errors[0], yerr=errors[1], fmt="o", color=COLORS["lora-null-v2"], elinewidth=1, zorder=3
+        )
+        axes.annotate(f"{strengths[i]:g}", place, xytext=(6, -14), textcoords="offset points", fontsize=10, color=INK)
+    direction = "rise" if learned.higher_is_better else "fall"
+    axes.set_xlabel(f"Learned: {direction} of {learned.title} from the base{_unit(learned, change=True)}  →")
+    axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept, change=True)}  →")
+    axes.set_title(f"{label} by its strength", loc="left", fontweight="bold")
+    return _png(figure)
+
+
 def _plane(results: Results, kept: Measure, learned: Measure) -> Figure:
     points = plane_points(kept, learned)
     figure, axes = _figure(7.4, 4.6)
