@@ -1,31 +1,32 @@
-"""Programs that a model writes: taken out of its answer to a programming task, and run apart from everything else.
+"""Programs that a model writes: taken out of its answer to a programming task, and run with the task's tests.
 
-A program runs in a process of its own, with no network, in a temporary folder, with limits on time and memory. What holds it,
-outermost first: a clean environment and an empty folder that is removed afterwards; a wall clock after
-which the process is killed; resource limits on memory, processor time and file size; a seccomp filter in the kernel, under
-which it can open no socket, start no program and no process, and signal none; and Python's audit hooks, by which it
-can neither write, move nor remove files outside its folder nor load C libraries. The hooks are a guard against accidents, not a
-jail: a program written to break out of Python may read, and write, what its user may. See `sandbox_child.py`.
+A program and its tests run in two processes, each in a jail of its own (`jails.py`). The tests' process, the examiner,
+calls the functions that the model wrote and compares the plain values that come back (`inside.py`), so the program
+neither sees the tests nor has a say in whether they passed: whatever it does to its own process, it can only answer.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
+import json
 import os
 import re
-import secrets
-import signal
+import selectors
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lora_null.eval_harness.code.jails import BWRAP, IMAGE, Jail, Limits, find_jail
 from lora_null.utils.errors import UserError
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
+START_SECONDS = 60  # for a jail to start on a busy machine; a program's own time begins afterwards
+VERDICT_BYTES = 2**16
 FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
@@ -44,7 +45,24 @@ def extract_code(response: str, defines: str | None = None) -> str:
     return next((block for block in blocks if defines and _defines(block, defines)), blocks[0])
 
 
-def humaneval_program(doc: Mapping[str, Any], response: str) -> str:
+@dataclass(frozen=True)
+class Program:
+    """What a model wrote, and how it is examined.
+
+    Attributes:
+        code: the model's, run in the program's process.
+        given: code of the task that the tests need, run in the examiner before them.
+        tests: run in the examiner; they pass if they run to their end.
+        names: what the tests find in the program's process, and not in their own.
+    """
+
+    code: str
+    given: str = ""
+    tests: str = ""
+    names: tuple[str, ...] = ()
+
+
+def humaneval_program(doc: Mapping[str, Any], response: str) -> Program:
     """Return the program of a HumanEval answer: a whole function, or the body of the one in the prompt; and the tests.
 
     Args:
@@ -54,20 +72,46 @@ def humaneval_program(doc: Mapping[str, Any], response: str) -> str:
     code, name = extract_code(response, doc["entry_point"]), doc["entry_point"]
     if not _defines(code, name):
         return humaneval_completion(doc, code)
-    imports_and_helpers = re.split(rf"^def {re.escape(name)}\b", doc["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-    return f"{imports_and_helpers}\n{code}\n{doc['test']}\ncheck({name})\n"
+    return _humaneval(doc, f"{_imports_and_helpers(doc)}\n{code}\n")
 
 
-def humaneval_completion(doc: Mapping[str, Any], completion: str) -> str:
+def humaneval_completion(doc: Mapping[str, Any], completion: str) -> Program:
     """Return the program of a HumanEval prompt, what the model went on with, and the tests."""
-    return f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return _humaneval(doc, f"{doc['prompt']}{completion}\n")
 
 
-def mbpp_program(doc: Mapping[str, Any], response: str) -> str:
+def _humaneval(doc: Mapping[str, Any], code: str) -> Program:
+    name = doc["entry_point"]
+    return Program(code, _imports_and_helpers(doc), f"{doc['test']}\ncheck({name})\n", (name,))
+
+
+def _imports_and_helpers(doc: Mapping[str, Any]) -> str:
+    return re.split(rf"^def {re.escape(doc['entry_point'])}\b", doc["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def mbpp_program(doc: Mapping[str, Any], response: str) -> Program:
     """Return the program of an MBPP answer with its `test_setup_code` and `test_list`."""
-    called = re.search(r"assert\s+\(*\s*(?:\w+\()*?(\w+)\(", doc["test_list"][0])
-    code = extract_code(response, called and called[1])
-    return "\n".join([code, doc.get("test_setup_code") or "", *doc["test_list"], ""])
+    setup, tests = doc.get("test_setup_code") or "", "\n".join([*doc["test_list"], ""])
+    names = _names_of_program(f"{setup}\n{tests}", doc.get("code") or "")
+    function = next((name for name in names if re.search(rf"\b{name}\(", doc["test_list"][0])), None)
+    return Program(extract_code(response, function), setup, tests, names)
+
+
+def _names_of_program(tests: str, solution: str) -> tuple[str, ...]:
+    """Return what tests use and do not define, in their order: built-in names only where the solution defines them.
+
+    So a program that defines its own `set` or `abs` does not change what the tests compare by.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(tests)))
+        solved = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    except SyntaxError:
+        return ()
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | (sys.stdlib_module_names - called)
+    known = (known | set(dir(builtins))) - solved
+    return tuple(dict.fromkeys(node.id for node in names if node.id not in known))
 
 
 def _defines(code: str, name: str) -> bool:
@@ -76,57 +120,87 @@ def _defines(code: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end, and if not why: the last line of its error, "timed out" or "no memory"."""
+    """Whether a program passed its tests, and if not why: an error's name and text, "timed out" or "no memory"."""
 
     passed: bool
     reason: str = ""
 
 
-def run_program(program: str, *, seconds: float = 10.0, memory_mb: int = 1024) -> Outcome:
-    """Run a Python program to its end.
+_jail: ContextVar[tuple[str, str]] = ContextVar("jail", default=(BWRAP, IMAGE))
 
-    A program passes only if it reaches its last line: one that leaves early, with whatever status, does not.
+
+@contextlib.contextmanager
+def held_by(name: str, image: str = IMAGE) -> Iterator[Jail]:
+    """Within the block, programs of this thread run in this jail; the values are `find_jail`'s."""
+    token = _jail.set((name, image))
+    try:
+        yield find_jail(name, image)
+    finally:
+        _jail.reset(token)
+
+
+def run_program(
+    program: str | Program, *, seconds: float = 10.0, memory_mb: int = 1024, jail: Jail | None = None
+) -> Outcome:
+    """Run a program and its tests.
+
+    A text alone has no tests apart from it. It passes if its process says that it came to its end, which a program that
+    is written to deceive can say too; with tests, there is nothing to deceive.
 
     Args:
-        program: the whole source, tests included.
-        seconds: of wall-clock time.
+        program: what the model wrote, with its tests; or a text.
+        seconds: of wall-clock time, from when both processes have started.
         memory_mb: of address space, in MiB.
+        jail: what holds it; None for that of `held_by`, or bubblewrap.
 
     Raises:
-        UserError: the system cannot hold the program (no Linux, or no seccomp).
+        UserError: no jail works here.
     """
-    if not sys.platform.startswith("linux"):
-        raise UserError("code execution: needs Linux, whose kernel keeps the generated code off the network")
-    token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="lora-null-code-") as folder:
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": folder,
-            "TMPDIR": folder,
-            "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-I", "-B", str(CHILD), str(memory_mb), str(seconds)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as child:
-            try:
-                given = f"{token}\n{program}".encode("utf-8", "surrogateescape")
-                out, error = child.communicate(given, timeout=seconds + 5)
-            except subprocess.TimeoutExpired:
-                return Outcome(False, "timed out")
-            finally:  # the whole session is killed, however the program ended
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-    return _outcome(child.returncode, out, error, token)
+    program = Program(program) if isinstance(program, str) else program
+    jail, limits = jail or find_jail(*_jail.get()), Limits(seconds, memory_mb)
+    job = json.dumps({**vars(program), "seconds": seconds}).encode() + b"\n"
+    with contextlib.ExitStack() as started:
+        with contextlib.ExitStack() as handed:
+            requests, to_program = os.pipe()
+            handed.callback(os.close, requests)
+            handed.callback(os.close, to_program)
+            examiner = started.enter_context(
+                jail.start("examiner", limits, stdin=subprocess.PIPE, stdout=to_program, stderr=subprocess.PIPE)
+            )
+            assert examiner.stdin and examiner.stderr
+            handed.enter_context(examiner.stdin)
+            started.enter_context(examiner.stderr)
+            pipes = {"stdin": requests, "stdout": examiner.stdin, "stderr": subprocess.DEVNULL}
+            started.enter_context(jail.start("program", limits, **pipes))
+            with contextlib.suppress(BrokenPipeError):  # the examiner did not start; what it wrote says why
+                examiner.stdin.write(job)
+                examiner.stdin.flush()
+        written = _read(examiner.stderr.fileno(), time.monotonic() + START_SECONDS + seconds)
+    return _outcome(written)
 
 
-def _outcome(status: int, out: bytes, error: bytes, token: str) -> Outcome:
-    lines = error.decode("utf-8", "replace").strip().splitlines()
-    last = lines[-1] if lines else f"ended early with status {status}"
-    if last.startswith("sandbox: "):
-        raise UserError(f"code execution: {last.removeprefix('sandbox: ')}")
-    if status == 0 and out.decode("utf-8", "replace").endswith(token):
-        return Outcome(True)
-    if status in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL) or "TimeoutError" in last:
-        return Outcome(False, "timed out")
-    return Outcome(False, "no memory" if last.startswith("MemoryError") else last)
+def _read(file: int, until: float) -> str:
+    """Return what is written to a pipe until it is closed, a moment is over, or it is too much for a verdict."""
+    found = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while len(found) < VERDICT_BYTES and selector.select(max(0.0, until - time.monotonic())):
+            if not (more := os.read(file, VERDICT_BYTES)):
+                break
+            found += more
+    return found.decode("utf-8", "replace")
+
+
+def _outcome(written: str) -> Outcome:
+    """Return the outcome of what an examiner wrote: "ready", and its verdict.
+
+    Raises:
+        UserError: one of the two processes never started.
+    """
+    ready, _, verdict = written.partition("\n")
+    if ready != "ready":
+        raise UserError(f"code execution: the jail did not start ({written.strip()[-500:] or 'no answer'})")
+    try:
+        return Outcome(**json.loads(verdict))
+    except ValueError:
+        return Outcome(False, "ended early, the tests too")
