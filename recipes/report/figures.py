@@ -12,12 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lora_null.recipes.report.grid_page import Frontier, frontiers, magnitude_points, metric_pair
+from lora_null.recipes.report.grid_page import Frontier, frontiers, metric_pair
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import metric_title
-from lora_null.recipes.results import DISPLAY, Results, TrainLog
+from lora_null.recipes.results import Results, TrainLog
 
 # One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
 COLORS = {
@@ -73,16 +72,6 @@ def frontier_png(results: Results) -> bytes:
     if pair is None or not drawn:
         return _png(_sentence("No runs of the grid have both a retention and a task metric yet."))
     return _png(_panels(drawn, *pair))
-
-
-def magnitude_png(results: Results) -> bytes | None:
-    """Forgetting against learning, and against the size of the change beside it; None where one is not known.
-
-    Where methods lie on one curve at the right, size alone explains what they forget; where they lie apart, its
-    directions do.
-    """
-    points = magnitude_points(results)
-    return _png(_magnitudes(results, points)) if points else None
 
 
 def curves_png(results: Results, logs: Sequence[TrainLog], key: str, title: str) -> bytes | None:
@@ -255,30 +244,6 @@ def _panels(drawn: list[Frontier], kept: str, task: str) -> Figure:
     figure.supxlabel(f"learned: {metric_title(task)}, improvement on the base  →", fontsize=10)
     scale = ", logarithmic" if logarithmic else ""
     figure.supylabel(f"forgotten: {metric_title(kept)}{scale}  →", fontsize=10)
-    return figure
-
-
-def _magnitudes(results: Results, points: dict[str, list[tuple[float, float, float]]]) -> Figure:
-    kept, task = metric_pair(results) or ("", "")
-    figure, panels = _figure(8.0, 4.2, columns=2, sharey=True)
-    forgotten = [y for of_method in points.values() for _, y, _ in of_method]
-    logarithmic = min(forgotten) > 0 and max(forgotten) > LOG_FROM * min(forgotten)
-    cycle = itertools.cycle(OTHER_COLORS)
-    for index, (method, of_method) in enumerate(points.items()):
-        learned, y, size = zip(*of_method)
-        style = {"color": COLORS.get(method) or next(cycle), "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
-        for axes, x in zip(panels, (learned, [100 * value for value in size])):
-            axes.plot(x, y, markersize=6, markeredgecolor="white", label=DISPLAY.get(method, method), **style)
-    panels[1].set_xscale("log")
-    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[1].xaxis.set_minor_formatter(NullFormatter())
-    if logarithmic:
-        panels[0].set_yscale("log")
-    panels[0].set_xlabel(f"learned: {metric_title(task)},\nimprovement on the base  →")
-    panels[1].set_xlabel("size of the change: ‖ΔW‖ / ‖W₀‖, %,\nlogarithmic  →")
-    panels[0].set_ylabel(f"forgotten: {metric_title(kept)}{', logarithmic' if logarithmic else ''}  →")
-    panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return figure
 
 

@@ -117,16 +117,6 @@ def change(results: Results, run: Row, name: str) -> float | None:
     return gain if metric.role == "task" and metric.higher_is_better is not None else -gain
 
 
-def magnitude_points(results: Results) -> dict[str, list[tuple[float, float, float]]]:
-    """Return each method's settings as (learned, forgotten, ‖ΔW‖/‖W0‖), means over the seeds, where all are known."""
-    pair, points = metric_pair(results), {}
-    for row in results.rows[1:] if pair else ():
-        point = (change(results, row, pair[1]), change(results, row, pair[0]), row.magnitude and row.magnitude.total)
-        if None not in point:
-            points.setdefault(row.method, []).append(point)
-    return points
-
-
 def _sortable(value: object) -> tuple:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 

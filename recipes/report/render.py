@@ -17,12 +17,12 @@ from lora_null.recipes.report.figures import (
     curves_png,
     forgetting_png,
     frontier_png,
-    magnitude_png,
     plane_points,
     row_colors,
 )
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
+from lora_null.recipes.report.magnitude import magnitude_png
 from lora_null.recipes.report.paper import paper_table
 from lora_null.recipes.report.table import Column, Table, build_table
 from lora_null.recipes.results import LOG_FILE, Results, load_log, load_results
