@@ -48,6 +48,7 @@ class RunMethod:
     base_name: str
     rank: int | None
     notes: list[str]
+    strength: float = 1
 
     @property
     def source(self) -> RunMethod:
