@@ -10,8 +10,9 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, of_base, ratio_estimate, score_answers
+from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, of_base, score_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit
@@ -66,17 +67,22 @@ class ForgettingTask(Task):
         pairs = self.tokenized(tokenizer, options.limit)
         batch, tokens = min(BATCH, options.batch_size), np.array([len(pair.ids) - 1 for pair in pairs])
         sums = score_answers(
-            model, pairs, batch_size=batch, autocast_dtype=options.autocast_dtype, progress=self.name
+            model,
+            pairs,
+            batch_size=batch,
+            autocast_dtype=options.autocast_dtype,
+            progress=self.name if options.progress else None,
         ).nll
         found, measures = TaskResult(), {"loss": sums}
         path = options.reference(f"{self.name} loss.json")
         if path is not None:
             measures["forgetting"] = sums - of_base(path, pairs, sums, record=options.record_reference)
         for measure, values in measures.items():
-            value, stderr = ratio_estimate(values, tokens)
+            value, stderr = mean_and_error(values / tokens, tokens)
             name = f"{self.name} {measure}"
             found.metrics[name] = Metric(value, stderr, len(pairs), False, self.role, "nats")
             found.samples[name] = (values / tokens).tolist()
+            found.weights[name] = tokens.tolist()
         return found
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[TokenizedPair]:

@@ -37,7 +37,7 @@ SECONDS = PREFIX + "seconds"
 STATE_FILE = "probe.json"
 SHARE = 0.05  # of the training's time, at most, where `every` is chosen
 WARM_STEPS = 3  # after which a step's time is known
-ROWS = ("pairs", "chosen", "rejected")  # fields of a task that hold its rows
+ROWS = ("pairs", "texts", "chosen", "rejected")  # fields of a task that hold its rows
 
 
 def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[int]]:

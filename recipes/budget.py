@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_null.adapters.strength import Strength
-from lora_null.eval_harness import AnswerTask, Evaluation, PreferenceTask, Task
+from lora_null.eval_harness import AnswerTask, Evaluation, ForgettingTask, PreferenceTask, Task
 from lora_null.eval_harness.likelihood import tokenize_pairs
 from lora_null.eval_harness.probe import Point, Probe
 from lora_null.eval_harness.statistics import mean_and_error
@@ -96,6 +96,8 @@ def names_of(task: Task) -> list[str]:
         return [f"{task.name} kl", f"{task.name} nll"] if task.kl else [f"{task.name} nll"]
     if isinstance(task, PreferenceTask):
         return [f"{task.name} reward accuracy", f"{task.name} reward margin"]
+    if isinstance(task, ForgettingTask):
+        return [f"{task.name} forgetting", f"{task.name} loss"]
     return [task.label]
 
 
