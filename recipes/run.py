@@ -149,7 +149,9 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False) -> Path:
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
+) -> Path:
     """Run the recipe and return its output folder; `allow_code_execution` is the consent that code tasks need.
 
     Raises:
@@ -200,17 +202,17 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     return results
 
 
-def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool = False) -> Job:
+def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool | str = False) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
 
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
-        allow_code_execution: whether tasks may run what the model writes.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
     """
     set_seed(recipe.seed)
     if recipe.eval.backend == "vllm":
-        require_vllm()
+        require_vllm(recipe.eval.vllm.tensor_parallel)
     require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
     name = resolve_name(recipe.model)
@@ -317,7 +319,8 @@ def _evaluate_by_vllm(
     whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    engine = job.recipe.eval.vllm.model_dump()
+    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm
     _free()
@@ -490,6 +493,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         "attention": attention(recipe.model),
+        **{key: text for task in job.tasks for key, text in task.remarks().items()},
     }
 
 
