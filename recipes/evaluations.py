@@ -10,6 +10,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
+from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.task import FRAMED
@@ -43,17 +44,21 @@ class Asked:
         recipe: the recipe.
         tokenizer: the model's.
         max_length: tokens of a training sequence; held-out pairs are cut alike.
-        allow_code_execution: whether tasks may run what the model writes.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
     """
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
-    allow_code_execution: bool
+    allow_code_execution: bool | str
 
 
 def eval_tasks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, allow_code_execution: bool = False
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    allow_code_execution: bool | str = False,
 ) -> list[Task]:
     """Return the harness's tasks, their documents loaded and templated; see `Asked` for the arguments.
 
@@ -89,7 +94,9 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
         if template == CHAT:
             fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
-    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=asked.allow_code_execution)
+    jail, allowed = asked.recipe.eval.code, asked.allow_code_execution
+    fields |= {"jail": UNSAFE if allowed == UNSAFE else jail.jail, "jail_image": jail.image}
+    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=bool(allowed))
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:

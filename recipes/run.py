@@ -193,7 +193,9 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False) -> Path:
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
+) -> Path:
     """Run the recipe and return its output folder; `allow_code_execution` is the consent that code tasks need.
 
     Raises:
@@ -253,7 +255,7 @@ def _results(job: Job, rows: list[Row]) -> Results:
     )
 
 
-def check_run(recipe: Recipe, *, allow_code_execution: bool = False, unreached: list[str] | None = None) -> Job:
+def check_run(recipe: Recipe, *, allow_code_execution: bool | str = False, unreached: list[str] | None = None) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
     job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
     check_judge(job.tasks)
@@ -271,7 +273,7 @@ def inspect_recipe(
     recipe: Recipe,
     *,
     base: Path | None = None,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | str = False,
     unreached: list[str] | None = None,
 ) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
@@ -279,7 +281,7 @@ def inspect_recipe(
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
-        allow_code_execution: whether tasks may run what the model writes.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
         unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
             job is then incomplete.
     """
@@ -325,7 +327,7 @@ def inspect_recipe(
     return job
 
 
-def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool = False) -> Job:
+def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
     """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
 
     Args:
@@ -470,7 +472,8 @@ def _evaluate_by_vllm(
     whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    engine = job.recipe.eval.vllm.model_dump()
+    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm
     _free()
@@ -751,6 +754,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         "attention": attention(recipe.model),
+        **{key: text for task in job.tasks for key, text in task.remarks().items()},
     }
 
 

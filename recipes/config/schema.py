@@ -442,6 +442,29 @@ class JudgeSection(Section):
     prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
 
 
+class CodeSection(Section):
+    """What holds the programs that a model writes; --allow-code-execution runs them."""
+
+    jail: Literal["bwrap", "podman", "docker"] = Field("bwrap", description="bubblewrap, or a container engine")
+    image: str = Field("python:3.11-slim", min_length=1, description="podman and docker: an image with python3")
+
+    @model_validator(mode="after")
+    def _used(self) -> CodeSection:
+        if self.jail == "bwrap" and self != CodeSection.model_construct():
+            raise ValueError("image is for jail: podman or docker")
+        return self
+
+
+class VLLMSection(Section):
+    """What vLLM is started with, for eval.backend=vllm."""
+
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share each layer")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of prompt and answer; the model's own when not given"
+    )
+    memory_share: float = Field(0.9, gt=0, le=1, description="of each GPU's memory, for weights and cache")
+
+
 ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
 ENTRIES |= {"forgetting": ForgettingEntry}
 
@@ -513,6 +536,8 @@ class EvalSection(Section):
     backend: Literal["hf", "vllm"] = Field(
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
+    vllm: VLLMSection = VLLMSection()
+    code: CodeSection = CodeSection()
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     examples: int = Field(
         5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
@@ -526,6 +551,12 @@ class EvalSection(Section):
     strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
         [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> EvalSection:
+        if self.backend != "vllm" and self.vllm != VLLMSection():
+            raise ValueError("vllm is for backend: vllm")
+        return self
 
 
 class GridSection(Section):
