@@ -18,6 +18,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection, parse_section
 from lora_null.recipes.data.rows import calibration_texts
+from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
@@ -37,6 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
     state = PartialState(cpu=arguments.device == "cpu")
+    if arguments.dtype == "auto":
+        native = computes_bf16()
+        arguments.dtype = "bfloat16" if native else "float32"
+        if is_first_process():
+            print(precision_line(native, ["--dtype"]))
     batches = together(lambda: _batches(arguments), what="calibration")
     peft_model, weights = together(lambda: _model(arguments), what="initialization")
     options = InitOptions(

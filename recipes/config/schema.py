@@ -24,6 +24,7 @@ from lora_null.utils.errors import UserError, nearest
 # Arguments of TRL's configurations that `training` does not take, and why; every other one passes through.
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
+_UNASKED = "is for scripts that ask for it, and none does here"
 REFUSED = {
     "output_dir": _DECIDED.format("output_dir"),
     **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),
@@ -34,7 +35,7 @@ REFUSED = {
         ("completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"),
         _DECIDED.format("those of data"),
     ),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is for scripts that ask for it, and none does here"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNASKED),
     **dict.fromkeys(
         (
             "batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
@@ -437,7 +438,8 @@ class Recipe(Section):
     def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         known = training_keys(info.data.get("trainer", "sft"))
         for key in training:
-            if key in REFUSED and training[key] not in (False, "no", None):
+            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED) and training[key] in (False, "no", None)
+            if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():
                 other = {"sft": "dpo", "dpo": "sft"}[info.data.get("trainer", "sft")]
