@@ -29,6 +29,7 @@ from lora_null.recipes.callbacks import (
     ReleaseMemory,
     SaveOnSignal,
     StopDiverged,
+    Trackers,
     WriteLog,
     diverged_at,
 )
@@ -196,7 +197,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             continue  # of another run that shares this job
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
-        rows.append(_method_row(job, plan))
+        rows.append(_method_row(job, plan, rows[0]))
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
@@ -424,13 +425,14 @@ def _evaluate_base(job: Job) -> Evaluation:
     return found
 
 
-def _method_row(job: Job, plan: MethodPlan) -> Row:
+def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
     if (finished := read_row(folder)) is not None:
         return finished
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
+    trackers = Trackers(trainer)
     start = time.perf_counter()
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
@@ -456,6 +458,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
     )
+    trackers.finish(base, row)
     if job.is_main:
         write_row(folder, row)
     PartialState().wait_for_everyone()
@@ -496,7 +499,8 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
 
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     recipe = job.recipe
-    arguments = training_arguments(recipe, folder)
+    named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
+    arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
@@ -521,6 +525,13 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     for callback in (StopDiverged(), SaveOnSignal(), ReleaseMemory(), ProgressBar(plan.name), log, card):
         trainer.add_callback(callback)
     return trainer
+
+
+def _run_name(job: Job, plan: MethodPlan) -> str:
+    """Return what a tracker calls the training of one method: the recipe, the method, and a grid's settings."""
+    parts = job.folder.parts
+    cell = parts[parts.index("cells") + 1 :] if "cells" in parts else ()
+    return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
 
 
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:

@@ -50,6 +50,7 @@ class LmEvalTask(Task):
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         name: what to call the results, if not `task`; needed to run one task on two files.
         confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+        include_path: a folder of task files of one's own, looked into first.
         chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
@@ -65,6 +66,7 @@ class LmEvalTask(Task):
     role: Role = "task"
     name: str | None = None
     confirm_run_unsafe_code: bool = False
+    include_path: str | None = None
     chat: bool = False
 
     @property
@@ -115,9 +117,12 @@ class LmEvalTask(Task):
             try:
                 results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
             except Exception as error:
-                if self.path is None:
-                    raise
-                raise unreadable(self, error) from error
+                if self.path is not None:
+                    raise unreadable(self, error) from error
+                if self.include_path is not None:
+                    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise UserError(f"{self} fails on its first document ({type(error).__name__}: {line})") from error
+                raise
         self.result_names(loaded, results)
         return loaded
 

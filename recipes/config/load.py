@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.recipes.config.schema import TASK_FILES, Recipe, parse_recipe
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe
 BATCH = ("total_batch_size", "gradient_accumulation_steps")
+PATH_KEYS = ("path", "fewshot_path", "references", "task")  # of an entry of `eval`; a task may be a YAML
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
@@ -247,8 +248,12 @@ def _number_list(text: str) -> list[Any]:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
-    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
-        beside = folder / holder.path if holder.path else None
-        if beside is not None and not Path(holder.path).exists() and beside.exists():
-            holder.path = str(beside)
+    holders = [(holder, key) for holder in (*recipe.eval.retention, *recipe.eval.task) for key in PATH_KEYS]
+    for holder, key in [(recipe.calibration, "path"), (recipe.data, "path"), (recipe.eval, "include_path"), *holders]:
+        value = getattr(holder, key, None)
+        if not value or (key == "task" and Path(value).suffix not in TASK_FILES):
+            continue
+        beside = folder / value
+        if not Path(value).exists() and beside.exists():
+            setattr(holder, key, str(beside))
     return recipe

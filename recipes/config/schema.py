@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -79,6 +80,8 @@ MEANT = {
     "output_dir": ("output", "out", "outdir"),
 }
 MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
+DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")  # what `eval_harness.documents` reads
+TASK_FILES = (".yaml", ".yml")
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
@@ -258,7 +261,11 @@ class DataSection(Section):
 class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
-    task: str = Field(min_length=1, description="name of a task of lm-eval or of `eval_harness/task_files`")
+    task: str = Field(
+        min_length=1,
+        description="name of a task, group or tag of lm-eval, `eval_harness/task_files` or `eval.include_path`; or the path "
+        "of a task's YAML",
+    )
     name: str | None = Field(None, description="what to call the results")
     path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
     fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
@@ -275,8 +282,12 @@ class AnswersEntry(Section):
     path: str = PATH
     subset: str | None = SUBSET
     split: str = Field("test", description=SPLIT)
-    prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
-    response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
+    prompt: str | None = Field(
+        None, description="field of the prompt, or a text made of {field}s; found by its name when not given"
+    )
+    response: str | None = Field(
+        None, description="field of the answer, of several accepted ones the first; found by its name when not given"
+    )
     template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
@@ -330,7 +341,8 @@ ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": Preferen
 
 def _task_entry(value: Any) -> Any:
     if isinstance(value, str):
-        return LmEvalEntry(task=value)
+        is_data = Path(value).suffix.lower() in DATA_FILES
+        return AnswersEntry(answers=Path(value).stem, path=value) if is_data else LmEvalEntry(task=value)
     if isinstance(value, dict):
         kind = next((kind for kind in ENTRIES if kind in value), None)
         if kind is None:
@@ -348,8 +360,14 @@ EvalEntry = Annotated[
 class EvalSection(Section):
     """What is measured before and after training."""
 
-    retention: list[EvalEntry] = Field([], description="what must be kept")
+    retention: list[EvalEntry] = Field(
+        [],
+        description="what must be kept: tasks by name, files of questions with answers by path, or entries as below",
+    )
     task: list[EvalEntry] = Field([], description="what is learned")
+    include_path: str | None = Field(
+        None, description="folder of lm-eval task files of one's own, with their functions"
+    )
     limit: int | None = Field(None, ge=1, description="first documents of every task only")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
