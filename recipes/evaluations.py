@@ -13,11 +13,13 @@ from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBen
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
+from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.eval_harness.lm_eval.task import FRAMED
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
+    TASK_FILES,
     AnswersEntry,
     DataSection,
     ForgettingEntry,
@@ -33,6 +35,11 @@ from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
+QUESTIONS_WITH_ANSWERS = (
+    ("question", "answer"), ("question", "answers"), ("query", "answer"), ("query", "response"), ("prompt", "response"),
+    ("prompt", "completion"), ("prompt", "answer"), ("question", "response"), ("instruction", "output"),
+    ("instruction", "response"), ("input", "output"), ("input", "target"), ("q", "a"),
+)  # fmt: skip
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -89,6 +96,11 @@ def _made(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
 def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
     fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
+    fields["include_path"] = asked.recipe.eval.include_path
+    if Path(entry.task).suffix in TASK_FILES:
+        path = Path(entry.task)
+        task = name_in(path)
+        fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
     if entry.task in FRAMED:
         if template not in ("alpaca", CHAT):
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
@@ -102,7 +114,10 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     where, thinking = f"eval.{role}", asked.recipe.data.thinking
     last = None if entry.limit is None else entry.offset + entry.limit
-    section = DataSection(**entry.model_dump(include=READ | {"messages", "system"}), limit=last, thinking=thinking)
+    fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
+    if entry.messages is None:
+        fields |= _fields_of(entry, where)
+    section = DataSection(**fields, limit=last, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
@@ -111,6 +126,21 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
     special = entry.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
+
+
+def _fields_of(entry: AnswersEntry, where: str) -> dict[str, str]:
+    """Return the fields of question and answer: those that are given, else the first pair that the data has."""
+    given = {"prompt": entry.prompt, "response": entry.response}
+    if all(given.values()):
+        return given
+    first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
+    for prompt, response in QUESTIONS_WITH_ANSWERS:
+        if (entry.prompt or prompt in first.columns) and (entry.response or response in first.columns):
+            return {"prompt": entry.prompt or prompt, "response": entry.response or response}
+    raise UserError(
+        f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
+        "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}"
+    )
 
 
 def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:

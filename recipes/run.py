@@ -45,6 +45,7 @@ from lora_null.recipes.callbacks import (
     ReleaseMemory,
     SaveOnSignal,
     StopDiverged,
+    Trackers,
     WriteLog,
     diverged_at,
 )
@@ -228,7 +229,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             continue  # of another run that shares this job
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
-        rows.append(_method_row(job, plan))
+        rows.append(_method_row(job, plan, rows[0]))
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
@@ -533,7 +534,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
     return found
 
 
-def _method_row(job: Job, plan: MethodPlan) -> Row:
+def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
     if (finished := read_row(folder)) is not None:
@@ -541,6 +542,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
     probe = _probe(job, trainer, folder)
+    trackers = Trackers(trainer)
     start = time.perf_counter()
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
@@ -572,6 +574,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         peak_memory_bytes=peak_memory_bytes(),
         **({"budget": kept} if kept else {}),
     )
+    trackers.finish(base, row)
     if job.is_main:
         if kept:
             print(f"{plan.name}: {kept.sentence()}")
@@ -653,7 +656,8 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
 
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     recipe, windows = job.recipe, job.windows.ids if job.windows else []
-    arguments = training_arguments(recipe, folder)
+    named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
+    arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
@@ -715,6 +719,13 @@ def measurement(job: Job, model: Any) -> Measurement:
     learning = [task for task in job.probe.tasks if task.role == "task"]
     bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]
     return Measurement(measure, job.tokenizer, job.bound, *bases, learning)
+
+
+def _run_name(job: Job, plan: MethodPlan) -> str:
+    """Return what a tracker calls the training of one method: the recipe, the method, and a grid's settings."""
+    parts = job.folder.parts
+    cell = parts[parts.index("cells") + 1 :] if "cells" in parts else ()
+    return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
 
 
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:

@@ -131,7 +131,12 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
     add("--revision", help="hub revision")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base")
+    add(
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        default="auto",
+        help="of the base; auto (default): bfloat16 where the processor has instructions for it, else float32",
+    )
     add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
