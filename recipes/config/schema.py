@@ -514,7 +514,9 @@ class ProbeSection(Section):
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="steps between two measurements; auto keeps them below `share` of the time"
     )
-    retention: Probed = Field(32, description="rows of each entry of eval.retention, or entries of its own")
+    retention: Probed | None = Field(
+        None, description="rows of each entry of eval.retention (32, at most half), or entries of its own"
+    )
     task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
     share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
 
