@@ -90,6 +90,10 @@ class Task(ABC):
         """Whether its prompts are framed by the template of the training data."""
         return False
 
+    def remarks(self) -> dict[str, str]:
+        """Return what a report should say of how this is measured, by a name: who grades, what holds the code."""
+        return {}
+
     def check(self) -> None:
         """Check everything that needs no model: values, files, fields, consent.
 

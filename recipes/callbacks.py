@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX
-from lora_null.recipes.results import load_log
+from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process, whole_parameters
 from lora_null.utils.files import write_text
 from lora_null.utils.model_state import release_freed_memory
@@ -119,6 +120,49 @@ class WriteLog(TrainerCallback):
         line["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 3)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Trackers:
+    """The trackers of `training.report_to`, kept open past the last step until a method's results are in.
+
+    Args:
+        trainer: has them among its callbacks already.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        kinds = [
+            kind for kind in get_reporting_integration_callbacks(trainer.args.report_to) if isinstance(kind, type)
+        ]
+        self.trainer = trainer
+        self.held = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(kinds))]
+        for tracker in self.held:
+            tracker.on_train_end = lambda *_, **__: None
+        self.wandb = next((c._wandb for c in self.held if isinstance(c, WandbCallback)), None)
+        self.joined = self.wandb is not None and self.wandb.run is not None  # a run of whoever called us
+
+    def finish(self, before: Row, after: Row) -> None:
+        """Log what the report's table says of the base and of this method, and end the tracker's run."""
+        if not self.held:
+            return
+        trainer = self.trainer
+        logs = {f"eval_{name}": metric.value for name, metric in after.metrics.items()}
+        logs |= {f"eval_base {name}": metric.value for name, metric in before.metrics.items()}
+        logs |= {
+            f"eval_drift_{key}": value for key, value in (after.drift.model_dump() if after.drift else {}).items()
+        }
+        logs |= {f"eval_{key}_seconds": value for key, value in after.seconds if value is not None}
+        for tracker in self.held:
+            tracker.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
+            del tracker.on_train_end
+            tracker.on_train_end(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+            )
+        if self.wandb is not None and not self.joined and trainer.is_world_process_zero():
+            self.wandb.finish()  # or the next method would be logged into this one's run
 
 
 def exit_on_sigterm() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from lora_null.recipes.config.schema import CalibrationSection, Recipe
+from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
@@ -23,7 +23,6 @@ from lora_null.utils.files import write_text
 TEMPLATE, CARD_FILE = "model_card.md.j2", "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
-DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def write_card(export: Any, difference: Any, *, license_id: str | None = None) -> None:
@@ -48,6 +47,7 @@ class RunMethod:
     base_name: str
     rank: int | None
     notes: list[str]
+    strength: float = 1
 
     @property
     def source(self) -> RunMethod:

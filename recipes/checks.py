@@ -23,9 +23,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import tokenize_pairs
-from lora_null.eval_harness.lm_eval.loading import manager_of
+from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
-from lora_null.recipes.config.schema import LmEvalEntry, ModelSection, Recipe
+from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, Recipe
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.models.bases import attention
 from lora_null.recipes.models.plan import MethodPlan, put_on
@@ -52,7 +52,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         UserError: naming the key and what to install.
     """
     if recipe.eval.backend == "vllm":
-        require_vllm()
+        require_vllm(recipe.eval.vllm.tensor_parallel)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
@@ -175,7 +175,8 @@ def check_task_names(recipe: Recipe) -> None:
     """Check the names of lm-eval's tasks alone, where nothing can be tokenized."""
     for entry in (*recipe.eval.retention, *recipe.eval.task):
         if isinstance(entry, LmEvalEntry):
-            manager_of(entry.task)
+            is_file = Path(entry.task).suffix in TASK_FILES
+            name_in(Path(entry.task)) if is_file else manager_of(entry.task, recipe.eval.include_path)
 
 
 def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, limit: int | None, config: Any) -> int:

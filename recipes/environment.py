@@ -95,7 +95,7 @@ def precision_line(native: bool, keys: Sequence[str]) -> str:
     device = torch.accelerator.current_accelerator()
     name = "this processor" if device is None else f"this {device.type} device"
     chosen = "bf16" if native else "float32"
-    return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)}: auto)"
+    return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)} auto)"
 
 
 def use_all_cores() -> None:

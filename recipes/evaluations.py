@@ -10,13 +10,16 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
+from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
+from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.eval_harness.lm_eval.task import FRAMED
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
+    TASK_FILES,
     AnswersEntry,
     DataSection,
     ForgettingEntry,
@@ -32,6 +35,11 @@ from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
+QUESTIONS_WITH_ANSWERS = (
+    ("question", "answer"), ("question", "answers"), ("query", "answer"), ("query", "response"), ("prompt", "response"),
+    ("prompt", "completion"), ("prompt", "answer"), ("question", "response"), ("instruction", "output"),
+    ("instruction", "response"), ("input", "output"), ("input", "target"), ("q", "a"),
+)  # fmt: skip
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -43,17 +51,21 @@ class Asked:
         recipe: the recipe.
         tokenizer: the model's.
         max_length: tokens of a training sequence; held-out pairs are cut alike.
-        allow_code_execution: whether tasks may run what the model writes.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
     """
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
-    allow_code_execution: bool
+    allow_code_execution: bool | str
 
 
 def eval_tasks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, allow_code_execution: bool = False
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    allow_code_execution: bool | str = False,
 ) -> list[Task]:
     """Return the harness's tasks, their documents loaded and templated; see `Asked` for the arguments.
 
@@ -84,18 +96,28 @@ def _made(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
 def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
     fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
+    fields["include_path"] = asked.recipe.eval.include_path
+    if Path(entry.task).suffix in TASK_FILES:
+        path = Path(entry.task)
+        task = name_in(path)
+        fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
     if entry.task in FRAMED:
         if template not in ("alpaca", CHAT):
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
         if template == CHAT:
             fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
-    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=asked.allow_code_execution)
+    jail, allowed = asked.recipe.eval.code, asked.allow_code_execution
+    fields |= {"jail": UNSAFE if allowed == UNSAFE else jail.jail, "jail_image": jail.image}
+    return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=bool(allowed))
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     where, thinking = f"eval.{role}", asked.recipe.data.thinking
     last = None if entry.limit is None else entry.offset + entry.limit
-    section = DataSection(**entry.model_dump(include=READ | {"messages", "system"}), limit=last, thinking=thinking)
+    fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
+    if entry.messages is None:
+        fields |= _fields_of(entry, where)
+    section = DataSection(**fields, limit=last, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
@@ -104,6 +126,21 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
     special = entry.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
+
+
+def _fields_of(entry: AnswersEntry, where: str) -> dict[str, str]:
+    """Return the fields of question and answer: those that are given, else the first pair that the data has."""
+    given = {"prompt": entry.prompt, "response": entry.response}
+    if all(given.values()):
+        return given
+    first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
+    for prompt, response in QUESTIONS_WITH_ANSWERS:
+        if (entry.prompt or prompt in first.columns) and (entry.response or response in first.columns):
+            return {"prompt": entry.prompt or prompt, "response": entry.response or response}
+    raise UserError(
+        f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
+        "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}"
+    )
 
 
 def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:

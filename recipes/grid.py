@@ -104,7 +104,7 @@ def grid_cells(recipe: Recipe) -> list[Cell]:
 
 
 def run_grid(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
 ) -> Path:
     """Run every cell that is not finished, and return the grid's folder.
 
@@ -130,7 +130,7 @@ def run_grid(
     return root
 
 
-def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool) -> Results:
+def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool | str) -> Results:
     """Run what is not finished, write the results after each cell; return the results.
 
     Of several workers, the first comes back for what the others hold until all is finished.
@@ -164,7 +164,7 @@ def check_grid(
     recipe: Recipe,
     cells: Sequence[Cell],
     *,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | str = False,
     unreached: list[str] | None = None,
 ) -> Job:
     """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
@@ -192,7 +192,9 @@ def starts_alike(cell: Cell) -> bool:
     return all(key in STEPS_ONLY for key, _ in cell.point)
 
 
-def cell_job(recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool = False) -> Job:
+def cell_job(
+    recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool | str = False
+) -> Job:
     """Take the cell's folder and return its job; what does not differ from the seed's job before is not done again."""
     own = cell.recipe(recipe, root)
     on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))

@@ -10,6 +10,7 @@ from lora_null.eval_harness import Task, few_rows
 from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
+ROWS, HALF = 32, "half"
 FOLDER = "probe"  # of the base's folder: its predictions on the probed rows
 
 
@@ -45,18 +46,25 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
     probed, rows = [], {}
     for role in ("retention", "task"):
         wanted = getattr(section, role)
+        wanted = HALF if wanted is None else wanted
         if isinstance(wanted, list):
             probed += own[role]
             rows |= {task.key: _same_rows(task, few) for few in own[role] for task in tasks if task.role == role}
             continue
         for task in tasks if wanted else ():
             if task.role == role:
-                few, numbers = few_rows(task, wanted, recipe.eval.limit)
+                few, numbers = few_rows(task, wanted if wanted != HALF else _half(task, recipe), recipe.eval.limit)
                 probed.append(few)
                 rows[task.key] = numbers
     if not probed:
         raise UserError("eval.probe: measures nothing; eval.retention and eval.task are empty, or no row is wanted")
     return ProbePlan(section, probed, rows)
+
+
+def _half(task: Task, recipe: Recipe) -> int:
+    """Return as many rows as are probed unasked: the others are there to check a budget on."""
+    rows = getattr(task, "pairs", None)
+    return ROWS if rows is None else max(1, min(ROWS, len(rows[: recipe.eval.limit]) // 2))
 
 
 def _same_rows(task: Task, few: Task) -> list[int]:

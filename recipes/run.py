@@ -45,6 +45,7 @@ from lora_null.recipes.callbacks import (
     ReleaseMemory,
     SaveOnSignal,
     StopDiverged,
+    Trackers,
     WriteLog,
     diverged_at,
 )
@@ -193,7 +194,9 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False) -> Path:
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
+) -> Path:
     """Run the recipe and return its output folder; `allow_code_execution` is the consent that code tasks need.
 
     Raises:
@@ -226,7 +229,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             continue  # of another run that shares this job
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
-        rows.append(_method_row(job, plan))
+        rows.append(_method_row(job, plan, rows[0]))
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
@@ -253,7 +256,7 @@ def _results(job: Job, rows: list[Row]) -> Results:
     )
 
 
-def check_run(recipe: Recipe, *, allow_code_execution: bool = False, unreached: list[str] | None = None) -> Job:
+def check_run(recipe: Recipe, *, allow_code_execution: bool | str = False, unreached: list[str] | None = None) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
     job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
     check_judge(job.tasks)
@@ -271,7 +274,7 @@ def inspect_recipe(
     recipe: Recipe,
     *,
     base: Path | None = None,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | str = False,
     unreached: list[str] | None = None,
 ) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
@@ -279,7 +282,7 @@ def inspect_recipe(
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
-        allow_code_execution: whether tasks may run what the model writes.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
         unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
             job is then incomplete.
     """
@@ -325,7 +328,7 @@ def inspect_recipe(
     return job
 
 
-def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool = False) -> Job:
+def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
     """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
 
     Args:
@@ -470,7 +473,8 @@ def _evaluate_by_vllm(
     whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank)
+    engine = job.recipe.eval.vllm.model_dump()
+    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm
     _free()
@@ -530,7 +534,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
     return found
 
 
-def _method_row(job: Job, plan: MethodPlan) -> Row:
+def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
     if (finished := read_row(folder)) is not None:
@@ -538,6 +542,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
     probe = _probe(job, trainer, folder)
+    trackers = Trackers(trainer)
     start = time.perf_counter()
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
@@ -569,6 +574,7 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         peak_memory_bytes=peak_memory_bytes(),
         **({"budget": kept} if kept else {}),
     )
+    trackers.finish(base, row)
     if job.is_main:
         if kept:
             print(f"{plan.name}: {kept.sentence()}")
@@ -650,7 +656,8 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
 
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     recipe, windows = job.recipe, job.windows.ids if job.windows else []
-    arguments = training_arguments(recipe, folder)
+    named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
+    arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
@@ -714,6 +721,13 @@ def measurement(job: Job, model: Any) -> Measurement:
     return Measurement(measure, job.tokenizer, job.bound, *bases, learning)
 
 
+def _run_name(job: Job, plan: MethodPlan) -> str:
+    """Return what a tracker calls the training of one method: the recipe, the method, and a grid's settings."""
+    parts = job.folder.parts
+    cell = parts[parts.index("cells") + 1 :] if "cells" in parts else ()
+    return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
+
+
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
     source = job.initialized.get(plan.name)
@@ -751,6 +765,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         "attention": attention(recipe.model),
+        **{key: text for task in job.tasks for key, text in task.remarks().items()},
     }
 
 

@@ -129,7 +129,7 @@ def test_output_folder_in_use(fails, tmp_path):
     assert "holds other files (thesis.tex)" in fails()
     (out / "recipe.yaml").write_text("method: {name: [lora]}")
     assert "unfinished run; --resume continues it" in fails()
-    assert "differs from the run" in fails("--resume")
+    assert "has another recipe: name was null" in fails("--resume")
     (out / "report.html").write_text("done")
     assert "finished run; --overwrite replaces it" in fails()
     assert (out / "thesis.tex").read_text() == "years of work"

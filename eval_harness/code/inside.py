@@ -1,63 +1,108 @@
 """What runs inside the jails: `python -I -S -c THIS_FILE program|examiner LIMITS`, started by `jails.py`.
 
 A program and its tests never share a process. The examiner holds the tests; the program's process holds the functions
-that the model wrote, and answers what the examiner asks of them, one JSON line each. Only plain values come back (numbers,
-texts, lists, tuples, sets, dicts), so that no object of the program decides what a test finds; everything else stays
-there, and the examiner holds a `Remote` for it. This file imports the standard library alone and starts in milliseconds.
+that the model wrote, and does what the examiner asks of them. Only plain values come back (numbers, texts, lists, tuples,
+sets, dicts), so that no object of the program decides what a test finds; everything else stays there, and the examiner
+holds a `Remote` for it. Both processes start for every program, so this file imports next to nothing: its own messages
+take 20 lines, `json` as long to import as Python to start.
 """
 
 import builtins
-import json
-import operator
 import os
 import resource
-import signal
 import sys
 
-SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-LONGEST_LINE = 2**26  # bytes of one answer
+KINDS = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
+LONGEST = 2**26  # bytes of a message
 KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # its system call's number
 JOIN_SESSION_KEYRING = 1
 
 
 def encode(value, refer):
-    """Return a value as JSON can hold it; `refer` gives the number of what is no plain value."""
-    if value is None or isinstance(value, bool | str | float):
-        return value
+    """Return a value as bytes: a letter for its kind, a number, a line's end, and for some kinds that many bytes or members.
+
+    `refer` gives the number of what is no plain value.
+    """
+    if value is None or value is True or value is False:
+        return b"cNone\n" if value is None else b"cTrue\n" if value else b"cFalse\n"
     if isinstance(value, int):
-        return int(value) if abs(value) < 2**63 else ["int", hex(value)]
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
+        return b"i%x\n" % value
+    if isinstance(value, float):
+        return b"f%s\n" % float.hex(value).encode()
     if isinstance(value, complex):
-        return ["complex", [value.real, value.imag]]
+        return b"j%s %s\n" % (float.hex(value.real).encode(), float.hex(value.imag).encode())
+    if isinstance(value, str | bytes):
+        letter, data = (
+            (b"b", bytes(value)) if isinstance(value, bytes) else (b"s", value.encode("utf-8", "surrogatepass"))
+        )
+        return b"%s%d\n%s" % (letter, len(data), data)
     if isinstance(value, dict):
-        return ["dict", [[encode(key, refer), encode(kept, refer)] for key, kept in value.items()]]
-    for tag, kind in SEQUENCES.items():
+        pairs = [encode(part, refer) for pair in value.items() for part in pair]
+        return b"d%d\n%s" % (len(value), b"".join(pairs))
+    for letter, kind in KINDS.items():
         if isinstance(value, kind):
-            return [tag, [encode(member, refer) for member in value]]
-    return ["ref", refer(value)]
+            return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))
+    return b"r%s\n" % str(refer(value)).encode()
 
 
-def decode(data, resolve):
-    """Return the value that `encode` wrote; `resolve` gives what a number stands for."""
-    if not isinstance(data, list):
-        if isinstance(data, dict):
-            raise ValueError("no encoded value")
-        return data
-    tag, body = data
-    if tag in SEQUENCES:
-        return SEQUENCES[tag]([decode(member, resolve) for member in body])
-    if tag == "dict":
-        return {decode(key, resolve): decode(kept, resolve) for key, kept in body}
-    if tag == "int":
-        return int(body, 16)
-    if tag == "bytes":
-        return bytes.fromhex(body)
-    if tag == "complex":
-        return complex(*body)
-    if tag == "ref":
-        return resolve(body)
-    raise ValueError("no encoded value")
+def decode(data, resolve, start=0):
+    """Return the value that `encode` wrote and where its bytes end; `resolve` gives what a number or name stands for.
+
+    Raises:
+        ValueError, TypeError, OverflowError, RecursionError: the bytes are no value.
+    """
+    end = data.index(b"\n", start) + 1
+    letter, number = data[start : start + 1], data[start + 1 : end - 1].decode()
+    if letter == b"c":
+        return {"None": None, "True": True, "False": False}.get(number), end
+    if letter == b"i":
+        return int(number, 16), end
+    if letter == b"f":
+        return float.fromhex(number), end
+    if letter == b"j":
+        return complex(*map(float.fromhex, number.split(" "))), end
+    if letter == b"r":
+        return resolve(number), end
+    size = int(number)
+    if letter in (b"s", b"b"):
+        text, end = data[end : end + size], end + size
+        return text if letter == b"b" else text.decode("utf-8", "surrogatepass"), end
+    members = []
+    for _ in range(2 * size if letter == b"d" else size):
+        member, end = decode(data, resolve, end)
+        members.append(member)
+    return dict(zip(members[::2], members[1::2])) if letter == b"d" else KINDS[letter](members), end
+
+
+def send(file, value, refer=None):
+    """Write a value to an open file number, after its length in 8 bytes."""
+    data = encode(value, refer)
+    left = memoryview(len(data).to_bytes(8, "big") + data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def receive(file, resolve=None):
+    """Return the value that was sent.
+
+    Raises:
+        EOFError: the other side has ended, or sends what is too long; and what `decode` raises.
+    """
+    size = int.from_bytes(_read(file, 8), "big")
+    if size > LONGEST:
+        raise EOFError
+    return decode(_read(file, size), resolve)[0]
+
+
+def _read(file, size):
+    parts = []
+    while size:
+        part = os.read(file, min(size, 2**20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def limit(what, most):
@@ -70,7 +115,7 @@ def limit(what, most):
 def limit_all(memory_mb, seconds, file_mb, tasks):
     """Limit address space, processor time, file size, open files, and processes with threads (0: left as they are)."""
     limit(resource.RLIMIT_AS, memory_mb * 2**20)
-    limit(resource.RLIMIT_CPU, int(seconds) + 1)
+    limit(resource.RLIMIT_CPU, seconds)
     limit(resource.RLIMIT_FSIZE, file_mb * 2**20)
     limit(resource.RLIMIT_NOFILE, 64)
     for what in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
@@ -88,12 +133,13 @@ def leave_keyring():
 
 
 def take_pipes():
-    """Return the streams that this process was started with; the standard ones are empty from now on."""
-    streams = [os.fdopen(os.dup(number), mode, encoding="ascii") for number, mode in enumerate("rww")]
+    """Return the numbers of the files that this process was started with; the standard ones are empty from now on."""
+    numbers = [os.dup(number) for number in range(3)]
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(null, number)
-    return streams
+    os.close(null)
+    return numbers
 
 
 # --- the program's side ----------------------------------------------------------------------------------------------
@@ -102,7 +148,7 @@ def take_pipes():
 def hold_program():
     """Run the program, then do with its functions and objects what the examiner asks, until nobody asks any more."""
     requests, answers, errors = take_pipes()
-    errors.close()
+    os.close(errors)
     leave_keyring()
     names = {"__name__": "__main__"}
     objects = []
@@ -112,23 +158,23 @@ def hold_program():
         return len(objects) - 1
 
     def resolve(key):
-        if isinstance(key, str) and key not in names:
+        if key.isdecimal():
+            return objects[int(key)]
+        if key not in names:
             raise NameError(f"name {key!r} is not defined")
-        return names[key] if isinstance(key, str) else objects[key]
+        return names[key]
 
     operations = {"call": lambda function, *args, **keywords: function(*args, **keywords), "next": next, "len": len}
     operations |= {"getattr": getattr, "setattr": setattr, "iter": iter, "bool": bool, "str": str}
-    operations |= {"getitem": operator.getitem, "ready": lambda: None}
+    operations |= {"getitem": lambda value, key: value[key], "ready": lambda: None}
     operations["run"] = lambda code: exec(compile(code, "program.py", "exec"), names)
-    for line in requests:
-        operation, args, keywords = json.loads(line)
+    while True:
+        operation, asked = receive(requests)
         try:
-            args, keywords = decode(args, resolve), decode(keywords, resolve)
-            answer = json.dumps(["value", encode(operations[operation](*args, **keywords), keep)])
+            (args, keywords), _ = decode(asked, resolve)
+            send(answers, ("value", operations[operation](*args, **keywords)), keep)
         except BaseException as error:
-            answer = json.dumps(["raised", [kind.__name__ for kind in type(error).__mro__], _text(error)])
-        answers.write(answer + "\n")
-        answers.flush()
+            send(answers, ("raised", [kind.__name__ for kind in type(error).__mro__], _text(error)))
 
 
 def _text(error):
@@ -156,18 +202,16 @@ def ask(operation, *args, **keywords):
         Ended: there is no answer any more.
         Exception: what the program raised, as the nearest built-in exception.
     """
-    request = [operation, encode(list(args), _number_of), encode(keywords, _number_of)]
+    asked = encode((args, keywords), _number_of)
     try:
-        to_program.write(json.dumps(request) + "\n")
-        to_program.flush()
-        line = from_program.readline(LONGEST_LINE)
-        kind, *found = json.loads(line)
+        send(to_program, (operation, asked))
+        kind, *found = receive(from_program, Remote)
         if kind == "value":
-            return decode(*found, Remote)
+            (value,) = found
+            return value
         names, text = found
-        known = [getattr(builtins, name, None) for name in names if isinstance(name, str)]
-        text = str(text)
-    except (OSError, ValueError, TypeError, RecursionError):
+        known = [getattr(builtins, name, None) for name in names]
+    except (OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise Ended from None
     for builtin in known:
         if isinstance(builtin, type) and issubclass(builtin, Exception) and builtin is not Exception:
@@ -232,37 +276,31 @@ class Names(dict):
 
 
 def examine():
-    """Run the tests and write the verdict: "ready" once the program's process answers, then a JSON line."""
+    """Say when the program's process answers, run the tests, and send the verdict: (whether they passed, why not)."""
     global from_program, to_program
     from_program, to_program, verdict = take_pipes()
-
-    def end(passed, reason=""):
-        verdict.write(json.dumps({"passed": passed, "reason": reason[:500]}) + "\n")
-        verdict.flush()
-        os._exit(0)
-
-    job = json.loads(from_program.readline())
+    job = receive(from_program)
     ask("ready")
-    verdict.write("ready\n")
-    verdict.flush()
-    signal.signal(signal.SIGALRM, lambda *_: end(False, "timed out"))
-    signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+    send(verdict, "ready")
+    passed, reason = False, ""
     try:
         ask("run", job["code"])
         names = Names(__name__="tests", **{name: Remote(name) for name in job["names"]})
         for part in ("given", "tests"):
             exec(compile(job[part], f"{part}.py", "exec"), names)
+        passed = True
     except Ended:
-        end(False, "ended early")
+        reason = "ended early"
     except MemoryError:
-        end(False, "no memory")
+        reason = "no memory"
     except BaseException as error:
-        name = "" if isinstance(error, Raised) else type(error).__name__
-        end(False, ": ".join(filter(None, (name, _text(error)))))
-    end(True)
+        reason = ": ".join(filter(None, ("" if isinstance(error, Raised) else type(error).__name__, _text(error))))
+    send(verdict, (passed, reason[:500]))
+    os._exit(0)
 
 
 if __name__ == "__main__":
     os.closerange(3, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**16))  # such as folders outside the jail
-    limit_all(*json.loads(sys.argv[2]))
-    {"program": hold_program, "examiner": examine}[sys.argv[1]]()
+    role, *numbers = sys.argv[1:]
+    limit_all(*map(int, numbers))
+    {"program": hold_program, "examiner": examine}[role]()

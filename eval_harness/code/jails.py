@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import json
+import math
 import os
 import re
 import secrets
@@ -47,7 +47,7 @@ class Limits:
     """What one program may use.
 
     Attributes:
-        seconds: of wall-clock time; one more of processor time.
+        seconds: of wall-clock time, which the caller keeps; of processor time the next whole number and one more.
         memory_mb: of address space of each process, in MiB.
     """
 
@@ -86,8 +86,8 @@ class Jail:
     def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[bytes]]:
         """Start `inside.py` as "program" or "examiner"; when the block ends, nothing of it is left running."""
         name = f"lora-null-code-{secrets.token_hex(8)}"
-        numbers = json.dumps([limits.memory_mb, limits.seconds, FILES_MB, self.tasks()])
-        python = ["-I", "-S", "-B", "-c", INSIDE.read_text(encoding="utf-8"), role, numbers]
+        numbers = (limits.memory_mb, math.ceil(limits.seconds) + 1, FILES_MB, self.tasks())
+        python = ["-I", "-S", "-B", "-c", INSIDE.read_text(encoding="utf-8"), role, *map(str, numbers)]
         process = subprocess.Popen([*self.command(name), *python], start_new_session=True, **self.options(), **pipes)
         try:
             yield process

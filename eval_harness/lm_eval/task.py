@@ -17,16 +17,20 @@ from lm_eval.api.metrics import mean
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.lm_eval.loading import load, seed_fewshot, unreadable
+from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
+from lora_null.eval_harness.code.programs import held_by
+from lora_null.eval_harness.lm_eval.loading import load, needs_consent, seed_fewshot, unreadable
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
-from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.distributed import get_logger, rank_and_world
 from lora_null.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
+
+logger = get_logger(__name__)
 
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
 CHAT = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
@@ -50,6 +54,9 @@ class LmEvalTask(Task):
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         name: what to call the results, if not `task`; needed to run one task on two files.
         confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
+        jail: what holds that code: "bwrap", "podman", "docker", or "unsafe", which is limits on time and memory alone.
+        jail_image: the image for podman and docker.
+        include_path: a folder of task files of one's own, looked into first.
         chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
@@ -66,6 +73,9 @@ class LmEvalTask(Task):
     role: Role = "task"
     name: str | None = None
     confirm_run_unsafe_code: bool = False
+    jail: str = BWRAP
+    jail_image: str = IMAGE
+    include_path: str | None = None
     chat: bool = False
 
     @property
@@ -80,6 +90,14 @@ class LmEvalTask(Task):
     @property
     def in_training_template(self) -> bool:
         return self.task.startswith(FRAMED)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its rules run what the model writes."""
+        return any(needs_consent(member) for member in self.loaded["tasks"].values())
+
+    def remarks(self) -> dict[str, str]:
+        return {"generated_code": find_jail(self.jail, self.jail_image).describe} if self.runs_code else {}
 
     def check(self) -> None:
         """Check the values, build the task, read its documents and try its rules on the first one.
@@ -98,6 +116,8 @@ class LmEvalTask(Task):
                 raise UserError(f"{self}: {key} needs path, the local file with the documents")
         if self.path and self.fewshot_path and Path(self.path).resolve() == Path(self.fewshot_path).resolve():
             raise UserError(f"{self}: fewshot_path is the evaluated file itself; name another file")
+        if self.jail == UNSAFE and self.runs_code:
+            logger.warning(f"{self}: what the model writes runs without a jail, and may do what this user may")
         self.loaded  # noqa: B018
 
     @cached_property
@@ -114,11 +134,17 @@ class LmEvalTask(Task):
             options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
             options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code
             try:
-                results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
+                with held_by(self.jail, self.jail_image):
+                    results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
+            except UserError:
+                raise
             except Exception as error:
-                if self.path is None:
-                    raise
-                raise unreadable(self, error) from error
+                if self.path is not None:
+                    raise unreadable(self, error) from error
+                if self.include_path is not None:
+                    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise UserError(f"{self} fails on its first document ({type(error).__name__}: {line})") from error
+                raise
         self.result_names(loaded, results)
         return loaded
 
@@ -128,13 +154,13 @@ class LmEvalTask(Task):
         for key in ("path", "fewshot_path"):
             if (path := getattr(self, key)) is not None:
                 settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        return settings
+        return settings | self.remarks()
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks."""
         tasks = self.loaded["tasks"]
         seed_fewshot(self.loaded, options.seed)
-        with bootstrap_in_this_process():
+        with bootstrap_in_this_process(), held_by(self.jail, self.jail_image):
             results: Any = evaluator.evaluate(
                 lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
                 task_dict=self.loaded,

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError
@@ -15,15 +17,27 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
-def require_vllm() -> None:
+def require_vllm(tensor_parallel: int = 1) -> None:
     """Raise a UserError, before anything is spent, where vLLM cannot be used."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("eval.backend: vllm is not installed here; eval.backend=hf evaluates without it")
     if rank_and_world()[1] > 1:
         raise UserError("eval.backend: vllm wants one process, which it spreads over the GPUs itself; use hf")
+    if tensor_parallel > max(1, here := torch.cuda.device_count()):
+        raise UserError(f"eval.vllm.tensor_parallel: asks for {tensor_parallel} GPUs, and {here} are here")
 
 
-def open_vllm(model_name: str, adapter: Path | None, *, dtype: str, revision: str | None, rank: int) -> LM:
+def open_vllm(
+    model_name: str,
+    adapter: Path | None,
+    *,
+    dtype: str,
+    revision: str | None,
+    rank: int,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
+    memory_share: float = 0.9,
+) -> LM:
     """Return lm-eval's vLLM engine on a base model, with its saved adapter.
 
     Args:
@@ -32,11 +46,16 @@ def open_vllm(model_name: str, adapter: Path | None, *, dtype: str, revision: st
         dtype: of the weights.
         revision: hub revision of the model.
         rank: the adapter's, as saved.
+        tensor_parallel: GPUs that share each layer.
+        max_model_len: tokens of prompt and answer together; None for the model's own.
+        memory_share: of each GPU's memory that vLLM takes, in (0, 1].
 
     Raises:
         UserError: the rank is more than vLLM takes.
     """
     options = {"pretrained": model_name, "dtype": dtype, "revision": revision, "batch_size": "auto"}
+    options |= {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": memory_share}
+    options |= {} if max_model_len is None else {"max_model_len": max_model_len}
     if adapter is not None:
         fitting = vllm_rank(rank)
         if fitting is None:

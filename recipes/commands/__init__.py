@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lora_null.recipes.commands.arguments import build_parser
+from lora_null.recipes.commands.arguments import ALLOW, JAILED, build_parser
 from lora_null.utils.errors import UserError, exit_status, nearest
 from lora_null.utils.quiet import quiet
 
@@ -24,6 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an unknown command or option, with the nearest there is, or a value that an option does not take.
     """
     parser, commands = build_parser()
+    argv = [f"{ALLOW}={JAILED}" if word == ALLOW else word for word in argv]  # the next word is no value of it
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f"no command {argv[0]!r}{nearest(argv[0], commands)}")
     used = commands.get(argv[0], parser) if argv else parser

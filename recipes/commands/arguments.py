@@ -13,6 +13,7 @@ from lora_null.recipes.config.load import shipped
 from lora_null.recipes.config.schema import JudgeSection
 from lora_null.utils.errors import UserError, nearest
 
+ALLOW, JAILED, UNSAFE = "--allow-code-execution", "jailed", "unsafe"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
 
@@ -90,7 +91,14 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
     add("--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them")
-    add("--allow-code-execution", action="store_true", help="run the code that the model writes (HumanEval, MBPP)")
+    add(
+        ALLOW,
+        nargs="?",
+        default=False,
+        choices=[JAILED, UNSAFE],
+        metavar=UNSAFE,
+        help="run the code that the model writes (HumanEval, MBPP), in a jail; with =unsafe under limits alone",
+    )
     add("--print-config", action="store_true", help="print the resolved recipe")
     add("--list", action="store_true", help="list the shipped recipes")
     return parser
@@ -123,7 +131,12 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
     add("--revision", help="hub revision")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base")
+    add(
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        default="auto",
+        help="of the base; auto (default): bfloat16 where the processor has instructions for it, else float32",
+    )
     add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")

@@ -78,7 +78,7 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
     if arguments.limit is not None:
         raw["eval"] = {**raw["eval"], "limit": arguments.limit}
     raw["model"] = source.base.section.model_dump(mode="json")
-    engine = {"backend": "hf", "strengths": [], "before": True}
+    engine = {"backend": "hf", "strengths": [], "before": True, "probe": None}
     raw |= {"method": {"name": "lora"}, "grid": {}, "budget": budget, "eval": {**raw.get("eval", {}), **engine}}
     recipe = parse_recipe(raw, str(source.folder))
     if not recipe.eval.retention and not recipe.eval.task:

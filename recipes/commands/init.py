@@ -19,6 +19,7 @@ from lora_null.layer import adapted_layers
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
+from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
@@ -38,6 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
     state = PartialState(cpu=arguments.device == "cpu")
+    if arguments.dtype == "auto":
+        native = computes_bf16()
+        arguments.dtype = "bfloat16" if native else "float32"
+        if is_first_process():
+            print(precision_line(native, ["--dtype"]))
     batches = _batches(arguments)
     peft_model, weights = together(lambda: _model(arguments), what="initialization")
     options = InitOptions(

@@ -63,7 +63,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         _go_offline_without_a_network()
     from lora_null.recipes.callbacks import exit_on_sigterm
     from lora_null.recipes.dry_run import dry_run
-    from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+    from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
@@ -73,6 +73,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if recipe.grid and recipe.grid.spread:
         work_alone()
     join_processes()
+    choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
         dry_run(recipe, **options)

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from lora_null.recipes.config.schema import CalibrationSource, Recipe, calibration_entry, parse_recipe
+from lora_null.recipes.config.schema import TASK_FILES, CalibrationSource, Recipe, calibration_entry, parse_recipe
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe
 BATCH = ("total_batch_size", "gradient_accumulation_steps")
+PATH_KEYS = ("path", "fewshot_path", "references", "task")  # of an entry of `eval`; a task may be a YAML
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
@@ -274,14 +275,18 @@ def _number_list(text: str) -> list[Any]:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
-    calibration, probe = (recipe.calibration, *recipe.calibration.sources), recipe.eval.probe
+    probe = recipe.eval.probe
     probed = (
         [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
     )
-    for holder in (*calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task, *probed):
-        path = holder.path
-        if path and not Path(path).exists():
-            shipped = [FOLDER] if path.startswith("samples/") else []
-            found = next((folder / path for folder in (folder, *shipped) if (folder / path).exists()), path)
-            holder.path = str(found)
+    entries = (*recipe.eval.retention, *recipe.eval.task, *probed)
+    holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
+    holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
+    for holder, key in holders:
+        path = getattr(holder, key, None)
+        if not path or Path(path).exists() or (key == "task" and Path(path).suffix not in TASK_FILES):
+            continue
+        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+        found = next((beside / path for beside in folders if (beside / path).exists()), path)
+        setattr(holder, key, str(found))
     return recipe

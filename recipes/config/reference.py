@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lora_null.recipes.config.schema import ENTRIES, BudgetSection, JudgeSection, ProbeSection, Recipe
+from lora_null.recipes.config.schema import ENTRIES, REFUSED, BudgetSection, JudgeSection, ProbeSection, Recipe
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- keys: made by python -m lora_null.recipes.config.reference -->\n", "<!-- end of keys -->\n"
@@ -31,7 +31,17 @@ def describe_keys() -> str:
     for name, kind in ENTRIES.items():
         title = f"An entry of `eval.retention` or `eval.task` with the key `{name}`: {_summary(kind)}"
         tables.append(_table("", title, kind.model_fields))
-    return "\n".join(tables)
+    return "\n".join([*tables, describe_refused()])
+
+
+def describe_refused() -> str:
+    """Return the table of what `training` does not take of TRL's configurations, and why."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{key}`")
+    lines = ["**What `training` does not take of TRL's SFTConfig and DPOConfig; every other field passes through**\n"]
+    lines += ["| fields | |", "|:--|:--|", *(f"| {', '.join(keys)} | {reason} |" for reason, keys in reasons.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _is_section(annotation: Any) -> bool:

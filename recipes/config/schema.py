@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -24,6 +25,7 @@ from lora_null.utils.errors import UserError, nearest
 # Arguments of TRL's configurations that `training` does not take, and why; every other one passes through.
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
+_UNASKED = "is for scripts that ask for it, and none does here"
 REFUSED = {
     "output_dir": _DECIDED.format("output_dir"),
     **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),
@@ -34,7 +36,7 @@ REFUSED = {
         ("completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"),
         _DECIDED.format("those of data"),
     ),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is for scripts that ask for it, and none does here"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNASKED),
     **dict.fromkeys(
         (
             "batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
@@ -78,6 +80,8 @@ MEANT = {
     "output_dir": ("output", "out", "outdir"),
 }
 MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
+DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # what `eval_harness.documents` reads
+TASK_FILES = (".yaml", ".yml")
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
@@ -358,7 +362,11 @@ class DataSection(Section):
 class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
-    task: str = Field(min_length=1, description="name of a task of lm-eval or of `eval_harness/task_files`")
+    task: str = Field(
+        min_length=1,
+        description="name of a task, group or tag of lm-eval, `eval_harness/task_files` or `eval.include_path`; or the path "
+        "of a task's YAML",
+    )
     name: str | None = Field(None, description="what to call the results")
     path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
     fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
@@ -375,8 +383,12 @@ class AnswersEntry(Section):
     path: str = PATH
     subset: str | None = SUBSET
     split: str = Field("test", description=SPLIT)
-    prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
-    response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
+    prompt: str | None = Field(
+        None, description="field of the prompt, or a text made of {field}s; found by its name when not given"
+    )
+    response: str | None = Field(
+        None, description="field of the answer, of several accepted ones the first; found by its name when not given"
+    )
     messages: str | None = Field(
         None, description="field of a conversation whose last learned answer counts, instead of prompt and response"
     )
@@ -442,13 +454,37 @@ class JudgeSection(Section):
     prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
 
 
+class CodeSection(Section):
+    """What holds the programs that a model writes; --allow-code-execution runs them."""
+
+    jail: Literal["bwrap", "podman", "docker"] = Field("bwrap", description="bubblewrap, or a container engine")
+    image: str = Field("python:3.11-slim", min_length=1, description="podman and docker: an image with python3")
+
+    @model_validator(mode="after")
+    def _used(self) -> CodeSection:
+        if self.jail == "bwrap" and self != CodeSection.model_construct():
+            raise ValueError("image is for jail: podman or docker")
+        return self
+
+
+class VLLMSection(Section):
+    """What vLLM is started with, for eval.backend=vllm."""
+
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share each layer")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of prompt and answer; the model's own when not given"
+    )
+    memory_share: float = Field(0.9, gt=0, le=1, description="of each GPU's memory, for weights and cache")
+
+
 ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
 ENTRIES |= {"forgetting": ForgettingEntry}
 
 
 def _task_entry(value: Any) -> Any:
     if isinstance(value, str):
-        return LmEvalEntry(task=value)
+        is_data = Path(value).suffix.lower() in DATA_FILES
+        return AnswersEntry(answers=Path(value).stem, path=value) if is_data else LmEvalEntry(task=value)
     if isinstance(value, dict):
         kind = next((kind for kind in ENTRIES if kind in value), None)
         if kind is None:
@@ -478,7 +514,9 @@ class ProbeSection(Section):
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="steps between two measurements; auto keeps them below `share` of the time"
     )
-    retention: Probed = Field(32, description="rows of each entry of eval.retention, or entries of its own")
+    retention: Probed | None = Field(
+        None, description="rows of each entry of eval.retention (32, at most half), or entries of its own"
+    )
     task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
     share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
 
@@ -504,8 +542,14 @@ class BudgetSection(Section):
 class EvalSection(Section):
     """What is measured before and after training."""
 
-    retention: list[EvalEntry] = Field([], description="what must be kept")
+    retention: list[EvalEntry] = Field(
+        [],
+        description="what must be kept: tasks by name, files of questions with answers by path, or entries as below",
+    )
     task: list[EvalEntry] = Field([], description="what is learned")
+    include_path: str | None = Field(
+        None, description="folder of lm-eval task files of one's own, with their functions"
+    )
     limit: int | None = Field(None, ge=1, description="first documents of every task only")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
@@ -513,6 +557,8 @@ class EvalSection(Section):
     backend: Literal["hf", "vllm"] = Field(
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
+    vllm: VLLMSection = VLLMSection()
+    code: CodeSection = CodeSection()
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     examples: int = Field(
         5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
@@ -526,6 +572,12 @@ class EvalSection(Section):
     strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
         [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> EvalSection:
+        if self.backend != "vllm" and self.vllm != VLLMSection():
+            raise ValueError("vllm is for backend: vllm")
+        return self
 
 
 class GridSection(Section):
@@ -602,7 +654,8 @@ class Recipe(Section):
     def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         known = training_keys(info.data.get("trainer", "sft"))
         for key in training:
-            if key in REFUSED and training[key] not in (False, "no", None):
+            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED) and training[key] in (False, "no", None)
+            if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():
                 other = {"sft": "dpo", "dpo": "sft"}[info.data.get("trainer", "sft")]

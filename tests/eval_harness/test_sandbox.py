@@ -556,7 +556,7 @@ def test_where_no_jail_works_nothing_runs(monkeypatch, tmp_path):
         pass
     with held_by("unsafe"):
         assert run_program("x = 1").passed
-    with pytest.raises(UserError, match="no jail is called 'bwarp' .did you mean 'bwrap'"):
+    with pytest.raises(UserError, match=r"no jail is called 'bwarp' .did you mean 'bwrap'"):
         find_jail("bwarp")
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: Unknown option --disable-userns' >&2; exit 1\n")
