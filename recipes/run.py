@@ -52,7 +52,7 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.start import MIN_TOKENS, InitOptions
-from lora_null.store import REPORT_FILE, find_initialization
+from lora_null.store import REPORT_FILE, find_initialization, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
@@ -159,7 +159,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
 
     def check() -> Job:
         if recipe.method.init is not None:
-            find_initialization(Path(recipe.method.init))
+            _check_initialization(recipe)
         return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
 
     job = together(check, what="checking the recipe")
@@ -174,6 +174,17 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_
         print_table(results)
         print(f"report: {job.folder / 'report.html'}")
     return job.folder
+
+
+def _check_initialization(recipe: Recipe) -> None:
+    """Raise a UserError for a `method.init` that holds no start of the recipe's methods."""
+    folder = find_initialization(Path(recipe.method.init))
+    found = read_report(folder).get("rule")
+    for name in recipe.method.name:
+        rule = make_method(name, recipe.method.options.get(name)).rule_for(InitOptions())
+        if rule is None or rule.rule != found:
+            by = "none" if rule is None else rule.rule
+            raise UserError(f"method.init: {folder} holds a start by {found}, {name} starts by {by}")
 
 
 def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
