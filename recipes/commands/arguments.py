@@ -123,7 +123,11 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
-    add("--variant", choices=("v1", "v2"), default="v2", help="v2: B = 0, train B alone; v1: train A and B")
+    variants = "v2: B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
+    add("--variant", choices=("v1", "v2", "nb"), default="v2", help=variants)
+    add("--null-multiple", type=float, help="nb: N has this many times r directions (default 4)")
+    add("--null-energy", type=float, help="nb, instead: share of the inputs' energy outside N, such as 0.99")
+    add("--start", choices=("zero", "residual"), help="nb: B = 0 (default), or v1's start")
     add("--rank", type=int, default=128, help="r (default 128)")
     add("--alpha", type=float, help="numerator of the scaling (default: the rank, s = 1)")
     add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear")

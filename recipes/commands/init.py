@@ -112,6 +112,9 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
         target_modules=targets.split(",") if "," in targets else targets,
         variant=arguments.variant,
+        null_multiple=arguments.null_multiple,
+        null_energy=arguments.null_energy,
+        **({} if arguments.start is None else {"start": arguments.start}),
         task_type="CAUSAL_LM",
     )
     if not arguments.low_memory:
