@@ -38,7 +38,7 @@ STEPS = 60  # optimizer steps that a run should have at least, if the rows allow
 USED = 0.8  # of the memory there is, at most
 LONGEST = 4096  # tokens of a sequence, unless the user asks for more
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
-SHOWN = 2  # rows, as the model sees them
+SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
     ("facts", "samples/nq_open_test.jsonl", {"template": "Q: {prompt}?\nA:"}),
     ("prose", "samples/wikitext_test.jsonl", {"prompt": "prompt", "response": "response", "template": "plain"}),
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_text(out, template.render(d=draft, y=_yaml, out=out))
     for key, note in draft.notes.items():
         print(f"{key:<11} {note}")
-    show_samples(load_recipe(str(out)), SHOWN)
+    show_samples(load_recipe(str(out)), SHOWN, most=LETTERS)
     print(f"written     {out}; every line says why, change what you know better")
     print(f"next        lora-null train {out} --dry-run     # the plan, in seconds\n            lora-null train {out}")
 

@@ -281,7 +281,7 @@ class CalibrationSource(Section):
 
 
 class WeightedSource(CalibrationSource):
-    """An entry of `calibration.sources`."""
+    """Texts of one source, and their share of the windows."""
 
     weight: float = Field(1.0, gt=0, description="share of the windows, relative to the other sources")
 
@@ -303,7 +303,9 @@ class CalibrationSection(CalibrationSource):
     )
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
-    mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
+    mode: Literal["packed", "separate"] = Field(
+        "packed", description="texts joined and cut, or one text a window (what the model writes: always)"
+    )
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
 
     @property
