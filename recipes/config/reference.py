@@ -20,6 +20,7 @@ from lora_null.recipes.config.schema import (
     JudgeSection,
     ProbeSection,
     Recipe,
+    VLLMSection,
     WeightedSource,
 )
 
@@ -34,7 +35,7 @@ def describe_keys() -> str:
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
-    inner = {"eval.judge": JudgeSection, "eval.probe": ProbeSection, "budget": BudgetSection}
+    inner = {"eval.judge": JudgeSection, "eval.vllm": VLLMSection, "eval.probe": ProbeSection, "budget": BudgetSection}
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
     tables.append(
         _table("", f"An entry of `calibration.sources`: {_summary(WeightedSource)}", WeightedSource.model_fields)
@@ -75,6 +76,8 @@ def _table(prefix: str, title: str, fields: dict[str, FieldInfo]) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(exclude_defaults=True))
     return "null" if value is None else value if isinstance(value, str) and value else json.dumps(value)
 
 
