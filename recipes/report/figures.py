@@ -22,7 +22,8 @@ from lora_null.recipes.results import Results, TrainLog
 COLORS = {
     "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
     "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
-    "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
+    "lora-null-v2": "#0072b2", "nb-lora": "#0b3c6f",
+    "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 MARKERS = "osD^vP"
