@@ -30,8 +30,8 @@ def initialize_lora_null_weights(
     """Start the adapters of a PEFT model in the null space of what its linears read on `batches`. In place.
 
     v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
-    other, with A in the span of N, where the layers and the trainers of this package keep it (a training loop of your own
-    calls `keep_in_null_basis` before it saves). In every case the model computes what it did before. Under `torch.distributed` all ranks call this together with the same batches.
+    other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
+    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks call this together with the same batches.
 
     Args:
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.

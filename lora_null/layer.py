@@ -96,8 +96,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 def keep_in_null_basis(peft_model: nn.Module) -> None:
     """Put A of every adapter that has a basis N back into its span, A ← A N Nᵀ, after an optimizer's step.
 
-    The trainers of this package do so themselves. A loop of your own calls it before it saves; before a forward pass the
-    layers see to it. All ranks of a sharded model call it together.
+    The trainers of this package do so themselves. In a loop of your own the layers see to it before a forward pass and
+    before they are saved, while they are in training mode and whole; otherwise call this, on all ranks together.
     """
     for layer in peft_model.modules():
         if isinstance(layer, LoraNullLinear) and layer.bases:
@@ -414,6 +414,7 @@ class LoraNullLinear(Linear):
 
         The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
         """
+        self._see_to_bases()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.residual is None:
             return state

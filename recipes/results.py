@@ -324,6 +324,7 @@ DISPLAY = {
     "roselora": "RoseLoRA",
     "lora-null-v1": "LoRA-Null-v1",
     "lora-null-v2": "LoRA-Null-v2",
+    "nb-lora": "NB-LoRA",
     "osf": "OSF",
     "mica": "MiCA",
     "eva": "EVA",

@@ -23,7 +23,7 @@ COLORS = {
     "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
     "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
     "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
-    "nb-lora": "#1f3a93", "sc-lora": "#e377c2", "kl-anchor": "#8c2d04", "replay": "#7fbf3f", "clora": "#8073ac",
+    "nb-lora": "#0b3c6f", "sc-lora": "#e377c2", "kl-anchor": "#8c2d04", "replay": "#7fbf3f", "clora": "#8073ac",
     "oft": "#c9a000", "oplora": "#b2182b",
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
