@@ -24,7 +24,7 @@ from lora_null.recipes.data.calibration import (
     cut_windows,
     shares,
 )
-from lora_null.trainer import CalibrationArgs, own_texts
+from lora_null.trainer import CalibrationArgs, own_texts, written_texts
 from lora_null.utils.errors import UserError
 
 TALK = [user("1+1?"), assistant("2")]
@@ -239,6 +239,17 @@ class TestWhatTheModelWrites:
         second = torch.tensor([tokenizer(text)["input_ids"][1] for text in found])
         observed = torch.bincount(second, minlength=len(expected)).double() / 4000
         assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-3).all()
+
+    def test_the_same_for_any_number_of_processes(self, monkeypatch):
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        expected, found = own_texts(model, tokenizer, count=70, max_tokens=12), {}
+        for rank in range(3):
+            monkeypatch.setattr(
+                written_texts, "my_share", lambda keys, _, rank=rank: [key for key in keys if key % 3 == rank]
+            )
+            monkeypatch.setattr(written_texts, "merge_shares", lambda compute: found.update(compute()) or {**found, **dict.fromkeys(set(range(70)) - set(found), "")})  # fmt: skip
+            own_texts(model, tokenizer, count=70, max_tokens=12)
+        assert [found[i] for i in range(70)] == expected
 
     def test_after_prompts(self):
         found = own_texts(tiny_model(), chat_tokenizer(), count=5, max_tokens=30, prompts=["who", "what is"])
