@@ -329,7 +329,6 @@ DISPLAY = {
     "mica": "MiCA",
     "eva": "EVA",
     "lora-ga": "LoRA-GA",
-    "nb-lora": "NB-LoRA",
     "sc-lora": "SC-LoRA",
     "kl-anchor": "KL anchor",
     "replay": "Replay",
