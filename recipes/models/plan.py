@@ -232,7 +232,11 @@ def print_plan(
         f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
-    console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
+    plans = plan_methods(recipe, model_config)
+    console.print(_table(plans, weights, activation_bytes(model_config, training)))
+    for plan in (plan for plan in plans if plan.basis_bytes):
+        share = plan.basis_bytes / weights
+        console.print(f"{plan.name}: of it {plan.basis_bytes / GIB:.2f} GiB of null bases, {share:.1%} of the weights")
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
