@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers, factors_of, residual_of
+from lora_null.trainer.decay import decays_to_start
 from lora_null.trainer.methods import make_method
 
 KINDS = {
@@ -108,6 +109,13 @@ def test_what_means_nothing_is_refused(kind, asked, options, message, tmp_path):
     with pytest.raises(UserError, match=message) as refusal:
         trainer_of(kind, tmp_path, decay_to_start=asked, **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_deepspeed_is_refused(tmp_path):
+    trainer = trainer_of("v1", tmp_path)
+    with pytest.raises(UserError, match=r"DeepSpeed keeps weights of its own.*decay_to_start=False"):
+        decays_to_start(None, trainer.model, trainer.args, None, deepspeed=True)
+    assert not decays_to_start(False, trainer.model, trainer.args, None, deepspeed=True)
 
 
 def test_an_optimizer_of_ones_own(tmp_path):

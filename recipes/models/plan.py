@@ -247,6 +247,9 @@ def print_plan(
     for plan in plans:
         if plan.costs:
             console.print(f"{plan.name}: {plan.costs}")
+    for plan in (plan for plan in plans if plan.basis_bytes):
+        share = plan.basis_bytes / weights
+        console.print(f"{plan.name}: of it {plan.basis_bytes / GIB:.2f} GiB of null bases, {share:.1%} of the weights")
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
