@@ -175,6 +175,43 @@ class Grid(BaseModel):
     paired: list[Paired] = []
 
 
+class Transfer(BaseModel):
+    """What a sequence of tasks did to each of them, for one method; see `recipes.sequence.transfer`.
+
+    Attributes:
+        matrix: for each task its metric after every task.
+        lost: of each task but the last: by how much it is worse after the last than after its own.
+        ahead: of each task but the first: by how much it was better than the base before it was learned.
+        backward, forward, average: over the tasks, where all are of one unit.
+    """
+
+    method: str
+    matrix: list[list[Metric]]
+    lost: list[Estimate]
+    ahead: list[Estimate]
+    backward: Estimate | None = None
+    forward: Estimate | None = None
+    average: float | None = None
+
+
+class Sequence(BaseModel):
+    """What `results.json` of a sequence adds.
+
+    Attributes:
+        tasks: names, in order.
+        metrics: of each task, the one by which it is followed.
+        base: the base's value of each.
+        transfers: one a method.
+        knowledge: method → metric of retention → its value after every task.
+    """
+
+    tasks: list[str]
+    metrics: list[str]
+    base: dict[str, Metric]
+    transfers: list[Transfer] = []
+    knowledge: dict[str, dict[str, list[Metric | None]]] = {}
+
+
 class Results(BaseModel):
     """A `results.json`; the first row is the base."""
 
@@ -188,6 +225,7 @@ class Results(BaseModel):
     settings: dict[str, Any] = {}
     rows: list[Row] = Field(min_length=1)
     grid: Grid | None = None
+    sequence: Sequence | None = None
 
     @field_validator("rows")
     @classmethod

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.report import render
+from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import DISPLAY, Row, load_results
-from lora_null.recipes.strengths import read_dial
 from lora_null.utils.files import write_text
 
 TEMPLATE = "model_card.md.j2"

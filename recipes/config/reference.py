@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lora_null.recipes.config.schema import ENTRIES, BudgetSection, JudgeSection, ProbeSection, Recipe
+from lora_null.recipes.config.schema import ENTRIES, BudgetSection, JudgeSection, ProbeSection, Recipe, SequenceSection
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- keys: made by python -m lora_null.recipes.config.reference -->\n", "<!-- end of keys -->\n"
@@ -27,6 +27,7 @@ def describe_keys() -> str:
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
     inner = {"eval.judge": JudgeSection, "eval.probe": ProbeSection, "budget": BudgetSection}
+    inner["sequence"] = SequenceSection
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
     for name, kind in ENTRIES.items():
         title = f"An entry of `eval.retention` or `eval.task` with the key `{name}`: {_summary(kind)}"
