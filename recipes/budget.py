@@ -167,10 +167,10 @@ def forgotten(
         The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
     """
     sign = 1 if found.metrics[measure].higher_is_better else -1
-    return _difference(task, measure, base, found, tokenizer, sign, leave_out)
+    return difference(task, measure, base, found, tokenizer, sign, leave_out)
 
 
-def _difference(
+def difference(
     task: Task,
     measure: str,
     one: Evaluation | Point,
@@ -179,7 +179,7 @@ def _difference(
     sign: int,
     leave_out: frozenset[int] = frozenset(),
 ) -> Estimate:
-    """Return sign · (one − other), paired by question."""
+    """Return sign · (one − other), paired by question and weighted by answer tokens; rows in `leave_out` do not count."""
     change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
     keep = [i for i in range(len(change)) if i not in leave_out]
     weights = np.ones(len(change))
@@ -369,18 +369,19 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     """Return by metric what the budget cost of what had been learned, paired by the probed questions."""
     found = {}
     for task in measured.learning:
-        for name in (name for name in after.metrics if name in after.samples and _is_of(task, name)):
+        for name in (name for name in after.metrics if name in after.samples and is_of(task, name)):
             better = after.metrics[name].higher_is_better
             if better is None:
                 continue
-            lost = _difference(task, name, before, after, measured.tokenizer, 1 if better else -1)
+            lost = difference(task, name, before, after, measured.tokenizer, 1 if better else -1)
             metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])
             base, full, kept = (metric.value if metric else None for metric in metrics)
             found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr)
     return found
 
 
-def _is_of(task: Task, name: str) -> bool:
+def is_of(task: Task, name: str) -> bool:
+    """Return whether a metric of that name is the task's."""
     return name in names_of(task) or (names_of(task) == [task.label] and name.startswith(task.label))
 
 

@@ -14,9 +14,9 @@ from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Reci
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
+from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import DISPLAY, Results, Row, load_results
-from lora_null.recipes.strengths import read_dial
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import write_text
 

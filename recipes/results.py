@@ -233,6 +233,43 @@ class Grid(BaseModel):
     cells: list[Run] = []
 
 
+class Transfer(BaseModel):
+    """What a sequence of tasks did to each of them, for one method; see `recipes.sequence.transfer`.
+
+    Attributes:
+        matrix: for each task its metric after every task.
+        lost: of each task but the last: by how much it is worse after the last than after its own.
+        ahead: of each task but the first: by how much it was better than the base before it was learned.
+        backward, forward, average: over the tasks, where all are of one unit.
+    """
+
+    method: str
+    matrix: list[list[Metric]]
+    lost: list[Estimate]
+    ahead: list[Estimate]
+    backward: Estimate | None = None
+    forward: Estimate | None = None
+    average: float | None = None
+
+
+class Sequence(BaseModel):
+    """What `results.json` of a sequence adds.
+
+    Attributes:
+        tasks: names, in order.
+        metrics: of each task, the one by which it is followed.
+        base: the base's value of each.
+        transfers: one a method.
+        knowledge: method → metric of retention → its value after every task.
+    """
+
+    tasks: list[str]
+    metrics: list[str]
+    base: dict[str, Metric]
+    transfers: list[Transfer] = []
+    knowledge: dict[str, dict[str, list[Metric | None]]] = {}
+
+
 class Results(BaseModel):
     """A `results.json`; the first row is the base.
 
@@ -255,6 +292,7 @@ class Results(BaseModel):
     paired: list[Paired] | None = None
     answers: Answers | None = None
     grid: Grid | None = None
+    sequence: Sequence | None = None
 
     @field_validator("rows")
     @classmethod

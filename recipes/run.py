@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.join import join_onto
 from lora_null.adapters.strength import Strength
+from lora_null.earlier import Earlier
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
@@ -77,8 +79,11 @@ from lora_null.recipes.models.bases import (
     resolve_name,
 )
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods
+from lora_null.recipes.models.so_far import after_earlier, model_so_far
 from lora_null.recipes.probes import ProbePlan, plan_probes, probe_folder
 from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
+from lora_null.recipes.report.dial_page import Dial, write_dial
 from lora_null.recipes.results import (
     LOG_FILE,
     Drift,
@@ -92,8 +97,7 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.recipes.side_by_side import side_by_side
-from lora_null.recipes.strengths import FOLDER as DIAL_FOLDER
-from lora_null.recipes.strengths import Dial, sweep, write_dial
+from lora_null.recipes.strengths import sweep
 from lora_null.start import MIN_TOKENS, InitOptions
 from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -134,6 +138,10 @@ class Job:
     bound: Bound | None = None
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
+    starts: dict[str, Path] = field(default_factory=dict)  # of a task after others: method → METHOD of the task before
+    earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
+    knowledge: float = 1.0  # weight of the knowledge's Grams beside them
+    earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
 
     @property
     def is_main(self) -> bool:
@@ -649,7 +657,9 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, target)
-        shutil.copyfile(folder / CARD_FILE, target / CARD_FILE)
+    if plan.name in job.starts and plan.saves == "adapter":
+        saved = join_onto(job.starts[plan.name] / "adapter", target)  # all tasks so far, for the original base
+    shutil.copyfile(folder / CARD_FILE, target / CARD_FILE)
     job.tokenizer.save_pretrained(target)
     return saved
 
@@ -659,10 +669,12 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
     arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
+    method = after_earlier(method, job.earlier.get(plan.name, ()), job.knowledge)
+    windows = windows + (job.earlier_rows if method.needs_texts else [])
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     trainer = TRAINERS[recipe.trainer][0](
-        model=load_base(recipe.model, job.model_name),
+        model=model_so_far(recipe.model, job.model_name, job.starts.get(plan.name)),
         args=arguments,
         train_dataset=job.data.rows,
         processing_class=job.tokenizer,

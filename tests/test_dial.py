@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, ca
         (["--strength", "3"], "a strength is a number from 0"),
         (["--max-forgetting", "0"], "must be a number above 0"),
         (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
-        (["--max-forgetting", "1e-9"], "leaves nothing of the adapter"),
+        (["--max-forgetting", "1e-6"], "leaves nothing of the adapter"),
     ],
 )
 def test_mistakes_of_an_export(world, tmp_path, capsys, words, message):

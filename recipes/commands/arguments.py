@@ -68,7 +68,8 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="train and evaluate methods by a recipe",
         description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
-        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s --list",
+        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s RECIPE RECIPE ... --sequence\n"
+        "       %(prog)s --list",
     )
     add = parser.add_argument
     add("recipe", nargs="?", help="a shipped name, or the path of a YAML").complete = {
@@ -86,6 +87,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         metavar="X",
         help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
     )
+    add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")

@@ -17,9 +17,10 @@ from lora_null.recipes.commands.source import Source, check_adapter_fits, find_s
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.processes import join_processes
+from lora_null.recipes.report.dial_page import FOLDER, table_rows, told
 from lora_null.recipes.results import Budget
 from lora_null.recipes.run import Job, base_row, dial, evaluation_job, measurement
-from lora_null.recipes.strengths import FOLDER, STRENGTHS, parse_strengths, read_dial, table_rows, told
+from lora_null.recipes.strengths import STRENGTHS, parse_strengths
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError
 
@@ -150,9 +151,3 @@ def strength_within(source: Source, arguments: argparse.Namespace, scratch: Path
         first_check=first and first.value,
     )
     return value, described.sentence()
-
-
-def measured_point(source: Source, strength: float) -> Any:
-    """Return what a dial has measured at a strength, and None where it has not."""
-    found = read_dial(source.home)
-    return found and found.at(strength)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.utils.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -29,17 +30,21 @@ def run(arguments: argparse.Namespace) -> None:
     words = [word for word in (arguments.recipe, *arguments.words) if word is not None]
     if not words:
         raise UserError("give a recipe, or --list to see them")
-    recipe = load_recipe(
-        words[0],
-        words[1:],
-        methods=arguments.method,
-        output_dir=arguments.output_dir,
-        preset=arguments.model_preset,
-        seeds=arguments.seeds,
-        sweeps=arguments.sweep,
-        quick=arguments.quick,
-        max_forgetting=arguments.max_forgetting,
-    )
+    options = {
+        "methods": arguments.method,
+        "output_dir": arguments.output_dir,
+        "preset": arguments.model_preset,
+        "seeds": arguments.seeds,
+        "sweeps": arguments.sweep,
+        "quick": arguments.quick,
+        "max_forgetting": arguments.max_forgetting,
+    }
+    if arguments.sequence:
+        names = [word for word in words if "=" not in word]
+        recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]
+        recipe = join_recipes(recipes, arguments.output_dir)
+    else:
+        recipe = load_recipe(words[0], words[1:], **options)
     if arguments.print_config:
         print(dump(recipe), end="")
     elif arguments.show_samples is not None:
@@ -67,20 +72,22 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
+    from lora_null.recipes.sequence import run_sequence
 
     use_all_cores()
     keep_freed_memory()
-    if recipe.grid and recipe.grid.spread:
+    if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()
     join_processes()
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        dry_run(recipe, **options)
+        for planned in stage_recipes(recipe) if recipe.sequence else [recipe]:
+            dry_run(planned, **options)
         return
     exit_on_sigterm()
     try:
-        (run_grid if recipe.grid else run_recipe)(recipe, **options)
+        (run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe)(recipe, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*_stopped(Path(recipe.output_dir), arguments)) from None
 

@@ -20,6 +20,7 @@ from lora_null.recipes.config.schema import (
     JudgeSection,
     ProbeSection,
     Recipe,
+    SequenceSection,
     VLLMSection,
     WeightedSource,
 )
@@ -36,6 +37,7 @@ def describe_keys() -> str:
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
     inner = {"eval.judge": JudgeSection, "eval.vllm": VLLMSection, "eval.probe": ProbeSection, "budget": BudgetSection}
+    inner["sequence"] = SequenceSection
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
     tables.append(
         _table("", f"An entry of `calibration.sources`: {_summary(WeightedSource)}", WeightedSource.model_fields)

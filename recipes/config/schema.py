@@ -582,6 +582,44 @@ class EvalSection(Section):
         return self
 
 
+class SequenceSection(Section):
+    """Tasks that are learned one after the other; each leaves the knowledge and the earlier tasks alone."""
+
+    tasks: list[dict[str, Any]] = Field(
+        min_length=2, description="each a `name`, and what it sets for itself of data, training and eval"
+    )
+    knowledge: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the knowledge's inputs")
+    earlier: float | list[float] = Field(1.0, description="weight of each earlier task's inputs, or of each by itself")
+    sketch: int | None = Field(
+        None,
+        ge=1,
+        description="columns of the sketch that is kept of an earlier task's Gram; the Gram itself when not given",
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _named(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for task in tasks:
+            if not isinstance(task.get("name"), str) or not task["name"] or "/" in task["name"]:
+                raise ValueError("each task needs a name, without slashes")
+        return tasks
+
+    @model_validator(mode="after")
+    def _weights(self) -> SequenceSection:
+        given = self.earlier if isinstance(self.earlier, list) else [self.earlier]
+        if any(not 0 <= weight < float("inf") for weight in given) or not (self.knowledge or any(given)):
+            raise ValueError("weights are numbers of at least 0, and not all 0")
+        if isinstance(self.earlier, list) and len(self.earlier) != len(self.tasks) - 1:
+            raise ValueError(
+                f"earlier: {len(self.tasks)} tasks have {len(self.tasks) - 1} before the last, not {len(given)}"
+            )
+        return self
+
+    def weights(self, count: int) -> list[float]:
+        """Return the weights of the first `count` tasks."""
+        return self.earlier[:count] if isinstance(self.earlier, list) else [self.earlier] * count
+
+
 class GridSection(Section):
     """Several runs that differ in what is named here alone; empty for a single run."""
 
@@ -646,6 +684,7 @@ class Recipe(Section):
     )
     eval: EvalSection = EvalSection()
     budget: BudgetSection | None = Field(None, description="how much may be forgotten")
+    sequence: SequenceSection | None = Field(None, description="tasks one after the other")
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = Field("", description="where everything goes; runs/NAME when not given")

@@ -20,6 +20,7 @@ from lora_null.recipes.report.figures import (
     plane_points,
     row_colors,
 )
+from lora_null.recipes.report.following import following, probe_curves
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
 from lora_null.recipes.report.magnitude import magnitude_png
@@ -33,27 +34,37 @@ CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' output
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
 
 
-def write_report(output_dir: str | Path) -> None:
+def write_report(output_dir: str | Path, results: Results | None = None, name: str = "report") -> None:
     """Write the files of the report (for a grid also `magnitude.png`) from what lies in `output_dir`; equal inputs give equal bytes.
 
     `report.html` is written last: it stands for a finished run.
+
+    Args:
+        output_dir: of a run.
+        results: instead of its `results.json`.
+        name: of the pages; the report of a run that goes on must not be called "report".
 
     Raises:
         UserError: when `results.json` is missing or malformed.
     """
     output_dir = Path(output_dir)
-    results = load_results(output_dir)
+    results = results or load_results(output_dir)
+    drawn = "forgetting.png" if name == "report" else f"{name}.png"
     picture = frontier_png(results) if results.grid else forgetting_png(results)
     sizes = magnitude_png(results) if results.grid else None
-    content = _content(results, output_dir) | {"plane": _data_uri(picture), "sizes": sizes and _data_uri(sizes)}
+    content = _content(results, output_dir) | {
+        "plane": _data_uri(picture),
+        "sizes": sizes and _data_uri(sizes),
+        "picture": drawn,
+    }
     templates = templates_in(Path(__file__).parent)
     pages = {
         page: templates.get_template(template).render(content).encode()
-        for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
+        for page, template in ((f"{name}.md", "report.md.j2"), (f"{name}.html", "page.html.j2"))
     }
-    pictures = {"forgetting.png": picture} | ({"magnitude.png": sizes} if sizes else {})
-    for name, data in (pictures | pages).items():
-        with replacing(output_dir / name) as temporary:
+    pictures = {drawn: picture} | ({"magnitude.png": sizes} if sizes else {})
+    for file, data in (pictures | pages).items():
+        with replacing(output_dir / file) as temporary:
             temporary.write_bytes(data)
 
 
@@ -61,7 +72,7 @@ def templates_in(*folders: Path) -> jinja2.Environment:
     """Return the environment of the templates in the folders; `md` is the filter for literal Markdown."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
-        autoescape=lambda name: name == "page.html.j2",
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -118,14 +129,15 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers ready to print."""
     labels, table = results.labels(), build_table(results)
     if results.grid:  # its runs have reports of their own, with their curves
-        return _shared(results, table) | {"grid": grid_content(results)}
+        return _shared(results, table) | {"grid": grid_content(results), "follows": following(results, output_dir, [])}
     folders = [row.method for row in results.rows]
     logs = [load_log(output_dir / folder / LOG_FILE) for folder in folders]
-    curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
+    curves = [(title, curves_png(results, logs, key, title)) for key, title in (*CURVES, *probe_curves(logs))]
     found = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
     best = next((i for verdict in found for i in verdict.winners if i in adapters), next(iter(adapters), None))
     return _shared(results, table) | {
+        "follows": following(results, output_dir, logs),
         "verdicts": found,
         "curves": [(title, _data_uri(png)) for title, png in curves if png],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
