@@ -47,27 +47,29 @@ def noise_of(found: Evaluations) -> dict[str, float]:
 
 
 def compared_means(results: Results) -> dict[str, tuple[str, ...]]:
-    """Return what is compared: each metric with a direction, and for each role the mean of its fractions of one sense."""
+    """Return what is compared: each metric with a direction, and for each role the mean of those that may be averaged."""
     means: dict[str, tuple[str, ...]] = {}
     for role in MEANS:
         names = results.directed_names(role)
         means |= {name: (name,) for name in names}
-        fractions = averaged(results, role)
-        if len(fractions) > 1:
-            means[MEANS[role]] = tuple(fractions)
+        together = averaged(results, role)
+        if len(together) > 1:
+            means[MEANS[role]] = tuple(together)
     return means
 
 
 def averaged(results: Results, role: Role) -> list[str]:
-    """Return the metrics of a role that may be averaged: fractions of which more is better, the first of each task.
-
-    A task's other metrics measure the same answers by another rule.
+    """Return the metrics of a role that may be averaged: fractions of which more is better, the first of each task, whose
+    others measure the same answers by another rule; without fractions, those of the unit, sense and kind of the first.
     """
+    names = results.directed_names(role)
+    metrics = {name: results.metric(name) for name in names}
     of_task: dict[str, str] = {}
-    for name in results.directed_names(role):
-        if results.metric(name).unit == "fraction" and results.metric(name).higher_is_better:
+    for name in names:
+        if metrics[name].unit == "fraction" and metrics[name].higher_is_better:
             of_task.setdefault(name.partition("/")[0], name)
-    return list(of_task.values())
+    kinds = {name: (metrics[name].unit, metrics[name].higher_is_better, name.split()[-1]) for name in names}
+    return list(of_task.values()) or [name for name in names if kinds[name] == kinds[names[0]]]
 
 
 def compare(results: Results, found: Evaluations) -> list[Paired]:

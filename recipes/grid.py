@@ -118,7 +118,7 @@ def run_grid(
             write_results(root, results)
             write_report(root)
     if first:
-        print_table(results)
+        print_table(results, found=read_evaluations(root, results))
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root

@@ -23,7 +23,17 @@ from lora_null.utils.files import PART, beside, sweep, write_text
 RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
-OWN_FILES = ("base", "cells", RESULTS_FILE, "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
+OWN_FILES = (
+    "base",
+    "cells",
+    RESULTS_FILE,
+    "report.md",
+    "report.html",
+    "forgetting.png",
+    "card.png",
+    RECIPE_FILE,
+    SKIPPED_FILE,
+)
 
 
 def is_finished(folder: Path) -> bool:

@@ -58,16 +58,18 @@ def test_nothing_of_the_paper_where_model_or_task_is_another():
     assert {row.table for row in comparable(LLAMA, ["triviaqa"], "HuggingFaceH4/ultrafeedback_binarized")} == {"4"}
 
 
-def test_a_grids_values_are_not_marked_best(tmp_path):
+def test_a_grids_settings_are_not_marked_best(tmp_path):
     raw = paper_run()
-    raw["rows"][1]["metrics"]["nq_open"]["stderr"] = 1e-6
     raw["rows"].append(raw["rows"][1] | {"method": "lora", "metrics": {"nq_open": percent(0.01, "retention")}})
+    gap = {"row": 1, "against": 2, "metric": "nq_open", "mean": 0.0899, "stderr": 0.01, "p": 1e-9, "p_adjusted": 1e-8}
+    raw["paired"] = [gap | {"questions": 100, "seeds": 1}]
     (tmp_path / "results.json").write_text(json.dumps(raw))
     write_report(tmp_path)
-    assert "**9.99" in (tmp_path / "report.md").read_text()
+    assert "**10.0 ± 1.0**" in (tmp_path / "report.md").read_text()
     raw["grid"] = {"seeds": [0], "planned": 9, "cells": []}
+    raw["rows"][2]["variant"] = "lr 0.1"
     (tmp_path / "results.json").write_text(json.dumps(raw))
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert "**9.99" not in page and "0 of 9 runs are done" in page
+    assert "**10.0" not in page and "0 of 9 runs are done" in page
     assert load_results(tmp_path).grid.planned == 9
