@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_null.eval_harness import Evaluation
-from lora_null.eval_harness.statistics import LEVEL, Difference, holm, influence, two_level
+from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, two_level
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
@@ -213,18 +213,35 @@ def _levels(results: Results, task: str) -> dict[str, list[float]]:
 
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
     read = {f.method: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
-    theirs, rows = read[lora.method], []
-    for frontier in every:
-        ours = read[frontier.method]
-        value, _ = _estimate(two_level_of(ours)) if ours else (None, None)
-        shared = {seed: (ours[seed], theirs[seed]) for seed in ours if seed in theirs and frontier is not lora}
-        gap, p = _estimate(two_level_of({s: _minus(*pair) for s, pair in shared.items()})) if shared else (None, None)
-        rows.append(AtEqual(frontier.method, value, len(ours), len(frontier.points), gap, p))
+    theirs = read[lora.method]
+    shared = {
+        f.method: {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
+        for f in every
+        if f is not lora
+    }
+    gaps = {method: spread_of(readings) for method, readings in shared.items() if readings}
+    tested = _tested(gaps)
+    rows = []
+    for f in every:
+        ours, (stderr, p) = read[f.method], tested.get(f.method, (None, None))
+        value = _estimate(spread_of(ours)) if ours else None
+        gap = Estimate(float(gaps[f.method].mean), stderr) if f.method in gaps else None
+        rows.append(AtEqual(f.method, value, len(ours), len(f.points), gap, p))
     return rows
 
 
-def two_level_of(readings: Mapping[int, Reading]) -> Difference:
-    """Return the mean of the seeds' readings with its error over questions and seeds."""
+def _tested(gaps: Mapping[str, Spread]) -> dict[str, tuple[float | None, float | None]]:
+    """Return each method's (error of its difference from LoRA, p); those of equally many seeds are tested together."""
+    found = {}
+    for seeds in {spread.seeds for spread in gaps.values()}:
+        names = [name for name, spread in gaps.items() if spread.seeds == seeds]
+        difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
+        found |= {n: (_known(e), _known(p)) for n, e, p in zip(names, difference.stderr, difference.p)}
+    return found
+
+
+def spread_of(readings: Mapping[int, Reading]) -> Spread:
+    """Return the mean of the seeds' readings and how it varies with questions and seeds."""
     sets = zip(*(reading.parts for reading in readings.values()))
     return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
 
@@ -233,8 +250,8 @@ def _minus(ours: Reading, theirs: Reading) -> Reading:
     return Reading(ours.value - theirs.value, [a - b for a, b in zip(ours.parts, theirs.parts)])
 
 
-def _estimate(found: Difference) -> tuple[Estimate, float | None]:
-    return Estimate(float(found.mean), _known(float(found.stderr))), _known(float(found.p))
+def _estimate(spread: Spread) -> Estimate:
+    return Estimate(float(spread.mean), float(spread.stderr) or None)
 
 
 def grid_headline(results: Results, found: Evaluations) -> str:

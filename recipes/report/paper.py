@@ -8,6 +8,8 @@ read: "exact", "reconstructed" (a digit was illegible and follows from the print
 from __future__ import annotations
 
 import csv
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,8 @@ METRICS = {
     "minerva_math": "MATH", "humaneval": "HumanEval", "mbpp": "MBPP", "mt_bench": "MTBench",
     "math": "MATH", "MT-Bench": "MTBench",
 }  # fmt: skip
+OWN_RULES = ("/math_verify", "/exact_match")  # how we score GSM8K and MATH beside the paper's rules
+RETENTION = {"TriviaQA", "NQ open", "WebQS"}
 TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
 
 
@@ -41,6 +45,7 @@ class PaperRow:
         rank: None for base and full.
         params: trained parameters as printed, such as "320M"; empty for the base.
         metrics: by the paper's name; those that cannot be read are not there.
+        average: Avg as printed; None where it is not printed.
         reading: "exact", "reconstructed" or "unreadable".
         note: what is odd about the row.
     """
@@ -52,6 +57,7 @@ class PaperRow:
     rank: int | None
     params: str
     metrics: dict[str, float]
+    average: float | None
     reading: str
     note: str
 
@@ -78,17 +84,30 @@ def _row(raw: dict[str, str]) -> PaperRow:
         rank=int(raw["rank"]) if raw["rank"] else None,
         params=raw["params"],
         metrics={name: float(value) for name, value in values.items() if name and value},
+        average=float(raw["avg"]) if raw["avg"] else None,
         reading=raw["reading"],
         note=raw["note"],
     )
 
 
+def paper_average(metrics: Mapping[str, float], task_group: str) -> float | None:
+    """Return the paper's Avg: the plain mean of the three retention metrics and of the group's task metrics, as they stand
+    in the table, percent and MT-Bench's points alike; None where one is missing or the group has no Avg.
+
+    It mixes units and roles, so it stands beside the paper's figures alone.
+    """
+    names = RETENTION | TASK_METRICS.get(task_group, set())
+    if names == RETENTION or not names <= set(metrics):
+        return None
+    return statistics.mean(metrics[name] for name in names)
+
+
 def paper_name(metric: str) -> str | None:
     """Return the paper's name of one of our metrics, None where it has none.
 
-    Those are NLL, KL, other tasks, single turns of MT-Bench, and MATH by math-verify: the paper's is the string rule.
+    Those are NLL, KL, other tasks, single turns of MT-Bench, and GSM8K and MATH by other rules than MetaMath's own.
     """
-    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith("/math_verify"):
+    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith(OWN_RULES):
         return None
     return METRICS.get(metric.split("/")[0].split(" ")[0])
 
@@ -135,6 +154,8 @@ def paper_table(results: Results) -> PaperTable | None:
         [],
         [f"Ours: trained on {data or 'what the settings say'}; {', '.join(n for n, known in names.items() if known)}"],
     )
+    averaged = any(_ours(row, results.base, names, "Avg") is not None for row in rows)
+    titles += ["Avg"] if averaged else []
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
         label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
@@ -146,9 +167,16 @@ def paper_table(results: Results) -> PaperTable | None:
 
 
 def _both(row: PaperRow, ours: Row | None, names: dict[str, str | None], title: str) -> str:
-    theirs = f"{row.metrics[title]:.2f}{'?' if row.doubtful else ''}" if title in row.metrics else "–"
-    metric = next((name for name, known in names.items() if known == title), None)
-    found = ours.estimate(metric) if ours and metric else None
-    if found is None:
-        return f"{theirs} / –"
-    return f"{theirs} / {found.value * (100 if ours.metrics[metric].unit == 'fraction' else 1):.2f}"
+    printed = row.average if title == "Avg" else row.metrics.get(title)
+    theirs = "–" if printed is None else f"{printed:.2f}{'?' if row.doubtful else ''}"
+    found = _ours(row, ours, names, title) if ours else None
+    return f"{theirs} / {'–' if found is None else f'{found:.2f}'}"
+
+
+def _ours(row: PaperRow, ours: Row, names: dict[str, str | None], title: str) -> float | None:
+    """Return our figure as the paper writes it: percent, or MT-Bench's points."""
+    found = {}
+    for metric, known in names.items():
+        if known and known not in found and (estimate := ours.estimate(metric)):
+            found[known] = estimate.value * (100 if ours.metrics[metric].unit == "fraction" else 1)
+    return paper_average(found, row.task_group) if title == "Avg" else found.get(title)

@@ -22,7 +22,8 @@ WORDS = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
-    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "string_match": "string rule",
+    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "metamath_rule": "MetaMath's rule", "exact_match": "exact match",
+    "string_match": "string rule",
     "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
 }  # fmt: skip
 

@@ -11,12 +11,24 @@ from scipy import stats
 
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Metric
-from lora_null.eval_harness.statistics import LEVEL, all_pairs, holm, mean_and_error, paired_difference, weighted_mean
+from lora_null.eval_harness.statistics import (
+    LEVEL,
+    Difference,
+    Spread,
+    all_pairs,
+    holm,
+    mean_and_error,
+    paired_difference,
+    stack,
+    t_tests,
+    weighted_mean,
+)
 from lora_null.recipes.comparisons import compare
 from lora_null.recipes.report.table import rank_marks
 from lora_null.recipes.results import parse_results
 
 TABLES = 20_000
+SEED_EFFECT = 0.1  # the errors over 128 questions are about 0.05
 
 
 # --- one estimand: value, error and test of the same mean over tokens ---
@@ -37,32 +49,43 @@ def test_the_mean_over_tokens_and_its_clustered_error():
 def test_a_difference_of_means_is_the_mean_of_the_differences():
     generator = np.random.default_rng(0)
     a, b, weights = generator.normal(size=(1, 30)), generator.normal(size=(1, 30)), generator.integers(1, 9, 30)
-    found = paired_difference(a, b, weights)
+    found = difference(a, b, weights=weights)
     assert found.mean == pytest.approx(weighted_mean(a[0], weights) - weighted_mean(b[0], weights))
     assert found.stderr == pytest.approx(mean_and_error((a - b)[0], weights)[1])
+
+
+def difference(ours, theirs, *, methods=2, **options):
+    """One comparison alone."""
+    return Difference(
+        *(x[0] if np.ndim(x) else x for x in t_tests(stack([paired_difference(ours, theirs, **options)]), methods))
+    )
 
 
 def test_of_one_seed_it_is_the_paired_t_test():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(1, 40)) + 0.3, generator.normal(size=(1, 40))
-    found = paired_difference(a, b)
+    found = difference(a, b)
     assert found.p == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue)
-    assert found.stderr == pytest.approx(stats.sem(a[0] - b[0])) and found.freedom == pytest.approx(39)
+    assert found.stderr == pytest.approx(stats.sem(a[0] - b[0])) and found.freedom == 39
 
 
 def test_questions_and_seeds_by_hand():
-    gaps = np.random.default_rng(2).normal(size=(3, 20))
-    found = paired_difference(gaps, np.zeros_like(gaps))
-    stderr = math.sqrt(gaps.mean(0).var(ddof=1) / 20 + gaps.mean(1).var(ddof=1) / 3)
-    assert found.stderr == pytest.approx(stderr) and found.freedom == 2
-    assert found.p == pytest.approx(2 * stats.t.sf(abs(gaps.mean()) / stderr, 2))
+    gaps = np.random.default_rng(2).normal(size=(3, 20)) + np.array([[0.5], [0.0], [0.2]])
+    questions, seeds = gaps.mean(0).var(ddof=1) / 20, gaps.mean(1).var(ddof=1) / 3
+    found = difference(gaps, np.zeros_like(gaps), methods=4)
+    assert found.stderr == pytest.approx(math.sqrt(questions + seeds)) and found.freedom == 3 * 2
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(gaps.mean()) / found.stderr, 6))
+    # Beside another pair that varies more with the seed, for what it varies with the question, it gets its part of that.
+    wild = Spread(np.array(0.3), np.array(questions), np.array(3 * seeds), 20, 3)
+    both = t_tests(stack([paired_difference(gaps, np.zeros_like(gaps)), wild]), 4)
+    assert both.stderr == pytest.approx(np.sqrt([questions + 2 * seeds, questions + 3 * seeds]))
 
 
 def test_nothing_is_claimed_where_nothing_varies():
-    same = paired_difference(np.ones((2, 3)), np.ones((2, 3)))
+    same = difference(np.ones((2, 3)), np.ones((2, 3)))
     assert np.isnan(same.p) and np.isnan(same.stderr)
-    assert np.isnan(paired_difference(np.ones((1, 1)), np.zeros((1, 1))).p)
-    equal = paired_difference(np.ones((1, 50)), np.ones((1, 50)), fraction=True)
+    assert np.isnan(difference(np.ones((1, 1)), np.zeros((1, 1))).p)
+    equal = difference(np.ones((1, 50)), np.ones((1, 50)), fraction=True)
     assert equal.p == 1 and equal.stderr > 0  # equal answers to 50 questions: not known exactly
 
 
@@ -72,7 +95,7 @@ def test_fractions_agree_with_mcnemars_exact_test(won, lost):
     ours = np.array([[1.0] * won + [0.0] * lost + [1.0] * 200])
     theirs = np.array([[0.0] * won + [1.0] * lost + [1.0] * 200])
     exact = stats.binomtest(won, won + lost).pvalue
-    assert (paired_difference(ours, theirs, fraction=True).p < 0.05) == (exact < 0.05)
+    assert (difference(ours, theirs, fraction=True).p < 0.05) == (exact < 0.05)
 
 
 def test_holm():
@@ -89,7 +112,10 @@ def answers(kind, generator, tables, methods, seeds, questions):
     """One column of simulated tables, [tables, methods, seeds, questions]: equal methods on questions of their own."""
     shape = (tables, methods, seeds, questions)
     hard = generator.normal(size=(tables, 1, 1, questions))
-    seed = 0.2 * generator.normal(size=(tables, methods, seeds, 1)) if seeds > 1 else 0.0
+    by_method = np.array([1.0, 3.0, *[1.0] * (methods - 2)])[
+        :, None, None
+    ]  # one whose seeds differ more than the others'
+    seed = SEED_EFFECT * by_method * generator.normal(size=(tables, methods, seeds, 1)) if seeds > 1 else 0.0
     if kind == "right or wrong":  # 20% of the answers are open between the methods
         decided = generator.random((tables, 1, 1, questions))
         return np.where(decided < 0.8, decided < 0.3, generator.random(shape) < 0.5).astype(float)
@@ -205,7 +231,7 @@ if __name__ == "__main__":
         "| methods | seeds | questions | gain | something claimed | a best marked | best in a column found | unpaired rule |"
     )
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for m, s, q in ((3, 1, 32), (3, 1, 128), (9, 1, 128), (3, 2, 128), (3, 3, 128), (3, 5, 128)):
+    for m, s, q in ((3, 1, 32), (3, 1, 128), (9, 1, 128), (3, 2, 128), (3, 3, 128), (3, 5, 128), (9, 3, 128)):
         for g in (0.0, 0.2, 0.4, 0.8):
             said = simulate(m, s, q, gain=g, tables=TABLES if not g else 4_000)
             print(
