@@ -27,6 +27,7 @@ from lora_null.recipes.report.table import metric_title, reference_row
 from lora_null.recipes.results import Estimate, Results, TrainLog
 
 MARKERS = "osD^vP"
+NAMED = 5  # the most points that are named in the picture
 LOG_FROM = 30  # a span of forgetting beyond this factor is drawn on a logarithmic axis
 GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
 
@@ -51,6 +52,7 @@ class Picture:
     Attributes:
         drawings: (name of the choice, SVG) of which one is seen at a time, or panels beside each other, each with its name.
         caption: how it is read.
+        title: what is drawn, where the page does not say it.
         panels: whether the drawings are panels.
         legend: (color, marker or line, text) of what the drawings do not name themselves.
     """
@@ -59,6 +61,7 @@ class Picture:
     caption: str = ""
     panels: bool = False
     legend: list[tuple[str, str, str]] = field(default_factory=list)
+    title: str = ""
 
 
 def forgetting_png(results: Results) -> bytes:
@@ -292,34 +295,60 @@ def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: 
         drawings.append(
             (labels[i], svg(figure, f"{title} of {labels[i]}: {values[0]:.3g} first, {values[-1]:.3g} last."))
         )
-    return Picture(drawings, title, panels=True)
+    return Picture(drawings, panels=True, title=title)
 
 
 def card_png(results: Results, headline: str) -> bytes:
-    """What a link to the report shows elsewhere, 1200 × 630 pixels: the finding, and the plane where there is one."""
+    """What a link to the report shows elsewhere, 1200 × 630 pixels: the finding, and the picture where there is one."""
     figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
-    kept, learned = forgetting(results), learning(results)
-    points = plane_points(kept, learned) if not results.grid else {}
-    width = 38 if points else 76
-    lines = textwrap.wrap(headline, width)
-    size = 21 if len(lines) <= 11 else 17
-    if size == 17:
-        lines = textwrap.wrap(headline, int(width * 21 / 17))[:14]
-    name = escape_math(f"{results.recipe} · {results.model}")
+    drawn = _draw_card(figure, results)
+    width, rows = (36, 14) if drawn else (76, 12)
+    lines = textwrap.wrap(headline.replace(" ± ", "\u00a0±\u00a0"), width, break_on_hyphens=False)
+    lines = lines if len(lines) <= rows else [*lines[: rows - 1], "…"]
+    name = escape_math(textwrap.shorten(f"{results.recipe} · {results.model}", 60 if drawn else 120))
     figure.text(
-        0.045, 0.9, "LoRA-Null: learned without forgetting?", fontsize=15, color=COLORS["lora-null-v2"], weight="bold"
+        0.045, 0.9, "What was learned, what was forgotten", fontsize=15, color=COLORS["lora-null-v2"], weight="bold"
     )
-    figure.text(0.045, 0.84, textwrap.shorten(name, 70 if points else 120), fontsize=12, color="#6b7280")
-    figure.text(
-        0.045, 0.78, escape_math("\n".join(lines)), fontsize=size, color=INK, weight="bold", va="top", linespacing=1.3
-    )
-    if kept and learned and points:
-        axes = figure.add_axes((0.59, 0.17, 0.37, 0.68))
-        _dress(axes, 11)
-        values = [y for _, y in points.values()]
-        _draw_plane(axes, results, kept, learned, log=min(values) > 0 and max(values) > LOG_FROM * min(values))
+    figure.text(0.045, 0.845, name, fontsize=12, color="#6b7280")
+    text = escape_math("\n".join(lines))
+    figure.text(0.045, 0.79, text, fontsize=16, color=INK, weight="bold", va="top", linespacing=1.35)
     return _png(figure)
+
+
+def _draw_card(figure: Figure, results: Results) -> bool:
+    """Draw the plane, or a grid's frontiers, into the right half; return whether there is one."""
+    if results.grid:
+        pair = metric_pair(results)
+        paths = _paths(results, *pair) if pair else []
+        if pair is None or not paths:
+            return False
+        axes = _card_axes(figure)
+        for path in paths:
+            axes.plot(
+                *([point[i].value for point in path.points] for i in (0, 1)), "o-", color=path.color, label=path.label
+            )
+        if _is_log(paths):
+            axes.set_yscale("log")
+        x_title, y_title = _frontier_titles(*pair, _is_log(paths))
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_title)
+        axes.legend(frameon=False, fontsize=10)
+        return True
+    kept, learned = forgetting(results), learning(results)
+    points = plane_points(kept, learned)
+    if kept is None or learned is None or not points:
+        return False
+    values = [y for _, y in points.values()]
+    log = min(values) > 0 and max(values) > LOG_FROM * min(values)
+    _draw_plane(_card_axes(figure), results, kept, learned, log=log)
+    return True
+
+
+def _card_axes(figure: Figure) -> Axes:
+    axes = figure.add_axes((0.62, 0.13, 0.355, 0.79))
+    _dress(axes, 11)
+    return axes
 
 
 def escape_math(text: str) -> str:
@@ -351,10 +380,29 @@ def _draw_plane(axes: Axes, results: Results, kept: Measure, learned: Measure, *
             x * scale[0], y * scale[1], xerr=errors[0], yerr=errors[1], fmt=markers[i], color=colors[i], markersize=9,
             markeredgecolor="white", elinewidth=1.4, zorder=3, label=_wrapped(labels[i]),
         )  # fmt: skip
+    _name_points(axes, {i: (x * scale[0], y * scale[1]) for i, (x, y) in points.items()}, labels, colors)
     _draw_distance(axes, results, kept, points, scale)
     direction = "rise" if learned.higher_is_better else "fall"
     axes.set_xlabel(f"Learned: {direction} of {learned.title}{_unit(learned, change=True)}  →")
     axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept, change=True)}{', log' if log else ''}  →")
+
+
+def _name_points(
+    axes: Axes, points: Mapping[int, tuple[float, float]], labels: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Write the names beside the points, where there are few: the legend alone would have to be matched by color."""
+    if len(points) > NAMED:
+        return
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = {i: to_axes.transform(point) for i, point in points.items()}
+    for i, (x, y) in placed.items():
+        above = any(abs(x - u) < 0.3 and 0 <= v - y < 0.15 for j, (u, v) in placed.items() if j != i)
+        side = "center" if above else "right" if x > 0.5 else "left"
+        offset = (0, -8) if above else ({"right": -7, "left": 7}[side], 5)
+        axes.annotate(
+            _wrapped(labels[i]), points[i], offset, textcoords="offset points", ha=side, va="top" if above else "bottom",
+            fontsize=9, color=colors[i], fontweight="bold", zorder=5,
+        )  # fmt: skip
 
 
 def _draw_distance(

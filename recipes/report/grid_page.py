@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_null.eval_harness import Evaluation
-from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, two_level
+from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
