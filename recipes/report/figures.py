@@ -228,8 +228,7 @@ def frontier_picture(results: Results) -> Picture:
         drawings.append((path.label, svg(figure, f"{path.label}: {points}.")))
     across, up = _frontier_titles(*pair, logarithmic)
     caption = f"Across, {across.replace('  →', '')}; up, {up.replace('  →', '')}. Lower and further right is better."
-    legend = [(color, "- -" if line == "--" else "—", text) for color, line, text in _frontier_legend(paths)]
-    return Picture(drawings, caption, panels=True, legend=legend)
+    return Picture(drawings, caption, panels=True, legend=_frontier_legend(paths))
 
 
 def _is_log(paths: Sequence[Path]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ COLORS = {
     "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
-INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#d1d5db", "#15803d", "#1b2537"
+INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
 
 
 def svg(figure: Figure, alt: str) -> Markup:
@@ -32,13 +33,21 @@ def svg(figure: Figure, alt: str) -> Markup:
     text = re.sub(
         r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{escape(alt)}">', text
     )
+    text = _own_ids(text)
     text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans)", text)
     return Markup(re.sub(r"#[0-9a-f]{6}\b", lambda match: variable(match[0]), text))
 
 
+def _own_ids(text: str) -> str:
+    """Names that no other drawing of the page has; groups, which nothing refers to, need none."""
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{own}-", text)
+
+
 def variable(color: str) -> str:
     """The variable of the page's style sheet that stands for a color."""
-    return {INK: "var(--ink)", FAINT: "var(--line)", "#ffffff": "var(--card)", "#9ca3af": "var(--soft)"}.get(
+    return {INK: "var(--ink)", FAINT: "var(--faint)", "#ffffff": "var(--card)", "#9ca3af": "var(--soft)"}.get(
         color, f"var(--c{color[1:]})"
     )
 

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+import struct
+from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
@@ -13,7 +15,10 @@ from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.figures import (
+    card_png,
     curves_picture,
+    distances,
+    forgetting_picture,
     forgetting_png,
     row_colors,
 )
@@ -419,6 +424,94 @@ def test_report_is_one_file_that_loads_nothing(tmp_path):
         "forgetting.png",
         "card.png",
     }
+
+
+def test_keyboard_and_screen_readers(tmp_path):
+    """What axe-core checks in a browser, as far as the page's text tells it."""
+    results = measured() | {"environment": {"command": "python -m lora_null.recipes quickstart"}, "answers": ANSWERS}
+    (tmp_path / "recipe.yaml").write_text("name: quickstart\n")
+    write_log(tmp_path / "lora", [{"step": step, "loss": 1 / step} for step in range(1, 9)])
+    html, _ = write(tmp_path, results)
+    page = Page()
+    page.feed(html)
+    assert page.names.count("main") == page.names.count("h1") == page.names.count("title") == 1
+    assert 'lang="en"' in html and page.levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(page.levels))
+    assert len(page.ids) == len(set(page.ids))  # also those of the drawings
+    for name, attributes in page.tags:
+        given = dict(attributes)
+        if name == "svg" and given.get("aria-hidden") != "true":
+            assert given["role"] == "img" and given["aria-label"]
+        if name == "img":
+            assert given["alt"]
+        if name == "input":
+            assert ("label", ("for", given["id"])) in page.labels
+        if given.get("class") == "scroll" or name == "pre":
+            assert given["tabindex"] == "0" and given["role"] == "region" and given["aria-label"]
+        if name == "button":
+            assert given["type"] == "button" and given["aria-label"] and given["data-of"] in page.ids
+        if name == "th":
+            assert given["scope"] in ("row", "col", "colgroup")
+    regions = [dict(a)["aria-label"] for _, a in page.tags if dict(a).get("role") == "region"]
+    assert len(regions) == len(set(regions))
+
+
+class Page(HTMLParser):
+    """The tags of a page, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.names, self.ids, self.levels, self.labels = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, attrs))
+        self.names.append(tag)
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.levels += [int(tag[1])] if re.fullmatch(r"h[1-6]", tag) else []
+        self.labels += [("label", attribute) for attribute in attrs] if tag == "label" else []
+
+
+ANSWERS = {
+    "task": "NQ",
+    "metric": "nq kl",
+    "labels": ["base", "LoRA"],
+    "questions": [
+        {
+            "question": "who wrote emma",
+            "right": "Jane Austen",
+            "change": 0.31,
+            "why": "largest change",
+            "answers": ["Jane <i>", "42"],
+        },
+        {"question": "what is 1|2", "right": "x", "change": 0.02, "why": "median change", "answers": ["same", "same"]},
+    ],
+}
+
+
+def test_questions_are_answered_side_by_side(tmp_path):
+    html, text = write(tmp_path, measured() | {"answers": ANSWERS})
+    assert "Jane &lt;i&gt;" in html and "<dt>LoRA</dt><dd>42</dd>" in html and "Jane Austen" in html
+    assert html.count("(as the base)") == 1  # the second question
+    assert r"what is 1\|2 (median change, 0.02 nats)" in text and "| 42 |" in text
+
+
+def test_distances_from_the_reference_are_named():
+    results = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.985)))
+    assert distances(results)[1] == (3, "same learning within the error, 250 × less moved")
+    assert "250 × less moved" not in str(distances(parse_results(measured())))  # nothing was compared
+
+
+def test_the_plane_has_a_linear_and_a_logarithmic_axis():
+    far = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.95)))
+    assert [name for name, _ in forgetting_picture(far).drawings] == ["log", "linear"]
+    assert [name for name, _ in forgetting_picture(parsed(measured())).drawings] == ["linear", "log"]
+    unmoved = parsed(measured(lora_null_v2=kl(0.0, 0.0) | nll(0.95)))
+    assert [name for name, _ in forgetting_picture(unmoved).drawings] == ["linear"]
+
+
+def test_the_card_is_1200_by_630():
+    card = card_png(parsed(measured()), "A headline $x$ " * 40)
+    assert is_picture(card) and struct.unpack(">II", card[16:24]) == (1200, 630)
 
 
 def test_everything_is_escaped(tmp_path):
