@@ -62,14 +62,14 @@ class TaskResult:
     Attributes:
         metrics: by name.
         samples: {name: one number per document or question, in order}, for the metrics that have them.
-        weights: {name: the weight of each of them}, for metrics whose value is not their plain mean.
         settings: what else must be the same in two evaluations for their metrics to be comparable.
+        weights: {name: the weight of each sample}, for metrics whose value is not their plain mean.
     """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
-    weights: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

@@ -22,12 +22,31 @@ from scipy import stats
 LEVEL = 0.05  # of the familywise error of all claims of one table
 
 
+class Spread(NamedTuple):
+    """A mean over seeds with the two variances of it: over questions, and over seeds (NaN of a single seed).
+
+    `questions` and `seeds` count the fewest of each.
+    """
+
+    mean: np.ndarray
+    over_questions: np.ndarray
+    over_seeds: np.ndarray
+    questions: int
+    seeds: int
+
+    @property
+    def stderr(self) -> np.ndarray:
+        """SE² = Var over questions + Var over seeds. Their interaction is in both, so it is never too small in the mean."""
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(self.over_questions + np.nan_to_num(self.over_seeds))
+
+
 class Difference(NamedTuple):
     """A difference with its standard error, the degrees of freedom of that error, and the two-sided p of t = mean / SE."""
 
     mean: np.ndarray
     stderr: np.ndarray
-    freedom: np.ndarray
+    freedom: int
     p: np.ndarray
 
 
@@ -52,43 +71,33 @@ def mean_and_error(
     return float(weighted_mean(values, weights)), None if error is None else float(error)
 
 
-def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordant: float = 0.0) -> Difference:
-    """Return the mean over seeds with an error that counts the questions and the seeds.
+def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordant: float = 0.0) -> Spread:
+    """Return the mean over seeds and how it varies with questions and with seeds.
 
-    Questions and seeds are crossed random effects (every seed is asked the same questions), estimated by moments:
-    SE² = Σ over sets of questions Var_q(mean of u over seeds) / Q + Var_s(estimates) / S. Their interaction is in both
-    terms, so the error is never too small; the degrees of freedom are Satterthwaite's. Of one seed, only what varies
-    with the question is known.
+    Questions and seeds are crossed random effects (every seed is asked the same questions), estimated by moments: the
+    variance over questions is Σ over sets of questions of Var_q(mean of u over seeds) / Q, that over seeds Var_s / S.
 
     Args:
         estimates: one for each seed, [..., seeds].
         influences: for each set of questions that the estimates are computed from, [..., seeds, questions].
-        discordant: a sum of squares to add to the first set's, see `paired_difference`.
-
-    Returns:
-        Arrays of shape [...]; error and p are NaN where nothing varies.
+        discordant: a sum of squares to add to every set's, see `paired_difference`.
     """
     estimates = np.asarray(estimates, dtype=float)
-    seeds = estimates.shape[-1]
-    parts = []
-    for i, u in enumerate(influences):
-        n = u.shape[-1]
-        if n > 1:
-            squares = np.square(u.mean(axis=-2)).sum(axis=-1) + (discordant if i == 0 else 0.0)
-            parts.append((squares / (n * (n - 1)), n - 1))
-    if seeds > 1:
-        parts.append((estimates.var(axis=-1, ddof=1) / seeds, seeds - 1))
-    mean, variance = estimates.mean(axis=-1), sum((value for value, _ in parts), np.zeros(estimates.shape[:-1]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
-        freedom = variance**2 / sum((value**2 / df for value, df in parts), np.zeros_like(variance))
-        p = 2 * stats.t.sf(np.abs(mean) / stderr, freedom)
-    return Difference(mean, stderr, freedom, p)
+    seeds, shape = estimates.shape[-1], estimates.shape[:-1]
+    sets = [u for u in influences if u.shape[-1] > 1]
+    over_questions = sum(
+        ((np.square(u.mean(axis=-2)).sum(axis=-1) + discordant) / (u.shape[-1] * (u.shape[-1] - 1)) for u in sets),
+        np.zeros(shape),
+    )
+    over_seeds = estimates.var(axis=-1, ddof=1) / seeds if seeds > 1 else np.full(shape, np.nan)
+    return Spread(
+        estimates.mean(axis=-1), over_questions, over_seeds, min((u.shape[-1] for u in sets), default=0), seeds
+    )
 
 
 def paired_difference(
     ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray | None = None, *, fraction: bool = False
-) -> Difference:
+) -> Spread:
     """Compare two models that were asked the same questions, of the same seeds.
 
     Args:
@@ -102,8 +111,38 @@ def paired_difference(
         ours − theirs; see `two_level`.
     """
     gaps = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    estimates = weighted_mean(gaps, weights)
-    return two_level(estimates, [influence(gaps, weights)], discordant=2.0 if fraction else 0.0)
+    return two_level(weighted_mean(gaps, weights), [influence(gaps, weights)], discordant=2.0 if fraction else 0.0)
+
+
+def t_tests(spread: Spread, methods: int) -> Difference:
+    """Test differences between methods, of one metric at one setting, [..., pairs].
+
+    Of one seed, t has the freedom of the questions, and a test speaks of the models that were trained, not of another
+    seed. Of several, two to five seeds tell too little of their own spread: a pair whose seeds agree by chance would look
+    certain, and between equal methods something would be claimed in up to half of all tables (Satterthwaite's freedom,
+    two seeds). So the spread over seeds is taken relative to that over questions, in the mean of all pairs, or the pair's
+    own where that is larger; it has (methods − 1)(seeds − 1) degrees of freedom.
+    """
+    variance, freedom = spread.over_questions, spread.questions - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if spread.seeds > 1:
+            ratio = np.where(variance > 0, spread.over_seeds / variance, np.nan)
+            known = np.sum(np.isfinite(ratio), axis=-1, keepdims=True)
+            common = np.nansum(ratio, axis=-1, keepdims=True) / np.maximum(known, 1)
+            variance = variance + np.maximum(spread.over_seeds, common * variance)
+            fewest = (methods - 1) * (spread.seeds - 1)
+            freedom = fewest if spread.questions == 0 else min(freedom, fewest)
+        stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
+        p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, freedom)
+    return Difference(spread.mean, stderr, freedom, p)
+
+
+def stack(spreads: Sequence[Spread]) -> Spread:
+    """Return several spreads, of equally many seeds, along a new last axis."""
+    arrays = (
+        np.stack([np.asarray(getattr(spread, name)) for spread in spreads], axis=-1) for name in Spread._fields[:3]
+    )
+    return Spread(*arrays, min(spread.questions for spread in spreads), spreads[0].seeds)
 
 
 def all_pairs(
@@ -122,7 +161,7 @@ def all_pairs(
     found = [
         paired_difference(values[..., i, :, :], values[..., j, :, :], weights, fraction=fraction) for i, j in pairs
     ]
-    return pairs, Difference(*(np.stack(column, axis=-1) for column in zip(*found)))
+    return pairs, t_tests(stack(found), values.shape[-3])
 
 
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Role
-from lora_null.eval_harness.statistics import holm, influence, two_level, weighted_mean
+from lora_null.eval_harness.statistics import Spread, holm, influence, stack, t_tests, two_level, weighted_mean
 from lora_null.recipes.results import Paired, Results, variant_of
 
 EVAL_FILE = "eval.json"
@@ -47,27 +47,29 @@ def noise_of(found: Evaluations) -> dict[str, float]:
 
 
 def compared_means(results: Results) -> dict[str, tuple[str, ...]]:
-    """Return what is compared: each metric with a direction, and for each role the mean of its fractions of one sense."""
+    """Return what is compared: each metric with a direction, and for each role the mean of those that may be averaged."""
     means: dict[str, tuple[str, ...]] = {}
     for role in MEANS:
         names = results.directed_names(role)
         means |= {name: (name,) for name in names}
-        fractions = averaged(results, role)
-        if len(fractions) > 1:
-            means[MEANS[role]] = tuple(fractions)
+        together = averaged(results, role)
+        if len(together) > 1:
+            means[MEANS[role]] = tuple(together)
     return means
 
 
 def averaged(results: Results, role: Role) -> list[str]:
-    """Return the metrics of a role that may be averaged: fractions of which more is better, the first of each task.
-
-    A task's other metrics measure the same answers by another rule.
+    """Return the metrics of a role that may be averaged: fractions of which more is better, the first of each task, whose
+    others measure the same answers by another rule; without fractions, those of the unit, sense and kind of the first.
     """
+    names = results.directed_names(role)
+    metrics = {name: results.metric(name) for name in names}
     of_task: dict[str, str] = {}
-    for name in results.directed_names(role):
-        if results.metric(name).unit == "fraction" and results.metric(name).higher_is_better:
+    for name in names:
+        if metrics[name].unit == "fraction" and metrics[name].higher_is_better:
             of_task.setdefault(name.partition("/")[0], name)
-    return list(of_task.values())
+    kinds = {name: (metrics[name].unit, metrics[name].higher_is_better, name.split()[-1]) for name in names}
+    return list(of_task.values()) or [name for name in names if kinds[name] == kinds[names[0]]]
 
 
 def compare(results: Results, found: Evaluations) -> list[Paired]:
@@ -76,17 +78,26 @@ def compare(results: Results, found: Evaluations) -> list[Paired]:
     `p` belongs to one test alone, `p_adjusted` to it among all that are returned (Holm). A metric is compared only
     where its value is the mean of its samples, so that value, error and test are of one quantity.
     """
-    compared = [
-        pair
-        for name, names in compared_means(results).items()
-        for i, j in itertools.combinations(range(len(results.rows)), 2)
-        if _comparable(results, i, j) and (pair := _pair(results, found, name, names, i, j))
-    ]
+    groups: dict[tuple, list[tuple[Paired, Spread]]] = {}
+    for name, names in compared_means(results).items():
+        for i, j in itertools.combinations(range(len(results.rows)), 2):
+            if _comparable(results, i, j) and (pair := _pair(results, found, name, names, i, j)):
+                groups.setdefault((name, results.rows[j].variant, pair[0].seeds), []).append(pair)
+    compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])
     return [
         pair.model_copy(update={"p_adjusted": None if math.isnan(p) else float(p)})
         for pair, p in zip(compared, adjusted)
     ]
+
+
+def _tested(group: Sequence[tuple[Paired, Spread]]) -> Iterator[Paired]:
+    """Yield the comparisons of one metric at one setting with their errors and p-values."""
+    methods = {row for pair, _ in group for row in (pair.row, pair.against)} - {0}
+    difference = t_tests(stack([spread for _, spread in group]), max(2, len(methods)))
+    for (pair, _), stderr, p in zip(group, difference.stderr, difference.p):
+        known = bool(np.isfinite(stderr))
+        yield pair.model_copy(update={"stderr": float(stderr), "p": float(p)} if known else {})
 
 
 def set_errors(results: Results, found: Evaluations) -> None:
@@ -105,8 +116,10 @@ def _comparable(results: Results, i: int, j: int) -> bool:
     return i == 0 or results.rows[i].variant == results.rows[j].variant
 
 
-def _pair(results: Results, found: Evaluations, name: str, names: Sequence[str], i: int, j: int) -> Paired | None:
-    """Return row j minus row i, None where they have not been asked the same questions."""
+def _pair(
+    results: Results, found: Evaluations, name: str, names: Sequence[str], i: int, j: int
+) -> tuple[Paired, Spread] | None:
+    """Return row j minus row i and its spread, None where they have not been asked the same questions."""
     theirs, ours = found.get(i, {}), found.get(j, {})
     seeds = [seed for seed in ours if seed in theirs]
     sets = list(_gaps([(ours[seed], theirs[seed]) for seed in seeds], names, against_base=i == 0)) if seeds else []
@@ -116,18 +129,10 @@ def _pair(results: Results, found: Evaluations, name: str, names: Sequence[str],
     share = 1 / len(names)
     estimates = share * sum(weighted_mean(gaps, weights) for gaps, weights in sets)
     influences = [share * influence(gaps, weights) for gaps, weights in sets]
-    difference = two_level(estimates, influences, discordant=2.0 * share**2 if fractions else 0.0)
-    known = bool(np.isfinite(difference.stderr))
-    return Paired(
-        row=j,
-        against=i,
-        metric=name,
-        mean=float(difference.mean),
-        stderr=float(difference.stderr) if known else None,
-        p=float(difference.p) if known else None,
-        questions=sum(gaps.shape[-1] for gaps, _ in sets),
-        seeds=len(seeds),
-    )
+    spread = two_level(estimates, influences, discordant=2.0 * share**2 if fractions else 0.0)
+    questions = sum(gaps.shape[-1] for gaps, _ in sets)
+    paired = Paired(row=j, against=i, metric=name, mean=float(spread.mean), questions=questions, seeds=len(seeds))
+    return paired, spread
 
 
 def _gaps(

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,17 @@ def environment() -> dict[str, Any]:
         "device": device,
         "processes": state.num_processes,
         "platform": platform.platform(),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """Return how this process was started, ready for a shell, without the folders of Python and of installed scripts."""
+    python, *words = sys.orig_argv
+    if words and not words[0].startswith("-") and Path(words[0]).is_absolute():
+        words[0] = Path(words[0]).name  # lora-null, which is installed
+        return shlex.join(words)
+    return shlex.join([Path(python).name, *words])
 
 
 def _git_state() -> str | None:

@@ -32,6 +32,7 @@ from lora_null.recipes.environment import environment
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
+    Answers,
     Drift,
     Grid,
     Magnitude,
@@ -124,7 +125,7 @@ def run_grid(
             write_results(root, results)
             write_report(root)
     if first:
-        print_table(results)
+        print_table(results, found=read_evaluations(root, results))
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
@@ -302,7 +303,19 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
     found = read_evaluations(root, results)
     set_errors(results, found)
     results.paired, results.noise = compare(results, found), noise_of(found)
+    results.answers = _answers(root, cells)
     return results
+
+
+def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
+    """Return the answers of the first seed's run at the middle setting, of those that have any."""
+    folders = [cell.folder for cell in cells if cell.seed == cells[0].seed]
+    done = [(name, load_results(root / name).answers) for name in folders if (root / name / RESULTS_FILE).is_file()]
+    asked = [(name, answers) for name, answers in done if answers is not None]
+    if not asked:
+        return None
+    name, answers = asked[len(asked) // 2]
+    return answers.model_copy(update={"run": name})
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:

@@ -26,7 +26,17 @@ LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MOST_TOLD = 3
-OWN_FILES = ("base", "cells", "tasks", RESULTS_FILE, "report.md", "report.html", "forgetting.png", "magnitude.png")
+OWN_FILES = (
+    "base",
+    "cells",
+    "tasks",
+    RESULTS_FILE,
+    "report.md",
+    "report.html",
+    "forgetting.png",
+    "magnitude.png",
+    "card.png",
+)
 OWN_FILES += (RECIPE_FILE, SKIPPED_FILE)
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_null import __version__
 from lora_null.eval_harness.results import Metric
+from lora_null.eval_harness.statistics import LEVEL
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json
 
@@ -198,6 +199,11 @@ class Paired(BaseModel):
     p_adjusted: float | None = None
     questions: int
     seeds: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether it may be claimed, among all comparisons of the table."""
+        return self.p_adjusted is not None and self.p_adjusted < LEVEL
 
 
 class Answered(BaseModel):

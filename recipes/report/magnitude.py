@@ -7,8 +7,9 @@ import itertools
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lora_null.recipes.report.figures import COLORS, LOG_FROM, MARKERS, OTHER_COLORS, _figure, _png
+from lora_null.recipes.report.figures import LOG_FROM, MARKERS, Picture, _figure, _png
 from lora_null.recipes.report.grid_page import change, metric_pair
+from lora_null.recipes.report.svg import COLORS, OTHER_COLORS, svg
 from lora_null.recipes.report.table import metric_title
 from lora_null.recipes.results import DISPLAY, Results
 
@@ -21,6 +22,15 @@ def magnitude_png(results: Results) -> bytes | None:
     """
     points = magnitude_points(results)
     return _png(_magnitudes(results, points)) if points else None
+
+
+def magnitude_picture(results: Results) -> Picture | None:
+    """The same for the page."""
+    points = magnitude_points(results)
+    if not points:
+        return None
+    alt = "Forgetting against learning at the left, against the size of the change of the weights at the right."
+    return Picture([("", svg(_magnitudes(results, points), alt))])
 
 
 def magnitude_points(results: Results) -> dict[str, list[tuple[float, float, float]]]:

@@ -35,6 +35,7 @@ AAAI_NOTE = (
     "Avg1 (Per): mean of TriviaQA, NQ open and WebQS, and its percentage of the base's; "
     "GM: geometric mean of Avg1 and the mean of the two tasks (columns of the paper's AAAI 2026 version)"
 )
+OWN_RULES = ("/math_verify", "/exact_match")  # how we score GSM8K and MATH beside the paper's rules
 TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
 
 
@@ -48,6 +49,7 @@ class PaperRow:
         rank: None for base and full.
         params: trained parameters as printed, such as "320M"; empty for the base.
         metrics: by the paper's name; those that cannot be read are not there.
+        average: Avg as printed; None where it is not printed.
         reading: "exact", "reconstructed" or "unreadable".
         note: what is odd about the row.
     """
@@ -59,6 +61,7 @@ class PaperRow:
     rank: int | None
     params: str
     metrics: dict[str, float]
+    average: float | None
     reading: str
     note: str
 
@@ -85,17 +88,28 @@ def _row(raw: dict[str, str]) -> PaperRow:
         rank=int(raw["rank"]) if raw["rank"] else None,
         params=raw["params"],
         metrics={name: float(value) for name, value in values.items() if name and value},
+        average=float(raw["avg"]) if raw["avg"] else None,
         reading=raw["reading"],
         note=raw["note"],
     )
 
 
+def paper_average(metrics: Mapping[str, float], task_group: str) -> float | None:
+    """Return the paper's Avg: the plain mean of the three retention metrics and of the group's task metrics, as they stand
+    in the table, percent and MT-Bench's points alike; None where one is missing or the group has no Avg.
+
+    It mixes units and roles, so it stands beside the paper's figures alone.
+    """
+    tasks = TASK_METRICS.get(task_group)
+    return average_of(metrics, (*KEPT, *tasks)) if tasks else None
+
+
 def paper_name(metric: str) -> str | None:
     """Return the paper's name of one of our metrics, None where it has none.
 
-    Those are NLL, KL, other tasks, single turns of MT-Bench, and MATH by math-verify: the paper's is the string rule.
+    Those are NLL, KL, other tasks, single turns of MT-Bench, and GSM8K and MATH by other rules than MetaMath's own.
     """
-    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith("/math_verify"):
+    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith(OWN_RULES):
         return None
     return METRICS.get(metric.split("/")[0].split(" ")[0])
 
@@ -166,12 +180,13 @@ def paper_table(results: Results) -> PaperTable | None:
         ours = next((r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)), None)
         values, mark = _values(ours, names) if ours else {}, "?" if row.doubtful else ""
         cells = [f"{_text(row.metrics.get(title), mark)} / {_text(values.get(title))}" for title in titles]
+        cells.append(f"{_text(row.average, mark)} / {_text(paper_average(values, row.task_group))}")
         theirs = _aaai(row.metrics, bases.get(row.task_group, {}), row.task_group, mark)
         own = _aaai(values, _values(results.base, names), row.task_group)
         table.append((label, cells + [f"{a} / {b}" for a, b in zip(theirs, own)]))
         if row.doubtful:
             notes.append(f"{label}: {row.reading}; {row.note}")
-    return PaperTable([*titles, "Avg1 (Per)", "GM"], table, notes)
+    return PaperTable([*titles, "Avg", "Avg1 (Per)", "GM"], table, notes)
 
 
 def _values(row: Row, names: Mapping[str, str | None]) -> dict[str, float]:
