@@ -21,7 +21,7 @@ from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, st
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Results, settings_text, variant_of
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, settings_text, variant_of
 
 Parts = tuple[
     np.ndarray | None, np.ndarray | None
@@ -157,7 +157,7 @@ def _moved(results: Results, i: int, name: str) -> Estimate:
     return Estimate(_sign(results, name) * (row.value - base.value), gap.stderr if gap else row.stderr)
 
 
-def change(results: Results, run: Row | Run, name: str) -> float | None:
+def change(results: Results, run: Row, name: str) -> float | None:
     """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
     before, after = results.base.estimate(name), run.estimate(name)
     return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
