@@ -21,7 +21,7 @@ PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file
 
 def shipped() -> dict[str, Path]:
     """Return the shipped recipes by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find(name: str) -> Path:

@@ -71,7 +71,7 @@ def test_every_value_is_the_weighted_mean_of_its_samples(finished):
 def test_the_noise_floor_is_what_other_batches_change(finished, tmp_path):
     """Under bfloat16 autocast the base is not equal to itself in batches of another size, and that is measured."""
     results = load_results(finished / "out")
-    assert set(results.noise) == {"facts nll", "facts kl", "numbers nll"}
+    assert set(results.noise) == {"facts nll", "facts kl", "numbers nll", "numbers kl"}
     model, task = (
         AutoModelForCausalLM.from_pretrained(finished / "model"),
         AnswerTask("q", PAIRS, kl=True, role="retention"),
