@@ -444,8 +444,8 @@ class LoraNullLinear(Linear):
             )
         for name in self.residual_adapters:
             keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
-            if not any(key in state_dict for key in keys):
-                continue
+            if not any(key in state_dict and state_dict[key].numel() for key in keys):
+                continue  # not there, or ZeRO-3's empty stand-in
             complete = all(key in state_dict for key in keys)
             found = self._start.split(*(state_dict[key] for key in keys)) if complete else None
             if found is None:
@@ -456,7 +456,7 @@ class LoraNullLinear(Linear):
             state_dict |= zip(keys, found)
         for name in self.bases:
             A = state_dict.get(f"{prefix}lora_A.{name}.weight")
-            if A is not None and A.shape == factors_of(self, name)[0].shape:
+            if A is not None and A.numel() and A.shape == factors_of(self, name)[0].shape:
                 self._check_inside(name, A, module)
         self._kept_versions = {}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

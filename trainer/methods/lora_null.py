@@ -92,5 +92,9 @@ class NBLoRA(LoRANullV1):
 class KeepInNullBasis(TrainerCallback):
     """Puts every A that has a basis back into its span after each step; adapters that go on from an earlier trainer too."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            keep_in_null_basis(model)  # ZeRO-3 resumes from the optimizer's own copy, which is not projected
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         keep_in_null_basis(model)
