@@ -212,7 +212,7 @@ def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execu
     """
     set_seed(recipe.seed)
     if recipe.eval.backend == "vllm":
-        require_vllm(recipe.eval.vllm.tensor_parallel)
+        require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
     name = resolve_name(recipe.model)
@@ -319,7 +319,7 @@ def _evaluate_by_vllm(
     whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    engine = job.recipe.eval.vllm.model_dump()
+    engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
     lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm

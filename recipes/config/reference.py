@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lora_null.recipes.config.schema import ENTRIES, JudgeSection, Recipe
+from lora_null.recipes.config.schema import ENTRIES, CodeSection, JudgeSection, Recipe, VLLMSection
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- keys: made by python -m lora_null.recipes.config.reference -->\n", "<!-- end of keys -->\n"
@@ -26,7 +26,8 @@ def describe_keys() -> str:
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
-    tables.append(_table("eval.judge.", f"`eval.judge`: {_summary(JudgeSection)}", JudgeSection.model_fields))
+    for name, kind in {"judge": JudgeSection, "vllm": VLLMSection, "code": CodeSection}.items():
+        tables.append(_table(f"eval.{name}.", f"`eval.{name}`: {_summary(kind)}", kind.model_fields))
     for name, kind in ENTRIES.items():
         title = f"An entry of `eval.retention` or `eval.task` with the key `{name}`: {_summary(kind)}"
         tables.append(_table("", title, kind.model_fields))
