@@ -52,7 +52,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         UserError: naming the key and what to install.
     """
     if recipe.eval.backend == "vllm":
-        require_vllm(recipe.eval.vllm.tensor_parallel)
+        require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:

@@ -21,6 +21,7 @@ from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
     TASK_FILES,
     AnswersEntry,
+    CodeSection,
     DataSection,
     ForgettingEntry,
     LmEvalEntry,
@@ -106,8 +107,8 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
         if template == CHAT:
             fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
-    jail, allowed = asked.recipe.eval.code, asked.allow_code_execution
-    fields |= {"jail": UNSAFE if allowed == UNSAFE else jail.jail, "jail_image": jail.image}
+    code, allowed = asked.recipe.eval.code or CodeSection(), asked.allow_code_execution
+    fields |= {"jail": UNSAFE if allowed == UNSAFE else code.jail, "jail_image": code.image}
     return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=bool(allowed))
 
 

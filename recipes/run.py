@@ -481,7 +481,7 @@ def _evaluate_by_vllm(
     whole = job.model_name if adapter or folder is None else str(folder / "model")
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
-    engine = job.recipe.eval.vllm.model_dump()
+    engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
     lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
     found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
     del lm

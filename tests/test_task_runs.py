@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_tokenizer
 from world import make_world, write_rows
 
+from lora_null.eval_harness.code.jails import find_jail
 from lora_null.recipes.__main__ import main
 
 CODE = {
@@ -113,7 +114,7 @@ def test_conversations_with_generated_answers(tmp_path, template):
     assert results(tmp_path)["settings"]["template"] == f"{template}, in training and in MT-Bench, gsm8k"
 
 
-def test_code_runs_only_when_allowed(tmp_path, capsys, monkeypatch):
+def test_code_runs_only_when_allowed(tmp_path, capsys, caplog, monkeypatch):
     path = str(write_rows(tmp_path / "code.jsonl", [CODE] * 3))
     options = {"method": {"name": "lora", "rank": 4}, "training": TRAINING}
     data = {"path": str(tmp_path / "numbers.jsonl"), "prompt": "question", "response": "answer"}
@@ -126,8 +127,21 @@ def test_code_runs_only_when_allowed(tmp_path, capsys, monkeypatch):
 
     answers = [CODE["canonical_solution"], "    return 2", "    return 1"]
     monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda *_, **__: answers)
-    assert main([str(recipe), "--allow-code-execution"]) == 0
+    assert main(["--allow-code-execution=unsafe", str(recipe)]) == 0
+    assert "without a jail" in capsys.readouterr().err + caplog.text
     assert results(tmp_path)["rows"][1]["metrics"]["humaneval"]["value"] == pytest.approx(2 / 3)
+    assert results(tmp_path)["settings"]["generated_code"] == "no jail, limits on time, memory and files alone"
+    assert "no jail, limits" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_jail.cache_clear()
+    capsys.readouterr()
+    assert main(["--allow-code-execution", str(recipe), "--overwrite"]) == 2
+    assert "code execution: bwrap is not installed" in capsys.readouterr().err
+    assert main(["--allow-code-execution", str(recipe), "--overwrite", "eval.code={jail: podman, image: mine}"]) == 2
+    assert "code execution: podman is not installed" in capsys.readouterr().err
+    assert main([str(recipe), "--allow-code-execution=save"]) == 2
+    assert "invalid choice: 'save'" in capsys.readouterr().err
+    find_jail.cache_clear()
 
 
 def test_own_tasks_are_asked_as_trained_or_not_at_all(tmp_path, capsys):

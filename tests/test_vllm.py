@@ -49,7 +49,8 @@ def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
     task = {"task": "gsm8k", "path": str(gsm), "num_fewshot": 0, "metric": "flexible-extract"}
     numbers = {"answers": "numbers", "path": str(tmp_path / "numbers.jsonl"), "limit": 4}
     recipe = make_world(tmp_path, eval={"task": [task, numbers], "backend": "vllm", "cache": False})
-    assert main([str(recipe), "--method", "lora,lora-null-v1", "training.save_strategy=no"]) == 0
+    keys = ["eval.vllm.max_model_len=512", "eval.vllm.memory_share=0.5"]
+    assert main([str(recipe), "--method", "lora,lora-null-v1", "training.save_strategy=no", *keys]) == 0
     out = tmp_path / "out"
     assert [options.get("lora_local_path") for options in engine] == [
         None,
@@ -58,14 +59,24 @@ def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
     ]
     assert {options["pretrained"] for options in engine} == {str(tmp_path / "model")}
     assert [options.get("max_lora_rank") for options in engine] == [None, 8, 8]
+    assert {
+        (made["tensor_parallel_size"], made["max_model_len"], made["gpu_memory_utilization"]) for made in engine
+    } == {(1, 512, 0.5)}
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert rows[2]["metrics"]["gsm8k/flexible-extract"]["value"] == pytest.approx(1 / 3)  # it always says 0
     assert rows[2]["metrics"]["numbers nll"]["n"] == 4
     assert json.loads((out / "lora" / "eval.json").read_text())["settings"]["backend"] == "vllm"
 
 
+def test_its_keys_are_not_for_another_engine(tmp_path, capsys):
+    assert main([str(make_world(tmp_path)), "eval.vllm.tensor_parallel=2"]) == 2
+    assert "eval: vllm is for backend: vllm" in capsys.readouterr().err
+
+
 def test_ranks(engine, tmp_path):
     require_vllm()
+    with pytest.raises(UserError, match=r"eval.vllm.tensor_parallel: asks for 64 GPUs, and \d are here"):
+        require_vllm(64)
     options = {"dtype": "bfloat16", "revision": None}
     open_vllm("m", tmp_path, rank=256, **options)
     open_vllm("m", tmp_path, rank=257, **options)

@@ -36,6 +36,8 @@ def encode(value, refer):
             (b"b", bytes(value)) if isinstance(value, bytes) else (b"s", value.encode("utf-8", "surrogatepass"))
         )
         return b"%s%d\n%s" % (letter, len(data), data)
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return b"k%s\n" % value.__name__.encode()
     if isinstance(value, dict):
         pairs = [encode(part, refer) for pair in value.items() for part in pair]
         return b"d%d\n%s" % (len(value), b"".join(pairs))
@@ -45,7 +47,7 @@ def encode(value, refer):
     return b"r%s\n" % str(refer(value)).encode()
 
 
-def decode(data, resolve, start=0):
+def decode(data, resolve, start=0) -> tuple:
     """Return the value that `encode` wrote and where its bytes end; `resolve` gives what a number or name stands for.
 
     Raises:
@@ -63,6 +65,10 @@ def decode(data, resolve, start=0):
         return complex(*map(float.fromhex, number.split(" "))), end
     if letter == b"r":
         return resolve(number), end
+    if letter == b"k":
+        if not isinstance(kind := getattr(builtins, number, None), type):
+            raise ValueError(number)
+        return kind, end
     size = int(number)
     if letter in (b"s", b"b"):
         text, end = data[end : end + size], end + size

@@ -83,7 +83,7 @@ class Jail:
         return None
 
     @contextlib.contextmanager
-    def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[bytes]]:
+    def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
         """Start `inside.py` as "program" or "examiner"; when the block ends, nothing of it is left running."""
         name = f"lora-null-code-{secrets.token_hex(8)}"
         numbers = (limits.memory_mb, math.ceil(limits.seconds) + 1, FILES_MB, self.tasks())
@@ -246,7 +246,7 @@ class LimitsAlone(Jail):
         return running + TASKS
 
     @contextlib.contextmanager
-    def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[bytes]]:
+    def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
         with (
             tempfile.TemporaryDirectory(prefix="lora-null-code-", ignore_cleanup_errors=True) as folder,
             super().start(role, limits, cwd=folder, **pipes) as process,

@@ -7,22 +7,27 @@ format as they come, so that a judging that was broken off goes on where it stop
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import shlex
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
+
+logger = get_logger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
 NEED_REFERENCE = ("math", "reasoning", "coding")
@@ -30,6 +35,11 @@ RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 MISSING = -1  # FastChat's own mark for a judgment without a grade
 PASSING = (408, 409, 429)  # what the openai package asks again after, beside 500 and above
 PROMPTS = Path(__file__).with_name("judge_prompts.json")
+GRADING = tuple(f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn"))
+FASTCHATS = "ce7674b0a9c690046e0993878b3eaf2cb71a7334de092a39f8d86540bfe2d828"  # of these four in its file
+MAX_TOKENS = 2048  # of a judgment
+THINKING_TOKENS = 16384  # of a judgment with the thoughts before it, which newer judges count with it
+OLD, NEW = "max_tokens", "max_completion_tokens"
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,42 @@ class Judge:
             prompts = {entry["name"]: entry for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"judge.prompts: cannot read {path} ({error})") from None
-        wanted = [f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn")]
-        if missing := [name for name in wanted if name not in prompts]:
+        if missing := [name for name in GRADING if name not in prompts]:
             raise UserError(f"judge.prompts: {path} has no prompt {missing[0]!r}")
+        for name, text in (
+            (name, prompts[name].get(key)) for name in GRADING for key in ("system_prompt", "prompt_template")
+        ):
+            if not isinstance(text, str):
+                raise UserError(f"judge.prompts: {path}: {name!r} needs system_prompt and prompt_template")
         return prompts
+
+    def digest(self) -> str:
+        """Return what tells one set of prompts from another."""
+        prompts = self.read_prompts()
+        texts = [(prompts[name]["system_prompt"], prompts[name]["prompt_template"]) for name in GRADING]
+        return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Return who graded and by which prompts, as a report says it."""
+        digest = self.digest()
+        if digest == FASTCHATS:
+            words = "FastChat's original prompts"
+        elif self.prompts is None:
+            words = "this package's own prompts, not comparable with published scores"
+        else:
+            words = f"the prompts of {Path(self.prompts).name} ({digest[:8]}), not FastChat's, not comparable with published scores"
+        return f"{self.model}, by {words}"
+
+    def command(self, answers: Path) -> str:
+        """Return the command that grades a file of answers, or goes on with it."""
+        words = ["lora-null", "judge", str(answers), "--model", self.model]
+        for field in fields(self):
+            if field.name not in ("model", "wait") and (value := getattr(self, field.name)) != field.default:
+                words += [
+                    "--" + field.name.replace("_", "-"),
+                    f"{value:g}" if isinstance(value, float) else str(value),
+                ]
+        return shlex.join(words)
 
 
 class JudgeError(RuntimeError):
@@ -149,7 +191,8 @@ def judge_answers(
         if question["question_id"] in answers
         for request in _requests(question, answers[question["question_id"]], prompts)
     ]
-    known = _read_grades(path, judge)
+    digest = judge.digest()
+    known = _read_grades(path, judge.model, digest)
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +209,7 @@ def judge_answers(
         def grade(request: _Request) -> None:
             text, score = client.grade(request)
             line = request.to_json(judge.model, model_id) | {"judgment": text, "score": score, "tstamp": time.time()}
+            line["prompts"] = digest
             with lock:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -223,15 +267,15 @@ def _requests(
     return made
 
 
-def _read_grades(path: Path, judge: Judge) -> dict[str, float]:
-    """Return {user prompt: grade} of what this judge has graded before; half a line at the end is left aside."""
+def _read_grades(path: Path, model: str, digest: str) -> dict[str, float]:
+    """Return {user prompt: grade} of what this judge has graded by these prompts; half a line at the end is left aside."""
     grades = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["score"] != MISSING and entry["judge"][0] == judge.model:
+        if entry["score"] != MISSING and entry["judge"][0] == model and entry.get("prompts") == digest:
             grades[entry["user_prompt"]] = entry["score"]
     return grades
 
@@ -243,6 +287,12 @@ def parse_grade(judgment: str) -> float:
             grade = float(found[1])
             return grade if 1 <= grade <= 10 else MISSING
     return MISSING
+
+
+def _said(error: Any) -> str:
+    """Return what the endpoint says of a refusal, on one line and without an end."""
+    text = " ".join(str((error.body or {}).get("message") or "" if isinstance(error.body, dict) else "").split())
+    return f" ({text[:200]})" if text else ""
 
 
 class _Client:
@@ -260,6 +310,7 @@ class _Client:
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
         )
         self.headers = {} if key else {"Authorization": openai.omit}
+        self.options: dict[str, Any] = {"temperature": 0, OLD: MAX_TOKENS}
 
     def close(self) -> None:
         """Close the connections."""
@@ -275,13 +326,16 @@ class _Client:
 
         text, failure, left = None, "no answer in OpenAI's format", self.judge.attempts
         while left > 0:
+            options = self.options
             try:
-                judgment, used = self._ask(request, left)
+                judgment, used = self._ask(request, left, options)
             except openai.APIStatusError as error:
                 status = error.status_code
+                if status in (400, 422) and self._adapt(error, options):
+                    continue
                 if status not in PASSING and status < 500:
                     hint = f", check the key in {self.judge.api_key_env}" if status in (401, 403) else ""
-                    message = f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}"
+                    message = f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}{_said(error)}"
                     raise JudgeError(message) from None
                 failure = f"HTTP status {status}"
                 break
@@ -300,7 +354,7 @@ class _Client:
             )
         return text, MISSING
 
-    def _ask(self, request: _Request, attempts: int) -> tuple[str | None, int]:
+    def _ask(self, request: _Request, attempts: int, options: dict[str, Any]) -> tuple[str | None, int]:
         """Return the judgment, None where the answer holds none, and how many attempts it took."""
         client = self.openai.with_options(max_retries=attempts - 1)
         answer = client.chat.completions.with_raw_response.create(
@@ -309,8 +363,7 @@ class _Client:
                 {"role": "system", "content": request.system_prompt},
                 {"role": "user", "content": request.user_prompt},
             ],
-            temperature=0,
-            max_tokens=2048,
+            **options,
             extra_headers=self.headers,
         )
         try:  # from the text: local servers do not always name its type, without which the package does not read it
@@ -318,6 +371,20 @@ class _Client:
         except (ValueError, LookupError, TypeError):
             text = None
         return text, 1 + answer.retries_taken
+
+    def _adapt(self, error: Any, asked: dict[str, Any]) -> bool:
+        """Ask from now on without what the endpoint names as refused; return whether that differs from what was asked.
+
+        Newer judges have no temperature but their own, and count the tokens of their thoughts with the answer's.
+        """
+        text = f"{error.param} {error.message}"
+        with self.lock:
+            if OLD in text and OLD in self.options:
+                self.options = {NEW: THINKING_TOKENS} | {key: self.options[key] for key in self.options if key != OLD}
+            elif "temperature" in text and "temperature" in self.options:
+                self.options = {key: self.options[key] for key in self.options if key != "temperature"}
+                logger.warning(f"judge: {self.judge.model} takes no temperature of 0, it grades at its own")
+            return self.options != asked
 
     def _wait_for_turn(self, _: Any) -> None:
         gap = 60 / self.judge.requests_per_minute if self.judge.requests_per_minute else 0.0

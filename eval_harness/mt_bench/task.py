@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.generate import check_room, generate_texts
-from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
+from lora_null.eval_harness.mt_bench.judge import NEED_REFERENCE, Judge, JudgeError, judge_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
@@ -32,9 +32,7 @@ from lora_null.utils.values import as_text
 logger = get_logger(__name__)
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for all others
-ANSWERS_FILE, JUDGMENTS_FILE = "answers.jsonl", "judgments.jsonl"
-
-logger = get_logger(__name__)
+QUESTIONS_FILE, ANSWERS_FILE, JUDGMENTS_FILE = "questions.jsonl", "answers.jsonl", "judgments.jsonl"
 
 
 def as_questions(
@@ -115,9 +113,20 @@ class MTBenchTask(Task):
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
         check_room(self.max_new_tokens, limit)
 
+    def remarks(self) -> dict[str, str]:
+        if self.judge is None:
+            return {}
+        bare = sum(q["category"] in NEED_REFERENCE and not q["reference"] for q in self.questions)
+        missing = f"; {bare} questions of {', '.join(NEED_REFERENCE)} without a reference answer" if bare else ""
+        return {f"judge of {self.name}": self.judge.describe() + missing}
+
     def describe(self, limit: int | None) -> dict[str, Any]:
         asked = [self.ask([(question["turns"][0], "")], question["turns"][1]) for question in self.questions[:limit]]
-        judge = None if self.judge is None else {"model": self.judge.model, "base_url": self.judge.base_url}
+        judge = self.judge and {
+            "model": self.judge.model,
+            "base_url": self.judge.base_url,
+            "prompts": self.judge.digest(),
+        }
         digest = hashlib.sha256(repr((asked, self.questions[:limit])).encode()).hexdigest()
         return {"limit": limit, "max_new_tokens": self.max_new_tokens, "judge": judge, "questions_sha256": digest}
 
@@ -129,12 +138,16 @@ class MTBenchTask(Task):
         if rank_and_world()[0] == 0 and options.output_dir is not None:
             folder, model_id = options.output_dir / "mt_bench", options.output_dir.name
             write_answers(folder / ANSWERS_FILE, answers, model_id=model_id)
-            if self.judge is not None:
+            write_text(folder / QUESTIONS_FILE, "".join(json.dumps(question) + "\n" for question in questions))
+            if self.judge is None:
+                later = Judge("MODEL").command(folder / ANSWERS_FILE)
+                logger.info(f"{self.name}: the answers are written and not graded; this grades them: {later}")
+            else:
                 try:
                     grades = judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
                 except JudgeError as error:
-                    later = f"python -m lora_null.eval_harness judge {folder / ANSWERS_FILE}"
-                    logger.warning(f"{self.name}: not graded ({error}); {later} grades the answers")
+                    later = self.judge.command(folder / ANSWERS_FILE)
+                    logger.warning(f"{self.name}: not graded ({error}); this goes on with it: {later}")
         grades = broadcast(grades)
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
         found.settings["judged"] = len(grades)

@@ -244,18 +244,21 @@ def _judge(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "judge",
         help="grade MT-Bench answers with a judge model",
-        description="Grade MT-Bench answers in FastChat's format; writes ANSWERS.judgments.jsonl and prints the scores. "
+        description="Grade MT-Bench answers in FastChat's format; writes the judgments beside them and prints the scores. "
         "Run again, it goes on where it stopped. Exit status 1 where the endpoint fails.",
     )
     default = {name: field.default for name, field in JudgeSection.model_fields.items()}
     add = parser.add_argument
     add("answers", help="answers in FastChat's format").complete = shtab.FILE
-    add("--questions", required=True, help="MT-Bench's questions").complete = shtab.FILE
+    add("--questions", help="MT-Bench's questions (default: questions.jsonl beside the answers)").complete = shtab.FILE
     add("--references", help="reference answers, for math, reasoning and coding").complete = shtab.FILE
     add("--model", required=True, help="the judge")
     add("--base-url", default=default["base_url"], help="an OpenAI-compatible endpoint (default: %(default)s)")
     add("--api-key-env", default=default["api_key_env"], help="variable that holds the key (default: %(default)s)")
-    add("--prompts", help="FastChat's judge_prompts.jsonl, to judge by its very words").complete = shtab.FILE
+    add(
+        "--prompts", help="FastChat's judge_prompts.jsonl: scores comparable with published ones"
+    ).complete = shtab.FILE
     add("--requests-per-minute", type=float, help="at most")
+    add("--parallel", type=int, default=default["parallel"], help="requests under way at once (default: %(default)s)")
     add("--attempts", type=int, default=default["attempts"], help="for one grade, at most (default: %(default)s)")
     return parser

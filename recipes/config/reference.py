@@ -17,6 +17,7 @@ from lora_null.recipes.config.schema import (
     ENTRIES,
     REFUSED,
     BudgetSection,
+    CodeSection,
     JudgeSection,
     ProbeSection,
     Recipe,
@@ -36,7 +37,13 @@ def describe_keys() -> str:
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
-    inner = {"eval.judge": JudgeSection, "eval.vllm": VLLMSection, "eval.probe": ProbeSection, "budget": BudgetSection}
+    inner = {
+        "eval.judge": JudgeSection,
+        "eval.vllm": VLLMSection,
+        "eval.code": CodeSection,
+        "eval.probe": ProbeSection,
+        "budget": BudgetSection,
+    }
     inner["sequence"] = SequenceSection
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
     tables.append(

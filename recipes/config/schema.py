@@ -453,7 +453,9 @@ class JudgeSection(Section):
     attempts: int = Field(5, ge=1, description="requests for one grade, at most")
     requests_per_minute: float | None = Field(None, gt=0, description="at most; no limit when not given")
     parallel: int = Field(4, ge=1, description="requests under way at once")
-    prompts: str | None = Field(None, description="FastChat's judge_prompts.jsonl, to judge by its very words")
+    prompts: str | None = Field(
+        None, description="FastChat's judge_prompts.jsonl, for scores comparable with published ones"
+    )
 
 
 class CodeSection(Section):
@@ -464,7 +466,7 @@ class CodeSection(Section):
 
     @model_validator(mode="after")
     def _used(self) -> CodeSection:
-        if self.jail == "bwrap" and self != CodeSection.model_construct():
+        if self.jail == "bwrap" and self.image != type(self).model_fields["image"].default:
             raise ValueError("image is for jail: podman or docker")
         return self
 
@@ -559,8 +561,10 @@ class EvalSection(Section):
     backend: Literal["hf", "vllm"] = Field(
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
-    vllm: VLLMSection = VLLMSection()
-    code: CodeSection = CodeSection()
+    vllm: VLLMSection | None = Field(None, description="how vllm is started, as it starts by itself when not given")
+    code: CodeSection | None = Field(
+        None, description="what holds the code that a model writes; bubblewrap when not given"
+    )
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
     examples: int = Field(
         5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
@@ -577,7 +581,7 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _used(self) -> EvalSection:
-        if self.backend != "vllm" and self.vllm != VLLMSection():
+        if self.backend != "vllm" and self.vllm is not None:
             raise ValueError("vllm is for backend: vllm")
         return self
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import threading
 import time
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ import pytest
 
 from lora_null.eval_harness import Metric, MTBenchTask, evaluate, generate
 from lora_null.eval_harness.__main__ import main
-from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers, parse_grade
+from lora_null.eval_harness.mt_bench.judge import PROMPTS, Judge, JudgeError, judge_answers, parse_grade
 from lora_null.eval_harness.mt_bench.task import as_questions, scores, write_answers
+from lora_null.recipes import commands
 from lora_null.utils.errors import UserError
 
 DATA = Path(os.environ.get("LORA_NULL_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -29,9 +31,18 @@ ANSWERS = {81: ["a poem", "poem"], 111: ["2", "4"], 121: ["print(1)", "print({2}
 KEY = "sk-very-secret"
 
 
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+}
+
+
 class Stub:
     """A server for POST /v1/chat/completions; `replies` are (status, content) or (status, content, headers), in order, the
-    last for ever. Whatever is no proper request is answered with 400."""
+    last for ever. Whatever is no proper request is answered with 400; `refuses` names
+    parameters that it does not take, as newer judges do, and says so in OpenAI's words."""
+
+    refuses = ()
 
     def __init__(self, replies):
         self.replies, self.seen, self.times, self.lock = list(replies), [], [], threading.Lock()
@@ -46,12 +57,19 @@ class Stub:
             handler.path == "/v1/chat/completions"
             and handler.headers["Content-Type"] == "application/json"
             and [message["role"] for message in body["messages"]] == ["system", "user"]
-            and body["temperature"] == 0
+            and (self.refuses or (body["temperature"] == 0 and body["max_tokens"] == 2048))
         )
+        refused = next((key for key in self.refuses if key in body), None)
+        if refused:
+            message = REFUSALS[refused]
+            proper, data = (
+                False,
+                json.dumps({"error": {"message": message, "param": refused, "code": "unsupported"}}).encode(),
+            )
         status, content, headers = (*reply, {})[:3] if proper else (400, "", {})
         message = {"role": "assistant", "content": content}
         text = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]})
-        data = b"<html>" if content is None else text.encode()
+        data = data if refused else b"<html>" if content is None else text.encode()
         handler.send_response(status)
         for name, value in {**headers, "Content-Length": len(data)}.items():
             handler.send_header(name, str(value))
@@ -110,6 +128,7 @@ def test_the_protocol(tmp_path, monkeypatch):
         "score",
         "turn",
         "tstamp",
+        "prompts",
     }
     names = {key: line["judge"][1] for key, line in judgments.items()}
     assert names[81, 1] == "single-v1" and names[81, 2] == "single-v1-multi-turn"
@@ -190,6 +209,72 @@ def test_no_faster_than_allowed(tmp_path, first):
     assert all(moment - began >= 0.1 * number for number, moment in enumerate(stub.times))
 
 
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_a_judge_of_the_newer_kind(tmp_path, parallel, caplog):
+    """It is asked as it wants after it has refused once, and that costs none of a grade's attempts."""
+    with serving((200, "[[5]]")) as stub:
+        stub.refuses = ("max_tokens", "temperature")
+        grades = grade(stub, tmp_path, parallel=parallel, attempts=1)
+    assert len(grades) == 6 and set(grades.values()) == {5}
+    assert 2 <= len(stub.seen) - 6 <= 2 * parallel
+    assert "takes no temperature of 0" in caplog.text
+    accepted = [body for _, body in stub.seen if "max_tokens" not in body and "temperature" not in body]
+    assert len(accepted) == 6 and {body["max_completion_tokens"] for body in accepted} == {16384}
+
+
+def test_other_refusals_are_told_in_the_endpoints_words(tmp_path, monkeypatch):
+    monkeypatch.setitem(REFUSALS, "model", "The model 'judge-1' does not exist.")
+    monkeypatch.setattr(Stub, "refuses", ("model",))
+    with (
+        serving((200, "")) as stub,
+        pytest.raises(JudgeError, match=r"status 400 \(The model 'judge-1' does not exist.\)"),
+    ):
+        grade(stub, tmp_path, parallel=1)
+
+
+def prompts_file(tmp_path, name="judge_prompts.jsonl", extra=""):
+    entries = json.loads(PROMPTS.read_text())
+    path = tmp_path / name
+    path.write_text(
+        "".join(json.dumps(entry | {"system_prompt": entry["system_prompt"] + extra}) + "\n" for entry in entries)
+    )
+    return str(path)
+
+
+def test_what_is_said_of_the_prompts(tmp_path, monkeypatch):
+    assert Judge("gpt-4").describe() == "gpt-4, by this package's own prompts, not comparable with published scores"
+    other = Judge("gpt-4", prompts=prompts_file(tmp_path, extra="!"))
+    assert other.describe().startswith("gpt-4, by the prompts of judge_prompts.jsonl (")
+    assert "not FastChat's" in other.describe()
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.judge.FASTCHATS", other.digest())
+    assert other.describe() == "gpt-4, by FastChat's original prompts"
+    assert task(judge=other).remarks() == {"judge of MT-Bench": other.describe()}
+    bare = MTBenchTask("MT-Bench", as_questions(ROWS), ask, judge=other)
+    assert bare.remarks()["judge of MT-Bench"].endswith(
+        "; 2 questions of math, reasoning, coding without a reference answer"
+    )
+    assert task(judge=other).describe(None) != task(judge=Judge("gpt-4")).describe(None)
+
+
+def test_fastchats_own_prompts_are_known():
+    """By LORA_NULL_JUDGE_PROMPTS, the path of FastChat's file, which is not shipped."""
+    path = os.environ.get("LORA_NULL_JUDGE_PROMPTS")
+    if not path:
+        pytest.skip("FastChat's judge_prompts.jsonl is not here (LORA_NULL_JUDGE_PROMPTS)")
+    assert Judge("gpt-4", prompts=path).describe() == "gpt-4, by FastChat's original prompts"
+
+
+def test_grades_by_other_prompts_are_not_taken_over(tmp_path):
+    other = prompts_file(tmp_path, extra=" Be strict.")
+    with serving((200, "[[9]]")) as stub:
+        grade(stub, tmp_path)
+    with serving((200, "[[2]]")) as stub:
+        assert set(grade(stub, tmp_path, prompts=other).values()) == {2} and len(stub.seen) == 6
+    with serving((200, "[[1]]")) as stub:
+        assert set(grade(stub, tmp_path).values()) == {9} and set(grade(stub, tmp_path, prompts=other).values()) == {2}
+        assert not stub.seen
+
+
 def test_an_endpoint_that_is_not_there(tmp_path):
     nowhere = Judge("judge-1", "http://127.0.0.1:9/v1", attempts=2, wait=0.01)
     with pytest.raises(JudgeError, match="gave no judgment in 2 attempts"):
@@ -260,6 +345,26 @@ def test_answers_outlive_a_judge_that_fails(model, tokenizer, tmp_path, caplog):
     assert "not graded" in caplog.text
 
 
+@pytest.mark.parametrize("with_judge", [True, False])
+def test_the_command_that_is_printed_grades(model, tokenizer, tmp_path, caplog, capsys, with_judge):
+    """What a run prints where it could not grade is taken by the command as it stands, and goes on where the run stopped."""
+    folder = tmp_path / "a run" / "lora"
+    with serving((200, "[[3]]"), (200, "[[3]]"), (404, "")) as stub, caplog.at_level("INFO"):
+        options = {"prompts": prompts_file(tmp_path, "my prompts.jsonl"), "attempts": 2, "requests_per_minute": 6000.0}
+        evaluate(model, tokenizer, [task(judge=judge(stub, **options) if with_judge else None)], output_dir=folder)
+        said = next(record.message for record in caplog.records if "graded" in record.message)
+        stub.replies[:] = [(200, "[[8]]")]
+        words = shlex.split(said.partition(": lora-null ")[2])
+        if not with_judge:
+            words = [word.replace("MODEL", "judge-1") for word in words] + ["--base-url", stub.url]
+        stub.seen.clear()
+        assert commands.main(words) == 0
+    out = capsys.readouterr().out
+    assert "missing: 0 of 6 grades" in out and str(folder / "mt_bench" / "judgments.jsonl") in out
+    assert len(stub.seen) == (4 if with_judge else 6)
+    assert ("my prompts.jsonl" in out) == with_judge
+
+
 def test_sampled_answers_are_the_same_twice(model, tokenizer, tmp_path):
     for name in ("a", "b"):
         evaluate(model, tokenizer, [task()], output_dir=tmp_path / name)
@@ -278,8 +383,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "MT-Bench         8.00 (n = 6)" in out and "missing: 0 of 6 grades" in out
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main(words) == 2
+    assert main([*words[:2], "--model", "judge-1", "--base-url", "http://127.0.0.1:9"]) == 2
+    assert main([*words, "--base-url", "http://127.0.0.1:9", "--parallel", "0"]) == 2
     assert main([*words[:3], str(tmp_path / "none.jsonl"), *words[4:], "--base-url", "http://127.0.0.1:9"]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert capsys.readouterr().err.count("error: ") == 4
 
 
 def test_all_80_questions(tmp_path):

@@ -108,7 +108,9 @@ VALUES = [
 def test_plain_values_come_back_as_they_are(value):
     program = Program(
         "def f(x): return x",
-        tests=f"x = {value!r}\nassert repr(f(x)) == repr(x)".replace("inf", "1e999"),
+        tests=f"x = {value.__name__ if isinstance(value, type) else repr(value)}\nassert repr(f(x)) == repr(x)".replace(
+            "inf", "1e999"
+        ),
         names=("f",),
     )
     assert run_program(program, jail=find_jail("unsafe")).passed
@@ -148,12 +150,20 @@ FORGED = {
     "exit hooks": "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.excepthook = print\ndef f(x): return 7",
     "a forged harness": "import sys\nmain = sys.modules['__main__']\nmain.decode = main.encode = main.examine = lambda *_: 9\ndef f(x): return 7",
     "answers before they are asked": (
-        "import os\nfor n in range(64):\n    try: os.write(n, b'[\"value\", null]\\n' * 9 + b'{\"passed\": true, \"reason\": \"\"}\\n')\n"
+        "import os\nfor n in range(64):\n    try: os.write(n, (b'\\0' * 7 + b'\\x12t2\\ns5\\nvaluecNone\\n') * 9 + b'\\0' * 7 + b'\\x0ft2\\ncTrue\\ns0\\n')\n"
         "    except OSError: pass\nos._exit(0)"
+    ),
+    "a token of the caller": (
+        "import os, sys\nframe = sys._getframe()\n"
+        "while frame:\n"
+        "    for text in [x for x in frame.f_locals.values() if isinstance(x, str) and len(x) == 32]:\n"
+        "        for n in range(16):\n            try: os.write(n, text.encode())\n            except OSError: pass\n"
+        "        os._exit(0)\n"
+        "    frame = frame.f_back\n"
     ),
     "what the caller holds": (
         "import sys, os, gc\nfound, frame = gc.get_objects(), sys._getframe()\n"
-        "while frame: found += list(frame.f_locals.values()) + list(frame.f_globals.values()); frame = frame.f_back\n"
+        "while frame: found += [*frame.f_globals.values(), *frame.f_locals.values()]; frame = frame.f_back\n"
         "for text in [x.encode() if isinstance(x, str) else x for x in found if isinstance(x, (str, bytes))]:\n"
         "    for n in range(16):\n        try: os.write(n, text)\n        except OSError: pass\n"
         "os._exit(0)"
@@ -167,12 +177,40 @@ def test_a_program_cannot_pass_without_right_answers(run_anyhow, how):
     assert not found.passed and found.reason
 
 
-@pytest.mark.parametrize(
-    "answer", ["[" * 10**5, '["value", {}]', '["value", ["ref", []]]', "9", '["raised", 1, 2]', "\\xff", "x" * 10**7]
-)
-def test_an_answer_that_is_none_ends_it(answer):
-    code = f"import os\ndef f(x):\n    os.write(4, b'{answer}' + b'\\n'); os._exit(0)"
-    assert not run_program(squares(code), seconds=3, jail=find_jail("unsafe")).passed
+VALUE = b"t2\ns5\nvalue"  # a pair of this word and what follows
+HOSTILE = {
+    "no value": b"hello\n",
+    "nothing": b"",
+    "deeply nested": VALUE + b"l1\n" * 10**5,
+    "a list in a set": VALUE + b"e1\nl0\n",
+    "a very long list": VALUE + b"l999999999999\ni0\n",
+    "an endless number": VALUE + b"i" + b"f" * 10**6 + b"\n",
+    "a name for a number": VALUE + b"fnumber\n",
+    "a function for a kind": VALUE + b"kexec\n",
+    "an unknown kind": VALUE + b"q3\nabc",
+    "a negative length": VALUE + b"s-5\nabc",
+    "half a text": VALUE + b"s9\nabc",
+    "no exception": b"t3\ns6\nraisedi1\ni2\n",
+    "an exit": b"t3\ns6\nraisedl1\ns10\nSystemExits1\n0",
+    "a verdict": b"t2\ncTrue\ns0\n",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_answer_that_is_none_ends_it(what):
+    code = f"import os\ndef f(x):\n    data = {HOSTILE[what]!r}\n    os.write(4, len(data).to_bytes(8, 'big') + data); os._exit(0)"
+    if what == "deeply nested":
+        code = code.replace(repr(HOSTILE[what]), f"{VALUE!r} + b'l1\\n' * 10**5").replace(
+            "os._exit(0)", "import time; time.sleep(9)"
+        )
+    found = run_program(squares(code), seconds=5, jail=find_jail("unsafe"))
+    assert not found.passed and found.reason
+
+
+@pytest.mark.parametrize("size", ["b'\\xff' * 8", "(2**27).to_bytes(8, 'big')"])
+def test_an_answer_that_is_too_long_ends_it(size):
+    code = f"import os, time\ndef f(x):\n    os.write(4, {size}); time.sleep(9)"
+    assert run_program(squares(code), seconds=5, jail=find_jail("unsafe")).reason == "ended early"
 
 
 def test_a_program_cannot_change_what_tests_compare_by():
@@ -338,26 +376,24 @@ def test_nothing_is_left_behind(run_anyhow):
 # --- time, memory, processes -----------------------------------------------------------------------------------------
 
 
-def running(seconds):
-    """Return the processes that were started with this limit of seconds and run."""
+OWN_MB = 1000 + os.getpid() % 1000  # a limit on memory by which the processes of this test are known
+
+
+def running():
+    """Return the processes that were started with that limit and run."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found += [path] * (f", {seconds}, ".encode() in path.read_bytes())
+            found += [path] * (f"\0{OWN_MB}\0".encode() in path.read_bytes())
     return found
 
 
-def reaches(count, seconds):
-    """Return whether that many processes run before 10 seconds are over: the kernel starts and ends them in its time."""
+def reaches(count):
+    """Return whether that many run before 10 seconds are over: the kernel starts and ends them in its time."""
     until = time.monotonic() + 10
-    while len(running(seconds)) != count and time.monotonic() < until:
+    while len(running()) != count and time.monotonic() < until:
         time.sleep(0.02)
-    return len(running(seconds)) == count
-
-
-def a_moment(seconds):
-    """Return about that many seconds; the processes of this test are known by them."""
-    return seconds + os.getpid() / 2**26
+    return len(running()) == count
 
 
 STUBBORN = {
@@ -373,9 +409,9 @@ STUBBORN = {
 
 @pytest.mark.parametrize("how", STUBBORN)
 def test_time_is_limited(run, how):
-    began, seconds = time.perf_counter(), a_moment(0.5)
-    assert run(squares(STUBBORN[how]), seconds=seconds).reason == "timed out"
-    assert time.perf_counter() - began < 10 and reaches(0, seconds)
+    began = time.perf_counter()
+    assert run(squares(STUBBORN[how]), seconds=0.5, memory_mb=OWN_MB).reason == "timed out"
+    assert time.perf_counter() - began < 10 and reaches(0)
 
 
 def test_time_is_limited_without_a_jail():
@@ -395,13 +431,10 @@ def test_a_result_that_does_not_fit(run):
 
 
 def test_a_fork_bomb(run):
-    seconds = a_moment(1)
-    count = "import os, time\nfor n in range(200):\n    if os.fork() == 0: time.sleep(60)\n"
-    refused(run, count, seconds=seconds)
-    assert not run(
-        squares("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"), seconds=seconds
-    ).passed
-    assert reaches(0, seconds)
+    refused(run, "import os, time\nfor n in range(200):\n    if os.fork() == 0: time.sleep(60)\n", seconds=5)
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert not run(squares(bomb), seconds=0.5, memory_mb=OWN_MB).passed
+    assert reaches(0)
 
 
 def test_a_thread_bomb(run):
@@ -414,31 +447,30 @@ def test_a_thread_bomb(run):
     "left", ["os.fork()", "os.fork() == 0 and os.setsid()", "threading.Thread(target=time.sleep, args=(60,)).start()"]
 )
 def test_what_a_program_leaves_running_ends_with_it(run, left):
-    began, seconds = time.perf_counter(), a_moment(20)
+    began = time.perf_counter()
     run(
         squares(
             f"import os, threading, time\nparent = os.getpid()\n{left}\nif os.getpid() != parent: time.sleep(60)\ndef f(x): return x * x"
         ),
-        seconds=seconds,
+        seconds=20,
+        memory_mb=OWN_MB,
     )
-    assert time.perf_counter() - began < 10 and reaches(0, seconds)
+    assert time.perf_counter() - began < 10 and reaches(0)
 
 
 def test_it_ends_with_the_evaluating_process(jail):
     """An evaluating process that is killed leaves nothing running."""
-    seconds = a_moment(60)
-    script = f"from lora_null.eval_harness.code.jails import find_jail\nfrom lora_null.eval_harness.code.programs import run_program\nrun_program('while True: pass', seconds={seconds}, jail=find_jail({jail.name!r}, {IMAGE!r}))"
+    script = f"from lora_null.eval_harness.code.jails import find_jail\nfrom lora_null.eval_harness.code.programs import run_program\nrun_program('while True: pass', seconds=60, memory_mb={OWN_MB}, jail=find_jail({jail.name!r}, {IMAGE!r}))"
     with subprocess.Popen([sys.executable, "-c", script]) as child:
-        assert reaches(6, seconds)  # bubblewrap twice, and Python, for the program and for the examiner
+        assert reaches(6)  # bubblewrap twice, and Python, for the program and for the examiner
         child.kill()
-    assert reaches(0, seconds)
+    assert reaches(0)
 
 
 def test_it_is_the_first_to_go_when_memory_runs_out(jail):
-    seconds = a_moment(1)
-    with jail.start("program", jails.Limits(seconds), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
-        assert reaches(3, seconds)
-        assert {path.with_name("oom_score_adj").read_text().strip() for path in running(seconds)} == {"1000"}
+    with jail.start("program", jails.Limits(1, OWN_MB), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
+        assert reaches(3)
+        assert {path.with_name("oom_score_adj").read_text().strip() for path in running()} == {"1000"}
 
 
 # --- network, and what processes share -------------------------------------------------------------------------------
@@ -553,7 +585,7 @@ def test_where_no_jail_works_nothing_runs(monkeypatch, tmp_path):
     ):
         run_program("x = 1")
     with pytest.raises(UserError, match="podman is not installed"), held_by("podman"):
-        pass
+        run_program("x = 1")
     with held_by("unsafe"):
         assert run_program("x = 1").passed
     with pytest.raises(UserError, match=r"no jail is called 'bwarp' .did you mean 'bwrap'"):

@@ -57,7 +57,13 @@ def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_p
         "22.53 (87.5%) / –",
         "22.63 / –",
     ]
-    assert cells["LoRA-Null-v2 (r = 235), table 1a"] == ["9.70 / –", "44.95 / –", "23.83 / –", "22.61 (87.8%) / –", "24.08 / –"]
+    assert cells["LoRA-Null-v2 (r = 235), table 1a"] == [
+        "9.70 / –",
+        "44.95 / –",
+        "23.83 / –",
+        "22.61 (87.8%) / –",
+        "24.08 / –",
+    ]
     other = dict(paper_table(parse_results(paper_run("meta-llama/Meta-Llama-3-8B"))).rows)
     assert other["LoRA (r = 128), table 2a"][1] == "72.86? / –"
     (tmp_path / "results.json").write_text(json.dumps(paper_run()))
