@@ -118,7 +118,7 @@ def check_weights(model: ModelSection, name: str) -> None:
             try:
                 safe_open(folder / file, "pt")
             except SafetensorError as error:
-                raise UserError(f"model.name_or_path: {folder / file} is damaged ({error})") from None
+                raise UserError(f"model.name_or_path: the weights of {folder} are damaged ({file}: {error})") from None
 
 
 def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:

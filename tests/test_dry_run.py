@@ -74,7 +74,7 @@ MISTAKES = [
     (["data.template=chat"], "data.template"),
     (["model.eos_token=<end>"], "model.eos_token: the tokenizer of"),
     (["model.name_or_path={0}/unweighted"], "holds a configuration but no weights (model.safetensors is missing)"),
-    (["model.name_or_path={0}/damaged"], "damaged/model.safetensors is damaged"),
+    (["model.name_or_path={0}/damaged"], "damaged are damaged (model.safetensors: "),
     (
         ["model.name_or_path={0}/short"],
         "training.max_length: a row of 39 tokens is too long, GPT2LMHeadModel takes 24",

@@ -96,7 +96,7 @@ MEANT = {
     "lora_alpha=3": "method.alpha",
     "method.r=3": "method.rank",
     "learning_rate=1": "training.learning_rate",
-    "model.quantisation=nf4": "quantization",
+    "model.quantizatoin=nf4": "quantization",
     "data.limt=3": "limit",
 }
 
