@@ -242,4 +242,10 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         beside = folder / holder.path if holder.path else None
         if beside is not None and not Path(holder.path).exists() and beside.exists():
             holder.path = str(beside)
+    for task in recipe.sequence.tasks if recipe.sequence else ():
+        entries = (task.get("eval") or {}).get("task") or []
+        for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
+            path = holder.get("path") if isinstance(holder, dict) else None
+            if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
+                holder["path"] = str(folder / path)
     return recipe

@@ -50,7 +50,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
             )
     budgets = [(DISPLAY.get(row.method, row.method), row.budget.sentence()) for row in results.rows if row.budget]
     return {
-        "next": "" if results.grid else next_step(results, output_dir, logs),
+        "next": "" if results.grid or results.sequence else next_step(results, output_dir, logs),
         "budgets": budgets,
         "dials": dials,
         "sequence": sequence_tables(results),

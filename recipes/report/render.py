@@ -118,7 +118,9 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     if results.grid:  # its runs have reports of their own, with their curves
         return _shared(results, table) | {"grid": grid_content(results), "follows": following(results, output_dir, [])}
     folders = [row.method for row in results.rows]
-    logs = [load_log(output_dir / folder / LOG_FILE) for folder in folders]
+    linked = output_dir / "logs"  # of a comparison, whose rows come from several runs
+    places = [linked / str(i) if linked.is_dir() else output_dir / folder for i, folder in enumerate(folders)]
+    logs = [load_log(place / LOG_FILE) for place in places]
     curves = [(title, curves_png(results, logs, key, title)) for key, title in (*CURVES, *probe_curves(logs))]
     found = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
