@@ -2,7 +2,7 @@
 
     python tests/benchmarks/budget.py budgets --out runs/budgets     # 20 runs with a budget, and the same rates without
     python tests/benchmarks/budget.py dial --out runs/dial           # strengths of one training against lower rates
-    python tests/benchmarks/budget.py sequence --out runs/sequence   # maths, code, instructions
+    python tests/benchmarks/budget.py sequence --out runs/sequence   # math, code, instructions
     python tests/benchmarks/budget.py sketch --out runs/sequence     # what a sketch of an earlier task's Grams loses
 
 Each writes ordinary runs below --out, goes on with them where it was broken off, and prints a table of what they found.
