@@ -18,7 +18,7 @@ MODELS = {
 
 
 def test_every_paper_recipe_is_shipped_and_every_model_has_a_preset():
-    assert set(PAPER) | {"quickstart", "study"} == set(shipped()) and set(presets()) == set(MODELS)
+    assert set(PAPER) | {"quickstart", "study", "sequence"} == set(shipped()) and set(presets()) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PAPER)

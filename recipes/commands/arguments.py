@@ -110,8 +110,15 @@ def _report(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.md, report.html and forgetting.png from the results.json of a run or a grid.",
+        description="Write report.md, report.html and forgetting.png from what lies in the folder of a run or a grid; of a run "
+        "that is not finished unfinished.html. Several folders are also compared on one page.",
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        help="folder of the page that compares several (default: comparison)",
+    ).complete = shtab.DIRECTORY  # pyright: ignore[reportAttributeAccessIssue]
     parser.add_argument("words", nargs="+", metavar="DIR", help="output folder of a run").complete = shtab.DIRECTORY
     return parser
 

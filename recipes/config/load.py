@@ -289,4 +289,10 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
         found = next((beside / path for beside in folders if (beside / path).exists()), path)
         setattr(holder, key, str(found))
+    for task in recipe.sequence.tasks if recipe.sequence else ():
+        entries = (task.get("eval") or {}).get("task") or []
+        for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
+            path = holder.get("path") if isinstance(holder, dict) else None
+            if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
+                holder["path"] = str(folder / path)
     return recipe

@@ -50,7 +50,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
             )
     budgets = [(DISPLAY.get(row.method, row.method), row.budget.sentence()) for row in results.rows if row.budget]
     return {
-        "next": "" if results.grid else next_step(results, output_dir, logs),
+        "next": "" if results.grid or results.sequence else next_step(results, output_dir, logs),
         "budgets": budgets,
         "dials": dials,
         "sequence": sequence_tables(results),
@@ -68,10 +68,9 @@ class Advice:
 def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> str:
     """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained."""
     found = []
-    for row, log in zip(results.rows, logs):
+    for row, log, label in zip(results.rows, logs, results.labels()):
         if row.method == "base":
             continue
-        label = DISPLAY.get(row.method, row.method)
         found += [*_by_dial(output_dir, row, label), *_by_curve(log, label), *_by_form(results, row, label)]
     if found:
         return max(found, key=lambda advice: advice.gain).sentence

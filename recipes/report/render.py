@@ -150,7 +150,9 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
             "sizes": magnitude_picture(results),
         }
     labels, folders = results.labels(), [row.method for row in results.rows]
-    logs = [load_log(output_dir / folder / LOG_FILE) for folder in folders]
+    linked = output_dir / "logs"  # of a comparison, whose rows come from several runs
+    places = [linked / str(i) if linked.is_dir() else output_dir / folder for i, folder in enumerate(folders)]
+    logs = [load_log(place / LOG_FILE) for place in places]
     curves = [curves_picture(results, logs, key, title) for key, title in (*CURVES, *probe_curves(logs))]
     claims = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
