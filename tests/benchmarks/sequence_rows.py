@@ -1,4 +1,4 @@
-"""Make the code and the instruction rows of `recipes/sequence.yaml`, once: recipes/samples/python_*.jsonl, instructions_*.jsonl.
+"""Make the code and the instruction rows of `recipes/sequence.yaml`, once: recipes/samples/python_*.jsonl, words_*.jsonl.
 
     python tests/benchmarks/sequence_rows.py
 
@@ -57,7 +57,7 @@ def instructions() -> list[dict[str, str]]:
 
 def main() -> None:
     """Write four files."""
-    for name, rows in (("python", functions()), ("instructions", instructions())):
+    for name, rows in (("python", functions()), ("words", instructions())):
         random.Random(0).shuffle(rows)
         for split, some in (("train", rows[:TRAIN]), ("test", rows[TRAIN : TRAIN + TEST])):
             path = SAMPLES / f"{name}_{split}.jsonl"
