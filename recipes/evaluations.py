@@ -129,7 +129,7 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
-def _fields_of(entry: AnswersEntry, where: str) -> dict[str, str]:
+def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
     """Return the fields of question and answer: those that are given, else the first pair that the data has."""
     given = {"prompt": entry.prompt, "response": entry.response}
     if all(given.values()):

@@ -43,7 +43,7 @@ def encode(value, refer):
         return b"d%d\n%s" % (len(value), b"".join(pairs))
     for letter, kind in KINDS.items():
         if isinstance(value, kind):
-            return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))
+            return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))  # pyright: ignore[reportGeneralTypeIssues]
     return b"r%s\n" % str(refer(value)).encode()
 
 
