@@ -186,7 +186,7 @@ def test_a_run_starts_from_an_earlier_initialization(finished, tmp_path, capsys)
     assert main([*words, f"method.init={tmp_path}", f"output_dir={tmp_path / 'b'}"]) == 2
     assert "holds no complete initialization" in capsys.readouterr().err
     assert main([*words, f"method.init={source}", "method.rank=3", f"output_dir={tmp_path / 'c'}"]) == 2
-    assert "was written for rank 4 and scaling 1, this run asks for rank 3" in capsys.readouterr().err
+    assert "holds rank 4 for model.layers.0.self_attn.q_proj, lora-null-v2 asks for rank 3" in capsys.readouterr().err
 
 
 def test_print_config_and_overrides(capsys, tmp_path):
