@@ -35,7 +35,7 @@ def base(tmp_path_factory):
         file.truncate(1000)
     (folder / "endless" / "chat_template.jinja").write_text(OTHERS)
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+    GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=36, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
         folder / "short"
     )
     tiny_tokenizer().save_pretrained(folder / "short")
@@ -77,11 +77,11 @@ MISTAKES = [
     (["model.name_or_path={0}/damaged"], "damaged are damaged (model.safetensors: "),
     (
         ["model.name_or_path={0}/short"],
-        "training.max_length: a row of 39 tokens is too long, GPT2LMHeadModel takes 24",
+        "training.max_length: a row of 39 tokens is too long, GPT2LMHeadModel takes 36",
     ),
     (
-        ["model.name_or_path={0}/short", "training.max_length=24", "eval={{}}"],
-        "calibration.max_length: 32 tokens are too",
+        ["model.name_or_path={0}/short", "training.max_length=36", "calibration.max_length=40", "eval={{}}"],
+        "calibration.max_length: 40 tokens are too",
     ),
     (["model.attn_implementation=flash_attention_2"], "model.attn_implementation: flash"),
     (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
