@@ -49,7 +49,7 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
         wanted = HALF if wanted is None else wanted
         if isinstance(wanted, list):
             probed += own[role]
-            rows |= {task.key: _same_rows(task, few) for few in own[role] for task in tasks if task.role == role}
+            rows |= {task.key: _same_rows(task, own[role]) for task in tasks if task.role == role}
             continue
         for task in tasks if wanted else ():
             if task.role == role:
@@ -67,9 +67,9 @@ def _half(task: Task, recipe: Recipe) -> int:
     return ROWS if rows is None else max(1, min(ROWS, len(rows[: recipe.eval.limit]) // 2))
 
 
-def _same_rows(task: Task, few: Task) -> list[int]:
-    """Return the numbers of a task's rows that another task, of a file of its own, holds as well."""
-    held = set(getattr(few, "pairs", ()))
+def _same_rows(task: Task, probed: Sequence[Task]) -> list[int]:
+    """Return the numbers of a task's rows that tasks of files of their own hold as well."""
+    held = {pair for few in probed for pair in getattr(few, "pairs", ())}
     return [i for i, pair in enumerate(getattr(task, "pairs", ())) if pair in held]
 
 

@@ -274,7 +274,9 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_loads(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
-    assert main([str(recipe(tmp_path)), *words]) == 2
+    path = str(recipe(tmp_path))
+    capsys.readouterr()
+    assert main([path, *words]) == 2
     told = capsys.readouterr().err.strip()
     assert message in told and told.count("\n") == 0 and told.startswith("error: ")
 

@@ -310,7 +310,7 @@ def dial_png(found: tuple[Measure, Measure] | None, strengths: Sequence[float], 
     axes.plot(
         0, 0, marker="o", color="white", markeredgecolor=COLORS["base"], markeredgewidth=2, markersize=9, zorder=4
     )
-    axes.annotate("base", (0, 0), xytext=(8, 6), textcoords="offset points", fontsize=10, color=INK)
+    axes.annotate("base", (0, 0), xytext=(12, -5), textcoords="offset points", fontsize=10, color=INK)
     for i, (x, y) in points.items():
         errors = [factor * (m.estimates[i].stderr or 0) for factor, m in zip(scale, (learned, kept))]
         place = (x * scale[0], y * scale[1])

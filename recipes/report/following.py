@@ -11,7 +11,7 @@ from typing import Any
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, show
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, TrainLog, Transfer
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, TrainLog, Transfer, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
@@ -48,13 +48,20 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
                     "told": told(found),
                 }
             )
-    budgets = [(DISPLAY.get(row.method, row.method), row.budget.sentence()) for row in results.rows if row.budget]
+    kept = results.grid.cells if results.grid else results.rows
+    budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
     return {
         "next": "" if results.grid or results.sequence else next_step(results, output_dir, logs),
         "budgets": budgets,
         "dials": dials,
         "sequence": sequence_tables(results),
     }
+
+
+def _named(row: Row) -> str:
+    """Return a method's name; of a grid's run with its settings and seed."""
+    words = [settings_text(row.point), f"seed {row.seed}"] if isinstance(row, Run) else [row.variant or ""]
+    return ", ".join(filter(None, [DISPLAY.get(row.method, row.method), *words]))
 
 
 @dataclass(frozen=True)
