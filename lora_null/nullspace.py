@@ -9,9 +9,9 @@ from itertools import islice
 import torch
 
 # Measured crossovers (tests/benchmarks/scaling.py): below this width a full `eigh` costs milliseconds; above it the
-# Krylov solver wins while r is a small part of d.
+# Krylov solver wins while r is a small part of d. At d / 8 it takes as long at 2,048 wide, and finds no answer at 4,096.
 KRYLOV_MIN_WIDTH = 512
-KRYLOV_MAX_RANK_SHARE = 8
+KRYLOV_MAX_RANK_SHARE = 10
 MIN_BLOCK, BLOCKS_PER_RANK = 16, 4
 # Stop when the eigenvalue-weighted squared residual is below this. Measured on SmolLM2's Grams, the energy caught in excess
 # is then at most about four times this. Where eigenvalues lie close together a Krylov space can miss some of them without
