@@ -15,31 +15,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_null.eval_harness.evaluation import assert_logits_differ, evaluate, validate_tasks
+    from lora_null.eval_harness.forgetting import ForgettingTask
     from lora_null.eval_harness.likelihood import AnswerTask
     from lora_null.eval_harness.lm_eval.task import LmEvalTask
     from lora_null.eval_harness.mt_bench.task import MTBenchTask
     from lora_null.eval_harness.preferences import PreferenceTask
+    from lora_null.eval_harness.probe import Probe, few_rows
     from lora_null.eval_harness.results import Evaluation, Metric, TaskResult
     from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 
 _HOME = {"assert_logits_differ": "evaluation", "evaluate": "evaluation", "validate_tasks": "evaluation"}
 _HOME |= {"AnswerTask": "likelihood", "LmEvalTask": "lm_eval.task", "MTBenchTask": "mt_bench.task"}
 _HOME |= {"PreferenceTask": "preferences", "Evaluation": "results", "Metric": "results", "TaskResult": "results"}
+_HOME |= {"Probe": "probe", "few_rows": "probe", "ForgettingTask": "forgetting"}
 _HOME |= {"TASK_FILES": "tasks", "RunOptions": "tasks", "Task": "tasks"}
 
 __all__ = [
     "TASK_FILES",
     "AnswerTask",
     "Evaluation",
+    "ForgettingTask",
     "LmEvalTask",
     "MTBenchTask",
     "Metric",
     "PreferenceTask",
+    "Probe",
     "RunOptions",
     "Task",
     "TaskResult",
     "assert_logits_differ",
     "evaluate",
+    "few_rows",
     "validate_tasks",
 ]
 

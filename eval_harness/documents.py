@@ -1,4 +1,4 @@
-"""Read local files of documents: json, jsonl, csv, parquet. One reader for training, calibration and evaluation.
+"""Read local files of documents: json, jsonl, csv, tsv, parquet, text. One reader for training, calibration and evaluation.
 
 Rows come as they were written: no column is forced into one type, no empty or "NA" cell of a csv becomes a missing value.
 """
@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ import pyarrow.parquet
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.values import is_conversation
 
-FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+FILE_KINDS |= {".txt": "text", ".md": "text"}
+DELIMITERS = ",;\t|"  # of a csv: the first of these that its header holds
+PIECE = 1500  # characters of a text file that make a row, about
+END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
             last += len(entries)
     except (ValueError, OSError, csv.Error, pyarrow.ArrowException) as error:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: cannot read {paths[0]} as {kind} ({reason})") from error
+        raise UserError(f"{where}: cannot read {path} as {kind} ({reason})") from error
     if found.bad and not keep_bad:
         first = found.bad[0]
         raise UserError(f"{where}: cannot read {paths[0]} as {kind} (row {first.row}: {first.reason})")
@@ -104,7 +109,8 @@ def _without_filler(value: Any) -> Any:
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     """Return the rows of a csv, every cell as its text, or what is wrong with one; whole columns of integers as those."""
     csv.field_size_limit(sys.maxsize)
-    lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True))
+    text = path.read_bytes().decode("utf-8-sig")
+    lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(path, text)))
     names, *cells = [line for line in lines if line]
     if len(set(names)) < len(names):
         raise ValueError(f"two columns are called {next(name for name in names if names.count(name) > 1)!r}")
@@ -118,6 +124,38 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
         else f"{len(row)} cells under {len(names)} columns"
         for row in cells
     ]
+
+
+def _delimiter(path: Path, text: str) -> str:
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return "\t" if path.suffix.lower() == ".tsv" else next((mark for mark in DELIMITERS if mark in header), ",")
+
+
+def _text_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the pieces of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`."""
+    rows = []
+    for piece in pieces(path.read_bytes().decode("utf-8-sig")):
+        words = list(re.finditer(r"\S+", piece))
+        cut = words[-min(END_WORDS, max(len(words) // 3, 1))].start()
+        rows.append({"text": piece, "beginning": piece[:cut].rstrip(), "ending": piece[cut:], "file": path.name})
+    return rows
+
+
+def pieces(text: str) -> list[str]:
+    """Cut a text at blank lines, or at the ends of words where a paragraph is long, into pieces of up to PIECE characters."""
+    found: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+        while paragraph := paragraph.strip("\n").rstrip():
+            cut = len(paragraph) if len(paragraph) <= PIECE else paragraph.rfind(" ", 1, PIECE)
+            part, paragraph = (
+                paragraph[: cut if cut > 0 else PIECE],
+                paragraph[cut if cut > 0 else PIECE :].lstrip(" "),
+            )
+            if found and len(found[-1]) + len(part) + 2 <= PIECE:
+                found[-1] += f"\n\n{part}"
+            else:
+                found.append(part)
+    return found
 
 
 def _is_integer(cell: str) -> bool:
@@ -183,4 +221,5 @@ READERS: dict[str, Callable[[Path], Sequence[dict[str, Any] | str | None]]] = {
     "json": _json_rows,
     "csv": _csv_rows,
     "parquet": _parquet_rows,
+    "text": _text_rows,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import time
 from collections.abc import Sequence
@@ -9,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
-from lora_null.eval_harness.results import Evaluation
+from lora_null.eval_harness.results import Evaluation, TaskResult
+from lora_null.eval_harness.statistics import weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -24,6 +27,9 @@ from lora_null.utils.model_state import own_precision, preserve, seed_everything
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+_version = functools.cache(
+    importlib.metadata.version
+)  # reading one takes milliseconds, and probes ask again and again
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
 
 
@@ -55,6 +61,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     output_dir: Path | str | None = None,
     lm: LM | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
 
@@ -68,11 +75,13 @@ def evaluate(
         limit: the most documents or pairs of each task, also of one that allows itself more.
         batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
         reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)` and `PreferenceTask`.
-        record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0.
+        record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0, and it is
+            measured again in other batches, for `Evaluation.noise`.
         seed: for sampling few-shot examples and for tasks that sample their generations; lm-eval's own default.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
         output_dir: where tasks may leave what they made (MT-Bench its answers).
         lm: another engine with the same weights for the tasks of lm-eval, such as `open_vllm` gives; None uses `model`.
+        progress: show progress bars (on rank 0).
 
     Returns:
         The metrics. A KL is missing where no reference was recorded.
@@ -95,8 +104,9 @@ def evaluate(
         record_reference=record_reference,
         output_dir=None if output_dir is None else Path(output_dir),
         engine=lm,
+        progress=progress,
     )
-    metrics, samples, described = {}, {}, {}
+    metrics, samples, weights, noise, described = {}, {}, {}, {}, {}
     with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
@@ -105,9 +115,12 @@ def evaluate(
             found = broadcast(task.run(model, tokenizer, replace(options, limit=least)))
             metrics |= found.metrics
             samples |= found.samples
+            weights |= found.weights
+            if record_reference:
+                noise |= _noise(task, found, model, tokenizer, replace(options, limit=least))
             described[task.key] = task.describe(least) | found.settings
     settings = {
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
         "dtype": str(model.dtype),
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "batch_size": batch_size,
@@ -117,7 +130,37 @@ def evaluate(
         "backend": "hf" if lm is None else "vllm",
         "tasks": described,
     }
-    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples)
+    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples, weights, noise)
+
+
+def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, options: RunOptions) -> dict[str, float]:
+    """Measure a base model again in batches of another size; return by how much each mean over the same documents changed.
+
+    Other batches add in another order and pad otherwise, which changes rounding and nothing else: a change of a method
+    that is no larger says nothing. It is not measured where each answer costs money, nor on another engine.
+    """
+    if task.measured_twice == 0 or (options.engine is not None and task.runs_on_engine):
+        return {}
+    limits = [limit for limit in (task.measured_twice, options.limit) if limit is not None]
+    other = options.batch_size // 2 or 2
+    seed_everything(options.seed)
+    again = broadcast(
+        task.run(
+            model,
+            tokenizer,
+            replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False),
+        )
+    )
+    return {
+        name: abs(float(_head_mean(first, name, len(values)) - _head_mean(again, name, len(values))))
+        for name, values in again.samples.items()
+        if name in first.samples
+    }
+
+
+def _head_mean(found: TaskResult, name: str, n: int) -> np.ndarray:
+    weights = found.weights.get(name)
+    return weighted_mean(np.array(found.samples[name][:n]), weights and weights[:n])
 
 
 def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.chat import common_prefix
 from lora_null.utils.distributed import (
@@ -34,12 +35,13 @@ from lora_null.utils.distributed import (
     rank_and_world,
 )
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_safetensors
+from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
 
 logger = get_logger(__name__)
 
-TOKENS_HASH = "token_ids_sha256"
+TOKENS_HASH, VOCABULARY = "token_ids_sha256", "vocabulary"
+REFERENCE_BYTES = 2**30  # of one task's reference, at most
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,21 @@ class AnswerTask(Task):
     Args:
         name: what to call the results ("NAME nll", "NAME kl").
         pairs: (prompt text, answer text), e.g. ("Q: who wrote Emma?\\nA:", " Jane Austen").
-        kl: also measure KL(base || model) on the answers, against the base model's recorded predictions. Those take
-            (answer tokens) × (vocabulary) × 4 bytes on disk: short answers only.
+        kl: also measure KL(base || model) on the answers, against the base model's recorded predictions. For retention
+            it is forgetting itself; for the new task it is what RL's Razor (arXiv 2509.04259) predicts forgetting by,
+            over the right answers instead of samples, which would differ with the seed. A large one is neither good
+            nor bad there. See `Reference` for what long answers cost.
         role: as in `LmEvalTask`.
+        special_tokens: whether the tokenizer adds its own, such as a BOS; not to texts of a chat template, which has them.
     """
 
     name: str
     pairs: list[tuple[str, str]] = field(repr=False)
     kl: bool = False
     role: Role = "task"
+    special_tokens: bool = True
+
+    measured_twice: ClassVar[int | None] = None
 
     def check(self) -> None:
         super().check()
@@ -68,11 +76,12 @@ class AnswerTask(Task):
                 raise UserError(f"{self}: pair {i} must be a prompt and an answer, both with text, not {pair!r}")
 
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
-        tokenize_pairs(tokenizer, self.pairs, self.name, limit.tokens)
+        tokenize_pairs(tokenizer, self.pairs, self.name, limit.tokens, special_tokens=self.special_tokens)
 
     def describe(self, limit: int | None) -> dict[str, Any]:
         pairs = repr(self.pairs[:limit]).encode()
-        return {"kl": self.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+        found = {"kl": self.kl, "limit": limit, "pairs_sha256": hashlib.sha256(pairs).hexdigest()}
+        return found if self.special_tokens else found | {"special_tokens": False}
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Score the answers; the KL is missing where there is no reference.
@@ -82,7 +91,8 @@ class AnswerTask(Task):
         """
         limit = position_limit(model.config)
         beyond = limit.tokens if limit is not None and limit.hard else None
-        pairs = tokenize_pairs(tokenizer, self.pairs[: options.limit], self.name, beyond)
+        texts, special = self.pairs[: options.limit], self.special_tokens
+        pairs = tokenize_pairs(tokenizer, texts, self.name, beyond, special_tokens=special)
         longest = max(len(pair.ids) for pair in pairs)
         if limit is not None and longest > limit.tokens:
             logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
@@ -94,15 +104,17 @@ class AnswerTask(Task):
             reference=reference,
             record=options.record_reference and reference is not None,
             autocast_dtype=options.autocast_dtype,
-            progress=self.name,
+            progress=self.name if options.progress else None,
         )
-        found = TaskResult()
+        found = TaskResult(settings={} if scores.kept is None else {"kl_kept_tokens": scores.kept})
         for measure, sums in (("nll", scores.nll), ("kl", scores.kl)):
             if sums is not None:
-                value, stderr = ratio_estimate(sums, scores.tokens)
+                value, stderr = mean_and_error(sums / scores.tokens, scores.tokens)
                 name = f"{self.name} {measure}"
-                found.metrics[name] = Metric(value, stderr, len(pairs), False, self.role, "nats")
+                lower = None if measure == "kl" and self.role == "task" else False
+                found.metrics[name] = Metric(value, stderr, len(pairs), lower, self.role, "nats")
                 found.samples[name] = (sums / scores.tokens).tolist()
+                found.weights[name] = scores.tokens.tolist()
         return found
 
 
@@ -116,15 +128,19 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Sums over each question's answer tokens, one entry a question: `nll` and `kl` in nats, and the token counts."""
+    """Sums over each question's answer tokens, one entry a question: `nll` and `kl` in nats, and the token counts.
+
+    `kept` is `Reference.kept`.
+    """
 
     nll: np.ndarray
     kl: np.ndarray | None
     tokens: np.ndarray
+    kept: int | None = None
 
 
 def tokenize_pairs(
-    tokenizer, pairs: Sequence[tuple[str, str]], name: str, max_length: int | None
+    tokenizer, pairs: Sequence[tuple[str, str]], name: str, max_length: int | None, *, special_tokens: bool = True
 ) -> list[TokenizedPair]:
     """Tokenize prompts with their answers as TRL's SFTTrainer does for training.
 
@@ -135,14 +151,15 @@ def tokenize_pairs(
         pairs: (prompt text, answer text).
         name: of the task, for messages.
         max_length: the most tokens that the model takes; None for no limit.
+        special_tokens: see `AnswerTask`.
 
     Raises:
         UserError: for an empty list, an answer or prompt without tokens, or a pair that is too long.
     """
     if not pairs:
         raise UserError(f"evaluation task {name!r} has no pairs of prompt and answer")
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    texts = tokenizer([prompt + answer for prompt, answer in pairs])["input_ids"]
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=special_tokens)["input_ids"]
+    texts = tokenizer([prompt + answer for prompt, answer in pairs], add_special_tokens=special_tokens)["input_ids"]
     tokenized = []
     for i, (prompt, ids) in enumerate(zip(prompts, texts)):
         start = common_prefix(prompt, ids)
@@ -193,27 +210,6 @@ def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     return F.kl_div(model, base, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
 
 
-def ratio_estimate(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """Return the mean over all tokens, and its standard error clustered by question.
-
-    Tokens of one answer depend on each other, so the question is the unit of sampling. With s_i the sum over the t_i
-    tokens of question i, the mean is the ratio estimator R = Σ s_i / Σ t_i and, linearized,
-    SE² = n / (n − 1) · Σ (s_i − R t_i)² / (Σ t_i)².
-
-    Args:
-        sums: s, [questions].
-        counts: t, [questions].
-
-    Returns:
-        (R, SE); the standard error of a single question is None.
-    """
-    n, total = len(sums), counts.sum()
-    ratio = sums.sum() / total
-    if n < 2:
-        return float(ratio), None
-    return float(ratio), float(np.sqrt(n / (n - 1) * np.square(sums - ratio * counts).sum()) / total)
-
-
 def score_answers(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
@@ -240,53 +236,119 @@ def score_answers(
     share = my_share(range(len(pairs)), model)
     recorded: dict[str, torch.Tensor] = {}
 
-    def compute() -> dict[int, tuple[float, float]]:
-        known = None if reference is None or record else open_reference(reference, pairs)
+    def compute() -> dict[int, tuple[float, float, int]]:
+        known = None if reference is None or record else Reference(reference, pairs)
         scores = {}
         for i, log_probs in _forward(model, pairs, share, batch_size, autocast_dtype, progress):
-            kl = 0.0
-            if known is not None:
-                base = known.get_tensor(str(i))
-                if base.shape != log_probs.shape:
-                    raise UserError(
-                        f"the reference {reference} has a vocabulary of {base.shape[-1]} tokens, the model "
-                        f"{log_probs.shape[-1]}; they cannot be compared"
-                    )
-                kl = token_kl(base.to(log_probs.device), log_probs).sum().item()
             targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
-            scores[i] = token_nll(log_probs, targets).sum().item(), kl
+            kl = 0.0 if known is None else known.kl(i, log_probs)
+            scores[i] = token_nll(log_probs, targets).sum().item(), kl, log_probs.shape[-1]
             if record:
-                recorded[str(i)] = log_probs.cpu()
+                recorded.update(reference_tensors(i, log_probs, kept_tokens(pairs, log_probs.shape[-1])))
         return scores
 
     scores = merge_shares(compute)
-    nll, kl = np.array([scores[i] for i in range(len(pairs))]).T
+    nll, kl, vocabularies = zip(*(scores[i] for i in range(len(pairs))))
     if record:
         shares = gather(recorded)
         on_first_rank(
-            lambda: save_reference(reference, {k: v for share in shares or () for k, v in share.items()}, pairs)
+            lambda: save_reference(
+                reference, {k: v for share in shares or () for k, v in share.items()}, pairs, vocabularies[0]
+            )
         )
     tokens = np.array([len(pair.ids) - pair.start for pair in pairs])
-    return AnswerScores(nll, None if reference is None else kl, tokens)
+    if reference is None:
+        return AnswerScores(np.array(nll), None, tokens)
+    return AnswerScores(np.array(nll), np.array(kl), tokens, kept_tokens(pairs, vocabularies[0]))
 
 
-def open_reference(path: Path, pairs: Sequence[TokenizedPair]) -> safe_open:
-    """Open the base model's log-probabilities: one float32 [answer tokens, vocabulary] for each pair, keyed by index.
+def kept_tokens(pairs: Sequence[TokenizedPair], vocabulary: int) -> int | None:
+    """Return how many tokens' log-probabilities a reference holds at each answer token; None for the whole vocabulary."""
+    positions = sum(len(pair.ids) - pair.start for pair in pairs)
+    if positions * vocabulary * 4 <= REFERENCE_BYTES:
+        return None
+    return min(max(1, REFERENCE_BYTES // (positions * 8)), vocabulary - 1)
+
+
+def reference_tensors(i: int, log_probs: torch.Tensor, kept: int | None) -> dict[str, torch.Tensor]:
+    """Return what a reference holds of pair i, by name; see `Reference`."""
+    if kept is None:
+        return {str(i): log_probs.cpu()}
+    ids = log_probs.topk(kept).indices
+    return {str(i): merge_others(log_probs, ids).cpu(), f"{i} ids": ids.int().cpu()}
+
+
+def merge_others(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of `ids`, [tokens, k], and last of all other tokens as one outcome, [tokens, k + 1]."""
+    others = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs.gather(-1, ids), others], dim=-1)
+
+
+class Reference:
+    """The base model's predictions at every answer token, in a file of at most `REFERENCE_BYTES`.
+
+    While (answer tokens) × (vocabulary) × 4 bytes fit, it holds float32 [answer tokens, vocabulary] for each pair, keyed
+    by index. Else the k likeliest tokens of each, as many as fit at 8 bytes, with all others as one outcome: the KL of
+    these k + 1 outcomes, never more than that of the whole vocabulary (the data processing inequality).
+
+    Attributes:
+        kept: k; None where the whole vocabulary is there.
 
     Raises:
-        UserError: if the file was recorded for other token ids.
+        UserError: the file was recorded for other token ids.
     """
-    reference = safe_open(path, framework="pt")
-    if (reference.metadata() or {}).get(TOKENS_HASH) != hash_pairs(pairs):
-        raise UserError(
-            f"the reference {path} was recorded for other prompts, answers or another tokenizer; record it again"
-        )
-    return reference
+
+    def __init__(self, path: Path, pairs: Sequence[TokenizedPair]) -> None:
+        self.path, self.file = path, safe_open(path, framework="pt")
+        if (self.file.metadata() or {}).get(TOKENS_HASH) != hash_pairs(pairs):
+            raise UserError(
+                f"the reference {path} was recorded for other prompts, answers or another tokenizer; record it again"
+            )
+        self.vocabulary = int(self.file.metadata()[VOCABULARY])
+        self.kept = kept_tokens(pairs, self.vocabulary)
+
+    def kl(self, i: int, log_probs: torch.Tensor) -> float:
+        """Return KL(base || model) summed over pair i's answer tokens, from the model's [answer tokens, vocabulary].
+
+        Raises:
+            UserError: the model has another vocabulary.
+        """
+        if log_probs.shape[-1] != self.vocabulary:
+            raise UserError(
+                f"the reference {self.path} has a vocabulary of {self.vocabulary} tokens, the model "
+                f"{log_probs.shape[-1]}; they cannot be compared"
+            )
+        if self.kept is not None:
+            log_probs = merge_others(log_probs, self.file.get_tensor(f"{i} ids").to(log_probs.device).long())
+        return token_kl(self.file.get_tensor(str(i)).to(log_probs.device), log_probs).sum().item()
 
 
-def save_reference(path: Path, log_probs: dict[str, torch.Tensor], pairs: Sequence[TokenizedPair]) -> None:
-    """Write the file that `open_reference` reads: complete, or not at all."""
-    write_safetensors(path, log_probs, {TOKENS_HASH: hash_pairs(pairs)})
+def save_reference(
+    path: Path, tensors: dict[str, torch.Tensor], pairs: Sequence[TokenizedPair], vocabulary: int
+) -> None:
+    """Write the file that `Reference` reads: complete, or not at all."""
+    write_safetensors(path, tensors, {TOKENS_HASH: hash_pairs(pairs), VOCABULARY: str(vocabulary)})
+
+
+def of_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
+    """Return the base model's values, one a pair, on every rank: `values` themselves where this is the base.
+
+    Args:
+        path: the file that they are written to where `record` is set, and read from.
+
+    Raises:
+        UserError: they were recorded for other pairs.
+    """
+
+    def read() -> np.ndarray:
+        if record:
+            write_json(path, {TOKENS_HASH: hash_pairs(pairs), "values": values.tolist()})
+        saved = read_json(path)
+        if saved[TOKENS_HASH] != hash_pairs(pairs):
+            raise UserError(f"the reference {path} was recorded for other texts or another tokenizer; record it again")
+        return np.array(saved["values"])
+
+    return on_first_rank(read)
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:

@@ -2,6 +2,7 @@
 
 extract_answer("So 3 + 4 = 7.\\nThe answer is: 7")   # "7"
 same_number("$1,200.00", "1200")                      # GSM8K
+metamath_number("The answer is: 7.6 apples")           # 8: GSM8K, the rule of the paper
 equivalent(r"\\frac12", "0.5")                         # MATH, by math-verify
 same_string(r"\\frac12", r"\\frac{1}{2}")               # MATH, the string rule of the paper
 """
@@ -9,6 +10,7 @@ same_string(r"\\frac12", r"\\frac{1}{2}")               # MATH, the string rule 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from fractions import Fraction
 
@@ -20,6 +22,7 @@ GSM8K = re.compile(r"####")
 _SIGN = r"(?:-\s*\$?|\+\s*|\$\s*-?)?"
 _NUMBER = rf"{_SIGN}\s*(?:\d[\d,]*\.?\d*|\.\d+)"
 _QUANTITY = re.compile(rf"({_NUMBER})(?:\s*/\s*(\d[\d,]*)|\s+(\d+)\s*/\s*(\d+))?")
+_METAMATH_NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{([\d.,]+)\}|(\d))")
 _NOISE = re.compile(r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~")
 
@@ -55,6 +58,23 @@ def metamath_answer(text: str) -> str | None:
     if len(parts) == 1:
         return None
     return parts[-1].split(".\n")[0].strip().removesuffix(".").strip()
+
+
+def metamath_number(text: str) -> int | None:
+    """Return GSM8K's answer by the paper's own rule, to the letter: the first number after the last "The answer is: ".
+
+    It takes one comma, point or slash at most (1,234,567 is read as 1234), rounds to a whole number, halves to even, and
+    knows no words in between.
+    """
+    parts = text.split("The answer is: ")
+    found = _METAMATH_NUMBER.search(parts[-1]) if len(parts) > 1 else None
+    if found is None:
+        return None
+    top, slash, bottom = found[0].replace(",", "").partition("/")
+    if slash and (top.strip("+-") == "" or (bottom != "0" and int(bottom) == 0)):
+        return None
+    value = float(top) / (int(bottom) if slash and bottom != "0" else 1)
+    return round(value) if math.isfinite(value) else None
 
 
 def to_number(answer: str | None) -> Fraction | None:

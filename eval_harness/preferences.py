@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, hash_pairs, score_answers
+from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, hash_pairs, of_base, score_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import RunOptions, Task
-from lora_null.utils.distributed import on_first_rank
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_json
 from lora_null.utils.limits import PositionLimit
 
 
@@ -42,6 +38,8 @@ class PreferenceTask(Task):
     beta: float = 0.1
     role: Role = "task"
 
+    measured_twice: ClassVar[int | None] = None
+
     @property
     def in_training_template(self) -> bool:
         return True
@@ -64,15 +62,13 @@ class PreferenceTask(Task):
             UserError: if the reference was recorded for other pairs.
         """
         pairs = self._pairs(options.limit)
-        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype, "progress": self.name}
+        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype}
+        scoring["progress"] = self.name if options.progress else None
         log_probs = -score_answers(model, pairs, **scoring).nll
         path = options.reference(f"{self.name} preferences.json")
         if path is None:
             return TaskResult()
-        if options.record_reference:
-            saved = {"pairs_sha256": hash_pairs(pairs), "log_probs": log_probs.tolist()}
-            on_first_rank(lambda: write_json(path, saved))
-        base = on_first_rank(lambda: _read_reference(path, pairs))
+        base = of_base(path, pairs, log_probs, record=options.record_reference)
         chosen, rejected = np.split(self.beta * (log_probs - base), 2)
         margins, found = chosen - rejected, TaskResult()
         for measure, unit, values in (
@@ -87,10 +83,3 @@ class PreferenceTask(Task):
 
     def _pairs(self, limit: int | None) -> list[TokenizedPair]:
         return [*self.chosen[:limit], *self.rejected[:limit]]
-
-
-def _read_reference(path: Path, pairs: list[TokenizedPair]) -> np.ndarray:
-    saved = json.loads(path.read_text())
-    if saved["pairs_sha256"] != hash_pairs(pairs):
-        raise UserError(f"the reference {path} was recorded for other pairs or another tokenizer; record it again")
-    return np.array(saved["log_probs"])

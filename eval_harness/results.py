@@ -63,11 +63,13 @@ class TaskResult:
         metrics: by name.
         samples: {name: one number per document or question, in order}, for the metrics that have them.
         settings: what else must be the same in two evaluations for their metrics to be comparable.
+        weights: {name: the weight of each sample}, for metrics whose value is not their plain mean.
     """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,19 +82,24 @@ class Evaluation:
         seconds: wall-clock time, on rank 0.
         samples: {name: one number per document or question, in order}, for paired comparisons: lm-eval's metric, or the
             question's mean nats per answer token. Only for metrics that have them.
+        weights: {name: the weight of each sample}, the answer's tokens for nats per token; none where all count alike.
+        noise: of a base model, {name: by how much the value changed when it was measured again in other batches}.
     """
 
     metrics: dict[str, Metric]
     settings: dict[str, Any]
     seconds: float
     samples: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
 
     def __or__(self, other: Evaluation) -> Evaluation:
         """Return two evaluations of one model, of different tasks, as one; the settings are this one's."""
         tasks = self.settings["tasks"] | other.settings["tasks"]
         settings = self.settings | {"backend": other.settings["backend"], "tasks": tasks}
-        metrics, samples = self.metrics | other.metrics, self.samples | other.samples
-        return Evaluation(metrics, settings, self.seconds + other.seconds, samples)
+        both = (getattr(self, name) | getattr(other, name) for name in ("metrics", "samples", "weights", "noise"))
+        metrics, *rest = both
+        return Evaluation(metrics, settings, self.seconds + other.seconds, *rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers, as eval.json holds them."""

@@ -36,6 +36,7 @@ class RunOptions:
         record_reference: this is the base model, and its predictions are to be written there.
         output_dir: where a task may leave what it made; None for nowhere.
         engine: of the same weights, for tasks that can run on another engine than the live model.
+        progress: show a bar where there is one.
     """
 
     limit: int | None
@@ -46,6 +47,7 @@ class RunOptions:
     record_reference: bool
     output_dir: Path | None
     engine: LM | None = None
+    progress: bool = True
 
     def reference(self, file: str) -> Path | None:
         """Return the path of a reference file; None if there is no folder, or nothing to read in it."""
@@ -62,12 +64,15 @@ class Task(ABC):
         name: what to call the results.
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         limit: documents, at most, whatever the whole evaluation allows; None for no limit of its own.
+        measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
+            for all.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
     """
 
     name: str | None
     role: Role
     limit: int | None = None
+    measured_twice: ClassVar[int | None] = 0
     runs_on_engine: ClassVar[bool] = False
 
     @property

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_null.config import LoraNullConfig
     from lora_null.initialize import LayerReport, initialize_lora_null_weights
+    from lora_null.layer import keep_in_null_basis
     from lora_null.utils.errors import UserError
 
-__all__ = ["LayerReport", "LoraNullConfig", "UserError", "initialize_lora_null_weights"]
+__all__ = ["LayerReport", "LoraNullConfig", "UserError", "initialize_lora_null_weights", "keep_in_null_basis"]
 __version__ = "0.1.0"
 
 _HOME = {"LoraNullConfig": "config", "LayerReport": "initialize", "initialize_lora_null_weights": "initialize"}
-_HOME["UserError"] = "utils.errors"
+_HOME |= {"UserError": "utils.errors", "keep_in_null_basis": "layer"}
 
 _folder = Path(__file__).parent
 if (_folder / "recipes").is_file():  # a checkout whose links were not made (Windows): the folders lie beside this one

@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_null.layer import lora_null_layer
 from lora_null.utils.errors import UserError
 
-VARIANTS = ("v1", "v2")
+VARIANTS = ("v1", "v2", "nb")
+STARTS = ("zero", "residual")
+MULTIPLE = 4  # directions of N for each rank, where nothing else is asked for
+
+NO_BASIS = (
+    "variant: a saved nb adapter is a plain LoRA without the basis that its A was kept in; go on with variant='v2', "
+    "which freezes A, or give the original model a new adapter"
+)
 
 # PEFT features that change what an adapter computes; LoRA-Null's equations hold for W0 x + s·B(A x) alone.
 _UNSUPPORTED = {
@@ -42,6 +49,7 @@ class ResidualLoraConfig(LoraConfig):
     """
 
     carries_residual = False  # of the model that it is in; no field, so that a new config never has it
+    starts_from_residual = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,14 +76,25 @@ class LoraNullConfig(ResidualLoraConfig):
 
     Args:
         variant: "v2" (default) freezes A and trains B: the base is left untouched, B starts at zero. "v1" trains A and
-            B from the factors of W0 U Uᵀ, on the base W0 − s·B0A0 (paper, section 3.3).
+            B from the factors of W0 U Uᵀ, on the base W0 − s·B0A0 (paper, section 3.3). "nb" (null basis) trains A and
+            B, and keeps A in the span of N (d_in, k), the k least used directions of the inputs, all through training.
+        null_multiple: of "nb": k = null_multiple · r; 4 when neither this nor `null_energy` is given.
+        null_energy: of "nb", instead: N is what lies outside the top directions that hold this share of the inputs'
+            energy, so that k differs from layer to layer. NB-LoRA's is 0.99.
+        start: of "nb": "zero" (default) starts with B = 0 on the untouched base; "residual" starts A and B from the
+            best rank-r approximation of W0 N Nᵀ, on the base W0 − s·B0A0, as v1 does.
 
     Raises:
-        UserError: for a PEFT feature with which LoRA-Null's equations do not hold.
+        UserError: for a PEFT feature with which LoRA-Null's equations do not hold, or for a value that cannot be.
     """
 
     lora_alpha: int | None = field(default=None, metadata={"help": "Scaling numerator; r when not given (s = 1)."})
-    variant: Literal["v1", "v2"] = field(default="v2", metadata={"help": "v1 trains A and B, v2 trains B alone."})
+    variant: Literal["v1", "v2", "nb"] = field(
+        default="v2", metadata={"help": "v1 trains A and B, v2 trains B alone, nb trains A and B with A kept in N."}
+    )
+    null_multiple: float | None = field(default=None, metadata={"help": "nb: N has this many times r directions."})
+    null_energy: float | None = field(default=None, metadata={"help": "nb: share of the inputs' energy outside N."})
+    start: Literal["zero", "residual"] = field(default="zero", metadata={"help": "nb: B = 0, or v1's residual base."})
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
@@ -88,15 +107,16 @@ class LoraNullConfig(ResidualLoraConfig):
     def _check(self) -> None:
         if self.variant not in VARIANTS:
             raise UserError(f"variant: {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        self._check_null_basis()
         for rank in (self.r, *(self.rank_pattern or {}).values()):
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 raise UserError(f"lora_alpha: the numerator of the scaling is a number above 0, not {alpha!r}")
-        if self.variant == "v1" and self.lora_dropout > 0:
+        if self.starts_from_residual and self.lora_dropout > 0:
             raise UserError(
-                "lora_dropout: v1 needs 0, since dropping inputs of B0A0 alone would change the base model"
+                "lora_dropout: a residual base needs 0, since dropping inputs of B0A0 alone would change the base model"
             )
         if self.init_lora_weights is not True:
             raise UserError(f"init_lora_weights: LoRA-Null sets the weights itself, remove {self.init_lora_weights!r}")
@@ -106,10 +126,33 @@ class LoraNullConfig(ResidualLoraConfig):
             if getattr(self, name, None):
                 raise UserError(f"{name}: not supported with LoRA-Null, {reason}")
 
+    def _check_null_basis(self) -> None:
+        if self.start not in STARTS:
+            raise UserError(f"start: {self.start!r} is not one of {', '.join(STARTS)}")
+        if self.variant != "nb":
+            given = {"null_multiple": self.null_multiple, "null_energy": self.null_energy}
+            given["start"] = None if self.start == "zero" else self.start
+            for name in (name for name, value in given.items() if value is not None):
+                raise UserError(f"{name}: is of variant 'nb', this one is {self.variant!r}")
+        if self.null_multiple is not None and self.null_energy is not None:
+            raise UserError("null_multiple: gives the directions of N, as null_energy does; give one of the two")
+        if self.null_multiple is not None and not 1 <= _number(self.null_multiple) < math.inf:
+            raise UserError(
+                f"null_multiple: N needs r directions, so a number of at least 1, not {self.null_multiple!r}"
+            )
+        if self.null_energy is not None and not 0 < _number(self.null_energy) < 1:
+            raise UserError(f"null_energy: a share between 0 and 1, such as 0.99, not {self.null_energy!r}")
+
+    @property
+    def starts_from_residual(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the base becomes W0 − s·B0A0."""
+        return self.variant == "v1" or (self.variant == "nb" and self.start == "residual")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of a plain LoRA config: nothing that PEFT alone would not understand is ever saved."""
         plain = super().to_dict()
-        plain.pop("variant")
+        for name in ("variant", "null_multiple", "null_energy", "start"):
+            plain.pop(name)
         return plain
 
     @classmethod
@@ -120,6 +163,21 @@ class LoraNullConfig(ResidualLoraConfig):
 
             config = LoraNullConfig.from_pretrained("out/adapter", variant="v2")
             model = PeftModel.from_pretrained(base, "out/adapter", config=config, is_trainable=True)
+
+        Raises:
+            UserError: for variant "nb": what is saved is a plain LoRA without the basis that A was kept in.
         """
+        if fields.get("variant") == "nb":
+            raise UserError(NO_BASIS)
         fields.pop("peft_type", None)  # which would make it PEFT's own class
         return super().from_peft_type(**fields)
+
+
+def starts_from_residual(config: Any) -> bool:
+    """Return whether an adapter of this config starts by taking s·B0A0 out of the base."""
+    return bool(getattr(config, "starts_from_residual", False))
+
+
+def _number(value: Any) -> float:
+    """Return a number, NaN for what is none."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

@@ -11,13 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class NullFactors:
-    """The factors of T = W0 U Uᵀ, with s·B0A0 = T (method, step 2).
+    """The factors of T = W0 U Uᵀ, or of its best rank-r approximation, with s·B0A0 = T (method, step 2).
 
     Attributes:
-        A: (r, d_in) float64, rows spanning U (theorem 1).
+        A: (r, d_in) float64, rows in the span of U; spanning it where U has r columns (theorem 1).
         B: (d_out, r) float64.
-        energy: ‖T‖²_F / ‖W0‖²_F, the share of the weight's energy that moves into the adapter.
-        condition: largest over smallest singular value of T, inf where T has lost rank to float64's rounding.
+        energy: ‖s·B0A0‖²_F / ‖W0‖²_F, the share of the weight's energy that moves into the adapter.
+        condition: largest over smallest singular value of s·B0A0, inf where it has lost rank to float64's rounding.
     """
 
     A: torch.Tensor
@@ -26,17 +26,19 @@ class NullFactors:
     condition: float
 
 
-def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float) -> NullFactors:
+def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float, r: int | None = None) -> NullFactors:
     """Factor the part of a weight that reads the null space.
 
-    T = W0 U Uᵀ has rank r, and M = W0 U = P S Qᵀ gives T = P S (U Q)ᵀ: one thin SVD, no d_out × d_in product.
+    T = W0 U Uᵀ has rank k, and M = W0 U = P S Qᵀ gives T = P S (U Q)ᵀ: one thin SVD, no d_out × d_in product. The r
+    leading triples are taken, all of them for r = k.
     Each row of A has its entry of largest magnitude positive, so equal inputs give equal factors whatever signs the SVD
     returns.
 
     Args:
         weight: W0, (d_out, d_in), any floating dtype.
-        null_space: U, (d_in, r) with orthonormal columns.
+        null_space: U, (d_in, k) with orthonormal columns.
         scaling: PEFT's s > 0; A and B are divided by √s each.
+        r: rank of the factors, at most k and d_out; k when not given.
 
     Raises:
         ValueError: W0 has a number that is NaN or infinite, or T is zero to float64's rounding: factors to start from
@@ -46,8 +48,9 @@ def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float)
     energy = weight.square().sum()
     if not energy.isfinite():
         raise ValueError("its weight has numbers that are NaN or infinite")
-    Q, R = torch.linalg.qr(weight @ null_space)  # so that the SVD is of r × r only
+    Q, R = torch.linalg.qr(weight @ null_space)  # so that the SVD is of k × k only
     P, S, Qh = torch.linalg.svd(R, full_matrices=False)
+    P, S, Qh = P[:, :r], S[:r], Qh[:r]
     eps = torch.finfo(S.dtype).eps
     if S[0] <= eps * energy.sqrt():
         raise ValueError("its weight is zero, or zero along the null space of its inputs")
@@ -102,6 +105,8 @@ class LayerStart:
         energy, condition: see `LayerStats`; None where the rule does not tell.
         gram_rank: numerical rank of C = X Xᵀ; None where the rule does not tell.
         kernel: U (d_in, r), where the inputs have nothing along it at all; see `projected_inputs`.
+        basis: N (d_in, k), orthonormal, in whose span A is to stay; None where it is free. Layers that read the same
+            input have the same tensor.
     """
 
     A: torch.Tensor
@@ -111,6 +116,7 @@ class LayerStart:
     condition: float | None = None
     gram_rank: int | None = None
     kernel: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null.calibration import Calibration, check_architecture
-from lora_null.config import LoraNullConfig
+from lora_null.config import MULTIPLE, NO_BASIS, LoraNullConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.residual import subtract_residuals
-from lora_null.solver import NullSpace
+from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
 from lora_null.utils.distributed import is_sharded, together
 from lora_null.utils.errors import UserError
@@ -29,8 +29,9 @@ def initialize_lora_null_weights(
 ) -> LayerReport:
     """Start the adapters of a PEFT model in the null space of what its linears read on `batches`. In place.
 
-    v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. Either way the model
-    computes what it did before. Under `torch.distributed` all ranks call this together with the same batches.
+    v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
+    other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
+    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks call this together with the same batches.
 
     Args:
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.
@@ -43,7 +44,8 @@ def initialize_lora_null_weights(
 
     Raises:
         UserError: a configuration that is not `LoraNullConfig`, a target that is no plain linear or shares its weight,
-            r above min(d_in, d_out), an adapter already started, or calibration data that cannot carry it.
+            r above min(d_in, d_out), an N with fewer directions than r or more than d_in, an adapter already started,
+            or calibration data that cannot carry it.
     """
     return start_adapter(peft_model, batches, InitOptions(**options), adapter_name=adapter_name)[0]
 
@@ -64,10 +66,18 @@ def start_adapter(
     """
     layers = adapted_layers(peft_model, adapter_name)
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
-    rule = NullSpace(options.solver, options.seed)
+    rule = rule_of(peft_model.peft_config[adapter_name], options)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
     finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
+
+
+def rule_of(config: LoraNullConfig, options: InitOptions = DEFAULTS) -> NullSpace:
+    """Return how A0 and B0, and the N of variant "nb", follow from what a layer reads."""
+    if config.variant != "nb":
+        return NullSpace(options.solver, options.seed)
+    multiple = config.null_multiple or (MULTIPLE if config.null_energy is None else None)
+    return NullSpace(options.solver, options.seed, multiple, config.null_energy)
 
 
 @torch.no_grad()
@@ -76,14 +86,15 @@ def load_initialization(
 ) -> tuple[LayerReport, Calibration]:
     """Start the adapters from a saved initialization: the same bits as the run that wrote it, no calibration.
 
-    A folder serves v1 and v2 alike.
+    A folder serves v1 and v2 alike, one with a basis serves both starts of nb.
 
     Raises:
         UserError: as `check_layers` and `load_start`.
     """
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
-    start = load_start(directory, peft_model, layers, rule=NullSpace.rule, adapter_name=adapter_name)
+    rule = rule_of(peft_model.peft_config[adapter_name]).rule
+    start = load_start(directory, peft_model, layers, rule=rule, adapter_name=adapter_name)
     finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
 
@@ -105,8 +116,14 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
             "throw that away; train on from it, or give the original model a new adapter"
         )
+    multiple = rule_of(config).multiple or 1
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name)
+        k = directions(layer.r[adapter_name], multiple)
+        if k > int(layer.in_features):
+            raise UserError(
+                f"null_multiple: {multiple:g} r are {k} directions, more than {name} reads (d_in = {layer.in_features})"
+            )
     for name, others in sharing(peft_model.get_base_model(), layers).items():
         out = "leave both out" if any(other in layers for other in others) else "leave it out"
         raise UserError(
@@ -156,6 +173,19 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         raise UserError(f"{name}: its base weight already carries an adapter, start from the original model")
 
 
+def check_basis(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Refuse to go on with an adapter that is to stay in a basis, and has none: it was loaded.
+
+    Raises:
+        UserError: saying how it can go on.
+    """
+    if getattr(peft_model.peft_config[adapter_name], "variant", None) != "nb":
+        return
+    layers = adapted_layers(peft_model, adapter_name).values()
+    if not all(adapter_name in getattr(layer, "bases", {}) for layer in layers):
+        raise UserError(NO_BASIS)
+
+
 def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> str:
     """Return a SHA-256 over the bytes of every A and B, to compare ranks and runs by."""
     digest = hashlib.sha256()
@@ -167,11 +197,13 @@ def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "defaul
 
 @torch.no_grad()
 def finish_initialization(peft_model: PeftModel, adapter_name: str) -> None:
-    """Make the step-0 output the base's: v2 sets B to zero, v1 takes s·B0A0, of the factors as stored, out of W0."""
-    if peft_model.peft_config[adapter_name].variant == "v1":
+    """Make the step-0 output the base's: B becomes zero, or s·B0A0, of the factors as stored, leaves W0."""
+    config = peft_model.peft_config[adapter_name]
+    if config.starts_from_residual:
         subtract_residuals(peft_model, adapter_name)
         return
     for layer in adapted_layers(peft_model, adapter_name).values():
         nn.init.zeros_(layer.lora_B[adapter_name].weight)
-        layer.freeze_A(adapter_name)
+        if config.variant == "v2":
+            layer.freeze_A(adapter_name)
         layer.started |= {adapter_name}

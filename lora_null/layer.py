@@ -1,10 +1,11 @@
-"""The PEFT layer of LoRA-Null: a LoRA linear whose base may carry a residual, and whose A may be frozen."""
+"""The PEFT layer of LoRA-Null: a LoRA linear whose base may carry a residual, whose A may be frozen or kept in a basis."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import is_quantized, weight_of
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
+OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 
 
@@ -45,6 +47,63 @@ class Residual(NamedTuple):
             return None
         same = torch.equal(A[r:], self.A.to(A)) and torch.equal(B[:, r:], -self.B.to(B))
         return (A[:r], B[:, :r]) if same else None
+
+
+class NullBasis:
+    """N (d_in, k), in whose span A stays; one object for all layers that read the same input.
+
+    Attributes:
+        vectors: N, orthonormal columns rounded to float16 (float64 for an A of float64): half of the memory, and on
+            SmolLM2 less than 1.004 times the leakage. It follows A from device to device.
+    """
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        self.vectors = vectors
+
+    @classmethod
+    def for_factor(cls, vectors: torch.Tensor, A: torch.Tensor) -> NullBasis:
+        """Return the basis of these vectors, float64, as it is stored for A."""
+        return cls(vectors.to(torch.float64 if A.dtype == torch.float64 else torch.float16).contiguous())
+
+    @torch.no_grad()
+    def keep(self, A: torch.Tensor) -> None:
+        """Project A (r, d_in) onto the span of N, in place: exact to the rounding of A's dtype, float32 at best.
+
+        Rounded columns are not quite orthonormal: N Nᵀ is the projection but for an error E of about 1e-4. A second round,
+        on what the first one missed, leaves E².
+        """
+        if self.vectors.device != A.device:
+            self.vectors = self.vectors.to(A.device)
+        with _full_precision(A.device):
+            N = self.vectors.to(torch.promote_types(A.dtype, torch.float32))
+            whole = A.to(N.dtype)
+            once = (whole @ N) @ N.T
+            A.copy_(once + ((whole - once) @ N) @ N.T)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Let float32 products be float32: neither autocast nor TF32 inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def keep_in_null_basis(peft_model: nn.Module) -> None:
+    """Put A of every adapter that has a basis N back into its span, A ← A N Nᵀ, after an optimizer's step.
+
+    The trainers of this package do so themselves. In a loop of your own the layers see to it before a forward pass and
+    before they are saved, while they are in training mode and whole; otherwise call this, on all ranks together.
+    """
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraNullLinear) and layer.bases:
+            with whole_parameters(layer.lora_A, write=True):
+                for adapter_name in layer.bases:
+                    layer.keep_in_basis(adapter_name)
 
 
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -112,11 +171,14 @@ class LoraNullLinear(Linear):
         residual: what is taken out of the base; None where nothing is.
         residual_adapters: the adapters whose factors count from it.
         started: the adapters that were initialized.
+        bases: adapter → the basis in whose span its A stays.
     """
 
     residual: Residual | None = None
     residual_adapters: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
+    bases: Mapping[str, NullBasis] = MappingProxyType({})
+    _kept_versions: Mapping[str, int] = MappingProxyType({})
     _base_is_merging = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -145,6 +207,29 @@ class LoraNullLinear(Linear):
     def freeze_A(self, adapter_name: str) -> None:
         """Keep A out of training; see `freeze_factor`."""
         freeze_factor(self, "lora_A", adapter_name)
+
+    def confine(self, adapter_name: str, basis: NullBasis) -> None:
+        """Keep A, which lies in the span of a basis, there from now on."""
+        self.bases = {**self.bases, adapter_name: basis}
+        self._kept_versions = {}
+
+    def keep_in_basis(self, adapter_name: str) -> None:
+        """Put A, whole on this rank, back into the span of its basis."""
+        A = factors_of(self, adapter_name)[0]
+        self.bases[adapter_name].keep(A)
+        self._kept_versions = {**self._kept_versions, adapter_name: A._version}
+
+    def _see_to_bases(self) -> None:
+        """Put those A back that a step has moved since, where nobody else has: in a training loop without our trainers.
+
+        What was written or loaded just now is inside; its very bits stay.
+        """
+        for name in self.bases if self.training and not torch.compiler.is_compiling() else ():
+            A = factors_of(self, name)[0]
+            if name not in self._kept_versions:
+                self._kept_versions = {**self._kept_versions, name: A._version}
+            elif A.requires_grad and not is_sharded(A) and A._version != self._kept_versions[name]:
+                self.keep_in_basis(name)
 
     def subtract_residual(self, adapter_name: str) -> None:
         """Turn the base W0 into W0 − s·BA of the adapter: its weight, in place, computed in float64 and rounded once.
@@ -207,6 +292,7 @@ class LoraNullLinear(Linear):
         return self.residual.scaling - sum(self.scaling[name] for name in active)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._see_to_bases()
         if self._has_one_adapter(args, kwargs) and not self._missing():
             return self._plain_forward(x)
         if self.residual is not None and kwargs.get("adapter_names"):
@@ -293,6 +379,7 @@ class LoraNullLinear(Linear):
             self.restore_base()
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
+        self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -327,6 +414,7 @@ class LoraNullLinear(Linear):
 
         The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
         """
+        self._see_to_bases()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.residual is None:
             return state
@@ -356,8 +444,8 @@ class LoraNullLinear(Linear):
             )
         for name in self.residual_adapters:
             keys = [f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B")]
-            if not any(key in state_dict for key in keys):
-                continue
+            if not any(key in state_dict and state_dict[key].numel() for key in keys):
+                continue  # not there, or ZeRO-3's empty stand-in
             complete = all(key in state_dict for key in keys)
             found = self._start.split(*(state_dict[key] for key in keys)) if complete else None
             if found is None:
@@ -366,7 +454,23 @@ class LoraNullLinear(Linear):
                     "adapter name, or onto the original model"
                 )
             state_dict |= zip(keys, found)
+        for name in self.bases:
+            A = state_dict.get(f"{prefix}lora_A.{name}.weight")
+            if A is not None and A.numel() and A.shape == factors_of(self, name)[0].shape:
+                self._check_inside(name, A, module)
+        self._kept_versions = {}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_inside(self, adapter_name: str, A: torch.Tensor, module: str) -> None:
+        """Raise a UserError for an A to load that is not in the span where the adapter's is kept."""
+        basis = self.bases[adapter_name]
+        A = A.detach().to(basis.vectors.device)
+        basis.keep(inside := A.clone())
+        if torch.dist(A, inside) > OUTSIDE * torch.linalg.matrix_norm(A):
+            raise UserError(
+                f"{module}: the factors to load leave the null basis that adapter {adapter_name!r} is kept in; load them "
+                "under another adapter name, or onto the original model"
+            )
 
 
 class LoraNullQuantizedLinear(LoraNullLinear):
@@ -389,6 +493,7 @@ class LoraNullQuantizedLinear(LoraNullLinear):
         return super()._missing() - (0.0 if self.residual is None else self.residual.scaling)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._see_to_bases()
         if self._has_one_adapter(args, kwargs) and self.active_adapters[0] in self.residual_adapters:
             return self._offset_forward(x)
         return super().forward(x, *args, **kwargs)

@@ -60,15 +60,41 @@ def bottom_eigenspace(gram: torch.Tensor, r: int, *, solver: str = "auto", seed:
         raise ValueError(f"r is {r}, the Gram matrix is {d} wide")
     if solver not in ("auto", "eigh", "krylov"):
         raise ValueError(f"solver is {solver!r}, not auto, eigh or krylov")
-    top = torch.linalg.matrix_norm(gram).item()  # Frobenius: an upper bound of λ_max, exact for rank one
-    if not 0 < top < float("inf"):
-        raise ValueError("the Gram matrix is zero or not finite")
-    gram = gram / top
+    gram = _scaled(gram)
     frame = torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(gram.device)
     if solver == "auto":
         solver = "krylov" if d >= KRYLOV_MIN_WIDTH and r * KRYLOV_MAX_RANK_SHARE <= d else "eigh"
     found = _inverse_krylov(gram, r, frame) if solver == "krylov" else None
     return found or _full_eigh(gram, r, frame)
+
+
+def outer_eigenspace(gram: torch.Tensor, energy: float) -> Eigenspace:
+    """Find the eigenvectors of `gram` outside the top ones that together hold a share of its trace.
+
+    Args:
+        gram: (d, d) float64, symmetric positive semi-definite.
+        energy: the share, between 0 and 1; the fewest eigenvectors that hold it are left out.
+
+    Returns:
+        `vectors` (d, k), where k follows from the spectrum; 0 columns where all are needed.
+
+    Raises:
+        ValueError: for a `gram` that is not finite or zero.
+    """
+    values, vectors = torch.linalg.eigh(_scaled(gram))
+    null = int((values <= _tolerance(gram) * values[-1]).sum())
+    held = values.clamp(min=0).flip(0).cumsum(0)  # by the 1, 2, … largest
+    left_out = int((held < energy * held[-1]).sum()) + 1
+    k = len(values) - left_out
+    return Eigenspace(vectors[:, :k], len(values) - null, "eigh", null >= k)
+
+
+def _scaled(gram: torch.Tensor) -> torch.Tensor:
+    """Return C / ‖C‖_F: Frobenius is an upper bound of λ_max, exact for rank one."""
+    top = torch.linalg.matrix_norm(gram).item()
+    if not 0 < top < float("inf"):
+        raise ValueError("the Gram matrix is zero or not finite")
+    return gram / top
 
 
 def _tolerance(gram: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -14,8 +14,8 @@ from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, projected_inputs
-from lora_null.layer import factors_of
-from lora_null.nullspace import Eigenspace, bottom_eigenspace
+from lora_null.layer import NullBasis, factors_of
+from lora_null.nullspace import Eigenspace, bottom_eigenspace, outer_eigenspace
 from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -53,23 +53,42 @@ class Rule(Protocol):
 class NullSpace:
     """LoRA-Null's rule (method, steps 1 to 3): A0 and B0 from the bottom eigenspace of C = X Xᵀ.
 
+    With neither `multiple` nor `energy` its r directions are the rows of A0. With one of them it is wider, the N in whose
+    span A is to stay, and A0, B0 are the best rank-r approximation of W0 N Nᵀ.
+
     Attributes:
         solver, seed: of `bottom_eigenspace`.
+        multiple: N has multiple · r directions.
+        energy: N is what lies outside the top directions that hold this share of the inputs' energy.
     """
 
     solver: str = "auto"
     seed: int = 0
-    rule = "null-space"
+    multiple: float | None = None
+    energy: float | None = None
     needs_gram: ClassVar[bool] = True
 
+    @property
+    def rule(self) -> str:
+        if self.energy is not None:
+            return f"null basis outside {self.energy:g} of the energy"
+        return "null-space" if self.multiple is None else f"null basis of {self.multiple:g} r"
+
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
-        spaces: dict[int, Eigenspace] = {}  # one for each distinct rank among the layers that read this input
+        spaces: dict[int | None, Eigenspace] = {}  # one for each distinct width among the layers that read this input
+        confines = self.multiple is not None or self.energy is not None
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
-            if r not in spaces:
-                spaces[r] = bottom_eigenspace(inputs.gram, r, solver=self.solver, seed=self.seed)
-            space = spaces[r]
-            found = null_factors(weight, space.vectors, scaling)
+            k = None if self.energy is not None else directions(r, self.multiple or 1)
+            if k not in spaces:
+                spaces[k] = self._space(inputs.gram, k)
+            space = spaces[k]
+            if space.vectors.shape[1] < r:
+                raise ValueError(
+                    f"only {space.vectors.shape[1]} directions lie outside the top {self.energy} of its inputs' energy "
+                    f"(null_energy), fewer than r = {r}"
+                )
+            found = null_factors(weight, space.vectors, scaling, r)
             return LayerStart(
                 A=found.A,
                 B=found.B,
@@ -78,9 +97,20 @@ class NullSpace:
                 condition=found.condition,
                 gram_rank=min(space.rank, inputs.tokens),
                 kernel=space.vectors if space.exact else None,
+                basis=space.vectors if confines else None,
             )
 
         return start
+
+    def _space(self, gram: torch.Tensor, k: int | None) -> Eigenspace:
+        if k is None:
+            return outer_eigenspace(gram, self.energy)
+        return bottom_eigenspace(gram, k, solver=self.solver, seed=self.seed)
+
+
+def directions(r: int, multiple: float) -> int:
+    """Return k, the directions of N for rank r."""
+    return round(multiple * r)
 
 
 @dataclass
@@ -155,7 +185,8 @@ class LayerSolver:
     def _solve_on(self, gram: torch.Tensor | None, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
         """Write A0 and B0 into every layer that reads one input."""
         start_of = self.rule.of_input(replace(measured, gram=gram))
-        stats = {}
+        stats: dict[str, LayerStats] = {}
+        bases: dict[int, NullBasis] = {}  # by what the rule gave: one for all layers to which it gives the same
         for name in measured.modules:
             start = time.perf_counter()
             layer = self.layers[name]
@@ -167,6 +198,10 @@ class LayerSolver:
             A, B = self._factors(name)
             A.copy_(found.A)
             B.copy_(found.B)
+            if found.basis is not None:
+                basis = bases.setdefault(id(found.basis), NullBasis.for_factor(found.basis, A))
+                layer.confine(self.adapter_name, basis)
+                layer.keep_in_basis(self.adapter_name)  # in its rounding
             if gram is not None:
                 part.projected[name] = projected_inputs(A, gram, found.kernel)
             stats[name] = LayerStats(
@@ -194,17 +229,23 @@ class LayerSolver:
                     for factor in self._factors(name):
                         dist.broadcast(factor, src=measured.owner)
         own = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
-        gathered = all_gather((stats, own))
+        gathered = all_gather((stats, own, self._bases(stats)))
         for index, part in enumerate(parts):
-            for _, projected in gathered:
+            for _, projected, _ in gathered:
                 part.projected |= projected[index]
-        return {name: line for lines, _ in gathered for name, line in lines.items()}
+        for name, basis in ((name, basis) for *_, bases in gathered for name, basis in bases.items()):
+            self.layers[name].confine(self.adapter_name, basis)
+        return {name: line for lines, *_ in gathered for name, line in lines.items()}
+
+    def _bases(self, names: Iterable[str]) -> dict[str, NullBasis]:
+        bases = {name: getattr(self.layers[name], "bases", {}).get(self.adapter_name) for name in names}
+        return {name: basis for name, basis in bases.items() if basis is not None}
 
     def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> LayerResult:
         names = [module for measured in part.inputs for module in measured.modules]
         copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
         scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
-        return LayerResult(copies, scaling, part, [stats[name] for name in names])
+        return LayerResult(copies, scaling, part, [stats[name] for name in names], self._bases(names))
 
 
 def _is_narrow(width: int, device: torch.device) -> bool:

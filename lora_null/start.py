@@ -89,7 +89,7 @@ class LayerReport:
         told += f"; leakage at most {worst.leakage:.1e} ({worst.name})"
         energies = [layer.energy for layer in self.layers if layer.energy is not None]
         share = f", {sum(energies) / len(energies):.2%} of the weights' energy" if energies else ""
-        return f"{'LoRA-Null' if self.rule == NullSpace.rule else self.rule}: {told}{share}"
+        return f"{'LoRA-Null' if self.rule == NullSpace().rule else self.rule}: {told}{share}"
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _measured_alone(
         calibration = measure_inputs(model, layers, batches, gram=False, seed=options.seed, progress=options.progress)
     with torch.enable_grad():
         tensors = whole.compute() if whole is not None else {}
-    return LayerResult({}, {}, calibration, [], tensors, key)
+    return LayerResult({}, {}, calibration, [], {}, tensors, key)
 
 
 def _start_of(report: LayerReport, parts: Mapping[str, LayerResult]) -> Start:
@@ -499,3 +499,5 @@ def _write_factors(part: LayerResult, layers: Mapping[str, LoraLayer], adapter_n
     for name, (A, B) in part.factors.items():
         layers[name].lora_A[adapter_name].weight.copy_(A)
         layers[name].lora_B[adapter_name].weight.copy_(B)
+        if name in part.bases:
+            layers[name].confine(adapter_name, part.bases[name])

@@ -27,6 +27,7 @@ from torch import nn
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStats
+from lora_null.layer import NullBasis
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import (
     cache_root,
@@ -62,6 +63,7 @@ class LayerResult:
         scaling: module name → the s with which s·B0A0 = W0 U Uᵀ.
         measured: their inputs without Grams, for the drift.
         stats: one line a module.
+        bases: module name → the basis in whose span A stays; modules that share an input share it.
         tensors: what a method computes of the model as a whole, by its own names.
         key: `initialization_key` of what it is a part of.
     """
@@ -70,6 +72,7 @@ class LayerResult:
     scaling: dict[str, float]
     measured: Calibration
     stats: list[LayerStats]
+    bases: dict[str, NullBasis] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     key: str = ""
 
@@ -79,12 +82,15 @@ def write_part(folder: Path, name: str, part: LayerResult) -> None:
     tensors = {f"{m}.A": A for m, (A, _) in part.factors.items()} | {f"{m}.B": B for m, (_, B) in part.factors.items()}
     tensors |= {f"{m}.L": L for m, L in part.measured.projected.items()}
     tensors |= {f"{i}.sketch": stats.sketch for i, stats in enumerate(part.measured.inputs)}
+    distinct = list({id(basis): basis for basis in part.bases.values()}.values())
+    tensors |= {f"{i}.basis": basis.vectors for i, basis in enumerate(distinct)}
     tensors |= {f"{WHOLE}{name}": tensor for name, tensor in part.tensors.items()}
     facts = {
         "scaling": part.scaling,
         "inputs": [{"modules": stats.modules, "tokens": stats.tokens} for stats in part.measured.inputs],
         "output_energy": part.measured.output_energy,
         "stats": [line.to_json() for line in part.stats],
+        "bases": {m: next(i for i, b in enumerate(distinct) if b is basis) for m, basis in part.bases.items()},
         "seconds": part.measured.seconds,
     }
     write_safetensors(folder / f"{PREFIX}{name}.safetensors", tensors, {"facts": json.dumps(facts), "key": part.key})
@@ -104,11 +110,13 @@ def _read_part(path: Path) -> LayerResult:
         for i, line in enumerate(facts["inputs"])
     ]
     projected = {name: tensors[f"{name}.L"] for name in names if f"{name}.L" in tensors}
+    distinct = {i: NullBasis(tensors[f"{i}.basis"]) for i in set(facts.get("bases", {}).values())}
     return LayerResult(
         {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names},
         facts["scaling"],
         Calibration(inputs, facts["output_energy"], projected, facts["seconds"]),
         [LayerStats.from_json(line) for line in facts["stats"]],
+        {name: distinct[i] for name, i in facts.get("bases", {}).items()},
         {name.removeprefix(WHOLE): tensor for name, tensor in tensors.items() if name.startswith(WHOLE)},
         metadata.get("key", ""),
     )

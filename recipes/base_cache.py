@@ -40,7 +40,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     if recipe.model.quantization is not None:
         packages = (*PACKAGES, "bitsandbytes")
     parts = {
-        "model": _identity(model_name, recipe.model.revision, commit),
+        "model": identity_of(model_name, recipe.model.revision, commit),
         "compute": [
             recipe.model.dtype,
             attention(recipe.model),
@@ -61,7 +61,8 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _identity(name: str, revision: str | None, commit: str | None) -> Any:
+def identity_of(name: str, revision: str | None, commit: str | None) -> Any:
+    """Return what tells a model's files from all others: their sizes and times, or the hub's commit."""
     path = Path(name)
     if not path.is_dir():
         return [name, revision, commit]

@@ -1,4 +1,4 @@
-"""What happens around a training's steps: progress, log, memory, divergence, and the end by SIGTERM."""
+"""What happens around a training's steps: progress, log, memory, divergence, and the end by a signal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_null.recipes.results import load_log
-from lora_null.utils.distributed import whole_parameters
+from lora_null.eval_harness.probe import PREFIX
+from lora_null.recipes.results import Row, load_log
+from lora_null.utils.distributed import is_first_process, whole_parameters
 from lora_null.utils.files import write_text
 from lora_null.utils.model_state import release_freed_memory
 
@@ -86,8 +88,9 @@ class ReleaseMemory(TrainerCallback):
 class WriteLog(TrainerCallback):
     """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, terms: tuple[str, ...] = ()) -> None:
         self.path = path
+        self.logged = LOGGED | {name: name for name in terms}  # of the loss, see `Method.terms`
         self.seconds_before = 0.0
         self.tokens_before = 0
         self.start = time.perf_counter()
@@ -100,13 +103,15 @@ class WriteLog(TrainerCallback):
             kept = [line for line in load_log(self.path).entries if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:  # TRL counts tokens from zero in every process; the log goes on
-            self.seconds_before, self.tokens_before = kept[-1]["seconds"], kept[-1].get("tokens", 0)
+            self.seconds_before = kept[-1]["seconds"]
+            self.tokens_before = max(line.get("tokens", 0) for line in kept)
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        probes = {name: value for name, value in (logs or {}).items() if name.startswith(PREFIX)}
+        if not state.is_world_process_zero or not logs or ("loss" not in logs and not probes):
             return
-        line = {ours: logs[theirs] for theirs, ours in LOGGED.items() if theirs in logs}
+        line = {ours: logs[theirs] for theirs, ours in self.logged.items() if theirs in logs} | probes
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         line |= dict.fromkeys(bad)  # JSON has no NaN
         line = {"step": state.global_step, **line}
@@ -117,42 +122,111 @@ class WriteLog(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
+class Trackers:
+    """The trackers of `training.report_to`, kept open past the last step until a method's results are in.
+
+    Args:
+        trainer: has them among its callbacks already.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        kinds = [
+            kind for kind in get_reporting_integration_callbacks(trainer.args.report_to) if isinstance(kind, type)
+        ]
+        self.trainer = trainer
+        self.held = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(kinds))]
+        for tracker in self.held:
+            tracker.on_train_end = lambda *_, **__: None
+        self.wandb = next((c._wandb for c in self.held if isinstance(c, WandbCallback)), None)
+        self.joined = self.wandb is not None and self.wandb.run is not None  # a run of whoever called us
+
+    def finish(self, before: Row, after: Row) -> None:
+        """Log what the report's table says of the base and of this method, and end the tracker's run."""
+        if not self.held:
+            return
+        trainer = self.trainer
+        logs = {f"eval_{name}": metric.value for name, metric in after.metrics.items()}
+        logs |= {f"eval_base {name}": metric.value for name, metric in before.metrics.items()}
+        logs |= {
+            f"eval_drift_{key}": value for key, value in (after.drift.model_dump() if after.drift else {}).items()
+        }
+        logs |= {f"eval_{key}_seconds": value for key, value in after.seconds if value is not None}
+        for tracker in self.held:
+            tracker.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
+            del tracker.on_train_end
+            tracker.on_train_end(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+            )
+        if self.wandb is not None and not self.joined and trainer.is_world_process_zero():
+            self.wandb.finish()  # or the next method would be logged into this one's run
+
+
 def exit_on_sigterm() -> None:
     """End with 143 at once outside of training: every file is written completely or not at all."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
 
 
-class SaveOnSigterm(TrainerCallback):
-    """In training finish the step, save a checkpoint, and end the process with 143: a cluster takes the machine away.
+class KeepCard(TrainerCallback):
+    """Put a method's card where PEFT and TRL leave stubs of theirs, into checkpoints too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def put_back(self, *_: Any, **__: Any) -> None:
+        """Write the card into the method's folder; in place of `Trainer.create_model_card`."""
+        write_text(self.path, self.text)
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write the card into a checkpoint before that is marked as complete."""
+        write_text(checkpoint / self.path.name, self.text)
+
+
+class SaveOnSignal(TrainerCallback):
+    """In training finish the step, save a checkpoint, and end: on SIGTERM with 143 (a cluster takes the machine away), on
+    Ctrl-C as an interrupt, which a second one makes at once.
 
     Transformers has `enable_jit_checkpoint` for this. It waits three seconds first, may save in the middle of a step, and
     knows of one process alone; here the step is finished, so that the resumed run repeats an unbroken one bit for bit, and
     all processes stop at the same step.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # the signal
         self.group: Any = None
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._remember)
+        self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")  # on the CPU: the accelerator's queue is not waited for
 
-    def _remember(self, *_: Any) -> None:
-        self.asked = True
+    def _remember(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not self.asked and is_first_process():
+                tqdm.write("finishing this step and saving it; Ctrl-C again stops at once", file=sys.stderr)
+        self.asked = self.asked or number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.group is not None:
-            asked = torch.tensor(int(self.asked))
+            asked = torch.tensor(self.asked)
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-            self.asked = bool(asked)
+            self.asked = int(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.asked:
             if state.is_world_process_zero:
                 print(

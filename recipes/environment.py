@@ -9,13 +9,17 @@ import importlib.util
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+
+from lora_null.recipes.config.schema import Recipe
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "lora_null")
 OPTIONAL = ("bitsandbytes",)
@@ -34,7 +38,17 @@ def environment() -> dict[str, Any]:
         "device": device,
         "processes": state.num_processes,
         "platform": platform.platform(),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """Return how this process was started, ready for a shell, without the folders of Python and of installed scripts."""
+    python, *words = sys.orig_argv
+    if words and not words[0].startswith("-") and Path(words[0]).is_absolute():
+        words[0] = Path(words[0]).name  # lora-null, which is installed
+        return shlex.join(words)
+    return shlex.join([Path(python).name, *words])
 
 
 def _git_state() -> str | None:
@@ -50,6 +64,49 @@ def _git_state() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() or None
+
+
+def computes_bf16() -> bool:
+    """Return whether the device multiplies in bf16 by instructions of its own; every processor accepts bf16.
+
+    Where it has none, bf16 products are emulated, several times slower than float32.
+    """
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+    module = getattr(torch, device.type)
+    if device.type == "cuda":
+        return module.is_bf16_supported(including_emulation=False)
+    return bool(getattr(module, "is_bf16_supported", lambda: False)())
+
+
+def choose_precision(recipe: Recipe) -> None:
+    """Put what this machine does well where a recipe says `auto`, in place, and print what that is."""
+    asked = {
+        "model.dtype": recipe.model.dtype,
+        "training.bf16": recipe.training.get("bf16"),
+        "eval.bf16": recipe.eval.bf16,
+    }
+    keys = [key for key, value in asked.items() if value == "auto"]
+    if not keys:
+        return
+    native = computes_bf16()
+    if "model.dtype" in keys:
+        recipe.model.dtype = "bfloat16" if native else "float32"
+    if "training.bf16" in keys:
+        recipe.training["bf16"] = native and not recipe.training.get("fp16")
+    if "eval.bf16" in keys:
+        recipe.eval.bf16 = native
+    if PartialState().is_main_process:
+        print(precision_line(native, keys))
+
+
+def precision_line(native: bool, keys: Sequence[str]) -> str:
+    """Say which precision was chosen, and why."""
+    device = torch.accelerator.current_accelerator()
+    name = "this processor" if device is None else f"this {device.type} device"
+    chosen = "bf16" if native else "float32"
+    return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)} auto)"
 
 
 def use_all_cores() -> None:

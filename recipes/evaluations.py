@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
+from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
+from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.eval_harness.lm_eval.task import FRAMED
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.config.schema import (
+    TASK_FILES,
     AnswersEntry,
     CodeSection,
     DataSection,
+    ForgettingEntry,
     LmEvalEntry,
     MTBenchEntry,
     PreferencesEntry,
@@ -28,11 +31,16 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
-from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
+QUESTIONS_WITH_ANSWERS = (
+    ("question", "answer"), ("question", "answers"), ("query", "answer"), ("query", "response"), ("prompt", "response"),
+    ("prompt", "completion"), ("prompt", "answer"), ("question", "response"), ("instruction", "output"),
+    ("instruction", "response"), ("input", "output"), ("input", "target"), ("q", "a"),
+)  # fmt: skip
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -66,20 +74,34 @@ def eval_tasks(
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
     asked = Asked(recipe, tokenizer, max_length, allow_code_execution)
-    tasks = [
-        MAKERS[type(entry)](entry, role, asked)
-        for role, entries in (("retention", recipe.eval.retention), ("task", recipe.eval.task))
-        for entry in entries
-    ]
+    tasks = [task for role in get_args(Role) for task in _made(getattr(recipe.eval, role), role, asked)]
     names = [task.key for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"eval: {twice!r} is measured twice")
     return tasks
 
 
+def probe_tasks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> dict[Role, list[Task]]:
+    """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
+    asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution=False), recipe.eval.probe
+    entries = {role: getattr(held, role) if held else [] for role in get_args(Role)}
+    return {role: _made(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
+
+
+def _made(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
+    return [MAKERS[type(entry)](entry, role, asked) for entry in entries]
+
+
 def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
     fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
+    fields["include_path"] = asked.recipe.eval.include_path
+    if Path(entry.task).suffix in TASK_FILES:
+        path = Path(entry.task)
+        task = name_in(path)
+        fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
     if entry.task in FRAMED:
         if template not in ("alpaca", CHAT):
             raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
@@ -91,28 +113,50 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
-    where = f"eval.{role}"
+    where, thinking = f"eval.{role}", asked.recipe.data.thinking
     last = None if entry.limit is None else entry.offset + entry.limit
-    section = DataSection(**entry.model_dump(include=READ), limit=last)
+    fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
+    if entry.messages is None:
+        fields |= _fields_of(entry, where)
+    section = DataSection(**fields, limit=last, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     if not any(example.row > entry.offset for example in (*examples, *bad)):
         raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
-    pairs = [_text_pair(example, asked.tokenizer.eos_token) for example in examples]
-    return AnswerTask(name=entry.answers, pairs=pairs, kl=role == "retention", role=role)
+    pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
+    special = entry.template != CHAT
+    return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
-def _text_pair(example: Example, end: str) -> tuple[str, str]:
+def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
+    """Return the fields of question and answer: those that are given, else the first pair that the data has."""
+    given = {"prompt": entry.prompt, "response": entry.response}
+    if all(given.values()):
+        return given
+    first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
+    for prompt, response in QUESTIONS_WITH_ANSWERS:
+        if (entry.prompt or prompt in first.columns) and (entry.response or response in first.columns):
+            return {"prompt": entry.prompt or prompt, "response": entry.response or response}
+    raise UserError(
+        f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
+        "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}"
+    )
+
+
+def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:
     """Return what comes before the last answer, and the answer without its end token."""
     text, (start, through) = example.written.text, example.written.spans[-1]
-    return text[:start], text[start:through].removesuffix(end)
+    answer = text[start:through]
+    return text[:start], (answer.rstrip() if template == CHAT else answer).removesuffix(end)
 
 
 def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
     where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
-    section = DataSection(**entry.model_dump(include=READ | {"rejected", "limit"}), template=recipe.data.template)
-    examples, bad = read_examples(section, tokenizer, preferences=True, where=where)
+    last = None if entry.limit is None else entry.offset + entry.limit
+    keys = entry.model_dump(include=READ | {"rejected"}) | {"template": recipe.data.template, "limit": last}
+    examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
+    examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
@@ -152,12 +196,27 @@ def _mt_bench(entry: MTBenchEntry, role: Role, asked: Asked) -> MTBenchTask:
     )
 
 
+def _forgetting(entry: ForgettingEntry, role: Role, asked: Asked) -> ForgettingTask:
+    where = f"eval.{role}"
+    found = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=entry.limit)
+    text_of, texts = RowText(entry.field, found.columns, f"{where}.field"), []
+    for number, row in list(zip(found.numbers, found.rows))[: entry.limit]:
+        try:
+            texts.append(text_of.text(row))
+        except ValueError as error:
+            raise UserError(f"{where}: row {number} of {entry.path} cannot be used: {error}") from None
+        if len(asked.tokenizer(texts[-1], truncation=True, max_length=2)["input_ids"]) < 2:
+            raise UserError(f"{where}: row {number} of {entry.path} has fewer than two tokens; leave it out")
+    return ForgettingTask(entry.forgetting, texts, entry.max_length, role)
+
+
 # A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
 MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
     LmEvalEntry: _lm_eval,
     AnswersEntry: _answers,
     PreferencesEntry: _preferences,
     MTBenchEntry: _mt_bench,
+    ForgettingEntry: _forgetting,
 }
 
 

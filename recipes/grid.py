@@ -21,21 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 
 from lora_null.recipes import output, processes
-from lora_null.recipes.config.load import put
+from lora_null.recipes.checks import rehearse
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
+from lora_null.recipes.config.load import forget_other_batch, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.grid_page import paired_difference
 from lora_null.recipes.results import (
     RESULTS_FILE,
+    Answers,
     Drift,
     Grid,
-    Paired,
+    Magnitude,
     Results,
     Row,
     Run,
@@ -43,21 +43,23 @@ from lora_null.recipes.results import (
     load_results,
     read_row,
     settings_text,
+    variant_of,
     write_results,
 )  # fmt: skip
-from lora_null.recipes.run import Job, base_row, inspect_recipe, run_job, training_arguments
+from lora_null.recipes.run import Job, base_row, check_run, inspect_recipe, run_job, training_arguments
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import read_json
 
 # Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
 STEPS_ONLY = {
     f"training.{key}"
     for key in (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size", "gradient_accumulation_steps",
     )
 }  # fmt: skip
+# Of these, what a trainer takes at any value that its configuration takes.
+NUMBERS = STEPS_ONLY - {"training.lr_scheduler_type"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Cell:
         put(raw, "method.name", list(self.methods), "grid")
         for key, value in self.point:
             put(raw, key, value, "grid")
+        forget_other_batch(raw["training"], [key.removeprefix("training.") for key, _ in self.point])
         return parse_recipe(raw, self.title)
 
 
@@ -110,9 +113,11 @@ def run_grid(
         UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
+    if is_first_process() and processes.is_first_worker():
+        output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    lock = output.claimed(recipe, _space(recipe, cells, job.plans), resume=resume, overwrite=overwrite)
+    lock = output.claimed(recipe, space_of_grid(recipe, cells, job), resume=resume, overwrite=overwrite)
     first = is_first_process() and processes.is_first_worker()
     with processes.grid_folder(root, lock):
         results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)
@@ -120,7 +125,7 @@ def run_grid(
             write_results(root, results)
             write_report(root)
     if first:
-        print_table(results)
+        print_table(results, found=read_evaluations(root, results))
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
@@ -149,25 +154,38 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     return collect(recipe, cells, of_grid.model_name, base)
 
 
-def _space(recipe: Recipe, cells: Sequence[Cell], plans: Sequence[MethodPlan]) -> int:
-    """Return the bytes that the grid may take: what is saved of every run, and the checkpoints of the largest."""
-    by_name = {plan.name: plan for plan in plans}
+def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
+    """Return the bytes that the grid may write: what is saved of every run, and the checkpoints of the largest."""
+    by_name = {plan.name: plan for plan in job.plans}
     saved = sum(4 * by_name[name].saved for cell in cells for name in cell.methods) if recipe.grid.keep_weights else 0
-    return saved + max(4 * plan.saved + 3 * plan.extra_bytes for plan in plans)
+    return saved + job.reference_bytes + max(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
 
 
-def check_grid(recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool | str = False) -> Job:
-    """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to."""
+def check_grid(
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    *,
+    allow_code_execution: bool | str = False,
+    unreached: list[str] | None = None,
+) -> Job:
+    """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
+
+    See `lora_null.recipes.run.inspect_recipe` for the arguments.
+    """
     if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
         raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
     root = Path(recipe.output_dir)
-    seeds = {cell.seed for cell in cells}
+    first = cells[0].seed
+    options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
+    job = check_run(recipe, **options)
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
-        if cell.seed == min(seeds) and not starts_alike(cell):
-            inspect_recipe(own, allow_code_execution=allow_code_execution)
-    return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
+        if cell.seed == first and not starts_alike(cell):
+            inspect_recipe(own, **options)
+        if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
+            rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
+    return job
 
 
 def starts_alike(cell: Cell) -> bool:
@@ -261,7 +279,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             if row.method == name:
                 groups.setdefault((name, cell.point), []).append(row)
     same, differing = _settings(root, cells)
-    return Results(
+    results = Results(
         recipe=recipe.name,
         model=model_name,
         seed=seeds[0] if len(seeds) == 1 else None,
@@ -269,10 +287,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
         settings=same,
         rows=[
             base,
-            *(
-                mean_row(group, settings_text(dict(point)).replace("learning_rate", "lr") or None)
-                for (_, point), group in groups.items()
-            ),
+            *(mean_row(group, variant_of(dict(point))) for (_, point), group in groups.items()),
         ],
         grid=Grid(
             seeds=seeds,
@@ -280,18 +295,33 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             planned=sum(len(cell.methods) for cell in cells),
             differing=differing,
             cells=[
-                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **row.model_dump(exclude_unset=True))
+                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **_without_layers(row))
                 for cell, row in rows
             ],
-            paired=paired_tests(root, rows),
         ),
     )
+    found = read_evaluations(root, results)
+    set_errors(results, found)
+    results.paired, results.noise = compare(results, found), noise_of(found)
+    results.answers = _answers(root, cells)
+    return results
+
+
+def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
+    """Return the answers of the first seed's run at the middle setting, of those that have any."""
+    folders = [cell.folder for cell in cells if cell.seed == cells[0].seed]
+    done = [(name, load_results(root / name).answers) for name in folders if (root / name / RESULTS_FILE).is_file()]
+    asked = [(name, answers) for name, answers in done if answers is not None]
+    if not asked:
+        return None
+    name, answers = asked[len(asked) // 2]
+    return answers.model_copy(update={"run": name})
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
 
-    `stderr` is that of the mean over the seeds, s/√n; of a single seed it is the evaluation's own.
+    `stderr` is that over the seeds, s/√n, of a single seed the evaluation's own; `set_errors` puts both together.
     """
     first, bad = rows[0], [row.diverged for row in rows if row.diverged]
     metrics = {}
@@ -300,6 +330,7 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
         metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)
     drifts = [row.drift for row in rows if row.drift and not bad]
+    sizes = [row.magnitude for row in rows if row.magnitude and not bad]
     return Row(
         method=first.method,
         variant=variant,
@@ -310,12 +341,18 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         diverged=min(bad) if bad else None,
         metrics=metrics,
         drift=Drift(mean=_mean(d.mean for d in drifts), max=_mean(d.max for d in drifts)) if drifts else None,
+        magnitude=Magnitude(total=_mean(m.total for m in sizes), max=_mean(m.max for m in sizes)) if sizes else None,
         seconds=Seconds(
             **{key: _mean(getattr(row.seconds, key) for row in rows) for key in ("init", "train", "eval")}
         ),
         tokens_per_second=_mean(row.tokens_per_second for row in rows),
         peak_memory_bytes=max((row.peak_memory_bytes for row in rows if row.peak_memory_bytes), default=None),
     )
+
+
+def _without_layers(row: Row) -> dict[str, Any]:
+    """Return a row's figures without one for each layer, which a grid of hundreds of runs leaves to their own results."""
+    return row.model_dump(exclude_unset=True, exclude={"magnitude": {"layers"}})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -335,27 +372,3 @@ def _settings(root: Path, cells: Sequence[Cell]) -> tuple[dict[str, Any], dict[s
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value): value for value in values}.values())
-
-
-def paired_tests(root: Path, rows: Sequence[tuple[Cell, Row]]) -> list[Paired]:
-    """Compare each method with LoRA at the same settings, question by question and seed by seed.
-
-    Returns:
-        One entry for each method, setting and metric with a number a question; see `paired_difference`.
-    """
-    samples: dict[tuple[Cell, str], dict[str, list[float]]] = {}
-    for cell, row in rows:
-        evaluation = root / cell.folder / row.method / "eval.json"
-        if row.diverged is None:
-            samples[cell, row.method] = read_json(evaluation)["samples"] if evaluation.is_file() else {}
-    points = list(dict.fromkeys(cell.point for cell, _ in rows))
-    methods = [name for name in dict.fromkeys(row.method for _, row in rows) if name != "lora"]
-    entries = []
-    for name, point in itertools.product(methods, points):
-        cells = [cell for cell, row in rows if cell.point == point and row.method == name]
-        cells = [cell for cell in cells if (cell, name) in samples and (cell, "lora") in samples]
-        for metric in samples[cells[0], name] if cells else ():
-            ours, lora = (np.array([samples[cell, which][metric] for cell in cells]) for which in (name, "lora"))
-            difference = paired_difference(ours, lora)
-            entries.append(Paired(method=name, point=dict(point), metric=metric, **difference))
-    return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -13,17 +14,30 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from lora_null.recipes.config.load import dump
+from lora_null.recipes.config.load import RECIPE_FILE, dump
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.results import RESULTS_FILE, load_results
+from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results
+from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import PART, beside, sweep, write_text
 
-RECIPE_FILE, LAST_FILE, SKIPPED_FILE = "recipe.yaml", "report.html", "rows_left_out.json"
+LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
-OWN_FILES = ("base", "cells", RESULTS_FILE, "report.md", "report.html", "forgetting.png", RECIPE_FILE, SKIPPED_FILE)
+MOST_TOLD = 3
+OWN_FILES = (
+    "base",
+    "cells",
+    "tasks",
+    RESULTS_FILE,
+    "report.md",
+    "report.html",
+    "forgetting.png",
+    "magnitude.png",
+    "card.png",
+)
+OWN_FILES += (RECIPE_FILE, SKIPPED_FILE)
 
 
 def is_finished(folder: Path) -> bool:
@@ -55,15 +69,28 @@ def claimed(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iter
             if not stack.enter_context(locked(folder)):
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
-            free = shutil.disk_usage(folder).free
-            if free < size:
-                raise UserError(
-                    f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB"
-                )
+            check_space(folder, size)
 
         on_first_rank(claim_and_lock)
         _check_shared(folder)
         yield
+
+
+def check_space(folder: Path, size: int) -> int:
+    """Return the bytes that are free where the folder is, or will be; nothing is written.
+
+    Raises:
+        UserError: fewer than `size`, or the folder cannot be made or written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir: cannot write to {folder} ({there} is {'read-only' if there.is_dir() else 'a file'})"
+        )
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
+    return free
 
 
 def _check_shared(folder: Path) -> None:
@@ -137,11 +164,21 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"output_dir: {folder} holds an unfinished run; --resume continues it, --overwrite replaces it"
         )
-    before = _read_recipe(folder)
-    now = yaml.safe_load(dump(recipe))
-    differing = next((key for key in now if key != "output_dir" and now[key] != before.get(key)), None)
+    differing = _differences(_read_recipe(folder), yaml.safe_load(dump(recipe)))
     if differing:
-        raise UserError(f"--resume: {differing!r} differs from the run in {folder}; resume it with the same recipe")
+        more = f" and {len(differing) - MOST_TOLD} more" if len(differing) > MOST_TOLD else ""
+        raise UserError(
+            f"--resume: the run in {folder} has another recipe: {'; '.join(differing[:MOST_TOLD])}{more}; "
+            f"`lora-null train {folder / RECIPE_FILE} --resume` goes on with its own"
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Return which keys of two recipes differ and how, such as "training.learning_rate was 0.0003 and is 0.001"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**now, **before} if key or name != "output_dir"]
+        return [line for n in names for line in _differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
+    return [] if before == now else [f"{key} was {json.dumps(before)} and is {json.dumps(now)}"]
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
@@ -152,6 +189,24 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"output_dir: {folder / RECIPE_FILE} is damaged; choose another folder")
     return found
+
+
+def what_is_kept(folder: Path) -> str:
+    """Say what of a run that was stopped goes on where it was: methods that are finished, and the last checkpoint."""
+    finished = sorted(path.parent for path in folder.rglob(ROW_FILE))
+    names = [str(path.relative_to(folder)) for path in finished]
+    kept = (
+        [f"{len(names)} finished ({', '.join(names[:MOST_TOLD])}{', …' if len(names) > MOST_TOLD else ''})"]
+        if names
+        else []
+    )
+    for method in sorted({path.parent for path in folder.rglob("checkpoint-*")} - set(finished)):
+        checkpoint = last_checkpoint(method)
+        if checkpoint is not None:
+            kept.append(f"{method.relative_to(folder)} to step {checkpoint.name.rpartition('-')[2]}")
+    if (folder / "base" / "eval.json").is_file():
+        kept.append("the base's evaluation")
+    return f"in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
 
 
 def _check_writable(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_null import __version__
 from lora_null.eval_harness.results import Metric
+from lora_null.eval_harness.statistics import LEVEL
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json
 
@@ -34,12 +35,88 @@ class Drift(BaseModel):
     max: float | None = None
 
 
+class Magnitude(BaseModel):
+    """Size of the change of the adapted layers' weights, ‖ΔW‖_F / ‖W0‖_F, against the original model.
+
+    Attributes:
+        total: over all these weights as one, √Σ‖ΔW‖² / √Σ‖W0‖².
+        max: of the layer that changed most.
+        layers: of each, by module name; left out where rows stand for several runs, whose own results hold them.
+    """
+
+    total: float
+    max: float
+    layers: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, changes: Mapping[str, tuple[float, float]]) -> Magnitude | None:
+        """Return the sizes from each layer's (‖ΔW‖_F, ‖W0‖_F), without layers of zeros; None where none is left."""
+        layers = {name: moved / start for name, (moved, start) in changes.items() if start > 0}
+        if not layers:
+            return None
+        moved, start = (math.hypot(*norms) for norms in zip(*changes.values()))
+        return cls(total=moved / start, max=max(layers.values()), layers=layers)
+
+
 class Seconds(BaseModel):
     """Wall-clock seconds of the three phases."""
 
     init: float | None = None
     train: float | None = None
     eval: float | None = None
+
+
+class GivenUp(BaseModel):
+    """What a budget cost of one task metric, on the probed rows: of the base, at full strength, and as saved."""
+
+    base: float | None = None
+    full: float
+    kept: float
+    lost: float
+    stderr: float | None = None
+
+
+class Budget(BaseModel):
+    """How a method kept its budget of forgetting.
+
+    Attributes:
+        measure, at_most, then: the budget.
+        strength: of the adapter that is saved, 1 being as it was trained.
+        step: the state that is saved, of `steps` planned.
+        reached: the step at which a probe was beyond the budget and ended the training.
+        value, stderr, n: what is forgotten by what is saved, on n rows that no probe used.
+        kept: whether value + stderr is within the budget.
+        first_check: the first value on these rows, where it was beyond the budget and the strength was lowered further.
+        learned: by metric what was given up for it.
+    """
+
+    measure: str
+    at_most: float
+    then: str
+    strength: float
+    step: int
+    steps: int
+    reached: int | None = None
+    value: float
+    stderr: float | None = None
+    n: int
+    kept: bool
+    first_check: float | None = None
+    learned: dict[str, GivenUp] = {}
+
+    def sentence(self) -> str:
+        """Say how it was kept, and what was given up."""
+        error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
+        how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
+        how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
+        told = f"{self.measure} {self.value:.3g}{error} on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
+        told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
+        if self.first_check is not None:
+            told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"
+        for name, change in self.learned.items() if how else ():
+            error = "" if change.stderr is None else f" ± {change.stderr:.2g}"
+            told += f"; given up: {change.lost:.3g}{error} of {name} ({change.kept:.3g}, {change.full:.3g} where training ended)"
+        return told + ("" if self.kept else "; the budget is NOT kept")
 
 
 class Row(BaseModel):
@@ -55,9 +132,11 @@ class Row(BaseModel):
         diverged: the step at which loss or weights were no longer finite.
         metrics: by name.
         drift: None where nothing is adapted.
+        magnitude: size of the change of the weights; None where nothing is adapted.
         seconds: of the three phases.
         tokens_per_second: of the training.
         peak_memory_bytes: of the accelerator, or of the process where there is none.
+        budget: how a budget of forgetting was kept; None where there was none.
     """
 
     method: str
@@ -69,9 +148,11 @@ class Row(BaseModel):
     diverged: int | None = None
     metrics: dict[str, Metric] = {}
     drift: Drift | None = None
+    magnitude: Magnitude | None = None
     seconds: Seconds = Seconds()
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    budget: Budget | None = None
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or not a finite number (a run that diverged).
@@ -97,16 +178,55 @@ class Run(Row):
 
 
 class Paired(BaseModel):
-    """A method minus LoRA on one metric at the same settings, paired by question and by seed."""
+    """One row of the table minus another on one metric, paired by question and by seed.
 
-    method: str
-    point: dict[str, Any] = {}
+    Attributes:
+        row, against: numbers of rows; 0 is the base.
+        metric: its name, or "mean retention" and "mean task".
+        mean: the difference, in the metric's unit.
+        stderr: its standard error over questions, and over seeds where there are several.
+        p: two-sided, of this test alone.
+        p_adjusted: among all tests of the table, by Holm.
+        questions, seeds: how many of each.
+    """
+
+    row: int
+    against: int
     metric: str
     mean: float
     stderr: float | None = None
     p: float | None = None
+    p_adjusted: float | None = None
     questions: int
     seeds: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether it may be claimed, among all comparisons of the table."""
+        return self.p_adjusted is not None and self.p_adjusted < LEVEL
+
+
+class Answered(BaseModel):
+    """A question, its right answer, how far the methods' predictions on it moved in the mean, and every row's answer."""
+
+    question: str
+    right: str
+    change: float
+    why: str
+    answers: list[str]
+
+
+class Answers(BaseModel):
+    """What the base and each method answer, greedily, to some questions of `task` that were chosen by `metric`.
+
+    `labels` name who answered, in the order of each question's answers; `run` is the folder of the run of a grid.
+    """
+
+    task: str
+    metric: str
+    labels: list[str]
+    questions: list[Answered]
+    run: str | None = None
 
 
 class Grid(BaseModel):
@@ -117,11 +237,53 @@ class Grid(BaseModel):
     planned: int
     differing: dict[str, list[Any]] = {}
     cells: list[Run] = []
-    paired: list[Paired] = []
+
+
+class Transfer(BaseModel):
+    """What a sequence of tasks did to each of them, for one method; see `recipes.sequence.transfer`.
+
+    Attributes:
+        matrix: for each task its metric after every task.
+        lost: of each task but the last: by how much it is worse after the last than after its own.
+        ahead: of each task but the first: by how much it was better than the base before it was learned.
+        backward, forward, average: over the tasks, where all are of one unit.
+    """
+
+    method: str
+    matrix: list[list[Metric]]
+    lost: list[Estimate]
+    ahead: list[Estimate]
+    backward: Estimate | None = None
+    forward: Estimate | None = None
+    average: float | None = None
+
+
+class Sequence(BaseModel):
+    """What `results.json` of a sequence adds.
+
+    Attributes:
+        tasks: names, in order.
+        metrics: of each task, the one by which it is followed.
+        base: the base's value of each.
+        transfers: one a method.
+        knowledge: method → metric of retention → its value after every task.
+    """
+
+    tasks: list[str]
+    metrics: list[str]
+    base: dict[str, Metric]
+    transfers: list[Transfer] = []
+    knowledge: dict[str, dict[str, list[Metric | None]]] = {}
 
 
 class Results(BaseModel):
-    """A `results.json`; the first row is the base."""
+    """A `results.json`; the first row is the base.
+
+    Attributes:
+        noise: by how much each metric of the base changes when it is measured again in other batches.
+        paired: every two rows compared; None in a file of a version that did not compare.
+        answers: some questions, answered by the base and every method.
+    """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
@@ -132,7 +294,11 @@ class Results(BaseModel):
     environment: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     rows: list[Row] = Field(min_length=1)
+    noise: dict[str, float] = {}
+    paired: list[Paired] | None = None
+    answers: Answers | None = None
     grid: Grid | None = None
+    sequence: Sequence | None = None
 
     @field_validator("rows")
     @classmethod
@@ -153,6 +319,17 @@ class Results(BaseModel):
             times = Counter(names)
             names = [f"{name} ({describe(i)})" if times[name] > 1 else name for i, name in enumerate(names)]
         return names
+
+    def difference(self, row: int, against: int, metric: str) -> Paired | None:
+        """Return the comparison of two rows, as row minus against; None where they were not compared."""
+        for pair in self.paired or ():
+            if pair.metric == metric and {pair.row, pair.against} == {row, against}:
+                return (
+                    pair
+                    if pair.row == row
+                    else pair.model_copy(update={"row": row, "against": against, "mean": -pair.mean})
+                )
+        return None
 
     def metric_names(self, role: str) -> list[str]:
         """Names of the metrics with `role`, in order of first appearance."""
@@ -175,6 +352,11 @@ def settings_text(point: Mapping[str, Any], join: str = " ") -> str:
     )
 
 
+def variant_of(point: Mapping[str, Any]) -> str | None:
+    """Return the `variant` of the row that averages over a grid's runs at `point`."""
+    return settings_text(point).replace("learning_rate", "lr") or None
+
+
 DISPLAY = {
     "base": "base",
     "full": "Full fine-tuning",
@@ -186,10 +368,17 @@ DISPLAY = {
     "roselora": "RoseLoRA",
     "lora-null-v1": "LoRA-Null-v1",
     "lora-null-v2": "LoRA-Null-v2",
+    "nb-lora": "NB-LoRA",
     "osf": "OSF",
     "mica": "MiCA",
     "eva": "EVA",
     "lora-ga": "LoRA-GA",
+    "sc-lora": "SC-LoRA",
+    "kl-anchor": "KL anchor",
+    "replay": "Replay",
+    "clora": "CLoRA",
+    "oft": "OFT",
+    "oplora": "OPLoRA",
 }
 
 
@@ -268,22 +457,23 @@ class TrainLog(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The training's tokens a second, which go on over a resumed run."""
-        last = self.entries[-1] if self.entries else {}
-        return last["tokens"] / last["seconds"] if last.get("tokens") is not None and last.get("seconds") else None
+        """The training's tokens a second, probes left out, which go on over a resumed run."""
+        last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
+        seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in self.entries)
+        return last["tokens"] / seconds if last.get("tokens") is not None and seconds > 0 else None
 
 
 def load_log(path: Path) -> TrainLog:
     """Read a `train_log.jsonl`; a missing file is an empty log.
 
     A run that was killed may leave half a line, and a resumed one repeats steps: the half line is counted, not fatal
-    (a report after hours of training must not fail on it), and the last entry of a step wins.
+    (a report after hours of training must not fail on it), and the last value of a step wins.
     """
     by_step, unreadable = {}, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-            by_step[float(entry["step"])] = entry
+            by_step.setdefault(float(entry["step"]), {}).update(entry)  # a probe's line and the loss of one step
         except (ValueError, KeyError, TypeError):
             unreadable += bool(line.strip())
     return TrainLog([by_step[step] for step in sorted(by_step)], unreadable)

@@ -2,32 +2,73 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.join import join_onto
+from lora_null.adapters.strength import Strength
+from lora_null.earlier import Earlier
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
-from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
-from lora_null.recipes import base_cache, output
-from lora_null.recipes.callbacks import ProgressBar, ReleaseMemory, SaveOnSigterm, StopDiverged, WriteLog, diverged_at
+from lora_null.eval_harness.lm_eval.vllm import open_vllm
+from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
+from lora_null.eval_harness.probe import Probe, record_base
+from lora_null.layer import active_adapter
+from lora_null.magnitude import weight_changes
+from lora_null.recipes import base_cache, output, own_texts
+from lora_null.recipes.budget import (
+    Bound,
+    KeepBudget,
+    Measurement,
+    check_base,
+    keep_budget,
+    plan_budget,
+    require_strength,
+)
+from lora_null.recipes.callbacks import (
+    KeepCard,
+    ProgressBar,
+    ReleaseMemory,
+    SaveOnSignal,
+    StopDiverged,
+    Trackers,
+    WriteLog,
+    diverged_at,
+)
+from lora_null.recipes.card import CARD_FILE, write_run_card
+from lora_null.recipes.checks import (
+    check_answers_end,
+    check_judge,
+    check_packages,
+    check_start,
+    check_task_names,
+    check_weights,
+    cut_by_trainer,
+    reference_bytes,
+    rehearse,
+)
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.data.rows import calibration_texts, load_documents
-from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.evaluations import eval_tasks, templates_of
+from lora_null.recipes.environment import computes_bf16, environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.evaluations import eval_tasks, probe_tasks, templates_of
 from lora_null.recipes.models.bases import (
     attention,
     hub_commit,
@@ -37,12 +78,16 @@ from lora_null.recipes.models.bases import (
     load_tokenizer,
     resolve_name,
 )
-from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods, print_plan
-from lora_null.recipes.models.quantization import require_bitsandbytes
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods
+from lora_null.recipes.models.so_far import after_earlier, model_so_far
+from lora_null.recipes.probes import ProbePlan, plan_probes, probe_folder
 from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
+from lora_null.recipes.report.dial_page import Dial, write_dial
 from lora_null.recipes.results import (
     LOG_FILE,
     Drift,
+    Magnitude,
     Results,
     Row,
     Seconds,
@@ -51,17 +96,20 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.recipes.side_by_side import side_by_side
+from lora_null.recipes.strengths import sweep
 from lora_null.start import MIN_TOKENS, InitOptions
-from lora_null.store import REPORT_FILE, find_initialization
-from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows
+from lora_null.store import REPORT_FILE
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.quantized import weight_of
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
@@ -74,29 +122,47 @@ class Job:
     recipe: Recipe
     folder: Path
     model_name: str
-    tokenizer: PreTrainedTokenizerBase
     plans: list[MethodPlan]
-    data: TrainingData
-    windows: list[list[int]]
-    tasks: list[Task]
     base: Path
-    base_key: str | None  # of its kept evaluation; None where none is to be kept
+    config: Any  # the model's
+    tokenizer: Any = None  # this and what follows may be missing in a dry run without a hub
+    data: TrainingData | None = None
+    sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
+    cut: CalibrationArgs = field(default_factory=CalibrationArgs)
+    windows: Windows | None = None  # None until the model has written its own texts
+    tasks: list[Task] = field(default_factory=list)
+    base_key: str | None = None  # of its kept evaluation; None where none is to be kept
+    reference_bytes: int = 0  # what the base's predictions will take on the disk
+    probe: ProbePlan | None = None
+    probe_key: str | None = None  # of the base's kept evaluation on the probed rows
+    bound: Bound | None = None
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
+    starts: dict[str, Path] = field(default_factory=dict)  # of a task after others: method → METHOD of the task before
+    earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
+    knowledge: float = 1.0  # weight of the knowledge's Grams beside them
+    earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
 
     @property
     def is_main(self) -> bool:
         return is_first_process()
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
+def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
+
+    Args:
+        recipe: the recipe.
+        folder: of the method.
+        replaced: arguments that stand over the recipe's.
 
     Raises:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
+    if options.get("bf16") == "auto":
+        options["bf16"] = computes_bf16() and not options.get("fp16")
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
@@ -107,41 +173,28 @@ def training_arguments(recipe: Recipe, folder: Path) -> SFTConfig | DPOConfig:
                 f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
                 f"= {one_pass}"
             )
-        options["gradient_accumulation_steps"] = total // one_pass
+        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
+        if steps != total // one_pass:
+            raise UserError(
+                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
+                f"({total}); give one of the two"
+            )
+    options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
     try:
-        return TRAINERS[recipe.trainer][1](output_dir=str(folder), seed=recipe.seed, data_seed=recipe.seed, **options)
-    except (TypeError, ValueError) as error:
+        return TRAINERS[recipe.trainer][1](**options)
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {str(error).splitlines()[0]}") from None
 
 
 def _check_positive(options: dict[str, Any]) -> None:
     """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
-    for key in ("learning_rate", "num_train_epochs", "total_batch_size", "per_device_train_batch_size", "max_length"):
+    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    for key in ("learning_rate", "num_train_epochs", *counts):
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-
-
-def dry_run(recipe: Recipe) -> None:
-    """Print the plan; loads no weights and no data.
-
-    Raises:
-        UserError: for whatever is already known to be wrong.
-    """
-    name = resolve_name(recipe.model)
-    config = known_shape(name) or load_config(recipe.model, name)
-    check_architecture(config, recipe.preflight, "model.name_or_path")
-    training = training_arguments(recipe, Path(recipe.output_dir) / "dry-run")
-    rows, data = None, recipe.data
-    if Path(data.path).is_file():
-        found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
-        rows = min(len(found.rows), data.limit or len(found.rows))
-    if is_first_process():
-        print_plan(recipe, config, training, total_batch(training), rows)
-    if recipe.grid and is_first_process():
-        swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in recipe.grid.sweep.items())
-        seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
-        print(f"grid: each method for seeds {seeds}; {swept or 'nothing swept'}")
+        if key in counts and value is not None and value != int(value):
+            raise UserError(f"training.{key}: must be a whole number, not {value}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:
@@ -159,14 +212,10 @@ def run(
             is reported before.
     """
 
-    def check() -> Job:
-        if recipe.method.init is not None:
-            find_initialization(Path(recipe.method.init))
-        return inspect_recipe(recipe, allow_code_execution=allow_code_execution)
-
+    output.check(recipe, resume=resume, overwrite=overwrite)
+    check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    size = sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
-    with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
+    with output.claimed(recipe, space_of_run(job), resume=resume, overwrite=overwrite):
         if job.data.bad and job.is_main:
             write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
         if not job.tasks and job.is_main:
@@ -181,20 +230,22 @@ def run(
 def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
     rows = [base_row(job)]
+    if job.windows is None:
+        job.windows = _own_windows(job)
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
-        rows.append(_method_row(job, plan))
+        if job.is_main:
+            write_run_card(job.folder / plan.name, job.recipe, plan, None)
+        rows.append(_method_row(job, plan, rows[0]))
+        if job.is_main:
+            write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
             after_row(rows[-1])
-    results = Results(
-        recipe=job.recipe.name,
-        model=job.model_name,
-        seed=job.recipe.seed,
-        environment=environment(),
-        settings=_settings(job),
-        rows=rows,
-    )
+    results = _results(job, rows)
+    evaluations = read_evaluations(job.folder, results, base=job.base) if job.is_main else {}
+    results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
+    results.answers = side_by_side(job, results, evaluations)
     if job.is_main:
         write_results(job.folder, results)
         write_report(job.folder)
@@ -202,46 +253,153 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     return results
 
 
-def inspect_recipe(recipe: Recipe, *, base: Path | None = None, allow_code_execution: bool | str = False) -> Job:
+def _results(job: Job, rows: list[Row]) -> Results:
+    return Results(
+        recipe=job.recipe.name,
+        model=job.model_name,
+        seed=job.recipe.seed,
+        environment=environment(),
+        settings=_settings(job),
+        rows=rows,
+    )
+
+
+def check_run(recipe: Recipe, *, allow_code_execution: bool | str = False, unreached: list[str] | None = None) -> Job:
+    """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
+    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
+    check_judge(job.tasks)
+    if not unreached:
+        rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
+    return job
+
+
+def space_of_run(job: Job) -> int:
+    """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
+    return sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans) + job.reference_bytes
+
+
+def inspect_recipe(
+    recipe: Recipe,
+    *,
+    base: Path | None = None,
+    allow_code_execution: bool | str = False,
+    unreached: list[str] | None = None,
+) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
 
     Args:
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
         allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
+        unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
+            job is then incomplete.
     """
     set_seed(recipe.seed)
-    if recipe.eval.backend == "vllm":
-        require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
-    require_bitsandbytes(recipe.model)
     training = training_arguments(recipe, Path(recipe.output_dir))
-    name = resolve_name(recipe.model)
-    config = load_config(recipe.model, name)
+    check_packages(recipe, training)
+    name, reach = resolve_name(recipe.model), functools.partial(_reach, unreached)
+    config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
+    if config is None:
+        raise UserError(unreached[-1])  # pyright: ignore[reportOptionalSubscript]  # where it may not be noted, it was raised
     check_architecture(config, recipe.preflight, "model.name_or_path")
+    check_weights(recipe.model, name)
     plans = plan_methods(recipe, config)
-    tokenizer = load_tokenizer(recipe.model, name)
-    texts = calibration_texts(recipe.calibration, tokenizer)
-    data = read_training_data(recipe, tokenizer, training)
+    check_start(recipe, config, plans)
+    folder = Path(recipe.output_dir)
+    job = Job(recipe, folder, name, plans, base or folder / "base", config)
+    if not unreached:
+        job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
+    if job.tokenizer is None:  # without which no row, window or answer is read
+        check_task_names(recipe)
+        return job
+    tokenizer = job.tokenizer
+    job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
+    examples = job.data.examples if job.data is not None else []
+    sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
-    tasks = validate_tasks(eval_tasks(recipe, tokenizer, **options))
+    tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
+    job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
+    job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
     limit = position_limit(config)
-    if limit is not None and limit.hard:
-        _check_positions(recipe, tokenizer, training, data, tasks, limit)
+    if job.data is not None:
+        check_answers_end(recipe, name, tokenizer, training, job.data)
+        if limit is not None and limit.hard:
+            _check_positions(recipe, tokenizer, training, job.data, job.tasks, limit)
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
-    cut = CalibrationArgs(section.samples, length, section.mode, recipe.seed)
-    windows = calibration_windows(texts, tokenizer, cut)
-    _check_tokens(windows, plans)
-    folder = Path(recipe.output_dir)
-    key = base_cache.key_of(recipe, name, hub_commit(recipe.model, name), tasks) if recipe.eval.cache else None
-    return Job(recipe, folder, name, tokenizer, plans, data, windows, tasks, base or folder / "base", key)
+    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
+    if sources and all(source.texts is not None for source in sources):
+        job.windows = cut_windows(sources, tokenizer, job.cut)
+        _check_tokens(job.windows.ids, plans)
+    if not unreached:
+        _plan_measures(job, training.max_length)
+    return job
+
+
+def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
+    """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
+
+    Args:
+        recipe: the recipe; its output folder is that of the base's evaluation.
+        base: the folder of the base's evaluation.
+        allow_code_execution: whether tasks may run what the model writes.
+    """
+    name = resolve_name(recipe.model)
+    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
+    job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
+    length = training_arguments(recipe, base).max_length
+    options = {"max_length": length, "allow_code_execution": allow_code_execution}
+    job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
+    _plan_measures(job, length)
+    return job
+
+
+def _plan_measures(job: Job, max_length: int | None) -> None:
+    """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
+    recipe, name, tasks = job.recipe, job.model_name, job.tasks
+    own = probe_tasks(recipe, job.tokenizer, max_length=max_length)
+    job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
+    counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
+    if counted and not recipe.eval.before:
+        raise UserError(f"{counted}: is counted from the base, which eval.before=false does not evaluate")
+    if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
+        raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
+    job.bound = plan_budget(recipe, tasks, job.probe)
+    for plan in job.plans if job.bound or recipe.eval.strengths else ():
+        require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
+    if recipe.eval.cache:
+        commit = hub_commit(recipe.model, name)
+        job.base_key = base_cache.key_of(recipe, name, commit, tasks)
+        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks)
+
+
+def _own_windows(job: Job) -> Windows:
+    """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
+    with own_texts.writer(
+        job.recipe.model, job.model_name, job.tokenizer, job.cut, job.recipe.calibration.cache
+    ) as write:
+        windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
+    _free()
+    _check_tokens(windows.ids, job.plans)
+    return windows
+
+
+def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:
+    """Return what `compute` does; None where the hub that it asks does not answer, which is then noted if it may be."""
+    try:
+        return compute()
+    except Unreachable as error:
+        if unreached is None:
+            raise
+        unreached.append(str(error))
+        return None
 
 
 def read_training_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
 ) -> TrainingData:
     """Return the checked training rows; print which were left out."""
-    cut = None if getattr(training, "packing", False) else training.max_length
+    cut = None if cut_by_trainer(training) else training.max_length
     data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
     if data.bad and is_first_process():
         total = len(data.bad) + len(data.examples)
@@ -286,7 +444,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     section = job.recipe.eval
     options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}
-    options |= {"autocast_dtype": torch.bfloat16 if section.bf16 else None}
+    options |= {"autocast_dtype": _autocast(job)}
     outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
     inside = [task for task in job.tasks if task not in outside]
     found = evaluate(model, job.tokenizer, inside, **options)
@@ -297,6 +455,10 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     return found
+
+
+def _autocast(job: Job) -> torch.dtype | None:
+    return torch.bfloat16 if job.recipe.eval.bf16 else None
 
 
 def _check_finite(job: Job, found: Evaluation) -> None:
@@ -330,13 +492,17 @@ def _evaluate_by_vllm(
 
 def base_row(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
-    found, saved = None, job.base / "eval.json"
+    found = None
     if job.recipe.eval.before and job.tasks:
-        if not saved.is_file() and job.base_key:
-            if job.is_main and base_cache.fetch(job.base_key, job.base):
-                print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
-            PartialState().wait_for_everyone()
-        found = Evaluation.read(saved) if saved.is_file() else _evaluate_base(job)
+        load = functools.cache(lambda: load_base(job.recipe.model, job.model_name).to(PartialState().device))
+        found = _of_base(job, job.base, job.base_key, lambda: _evaluate(job, load(), job.base, base=True))
+        if job.probe is not None:
+            folder = probe_folder(job.base)
+            probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
+            if job.bound is not None:
+                check_base(job.bound, probed, found)
+        del load
+        _free()
     return Row(
         method="base",
         rank=None,
@@ -350,35 +516,57 @@ def base_row(job: Job) -> Row:
     )
 
 
-def _evaluate_base(job: Job) -> Evaluation:
-    model = load_base(job.recipe.model, job.model_name).to(PartialState().device)
-    found = _evaluate(job, model, job.base, base=True)
-    del model
-    _free()
-    if job.is_main and job.base_key:
-        base_cache.keep(job.base_key, job.base, found)
+def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
+    """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
+    saved = folder / "eval.json"
+    if not saved.is_file() and key:
+        if job.is_main and base_cache.fetch(key, folder):
+            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+        PartialState().wait_for_everyone()
+    if saved.is_file():
+        return Evaluation.read(saved)
+    found = measure()
+    if job.is_main and key:
+        base_cache.keep(key, folder, found)
     return found
 
 
-def _method_row(job: Job, plan: MethodPlan) -> Row:
+def _record_probe(job: Job, model: Any) -> Evaluation:
+    """Measure the base on the probed rows, with its noise, and write it down."""
+    folder = probe_folder(job.base)
+    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
+    found = record_base(model, job.tokenizer, job.probe.tasks, folder, **options)
+    if job.is_main:
+        write_text(folder / "eval.json", found.to_json())
+    PartialState().wait_for_everyone()
+    return found
+
+
+def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
     if (finished := read_row(folder)) is not None:
         return finished
     reset_peak_memory()
     trainer = _trainer(job, plan, folder)
+    probe = _probe(job, trainer, folder)
+    trackers = Trackers(trainer)
     start = time.perf_counter()
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
     model = trainer.accelerator.unwrap_model(trainer.model)
-    diverged, found, saved = diverged_at(trainer), None, None
+    diverged, found, saved, kept = diverged_at(trainer), None, None, None
     if diverged is None:
+        if isinstance(probe, KeepBudget):
+            kept = keep_budget(measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
-        if hasattr(model, "disable_adapter") and trainer.something_moved:
+        if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
         if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
             diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
+        if found and job.recipe.eval.strengths:
+            dial(job, plan.name, model, folder, {1.0: found})
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
     row = Row(
         method=plan.name,
@@ -388,16 +576,60 @@ def _method_row(job: Job, plan: MethodPlan) -> Row:
         diverged=diverged,
         metrics=found.metrics if found else {},
         drift=drift and Drift(**drift),
+        magnitude=_magnitude(job, trainer, model) if diverged is None else None,
         seconds=Seconds(init=trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None),
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
+        **({"budget": kept} if kept else {}),
     )
+    trackers.finish(base, row)
     if job.is_main:
+        if kept:
+            print(f"{plan.name}: {kept.sentence()}")
         write_row(folder, row)
     PartialState().wait_for_everyone()
     del trainer, model
     _free()
     return row
+
+
+def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
+    """Return how far the weights of the method's layers moved; without an adapter, from the base as it is loaded anew."""
+    alone = job.is_main and not isinstance(model, PeftModel)
+    base = load_base(job.recipe.model, job.model_name) if alone else None
+    original = None if base is None else lambda name: weight_of(base.get_submodule(name))
+    changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
+    return Magnitude.of(changes) if job.is_main else None
+
+
+def dial(
+    job: Job,
+    method: str,
+    model: Any,
+    folder: Path,
+    known: dict[float, Evaluation],
+    strengths: Sequence[float] | None = None,
+) -> Dial:
+    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
+
+    Args:
+        job: with the base evaluated.
+        method: for the title.
+        model: a PEFT model.
+        folder: of the method, or of the adapter.
+        known: strength → what was measured already.
+        strengths: instead of the recipe's.
+    """
+    section = job.recipe.eval
+    options = {"limit": section.limit, "batch_size": section.batch_size, "autocast_dtype": _autocast(job)}
+    measure = functools.partial(evaluate, model, job.tokenizer, job.tasks, reference_dir=job.base, **options)
+    base = Evaluation.read(job.base / "eval.json")
+    points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
+    if job.is_main:
+        write_dial(folder / DIAL_FOLDER, found)
+    PartialState().wait_for_everyone()
+    return found
 
 
 def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
@@ -425,36 +657,87 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, target)
+    if plan.name in job.starts and plan.saves == "adapter":
+        saved = join_onto(job.starts[plan.name] / "adapter", target)  # all tasks so far, for the original base
+    shutil.copyfile(folder / CARD_FILE, target / CARD_FILE)
     job.tokenizer.save_pretrained(target)
     return saved
 
 
 def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
-    recipe = job.recipe
-    arguments = training_arguments(recipe, folder)
+    recipe, windows = job.recipe, job.windows.ids if job.windows else []
+    named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
+    arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
+    method = after_earlier(method, job.earlier.get(plan.name, ()), job.knowledge)
+    windows = windows + (job.earlier_rows if method.needs_texts else [])
     reuses = _take_initialization(job, plan, folder)
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     trainer = TRAINERS[recipe.trainer][0](
-        model=load_base(recipe.model, job.model_name),
+        model=model_so_far(recipe.model, job.model_name, job.starts.get(plan.name)),
         args=arguments,
         train_dataset=job.data.rows,
         processing_class=job.tokenizer,
         peft_config=adapter_config(recipe.method, method, plan.rank),
         method=method,
+        decay_to_start=recipe.method.decay_to_start,
         reuse_init=reuses,
         init_folder=recipe.method.init,
         preflight=recipe.preflight,
         init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
-        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in job.windows],
-        calibration_args=CalibrationArgs(max_length=max(map(len, job.windows))),
+        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows],
+        calibration_args=CalibrationArgs(max_length=max(map(len, windows))),
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
-    log = WriteLog(folder / LOG_FILE)
-    for callback in (StopDiverged(), SaveOnSigterm(), ReleaseMemory(), ProgressBar(plan.name), log):
+    log = WriteLog(folder / LOG_FILE, method.terms)
+    card = KeepCard(folder / CARD_FILE)
+    trainer.create_model_card = card.put_back  # in place of a stub that knows no data and no results
+    for callback in (StopDiverged(), SaveOnSignal(), ReleaseMemory(), ProgressBar(plan.name), log, card):
         trainer.add_callback(callback)
     return trainer
+
+
+def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
+    """Let the trainer measure the recipe's probes while it trains, and keep the budget where there is one.
+
+    After the log's callback: that one begins the log anew before the first step is measured.
+    """
+    if job.probe is None:
+        return None
+    section = job.probe.section
+    options = {"every": section.every, "share": section.share, "batch_size": job.recipe.eval.batch_size}
+    options |= {"tokenizer": job.tokenizer, "reference_dir": probe_folder(job.base), "autocast_dtype": _autocast(job)}
+    options |= {"keep": folder / PROBE_FILE}
+    if job.bound is None:
+        probe = Probe(trainer, job.probe.tasks, **options)
+    else:
+        base = Evaluation.read(probe_folder(job.base) / "eval.json")
+        probe = KeepBudget(trainer, job.probe.tasks, job.bound, base, **options)
+    trainer.add_callback(probe)
+    return probe
+
+
+def measurement(job: Job, model: Any) -> Measurement:
+    """Return what measures how a live model keeps the budget."""
+    whole, few = job.base, probe_folder(job.base)
+    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
+
+    def measure(tasks: Sequence[Task]) -> Evaluation:
+        complete = tasks == [job.bound.task]
+        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
+        return evaluate(model, job.tokenizer, tasks, **limits, **options)
+
+    learning = [task for task in job.probe.tasks if task.role == "task"]
+    bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]
+    return Measurement(measure, job.tokenizer, job.bound, *bases, learning)
+
+
+def _run_name(job: Job, plan: MethodPlan) -> str:
+    """Return what a tracker calls the training of one method: the recipe, the method, and a grid's settings."""
+    parts = job.folder.parts
+    cell = parts[parts.index("cells") + 1 :] if "cells" in parts else ()
+    return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
 
 
 def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
@@ -476,6 +759,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
         "optimizer_steps": optimizer_steps(training, len(job.data.rows), batch),
+        "weight_decay": training.weight_decay,
         "batch": batch,
         "max_length": training.max_length,
         "training_rows": len(job.data.rows),
@@ -485,9 +769,9 @@ def _settings(job: Job) -> dict[str, Any]:
         "template": templates_of(job.tasks, recipe.data.template),
         "rank": recipe.method.rank,
         "alpha": recipe.method.alpha or recipe.method.rank,
-        "calibration_data": recipe.calibration.path,
-        "calibration_windows": len(job.windows),
-        "calibration_tokens": sum(len(window) for window in job.windows),
+        "calibration_data": "; ".join(job.windows.covered) if job.windows else None,
+        "calibration_windows": len(job.windows.ids) if job.windows else 0,
+        "calibration_tokens": sum(map(len, job.windows.ids)) if job.windows else 0,
         "calibration_mode": recipe.calibration.mode,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,

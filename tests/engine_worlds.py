@@ -24,7 +24,7 @@ from lora_null.recipes.__main__ import main
 ENGINES = ("fsdp2", "zero2", "zero3")
 # Killed after half of the steps.
 RESUMED = {"resumed-1": "ddp-4"} | {f"{engine}_resumed-2": f"{engine}-2" for engine in ENGINES}
-ONE_METHOD = ("ddp-4", "resumed-1")
+FEWER_METHODS = ("ddp-4", "resumed-1")
 REFUSED = "refused-2"  # by a finished run in the folder
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["lora_null.recipes.run", "launched"])
@@ -108,8 +108,8 @@ if __name__ == "__main__":
             unfinished(folder / RESUMED[name], folder / name)
             words.append("--resume")
         start = time.perf_counter()
-        if name in ONE_METHOD:
-            words += ["--method", "lora-null-v1"]  # enough, and half as long
+        if name in FEWER_METHODS:
+            words += ["--method", "lora-null-v1,nb-lora"]  # enough, and half as long
         found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
         print("world", name, found, flush=True)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

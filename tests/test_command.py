@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import random_batches, save_tiny
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from lora_null import LoraNullConfig
 from lora_null.__main__ import main
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.initialize import load_initialization
+from lora_null.layer import adapted_layers
 
 PROBE = random_batches(count=1)[0]
 
@@ -73,13 +74,27 @@ def test_weights_left_in_their_files_give_the_same_bits(world, tmp_path, variant
 
 
 def test_any_run_starts_from_what_it_wrote(world, tmp_path):
-    from peft import get_peft_model
-
     assert init(world, tmp_path / "out", "--low-memory") == 0
     peft_model = get_peft_model(base(world), LoraNullConfig(r=4, variant="v1"))
     report, _ = load_initialization(tmp_path / "out" / "init", peft_model)
     assert len(report.layers) == 21
     assert (logits(peft_model.eval()) - logits(base(world))).abs().max() < 1e-4
+
+
+def test_a_null_basis_lies_in_the_folder_and_serves_a_run(world, tmp_path, capsys):
+    options = ["--variant", "nb", "--null-multiple", "2"]
+    assert init(world, tmp_path / "whole", *options, "--no-cache") == 0
+    assert init(world, tmp_path / "files", *options, "--no-cache", "--low-memory", "--start", "residual") == 0
+    models = [get_peft_model(base(world), LoraNullConfig(r=4, variant="nb", null_multiple=2)) for _ in range(2)]
+    for model, folder in zip(models, ("whole", "files")):
+        load_initialization(tmp_path / folder / "init", model)
+    one, other = (adapted_layers(model) for model in models)
+    for name, layer in one.items():
+        assert torch.equal(layer.bases["default"].vectors, other[name].bases["default"].vectors)
+    plain = PeftModel.from_pretrained(base(world), tmp_path / "files" / "adapter").eval()
+    assert (logits(plain) - logits(base(world))).abs().max() < 1e-4
+    assert init(world, tmp_path / "v2", "--null-multiple", "2") == 2
+    assert "null_multiple: is of variant 'nb', this one is 'v2'" in capsys.readouterr().err
 
 
 def test_a_second_init_is_reused_from_the_cache(world, tmp_path, capsys):

@@ -22,6 +22,7 @@ PAIRS = Dataset.from_list([{"prompt": f"Q: {i}?", "chosen": f" yes {i}", "reject
 CONFIGS = {
     "v1": lambda **more: LoraNullConfig(r=4, variant="v1", **more),
     "v2": lambda **more: LoraNullConfig(r=4, variant="v2", **more),
+    "nb": lambda **more: LoraNullConfig(r=4, variant="nb", null_multiple=2, **more),
     "lora": lambda **more: LoraConfig(r=4, target_modules="all-linear", **more),
 }
 

@@ -23,7 +23,7 @@ from chats import (
     user,
 )
 from datasets import Dataset
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import write_rows
 
@@ -318,3 +318,112 @@ class TestPreferences:
     )
     def test_refused(self, tmp_path, row, reason):
         assert reason in refusal(tmp_path, [row], preferences=True, response="chosen")
+
+
+BESIDE = [
+    user("1+1?"),
+    assistant("2", reasoning_content="hm"),
+    user("and 1?"),
+    assistant("3", reasoning_content="so"),
+]
+INSIDE = [user("1+1?"), assistant("<think>hm</think>2"), user("and 1?"), assistant("<think>so</think>3")]
+SHOWS = TOOLS.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% if m.thinking %}({{ m.thinking }}){% endif %}")  # fmt: skip
+
+
+class TestThoughts:
+    """Reasoning beside the content or in it, kept or dropped by a key."""
+
+    @pytest.mark.parametrize("messages", [BESIDE, INSIDE])
+    @pytest.mark.parametrize("template", [TOOLS, BLOCKS, SHOWS, THINKING, DEAF])
+    def test_dropped(self, tmp_path, messages, template):
+        found, text = spans(tmp_path, messages, template, thinking="drop")
+        assert [said.replace("<think></think>", "") for said in found] == ["2</s>\n", "3</s>\n"]
+        assert "hm" not in text and "so" not in text
+
+    @pytest.mark.parametrize("template", ["qa", "chat"])
+    def test_dropped_under_every_template(self, tmp_path, template):
+        assert "hm" not in spans(tmp_path, BESIDE, thinking="drop", template=template)[1]
+
+    def test_kept_under_the_name_that_the_template_knows(self, tmp_path):
+        for thinking in ("keep", None):
+            found, _ = spans(tmp_path, BESIDE, SHOWS, thinking=thinking)
+            assert found == ["(hm)2</s>\n", "(so)3</s>\n"]
+
+    @pytest.mark.parametrize("template", [TOOLS, BLOCKS])
+    def test_kept_in_the_content_where_the_template_knows_none(self, tmp_path, template):
+        found, _ = spans(tmp_path, BESIDE, template, thinking="keep")
+        assert found == ["<think>\nhm\n</think>\n\n2</s>\n", "<think>\nso\n</think>\n\n3</s>\n"]
+        assert spans(tmp_path, INSIDE, template, thinking="keep")[0][0] == "<think>hm</think>2</s>\n"
+
+    def test_kept_is_refused_where_the_template_drops_them(self, tmp_path):
+        for messages in (BESIDE, INSIDE):
+            refusal(tmp_path, [{"messages": messages}], THINKING, messages="messages", thinking="keep")
+        reason = refusal(tmp_path, [{"messages": BESIDE}], THINKING, messages="messages", thinking="keep")
+        assert "leaves out thoughts of turns that are learned; data.thinking=drop leaves out all" in reason
+
+    def test_parts_that_are_thoughts(self, tmp_path):
+        parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "2"}]
+        assert spans(tmp_path, [user("1+1?"), assistant(parts)], SHOWS)[0] == ["(hm)2</s>\n"]
+        assert spans(tmp_path, [user("1+1?"), assistant(parts)], thinking="drop")[0] == ["2</s>\n"]
+
+    def test_nothing_but_thoughts(self, tmp_path):
+        row = {"messages": [user("a"), assistant("<think>hm</think>")]}
+        assert "turn 2, of the assistant, is nothing but thoughts" in refusal(
+            tmp_path, [row], messages="messages", thinking="drop"
+        )
+
+    @pytest.mark.parametrize("thinking, said", [("drop", "3</s>\n"), ("keep", "<think>\nso\n</think>\n\n3</s>\n")])
+    def test_of_pairs(self, tmp_path, thinking, said):
+        row = {"prompt": CHAT[:4], "chosen": BESIDE[3:], "rejected": [assistant("4", reasoning_content="no")]}
+        tokenizer = chat_tokenizer()
+        data = read(tmp_path, [row], tokenizer, preferences=True, response="chosen", thinking=thinking)
+        assert learned(tokenize(data.examples, "chat", tokenizer)[0], tokenizer) == [said]
+        (rejected,) = tokenize(data.examples, "chat", tokenizer, rejected=True)
+        assert learned(rejected, tokenizer) == [said.replace("so", "no").replace("3", "4")]
+
+
+class TestSystemColumn:
+    @pytest.mark.parametrize("row", [{"prompt": "1+1?", "response": "2"}, {"m": CHAT[1:3]}])
+    @pytest.mark.parametrize("template", ["chat", "qa"])
+    def test_put_before_the_conversation(self, tmp_path, row, template):
+        keys = {"messages": "m"} if "m" in row else {}
+        data = read(tmp_path, [{**row, "system": "Be brief."}, {**row, "system": None}], chat_tokenizer(), system="system", template=template, **keys)  # fmt: skip
+        first, second = (example.written.text for example in data.examples)
+        assert first.replace("<system>", "").strip().startswith("Be brief.") and second in first and first != second
+
+    def test_of_pairs(self, tmp_path):
+        row = {**PREFERENCES["explicit prompt"], "prompt": CHAT[1:4], "system": "Be brief."}
+        same = read(tmp_path, [PREFERENCES["explicit prompt"]], chat_tokenizer(), preferences=True, response="chosen")
+        ours = read(tmp_path, [row], chat_tokenizer(), preferences=True, response="chosen", system="system")
+        assert ours.rows[0] == same.rows[0]
+
+    def test_beside_a_system_turn(self, tmp_path):
+        reason = refusal(tmp_path, [{"messages": CHAT, "system": "S"}], messages="messages", system="system")
+        assert "'system' beside a conversation that has a system text of its own" in reason
+
+    def test_no_such_field(self, tmp_path):
+        with pytest.raises(
+            UserError, match=r"data\.system: the data has no field 'sytem' \(did you mean 'system'\?\)"
+        ):
+            read(
+                tmp_path,
+                [{"messages": CHAT[1:3], "system": "S"}],
+                chat_tokenizer(),
+                messages="messages",
+                system="sytem",
+            )
+
+
+class TestPlainText:
+    def test_all_of_it_is_learned_with_an_end(self, tmp_path):
+        tokenizer = tiny_tokenizer()
+        data = read(tmp_path, [{"text": "the mill"}, {"text": " a town \n"}], tokenizer, text="text", template="plain", max_length=9)  # fmt: skip
+        assert [tokenizer.decode(row) for row in data.rows["input_ids"]] == ["the mill</s>", "a town</s>"]
+        assert data.rows["labels"] == data.rows["input_ids"]
+
+    def test_refused(self, tmp_path):
+        with pytest.raises(UserError, match=r"1 empty 'text' \(row 2\)"):
+            read(tmp_path, [{"text": "a"}, {"text": ""}], tiny_tokenizer(), text="text", template="plain")
+        for other in ({"messages": "m"}, {"system": "s"}, {"template": "chat"}):
+            with pytest.raises(ValueError, match=r"data\.text is learned as it stands, without"):
+                DataSection(path="x", text="text", **other)

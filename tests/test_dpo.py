@@ -20,7 +20,7 @@ PAIRS = Dataset.from_dict(
     }
 )
 CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
-LNULL = [LoraNullConfig(r=4, variant="v1"), LoraNullConfig(r=4, variant="v2")]
+LNULL = [LoraNullConfig(r=4, variant="v1"), LoraNullConfig(r=4, variant="v2"), LoraNullConfig(r=4, variant="nb")]
 
 
 def options(folder, **changes):
@@ -53,7 +53,7 @@ def log_probs(model, batch):
     return (picked * batch["completion_mask"][:, 1:]).sum(1)
 
 
-@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2", "nb"])
 def test_at_step_0_policy_and_reference_are_the_original_model(tmp_path, config):
     trainer = make(tmp_path, config)
     trainer._prepare(resuming=False)
@@ -72,7 +72,7 @@ def test_at_step_0_policy_and_reference_are_the_original_model(tmp_path, config)
     assert torch.allclose(again, original, atol=0, rtol=1e-5)  # training moved the policy, not the reference
 
 
-@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2", "nb"])
 def test_precomputed_references_give_the_same_run(tmp_path, config):
     live, ahead = make(tmp_path / "a", config), make(tmp_path / "b", config, precompute_ref_log_probs=True)
     assert "ref_chosen_logps" in ahead.train_dataset.column_names
@@ -98,7 +98,7 @@ def test_v2_drifts_less_than_lora(tmp_path):
     assert v2.drift_meter.summary()["mean"] < lora.drift_meter.summary()["mean"]
 
 
-@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2"])
+@pytest.mark.parametrize("config", LNULL, ids=["v1", "v2", "nb"])
 def test_resumed_run_ends_in_the_same_bits(tmp_path, config):
     whole = make(tmp_path, config, save_strategy="steps", save_steps=2)
     whole.train()

@@ -48,6 +48,24 @@ CASES = [
     (["method.rank=0"], "method.rank: input should be greater than or equal to 1"),
     (["method.rank=x", "seed=-1"], "seed: input should be greater than or equal to 0"),
     (["--method", "lora-null-v3"], "no method 'lora-null-v3' (did you mean 'lora-null-v"),
+    (
+        ["--method", "nb-lora", "method.options.nb-lora.null_multiple=0.5"],
+        "nb-lora.null_multiple: N needs r directions",
+    ),
+    (["--method", "nb-lora", "method.options.nb-lora.null_energy=99"], "nb-lora.null_energy: a share between 0 and 1"),
+    (
+        ["--method", "nb-lora", "method.options.nb-lora.start=zeros"],
+        "nb-lora.start: 'zeros' is not one of zero, residual",
+    ),
+    (
+        ["--method", "nb-lora", "method.options.nb-lora.null_multiple=9"],
+        "null_multiple: 9 r are 36 directions, more than",
+    ),
+    (["method.decay_to_start=true"], "method.decay_to_start: there is no residual base to go back to"),
+    (
+        ["--method", "lora-null-v1", "method.decay_to_start=true"],
+        "method.decay_to_start: there is no decay, weight_decay",
+    ),
     (["--method", "lora,lora"], "a method is named twice"),
     (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows (min(d_in, d_out) = 32)"),
     (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
@@ -111,7 +129,7 @@ def test_output_folder_in_use(fails, tmp_path):
     assert "holds other files (thesis.tex)" in fails()
     (out / "recipe.yaml").write_text("method: {name: [lora]}")
     assert "unfinished run; --resume continues it" in fails()
-    assert "differs from the run" in fails("--resume")
+    assert "has another recipe: name was null" in fails("--resume")
     (out / "report.html").write_text("done")
     assert "finished run; --overwrite replaces it" in fails()
     assert (out / "thesis.tex").read_text() == "years of work"

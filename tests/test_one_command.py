@@ -52,7 +52,7 @@ def test_help_list_and_version_import_nothing_slow():
 
 TYPOS = [
     (["trian", "quickstart"], "no command 'trian' (did you mean 'train'?)"),
-    ([], "give a command: train, report, init, export, check, judge"),
+    ([], "give a command: new, train, report, init, export, check, judge"),
     (["train"], "give a recipe, or --list to see them"),
     (["train", "quikstart"], "none is called 'quikstart' (did you mean 'quickstart'?)"),
     (["train", "nowhere.yaml"], "no file nowhere.yaml"),
@@ -75,7 +75,7 @@ TYPOS = [
     (["train", "quickstart", "--sweep", "model.dtype=a,b"], "'model.dtype' cannot be swept"),
     (["report"], "the following arguments are required: DIR"),
     (["init", "--varant", "v1"], "no option '--varant' (did you mean '--variant'?)"),
-    (["init", "--model", "x"], "the following arguments are required: --out, --calibration"),
+    (["init", "--model", "x"], "the following arguments are required: --out"),
     (["export", "a", "--out", "b", "--form", "mergd"], "--form: 'mergd' is not one (did you mean 'merged'?)"),
     (["export", "a", "--out", "b", "--rnak", "3"], "no option '--rnak' (did you mean '--rank'?)"),
     (["check", "a", "b"], "cannot use 'b'"),

@@ -114,13 +114,16 @@ def test_starts_from_the_dequantized_weights_and_changes_nothing(base, variant, 
 
 @pytest.mark.parametrize(
     "form, kind",
-    [(form, kind) for form in FORMS for kind in ("v1", "v2", "lora")] + [("nf4", "lora-fa"), ("nf4", "roselora")],
+    [(form, kind) for form in FORMS for kind in ("v1", "v2", "lora")]
+    + [("nf4", kind) for kind in ("lora-fa", "roselora", "kl-anchor", "replay", "oplora", "nb-lora")]
+    + [("int8", "nb-lora on a residual base")],
 )
 def test_training_leaves_the_stored_weights_and_saves_a_plain_adapter(folder, tmp_path, form, kind):
     model = load(folder, form)
     before, expected = stored(model), logits(model)
     null = kind in ("v1", "v2")
-    method = make_method(f"lora-null-{kind}" if null else kind)
+    name, _, residual = kind.partition(" ")
+    method = make_method(f"lora-null-{kind}" if null else name, {"start": "residual"} if residual else {})
     config = method.config(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make(tmp_path, config, model=model, method=method, gradient_checkpointing=True)
     trainer.train()
@@ -133,7 +136,7 @@ def test_training_leaves_the_stored_weights_and_saves_a_plain_adapter(folder, tm
         assert torch.equal(logits(trainer.model), expected)
     method.save(trainer.model, tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(folder, form), tmp_path / "adapter")
-    assert again.peft_config["default"].r == (8 if kind == "v1" else 4)
+    assert again.peft_config["default"].r == (8 if kind == "v1" or residual else 4)
     assert (logits(again) - found).abs().max() < 2e-4
     assert trainer.drift_meter.summary()["max"] > 0
 

@@ -7,23 +7,24 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe, merge, presets, read_yaml, shipped
 from lora_null.utils.errors import UserError
 
-PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora")
+PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora", "code-feedback")
 MODELS = {
     "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "6,738M"),
     "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "8,030M"),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "8,030M"),
     "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "3,213M"),
+    "gemma-3-1b": ("google/gemma-3-1b-pt", "1,000M"),
 }
 
 
 def test_every_paper_recipe_is_shipped_and_every_model_has_a_preset():
-    assert set(PAPER) | {"quickstart", "study"} == set(shipped()) and set(presets()) == set(MODELS)
+    assert set(PAPER) | {"quickstart", "study", "sequence"} == set(shipped()) and set(presets()) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_recipes_inherit_one_default_and_copy_nothing(name):
     own, default = read_yaml(shipped()[name]), load_recipe(name)
-    assert own["include"] in ("default", "ultrafeedback")
+    assert own["include"] in ("default", "ultrafeedback", "code")
     assert [entry.task for entry in default.eval.retention] == ["triviaqa", "nq_open", "webqs"]
     assert default.calibration.samples == 256 and default.training["warmup_steps"] == 0.03
     inherited = read_yaml(shipped()[name].parent / "presets" / "default.yaml")
@@ -42,6 +43,9 @@ def test_the_papers_settings():
     )
     assert {recipe.data.limit for recipe in (math, code, instruct)} == {100000}
     assert math.training["learning_rate"] == 2e-5 and math.training["total_batch_size"] == 128
+    aaai = load_recipe("code-feedback")
+    assert aaai.method.name == ["lora-null-v1"] and (aaai.data.prompt, aaai.data.response) == ("query", "answer")
+    assert aaai.eval == code.eval and aaai.training == code.training
     roselora, dpo = load_recipe("roselora"), load_recipe("roselora", ["trainer=dpo"])
     assert roselora.method.name == ["lora", "roselora", "lora-null-v1", "lora-null-v2"] and roselora.method.rank == 32
     assert roselora.trainer == "sft" and dpo.trainer == "dpo" and dpo.data == roselora.data

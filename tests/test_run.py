@@ -54,7 +54,7 @@ def test_results_follow_the_schema(finished):
     assert found["schema"] == 1 and found["recipe"] == "tiny" and found["seed"] == 0
     assert [row["method"] for row in found["rows"]] == ["base", *METHODS]
     for row in found["rows"]:
-        assert set(row["metrics"]) == {"facts nll", "facts kl", "numbers nll"}
+        assert set(row["metrics"]) == {"facts nll", "facts kl", "numbers nll", "numbers kl"}
         assert all({"value", "stderr", "n", "higher_is_better", "role"} <= set(m) for m in row["metrics"].values())
     base, lora, v1, v2 = found["rows"]
     assert base["metrics"]["facts kl"]["value"] == 0 < lora["metrics"]["facts kl"]["value"]
@@ -186,7 +186,7 @@ def test_a_run_starts_from_an_earlier_initialization(finished, tmp_path, capsys)
     assert main([*words, f"method.init={tmp_path}", f"output_dir={tmp_path / 'b'}"]) == 2
     assert "holds no complete initialization" in capsys.readouterr().err
     assert main([*words, f"method.init={source}", "method.rank=3", f"output_dir={tmp_path / 'c'}"]) == 2
-    assert "was written for rank 4 and scaling 1, this run asks for rank 3" in capsys.readouterr().err
+    assert "holds rank 4 for model.layers.0.self_attn.q_proj, lora-null-v2 asks for rank 3" in capsys.readouterr().err
 
 
 def test_print_config_and_overrides(capsys, tmp_path):

@@ -82,6 +82,9 @@ def test_conversations_with_generated_answers(tmp_path, template):
         },
         training={**TRAINING, "max_length": 400},
         eval={
+            "retention": [
+                {"answers": "facts", "path": str(tmp_path / "facts.jsonl"), "limit": 4, "template": template},
+            ],
             "task": [
                 {
                     "mt_bench": "MT-Bench",
@@ -94,7 +97,7 @@ def test_conversations_with_generated_answers(tmp_path, template):
                     "path": str(write_rows(tmp_path / "g.jsonl", gsm)),
                     "limit": 2,
                 },
-            ]
+            ],
         },
     )
     (tmp_path / "model" / "config.json").write_text(
@@ -106,7 +109,8 @@ def test_conversations_with_generated_answers(tmp_path, template):
     for folder in ("base", "lora-null-v2"):
         answers = (tmp_path / "out" / folder / "mt_bench" / "answers.jsonl").read_text().splitlines()
         assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers] == [2, 2, 2]
-    assert results(tmp_path)["rows"][1]["metrics"]["gsm8k"]["n"] == 2
+    assert results(tmp_path)["rows"][1]["metrics"]["gsm8k/exact_match"]["n"] == 2
+    assert results(tmp_path)["rows"][1]["metrics"]["facts kl"]["n"] == 4
     assert results(tmp_path)["settings"]["template"] == f"{template}, in training and in MT-Bench, gsm8k"
 
 

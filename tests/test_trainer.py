@@ -31,6 +31,8 @@ def make(
     method=None,
     init_folder=None,
     eval_rows=None,
+    decay_to_start=None,
+    optimizers=(None, None),
     **options,
 ):
     """A trainer; `config` is "none" where the model is a PeftModel already."""
@@ -57,6 +59,8 @@ def make(
         calibration_args=CUT,
         method=method,
         init_folder=init_folder,
+        decay_to_start=decay_to_start,
+        optimizers=optimizers,
         eval_dataset=eval_rows,
     )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from chats import TOOLS, assistant, chat_tokenizer, user
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from world import make_world, write_rows
 
 from lora_null.eval_harness.documents import read_documents
@@ -18,8 +19,8 @@ from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import CalibrationSection, DataSection
+from lora_null.recipes.data.calibration import calibration_texts
 from lora_null.recipes.data.examples import training_data
-from lora_null.recipes.data.rows import calibration_texts
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text
@@ -235,8 +236,13 @@ class TestCalibrationTexts:
             for value in ("a", 7, ["b", "c"], {"text": ["d"], "answer_start": [0]}, CONVERSATION, "", None)
         ]
         path = str(write_rows(tmp_path / "rows.jsonl", rows))
-        texts = calibration_texts(CalibrationSection(path=path, field="t"), chat_tokenizer("{{ bos_token }}" + TOOLS))
-        assert [text for text in texts if text] == ["a", "7", "b", "d", "<user>a\n<assistant>b</s>\n"]
+        tokenizer = chat_tokenizer("{{ bos_token }}" + TOOLS)
+        texts = calibration_texts(CalibrationSection(path=path, field="t"), tokenizer)
+        assert texts == ["a", "7", "b", "d", "<s><user>a\n<assistant>b</s>\n"]  # the tokenizer adds no first token
+        adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = adds
+        texts = calibration_texts(CalibrationSection(path=path, field="t"), tokenizer)
+        assert texts[-1] == "<user>a\n<assistant>b</s>\n"  # it does
 
     @pytest.mark.parametrize(
         "value, reason",

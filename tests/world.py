@@ -39,6 +39,7 @@ def make_world(folder: Path, **changes) -> Path:
         },
         "eval": {
             "batch_size": 4,
+            "examples": 0,
             "cache": False,
             "retention": [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 12}],
             "task": [{"answers": "numbers", "path": str(folder / "numbers.jsonl"), "limit": 10}],

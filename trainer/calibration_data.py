@@ -15,7 +15,7 @@ import torch
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.utils.chat import conversation_text
+from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text, is_conversation
 
@@ -72,7 +72,7 @@ def calibration_windows(
 
 
 def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[list[int]]:
-    start: list[int] = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []  # type: ignore[list-item]
+    start: list[int] = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []  # type: ignore[list-item]
     body = args.max_length - len(start)
     wanted = args.samples * body
     ids: list[int] = []
@@ -84,11 +84,6 @@ def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: Cali
     if len(windows) > 1 and len(windows[-1]) < args.max_length:
         windows.pop()
     return windows
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def padded_batches(windows: Iterable[Sequence[int]], pad_token_id: int) -> list[dict[str, torch.Tensor]]:

@@ -224,7 +224,16 @@ class SavingMixin(Base):
         """Put the model where the run of a checkpoint started, before what was trained is loaded."""
 
     def _has_reached_its_end(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is that of the last step; the trainer itself would take one step more."""
+        """Return whether a checkpoint is that of the last step; the trainer itself would take one step more.
+
+        A callback that ended the training there says so by `has_ended(checkpoint)`, its state having been loaded.
+        """
+        if any(
+            callback.has_ended(checkpoint)
+            for callback in self.callback_handler.callbacks
+            if hasattr(callback, "has_ended")
+        ):
+            return True
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.max_steps > 0:
             return saved.global_step >= self.args.max_steps

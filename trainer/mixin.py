@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.initialize import check_basis
 from lora_null.layer import is_started
 from lora_null.start import InitOptions, LayerReport, Start, WholeModel, check_whole, compute_start, load_start
 from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
@@ -22,7 +25,9 @@ from lora_null.trainer.checkpoints import (
     check_processes,
     last_checkpoint_or_raise,
 )
-from lora_null.trainer.methods import Method, check_base, method_of
+from lora_null.trainer.decay import DecayToStart, decays_to_start
+from lora_null.trainer.methods import Method, MicroBatch, check_base, check_trainer, method_of
+from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
@@ -54,11 +59,13 @@ class LoraNullMixin(SavingMixin):
 
     Args:
         calibration_dataset: texts, rows with `text` or `input_ids`, or ready batches; see `as_batches`. Needed by
-            LoRA-Null; for other adapters optional, and then only the drift depends on it.
+            LoRA-Null and by methods that read them in training; for others optional, and then only the drift depends on it.
         calibration_args: how windows are cut from texts.
         init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
         init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
         method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
+        decay_to_start: let AdamW's weight decay pull A and B to A0 and B0, the original model, instead of to zero; by
+            default where the base carries a residual and there is weight decay. See `lora_null.trainer.decay`.
         reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
         preflight: what to do with a finding of `lora_null.trainer.preflight`, such as labels that are all masked:
             "error" refuses it before anything is spent, "warn" says it in a line and goes on, "off" does not look.
@@ -70,6 +77,7 @@ class LoraNullMixin(SavingMixin):
     """
 
     learns_next_token = False  # whether the trainer needs a language model; told by the trainers themselves
+    learns_pairs = False  # whether its rows are preferences
     nothing_learned = "every label is masked"
 
     def __init__(
@@ -80,6 +88,7 @@ class LoraNullMixin(SavingMixin):
         init_options: InitOptions | None = None,
         init_folder: str | Path | None = None,
         method: Method | None = None,
+        decay_to_start: bool | None = None,
         reuse_init: bool = False,
         preflight: Mode = "error",
         **kwargs: Any,
@@ -89,6 +98,10 @@ class LoraNullMixin(SavingMixin):
         check_peft_config(given.get("peft_config"), calibration_dataset is not None or init_folder is not None)
         if self.learns_next_token and preflight != "off":
             check_model(given.get("model"), given.get("args"), preflight)
+        if method is not None:
+            check_trainer(method, pairs=self.learns_pairs)
+            if isinstance(given.get("model"), nn.Module):
+                method.check_bare(given["model"])
         super().__init__(*args, **kwargs)
         self._preflight = preflight
         self._watch = TrainingWatch()
@@ -99,11 +112,16 @@ class LoraNullMixin(SavingMixin):
         if self._measures:
             self._keep_quantized_base()
             if not self._goes_on:
-                if self.method.needs_gram:
+                if self.method.needs_gram or self.method.terms:
                     check_targets(self.model, preflight)
                 self.method.check(self.model)
             self.method.prepare(self.model)
-        for callback in self.method.callbacks():
+        if self._goes_on:
+            check_basis(self.model, self.adapter_name)
+        engine = {"deepspeed": self.is_deepspeed_enabled}
+        to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **engine)
+        decay = [DecayToStart()] if to_start else []
+        for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
         self._calibration_dataset = calibration_dataset
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
@@ -115,12 +133,15 @@ class LoraNullMixin(SavingMixin):
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        if self._goes_on or not self.method.needs_gram:
-            if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
-                reason = "the adapter is started already" if self._goes_on else f"{self.method.name} computes no start"
-                raise UserError(f"init_folder: would not be read, {reason}")
-            return
-        if calibration_dataset is None and init_folder is None:
+        self._now: MicroBatch | None = None
+        self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value, since the last log line
+        if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
+            reason = (
+                "the adapter is started already" if self._goes_on else f"{self.method.name} computes no such start"
+            )
+            raise UserError(f"init_folder: would not be read, {reason}")
+        starts = self.method.needs_gram and not self._goes_on and init_folder is None
+        if calibration_dataset is None and (starts or self.method.needs_texts):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
 
     def _keep_quantized_base(self) -> None:
@@ -153,11 +174,12 @@ class LoraNullMixin(SavingMixin):
             self._prepare(resuming=resume_from_checkpoint or False)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
-        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
-            return self._take_trained(Path(resume_from_checkpoint))
+        self._now, self._terms = None, {}
         for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
+        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+            return self._take_trained(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             logger.warning(
@@ -187,6 +209,8 @@ class LoraNullMixin(SavingMixin):
         Args:
             resuming: the checkpoint to go on from; True for the last one in the output folder.
         """
+        windows = self.calibration_texts if self.method.needs_texts else []
+        self.train_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
         if not self._measures:
@@ -230,7 +254,7 @@ class LoraNullMixin(SavingMixin):
             self._forget_older_start()
         self.accelerator.wait_for_everyone()
         self._at_start = True
-        options = self._options_here()
+        options = self.init_options_here()
         rule = None if self._goes_on else self.method.rule_for(options)
         looked_at = None if self._goes_on else self.method.training_batches(self)
         whole = (
@@ -245,7 +269,7 @@ class LoraNullMixin(SavingMixin):
             compute_start(
                 self.model,
                 self.method.layers(self.model),
-                together(self._batches, what="calibration") if measures else None,
+                self.calibration_batches if measures else None,
                 options,
                 rule=rule,
                 whole=whole,
@@ -271,12 +295,24 @@ class LoraNullMixin(SavingMixin):
             if path not in kept:
                 path.unlink()
 
-    def _options_here(self) -> InitOptions:
+    def init_options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
         device = self.accelerator.device
         if self._init_options.device is None and device.type != "cpu" and self.model.device.type == "cpu":
             return replace(self._init_options, device=device)
         return self._init_options
+
+    @functools.cached_property
+    def calibration_batches(self) -> list[dict[str, Any]]:
+        """The calibration windows in padded batches, read once; all processes ask for them together."""
+        return together(self._batches, what="calibration")
+
+    @property
+    def calibration_texts(self) -> list[list[int]]:
+        """The calibration windows as token ids, without padding."""
+        batches = self.calibration_batches
+        pairs = (pair for batch in batches for pair in zip(batch["input_ids"], batch["attention_mask"]))
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
     def _batches(self) -> list[dict[str, Any]]:
         batches = as_batches(self._calibration_dataset, tokenizer_of(self.processing_class), self._calibration_args)
@@ -324,8 +360,44 @@ class LoraNullMixin(SavingMixin):
         """Whether training changed anything of what trains."""
         return self._watch.moved(self.model)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the parent trainer's loss; in training with what the method adds, see `Method.extra_loss`."""
+        found = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not self.method.terms or not self.model.training:
+            return found
+        step, before = self.state.global_step, self._now
+        index = before.index + 1 if before is not None and before.step == step else 0
+        self._now = MicroBatch(step, index, self.current_gradient_accumulation_steps)
+        # Where the trainer goes on to divide by the passes of a step, a share of the term must not be divided again.
+        scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._now.count
+        loss, *rest = found if return_outputs else (found,)
+        for name, term in self.method.extra_loss(self, model, self._now).items():
+            loss = loss + (scale * term.weight) * term.value
+            steps = self._terms.setdefault(name, {})
+            steps[step] = steps.get(step, 0.0) + term.value.detach()
+        return (loss, *rest) if return_outputs else loss
+
+    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Return whether the loss is one over all passes of a step already, as `Trainer.training_step` asks."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counted or self.compute_loss_func is not None
+
+    def _logged_terms(self) -> dict[str, float]:
+        """Return the means of the loss's terms over the steps since the last log line that had them, and over all ranks."""
+        means = {name: torch.stack([*steps.values()]).mean() for name, steps in self._terms.items()}
+        self._terms = {}
+        return {name: float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the knowledge drift (mean and max over the layers) to every training log line."""
+        """Add the knowledge drift (mean and max over the layers), and the loss's terms, to every training log line."""
+        if "loss" in logs:
+            logs |= self._logged_terms()
         if self.drift_meter is not None and "loss" in logs:
             drift = self.drift_meter.summary()
             logs |= {"drift_mean": drift["mean"], "drift_max": drift["max"]}

@@ -206,7 +206,7 @@ def check_rows(trainer: Any, mode: Mode) -> None:
                     break
             if look.is_fine:
                 break
-    _judge(look, tokenizer, trainer.nothing_learned, mode)
+    _judge(look, tokenizer.eos_token, trainer.nothing_learned, mode)
     limit = position_limit(trainer.model.config)
     if limit is not None:
         _check_lengths(trainer, limit, look.longest, mode)
@@ -230,7 +230,27 @@ def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, 
         yield group
 
 
-def _judge(look: _Look, tokenizer: Any, nothing_learned: str, mode: Mode) -> None:
+def check_labels(
+    rows: Iterable[tuple[list[int], list[int]]], ends: set[int], eos_token: str, max_length: int | None, mode: Mode
+) -> None:
+    """Check rows of (ids, labels) as `check_rows` does, before there is a model or a collator.
+
+    Args:
+        rows: as they are cut.
+        ends: ids that end an answer.
+        eos_token: what the tokenizer calls its end token, for the message.
+        max_length: where rows are cut; None where they are not.
+        mode: what to do with a finding.
+    """
+    look = _Look(ends, max_length)
+    for ids, labels in rows:
+        look.add({"input_ids": torch.tensor([ids])}, torch.tensor([labels]))
+        if look.is_fine:
+            return
+    _judge(look, eos_token, "every label is masked", mode)
+
+
+def _judge(look: _Look, eos_token: str, nothing_learned: str, mode: Mode) -> None:
     seen = f"in the {look.rows} rows looked at"
     if not look.rows:
         tell(mode, "training data: no row is left to train on")
@@ -245,12 +265,12 @@ def _judge(look: _Look, tokenizer: Any, nothing_learned: str, mode: Mode) -> Non
     elif look.prompted:
         tell(
             mode,
-            f"training data: the end token {tokenizer.eos_token!r} is in no label {seen}, so the model would never "
+            f"training data: the end token {eos_token!r} is in no label {seen}, so the model would never "
             "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
         )
     elif look.whole and mode != "off":
         logger.warning(
-            f"training data: the end token {tokenizer.eos_token!r} is in no label {seen}; the model does not learn to stop"
+            f"training data: the end token {eos_token!r} is in no label {seen}; the model does not learn to stop"
         )
 
 

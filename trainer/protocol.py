@@ -33,6 +33,10 @@ class TrainerProtocol(Protocol):
     control: TrainerControl
     callback_handler: CallbackHandler
     is_deepspeed_enabled: bool
+    loss_is_scaled_for_ga: bool | None
+    model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
+    current_gradient_accumulation_steps: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take the arguments of the Trainer class."""
@@ -46,6 +50,11 @@ class TrainerProtocol(Protocol):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch, and the outputs where asked for."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Write a line of the log."""

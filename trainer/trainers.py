@@ -49,6 +49,7 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     """
 
     learns_next_token = True
+    learns_pairs = True
     nothing_learned = "chosen and rejected are equal, or only their prompts are left of them,"
 
     def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:

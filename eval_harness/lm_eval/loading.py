@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import lm_eval.tasks
 import pyarrow
+import yaml
 from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.private_names import full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, hub_error
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
+NAME_IN_FILE = re.compile(
+    rb"""^\s*(?:- )?['"]?(?:task|group|tag)['"]?:[ \t]*['"]?([^\s'"#\[]+)|^\s*- ['"]?([^\s'"#:]+)['"]?\s*$""",
+    re.MULTILINE,
+)
 
 
 def load(task: LmEvalTask) -> TaskDict:
@@ -37,12 +42,18 @@ def load(task: LmEvalTask) -> TaskDict:
     Raises:
         UserError: see `LmEvalTask.check`.
     """
-    manager = manager_of(task.task)
+    manager = manager_of(task.task, task.include_path)
     _check_consent(task, (manager.task_index[task.task].cfg or {}).get("unsafe_code"))
     try:
         loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
     except ImportError as error:
         raise UserError(f"{task} needs another package ({_first_line(error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # functions of the user's own are called
+        if task.include_path is None:
+            raise
+        raise UserError(f"{task} cannot be made ({type(error).__name__}: {_first_line(error)})") from error
     for member in loaded["tasks"].values():
         own = member.get_config("num_fewshot")
         if own == 0 and task.num_fewshot:  # as lm-eval's command line, which never changes a task's own 0
@@ -70,26 +81,53 @@ def _check_consent(task: LmEvalTask, unsafe: bool | None) -> None:
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
-def manager_of(name: str) -> TaskManager:
+def manager_of(name: str, include_path: str | None = None) -> TaskManager:
     """Return a task manager that knows `name`.
 
-    lm-eval takes about 10 s to index its 14,000 task files. So the folder that the name begins with is tried first (arc
-    for arc_easy, after this package's own), and all of them only where it does not have the task.
+    lm-eval takes 10 to 20 s to index its 14,000 task files. So the folder that the name begins with is tried first (arc
+    for arc_easy, after the user's and this package's own), then the one where the name stands in a file, and all of them
+    only where these do not have the task and its name stands somewhere nevertheless.
+
+    Args:
+        name: of a task, group or tag.
+        include_path: a folder of the user's own task files.
 
     Raises:
-        UserError: nobody knows it.
+        UserError: nobody knows it, or a task file of the user's cannot be read.
     """
+    own = ()
+    if include_path is not None:
+        own = (Path(include_path),)
+        if not own[0].is_dir():
+            raise UserError(f"eval.include_path: no folder {include_path}")
+        if name in folder_manager(own[0]).task_index and not _knows(folder_manager(own[0]), name):
+            return _full_manager(own)  # a group of theirs with members of lm-eval's
     words = name.split("_")
     folders = (LM_EVAL_TASKS / "_".join(words[:length]) for length in range(len(words), 0, -1))
-    for folder in (TASK_FILES, *filter(Path.is_dir, folders)):
+    for folder in (*own, TASK_FILES, *filter(Path.is_dir, folders)):
         if _knows(manager := folder_manager(folder), name):
             return manager
-    manager = _full_manager()
-    if name in manager.task_index:
+    named, text = _names_in_files()
+    theirs = folder_manager(own[0]).all_tasks if own else []
+    if name in named and _knows(manager := folder_manager(named[name]), name):
         return manager
-    close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
+    manager = _full_manager() if name.encode() in text else None
+    if manager is not None and name in manager.task_index:
+        return manager
+    close = difflib.get_close_matches(name, [*theirs, *(manager.all_tasks if manager else named)], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
+
+
+@functools.cache
+def _names_in_files() -> tuple[dict[str, Path], bytes]:
+    """Return the folder of each name that stands in a task file by itself, and the text of all files: a second's work."""
+    named, texts = {}, []
+    for path in (*TASK_FILES.rglob("*.yaml"), *LM_EVAL_TASKS.rglob("*.y*ml")):
+        texts.append(path.read_bytes())
+        for found in NAME_IN_FILE.findall(texts[-1]):
+            named.setdefault((found[0] or found[1]).decode(errors="replace"), path.parent)
+    return named, b"\n".join(texts)
 
 
 def _knows(manager: TaskManager, name: str) -> bool:
@@ -101,17 +139,39 @@ def _knows(manager: TaskManager, name: str) -> bool:
     return not isinstance(members, list) or all(isinstance(m, str) and _knows(manager, m) for m in members)
 
 
+def name_in(path: Path) -> str:
+    """Return the name of the task or group in a file of lm-eval's format.
+
+    Raises:
+        UserError: there is no such file, or no task in it.
+    """
+    if not path.is_file():
+        raise UserError(f"no task file {path}")
+    index = folder_manager(path.parent).task_index
+    found = [name for name, entry in index.items() if entry.yaml_path and Path(entry.yaml_path).samefile(path)]
+    if not found:
+        raise UserError(f"{path} holds no task of lm-eval (a mapping with the key task or group)")
+    return found[0]
+
+
 @functools.cache
 def folder_manager(folder: Path) -> TaskManager:
-    """Return a task manager of the task files in one folder."""
-    with quiet(logging.ERROR):
-        return TaskManager(include_path=folder, include_defaults=False)
+    """Return a task manager of the task files in one folder.
+
+    Raises:
+        UserError: one of them is no YAML.
+    """
+    try:
+        with quiet(logging.ERROR):
+            return TaskManager(include_path=folder, include_defaults=False)
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder}: a task file is no YAML ({_first_line(error)})") from None
 
 
 @functools.cache
-def _full_manager() -> TaskManager:
+def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
     with quiet(logging.ERROR):
-        return TaskManager(include_path=TASK_FILES)
+        return TaskManager(include_path=[TASK_FILES, *own])
 
 
 # --- documents -----------------------------------------------------------------------------------------------------
@@ -122,9 +182,8 @@ def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> TaskDict:
         return manager.load(task.task)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # No network, no such data set, or one that is a script, which datasets no longer runs.
-        raise UserError(
-            f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
-        ) from error
+        line = f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
+        raise hub_error(line, error) from error
 
 
 def _load_from_file(task: LmEvalTask, manager: TaskManager) -> TaskDict:

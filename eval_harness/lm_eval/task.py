@@ -56,10 +56,12 @@ class LmEvalTask(Task):
         confirm_run_unsafe_code: consent to run the code that the model writes (code tasks).
         jail: what holds that code: "bwrap", "podman", "docker", or "unsafe", which is limits on time and memory alone.
         jail_image: the image for podman and docker.
+        include_path: a folder of task files of one's own, looked into first.
         chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
     runs_on_engine: ClassVar[bool] = True
+    measured_twice: ClassVar[int | None] = 64  # generating takes long
 
     task: str
     path: str | None = None
@@ -73,6 +75,7 @@ class LmEvalTask(Task):
     confirm_run_unsafe_code: bool = False
     jail: str = BWRAP
     jail_image: str = IMAGE
+    include_path: str | None = None
     chat: bool = False
 
     @property
@@ -136,9 +139,12 @@ class LmEvalTask(Task):
             except UserError:
                 raise
             except Exception as error:
-                if self.path is None:
-                    raise
-                raise unreadable(self, error) from error
+                if self.path is not None:
+                    raise unreadable(self, error) from error
+                if self.include_path is not None:
+                    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise UserError(f"{self} fails on its first document ({type(error).__name__}: {line})") from error
+                raise
         self.result_names(loaded, results)
         return loaded
 

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_null.utils.distributed import get_logger
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, nearest
 
 logger = get_logger(__name__)
 
@@ -75,6 +75,33 @@ class Judge:
         if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.api_key_env):
             raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
         self.read_prompts()
+
+    def reach(self) -> None:
+        """Ask the endpoint once which models it has: it answers, takes the key, and knows the judge.
+
+        Raises:
+            UserError: it does not. An endpoint that lists no models is only known to answer.
+        """
+        import openai
+
+        with closing(_Client(self)) as client:
+            try:
+                listed = client.openai.with_options(max_retries=0, timeout=5).models.list(extra_headers=client.headers)
+                names = [model.id for model in listed.data or []]
+            except openai.APIStatusError as error:
+                if error.status_code in (401, 403):
+                    raise UserError(
+                        f"judge: {self.base_url} refuses the key in {self.api_key_env} (HTTP status {error.status_code})"
+                    ) from None
+                return
+            except openai.APIConnectionError as error:
+                raise UserError(
+                    f"judge.base_url: {self.base_url} does not answer ({error.__cause__ or error})"
+                ) from None
+            except (ValueError, TypeError, AttributeError):  # no list in OpenAI's format
+                return
+        if names and self.model not in names:
+            raise UserError(f"judge.model: {self.base_url} has no {self.model!r}{nearest(self.model, names)}")
 
     def read_prompts(self) -> dict[str, dict[str, str]]:
         """Return the judge prompts by name.

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.generate import check_room, generate_texts
-from lora_null.eval_harness.likelihood import ratio_estimate
 from lora_null.eval_harness.mt_bench.judge import NEED_REFERENCE, Judge, JudgeError, judge_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, get_logger, rank_and_world
 from lora_null.utils.errors import UserError
@@ -50,7 +50,10 @@ def as_questions(
     Raises:
         UserError: a row without those fields, or without two turns.
     """
-    known = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    try:
+        known = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    except (LookupError, TypeError):
+        raise UserError("MT-Bench: the references are not in FastChat's format (question_id, choices)") from None
     questions = []
     for number, row in enumerate(rows, start=1):
         identity, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))
@@ -210,8 +213,8 @@ def scores(name: str, role: Role, ids: Sequence[int], grades: Mapping[tuple[int,
         graded = [given for i in ids if (given := [grades[i, turn] for turn in turns if (i, turn) in grades])]
         if graded:
             sums, counts = np.array([sum(given) for given in graded]), np.array([len(given) for given in graded])
-            value, stderr = ratio_estimate(sums, counts)
+            value, stderr = mean_and_error(sums / counts, counts)
             found.metrics[label] = Metric(value, stderr, int(counts.sum()), True, role, "score")
             if len(graded) == len(ids):
-                found.samples[label] = (sums / counts).tolist()
+                found.samples[label], found.weights[label] = (sums / counts).tolist(), counts.tolist()
     return found

@@ -54,11 +54,11 @@ def uniform(
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int, float]:
     """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both."""
     rank = max(len(A) for A, _ in factors.values())
-    scaling = scalings[next(iter(factors))]
+    scaling = next((s for s in scalings.values() if s), 0.0)
     made = {}
     for name, (A, B) in factors.items():
-        pad, ratio = rank - len(A), scalings[name] / scaling
-        B = B if ratio == 1 else B * ratio
+        pad = rank - len(A)
+        B = B if scalings[name] == scaling else B * (scalings[name] / scaling)
         made[name] = (torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad)))
     return made, rank, scaling
 

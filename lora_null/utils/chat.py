@@ -17,6 +17,8 @@ from lora_null.utils.values import Message, as_messages, chat_options
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
 PYTHON = ("{'", "None")  # what a template writes that prints a dict or a missing value
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what data and templates call thoughts beside the content
+THINK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,59 @@ def conversation_text(value: Any, row: Mapping[str, Any], tokenizer: PreTrainedT
     if not tokenizer.chat_template:
         raise ValueError("a conversation, and the model has no chat template")
     text = render_chat(as_messages(value)[0], tokenizer, chat_options(row)).text
-    return text.removeprefix(tokenizer.bos_token or "")
+    return without_bos(text, tokenizer)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer itself puts its first token before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a text that already holds all its special tokens without the one that the tokenizer would put there again."""
+    return text.removeprefix(tokenizer.bos_token or "") if adds_bos(tokenizer) else text
+
+
+def thought_of(message: Message) -> str:
+    """Return what a message holds of thoughts beside its content."""
+    return next((str(message[key]).strip() for key in THOUGHTS if message.get(key)), "")
+
+
+def without_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation without the assistant's thoughts, those in its content (<think>…</think>) included.
+
+    Raises:
+        ValueError: a turn that is nothing else.
+    """
+    found = []
+    for number, message in enumerate(messages, start=1):
+        left = {key: value for key, value in message.items() if key not in THOUGHTS}
+        if message["role"] == "assistant" and THINK.search(left.get("content") or ""):
+            left["content"] = THINK.sub("", left["content"])
+            if not left["content"] and "tool_calls" not in left:
+                raise ValueError(f"turn {number}, of the assistant, is nothing but thoughts")
+        found.append(left)
+    return found
+
+
+def thoughts_in_content(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation whose thoughts stand in the content, as <think>…</think> before what is said."""
+    named = _renamed(messages, "content")
+    return [
+        new
+        if not thought_of(old)
+        else new | {"content": f"<think>\n{new['content']}\n</think>\n\n{old.get('content', '')}"}
+        for old, new in zip(messages, named)
+    ]
 
 
 def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Chat:
     """Render a conversation.
 
-    OpenAI writes the arguments of a tool call as JSON and most templates want a dict, some the JSON; and some cannot do
-    with a call that has no content. What the template renders without leaving anything out is taken.
+    OpenAI writes the arguments of a tool call as JSON and most templates want a dict, some the JSON; some cannot do with a
+    call that has no content; and thoughts beside the content have several names. What the template renders without leaving
+    anything out is taken.
 
     Args:
         messages: see `as_messages`.
@@ -165,7 +212,20 @@ def _render(
 
 
 def _variants(messages: Sequence[Message]) -> list[list[Message]]:
-    """Return the ways to write tool calls: arguments as a dict or as JSON, with no content or with an empty one."""
+    """Return the ways to write tool calls (arguments as a dict or as JSON, with no content or with an empty one) and
+    thoughts (under each of their names)."""
+    if not any(thought_of(message) for message in messages):
+        return _call_variants(messages)
+    written = [list(messages), *(_renamed(messages, name) for name in THOUGHTS)]
+    return [variant for one in written for variant in _call_variants(one)]
+
+
+def _renamed(messages: Sequence[Message], name: str) -> list[Message]:
+    thoughts = [{name: thought_of(message)} if thought_of(message) else {} for message in messages]
+    return [{k: v for k, v in m.items() if k not in THOUGHTS} | thought for m, thought in zip(messages, thoughts)]
+
+
+def _call_variants(messages: Sequence[Message]) -> list[list[Message]]:
     if not any("tool_calls" in message for message in messages):
         return [list(messages)]
     variants = []
@@ -199,8 +259,7 @@ def _check_complete(
     template = tokenizer.get_chat_template(None, options.get("tools"))
     if any(word in text and word not in given and word not in template for word in PYTHON):
         raise ValueError("the chat template writes a value of Python where text is meant")
-    thought = messages[-1].get("reasoning_content") or messages[-1].get("thinking")
-    if thought and str(thought).strip() not in text:
+    if thought_of(messages[-1]) not in text:
         raise ValueError("the chat template leaves out the last turn's reasoning")
     plain = all(message["role"] in ("user", "assistant") and "tool_calls" not in message for message in messages)
     if not plain or "tools" in options or not _in_order(text, messages):

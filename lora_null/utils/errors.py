@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 WORKER = "LORA_NULL_WORKER"  # set where processes of one launch work apart: the number of this one
 
 
@@ -21,6 +22,26 @@ class UserError(ValueError):
     """
 
 
+class Unreachable(UserError):
+    """What is named may be right: it lies on the hub, and that cannot be reached from here."""
+
+
+def hub_error(message: str, error: BaseException) -> UserError:
+    """Return the mistake behind a failed request to the hub, as `Unreachable` where nobody answered."""
+    return (Unreachable if _nobody_answered(error) else UserError)(message)
+
+
+def _nobody_answered(error: BaseException | None) -> bool:
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & {"ConnectError", "TimeoutException", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+            return True
+        if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def nearest(wrong: str, valid: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)", or the whole list of `valid` choices when none of them looks like `wrong`."""
     valid = sorted(str(choice) for choice in valid)
@@ -29,7 +50,8 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr.
+    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
+    for Ctrl-C.
 
     On many ranks it is told once. Any other exception is a fault of ours and keeps its traceback.
     """
@@ -38,6 +60,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except UserError as error:
         _tell(str(error))
         return 2
+    except KeyboardInterrupt as interrupt:
+        _tell("\n".join(map(str, interrupt.args)) or "stopped", head="")
+        return INTERRUPTED
     except Exception as error:
         if not _disk_is_full(error):
             raise
@@ -45,9 +70,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 1
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, head: str = "error: ") -> None:
     if int(os.environ.get("RANK", os.environ.get(WORKER, 0))) == 0:
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar was running
+        tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 # Other names of the roles; "function" and "function_call" are LLaMA-Factory's and OpenAI's former ones.
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool", "function": "tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHT_PARTS = ("thinking", "reasoning")
 Message = dict[str, Any]
 
 
@@ -109,11 +110,25 @@ def _message(given: Any) -> Message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     role = ROLES.get(role, role)
     calls = _tool_calls(message.pop("tool_calls", None))
+    content, thought = _thought_parts(_plain(content))
+    if thought:
+        message.setdefault("reasoning_content", thought)
     text = _content(content, role)
     if not text.strip() and not calls and role in ("user", "assistant"):
         raise ValueError(f"an empty turn of the {role}")
     said = {"role": role} | ({} if content is None else {"content": text}) | ({"tool_calls": calls} if calls else {})
     return said | {key: value for key, value in message.items() if key != "from"}
+
+
+def _thought_parts(content: Any) -> tuple[Any, str]:
+    """Return content in parts without those that are thoughts, and these."""
+    if not isinstance(content, list | tuple):
+        return content, ""
+    thoughts = [part for part in content if isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS]
+    texts = [next((part[k] for k in ("thinking", "reasoning", "text") if k in part), None) for part in thoughts]
+    if not thoughts or not all(isinstance(text, str) for text in texts):
+        return content, ""
+    return [part for part in content if part not in thoughts], "".join(texts)
 
 
 def _content(content: Any, role: str) -> str:

@@ -39,8 +39,28 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     }
     shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    table = {"train": _train, "report": _report, "init": _init, "export": _export, "check": _check, "judge": _judge}
+    table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
+    table["judge"] = _judge
+    table |= {"dial": _dial}
     return parser, {name: add(commands) for name, add in table.items()}
+
+
+def _new(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "new",
+        help="write a recipe for your model and your data",
+        description="Look at a model and a file of data and write a commented recipe for them: format, template, lengths, "
+        "batch for the device at hand, what to calibrate on and what to measure. No weights are loaded.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
+    add("--data", required=True, help="file, folder or hub id of what to learn").complete = shtab.FILE
+    add("--keep", help="file, folder or hub id of what to keep; else a general mix").complete = shtab.FILE
+    add("--split", default="train", help="split of a data set (default train); a single file is its own")
+    add(
+        "--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)"
+    ).complete = shtab.FILE
+    return parser
 
 
 def _train(commands: Any) -> argparse.ArgumentParser:
@@ -48,7 +68,8 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="train and evaluate methods by a recipe",
         description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
-        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s --list",
+        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s RECIPE RECIPE ... --sequence\n"
+        "       %(prog)s --list",
     )
     add = parser.add_argument
     add("recipe", nargs="?", help="a shipped name, or the path of a YAML").complete = {
@@ -61,6 +82,12 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
     add("--sweep", action="append", default=[], metavar="KEY=V,V", help="a grid: one run for each value of a key")
     add("--quick", action="store_true", help="the recipe's own short variant")
+    add(
+        "--max-forgetting",
+        metavar="X",
+        help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
+    )
+    add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -83,8 +110,15 @@ def _report(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.md, report.html and forgetting.png from the results.json of a run or a grid.",
+        description="Write report.md, report.html and forgetting.png from what lies in the folder of a run or a grid; of a run "
+        "that is not finished unfinished.html. Several folders are also compared on one page.",
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        help="folder of the page that compares several (default: comparison)",
+    ).complete = shtab.DIRECTORY  # pyright: ignore[reportAttributeAccessIssue]
     parser.add_argument("words", nargs="+", metavar="DIR", help="output folder of a run").complete = shtab.DIRECTORY
     return parser
 
@@ -98,7 +132,11 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
-    add("--variant", choices=("v1", "v2"), default="v2", help="v2: B = 0, train B alone; v1: train A and B")
+    variants = "v2: B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
+    add("--variant", choices=("v1", "v2", "nb"), default="v2", help=variants)
+    add("--null-multiple", type=float, help="nb: N has this many times r directions (default 4)")
+    add("--null-energy", type=float, help="nb, instead: share of the inputs' energy outside N, such as 0.99")
+    add("--start", choices=("zero", "residual"), help="nb: B = 0 (default), or v1's start")
     add("--rank", type=int, default=128, help="r (default 128)")
     add("--alpha", type=float, help="numerator of the scaling (default: the rank, s = 1)")
     add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear")
@@ -106,14 +144,24 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
     add("--revision", help="hub revision")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base")
+    add(
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        default="auto",
+        help="of the base; auto (default): bfloat16 where the processor has instructions for it, else float32",
+    )
     add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
     add = parser.add_argument_group("calibration").add_argument
-    add("--calibration", required=True, help="hub id, local file or folder of the texts to keep").complete = shtab.FILE
+    add(
+        "--calibration",
+        default="general",
+        help="hub id, local file or folder of the texts to keep; general: the shipped mix (default); self: what the model "
+        "itself writes",
+    ).complete = shtab.FILE
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
-    add("--field", default="question", help="field that holds the text (default question)")
+    add("--field", help="field that holds the text (default: found out)")
     add("--template", help="text made of a row's fields, such as 'Q: {question}'")
     add("--samples", type=int, default=256, help="number of windows (default 256)")
     add("--max-length", type=int, default=1024, help="tokens of a window, at most (default 1024)")
@@ -136,15 +184,52 @@ def _export(commands: Any) -> argparse.ArgumentParser:
         "base and its logits on real text are compared with the run's before the folder appears.",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN/METHOD", help="folder of one method of a run").complete = shtab.DIRECTORY
+    add(
+        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
+    ).complete = shtab.DIRECTORY
     add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
     add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
     add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
     add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
+    add("--strength", type=float, metavar="S", help="write ΔW times S; 1 is as trained")
+    add("--max-forgetting", type=float, metavar="X", help="the largest strength that forgets no more than X, measured")
+    add("--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL)")
+    _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    return parser
+
+
+def _add_questions(add: Any) -> None:
+    """Add what says what to measure, where it is not a run's own recipe."""
+    add(
+        "--keep", metavar="FILE", help="measure on these questions with answers what is forgotten"
+    ).complete = shtab.FILE
+    add("--learn", metavar="FILE", help="and on these what was learned").complete = shtab.FILE
+    add("--prompt", default="question", help="field of the question (default question)")
+    add("--response", default="answer", help="field of the answer (default answer)")
+    add("--template", default="qa", help="alpaca, qa (default), plain, or a text with {prompt}")
+    add("--limit", type=int, help="first questions of every file only")
+
+
+def _dial(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "dial",
+        help="evaluate an adapter at several strengths",
+        description="Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what "
+        "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
+    )
+    add = parser.add_argument
+    add(
+        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
+    ).complete = shtab.DIRECTORY
+    add("--strengths", metavar="S,S", help="1 is as trained (default 0,0.2,0.4,0.6,0.8,1,1.25)")
+    add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
+    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)").complete = shtab.DIRECTORY
+    _add_questions(add)
     return parser
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +25,15 @@ from lora_null.adapters.gguf import load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes.commands.card import write_card
-from lora_null.recipes.commands.source import find_source
+from lora_null.recipes.card import write_card
+from lora_null.recipes.commands.source import check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2
+from lora_null.recipes.strengths import check_strength
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import replacing_folder, write_json, write_safetensors
 
@@ -47,6 +51,7 @@ class Export:
         folder: being filled.
         base_name: the base's name for others.
         notes: lines for the card and the terminal.
+        strength: ΔW is written times this.
         bound: largest relative error that is accepted; None where the error is what was asked for.
     """
 
@@ -56,6 +61,7 @@ class Export:
     base_name: str
     notes: list[str] = field(default_factory=list)
     rank: int | None = None
+    strength: float = 1.0
     bound: float | None = EXACT
 
     def __post_init__(self) -> None:
@@ -76,8 +82,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
         )
+    if source.elsewhere:
+        check_adapter_fits(source)
+    strength, note = _strength(source, arguments)
     with replacing_folder(arguments.out) as folder:
         export = Export(source, arguments.form, folder, arguments.base_name or source.base.section.name_or_path)
+        export.strength = strength
+        export.notes += [note] if note else []
         _note_base(export)
         _write(export, arguments)
         difference = verify(export)
@@ -88,6 +99,23 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {arguments.out}")
     if arguments.push_to_hub:
         push(arguments.out, arguments.push_to_hub)
+
+
+def _strength(source: Any, arguments: argparse.Namespace) -> tuple[float, str | None]:
+    """Return the strength that was asked for, or the largest that keeps --max-forgetting, and what to say of it."""
+    if arguments.strength is None and arguments.max_forgetting is None:
+        return 1.0, None
+    check_adapter_fits(source)
+    value, measured = arguments.strength, ""
+    if value is None:
+        from lora_null.recipes.commands.dial import strength_within
+
+        with tempfile.TemporaryDirectory() as scratch:
+            value, measured = strength_within(source, arguments, Path(scratch))
+    told = f"Strength {value:.6g}: the change of every weight is {value:.6g} times what training gave, in lora_alpha"
+    if arguments.form == "merged":
+        told = told.removesuffix(", in lora_alpha")
+    return value, f"{told}. Measured: {measured}." if measured else f"{told}."
 
 
 def _note_base(export: Export) -> None:
@@ -109,6 +137,12 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
     if arguments.dtype is not None and arguments.form != "merged":
         raise UserError("--dtype: adapters are written as they were trained; use --form merged")
+    if arguments.strength is not None and arguments.max_forgetting is not None:
+        raise UserError("--strength: --max-forgetting chooses the strength itself, give one of the two")
+    if arguments.strength is not None and not check_strength(arguments.strength, "--strength"):
+        raise UserError("--strength: at 0 there is nothing to export, it is the base")
+    if arguments.max_forgetting is not None and not 0 < arguments.max_forgetting < math.inf:
+        raise UserError(f"--max-forgetting: must be a number above 0, not {arguments.max_forgetting}")
     if arguments.form == "gguf":
         load_gguf()
 
@@ -150,12 +184,14 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"{largest:.2g} at most."
         )
         export.bound = None
-    return pairs, scaling
+    return pairs, scaling * export.strength
 
 
 def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
     metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
     metadata.setdefault(FINGERPRINT, base_fingerprint(export.source.base.folder))
+    if export.strength != 1:
+        metadata["strength"] = f"{export.strength:.6g}"
     write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
     config = adapter.config | plain_fields(export.rank, scaling)
     if export.base_name != export.source.base.section.name_or_path:
@@ -170,7 +206,11 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     if export.source.kind == "adapter":
         adapter = read_adapter(folder)
         _check_base(export, adapter.metadata)
-        deltas = deltas_of(adapter.pairs(), adapter.scaling, lambda n: isinstance(empty.get_submodule(n), Conv1D))
+        deltas = deltas_of(
+            adapter.pairs(),
+            lambda n: export.strength * adapter.scaling(n),
+            lambda n: isinstance(empty.get_submodule(n), Conv1D),
+        )
         folder = base.folder
     wanted = getattr(torch, dtype or _stored_dtype(export)) if dtype or export.source.kind == "model" else None
     untied = write_checkpoint(folder, export.folder, deltas, empty, dtype=wanted)
@@ -235,7 +275,9 @@ def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any]
     untouched = logits_of(model, texts)
     if export.source.kind == "model":
         return untouched, logits_of(export.source.base.load(export.source.folder, "float32"), texts)
-    return untouched, logits_of(PeftModel.from_pretrained(model, export.source.folder), texts)
+    adapted = PeftModel.from_pretrained(model, export.source.folder)
+    Strength(adapted).set(export.strength)
+    return untouched, logits_of(adapted, texts)
 
 
 def _load(export: Export) -> Any:
@@ -261,7 +303,8 @@ def _load_gguf(export: Export) -> Any:
 
 def verification_texts(export: Export) -> list[list[int]]:
     """Return packaged WikiText and GSM8K samples, tokenized by the run's own tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(export.source.folder)
+    source = export.source
+    tokenizer = AutoTokenizer.from_pretrained(source.base.name if source.elsewhere else source.folder)
     texts = []
     for name, fields in (("wikitext_test", ("prompt", "response")), ("gsm8k_test", ("question", "answer"))):
         lines = (FOLDER / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:4]

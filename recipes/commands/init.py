@@ -16,11 +16,13 @@ from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import LoraNullConfig
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes.config.schema import CalibrationSection, ModelSection, parse_section
-from lora_null.recipes.data.rows import calibration_texts
+from lora_null.recipes import own_texts
+from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
+from lora_null.recipes.data.calibration import calibration_sources, cut_windows
+from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.quantization import check_stored
-from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
+from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import fit_windows, position_limit
@@ -37,7 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
     state = PartialState(cpu=arguments.device == "cpu")
-    batches = together(lambda: _batches(arguments), what="calibration")
+    if arguments.dtype == "auto":
+        native = computes_bf16()
+        arguments.dtype = "bfloat16" if native else "float32"
+        if is_first_process():
+            print(precision_line(native, ["--dtype"]))
+    batches = _batches(arguments)
     peft_model, weights = together(lambda: _model(arguments), what="initialization")
     options = InitOptions(
         device=_device(arguments.device, state), weights=weights, seed=arguments.seed, cache=not arguments.no_cache
@@ -63,7 +70,7 @@ def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
     given = vars(arguments)
     model = {key: given[key] for key in ("revision", "dtype", "quantization")} | {"name_or_path": given["model"]}
     keys = ("split", "field", "template", "samples", "max_length", "mode")
-    calibration = {key: given[key] for key in keys} | {"path": given["calibration"]}
+    calibration = {key: given[key] for key in keys} | calibration_entry(given["calibration"])
     return (
         parse_section(ModelSection, "model", model),
         parse_section(CalibrationSection, "calibration", calibration),
@@ -72,11 +79,25 @@ def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, calibration = _sections(arguments)
-    name = resolve_name(model)
-    tokenizer, limit = load_tokenizer(model, name), position_limit(load_config(model, name))
-    texts = calibration_texts(calibration, tokenizer)
-    length = fit_windows(calibration.max_length, CalibrationArgs.max_length, limit, "--max-length")
-    return as_batches(texts, tokenizer, CalibrationArgs(calibration.samples, length, calibration.mode, arguments.seed))
+
+    def check() -> tuple[Any, ...]:
+        name = resolve_name(model)
+        tokenizer, limit = load_tokenizer(model, name), position_limit(load_config(model, name))
+        length = fit_windows(calibration.max_length, CalibrationArgs.max_length, limit, "--max-length")
+        cut = CalibrationArgs(calibration.samples, length, calibration.mode, arguments.seed)
+        sources = calibration_sources(calibration, tokenizer)
+        writes = any(source.texts is None for source in sources)
+        if writes and arguments.low_memory:
+            raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")
+        return name, tokenizer, cut, sources, None if writes else cut_windows(sources, tokenizer, cut)
+
+    name, tokenizer, cut, sources, windows = together(check, what="calibration")
+    if windows is None:
+        with own_texts.writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
+            windows = cut_windows(sources, tokenizer, cut, write)
+    if is_first_process():
+        print(f"calibration: {'; '.join(windows.covered)}")
+    return padded_batches(windows.ids, tokenizer.pad_token_id)
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -91,6 +112,9 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
         target_modules=targets.split(",") if "," in targets else targets,
         variant=arguments.variant,
+        null_multiple=arguments.null_multiple,
+        null_energy=arguments.null_energy,
+        **({} if arguments.start is None else {"start": arguments.start}),
         task_type="CAUSAL_LM",
     )
     if not arguments.low_memory:

@@ -9,7 +9,10 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
+from transformers.pytorch_utils import Conv1D
 
+from lora_null.adapters.base_hash import same_base
+from lora_null.adapters.saved import read_adapter
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
@@ -63,14 +66,15 @@ class Base:
 
 @dataclass
 class Source:
-    """A finished method of a run.
+    """A finished method of a run, or an adapter that was made elsewhere.
 
     Attributes:
         run: folder of the run.
         method: name of the method's folder.
         kind: "adapter" or "model", what it left.
-        recipe: the resolved recipe, as it lies in the folder.
+        recipe: the resolved recipe, as it lies in the folder; empty for an adapter made elsewhere.
         base: the model that the recipe names.
+        elsewhere: the folder of an adapter that no run left.
     """
 
     run: Path
@@ -78,17 +82,24 @@ class Source:
     kind: str
     recipe: dict[str, Any]
     base: Base = field(repr=False)
+    elsewhere: Path | None = None
 
     @property
     def folder(self) -> Path:
-        return self.run / self.method / self.kind
+        """Where the weights are."""
+        return self.elsewhere or self.home / self.kind
+
+    @property
+    def home(self) -> Path:
+        """RUN/METHOD, or the folder of an adapter made elsewhere."""
+        return self.elsewhere or self.run / self.method
 
 
 def find_source(folder: Path, base: str | None = None) -> Source:
     """Return what lies in RUN/METHOD.
 
     Args:
-        folder: RUN/METHOD.
+        folder: RUN/METHOD, or the folder of any PEFT LoRA.
         base: folder or hub id of the base, where it is no longer what the recipe names.
 
     Raises:
@@ -100,6 +111,8 @@ def find_source(folder: Path, base: str | None = None) -> Source:
     recipe_file = folder.parent / RECIPE_FILE
     if (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
+    if (folder / MARKS["adapter"]).is_file():
+        return _made_elsewhere(folder, base)
     if not recipe_file.is_file():
         raise UserError(f"{folder}: not a method of a run, {recipe_file} is missing; give RUN/METHOD")
     recipe = read_yaml(recipe_file)
@@ -108,6 +121,58 @@ def find_source(folder: Path, base: str | None = None) -> Source:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
     return Source(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
+
+
+def _made_elsewhere(folder: Path, base: str | None) -> Source:
+    """Return any PEFT LoRA, with the base that its config names, in the dtype that the base's own config names."""
+    config = read_adapter(folder).config
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: its config names no base; --base says which")
+    values = {"name_or_path": str(name), "revision": None if base else config.get("revision")}
+    section = parse_section(ModelSection, "model", values)
+    try:
+        dtype = str(Base(section).config.dtype).removeprefix("torch.")
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; --base names the right one") from None
+    section.dtype = dtype if dtype in ("bfloat16", "float16") else "float32"  # pyright: ignore[reportAttributeAccessIssue]
+    return Source(folder.parent, folder.name, "adapter", {}, Base(section), folder)
+
+
+def check_adapter_fits(source: Source) -> None:
+    """Check, before any weight loads, that there is an adapter and that it belongs to its base.
+
+    Raises:
+        UserError: whole weights, something else than A and B, or another base: by its hash, or by its shapes.
+    """
+    if source.kind != "adapter":
+        raise UserError(f"{source.home}: {source.method} trains whole weights, which have no strength")
+    adapter = read_adapter(source.folder)
+    if adapter.config.get("use_dora"):
+        raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
+    pairs, empty = adapter.pairs(), source.base.empty()
+    modules = dict(empty.named_modules())
+    for name, (A, B) in pairs.items():
+        found = modules.get(name)
+        shape = _shape(found)
+        if shape != (B.shape[0], A.shape[1]):
+            there = "has no such linear" if shape is None else f"has {shape[0]} × {shape[1]} there"
+            raise UserError(
+                f"{source.folder}: made for another base than {source.base.name}: {name} is {B.shape[0]} × {A.shape[1]}, "
+                f"the base {there}; --base names the right one"
+            )
+    if same_base(adapter.metadata, source.base.folder) is False:
+        raise UserError(
+            f"{source.folder}: trained on another base than {source.base.name} (its weights differ); --base names the "
+            "right one"
+        )
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """Return (d_out, d_in) of a linear."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return (module.out_features, module.in_features) if hasattr(module, "in_features") else None
 
 
 def methods_in(run: Path) -> list[str]:

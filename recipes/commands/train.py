@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.utils.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -26,16 +30,21 @@ def run(arguments: argparse.Namespace) -> None:
     words = [word for word in (arguments.recipe, *arguments.words) if word is not None]
     if not words:
         raise UserError("give a recipe, or --list to see them")
-    recipe = load_recipe(
-        words[0],
-        words[1:],
-        methods=arguments.method,
-        output_dir=arguments.output_dir,
-        preset=arguments.model_preset,
-        seeds=arguments.seeds,
-        sweeps=arguments.sweep,
-        quick=arguments.quick,
-    )
+    options = {
+        "methods": arguments.method,
+        "output_dir": arguments.output_dir,
+        "preset": arguments.model_preset,
+        "seeds": arguments.seeds,
+        "sweeps": arguments.sweep,
+        "quick": arguments.quick,
+        "max_forgetting": arguments.max_forgetting,
+    }
+    if arguments.sequence:
+        names = [word for word in words if "=" not in word]
+        recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]
+        recipe = join_recipes(recipes, arguments.output_dir)
+    else:
+        recipe = load_recipe(words[0], words[1:], **options)
     if arguments.print_config:
         print(dump(recipe), end="")
     elif arguments.show_samples is not None:
@@ -55,25 +64,55 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
             "accelerate launch --cpu has started one of several processes; use "
             "torchrun --nproc_per_node N -m lora_null.recipes …"
         )
+    if arguments.dry_run:
+        _go_offline_without_a_network()
     from lora_null.recipes.callbacks import exit_on_sigterm
-    from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+    from lora_null.recipes.dry_run import dry_run
+    from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.processes import join_processes, work_alone
-    from lora_null.recipes.run import dry_run
     from lora_null.recipes.run import run as run_recipe
+    from lora_null.recipes.sequence import run_sequence
 
     use_all_cores()
     keep_freed_memory()
-    if recipe.grid and recipe.grid.spread:
+    if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()
     join_processes()
+    choose_precision(recipe)
+    options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        dry_run(recipe)
+        for planned in stage_recipes(recipe) if recipe.sequence else [recipe]:
+            dry_run(planned, **options)
         return
     exit_on_sigterm()
-    (run_grid if recipe.grid else run_recipe)(
-        recipe,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        allow_code_execution=arguments.allow_code_execution,
-    )
+    try:
+        (run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe)(recipe, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*_stopped(Path(recipe.output_dir), arguments)) from None
+
+
+def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
+    from lora_null.recipes.output import RECIPE_FILE, what_is_kept
+
+    if not (folder / RECIPE_FILE).is_file():
+        return "stopped before anything was begun", "the same command starts it"
+    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("LORA_NULL_WORKERS", 1)))
+    launcher = "lora-null train" if processes == 1 else f"torchrun --nproc_per_node {processes} -m lora_null.recipes"
+    consent = " --allow-code-execution" if arguments.allow_code_execution else ""
+    return f"stopped; kept {what_is_kept(folder)}", f"go on with: {launcher} {folder / RECIPE_FILE} --resume{consent}"
+
+
+def _go_offline_without_a_network() -> None:
+    """Ask the hub once: where nobody answers, every one of its files would be asked for six times, for 20 s each."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=3):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"

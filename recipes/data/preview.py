@@ -17,8 +17,8 @@ from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
 
-def show_samples(recipe: Recipe, count: int, console: Console | None = None) -> None:
-    """Print the first training examples, token for token; loads no model.
+def show_samples(recipe: Recipe, count: int, console: Console | None = None, most: int | None = None) -> None:
+    """Print the first training examples, token for token, or their first `most` characters; loads no model.
 
     Raises:
         UserError: as `training_data`, or a count below 1.
@@ -37,7 +37,8 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None) -> 
     for side, rejected in sides.items():
         for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):
             console.rule(f"row {example.row} {side}".strip())
-            console.print(colored(tokens, tokenizer, training.max_length, marked=not console.is_terminal))
+            text = colored(tokens, tokenizer, training.max_length, marked=not console.is_terminal)
+            console.print(text if most is None or len(text) <= most else text[:most].append(" …"))
 
 
 def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, marked: bool) -> Text:

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
-from lora_null.recipes.config.schema import CalibrationSection
 from lora_null.recipes.data.templates import fill, split_fields
-from lora_null.utils.chat import conversation_text
-from lora_null.utils.errors import UserError, nearest
-from lora_null.utils.values import as_text, is_conversation
+from lora_null.utils.errors import UserError, hub_error, nearest
+from lora_null.utils.values import as_text
 
 
 def load_documents(
@@ -43,9 +40,8 @@ def load_documents(
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
-        ) from None
+        line = f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
+        raise hub_error(line, error) from None
     if not len(rows):
         raise UserError(f"{where}.path: {path} holds no rows")
     kept = rows if limit is None else rows.select(range(min(limit, len(rows))))
@@ -53,12 +49,18 @@ def load_documents(
 
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS)
-    if not files:
-        raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
-    chosen = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
+    """Return a split's data files; or, where a folder holds none, all its texts (.txt, .md), those in its folders too."""
+    data = sorted(file for file in folder.iterdir() if FILE_KINDS.get(file.suffix, "text") != "text")
+    if not data:
+        texts = [file for file in sorted(folder.rglob("*")) if FILE_KINDS.get(file.suffix.lower()) == "text"]
+        hidden = {file for file in texts if any(part.startswith(".") for part in file.relative_to(folder).parts)}
+        texts = [file for file in texts if file not in hidden and file.stat().st_size]
+        if not texts:
+            raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
+        return texts
+    chosen = [file for file in data if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
     if not chosen:
-        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in files])}")
+        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
     return chosen
 
 
@@ -107,27 +109,3 @@ def need_field(columns: Sequence[str], field: str, where: str) -> None:
     """Raise a UserError that names the fields there are, unless `field` is one of them."""
     if field not in columns:
         raise UserError(f"{where}: the data has no field {field!r}{nearest(field, columns)}")
-
-
-def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the calibration texts: one field of each row, or a template filled with several.
-
-    A field may hold a conversation, which the model's chat template writes, or accepted answers, of which the first
-    counts. A row without text is left out.
-
-    Raises:
-        UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.
-    """
-    documents = load_documents(section.path, subset=section.subset, split=section.split, where="calibration")
-    key = "calibration.field" if section.template is None else "calibration.template"
-    field = RowText(section.template or section.field, documents.columns, key, answer=True)
-    texts = []
-    for number, row in zip(documents.numbers, documents.rows):
-        try:
-            conversation = field.is_field and is_conversation(row.get(field.spec))
-            text = conversation_text(row[field.spec], row, tokenizer) if conversation else field.text(row)
-        except ValueError as error:
-            raise UserError(f"calibration: row {number} cannot be used: {error}") from None
-        if text:
-            texts.append(text)
-    return texts

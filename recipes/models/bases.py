@@ -28,7 +28,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout
 
@@ -73,7 +73,7 @@ def load_config(model: ModelSection, name: str) -> Any:
             name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        raise UserError(_unreachable(name, error)) from None
+        raise _unreachable(name, error) from None
 
 
 def hub_commit(model: ModelSection, name: str) -> str | None:
@@ -82,7 +82,7 @@ def hub_commit(model: ModelSection, name: str) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _unreachable(name: str, error: Exception) -> str:
+def _unreachable(name: str, error: Exception) -> UserError:
     text = str(error)
     if "gated" in text.lower() or "401" in text or "403" in text:
         reason = "gated: ask for access on its hub page, then `hf auth login`"
@@ -90,7 +90,8 @@ def _unreachable(name: str, error: Exception) -> str:
         reason = text.splitlines()[0]
     else:
         reason = "not a local folder, and the hub does not give it"
-    return f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"
+    line = f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"
+    return UserError(line) if Path(name).exists() else hub_error(line, error)
 
 
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
@@ -135,7 +136,7 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
         options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
-        raise UserError(_unreachable(name, error)) from None
+        raise _unreachable(name, error) from None
     vocabulary = tokenizer.get_vocab()
     for key in ("eos_token", "pad_token"):
         token = getattr(model, key)
@@ -177,7 +178,7 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
     except SafetensorError as error:
         raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(_unreachable(name, error)) from None
+        raise _unreachable(name, error) from None
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")

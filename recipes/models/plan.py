@@ -14,9 +14,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
+from lora_null.config import starts_from_residual
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
+from lora_null.trainer.decay import check_decay_to_start
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.preflight import check_targets
 from lora_null.utils.errors import UserError, nearest
@@ -36,6 +38,8 @@ class MethodPlan:
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
+        basis_bytes: the part of it that are float16 bases which A is kept in.
+        costs: what the method computes or reads besides training, in words.
     """
 
     name: str
@@ -45,6 +49,8 @@ class MethodPlan:
     saves: str
     gram_bytes: int
     extra_bytes: int
+    basis_bytes: int
+    costs: str = ""
 
 
 def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
@@ -94,7 +100,7 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
 
 def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
     method = make_method(name, recipe.method.options.get(name))
-    model = _put_on(recipe, model_config, method, rank=1)
+    model = put_on(recipe, model_config, method, rank=1)
     return _count(model, method.trainable(model))
 
 
@@ -102,7 +108,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     section = recipe.method
     method = make_method(name, section.options.get(name))
     rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
-    model = _put_on(recipe, model_config, method, rank)
+    model = put_on(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
         check_targets(model, recipe.preflight)
     method.check(model)
@@ -110,27 +116,41 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     trainable = _count(model, method.trainable(model))
     saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
     held = trainable
-    if method.saves == "adapter":
+    if method.saves == "adapter" and not method.plain:
+        saved = trainable
+    elif method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
-        if recipe.model.quantization and method.saved_rank(1) > 1:
+        if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
             held *= 2  # the residual is a second path there, not subtracted from the weight
+    basis = 2 * sum(
+        method.basis_width(layer.r["default"], layer.in_features) * int(layer.in_features)
+        for layer in (_distinct_inputs(layers).values() if method.saves == "adapter" else ())
+    )
     return MethodPlan(
         name=name,
         rank=rank,
         trainable=trainable,
         saved=saved,
         saves=method.saves,
-        gram_bytes=_gram_bytes(layers) if method.needs_gram else 0,
-        extra_bytes=4 * held + (12 + method.state_bytes) * trainable,
+        gram_bytes=method.grams * _gram_bytes(layers) if method.needs_gram else 0,
+        extra_bytes=4 * held + (12 + method.state_bytes) * trainable + basis + method.held_bytes(model),
+        basis_bytes=basis,
+        costs=method.costs(),
     )
 
 
-def _put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
+def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
     """Return the model without weights with the method on it."""
     model = empty_model(model_config, recipe.model)
     config = adapter_config(recipe.method, method, rank)
+    method.check_bare(model)
+    decay = float(recipe.training.get("weight_decay") or 0)
+    try:
+        check_decay_to_start(recipe.method.decay_to_start, config, decay)
+    except UserError as mistake:
+        raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:
         model = _wrap(model, config, recipe.method)
     method.prepare(model)
@@ -154,17 +174,21 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
 
 
 def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
-    """Return the bytes of one float64 Gram per distinct input of the largest decoder layer.
+    """Return the bytes of one float64 Gram per distinct input of the largest decoder layer."""
+    held: dict[str, int] = {}
+    for name, layer in _distinct_inputs(layers).items():
+        block = re.match(r".*?\.\d+\.|", name)[0]
+        held[block] = held.get(block, 0) + 8 * int(layer.in_features) ** 2
+    return max(held.values(), default=0)
 
-    Which modules share an input is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
+
+def _distinct_inputs(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return one layer an input.
+
+    Which modules share one is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
     """
     shared = {"k_proj", "v_proj", "up_proj"}
-    held: dict[str, int] = {}
-    for name, layer in layers.items():
-        if name.rpartition(".")[2] not in shared:
-            block = re.match(r".*?\.\d+\.|", name)[0]
-            held[block] = held.get(block, 0) + 8 * int(layer.in_features) ** 2
-    return max(held.values(), default=0)
+    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in shared}
 
 
 def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
@@ -198,7 +222,12 @@ def files_of(recipe: Recipe) -> list[str]:
 
 
 def print_plan(
-    recipe: Recipe, model_config: Any, training: SFTConfig | DPOConfig, batch: int, rows: int | None
+    recipe: Recipe,
+    model_config: Any,
+    plans: list[MethodPlan],
+    training: SFTConfig | DPOConfig,
+    batch: int,
+    rows: int | None,
 ) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
     console = Console(soft_wrap=True)
@@ -211,10 +240,16 @@ def print_plan(
     _print_training(console, recipe, training, batch, rows)
     cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
     console.print(
-        f"calibrate   {recipe.calibration.path}, {recipe.calibration.samples} windows of at most "
+        f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
         f"{recipe.calibration.max_length} tokens, {cut}"
     )
-    console.print(_table(plan_methods(recipe, model_config), weights, activation_bytes(model_config, training)))
+    console.print(_table(plans, weights, activation_bytes(model_config, training)))
+    for plan in plans:
+        if plan.costs:
+            console.print(f"{plan.name}: {plan.costs}")
+    for plan in (plan for plan in plans if plan.basis_bytes):
+        share = plan.basis_bytes / weights
+        console.print(f"{plan.name}: of it {plan.basis_bytes / GIB:.2f} GiB of null bases, {share:.1%} of the weights")
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 

@@ -2,64 +2,82 @@
 
 A frontier is the path from the untouched base (nothing learned, nothing forgotten) through a method's runs in the order
 of the swept values. Forgetting at a given learning is read off the first stretch of that path that reaches it, linearly
-between its two ends, for each seed alone; the mean over the seeds and its standard error are reported. A method that
-does not reach it has no value there: nothing is extrapolated.
+between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so every question's
+part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
+(`eval_harness/statistics.py`). A method that does not reach a level has no value there: nothing is extrapolated.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
-from lora_null.recipes.report.headline import listed, task_metric
-from lora_null.recipes.report.table import metric_title, separated, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Paired, Results, Run, settings_text
+from lora_null.eval_harness import Evaluation
+from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
+from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
+from lora_null.recipes.report.table import metric_title, reference_row, show_all
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, settings_text, variant_of
+
+Parts = tuple[
+    np.ndarray | None, np.ndarray | None
+]  # what each question adds to (learned, forgotten); None: nothing known
 
 
 @dataclass(frozen=True)
 class Frontier:
     """One method's runs: `points[seed]` are (learned, forgotten) from the base on, in the order of the swept values.
 
-    Learned and forgotten are counted from the base, upward. `errors[seed]` are the evaluation's standard errors, None
-    where unknown. `diverged` counts the runs that have no values.
+    Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
+    `rows` are the rows that average over the seeds, in the same order. `diverged` counts the runs that have no values.
     """
 
     method: str
     points: dict[int, list[tuple[float, float]]]
-    errors: dict[int, list[tuple[float, float] | None]]
+    parts: dict[int, list[Parts]]
+    rows: list[int]
     diverged: int
 
     @property
     def label(self) -> str:
         return DISPLAY.get(self.method, self.method)
 
-    def mean_path(self) -> list[tuple[Estimate, Estimate]]:
-        """The means over the seeds with their standard errors, point by point; only points that every seed has."""
-        paths = [path[1:] for path in self.points.values()]
-        if not paths or len({len(path) for path in paths}) > 1:
-            return []
-        return [(_over_seeds([p[0] for p in point]), _over_seeds([p[1] for p in point])) for point in zip(*paths)]
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off a path at a level of learning: the forgetting, and what each question adds to it."""
+
+    value: float
+    parts: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class AtEqual:
-    """A method's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do."""
+    """A method's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
+
+    `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
+    """
 
     method: str
     value: Estimate | None
     reached: int
     seeds: int
-    difference: Estimate | None = None  # from LoRA, seed by seed
-    p: float | None = None  # of that difference, adjusted over the methods by Holm
+    difference: Estimate | None = None
+    p: float | None = None
 
     @property
     def label(self) -> str:
         return DISPLAY.get(self.method, self.method)
+
+    @property
+    def sense(self) -> int:
+        """-1 if it forgot less than LoRA, 1 if more, 0 if that cannot be told."""
+        known = self.difference is not None and self.p is not None and self.p < LEVEL
+        return int(np.sign(self.difference.value)) if known and self.difference else 0
 
 
 @dataclass(frozen=True)
@@ -72,9 +90,13 @@ class Target:
 
 
 def retention_metrics(results: Results) -> list[str]:
-    """Return the names of the retention metrics that are read at equal learning: every KL, or all if there is none."""
-    kept = results.directed_names("retention")
-    return [name for name in kept if name.lower().split()[-1] == "kl"] or kept
+    """Return the names of what is read at equal learning: every KL on retention, or all of retention if there is none.
+
+    Then the KLs on the new task's own prompts, a measure of forgetting too.
+    """
+    kept, learned = results.directed_names("retention"), results.metric_names("task")
+    of_kept, of_learned = ([n for n in names if n.lower().split()[-1] == "kl"] for names in (kept, learned))
+    return (of_kept or kept) + of_learned
 
 
 def metric_pair(results: Results) -> tuple[str, str] | None:
@@ -83,146 +105,167 @@ def metric_pair(results: Results) -> tuple[str, str] | None:
     return (kept[0], task) if kept and task else None
 
 
-def frontiers(results: Results, kept: str, task: str) -> list[Frontier]:
-    """Return a frontier for each method of the grid, in the order of its rows."""
+def frontiers(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Frontier]:
+    """Return a frontier for each method of the grid, in the order of its rows; `found` are the evaluations behind them."""
     methods = dict.fromkeys(run.method for run in results.grid.cells)
-    return [_frontier(results, name, kept, task) for name in methods]
+    return [_frontier(results, name, kept, task, found or {}) for name in methods]
 
 
-def _frontier(results: Results, method: str, kept: str, task: str) -> Frontier:
+def _frontier(results: Results, method: str, kept: str, task: str, found: Evaluations) -> Frontier:
     runs = [run for run in results.grid.cells if run.method == method]
-    points: dict[int, list[tuple[float, float]]] = {}
-    errors: dict[int, list[tuple[float, float] | None]] = {}
+    number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
+    frontier = Frontier(method, {}, {}, [], sum(run.diverged is not None for run in runs))
     for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
         point = tuple(change(results, run, name) for name in (task, kept))
         if None in point:
             continue
-        points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        stderrs = (run.estimate(task).stderr, run.estimate(kept).stderr)
-        errors.setdefault(run.seed, [(0.0, 0.0)]).append(None if None in stderrs else stderrs)
-    return Frontier(method, points, errors, sum(run.diverged is not None for run in runs))
+        i = number.get((run.method, variant_of(run.point)))
+        after, before = (found.get(row, {}).get(run.seed) for row in (i, 0))
+        frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
+        parts = tuple(_part(results, name, before, after) for name in (task, kept))
+        frontier.parts.setdefault(run.seed, [(None, None)]).append(parts)
+        if i is not None and i not in frontier.rows:
+            frontier.rows.append(i)
+    return frontier
 
 
-def change(results: Results, run: Run, name: str) -> float | None:
-    """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
-    metric, before, after = results.metric(name), results.base.estimate(name), run.estimate(name)
-    if before is None or after is None:
+def _part(results: Results, name: str, before: Evaluation | None, after: Evaluation | None) -> np.ndarray | None:
+    """Return what each question adds to `change`, paired with the base; None where that is not known."""
+    if before is None or after is None or not before.samples.get(name) or not after.samples.get(name):
         return None
-    better = 1 if metric.higher_is_better else -1
-    gain = better * (after.value - before.value)
-    return gain if metric.role == "task" else -gain
+    gaps = np.array(after.samples[name], dtype=float) - np.array(before.samples[name], dtype=float)
+    return _sign(results, name) * influence(gaps, after.weights.get(name))
+
+
+def _sign(results: Results, name: str) -> int:
+    """1 if a rise of the metric is learning, or forgetting; -1 if a fall is."""
+    metric = results.metric(name)
+    if (
+        metric.higher_is_better is None
+    ):  # how far the model moved on the new task: neither good nor bad, counted as forgetting
+        return 1
+    return (1 if metric.higher_is_better else -1) * (1 if metric.role == "task" else -1)
+
+
+def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> list[tuple[Estimate, Estimate]]:
+    """Return (learned, forgotten) of a method's rows, means over the seeds, with errors over questions and seeds."""
+    return [(_moved(results, i, task), _moved(results, i, kept)) for i in frontier.rows if results.rows[i].metrics]
+
+
+def _moved(results: Results, i: int, name: str) -> Estimate:
+    row, base, gap = results.rows[i].estimate(name), results.base.estimate(name), results.difference(i, 0, name)
+    return Estimate(_sign(results, name) * (row.value - base.value), gap.stderr if gap else row.stderr)
+
+
+def change(results: Results, run: Row, name: str) -> float | None:
+    """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
+    before, after = results.base.estimate(name), run.estimate(name)
+    return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
 
 
 def _sortable(value: object) -> tuple:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
-def _over_seeds(values: Sequence[float]) -> Estimate:
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return Estimate(float(np.mean(values)), error)
-
-
-def reach(
-    path: Sequence[tuple[float, float]], errors: Sequence[tuple[float, float] | None], learned: float
-) -> Estimate | None:
+def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[Parts] = ()) -> Reading | None:
     """Return the forgetting where a path first reaches `learned`, None where it never does.
 
-    On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). Its variance, of
-    the two evaluations alone, is that of y − slope · x at the two ends, weighted by (1 − w)² and w².
+    On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). A change of the
+    ends moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1), which gives each question's part.
     """
-    for ((x0, y0), e0), ((x1, y1), e1) in itertools.pairwise(zip(path, errors)):
+    for k, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(path)):
         if x0 < learned <= x1:
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
-            error = None
-            if e0 is not None and e1 is not None:
-                variance = [ey**2 + (slope * ex) ** 2 for ex, ey in (e0, e1)]
-                error = math.sqrt((1 - w) ** 2 * variance[0] + w**2 * variance[1])
-            return Estimate((1 - w) * y0 + w * y1, error)
+            ends = list(zip((1 - w, w), parts[k : k + 2]))
+            sets = [
+                [share * factor * part for share, pair in ends if (part := pair[axis]) is not None]
+                for axis, factor in ((1, 1.0), (0, -slope))
+            ]
+            return Reading((1 - w) * y0 + w * y1, [np.sum(known, axis=0) for known in sets if known])
     return None
 
 
-def equal_learning(results: Results, kept: str, task: str) -> list[Target]:
+def equal_learning(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Target]:
     """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first.
 
-    A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much.
+    A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much. The p-values are adjusted
+    for all methods and levels together.
     """
-    every = frontiers(results, kept, task)
+    every = frontiers(results, kept, task, found)
     lora = next((frontier for frontier in every if frontier.method == "lora"), None)
     targets = []
-    for where, (learned, _) in zip(_swept(results, "lora"), lora.mean_path() if lora else []):
-        level = min([learned.value, *(max(x for x, _ in path) for path in lora.points.values())])
+    for where, reached in _levels(results, task).items() if lora else ():
+        level = min([float(np.mean(reached)), *(max(x for x, _ in path) for path in lora.points.values())])
         if level > 0:
-            rows = _at(every, lora, level)
-            adjusted = holm([row.p for row in rows])
-            targets.append(Target(level, where, [replace(row, p=p) for row, p in zip(rows, adjusted)]))
-    return sorted(targets, key=lambda target: target.learned)
+            targets.append(Target(level, where, _at(every, lora, level)))
+    adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
+    return sorted(
+        (replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets),
+        key=lambda target: target.learned,
+    )
 
 
-def _swept(results: Results, method: str) -> list[str]:
-    """The variants of a method's rows in the order of its frontier."""
-    runs = [run for run in results.grid.cells if run.method == method and run.metrics]
-    runs.sort(key=lambda run: tuple(_sortable(value) for value in run.point.values()))
-    return list(dict.fromkeys(settings_text(run.point) for run in runs))
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
-def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
-    read = {f.method: {s: reach(path, f.errors[s], learned) for s, path in f.points.items()} for f in every}
-    theirs = {seed: value.value for seed, value in read[lora.method].items() if value}
-    rows = []
-    for frontier in every:
-        found = {seed: value for seed, value in read[frontier.method].items() if value}
-        values = [value.value for value in found.values()]
-        value = None
-        if values:
-            value = _over_seeds(values) if len(values) > 1 else next(iter(found.values()))
-        shared = [seed for seed in found if seed in theirs] if frontier.method != "lora" else []
-        gaps = [found[seed].value - theirs[seed] for seed in shared]
-        p = float(stats.ttest_1samp(gaps, 0).pvalue) if len(gaps) > 1 and np.std(gaps) > 0 else None
-        gap = _over_seeds(gaps) if gaps else None
-        rows.append(AtEqual(frontier.method, value, len(values), len(read[frontier.method]), gap, p))
-    return rows
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return the p-values adjusted for their number by Holm's step-down; None stays None and is not counted."""
-    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
-    adjusted, largest = list(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
-
-
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | int | None]:
-    """Compare two methods on the same questions and seeds.
-
-    With D = ours − theirs, the error of its mean combines what varies with the question and what varies with the seed,
-    SE² = Var_q(mean over seeds) / Q + Var_s(mean over questions) / S, which counts their interaction twice and so is
-    never too small; t with Satterthwaite's degrees of freedom. Of one seed only what varies with the question is known.
-
-    Args:
-        ours, theirs: (seeds, questions), the metric of each question.
-
-    Returns:
-        {"mean", "stderr", "p", "questions", "seeds"}; two-sided p, None where nothing varies.
-    """
-    D = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    S, Q = D.shape
-    variances = [(D.mean(axis=0).var(ddof=1) / Q, Q - 1)] if Q > 1 else []
-    variances += [(D.mean(axis=1).var(ddof=1) / S, S - 1)] if S > 1 else []
-    variance = sum(value for value, _ in variances)
-    found = {"mean": float(D.mean()), "stderr": None, "p": None, "questions": Q, "seeds": S}
-    if variances and variance > 0 and math.isfinite(variance):
-        freedom = variance**2 / sum(value**2 / df for value, df in variances)
-        found["stderr"] = math.sqrt(variance)
-        found["p"] = float(2 * stats.t.sf(abs(D.mean()) / math.sqrt(variance), freedom))
+def _levels(results: Results, task: str) -> dict[str, list[float]]:
+    """Return what LoRA's seeds learned, by the swept values."""
+    found: dict[str, list[float]] = {}
+    for run in results.grid.cells:
+        learned = change(results, run, task) if run.method == "lora" else None
+        if learned is not None:
+            found.setdefault(settings_text(run.point), []).append(learned)
     return found
 
 
-def grid_headline(results: Results) -> str:
-    """The finding at the middle level of LoRA's learning: who forgot least, by how much, who is not told apart."""
+def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
+    read = {f.method: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
+    theirs = read[lora.method]
+    shared = {
+        f.method: {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
+        for f in every
+        if f is not lora
+    }
+    gaps = {method: spread_of(readings) for method, readings in shared.items() if readings}
+    tested = _tested(gaps)
+    rows = []
+    for f in every:
+        ours, (stderr, p) = read[f.method], tested.get(f.method, (None, None))
+        value = _estimate(spread_of(ours)) if ours else None
+        gap = Estimate(float(gaps[f.method].mean), stderr) if f.method in gaps else None
+        rows.append(AtEqual(f.method, value, len(ours), len(f.points), gap, p))
+    return rows
+
+
+def _tested(gaps: Mapping[str, Spread]) -> dict[str, tuple[float | None, float | None]]:
+    """Return each method's (error of its difference from LoRA, p); those of equally many seeds are tested together."""
+    found = {}
+    for seeds in {spread.seeds for spread in gaps.values()}:
+        names = [name for name, spread in gaps.items() if spread.seeds == seeds]
+        difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
+        found |= {n: (_known(e), _known(p)) for n, e, p in zip(names, difference.stderr, difference.p)}
+    return found
+
+
+def spread_of(readings: Mapping[int, Reading]) -> Spread:
+    """Return the mean of the seeds' readings and how it varies with questions and seeds."""
+    sets = zip(*(reading.parts for reading in readings.values()))
+    return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
+
+
+def _minus(ours: Reading, theirs: Reading) -> Reading:
+    return Reading(ours.value - theirs.value, [a - b for a, b in zip(ours.parts, theirs.parts)])
+
+
+def _estimate(spread: Spread) -> Estimate:
+    return Estimate(float(spread.mean), float(spread.stderr) or None)
+
+
+def grid_headline(results: Results, found: Evaluations) -> str:
+    """The finding at the middle level of LoRA's learning: who forgot less than LoRA, who more, who is not told apart."""
     pair = metric_pair(results)
-    targets = equal_learning(results, *pair) if pair else []
+    targets = equal_learning(results, *pair, found) if pair else []
     if pair is None or not targets:
         done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
         return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
@@ -235,22 +278,24 @@ def grid_headline(results: Results) -> str:
     lora = next((row for row in rows if row.method == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
-    if rows[0] is lora:
-        return f"{level}, no method forgot less than LoRA ({metric_title(kept)} {_pm(lora.value)}).{never}"
-    return f"{level}, {_winner(rows, lora, metric_title(kept))}{never}"
+    return f"{level}, {_against(rows, lora, metric_title(kept))}{never}"
 
 
-def _winner(rows: Sequence[AtEqual], lora: AtEqual, title: str) -> str:
-    best = rows[0]
-    less = 100 * (1 - best.value.value / lora.value.value) if lora.value.value > 0 else 0
-    share = f", {less:.0f}% less" if 0 < less < 99.5 else ", over 99% less" if less else ""
-    test = f", paired over {best.reached} seeds p = {best.p:.2g}" if best.p is not None else ""
-    ties = [row.label for row in rows[1:] if row is not lora and not separated(best.value, row.value)]
-    tied = f" {listed(ties)} {'is' if len(ties) == 1 else 'are'} not distinguishable from it." if ties else ""
-    worse = [row.label for row in rows if row is not lora and row.value.value > lora.value.value]
-    worse = [row.label for row in rows if row.label in worse and separated(row.value, lora.value)]
-    more = f" {listed(worse)} forgot more than LoRA." if worse else ""
-    return f"{best.label} forgot least: {title} {_pm(best.value)} against LoRA's {_pm(lora.value)}{share}{test}.{tied}{more}"
+def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str) -> str:
+    less, more, same = ([row for row in rows if row is not lora and row.sense == sense] for sense in (-1, 1, 0))
+    if not less:
+        said = f"no method forgot distinguishably less than LoRA ({title} {_pm(lora.value)})."
+    else:
+        best = less[0]
+        ratio = lora.value.value / best.value.value if best.value.value > 0 else math.nan
+        share = f", {times(ratio)} less" if ratio >= 1.1 else ""
+        said = f"{best.label} forgot less than LoRA: {title} {_pm(best.value)} against {_pm(lora.value)}{share} ({p_text(best.p)})."
+        said += f" So did {listed([row.label for row in less[1:]])}." if less[1:] else ""
+    if more:
+        said += f" {listed([row.label for row in more])} forgot more than LoRA."
+    if same:
+        said += f" Not distinguishable from LoRA: {listed([row.label for row in same])}."
+    return said
 
 
 def level_text(results: Results, task: str, target: Target) -> str:
@@ -264,24 +309,24 @@ def _pm(estimate: Estimate) -> str:
     return str(show_all([estimate], "nats")[0])
 
 
-def grid_content(results: Results) -> dict[str, object]:
+def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
     """Return what the templates show of a grid: tables of text, ready to print."""
     pair = metric_pair(results)
     diverged = [run for run in results.grid.cells if run.diverged is not None]
+    kept = retention_metrics(results) if pair else []
     return {
         "done": len(results.grid.cells),
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
-        "tables": [_equal_table(results, kept, pair[1]) for kept in retention_metrics(results)] if pair else [],
-        "paired": [_paired_row(entry) for entry in results.grid.paired if entry.metric in (pair or ())],
+        "tables": [_equal_table(results, name, pair[1], found) for name in kept],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
         "diverged": [f"{DISPLAY.get(r.method, r.method)} in {r.folder} at step {r.diverged}" for r in diverged],
     }
 
 
-def _equal_table(results: Results, kept: str, task: str) -> dict[str, object]:
+def _equal_table(results: Results, kept: str, task: str, found: Evaluations) -> dict[str, object]:
     """One row a method: its forgetting at each level of learning."""
-    targets = equal_learning(results, kept, task)
+    targets = equal_learning(results, kept, task, found)
     rows = zip(*(target.rows for target in targets))
     return {
         "title": metric_title(kept),
@@ -294,12 +339,25 @@ def _equal_text(row: AtEqual) -> str:
     if row.value is None:
         return "not reached"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
-    test = f", p = {row.p:.2g}" if row.p is not None else ""
+    test = f", {p_text(row.p)}" if row.p is not None else ""
     return f"{_pm(row.value)}{some}{test}"
 
 
-def _paired_row(entry: Paired) -> tuple[str, str, str, str, str]:
-    difference = Estimate(entry.mean, entry.stderr)
-    p = "–" if entry.p is None else "< 0.001" if entry.p < 0.001 else f"{entry.p:.3f}"
-    label = DISPLAY.get(entry.method, entry.method)
-    return (label, settings_text(entry.point) or "–", metric_title(entry.metric), _pm(difference), p)
+def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
+    """Return (method, settings, metric, difference, adjusted p) of every row against LoRA at equal settings, as text."""
+    lines = []
+    labels = results.labels()
+    for i, row in enumerate(results.rows):
+        reference = reference_row(results, row.variant)
+        for metric in dict.fromkeys(pair.metric for pair in results.paired or ()) if i and reference != i else ():
+            gap = None if reference is None else results.difference(i, reference, metric)
+            if gap is not None:
+                name, settings = DISPLAY.get(row.method, row.method), row.variant
+                text, _, p = gap_text(gap, _unit(results, metric)).rpartition(", ")
+                lines.append((name if settings else labels[i], settings or "–", metric_title(metric), text, p))
+    return lines
+
+
+def _unit(results: Results, metric: str) -> str | None:
+    names = [name for role in ("retention", "task") for name in results.metric_names(role)]
+    return results.metric(metric).unit if metric in names else "fraction"

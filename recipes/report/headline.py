@@ -1,26 +1,39 @@
 """What was kept and what was learned, and the sentence that says so.
 
-Every claim is computed. "Least" and "most" are said only of a method that differs from the one it is compared with by
-more than their combined standard error; methods that do not are named as not distinguishable.
+Every claim is computed. "Least" and "most" are said only of a method that differs from the one it is compared with, paired
+on the same questions and adjusted for all comparisons of the table; methods that do not are named as not distinguishable.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lora_null.recipes.report.table import mean, metric_title, separated, show_all
-from lora_null.recipes.results import Estimate, Results
+from lora_null.recipes.comparisons import MEANS, averaged
+from lora_null.recipes.report.table import mean, metric_title, show_all
+from lora_null.recipes.results import Estimate, Paired, Results
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity by which methods are compared; `estimates` has one entry per row, the base's first."""
+    """One quantity by which methods are compared.
+
+    Attributes:
+        title: as a reader writes it.
+        estimates: one entry per row, the base's first.
+        higher_is_better: the better direction.
+        unit: of the estimates.
+        results: which hold the comparisons, under `compared`.
+        compared: the metric's name there.
+    """
 
     title: str
     estimates: list[Estimate | None]
     higher_is_better: bool
     unit: str | None
+    results: Results = field(repr=False)
+    compared: str
 
     @property
     def measured(self) -> list[int]:
@@ -38,11 +51,23 @@ class Measure:
         both = self.estimates[0] and self.estimates[i]
         return self.estimates[i].value - self.estimates[0].value if both else None
 
-    def separated(self, i: int, j: int) -> bool:
-        return separated(self.estimates[i], self.estimates[j])
+    def gap(self, i: int, j: int) -> Paired | None:
+        """Row i minus row j, paired; None where they were not compared."""
+        return self.results.difference(i, j, self.compared)
 
-    def unknown_error(self, rows: Sequence[int]) -> bool:
-        return any(self.estimates[i].stderr is None for i in rows)
+    def separated(self, i: int, j: int) -> bool:
+        """Whether rows i and j may be called different."""
+        gap = self.gap(i, j)
+        return gap is not None and gap.significant
+
+    def untested(self, rows: Sequence[int]) -> bool:
+        """Whether some two of the rows were not compared."""
+        return any((gap := self.gap(i, j)) is None or gap.p is None for i, j in itertools.combinations(rows, 2))
+
+    @property
+    def floor(self) -> float:
+        """What the base differs from itself by, in other batches; 0 where that was not measured."""
+        return self.results.noise.get(self.compared, 0.0)
 
 
 @dataclass(frozen=True)
@@ -67,29 +92,32 @@ class Verdict:
 
 
 def forgetting(results: Results) -> Measure | None:
-    """KL to the base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
-    metrics = {name: results.metric(name) for name in results.directed_names("retention")}
-    for name, metric in metrics.items():
+    """KL to base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
+    for name in results.directed_names("retention"):
         words = name.lower().split()
         if words[-1] == "kl":
             on = metric_title(" ".join(words[:-1]))
             estimates = [row.estimate(name) for row in results.rows]
             estimates[0] = estimates[0] or Estimate(0.0, 0.0)  # by definition
-            return Measure(f"KL to base on {on}" if on else "KL to base", estimates, False, metric.unit)
-    unit = next((m.unit for m in metrics.values() if m.unit == "fraction"), None)
-    unit = unit or next((m.unit for m in metrics.values()), None)
-    names = [
-        name for name, metric in metrics.items() if metric.unit == unit
-    ]  # other scales cannot be averaged with it
-    losses = [[_loss(results, i, name) for name in names] for i in range(len(results.rows))]
-    if names and any(mean(row) for row in losses[1:]):
-        title = "mean loss of retention" if len(names) > 1 else f"loss of {metric_title(names[0])}"
-        return Measure(title, [mean(row) for row in losses], False, "points" if unit == "fraction" else unit)
-    if not names or len({metrics[name].higher_is_better for name in names}) > 1:
+            title = f"KL to base on {on}" if on else "KL to base"
+            return Measure(title, estimates, False, results.metric(name).unit, results, name)
+    names = averaged(results, "retention")
+    if not names:
         return None
-    title = "mean retention" if len(names) > 1 else metric_title(names[0])
+    first, several = results.metric(names[0]), len(names) > 1
+    compared = MEANS["retention"] if several else names[0]
+    losses = [_loss(results, i, names, compared) for i in range(len(results.rows))]
+    if any(losses[1:]):
+        title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
+        unit = "points" if first.unit == "fraction" else first.unit
+        return Measure(title, losses, False, unit, results, compared)
+    title = "mean retention" if several else metric_title(names[0])
     values = [mean([row.estimate(name) for name in names]) for row in results.rows]
-    return Measure(title, values, metrics[names[0]].higher_is_better, unit) if any(values[1:]) else None
+    return (
+        Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
+        if any(values[1:])
+        else None
+    )
 
 
 def learning(results: Results) -> Measure | None:
@@ -99,7 +127,7 @@ def learning(results: Results) -> Measure | None:
 
 
 def task_metric(results: Results) -> str | None:
-    """The name of the first task metric by which a method differs from the base beyond the error; else of the first.
+    """The name of the first task metric by which a method differs from the base; else of the first.
 
     Small models answer nothing right before and after, and only the likelihood of the answers tells what was learned.
     """
@@ -111,7 +139,7 @@ def task_metric(results: Results) -> str | None:
 
 def _measure(results: Results, name: str) -> Measure:
     metric, estimates = results.metric(name), [row.estimate(name) for row in results.rows]
-    return Measure(metric_title(name), estimates, metric.higher_is_better, metric.unit)
+    return Measure(metric_title(name), estimates, bool(metric.higher_is_better), metric.unit, results, name)
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -146,11 +174,13 @@ def _sentences(found: list[Verdict], results: Results) -> list[str]:
     return sentences
 
 
-def _loss(results: Results, i: int, name: str) -> Estimate | None:
-    """How much worse row `i` is than the base; the base's own error is shared by all rows and left out."""
-    before, after = results.base.estimate(name), results.rows[i].estimate(name)
-    sign = 1 if results.metric(name).higher_is_better else -1
-    return Estimate(sign * (before.value - after.value), after.stderr) if before and after else None
+def _loss(results: Results, i: int, names: Sequence[str], compared: str) -> Estimate | None:
+    """How much worse row `i` is than the base in the mean, with the error of the paired difference where it is known."""
+    before, after = (mean([row.estimate(name) for name in names]) for row in (results.base, results.rows[i]))
+    if before is None or after is None:
+        return None
+    sign, gap = (1 if results.metric(names[0]).higher_is_better else -1), results.difference(i, 0, compared)
+    return Estimate(sign * (before.value - after.value), gap.stderr if gap else after.stderr)
 
 
 def _verdict(
@@ -165,9 +195,9 @@ def _verdict(
     unmeasured = f" No value of {measure.title} for {listed(absent)}." if absent else ""
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
-    if measure.unknown_error(ranked):
-        sentence = f"Without standard errors no method can be called best in {noun}: {extremes}."
-        return Verdict(title, [], f"No standard errors. {extremes}", sentence, unmeasured)
+    if measure.untested(ranked):
+        sentence = f"Nobody can be called best in {noun}, which was not compared question by question: {extremes}."
+        return Verdict(title, [], f"Not compared. {extremes}", sentence, unmeasured)
     ties = [i for i in rest if not measure.separated(best, i)]
     if len(ties) == len(rest):
         sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
@@ -177,19 +207,18 @@ def _verdict(
         return Verdict(title, [], f"None above the base's {measure.text(0)}. {extremes}", sentence, unmeasured)
     against = _reference(results, [i for i in rest if i not in ties])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
-    detail += _percent_less(measure, best, against)
+    detail += _times_less(measure, best, against)
     sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
+    detail += f"; paired difference {gap_text(measure.gap(best, against), measure.unit)}"
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
 
 
 def _not_above_base(measure: Measure, best: int) -> bool:
-    """Whether even the best row is not better than the base beyond the error; False where that is unknown."""
-    change = measure.change(best)
-    if change is None or measure.unknown_error([0]):
-        return False
-    return not measure.separated(best, 0) or (change > 0) != measure.higher_is_better
+    """Whether even the best row is not better than the base; False where that was not compared."""
+    gap = measure.gap(best, 0)
+    return gap is not None and (not gap.significant or (gap.mean > 0) != measure.higher_is_better)
 
 
 def _reference(results: Results, beaten: list[int]) -> int:
@@ -197,12 +226,33 @@ def _reference(results: Results, beaten: list[int]) -> int:
     return next((i for i in beaten if results.rows[i].method == "lora"), beaten[0])
 
 
-def _percent_less(measure: Measure, best: int, against: int) -> str:
+def _times_less(measure: Measure, best: int, against: int) -> str:
+    """The ratio of two distances from the base, no further down than the measurement reaches."""
     a, b = measure.estimates[best].value, measure.estimates[against].value
     if measure.higher_is_better or a < 0 or b <= 0 or measure.title.endswith("NLL"):
         return ""  # a ratio means something only for what starts at zero, the base
-    percent = f"{100 * (b - a) / b:.0f}"
-    return f" ({'over 99' if percent == '100' and a else percent}% less)"
+    if a <= measure.floor:
+        return " (no more than the noise of the measurement)" if measure.floor else " (100% less)"
+    return f" ({times(b / a)} less)" if b / a >= 10 else f" ({100 * (b - a) / b:.0f}% less)"
+
+
+def times(ratio: float) -> str:
+    """A ratio to two digits: 250 ×, 12 ×, 3.4 ×."""
+    return f"{float(f'{ratio:.2g}'):,.{1 if ratio < 9.95 else 0}f} ×"
+
+
+def gap_text(gap: Paired | None, unit: str | None) -> str:
+    """A paired difference with its error and adjusted p."""
+    if gap is None:
+        return "not compared"
+    points = "points" if unit == "fraction" else unit
+    cell = show_all([Estimate(gap.mean, gap.stderr)], points)[0]
+    return f"{cell}{' points' if points == 'points' else ''}, {p_text(gap.p_adjusted)}"
+
+
+def p_text(p: float | None) -> str:
+    """An adjusted p-value in words."""
+    return "no p" if p is None else "adjusted p < 0.001" if p < 0.001 else f"adjusted p = {p:.2g}"
 
 
 def _meanwhile(other: Measure | None, best: int, against: int) -> str:
@@ -210,12 +260,12 @@ def _meanwhile(other: Measure | None, best: int, against: int) -> str:
     if other is None or not {best, against} <= set(other.measured):
         return ""
     numbers = f"{other.title} {other.text(best)} against {other.text(against)}"
-    better = min((best, against), key=other.measured.index)
-    if other.unknown_error([best, against]) or _not_above_base(other, better):
+    first = min((best, against), key=other.measured.index)
+    if other.untested([best, against]) or _not_above_base(other, first):
         return f", at {numbers}"
     if not other.separated(best, against):
         return f", with learning not distinguishable ({numbers})"
-    return f", {'and learned more' if better == best else 'but learned less'} ({numbers})"
+    return f", {'and learned more' if first == best else 'but learned less'} ({numbers})"
 
 
 def _single(results: Results, measure: Measure) -> str:
@@ -227,7 +277,7 @@ def _single(results: Results, measure: Measure) -> str:
     if base.value == 0:  # measured from the base
         return f"{label}: {measure.title} {measure.text(i)}."
     change = f"{measure.title} {measure.text(0)} before and {measure.text(i)} after"
-    if not measure.unknown_error([0, i]) and not measure.separated(0, i):
+    if not measure.untested([0, i]) and not measure.separated(0, i):
         return f"{label}: {change}, not distinguishable."
     return f"{label}: {change}."
 

@@ -8,6 +8,8 @@ read: "exact", "reconstructed" (a digit was illegible and follows from the print
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,12 @@ METRICS = {
     "minerva_math": "MATH", "humaneval": "HumanEval", "mbpp": "MBPP", "mt_bench": "MTBench",
     "math": "MATH", "MT-Bench": "MTBench",
 }  # fmt: skip
+KEPT = ("TriviaQA", "NQ open", "WebQS")
+AAAI_NOTE = (
+    "Avg1 (Per): mean of TriviaQA, NQ open and WebQS, and its percentage of the base's; "
+    "GM: geometric mean of Avg1 and the mean of the two tasks (columns of the paper's AAAI 2026 version)"
+)
+OWN_RULES = ("/math_verify", "/exact_match")  # how we score GSM8K and MATH beside the paper's rules
 TASK_METRICS = {"math": {"GSM8K", "MATH"}, "code": {"HumanEval", "MBPP"}, "instruction": {"MTBench"}}
 
 
@@ -41,6 +49,7 @@ class PaperRow:
         rank: None for base and full.
         params: trained parameters as printed, such as "320M"; empty for the base.
         metrics: by the paper's name; those that cannot be read are not there.
+        average: Avg as printed; None where it is not printed.
         reading: "exact", "reconstructed" or "unreadable".
         note: what is odd about the row.
     """
@@ -52,6 +61,7 @@ class PaperRow:
     rank: int | None
     params: str
     metrics: dict[str, float]
+    average: float | None
     reading: str
     note: str
 
@@ -78,17 +88,28 @@ def _row(raw: dict[str, str]) -> PaperRow:
         rank=int(raw["rank"]) if raw["rank"] else None,
         params=raw["params"],
         metrics={name: float(value) for name, value in values.items() if name and value},
+        average=float(raw["avg"]) if raw["avg"] else None,
         reading=raw["reading"],
         note=raw["note"],
     )
 
 
+def paper_average(metrics: Mapping[str, float], task_group: str) -> float | None:
+    """Return the paper's Avg: the plain mean of the three retention metrics and of the group's task metrics, as they stand
+    in the table, percent and MT-Bench's points alike; None where one is missing or the group has no Avg.
+
+    It mixes units and roles, so it stands beside the paper's figures alone.
+    """
+    tasks = TASK_METRICS.get(task_group)
+    return average_of(metrics, (*KEPT, *tasks)) if tasks else None
+
+
 def paper_name(metric: str) -> str | None:
     """Return the paper's name of one of our metrics, None where it has none.
 
-    Those are NLL, KL, other tasks, single turns of MT-Bench, and MATH by math-verify: the paper's is the string rule.
+    Those are NLL, KL, other tasks, single turns of MT-Bench, and GSM8K and MATH by other rules than MetaMath's own.
     """
-    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith("/math_verify"):
+    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith(OWN_RULES):
         return None
     return METRICS.get(metric.split("/")[0].split(" ")[0])
 
@@ -106,6 +127,25 @@ def comparable(model: str, metrics: list[str], training_data: str = "") -> list[
     if "ultrafeedback" in training_data.lower():
         measured.add("ultrafeedback")
     return [row for row in paper_rows() if row.model == MODELS.get(model) and row.task_group in measured]
+
+
+def average_of(values: Mapping[str, float], names: Collection[str]) -> float | None:
+    """Return the mean of the named values; None where one is missing, since fewer would not be comparable."""
+    return sum(values[name] for name in names) / len(names) if names and values.keys() >= {*names} else None
+
+
+def kept_share(values: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+    """Return Per of the AAAI version: the mean of the world knowledge (`KEPT`) in percent of the base's."""
+    kept, before = average_of(values, KEPT), average_of(base, KEPT)
+    return 100 * kept / before if kept is not None and before else None
+
+
+def geometric_mean(values: Mapping[str, float], task_group: str) -> float | None:
+    """Return GM of the AAAI version, √(Avg1 · Avg2), of percentages: world knowledge and the mean of the group's tasks."""
+    kept, learned = average_of(values, KEPT), average_of(values, TASK_METRICS.get(task_group, ()))
+    if kept is None or learned is None or "MTBench" in TASK_METRICS[task_group]:  # whose grades are no percentages
+        return None
+    return math.sqrt(kept * learned)
 
 
 @dataclass(frozen=True)
@@ -131,24 +171,38 @@ def paper_table(results: Results) -> PaperTable | None:
     if not rows:
         return None
     titles = [title for title in dict.fromkeys(names.values()) if title]
-    table, notes = (
-        [],
-        [f"Ours: trained on {data or 'what the settings say'}; {', '.join(n for n, known in names.items() if known)}"],
-    )
+    used = ", ".join(name for name, known in names.items() if known)
+    table, notes = [], [f"Ours: trained on {data or 'what the settings say'}; {used}", AAAI_NOTE]
+    bases = {row.task_group: row.metrics for row in rows if row.method == "base"}
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
         label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
         ours = next((r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)), None)
-        table.append((label, [_both(row, ours, names, title) for title in titles]))
+        values, mark = _values(ours, names) if ours else {}, "?" if row.doubtful else ""
+        cells = [f"{_text(row.metrics.get(title), mark)} / {_text(values.get(title))}" for title in titles]
+        cells.append(f"{_text(row.average, mark)} / {_text(paper_average(values, row.task_group))}")
+        theirs = _aaai(row.metrics, bases.get(row.task_group, {}), row.task_group, mark)
+        own = _aaai(values, _values(results.base, names), row.task_group)
+        table.append((label, cells + [f"{a} / {b}" for a, b in zip(theirs, own)]))
         if row.doubtful:
             notes.append(f"{label}: {row.reading}; {row.note}")
-    return PaperTable(titles, table, notes)
+    return PaperTable([*titles, "Avg", "Avg1 (Per)", "GM"], table, notes)
 
 
-def _both(row: PaperRow, ours: Row | None, names: dict[str, str | None], title: str) -> str:
-    theirs = f"{row.metrics[title]:.2f}{'?' if row.doubtful else ''}" if title in row.metrics else "–"
-    metric = next((name for name, known in names.items() if known == title), None)
-    found = ours.estimate(metric) if ours and metric else None
-    if found is None:
-        return f"{theirs} / –"
-    return f"{theirs} / {found.value * (100 if ours.metrics[metric].unit == 'fraction' else 1):.2f}"
+def _values(row: Row, names: Mapping[str, str | None]) -> dict[str, float]:
+    """Return our figures of a row by the paper's names and on its scale; of several metrics of one task the first."""
+    values: dict[str, float] = {}
+    for name, title in names.items():
+        found = row.estimate(name)
+        if title and found and title not in values:
+            values[title] = found.value * (100 if row.metrics[name].unit == "fraction" else 1)
+    return values
+
+
+def _aaai(values: Mapping[str, float], base: Mapping[str, float], task_group: str, mark: str = "") -> tuple[str, str]:
+    share, kept = kept_share(values, base), _text(average_of(values, KEPT), mark)
+    return f"{kept} ({share:.1f}%)" if share is not None else kept, _text(geometric_mean(values, task_group), mark)
+
+
+def _text(value: float | None, mark: str = "") -> str:
+    return "–" if value is None else f"{value:.2f}{mark}"

@@ -1,8 +1,7 @@
-"""Writes the report of a run: `report.md`, `report.html` (one file, no network) and `forgetting.png`."""
+"""Writes the report of a run: `report.md`, `report.html` (one file, no network), `forgetting.png` and `card.png`."""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from pathlib import Path
@@ -13,38 +12,67 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_null.recipes.report.figures import curves_png, forgetting_png, frontier_png, plane_points, row_colors
-from lora_null.recipes.report.grid_page import grid_content, grid_headline
-from lora_null.recipes.report.headline import Measure, forgetting, headline, learning, verdicts
+from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
+from lora_null.recipes.report.figures import (
+    card_png,
+    curves_picture,
+    distances,
+    forgetting_picture,
+    forgetting_png,
+    frontier_picture,
+    frontier_png,
+    plane_alt,
+    row_colors,
+)
+from lora_null.recipes.report.following import following, probe_curves
+from lora_null.recipes.report.grid_page import against_reference, grid_content, grid_headline
+from lora_null.recipes.report.headline import headline, verdicts
+from lora_null.recipes.report.magnitude import magnitude_picture, magnitude_png
 from lora_null.recipes.report.paper import paper_table
-from lora_null.recipes.report.table import Column, Table, build_table
+from lora_null.recipes.report.svg import palette, variable
+from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row
 from lora_null.recipes.results import LOG_FILE, Results, load_log, load_results
 from lora_null.utils.files import replacing
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
+RECIPE_FILE = "recipe.yaml"
 
 
-def write_report(output_dir: str | Path) -> None:
-    """Write the three files of the report from what lies in `output_dir`; equal inputs give equal bytes.
+def write_report(output_dir: str | Path, results: Results | None = None, name: str = "report") -> None:
+    """Write the files of the report (for a grid also `magnitude.png`) from what lies in `output_dir`; equal inputs give equal bytes.
 
     `report.html` is written last: it stands for a finished run.
+
+    Args:
+        output_dir: of a run.
+        results: instead of its `results.json`.
+        name: of the pages; the report of a run that goes on must not be called "report".
 
     Raises:
         UserError: when `results.json` is missing or malformed.
     """
     output_dir = Path(output_dir)
-    results = load_results(output_dir)
-    picture = frontier_png(results) if results.grid else forgetting_png(results)
-    content = _content(results, output_dir) | {"plane": _data_uri(picture)}
+    results = results or load_results(output_dir)
+    drawn = "forgetting.png" if name == "report" else f"{name}.png"
+    found = read_evaluations(output_dir, results)
+    if results.paired is None:  # written by a version that did not compare
+        results.paired, results.noise = compare(results, found), noise_of(found)
+    content = _content(results, found, output_dir) | {"picture_file": drawn}
     templates = templates_in(Path(__file__).parent)
     pages = {
         page: templates.get_template(template).render(content).encode()
-        for page, template in (("report.md", "report.md.j2"), ("report.html", "page.html.j2"))
+        for page, template in ((f"{name}.md", "report.md.j2"), (f"{name}.html", "page.html.j2"))
     }
-    for name, data in ({"forgetting.png": picture} | pages).items():
-        with replacing(output_dir / name) as temporary:
+    sizes = magnitude_png(results) if results.grid else None
+    pictures = {
+        drawn: frontier_png(results) if results.grid else forgetting_png(results),
+        "card.png": card_png(results, content["headline"]),
+        **({"magnitude.png": sizes} if sizes else {}),
+    }
+    for file, data in (pictures | pages).items():
+        with replacing(output_dir / file) as temporary:
             temporary.write_bytes(data)
 
 
@@ -52,7 +80,7 @@ def templates_in(*folders: Path) -> jinja2.Environment:
     """Return the environment of the templates in the folders; `md` is the filter for literal Markdown."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
-        autoescape=lambda name: name == "page.html.j2",
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -62,10 +90,16 @@ def templates_in(*folders: Path) -> jinja2.Environment:
     return environment
 
 
-def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
+def print_table(results: Results, console: Console | None = None, *, found: Evaluations | None = None) -> None:
+    """Print the headline and the table; columns that do not fit the terminal go into further tables below.
+
+    Args:
+        results: the run's or grid's.
+        console: where to; the terminal when not given.
+        found: of a grid, the evaluations behind its rows.
+    """
     console, table = console or Console(), build_table(results)
-    console.print(Text(_headline(results), style="bold"))
+    console.print(Text(_headline(results, found or {}), style="bold"))
     for columns in _fitting(table, console.width):
         drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
         drawn.add_column("Method", overflow="fold", min_width=_name_width(table), max_width=_name_width(table))
@@ -77,8 +111,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(drawn)
 
 
-def _headline(results: Results) -> str:
-    return grid_headline(results) if results.grid else headline(results)
+def _headline(results: Results, found: Evaluations) -> str:
+    return grid_headline(results, found) if results.grid else headline(results)
 
 
 def escape_markdown(text: object) -> str:
@@ -105,20 +139,29 @@ def _fitting(table: Table, width: int) -> list[list[Column]]:
     return runs
 
 
-def _content(results: Results, output_dir: Path) -> dict[str, Any]:
+def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers ready to print."""
-    labels, table = results.labels(), build_table(results)
+    shared = _shared(results, found, output_dir)
     if results.grid:  # its runs have reports of their own, with their curves
-        return _shared(results, table) | {"grid": grid_content(results)}
-    folders = [row.method for row in results.rows]
-    logs = [load_log(output_dir / folder / LOG_FILE) for folder in folders]
-    curves = [(title, curves_png(results, logs, key, title)) for key, title in CURVES]
-    found = verdicts(results)
+        return shared | {
+            "follows": following(results, output_dir, []),
+            "picture": frontier_picture(results),
+            "grid": grid_content(results, found),
+            "sizes": magnitude_picture(results),
+        }
+    labels, folders = results.labels(), [row.method for row in results.rows]
+    linked = output_dir / "logs"  # of a comparison, whose rows come from several runs
+    places = [linked / str(i) if linked.is_dir() else output_dir / folder for i, folder in enumerate(folders)]
+    logs = [load_log(place / LOG_FILE) for place in places]
+    curves = [curves_picture(results, logs, key, title) for key, title in (*CURVES, *probe_curves(logs))]
+    claims = verdicts(results)
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
-    best = next((i for verdict in found for i in verdict.winners if i in adapters), next(iter(adapters), None))
-    return _shared(results, table) | {
-        "verdicts": found,
-        "curves": [(title, _data_uri(png)) for title, png in curves if png],
+    best = next((i for verdict in claims for i in verdict.winners if i in adapters), next(iter(adapters), None))
+    return shared | {
+        "follows": following(results, output_dir, logs),
+        "picture": forgetting_picture(results),
+        "verdicts": claims,
+        "curves": [curve for curve in curves if curve],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
         "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
         "snippet": None if best is None else peft_snippet(results.model, f"{folders[best]}/adapter"),
@@ -126,18 +169,28 @@ def _content(results: Results, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _shared(results: Results, table: Table) -> dict[str, Any]:
+def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str, Any]:
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
+    table, colors, labels = build_table(results), row_colors(results), results.labels()
+    reference, recipe = reference_row(results, results.rows[-1].variant), output_dir / RECIPE_FILE
     return {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
-        "headline": _headline(results),
+        "headline": _headline(results, found),
         "verdicts": [],
-        "labels": results.labels(),
-        "colors": row_colors(results),
+        "labels": labels,
+        "colors": [variable(color) for color in colors],
+        "variable": variable,
+        "palette": palette(colors),
         "table": table,
+        "few_seeds": any("†" in cell.error for column in table.columns for cell in column.cells),
         "name_width": _name_width(table),
         "alt": plane_alt(results),
+        "noise": _noise(results),
+        "distances": [] if results.grid else distances(results),
+        "reference": labels[reference] if reference and not results.grid else "LoRA",
+        "paired": against_reference(results),
+        "tests": len([pair for pair in results.paired or () if pair.p is not None]),
         "paper": paper_table(results),
         "grid": None,
         "curves": [],
@@ -145,27 +198,18 @@ def _shared(results: Results, table: Table) -> dict[str, Any]:
         "unreadable": [],
         "snippet": None,
         "adapter_folders": [],
+        "command": results.environment.get("command"),
+        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),
-        "environment": _flat(results.environment),
+        "environment": _flat({k: v for k, v in results.environment.items() if k != "command"}),
     }
 
 
-def plane_alt(results: Results) -> str:
-    """What the plane shows, in words, for those who do not see it."""
-    kept, learned = forgetting(results), learning(results)
-    labels, points = results.labels(), plane_points(kept, learned)
-    if not points:
-        return "; ".join(f"{m.title}: {_values(labels, m)}" for m in (kept, learned) if m) or "No metric was measured."
-    points_in_words = [f"{labels[i]}: {learned.title} {learned.text(i)}, {kept.title} {kept.text(i)}" for i in points]
-    return (
-        f"Learning against forgetting. {labels[0]}: {learned.title} {learned.text(0)}; "
-        + "; ".join(points_in_words)
-        + "."
-    )
-
-
-def _values(labels: list[str], measure: Measure) -> str:
-    return ", ".join(f"{labels[i]} {measure.text(i)}" for i in sorted(measure.measured))
+def _noise(results: Results) -> list[tuple[str, str]]:
+    """What the base differs from itself by, in other batches: (metric, value) of the retention metrics."""
+    names = [name for name in results.metric_names("retention") if name in results.noise]
+    scale = {name: 100 if results.metric(name).unit == "fraction" else 1 for name in names}
+    return [(metric_title(name), f"{scale[name] * results.noise[name]:.1g}") for name in names]
 
 
 def peft_snippet(model: str, adapter: str) -> str:
@@ -188,7 +232,3 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
                 (f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             )
     return pairs
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

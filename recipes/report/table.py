@@ -1,5 +1,7 @@
 """Turns results into the table of the paper: columns, cells, and the marks on best and second best.
 
+A mark is a claim, and all claims of one table together are wrong in at most 5% of cases (`recipes/comparisons.py`).
+
 The Markdown, HTML and terminal reports all draw this one table; none of them formats a number itself.
 """
 
@@ -11,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lora_null.eval_harness.results import Role
+from lora_null.recipes.comparisons import MEANS, averaged
 from lora_null.recipes.results import Estimate, Results, Row
 
 MISSING = "–"
@@ -18,7 +22,8 @@ WORDS = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
-    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "string_match": "string rule",
+    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "metamath_rule": "MetaMath's rule", "exact_match": "exact match",
+    "string_match": "string rule",
     "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
 }  # fmt: skip
 
@@ -69,52 +74,49 @@ class Table:
 def build_table(results: Results) -> Table:
     """The table of `results`: #params, retention, tasks, their average, drift, cost."""
     columns = [_plain("#Params", "", "number of trained parameters.", results, lambda r: count(r.trainable_params))]
-    for role in ("retention", "task"):
+    for role in MEANS:
         columns += [_metric_column(results, name) for name in results.metric_names(role)]
-    columns += [column for column in (_average_column(results),) if column]
+        columns += _mean_column(results, role)
     columns += [
         _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, _drift),
+        _plain("‖ΔW‖/‖W₀‖", "", "size of the change of the adapted weights as one, Frobenius norms.", results, _magnitude),
         _plain("Init / train / eval", "Cost", "wall-clock time of the three phases.", results, _times),
         _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
     ]  # fmt: skip
     return Table(results.labels(), [c for c in columns if any(cell.text != MISSING for cell in c.cells)])
 
 
-def separated(a: Estimate, b: Estimate) -> bool:
-    """Whether `a` and `b` differ by more than their combined standard error; never so where an error is unknown."""
-    return None not in (a.stderr, b.stderr) and abs(a.value - b.value) > math.hypot(a.stderr, b.stderr)
+def better(results: Results, i: int, j: int, name: str, higher_is_better: bool) -> bool:
+    """Whether row `i` is better than row `j`: paired on the same questions, among all comparisons of the table."""
+    gap = results.difference(i, j, name)
+    return gap is not None and gap.significant and (gap.mean > 0) == higher_is_better
 
 
-def rank_marks(estimates: Sequence[Estimate | None], higher_is_better: bool) -> list[Literal["best", "second"] | None]:
-    """Mark the best, and the second best, of `estimates`, each only where it is `separated` from all that are worse.
+def rank_marks(
+    results: Results, estimates: Sequence[Estimate | None], name: str, higher_is_better: bool
+) -> list[Literal["best", "second"] | None]:
+    """Mark the method that is `better` than every other, and below it the one that is better than all the rest.
 
-    A second best is marked only below a marked best: underlining the loser of a tie would invent an order.
+    Of a grid's settings none is marked: that which learned least would win. Nor is a method that stands alone, or one
+    that was not compared with each of the others.
     """
-    order = sorted(
-        (i for i, estimate in enumerate(estimates) if estimate),
-        key=lambda i: estimates[i].value * (-1 if higher_is_better else 1),
-    )
-    marks: list[Literal["best", "second"] | None] = [None] * len(estimates)
-    for mark, (rank, better) in zip(("best", "second"), enumerate(order[:-1], start=1)):
-        if not all(separated(estimates[better], estimates[worse]) for worse in order[rank:]):
+    marks: list[Literal["best", "second"] | None] = [None] * len(results.rows)
+    rest = {i for i, estimate in enumerate(estimates) if i and estimate}
+    if len({row.variant for row in results.rows[1:]}) > 1:
+        return marks
+    for mark in ("best", "second"):
+        first = next((i for i in rest if all(better(results, i, j, name, higher_is_better) for j in rest - {i})), None)
+        if first is None or len(rest) < 2:
             break
-        marks[better] = mark
+        marks[first] = mark
+        rest.remove(first)
     return marks
 
 
-def average(results: Results) -> tuple[list[str], list[Estimate | None]]:
-    """The names of the averaged metrics and their mean per row; none if under two.
-
-    Fractions of which more is better, the first of each task: the others measure the same answers by another rule.
-    """
-    of_task: dict[str, str] = {}
-    for name in results.metric_names("retention") + results.metric_names("task"):
-        if results.metric(name).unit == "fraction" and results.metric(name).higher_is_better:
-            of_task.setdefault(name.partition("/")[0], name)
-    names = list(of_task.values())
-    if len(names) < 2:
-        return [], []
-    return names, [mean([row.estimate(name) for name in names]) for row in results.rows]
+def reference_row(results: Results, variant: str | None = None) -> int | None:
+    """The row that the others are compared with at equal settings: LoRA, or the first method; None without a method."""
+    rows = [i for i, row in enumerate(results.rows) if i and row.variant == variant]
+    return next((i for i in rows if results.rows[i].method == "lora"), next(iter(rows), None))
 
 
 def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
@@ -179,13 +181,8 @@ def _metric_column(results: Results, name: str) -> Column:
     column = Column(
         title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
         group=metric.role.capitalize(),
-        definition=_definition(name, metric.unit) + size + ".",
-        cells=_marked_cells(
-            estimates,
-            metric.unit,
-            metric.higher_is_better,
-            marked=not results.grid and metric.higher_is_better is not None,
-        ),
+        definition=_definition(name, metric.unit) + size + _floor(results, name, metric.unit) + ".",
+        cells=_marked_cells(results, estimates, metric.unit, name, metric.higher_is_better),
         arrow={True: "↑", False: "↓", None: ""}[metric.higher_is_better],
     )
     for i, row in enumerate(results.rows):
@@ -202,6 +199,9 @@ def _definition(name: str, unit: str | None) -> str:
         return "KL(base ‖ method) of the next-token distributions over the answers (nats per token; 0 is the base)"
     if kind == "nll":
         return "negative log-likelihood of the reference answers (nats per token)"
+    if kind in ("loss", "forgetting"):
+        rose = "rise of the loss over the base's" if kind == "forgetting" else "loss"
+        return f"{rose} on general text (nats per token), as PEFT's method comparison measures it"
     if name.endswith("reward accuracy"):
         return "percent of held-out pairs whose chosen answer has the higher reward (ties half; the base has 50)"
     if name.endswith("reward margin"):
@@ -211,23 +211,39 @@ def _definition(name: str, unit: str | None) -> str:
     return {"fraction": "percent of the items answered right", "nats": "nats"}.get(unit, "score on its own scale")
 
 
-def _average_column(results: Results) -> Column | None:
-    names, estimates = average(results)
-    if not names:
-        return None
+def _floor(results: Results, name: str, unit: str | None) -> str:
+    """The noise floor of a metric in words; nothing where it was not measured."""
+    noise = results.noise.get(name)
+    if noise is None:
+        return ""
+    scale, sign = (100, " points") if unit == "fraction" else (1, "")
+    return f"; noise floor {'0' if noise == 0 else f'{scale * noise:.1g}'}{sign}"
+
+
+def _mean_column(results: Results, role: Role) -> list[Column]:
+    """The mean of a role's fractions, where there are several: never of different units, nor of what is kept and learned."""
+    names = averaged(results, role)
+    if len(names) < 2 or results.metric(names[0]).unit != "fraction":
+        return []
+    estimates = [mean([row.estimate(name) for name in names]) for row in results.rows]
     titles = ", ".join(metric_title(name) for name in names)
-    return Column(
-        "Avg %", "", f"mean of {titles}.", _marked_cells(estimates, "fraction", True, marked=not results.grid), "↑"
-    )
+    cells = _marked_cells(results, estimates, "fraction", MEANS[role], True)
+    return [Column("Mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]
 
 
 def _marked_cells(
-    estimates: list[Estimate | None], unit: str | None, higher_is_better: bool, *, marked: bool = True
+    results: Results, estimates: list[Estimate | None], unit: str | None, name: str, higher_is_better: bool | None
 ) -> list[Cell]:
-    """The cells, marked unless they hold one method at several settings, where the one that learned least would win."""
     cells = show_all(estimates, unit)
-    marks = [None, *rank_marks(estimates[1:], higher_is_better)] if marked else [None] * len(cells)  # not the base
-    return [Cell(cell.text, cell.error, mark) for cell, mark in zip(cells, marks)]
+    marks = [None] * len(cells) if higher_is_better is None else rank_marks(results, estimates, name, higher_is_better)
+    partial = _of_fewer_seeds(results)
+    return [Cell(c.text, c.error + "†" * (i in partial and bool(c.error)), marks[i]) for i, c in enumerate(cells)]
+
+
+def _of_fewer_seeds(results: Results) -> set[int]:
+    """The rows of a grid of one seed, whose error counts the questions alone, where others have several seeds."""
+    runs = {i: row.runs or 1 for i, row in enumerate(results.rows) if i}
+    return {i for i, n in runs.items() if n == 1} if results.grid and max(runs.values(), default=1) > 1 else set()
 
 
 def _plain(title: str, group: str, definition: str, results: Results, text) -> Column:
@@ -237,7 +253,15 @@ def _plain(title: str, group: str, definition: str, results: Results, text) -> C
 def _drift(row: Row) -> str:
     if row.drift is None or row.drift.mean is None:
         return MISSING
-    percent = 100 * row.drift.mean
+    return _percent(row.drift.mean)
+
+
+def _magnitude(row: Row) -> str:
+    return MISSING if row.magnitude is None else _percent(row.magnitude.total)
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
     return f"{percent:.1f}%" if percent >= 0.1 or percent == 0 else f"{percent:.2g}%"
 
 

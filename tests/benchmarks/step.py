@@ -1,4 +1,4 @@
-"""What a training step costs: full fine-tuning, LoRA, LoRA-FA, LoRA-Null v1 and v2, side by side.
+"""What a training step costs: full fine-tuning, LoRA, LoRA-FA, LoRA-Null v1, v2 and nb, side by side.
 
     python tests/benchmarks/step.py                                     # SmolLM2-135M, 4 × 224 tokens
     python tests/benchmarks/step.py --cases float32:5 --contenders lora,v1,v2
@@ -13,7 +13,7 @@ A case is a precision, with `+ckpt` under gradient checkpointing, and its number
 The contenders take turns, one step each a round, the first of them another one every round; what is reported is the
 median over rounds of the ratio to plain PEFT LoRA's step of the same round, with quartiles. `lora-again` among the
 contenders shows how far two equal ones differ. Adapters have alpha = r and random factors: a step costs the same
-wherever they start. v1 runs on its residual base, as in training. Memory is measured apart, each contender in a process
+wherever they start. v1 runs on its residual base, nb keeps A in a random basis of 4 r directions, as in training. Memory is measured apart, each contender in a process
 of its own: the peak of a step above the loaded weights, so gradients, optimizer state, what autograd keeps, and
 temporaries. Saved bytes are what autograd keeps between forward and backward pass, each storage once, parameters not
 counted, copies of weights in another dtype apart.
@@ -53,11 +53,12 @@ from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from lora_null import LoraNullConfig
+from lora_null import LoraNullConfig, keep_in_null_basis
 from lora_null.calibration import measure_inputs
+from lora_null.config import MULTIPLE
 from lora_null.drift import DriftMeter
 from lora_null.initialize import finish_initialization
-from lora_null.layer import adapted_layers
+from lora_null.layer import NullBasis, adapted_layers
 from lora_null.recipes.environment import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.models.smollm2 import smollm2
 
@@ -72,9 +73,10 @@ CONTENDERS = {
     "v1": "LoRA-Null v1",
     "v2": "LoRA-Null v2",
     "v2-matched": "v2, matched parameters",
+    "nb": "nb-lora",
     "lora-again": "LoRA again (noise)",
 }
-DEFAULT_CONTENDERS = "full,lora,lora-fa,v1,v2,v2-matched"
+DEFAULT_CONTENDERS = "full,lora,lora-fa,v1,v2,v2-matched,nb"
 DEFAULT_CASES = "float32:5,autocast:5,autocast+ckpt:3"
 QUICK = dict(model="tiny", rank=4, batch=2, length=16, cases="float32:2,autocast:2,autocast+ckpt:2")
 PRECISIONS = ("float32", "autocast", "bf16")
@@ -195,8 +197,22 @@ def build(contender: str, setting: Setting, dtype: torch.dtype) -> nn.Module:
     model = get_peft_model(model, LoraNullConfig(variant=contender[:2], **common))
     for layer in adapted_layers(model).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+    if contender == "nb":
+        confine(model)
     finish_initialization(model, "default")  # v1: the base becomes W0 − s·BA
     return model
+
+
+def confine(model: nn.Module) -> None:
+    """Give every input of the layers a random basis, one for q, k, v and one for gate, up."""
+    basis = None
+    for name, layer in adapted_layers(model).items():
+        A = layer.lora_A["default"].weight
+        if basis is None or name.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj"):
+            drawn = torch.randn(layer.in_features, MULTIPLE * len(A), dtype=torch.float64, device=A.device)
+            basis = NullBasis.for_factor(torch.linalg.qr(drawn)[0], A)
+        layer.confine("default", basis)
+        layer.keep_in_basis("default")
 
 
 def matched_rank(model: nn.Module, rank: int) -> int:
@@ -279,6 +295,7 @@ class Trainee:
         loss.backward()
         watch.mark()
         self.optimizer.step()
+        keep_in_null_basis(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         watch.mark()
         return watch.seconds()

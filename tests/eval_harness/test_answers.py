@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lora_null.eval_harness import AnswerTask, evaluate
+from lora_null.eval_harness import AnswerTask, evaluate, likelihood
 from lora_null.eval_harness.likelihood import (
+    Reference,
     TokenizedPair,
     answer_log_probs,
-    open_reference,
-    ratio_estimate,
+    kept_tokens,
     save_reference,
     score_answers,
     tokenize_pairs,
@@ -33,6 +33,16 @@ def test_tokenized_as_trl_does(tokenizer):
     assert pair.start == 1  # the prompt alone ends in ":", which the answer's space has joined
 
 
+def test_a_chat_text_gets_no_second_start_token(tokenizer):
+    tokenizer.bos_token, tokenizer.add_bos_token = "Q", True
+    tokenizer.update_post_processor()
+    counts = [
+        len(tokenize_pairs(tokenizer, [("ab", " yes")], "t", None, special_tokens=special)[0].ids)
+        for special in (True, False)
+    ]
+    assert counts[0] == counts[1] + 1
+
+
 def test_nll_and_kl_equal_a_plain_float64_computation(model, peft_model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
     peft_model.eval()
@@ -44,6 +54,48 @@ def test_nll_and_kl_equal_a_plain_float64_computation(model, peft_model, tokeniz
         assert scores.nll[i] == pytest.approx(-other[range(len(targets)), targets].sum().item(), rel=1e-5)
         assert scores.kl[i] == pytest.approx((base.exp() * (base - other)).sum().item(), rel=1e-4)
         assert scores.tokens[i] == len(targets)
+
+
+def test_a_reference_too_large_for_the_whole_vocabulary(model, peft_model, tokenizer, pairs, tmp_path, monkeypatch):
+    tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
+    peft_model.eval()
+    whole = score_answers(peft_model, tokenized, reference=recorded(model, tokenized, tmp_path / "whole"))
+    positions = int(whole.tokens.sum())
+    monkeypatch.setattr(likelihood, "REFERENCE_BYTES", 7 * 8 * positions + 5)  # room for 7 tokens of each position
+    path = recorded(model, tokenized, tmp_path / "few")
+    scores = score_answers(peft_model, tokenized, reference=path)
+    assert (whole.kept, scores.kept) == (None, 7)
+    assert path.stat().st_size < 7 * 8 * positions + 4 * positions + 4000 < 101 * 4 * positions
+    for i, pair in enumerate(tokenized):
+        base, other = plain_log_probs(model, pair).numpy(), plain_log_probs(peft_model, pair).numpy()
+        sums = 0.0
+        for p, q in zip(np.exp(base), np.exp(other)):
+            first = np.argsort(-p)[:7]
+            p, q = (np.append(x[first], 1 - x[first].sum()) for x in (p, q))
+            sums += (p * np.log(p / q)).sum()
+        assert scores.kl[i] == pytest.approx(sums, rel=1e-4)
+        assert scores.kl[i] < whole.kl[i]  # less is seen, never more
+    assert score_answers(model, tokenized, reference=path).kl == pytest.approx(np.zeros(len(pairs)), abs=1e-5)
+
+
+def test_a_reference_never_grows_beyond_its_limit():
+    answers = [TokenizedPair((0,) * 131, 1)] * 1000  # 1,000 answers of 130 tokens, a vocabulary of 128k
+    kept = kept_tokens(answers, 128_256)
+    assert 130_000 * 8 * kept <= likelihood.REFERENCE_BYTES < 130_000 * 8 * (kept + 1)
+    assert kept_tokens(answers[:1], 128_256) is None and kept_tokens(answers * 2000, 128_256) == 1
+
+
+def recorded(model, tokenized, path):
+    score_answers(model, tokenized, reference=path, record=True)
+    return path
+
+
+def test_kl_on_the_new_task_is_neither_better_nor_worse(model, peft_model, tokenizer, pairs, tmp_path):
+    task = AnswerTask("new", pairs, kl=True, role="task")
+    evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
+    found = evaluate(peft_model, tokenizer, [task], reference_dir=tmp_path).metrics
+    assert found["new kl"].value > 0 and found["new kl"].higher_is_better is None
+    assert found["new nll"].higher_is_better is False and found["new kl"].role == "task"
 
 
 def test_only_needed_logits_equal_all_logits(model, tokenizer, pairs, monkeypatch):
@@ -85,19 +137,6 @@ def test_autocast_is_close_and_different(model, tokenizer, pairs):
     np.testing.assert_allclose(half, full, rtol=0.1)
 
 
-def test_clustered_standard_error():
-    sums, counts = np.array([2.0, 9.0, 4.0, 1.0]), np.array([1, 3, 4, 2])
-    ratio = 16 / 10
-    residuals = [2 - ratio * 1, 9 - ratio * 3, 4 - ratio * 4, 1 - ratio * 2]
-    value, stderr = ratio_estimate(sums, counts)
-    assert value == pytest.approx(ratio)
-    assert stderr == pytest.approx((4 / 3 * sum(r * r for r in residuals)) ** 0.5 / 10)
-    # With equal counts it is the ordinary standard error of the questions' means.
-    value, stderr = ratio_estimate(sums, np.full(4, 2))
-    assert stderr == pytest.approx(np.std(sums / 2, ddof=1) / 2)
-    assert ratio_estimate(sums[:1], counts[:1]) == (2.0, None)
-
-
 def test_reference_holds_the_full_distribution_in_float32(model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(tokenizer, pairs, "t", 512)
     path = tmp_path / "new folder" / "r.safetensors"
@@ -112,16 +151,16 @@ def test_reference_holds_the_full_distribution_in_float32(model, tokenizer, pair
 
 def test_an_interrupted_write_keeps_the_old_reference(tmp_path, monkeypatch):
     path, pairs = tmp_path / "r.safetensors", [TokenizedPair((1, 2), 1)]
-    save_reference(path, {"0": torch.zeros(1, 4)}, pairs)
+    save_reference(path, {"0": torch.zeros(1, 4)}, pairs, 4)
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_reference(path, {"0": torch.ones(1, 4)}, pairs)
+        save_reference(path, {"0": torch.ones(1, 4)}, pairs, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
-    assert open_reference(path, pairs).get_tensor("0").sum() == 0
+    assert Reference(path, pairs).file.get_tensor("0").sum() == 0
 
 
 def test_a_reference_for_other_tokens_or_vocabulary_is_refused(model, make_model, tokenizer, pairs, tmp_path):

@@ -8,6 +8,7 @@ from lora_null.eval_harness.math_answers import (
     equivalent,
     extract_answer,
     metamath_answer,
+    metamath_number,
     same_number,
     same_string,
     to_number,
@@ -158,3 +159,31 @@ def test_the_papers_extraction_is_strict():
 
 def test_there_are_enough_cases():
     assert len(EXTRACTED) + len(NUMBERS) + len(SAME_NUMBER) + len(MATH) >= 60
+
+
+METAMATH_NUMBERS = [  # (solution, what MetaMath's script for GSM8K reads)
+    ("3 + 4 = 7\nThe answer is: 7", 7),
+    ("The answer is: 5. No. The answer is: -6", -6),
+    ("The answer is: $1,200", 1200),
+    ("The answer is: 1,234,567", 1234),
+    ("The answer is: about 18 dollars", 18),
+    ("The answer is: 7.6", 8),
+    ("The answer is: 2.5", 2),
+    ("The answer is: 3.5", 4),
+    ("The answer is: .5", 0),
+    ("The answer is: 7/2", 4),
+    ("The answer is: 7/0", 7),
+    ("The answer is: /2", None),
+    ("The answer is: 7/00", None),
+    ("The answer is: +7", 7),
+    ("The answer is: " + 400 * "9", None),
+    ("The answer is:7", None),
+    ("the answer is: 7", None),
+    ("#### 7", None),
+    ("The answer is: none", None),
+]
+
+
+@pytest.mark.parametrize("solution, number", METAMATH_NUMBERS)
+def test_metamaths_own_rule_for_gsm8k(solution, number):
+    assert metamath_number(solution) == number

@@ -28,9 +28,10 @@ def says(monkeypatch):
 def test_gsm8k(model, tokenizer, write, says):
     says(GSM_ANSWERS)
     found = evaluate(model, tokenizer, [LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM), name="gsm8k")])
-    assert found.samples["gsm8k"] == [1.0, 1.0, 1.0, 0.0]
-    assert found.metrics["gsm8k"].unit == "fraction"
-    assert found.settings["tasks"]["gsm8k"]["versions"] == {"metamath_gsm8k": 1.0}
+    assert found.samples["gsm8k/exact_match"] == [1.0, 1.0, 1.0, 0.0]
+    assert found.samples["gsm8k/metamath_rule"] == [1.0, 1.0, 0.0, 0.0]  # it reads nothing after ####
+    assert found.metrics["gsm8k/exact_match"].unit == "fraction"
+    assert found.settings["tasks"]["gsm8k"]["versions"] == {"metamath_gsm8k": 2.0}
 
 
 def test_math_by_mathematics_and_by_string(model, tokenizer, write, says):

@@ -135,5 +135,6 @@ def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_token
     ours = evaluate(*model_and_tokenizer, tasks, batch_size=BATCH_SIZE).metrics
     assert ours["humaneval"].value == expected["my_humaneval"]["pass@1,none"]
     assert ours["humaneval"].stderr == expected["my_humaneval"]["pass@1_stderr,none"]
-    assert ours["metamath_gsm8k"].value == expected["my_gsm8k"]["exact_match,none"]
+    assert ours["metamath_gsm8k/exact_match"].value == expected["my_gsm8k"]["exact_match,none"]
+    assert ours["metamath_gsm8k/metamath_rule"].value == expected["my_gsm8k"]["metamath_rule,none"]
     assert 0 < ours["humaneval"].value < 1

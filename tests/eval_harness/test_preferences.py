@@ -47,5 +47,5 @@ def test_without_a_reference_nothing_is_said(peft_model, tokenizer, task, tmp_pa
 
 def test_a_reference_of_other_pairs_is_refused(model, tokenizer, task, tmp_path):
     evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
-    with pytest.raises(UserError, match="recorded for other pairs"):
+    with pytest.raises(UserError, match="recorded for other texts"):
         evaluate(model, tokenizer, [task], limit=3, reference_dir=tmp_path)

@@ -1,17 +1,31 @@
 """The report says what the numbers say, and no more."""
 
+import itertools
 import json
+import math
 import re
+import struct
+from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from lora_null.eval_harness.results import Metric
+from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.report import load_results, print_table, write_report
-from lora_null.recipes.report.figures import COLORS, curves_png, forgetting_png, row_colors
+from lora_null.recipes.report.figures import (
+    card_png,
+    curves_picture,
+    distances,
+    forgetting_picture,
+    forgetting_png,
+    row_colors,
+)
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
-from lora_null.recipes.report.table import average, build_table, count, decimals, rank_marks, show, show_all
+from lora_null.recipes.report.svg import COLORS
+from lora_null.recipes.report.table import build_table, count, decimals, rank_marks, show, show_all
 from lora_null.recipes.results import (
     Estimate,
     Row,
@@ -86,12 +100,48 @@ def measured(**changes):
     return raw(**(rows | changes))
 
 
+def paired(results):
+    """The comparisons that two independent errors would give, of single metrics and of means of fractions."""
+    rows, found = results["rows"], []
+    means = {
+        f"mean {role}": [
+            n for n, m in rows[-1].get("metrics", {}).items() if m["role"] == role and m["unit"] == "fraction"
+        ]
+        for role in ("retention", "task")
+    }
+    singles = {name: [name] for row in rows for name in row.get("metrics", {})}
+    for name, names in (singles | {k: v for k, v in means.items() if len(v) > 1}).items():
+        for i, j in itertools.combinations(range(len(rows)), 2):
+            both = [[rows[k].get("metrics", {}).get(n) for n in names] for k in (i, j)]
+            if None in (*both[0], *both[1]) or any(m["stderr"] is None for m in (*both[0], *both[1])):
+                continue
+            gap = sum(b["value"] - a["value"] for a, b in zip(*both)) / len(names)
+            error = math.hypot(*(m["stderr"] for side in both for m in side)) / len(names)
+            if error > 0 and not (i == 0 and name.endswith("kl")):
+                entry = {
+                    "row": j,
+                    "against": i,
+                    "metric": name,
+                    "mean": gap,
+                    "stderr": error,
+                    "questions": 9,
+                    "seeds": 1,
+                }
+                found.append(entry | {"p": 2 * stats.norm.sf(abs(gap) / error)})
+    adjusted = holm([entry["p"] for entry in found])
+    return [entry | {"p_adjusted": float(p)} for entry, p in zip(found, adjusted)]
+
+
+def parsed(results):
+    return parse_results(results | {"paired": paired(results)})
+
+
 def say(**methods):
-    return headline(parse_results(raw(**methods)))
+    return headline(parsed(raw(**methods)))
 
 
 def write(folder, results):
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | {"paired": paired(results)}))
     write_report(folder)
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
@@ -103,30 +153,37 @@ def estimates(*pairs):
     return [pair and Estimate(*pair) for pair in pairs]
 
 
-def test_marks_only_beyond_the_combined_error():
-    # 0.10 against 0.12 is within sqrt(0.015² + 0.015²) = 0.0212; against 0.13 it is beyond.
-    assert rank_marks(estimates((0.10, 0.015), (0.12, 0.015), (0.5, 0.015)), False) == [None, None, None]
-    assert rank_marks(estimates((0.10, 0.015), (0.13, 0.015), (0.5, 0.015)), False) == ["best", "second", None]
-    assert rank_marks(estimates((0.10, 0.015), (0.13, 0.015), (0.14, 0.015)), False) == ["best", None, None]
+def marks(*pairs, higher_is_better=False):
+    """The marks of methods with these values and errors."""
+    measured = {f"method-{i}": share("x", *pair) if pair else {} for i, pair in enumerate(pairs)}
+    results = parsed(raw(base={}, **measured))
+    return rank_marks(results, [row.estimate("x") for row in results.rows], "x", higher_is_better)[1:]
 
 
-def test_no_best_while_any_other_is_within_its_error():
+def test_marks_only_what_is_better_than_every_other():
+    # The error of a difference is 0.021 here, and three tests are adjusted together: 0.10 against 0.15 has p = 0.018.
+    assert marks((0.10, 0.015), (0.13, 0.015), (0.5, 0.015)) == [None, None, None]
+    assert marks((0.10, 0.015), (0.15, 0.015), (0.5, 0.015)) == ["best", "second", None]
+    assert marks((0.10, 0.015), (0.20, 0.015), (0.21, 0.015)) == ["best", None, None]
+
+
+def test_no_best_while_any_other_may_be_as_good():
     # The next is clear of the best, but the worst is measured so badly that it may be the best: no mark, as the headline.
-    assert rank_marks(estimates((0.10, 0.01), (0.20, 0.01), (0.25, 0.5)), False) == [None, None, None]
+    assert marks((0.10, 0.01), (0.20, 0.01), (0.25, 0.5)) == [None, None, None]
 
 
 def test_marks_follow_the_better_direction():
-    assert rank_marks(estimates((0.1, 0.01), (0.3, 0.01), (0.2, 0.01)), True) == [None, "best", "second"]
+    assert marks((0.1, 0.01), (0.3, 0.01), (0.2, 0.01), higher_is_better=True) == [None, "best", "second"]
 
 
-def test_no_mark_without_an_error_or_a_rival():
-    assert rank_marks(estimates((0.1, None), (0.9, None)), True) == [None, None]
-    assert rank_marks(estimates((0.1, 0.01)), True) == [None]
-    assert rank_marks(estimates(None, (0.1, 0.01), (0.5, 0.01)), True) == [None, None, "best"]
+def test_no_mark_without_a_comparison_or_a_rival():
+    assert marks((0.1, None), (0.9, None)) == [None, None]
+    assert marks((0.1, 0.01)) == [None]
+    assert marks(None, (0.1, 0.01), (0.5, 0.01)) == [None, "best", None]
 
 
 def test_the_base_is_never_marked():
-    table = build_table(parse_results(measured()))
+    table = build_table(parsed(measured()))
     assert all(column.cells[0].mark is None for column in table.columns)
     column = next(column for column in table.columns if column.title == "NQ KL")
     assert [cell.mark for cell in column.cells] == [None, None, None, "best"]  # LoRA and v1 are within error
@@ -159,7 +216,7 @@ def test_times_do_not_jump_in_coarseness():
     results = measured()
     for row, seconds in zip(results["rows"][1:], (95.4, 100.4, 9000.0)):
         row["seconds"] = {"init": 9.3, "train": seconds, "eval": None}
-    column = next(column for column in build_table(parse_results(results)).columns if "train" in column.title)
+    column = next(column for column in build_table(parsed(results)).columns if "train" in column.title)
     texts = [str(cell).replace("\u00a0", " ") for cell in column.cells[1:]]
     assert texts == ["9.3 s / 95 s / –", "9.3 s / 100 s / –", "9.3 s / 2.5 h / –"]
 
@@ -180,46 +237,44 @@ def test_missing_stays_missing(tmp_path):
 
 def test_a_value_that_is_not_finite_is_said_and_not_ranked(tmp_path):
     results = measured(lora=kl(float("nan")) | nll(0.982))
-    assert "not finite" in [
-        cell.text for column in build_table(parse_results(results)).columns for cell in column.cells
-    ]
+    assert "not finite" in [cell.text for column in build_table(parsed(results)).columns for cell in column.cells]
     assert "No value of KL to base on NQ for LoRA." in write(tmp_path, results)[1]
 
 
-def test_average_is_over_fractions_only():
-    both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task") | nll(1.0)
-    names, means = average(parse_results(raw(base=both, lora=both)))
-    assert names == ["nq_open", "gsm8k"]
-    assert means[1].value == pytest.approx(0.3) and means[1].stderr == pytest.approx(0.01 / 2**0.5)
+def means(metrics):
+    """The columns of means: title, group and the cell of the method."""
+    table = build_table(parsed(raw(base=metrics, lora=metrics)))
+    return [(column.group, str(column.cells[1])) for column in table.columns if column.title == "Mean %"]
 
 
-def test_a_task_with_several_metrics_counts_once_in_the_average():
+def test_means_are_of_one_unit_and_one_role():
+    kept = share("nq_open", 0.2) | share("webqs", 0.1) | {"nq nll": metric(4.0, 0.1, "retention", "nats")}
+    learned = share("gsm8k", 0.4, role="task")
+    assert means(kept | learned) == [("Retention", "15.00 ± 0.71")]
+    assert means(kept | learned | share("mbpp", 0.2, role="task")) == [
+        ("Retention", "15.00 ± 0.71"),
+        ("Task", "30.00 ± 0.71"),
+    ]
+    assert means(share("nq_open", 0.2) | learned) == []
+
+
+def test_a_task_with_several_metrics_counts_once_in_the_mean():
     several = {name: share(name, value, role="task") for name, value in (("math/verified", 0.4), ("math/string", 0.1))}
-    metrics = (
-        share("nq_open", 0.2) | several["math/verified"] | several["math/string"] | share("mbpp", 0.3, role="task")
-    )
-    names, means = average(parse_results(raw(base=metrics, lora=metrics)))
-    assert names == ["nq_open", "math/verified", "mbpp"] and means[1].value == pytest.approx(0.3)
+    assert means(several["math/verified"] | several["math/string"] | share("mbpp", 0.3, role="task")) == [
+        ("Task", "35.00 ± 0.71")
+    ]
 
 
-def test_no_average_of_one_fraction_nor_over_a_missing_one():
-    assert average(parse_results(raw(base={}, lora=share("nq_open", 0.2) | nll(1.0)))) == ([], [])
-    both = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
-    assert average(parse_results(raw(base=share("nq_open", 0.2), lora=both)))[1][0] is None
-
-
-def test_the_average_is_a_column_only_of_two_fractions():
-    def titles(metrics):
-        return [column.title for column in build_table(parse_results(raw(base=metrics, lora=metrics))).columns]
-
-    two = share("nq_open", 0.2) | share("gsm8k", 0.4, role="task")
-    assert "Avg %" in titles(two | nll(1.0)) and "Avg %" not in titles(share("nq_open", 0.2) | nll(1.0))
+def test_no_mean_over_a_missing_value():
+    both = share("nq_open", 0.2) | share("webqs", 0.4)
+    table = build_table(parsed(raw(base=both, lora=share("nq_open", 0.2), pissa=both)))
+    assert [str(cell) for c in table.columns if c.title == "Mean %" for cell in c.cells][1] == "–"
 
 
 def test_labels_tell_rows_of_one_method_apart():
     results = measured()
     results["rows"] += [results["rows"][3] | {"rank": 64}, results["rows"][1] | {"variant": "long"}]
-    assert parse_results(results).labels() == [
+    assert parsed(results).labels() == [
         "base", "LoRA", "LoRA-Null-v1", "LoRA-Null-v2 (r = 32)", "LoRA-Null-v2 (r = 64)", "LoRA (long)"
     ]  # fmt: skip
 
@@ -227,10 +282,10 @@ def test_labels_tell_rows_of_one_method_apart():
 def test_none_or_all_right_is_not_known_exactly():
     right = share("gsm8k", 0.0, role="task")
     right["gsm8k"] |= {"stderr": 0.0, "n": 16}
-    results = parse_results(raw(base=right, lora={"gsm8k": right["gsm8k"] | {"value": 1.0}}))
+    results = parsed(raw(base=right, lora={"gsm8k": right["gsm8k"] | {"value": 1.0}}))
     for row in results.rows:  # one right and one wrong answer more: p = 1/18
         assert row.estimate("gsm8k").stderr == pytest.approx((1 / 18 * 17 / 18 / 16) ** 0.5)
-    assert parse_results(measured()).base.estimate("nq kl") == (0.0, 0.0)  # by definition
+    assert parsed(measured()).base.estimate("nq kl") == (0.0, 0.0)  # by definition
 
 
 # --- headline ---
@@ -241,19 +296,19 @@ def test_learning_is_read_where_it_shows():
     none = share("gsm8k", 0.0, role="task")
     none["gsm8k"]["stderr"] = 0.0
     results = raw(base=none | nll(1.5), lora=none | nll(0.9), pissa=none | nll(0.8))
-    assert task_metric(parse_results(results)) == "gsm8k nll"
-    assert "PiSSA learned most: GSM8K NLL 0.800" in headline(parse_results(results))
+    assert task_metric(parsed(results)) == "gsm8k nll"
+    assert "PiSSA learned most: GSM8K NLL 0.800" in headline(parsed(results))
     some = share("gsm8k", 0.3, role="task")
-    assert task_metric(parse_results(raw(base=none | nll(1.5), lora=some | nll(0.9)))) == "gsm8k"
-    assert task_metric(parse_results(raw(base=none, lora=none))) == "gsm8k"  # nothing shows: the first
-    assert task_metric(parse_results(raw(base=kl(0), lora=kl(1)))) is None
+    assert task_metric(parsed(raw(base=none | nll(1.5), lora=some | nll(0.9)))) == "gsm8k"
+    assert task_metric(parsed(raw(base=none, lora=none))) == "gsm8k"  # nothing shows: the first
+    assert task_metric(parsed(raw(base=kl(0), lora=kl(1)))) is None
 
 
 def test_headline_of_the_measured_run():
-    said = headline(parse_results(measured()))
+    said = headline(parsed(measured()))
     assert said.startswith(
         "LoRA-Null-v2 forgot least: KL to base on NQ 0.049 ± 0.004 against LoRA's 0.127 ± 0.010 (61% less), "
-        "and learned more (GSM8K NLL 0.957 ± 0.010 against 0.982 ± 0.010)."
+        "with learning not distinguishable (GSM8K NLL 0.957 ± 0.010 against 0.982 ± 0.010)."
     )
     assert "LoRA-Null-v1 learned most: GSM8K NLL 0.890 ± 0.010 against LoRA's 0.982 ± 0.010." in said
 
@@ -278,13 +333,13 @@ def test_headline_within_the_error():
 
 
 def test_headline_names_who_ties_with_the_best():
-    said = headline(parse_results(measured(lora_null_v1=kl(0.052) | nll(0.890))))
+    said = headline(parsed(measured(lora_null_v1=kl(0.052) | nll(0.890))))
     assert "LoRA-Null-v2 forgot least" in said and "LoRA-Null-v1 is not distinguishable from LoRA-Null-v2." in said
 
 
-def test_headline_without_errors_claims_nothing():
+def test_headline_without_comparisons_claims_nothing():
     said = say(base=kl(0, None), lora=kl(0.3, None), lora_null_v2=kl(0.1, None))
-    assert said.startswith("Without standard errors no method can be called best in forgetting")
+    assert said.startswith("Nobody can be called best in forgetting, which was not compared question by question")
     assert "forgot least" not in said
 
 
@@ -293,7 +348,7 @@ def test_nobody_learned_most_when_none_is_above_the_base():
     task = {
         name: share("gsm8k", value, role="task") for name, value in {"base": 0.5, "lora": 0.3, "pissa": 0.5}.items()
     }
-    results = parse_results(raw(**task))
+    results = parsed(raw(**task))
     assert headline(results).startswith("No method learned more than the base knew (50.0 ± 1.0%) beyond the error")
     kept = say(base=kl(0, 0) | task["base"], lora=kl(0.3) | task["lora"], pissa=kl(0.1) | task["pissa"])
     assert "learned more (" not in kept and "(67% less), at GSM8K 50.0 ± 1.0% against 30.0 ± 1.0%." in kept
@@ -301,9 +356,12 @@ def test_nobody_learned_most_when_none_is_above_the_base():
     assert "LoRA learned most" in say(**(task | {"lora": share("gsm8k", 0.6, role="task")}))
 
 
-def test_a_hundred_percent_less_is_said_of_zero_alone():
-    assert "(over 99% less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))
+def test_ratios_go_no_further_than_the_measurement():
+    assert "(370 × less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))
     assert "(100% less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0, 0.0))
+    results = parse_results(parsed(raw(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))))
+    results.noise = {"nq kl": 0.001}
+    assert "(no more than the noise of the measurement)" in headline(results)
 
 
 def test_headline_of_one_method():
@@ -329,22 +387,22 @@ def test_headline_without_retention_or_task():
 def test_forgetting_is_the_mean_loss_of_retention_where_no_kl_was_measured():
     before = share("triviaqa", 0.60) | share("nq_open", 0.20) | {"nq nll": metric(4.2, 0.1, "retention", "nats")}
     after = share("triviaqa", 0.50) | share("nq_open", 0.16)
-    results = parse_results(raw(base=before, lora=after, lora_null_v1=before))
+    results = parsed(raw(base=before, lora=after, lora_null_v1=before))
     assert forgetting(results).estimates[1].value == pytest.approx(0.07)  # fractions alone: no sum with nats
     assert headline(results).startswith("LoRA-Null-v1 forgot least: mean loss of retention")
-    assert "7.00 ± 0.71 points" in headline(results)
+    assert "7.00 ± 1.00 points" in headline(results)
 
 
 def test_retention_without_a_base_is_compared_as_it_is():
-    results = parse_results(raw(base={}, lora=share("nq_open", 0.1), pissa=share("nq_open", 0.3)))
+    results = parsed(raw(base={}, lora=share("nq_open", 0.1), pissa=share("nq_open", 0.3)))
     assert forgetting(results).higher_is_better
     assert headline(results).startswith("PiSSA forgot least: NQ open 30.0")
 
 
 def test_verdicts_name_rows():
-    kept, learned = verdicts(parse_results(measured()))
+    kept, learned = verdicts(parsed(measured()))
     assert (kept.winners, learned.winners) == ([3], [2])
-    assert learning(parse_results(measured())).measured == [2, 3, 1]
+    assert learning(parsed(measured())).measured == [2, 3, 1]
 
 
 # --- files ---
@@ -353,13 +411,107 @@ def test_verdicts_name_rows():
 def test_report_is_one_file_that_loads_nothing(tmp_path):
     html, text = write(tmp_path, measured())
     sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s]+)""", html)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "<script" not in html and "@import" not in html
-    assert re.search(r'alt="Learning against forgetting\. [^"]*LoRA-Null-v2: [^"]*0\.049', html)
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "<script src" not in html and "@import" not in html and len(html) < 1_500_000
+    assert re.search(r'aria-label="Learning against forgetting\. [^"]*LoRA-Null-v2: [^"]*0\.049', html)
     assert 'scope="row"' in html and 'scope="col"' in html
     assert "![Learning against" in text and "(forgetting.png)" in text
     assert 'from_pretrained(base, "lora-null-v2/adapter")' in text
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", "report.html", "forgetting.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json",
+        "report.md",
+        "report.html",
+        "forgetting.png",
+        "card.png",
+    }
+
+
+def test_keyboard_and_screen_readers(tmp_path):
+    """What axe-core checks in a browser, as far as the page's text tells it."""
+    results = measured() | {"environment": {"command": "python -m lora_null.recipes quickstart"}, "answers": ANSWERS}
+    (tmp_path / "recipe.yaml").write_text("name: quickstart\n")
+    write_log(tmp_path / "lora", [{"step": step, "loss": 1 / step} for step in range(1, 9)])
+    html, _ = write(tmp_path, results)
+    page = Page()
+    page.feed(html)
+    assert page.names.count("main") == page.names.count("h1") == page.names.count("title") == 1
+    assert 'lang="en"' in html and page.levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(page.levels))
+    assert len(page.ids) == len(set(page.ids))  # also those of the drawings
+    for name, attributes in page.tags:
+        given = dict(attributes)
+        if name == "svg" and given.get("aria-hidden") != "true":
+            assert given["role"] == "img" and given["aria-label"]
+        if name == "img":
+            assert given["alt"]
+        if name == "input":
+            assert ("label", ("for", given["id"])) in page.labels
+        if given.get("class") == "scroll" or name == "pre":
+            assert given["tabindex"] == "0" and given["role"] == "region" and given["aria-label"]
+        if name == "button":
+            assert given["type"] == "button" and given["aria-label"] and given["data-of"] in page.ids
+        if name == "th":
+            assert given["scope"] in ("row", "col", "colgroup")
+    regions = [dict(a)["aria-label"] for _, a in page.tags if dict(a).get("role") == "region"]
+    assert len(regions) == len(set(regions))
+
+
+class Page(HTMLParser):
+    """The tags of a page, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.names, self.ids, self.levels, self.labels = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, attrs))
+        self.names.append(tag)
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.levels += [int(tag[1])] if re.fullmatch(r"h[1-6]", tag) else []
+        self.labels += [("label", attribute) for attribute in attrs] if tag == "label" else []
+
+
+ANSWERS = {
+    "task": "NQ",
+    "metric": "nq kl",
+    "labels": ["base", "LoRA"],
+    "questions": [
+        {
+            "question": "who wrote emma",
+            "right": "Jane Austen",
+            "change": 0.31,
+            "why": "largest change",
+            "answers": ["Jane <i>", "42"],
+        },
+        {"question": "what is 1|2", "right": "x", "change": 0.02, "why": "median change", "answers": ["same", "same"]},
+    ],
+}
+
+
+def test_questions_are_answered_side_by_side(tmp_path):
+    html, text = write(tmp_path, measured() | {"answers": ANSWERS})
+    assert "Jane &lt;i&gt;" in html and "<dt>LoRA</dt><dd>42</dd>" in html and "Jane Austen" in html
+    assert html.count("(as the base)") == 1  # the second question
+    assert r"what is 1\|2 (median change, 0.02 nats)" in text and "| 42 |" in text
+
+
+def test_distances_from_the_reference_are_named():
+    results = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.985)))
+    assert distances(results)[1] == (3, "same learning within the error, 250 × less moved")
+    assert "250 × less moved" not in str(distances(parse_results(measured())))  # nothing was compared
+
+
+def test_the_plane_has_a_linear_and_a_logarithmic_axis():
+    far = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.95)))
+    assert [name for name, _ in forgetting_picture(far).drawings] == ["log", "linear"]
+    assert [name for name, _ in forgetting_picture(parsed(measured())).drawings] == ["linear", "log"]
+    unmoved = parsed(measured(lora_null_v2=kl(0.0, 0.0) | nll(0.95)))
+    assert [name for name, _ in forgetting_picture(unmoved).drawings] == ["linear"]
+
+
+def test_the_card_is_1200_by_630():
+    card = card_png(parsed(measured()), "A headline $x$ " * 40)
+    assert is_picture(card) and struct.unpack(">II", card[16:24]) == (1200, 630)
 
 
 def test_everything_is_escaped(tmp_path):
@@ -368,17 +520,19 @@ def test_everything_is_escaped(tmp_path):
     results["rows"][1]["method"] = "<b>|x|_$y$"
     results["settings"]["note"] = "<img src=http://example.com>"
     html, text = write(tmp_path, results)
-    assert "<script" not in html and "<img src=http" not in html and "&lt;b&gt;|x|" in html
+    assert "<script>alert" not in html and "<img src=http" not in html and "&lt;b&gt;|x|" in html
     assert r"\<b\>\|x\|\_\$y\$" in text and r"\<img" in text
     assert escape_markdown("a\nb|c") == r"a b\|c"
 
 
 def test_markdown_marks_and_columns(tmp_path):
     _, text = write(tmp_path, measured())
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line for line in text.split("## Against")[0].splitlines() if line.startswith("|")]
     assert rows[0].startswith(r"| Method | \#Params | NQ KL ↓ | GSM8K NLL ↓ | Drift |")
     assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1
-    assert "| **0.049 ± 0.004** | <u>0.957 ± 0.010</u> |" in rows[-1]
+    assert "| **0.049 ± 0.004** | 0.957 ± 0.010 |" in rows[-1] and "**0.890 ± 0.010**" in rows[-2]
+    _, text = write(tmp_path, measured(lora_null_v2=kl(0.049, 0.004) | nll(0.93)))
+    assert "<u>0.930 ± 0.010</u>" in text
     assert text[text.index(rows[0]) - 2 : text.index(rows[0])] == "\n\n"  # else it is no table
 
 
@@ -391,7 +545,7 @@ def test_full_fine_tuning_has_no_adapter_to_load(tmp_path):
 def test_rebuilding_gives_the_same_bytes(tmp_path):
     write_log(tmp_path / "lora", [{"step": step, "loss": 1 / step, "drift_mean": 0.01} for step in range(1, 9)])
     write(tmp_path, measured())
-    names = ("report.md", "report.html", "forgetting.png")
+    names = ("report.md", "report.html", "forgetting.png", "card.png")
     before = [(tmp_path / name).read_bytes() for name in names]
     write_report(tmp_path)
     assert before == [(tmp_path / name).read_bytes() for name in names]
@@ -425,16 +579,16 @@ def is_picture(png):
     ids=["measured", "unlearned", "no retention", "no base", "nothing", "base alone", "eight"],
 )
 def test_a_picture_is_always_drawn(results):
-    assert is_picture(forgetting_png(parse_results(results)))
+    assert is_picture(forgetting_png(parsed(results)))
 
 
 def test_a_long_or_odd_name_is_drawn():
-    assert is_picture(forgetting_png(parse_results(measured(**{"x" * 80 + " $\\frac{": kl(0.1) | nll(0.9)}))))
+    assert is_picture(forgetting_png(parsed(measured(**{"x" * 80 + " $\\frac{": kl(0.1) | nll(0.9)}))))
 
 
 def test_colors_belong_to_methods():
-    assert row_colors(parse_results(measured()))[1:] == [COLORS[m] for m in ("lora", "lora-null-v1", "lora-null-v2")]
-    colors = row_colors(parse_results(raw(base={}, mine={}, lora={}, yours={})))
+    assert row_colors(parsed(measured()))[1:] == [COLORS[m] for m in ("lora", "lora-null-v1", "lora-null-v2")]
+    colors = row_colors(parsed(raw(base={}, mine={}, lora={}, yours={})))
     assert len(set(colors)) == 4
 
 
@@ -453,11 +607,11 @@ def test_log_of_a_killed_and_resumed_run(tmp_path):
 
 
 def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
-    results = parse_results(measured())
+    results = parsed(measured())
     write_log(tmp_path / "lora", [{"step": step, "loss": 1.0} for step in range(40)])
     logs = [load_log(tmp_path / row.method / "train_log.jsonl") for row in results.rows]
-    assert is_picture(curves_png(results, logs, "loss", "Loss"))
-    assert curves_png(results, logs, "drift_mean", "Drift") is None
+    assert [label for label, _ in curves_picture(results, logs, "loss", "Loss").drawings] == ["LoRA"]
+    assert curves_picture(results, logs, "drift_mean", "Drift") is None
     html, text = write(tmp_path, measured())
     assert "No training log for LoRA-Null-v1, LoRA-Null-v2" in html and html.count("<figure>") == 2
     assert "No training log for LoRA-Null-v1, LoRA-Null-v2" in text
@@ -468,7 +622,7 @@ def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
 
 def printed(results, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_table(parse_results(results), console)
+    print_table(parsed(results), console)
     return console.export_text()
 
 

@@ -13,6 +13,8 @@ A method is added by writing one more class under `@method`, in a file of this f
         def rule_for(self, options): ...        # its initial factors, layer by layer, from weights and measured inputs
         def training_batches(self, trainer): ...  # or what `compute(trainer, batches)` looks at, the model as a whole
         def apply(self, model, tensors): ...    # the model as it is before the first step
+        def training_data(self, trainer, windows): ...  # the rows to train on, with calibration texts among them
+        def extra_loss(self, trainer, model, now): ...  # what is added to the loss; `terms` names it in the log
         def callbacks(self): ...                # what happens after a step
         def save(self, model, directory): ...   # a plain adapter for the original model
 
@@ -34,14 +36,17 @@ from torch import nn
 
 from lora_null.config import LoraNullConfig
 from lora_null.layer import active_adapter
-from lora_null.trainer.methods.base import METHODS, Method, adapter_parameters, method
+from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, method
 from lora_null.utils.errors import UserError, nearest
 
 __all__ = [
     "METHODS",
     "Method",
+    "MicroBatch",
+    "Term",
     "adapter_parameters",
     "check_base",
+    "check_trainer",
     "load_method_file",
     "make_method",
     "method",
@@ -74,7 +79,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 def method_of(model: nn.Module) -> Method:
     """Return the method that a fresh adapter's config stands for; plain LoRA's where it stands for none."""
     config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
-    return make_method(f"lora-null-{config.variant}") if isinstance(config, LoraNullConfig) else Method()
+    if not isinstance(config, LoraNullConfig):
+        return Method()
+    if config.variant == "nb":
+        return make_method("nb-lora", {key: getattr(config, key) for key in ("null_multiple", "null_energy", "start")})
+    return make_method(f"lora-null-{config.variant}")
 
 
 def load_method_file(path: str) -> list[str]:
@@ -111,3 +120,15 @@ def check_base(method: str | Method, *, quantized: bool) -> None:
         raise UserError(
             f"method: {kind.name} needs plain weights, not a quantized base; those that work on one: {', '.join(able)}"
         )
+
+
+def check_trainer(method: str | Method, *, pairs: bool) -> None:
+    """Refuse a method that cannot learn from preferences where these are the rows.
+
+    Raises:
+        UserError: naming the methods that can.
+    """
+    kind = METHODS[method] if isinstance(method, str) else method
+    if pairs and not kind.pairs:
+        able = sorted(name for name, other in METHODS.items() if other.pairs)
+        raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.layer import active_adapter, adapted_layers
+from lora_null.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -35,6 +36,32 @@ def method(kind: type[Method]) -> type[Method]:
     return kind
 
 
+class Term(NamedTuple):
+    """What a method adds to the loss.
+
+    Attributes:
+        value: a scalar, which is logged as it is.
+        weight: what it is multiplied with in the loss.
+    """
+
+    value: torch.Tensor
+    weight: float
+
+
+class MicroBatch(NamedTuple):
+    """Which forward and backward pass of a training it is.
+
+    Attributes:
+        step: optimizer steps that were taken before.
+        index: of the passes that add up to this step, from 0.
+        count: how many of them there are.
+    """
+
+    step: int
+    index: int
+    count: int
+
+
 @dataclass
 class Method:
     """One method. An instance holds the options of one run, and what its callbacks have to remember.
@@ -42,20 +69,30 @@ class Method:
     Attributes:
         name: what `--method` calls it.
         saves: "adapter", a plain LoRA for the original model, or "model", a whole one.
-        needs_gram: whether its rule reads Gram matrices, not only sketches, of the calibration inputs.
+        needs_gram: whether it starts from Gram matrices, not only sketches, of the calibration inputs.
+        grams: Gram matrices of an input that it holds at once, where it needs them.
+        needs_texts: whether it reads the calibration texts while it trains.
+        terms: the names of what `extra_loss` returns, as they are logged.
+        pairs: whether it can learn from preferences (DPO).
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
         sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
+        plain: whether the adapter that it saves is a plain LoRA.
     """
 
     name: ClassVar[str] = "lora"
     saves: ClassVar[Literal["adapter", "model"]] = "adapter"
     needs_gram: ClassVar[bool] = False
+    grams: ClassVar[int] = 1
+    needs_texts: ClassVar[bool] = False
+    terms: ClassVar[tuple[str, ...]] = ()
+    pairs: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
     state_bytes: ClassVar[int] = 0
+    plain: ClassVar[bool] = True
 
     def config(self, **adapter: Any) -> PeftConfig | None:
         """Return what PEFT puts on the model, from `peft.LoraConfig`'s arguments; None for no adapter."""
@@ -64,6 +101,10 @@ class Method:
     def saved_rank(self, r: int) -> int:
         """Return the rank of the adapter that is saved."""
         return r
+
+    def basis_width(self, r: int, d_in: int) -> int:
+        """Return how many directions (d_in float16 each) it keeps for an input, to hold A in their span."""
+        return 0
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
@@ -76,8 +117,19 @@ class Method:
         """Return the names of exactly those parameters that train."""
         return adapter_parameters(model, active_adapter(model))
 
+    def check_bare(self, model: nn.Module) -> None:
+        """Refuse a model that PEFT cannot put the adapter on, before it is asked to (UserError)."""
+
     def check(self, model: nn.Module) -> None:
         """Refuse, on the model without weights, what the method cannot start from (UserError)."""
+
+    def held_bytes(self, model: nn.Module) -> int:
+        """Return the memory that it takes besides what trains, in bytes, counted on the model without weights."""
+        return 0
+
+    def costs(self) -> str:
+        """Return what it computes or reads besides training, for the plan of a run; empty where that is nothing."""
+        return ""
 
     def rule_for(self, options: InitOptions) -> Rule | None:
         """Return how A0 and B0 of a layer follow from its weight and its input; None where they do not."""
@@ -104,6 +156,29 @@ class Method:
             tensors: what `compute` returned, now or, on resuming, in an earlier process.
         """
 
+    def training_data(self, trainer: Trainer, windows: list[list[int]]) -> Any:
+        """Return the prepared rows to train on, for a method that changes them; the trainer's own by default.
+
+        Args:
+            trainer: with its `train_dataset` tokenized.
+            windows: the calibration texts, as token ids; empty without `needs_texts`.
+        """
+        return trainer.train_dataset
+
+    def extra_loss(self, trainer: Trainer, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
+        """Return what is added to the loss of a forward pass, by the names of `terms`.
+
+        What is returned is summed over the passes of a step and averaged over the processes, however the trainer scales
+        its own loss. So a penalty on the weights is returned by the first pass of a step alone, and what depends on
+        texts may share them out among passes and processes.
+
+        Args:
+            trainer: in training, under its autocast; DPO's as well as SFT's.
+            model: the model as the engine has wrapped it.
+            now: which pass it is, the same on all processes.
+        """
+        return {}
+
     def drift_meter(self, model: nn.Module, calibration: Calibration) -> DriftMeter | WeightDriftMeter:
         """Return what follows the drift of `layers` from here, the start: their inputs were measured."""
         return DriftMeter(model, calibration, adapter_name=active_adapter(model))
@@ -115,6 +190,12 @@ class Method:
     def save(self, model: nn.Module, directory: Path) -> int:
         """Write what loads with `peft` or `transformers` alone; return the number of parameters written."""
         return save_plain_adapter(model, directory, adapter_name=active_adapter(model))
+
+
+def need(holds: bool, where: str, what: str, value: Any) -> None:
+    """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
+    if not holds:
+        raise UserError(f"method.options.{where}: must be {what}, not {value}")
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:

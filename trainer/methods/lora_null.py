@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import nn
+from transformers import TrainerCallback
 
-from lora_null.config import LoraNullConfig
-from lora_null.initialize import check_layers, finish_initialization
-from lora_null.layer import active_adapter
-from lora_null.solver import NullSpace
+from lora_null.config import MULTIPLE, LoraNullConfig
+from lora_null.initialize import check_layers, finish_initialization, rule_of
+from lora_null.layer import active_adapter, keep_in_null_basis
+from lora_null.solver import NullSpace, directions
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
+from lora_null.utils.errors import UserError
+
+WIDEST = 0.45  # of d_in: N at the NB-LoRA paper's 99%, at most; how much it is turns out while calibrating
 
 
 @method
@@ -48,3 +53,48 @@ class LoRANullV2(LoRANullV1):
 
     def saved_rank(self, r: int) -> int:
         return r
+
+
+@method
+class NBLoRA(LoRANullV1):
+    """A kept in the span of N, the k least used directions of the inputs, all through training; A and B train.
+
+    Attributes:
+        null_multiple, null_energy, start: of `LoraNullConfig`.
+    """
+
+    name = "nb-lora"
+
+    null_multiple: float | None = None
+    null_energy: float | None = None
+    start: str = "zero"
+
+    def __post_init__(self) -> None:
+        try:
+            self.config()  # before a model loads
+        except UserError as mistake:
+            raise UserError(f"method.options.{self.name}.{mistake}") from None
+
+    def config(self, **adapter: Any) -> PeftConfig:
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return LoraNullConfig(variant="nb", **options, **adapter)
+
+    def basis_width(self, r: int, d_in: int) -> int:
+        return directions(r, self.null_multiple or MULTIPLE) if self.null_energy is None else round(WIDEST * d_in)
+
+    def saved_rank(self, r: int) -> int:
+        return 2 * r if self.start == "residual" else r
+
+    def rule_for(self, options: InitOptions) -> NullSpace:
+        return rule_of(self.config(), options)
+
+
+class KeepInNullBasis(TrainerCallback):
+    """Puts every A that has a basis back into its span after each step; adapters that go on from an earlier trainer too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            keep_in_null_basis(model)  # ZeRO-3 resumes from the optimizer's own copy, which is not projected
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        keep_in_null_basis(model)

@@ -19,9 +19,13 @@ def load_math(**_: Any) -> dict[str, datasets.Dataset]:
 
 
 def score_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
-    """Return whether the final number is the right one."""
+    """Return whether the final number is the right one, and whether the paper's own rule finds it."""
     right = doc["answer"].split("####")[-1]
-    return {"exact_match": int(math_answers.same_number(math_answers.extract_answer(results[0]), right))}
+    by_rule = math_answers.metamath_number(results[0])
+    return {
+        "exact_match": int(math_answers.same_number(math_answers.extract_answer(results[0]), right)),
+        "metamath_rule": int(by_rule is not None and by_rule == math_answers.to_number(right)),
+    }
 
 
 def score_math(doc: dict[str, Any], results: list[str]) -> dict[str, int]:

@@ -1,24 +1,28 @@
-"""The model card of an export: metadata as the hub expects it, the table, the recipe, the data, the base's license."""
+"""The model card of a run's method and of an export: metadata as the hub expects it, the table, the recipe, the data."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe
 from lora_null.recipes.models import smollm2
+from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
+from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, load_results
+from lora_null.recipes.results import DISPLAY, Results, Row, load_results
+from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import write_text
 
-TEMPLATE = "model_card.md.j2"
+TEMPLATE, CARD_FILE = "model_card.md.j2", "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def write_card(export: Any, difference: Any, *, license_id: str | None = None) -> None:
@@ -29,15 +33,70 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
         difference: what its verification found.
         license_id: of the base; None reads it from the base's own card.
     """
+    write_text(export.folder / CARD_FILE, _render(content(export, difference, license_id)))
+
+
+@dataclass(frozen=True)
+class RunMethod:
+    """A method of a run that is under way, or finished: what `content` asks of an `Export` and its source."""
+
+    run: Path
+    method: str
+    kind: str
+    recipe: dict[str, Any]
+    base_name: str
+    rank: int | None
+    notes: list[str]
+    strength: float = 1
+
+    @property
+    def source(self) -> RunMethod:
+        return self
+
+    @property
+    def form(self) -> str:
+        return "adapter" if self.kind == "adapter" else "merged"
+
+
+def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Results | None) -> None:
+    """Write `README.md` into RUN/METHOD, and into what the method has saved there.
+
+    Args:
+        folder: RUN/METHOD.
+        recipe: the run's.
+        plan: the method's.
+        results: the base's row and this method's; None while it trains.
+    """
+    state = f"Not finished: `lora-null train {folder.parent / 'recipe.yaml'} --resume` goes on."
+    saved = f"The {plan.saves} is in `{plan.saves}/`; `lora-null export {folder} --out DIR` verifies and copies it."
+    written = RunMethod(
+        folder.parent,
+        plan.name,
+        plan.saves,
+        recipe.model_dump(mode="json"),
+        recipe.model.name_or_path,
+        METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None,
+        [saved if results else state],
+    )
+    local = Path(written.base_name) / CARD_FILE
+    license_id = (
+        smollm2.LICENSE if written.base_name == smollm2.NAME else _license_in(local) if local.is_file() else None
+    )
+    shown = content(written, None, license_id, look=False) | {"table": results and _table_of(results)}
+    text = _render(shown)
+    for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
+        write_text(place / CARD_FILE, text)
+
+
+def _render(shown: dict[str, Any]) -> str:
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
-    template = templates.get_template(TEMPLATE)
-    write_text(export.folder / "README.md", template.render(content(export, difference, license_id)))
+    return templates.get_template(TEMPLATE).render(shown)
 
 
-def content(export: Any, difference: Any, license_id: str | None) -> dict[str, Any]:
-    """Return everything that the template shows."""
+def content(export: Any, difference: Any, license_id: str | None, *, look: bool = True) -> dict[str, Any]:
+    """Return everything that the template shows; `look` for the license in the base's own card where none is given."""
     source, base = export.source, hub_base(export)
-    license_id = license_id or license_of(export, base)
+    license_id = license_id or (license_of(export, base) if look else None)
     recipe = shareable(source.recipe)
     return {
         "metadata": metadata(export, base, license_id).to_yaml(),
@@ -48,9 +107,9 @@ def content(export: Any, difference: Any, license_id: str | None) -> dict[str, A
         "rank": export.rank,
         "whole": source.kind == "model",
         "license": license_id,
-        "table": results_table(source),
+        "table": results_table(source, export.strength),
         "notes": export.notes,
-        "difference": str(difference),
+        "difference": difference and str(difference),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
         "data": data_lines(recipe),
         "peft": adapter_base(export, base),
@@ -95,18 +154,24 @@ def license_of(export: Any, base: str | None) -> str | None:
     for source in (export.source.base.folder / "README.md", base):
         if source is None or (isinstance(source, Path) and not source.is_file()):
             continue
-        try:
-            return ModelCard.load(source, ignore_metadata_errors=True).data.license
-        except Exception:  # unreachable or without metadata: then it is not known here
-            continue
+        if found := _license_in(source):
+            return found
     return None
+
+
+def _license_in(card: Path | str) -> str | None:
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except Exception:  # unreachable or without metadata: then it is not known here
+        return None
 
 
 def datasets_of(recipe: dict[str, Any]) -> list[str]:
     """Return the hub ids of the training and the calibration data."""
     found = []
-    for section in ("data", "calibration"):
-        path = str(recipe.get(section, {}).get("path", ""))
+    calibration = recipe.get("calibration", {})
+    for section in (recipe.get("data", {}), calibration, *(calibration.get("sources") or [])):
+        path = str(section.get("path") or "")
         sample = next((name for prefix, name in SAMPLES.items() if Path(path).name.startswith(prefix)), None)
         if "samples" in Path(path).parts and sample:
             found.append(sample)
@@ -119,8 +184,8 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
     """Return one line a data set: what it was used for."""
     evaluation = recipe.get("eval", {})
     lines = [f"Trained on {recipe['data']['path']}."] if recipe.get("data", {}).get("path") else []
-    if recipe.get("calibration", {}).get("path"):
-        lines.append(f"The knowledge to keep was measured on {recipe['calibration']['path']}.")
+    if "calibration" in recipe:
+        lines.append(f"The knowledge to keep was measured on {CalibrationSection(**recipe['calibration']).title}.")
     for role, word in (("retention", "Retention"), ("task", "Learning")):
         names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in evaluation.get(role) or []]
         lines += [f"{word} was measured by {', '.join(names)}."] if names else []
@@ -146,11 +211,26 @@ def short_name(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
-def results_table(source: Any) -> Any:
-    """Return the report's table with the base and this method alone; None where the run has not been evaluated."""
-    if not (source.run / "results.json").is_file():
+def results_table(source: Any, strength: float = 1.0) -> Any:
+    """Return the report's table with the base and this method alone; None where that was not evaluated.
+
+    Args:
+        source: the finished method.
+        strength: of the export; at another one than 1 the row is what the dial measured there.
+    """
+    if not (source.run / "results.json").is_file() or source.elsewhere:
         return None
     results = load_results(source.run)
     rows = [results.base, *(row for row in results.rows[1:] if row.method == source.method)]
-    table = build_table(results.model_copy(update={"rows": rows}))
-    return table if len(rows) > 1 and table.columns else None
+    if strength != 1:
+        found = read_dial(source.home)
+        point = found.at(strength) if found else None
+        if point is None:
+            return None
+        rows = [rows[0], Row(method=source.method, variant=f"strength {strength:g}", metrics=point.metrics)]
+    return _table_of(results.model_copy(update={"rows": rows}))
+
+
+def _table_of(results: Results) -> Any:
+    table = build_table(results)
+    return table if len(results.rows) > 1 and table.columns else None

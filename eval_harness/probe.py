@@ -1,0 +1,263 @@
+"""Probes: a few rows of an evaluation, measured again and again while a model trains, in any Trainer.
+
+from lora_null.eval_harness import AnswerTask, Probe
+
+trainer.add_callback(Probe(trainer, [AnswerTask("NQ", pairs, kl=True, role="retention")], every="auto"))
+
+Every measurement is a line of the trainer's log ("probe/NQ kl", …), so it is in `trainer.state.log_history` and in
+whatever tracker `report_to` names. It leaves the training as it was: modes, random states, adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from lora_null.eval_harness.evaluation import evaluate, validate_tasks
+from lora_null.eval_harness.results import Evaluation, Metric
+from lora_null.eval_harness.tasks import Task
+from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_rank
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, write_json, write_text
+
+logger = get_logger(__name__)
+
+PREFIX = "probe/"  # before the names of the metrics in a log
+SECONDS = PREFIX + "seconds"
+STATE_FILE = "probe.json"
+SHARE = 0.05  # of the training's time, at most, where `every` is chosen
+WARM_STEPS = 3  # after which a step's time is known
+ROWS = ("pairs", "texts", "chosen", "rejected")  # fields of a task that hold its rows
+
+
+def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[int]]:
+    """Return a task of n of another's rows, and their numbers there.
+
+    Rows that the task itself holds are drawn at random, the same ones every time, since files are often sorted; of a task
+    that reads its documents they are the first n. A task with fewer rows gives them all.
+
+    Args:
+        task: an `AnswerTask`, a `PreferenceTask`, or one with a `limit`.
+        n: rows.
+        limit: of the whole evaluation: rows beyond it are never taken.
+
+    Raises:
+        UserError: a kind of task that cannot be cut to rows.
+    """
+    known = {entry.name for entry in fields(task)}  # pyright: ignore[reportArgumentType]
+    held = [name for name in ROWS if name in known]
+    if held:
+        total = len(getattr(task, held[0])[:limit])
+        n = min(n, total)
+        rows = sorted(random.Random(0).sample(range(total), n))
+        return replace(task, **{name: [getattr(task, name)[i] for i in rows] for name in held}), rows  # pyright: ignore
+    if "limit" not in known:
+        raise UserError(f"{task}: cannot be probed, it has no rows to choose from")
+    n = min(filter(None, (n, task.limit, limit)))
+    return replace(task, limit=n), list(range(n))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class Point:
+    """One measurement.
+
+    Attributes:
+        step: the optimizer steps taken before it.
+        metrics: by name.
+        samples: by name, one number a row.
+        seconds: that it took, on rank 0.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def nice_number(least: float) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, 50, … that is not below `least`: small differences of time leave it."""
+    if not least > 1:
+        return 1
+    unit = 10 ** math.floor(math.log10(least))
+    return next(int(m * unit) for m in (1, 2, 5, 10) if m * unit >= least * (1 - 1e-9))
+
+
+class Probe(TrainerCallback):
+    """Measures tasks before the first step, every so many steps, and after the last; `points` holds what was found.
+
+    Under torch.distributed the rows are shared out over the ranks.
+
+    Args:
+        trainer: whose callback this becomes.
+        tasks: what to measure, a few dozen rows each; `few_rows` cuts a larger task.
+        tokenizer: the trainer's own when not given.
+        every: steps between two measurements; "auto" takes the smallest number that keeps them below `share` of the
+            time, from what the first measurement and the first steps took.
+        share: of the training's time; more than that is said in a line at the end.
+        reference_dir: folder of the base model's predictions, for a KL. Where they are missing they are recorded before
+            the first step: from the model with its adapter disabled, or from the model itself. Not given, it is `probe`
+            in the trainer's output folder.
+        batch_size, autocast_dtype: as in `evaluate`.
+        keep: file that remembers what "auto" chose, so that a run which is killed and started again probes where it
+            did before. Checkpoints remember it too.
+
+    Raises:
+        UserError: an `every` or a `share` that is none, or a mistake in the tasks.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tasks: Sequence[Task],
+        *,
+        tokenizer: Any = None,
+        every: int | Literal["auto"] = "auto",
+        share: float = SHARE,
+        reference_dir: Path | str | None = None,
+        batch_size: int = 8,
+        autocast_dtype: torch.dtype | None = None,
+        keep: Path | None = None,
+    ) -> None:
+        if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise UserError(f"every: must be a whole number of steps, or auto, not {every!r}")
+        if not 0 < share <= 1:
+            raise UserError(f"share: must be above 0 and at most 1, not {share}")
+        self.trainer = trainer
+        self.tasks = validate_tasks(tasks)
+        self.tokenizer = tokenizer or trainer.processing_class
+        self.every: int | None = None if every == "auto" else every
+        self.chosen_here = every == "auto"
+        self.share = share
+        self.options = {"batch_size": batch_size, "autocast_dtype": autocast_dtype, "progress": False}
+        self.reference_dir = Path(reference_dir) if reference_dir else Path(trainer.args.output_dir) / "probe"
+        self.keep = keep
+        self.points: list[Point] = []
+        self.begun = time.perf_counter()
+        self.first_step = 0
+
+    def probed(self, point: Point, control: Any) -> None:
+        """Do what follows from a measurement; nothing here. All ranks call it with the same point."""
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:
+            self.points = []
+            self._record_reference()
+        self._remember()
+        if not self.points:
+            self._measure(state, control)
+        self.begun, self.first_step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.every is None and state.global_step - self.first_step >= WARM_STEPS:
+            self._choose(state.global_step - self.first_step)
+        last = state.global_step >= state.max_steps
+        if last or (self.every is not None and state.global_step % self.every == 0):
+            self._measure(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        here = [point.seconds for point in self.points if point.step > self.first_step]
+        spent = time.perf_counter() - self.begun
+        if len(here) > 1 and sum(here) > self.share * spent:
+            advice = "fewer rows" if self.chosen_here else "every=auto, or fewer rows,"
+            logger.warning(
+                f"probe: took {sum(here) / spent:.0%} of the training's time, {len(here)} times {sum(here) / len(here):.2g} "
+                f"s; {advice} would keep it below {self.share:.0%}"
+            )
+
+    def _record_reference(self) -> None:
+        """Record the base's predictions where a task needs them and they are not there."""
+        if not any(getattr(task, "kl", hasattr(task, "chosen")) for task in self.tasks):
+            return
+        if on_first_rank(lambda: self.reference_dir.is_dir() and any(self.reference_dir.iterdir())):
+            return
+        disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        with disabled:
+            evaluate(
+                self.model,
+                self.tokenizer,
+                self.tasks,
+                reference_dir=self.reference_dir,
+                record_reference=True,
+                **self.options,
+            )
+
+    def _measure(self, state: Any, control: Any) -> None:
+        if self.points and self.points[-1].step == state.global_step:
+            return
+        found = evaluate(self.model, self.tokenizer, self.tasks, reference_dir=self.reference_dir, **self.options)
+        point = Point(state.global_step, found.metrics, found.samples, found.seconds)
+        self.points.append(point)
+        logs = {PREFIX + name: metric.value for name, metric in found.metrics.items()}
+        # Not the trainer's own `log`: TRL's would end the averages of its metrics between two of its own lines. A line of
+        # the log also counts as the one that is due after this step; it is still due.
+        due = control.should_log
+        Trainer.log(self.trainer, logs | {SECONDS: round(found.seconds, 3)})
+        control.should_log = self.trainer.control.should_log = due
+        self.probed(point, control)
+
+    def _choose(self, steps: int) -> None:
+        """Choose the number of steps so that probes take no more than their share of the time."""
+        probing = sum(point.seconds for point in self.points if point.step > self.first_step)
+        step = broadcast(time.perf_counter() - self.begun - probing) / steps
+        self.every = nice_number(self.points[-1].seconds * (1 - self.share) / (self.share * step))
+        if self.keep is not None and is_first_process():
+            write_text(self.keep, json.dumps({"every": self.every}) + "\n")
+
+    def _remember(self) -> None:
+        """Take up what an earlier start of this run has chosen."""
+        if self.every is None and self.keep is not None:
+            self.every = on_first_rank(lambda: read_json(self.keep)["every"] if self.keep.is_file() else None)
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write what was found so far into a checkpoint; trainers of `lora_null.trainer` call it."""
+        points = [asdict(point) for point in self.points]
+        for number in (metric for point in points for metric in point["metrics"].values()):
+            number |= {key: None for key in ("value", "stderr") if not math.isfinite(number[key] or 0)}
+        for samples in (point["samples"] for point in points):
+            samples |= {name: [x if math.isfinite(x) else None for x in values] for name, values in samples.items()}
+        write_json(checkpoint / STATE_FILE, {"every": self.every, "points": points})
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Read it back from the checkpoint that training goes on from."""
+        if not (checkpoint / STATE_FILE).is_file():
+            return
+        found = read_json(checkpoint / STATE_FILE)
+        self.every = self.every or found["every"]
+        self.points = [_point(raw) for raw in found["points"]]
+
+
+def _point(raw: dict[str, Any]) -> Point:
+    """Return a point as a checkpoint holds it; JSON has no NaN, null stands for it."""
+    metrics = {
+        name: {**m, "value": math.nan if m["value"] is None else m["value"]} for name, m in raw["metrics"].items()
+    }
+    samples = {name: [math.nan if x is None else x for x in values] for name, values in raw["samples"].items()}
+    return Point(raw["step"], {n: Metric.from_dict(m) for n, m in metrics.items()}, samples, raw["seconds"])
+
+
+def record_base(model: Any, tokenizer: Any, tasks: Sequence[Task], folder: Path, **options: Any) -> Evaluation:
+    """Measure the untouched base, record its predictions in the folder, and measure its noise; return the evaluation.
+
+    The noise is what the same weights give when they are measured again, one row at a time: other shapes round otherwise.
+    `settings["noise"]` holds by metric the KL, or the difference, of the two measurements.
+    """
+    found = evaluate(model, tokenizer, tasks, reference_dir=folder, record_reference=True, **options)
+    again = evaluate(model, tokenizer, tasks, reference_dir=folder, **{**options, "batch_size": 1})
+    found.settings["noise"] = {
+        name: abs(again.metrics[name].value - metric.value) for name, metric in found.metrics.items()
+    }
+    return found

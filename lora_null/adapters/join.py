@@ -1,0 +1,68 @@
+"""Adapters that were trained one upon the other, as one plain LoRA for the original base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_null.adapters.merge import deltas_of
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
+from lora_null.adapters.saved import Pair, SavedAdapter, read_adapter
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_json, write_safetensors
+
+
+def join(adapters: Mapping[str, SavedAdapter]) -> tuple[dict[str, Pair], float]:
+    """Return the pairs of Σ s_i B_i A_i and their one scaling: [A_1; A_2; …] and [B_1, B_2, …], of the sum of the ranks.
+
+    Where all scalings are the same these are copies, no arithmetic.
+
+    Args:
+        adapters: by any names, in order.
+    """
+    parts = []
+    for adapter in adapters.values():
+        pairs = adapter.pairs()
+        parts.append(uniform(pairs, {name: adapter.scaling(name) for name in pairs}))
+    scaling = next((s for _, _, s in reversed(parts) if s), 1.0)
+    shapes = {name: (A.shape[1], B.shape[0]) for pairs, _, _ in parts for name, (A, B) in pairs.items()}
+    joined = {}
+    for name, (d_in, d_out) in shapes.items():
+        rows, columns = [], []
+        for pairs, rank, own in parts:
+            A, B = pairs.get(name, (torch.zeros(rank, d_in), torch.zeros(d_out, rank)))
+            rows.append(A)
+            columns.append(B if own == scaling else B * (own / scaling))
+        joined[name] = torch.cat(rows), torch.cat(columns, dim=1)
+    return joined, scaling
+
+
+def join_onto(before: Path, folder: Path) -> int:
+    """Put an earlier adapter in front of the one in a folder, which was trained upon it; return the parameters written."""
+    after = read_adapter(folder)
+    pairs, scaling = join({"before": read_adapter(before), "after": after})
+    rank = len(next(iter(pairs.values()))[0])
+    metadata = {key: value for key, value in after.metadata.items() if key != "format"}
+    write_safetensors(folder / WEIGHTS_FILE, state_of(pairs), metadata)
+    write_json(folder / CONFIG_FILE, after.config | plain_fields(rank, scaling))
+    return sum(A.numel() + B.numel() for A, B in pairs.values())
+
+
+@torch.no_grad()
+def add_to_weights(model: nn.Module, adapter: SavedAdapter) -> None:
+    """Add s·BA to the weights of a plain model, in place: in float32, rounded once to each weight's dtype.
+
+    Raises:
+        UserError: it has no such linear.
+    """
+    modules = dict(model.named_modules())
+    deltas = deltas_of(adapter.pairs(), adapter.scaling, lambda name: isinstance(modules.get(name), Conv1D))
+    for name, delta in deltas.items():
+        if name not in modules:
+            raise UserError(f"{adapter.folder}: made for another base, which has no {name}")
+        weight = modules[name].weight
+        weight.copy_((weight.float() + delta.dense().to(weight.device)).to(weight.dtype))

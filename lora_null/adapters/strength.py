@@ -1,0 +1,62 @@
+"""The strength of a live adapter: ΔW times a number, exactly, without touching A or B."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+
+from lora_null.layer import active_adapter, adapted_layers
+from lora_null.utils.errors import UserError
+
+
+class Strength:
+    """Sets the strength of the active adapter of a PEFT model: its layers then add c·s·BA, at 1 what was trained.
+
+    What is saved afterwards carries it as its `lora_alpha`. A layer whose base carries a residual adds c·s·(BA − B0A0).
+
+    Args:
+        model: with a LoRA adapter, loaded or as it was trained; not merged.
+
+    Raises:
+        UserError: an adapter that is not linear in its scaling.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.adapter = active_adapter(model)
+        self.layers = adapted_layers(model, self.adapter) if isinstance(model, PeftModel) else {}
+        if not self.layers:
+            raise UserError("strength: the model has no LoRA adapter, whose change could be scaled")
+        for name, layer in self.layers.items():
+            if reason := _why_not(layer, self.adapter):
+                raise UserError(f"strength: {name} {reason}")
+        self.trained = {name: layer.scaling[self.adapter] for name, layer in self.layers.items()}
+        self.value = 1.0
+
+    def set(self, value: float) -> None:
+        """Set the strength, counted from what was trained."""
+        self.value = value
+        for name, layer in self.layers.items():
+            layer.scaling[self.adapter] = self.trained[name] if value == 1 else value * self.trained[name]
+
+    @contextlib.contextmanager
+    def at(self, value: float) -> Iterator[None]:
+        """Have another strength inside the block."""
+        before = self.value
+        self.set(value)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+
+def _why_not(layer: LoraLayer, adapter: str) -> str | None:
+    if layer.merged:
+        return "is merged into its base"
+    if adapter in getattr(layer, "lora_variant", {}):
+        return f"is a {type(layer.lora_variant[adapter]).__name__}, which is not linear in its scaling"
+    if getattr(layer, "lora_bias", {}).get(adapter):
+        return "has a bias, which its scaling does not reach"
+    return None

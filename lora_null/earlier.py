@@ -1,0 +1,167 @@
+"""Gram matrices of earlier tasks: kept on disk, and added to those of the knowledge when a later task starts.
+
+A task that is learned after others has to leave both the knowledge and the others alone: its null space is that of
+C = w₀ C₀/N₀ + Σ w_j C_j/N_j, of the inputs of the knowledge (0) and of every earlier task j over their N tokens each. The
+texts of the tasks are not needed again: C_j is d² numbers a layer, or a sketch F (d, q) with C_j ≈ F Fᵀ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lora_null.calibration import Calibration, InputStats, LoadBalance, measure_inputs
+from lora_null.factors import LayerStart
+from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.solver import Rule
+from lora_null.utils.distributed import all_gather, is_first_process, rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, read_metadata, read_safetensors, write_json, write_safetensors
+
+COMPLETE = "grams.json"
+SEED = 0  # of a sketch's Gaussian
+
+
+def sketch_of(gram: torch.Tensor, width: int) -> torch.Tensor:
+    """Return F (d, q) with F Fᵀ the Nyström approximation of C from q random directions.
+
+    C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C, of which F Fᵀ never exceeds C. It costs two products with C, and no eigenvalues of d × d.
+
+    Args:
+        gram: C, (d, d) float64, positive semi-definite.
+        width: q, at most d.
+    """
+    d = len(gram)
+    generator = torch.Generator().manual_seed(SEED)
+    omega = torch.linalg.qr(torch.randn(d, min(width, d), generator=generator, dtype=torch.float64))[0].to(gram.device)
+    # A shift keeps what is factored positive definite, and is taken out again (Tropp et al. 2017, algorithm 3).
+    shift = d**0.5 * torch.finfo(gram.dtype).eps * gram.norm()
+    product = gram @ omega + shift * omega
+    inner = omega.T @ product
+    factor = torch.linalg.cholesky((inner + inner.T) / 2)
+    half = torch.linalg.solve_triangular(factor, product.T, upper=False).T
+    U, S, _ = torch.linalg.svd(half, full_matrices=False)
+    return U * (S.square() - shift).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def keep_grams(
+    folder: Path,
+    model: nn.Module,
+    layers: Iterable[str],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    sketch: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> None:
+    """Measure what linears of a model read on the batches, and keep it in a folder, one file an input.
+
+    Under torch.distributed all ranks call it together; each Gram is written by the rank that holds it.
+
+    Args:
+        folder: complete when `grams.json` is there; float32 numbers.
+        model: a plain model, the earlier tasks in its weights.
+        layers: names of its linears.
+        batches: dicts with `input_ids` and `attention_mask`.
+        sketch: q of `sketch_of`; None keeps whole Grams.
+        device: where the layers run; where they are, if None.
+    """
+    modules = {name: model.get_submodule(name) for name in layers}
+
+    def write(part: Calibration) -> None:
+        for stats in part.inputs:
+            if stats.gram is None or stats.owner != rank_and_world()[0]:
+                continue
+            kept = {"gram": stats.gram} if sketch is None else {"sketch": sketch_of(stats.gram, sketch)}
+            facts = {"tokens": str(stats.tokens), "energy": repr(float(stats.gram.trace()))}
+            tensors = {name: tensor.float().contiguous().cpu() for name, tensor in kept.items()}
+            write_safetensors(folder / f"{stats.modules[0]}.safetensors", tensors, facts)
+            stats.gram = None
+
+    try:
+        with closing(walk_layers(model, modules, batches, device=device, progress=progress)) as walk:
+            for _, part in walk:
+                write(part) if part is not None else None
+    except DoesNotFit:
+        part = measure_inputs(model, modules, batches, progress=progress)
+        LoadBalance().assign(part.inputs)
+        write(part)
+    all_gather(None)  # every rank has written
+    if is_first_process():
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(path.name.encode() + path.read_bytes())
+        write_json(folder / COMPLETE, {"key": digest.hexdigest()[:24], "sketch": sketch})
+    all_gather(None)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier task's Grams, and their weight beside the knowledge's 1."""
+
+    folder: Path
+    weight: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """A hash of what lies in the folder.
+
+        Raises:
+            UserError: it is not complete.
+        """
+        if not (self.folder / COMPLETE).is_file():
+            raise UserError(f"{self.folder}: holds no complete Grams ({COMPLETE} is missing)")
+        return read_json(self.folder / COMPLETE)["key"]
+
+    def mean(self, modules: Sequence[str], device: torch.device) -> torch.Tensor:
+        """Return C_j/N_j of the input that the modules read, float64.
+
+        Raises:
+            UserError: it was not measured.
+        """
+        paths = [self.folder / f"{name}.safetensors" for name in modules]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise UserError(f"{self.folder}: holds no Gram of {modules[0]}; the tasks adapt other modules")
+        tensors, tokens = read_safetensors(path)[0], int(read_metadata(path)["tokens"])
+        if "gram" in tensors:
+            return tensors["gram"].to(device, torch.float64) / tokens
+        factor = tensors["sketch"].to(device, torch.float64)
+        return factor @ factor.T / tokens
+
+
+class WithEarlier:
+    """A rule whose Grams are those of the knowledge and of the earlier tasks; everything else is the rule's own.
+
+    Args:
+        inner: a rule that reads Grams.
+        earlier: the tasks before this one.
+        knowledge: w₀.
+    """
+
+    needs_gram: ClassVar[bool] = True
+
+    def __init__(self, inner: Rule, earlier: Sequence[Earlier], knowledge: float = 1.0) -> None:
+        self.inner, self.earlier, self.knowledge = inner, list(earlier), knowledge
+        weights = [(task.key, task.weight) for task in self.earlier]
+        self.rule = f"{inner.rule} after {hashlib.sha256(repr((weights, knowledge)).encode()).hexdigest()[:16]}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
+        """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""
+        if inputs.gram is None:
+            return self.inner.of_input(inputs)
+        total = self.knowledge * inputs.gram
+        for task in self.earlier:
+            total += inputs.tokens * task.weight * task.mean(inputs.modules, total.device)
+        return self.inner.of_input(replace(inputs, gram=total))

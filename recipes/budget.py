@@ -1,0 +1,397 @@
+"""A budget of forgetting: a training that ends, goes back or is scaled so that what is saved keeps it.
+
+What counts as forgotten is the KL from the base, the rise of an NLL, or the fall of an accuracy, question by question
+against the base. A budget is kept where the estimate plus its standard error is at most what the recipe allows. Probes
+decide while the model trains and when its strength is chosen; the last word has the rest of the retention set, the rows
+that no probe has used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from lora_null.adapters.strength import Strength
+from lora_null.eval_harness import AnswerTask, Evaluation, ForgettingTask, PreferenceTask, Task
+from lora_null.eval_harness.likelihood import tokenize_pairs
+from lora_null.eval_harness.probe import Point, Probe
+from lora_null.eval_harness.statistics import mean_and_error
+from lora_null.recipes.config.schema import BudgetSection, Recipe
+from lora_null.recipes.probes import ProbePlan
+from lora_null.recipes.results import Budget, Estimate, GivenUp
+from lora_null.utils.distributed import is_first_process, on_first_rank, whole_parameters
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.files import read_safetensors, write_safetensors
+
+STATE_FILE = "budget.safetensors"
+FEWEST = 8  # rows, of the probe and of the check: fewer give no standard error worth the name
+HALVINGS = 7  # of the interval in which the strength is sought
+SMALLEST = 2**-HALVINGS
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A budget, resolved.
+
+    Attributes:
+        section: the recipe's.
+        measure: name of the metric.
+        task: the task of the whole evaluation that gives it.
+        few: the same task on the probed rows.
+        used: numbers of the whole task's rows that the probes use.
+    """
+
+    section: BudgetSection
+    measure: str
+    task: Task
+    few: Task
+    used: frozenset[int]
+
+
+def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) -> Bound | None:
+    """Return the budget of a recipe, checked against what the run measures; None where it sets none.
+
+    Raises:
+        UserError: a measure that the run does not have, too few rows to probe and to check, or an
+            accuracy that these rows cannot see so finely.
+    """
+    section = recipe.budget
+    if section is None or probe is None:
+        return None
+    task, measure = _find_measure(section.measure, tasks)
+    few = next((few for few in probe.tasks if few.role == "retention" and few.key == task.key), None)
+    if few is None:
+        raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")
+    used = frozenset(probe.rows.get(task.key, ()))
+    _check_rows(recipe, task, few, used, section.at_most)
+    return Bound(section, measure, task, few, used)
+
+
+def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]:
+    kept = [task for task in tasks if task.role == "retention"]
+    if not kept:
+        raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
+    if wanted is None:
+        task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
+        return task, names_of(task)[0]
+    for task in kept:
+        # A task of lm-eval tells its metrics when it has run; they begin with its label.
+        if wanted in names_of(task) or (names_of(task) == [task.label] and wanted.startswith(f"{task.label}/")):
+            return task, wanted
+    choices = [name for task in kept for name in names_of(task)]
+    raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
+
+
+def names_of(task: Task) -> list[str]:
+    """Return the names of a task's metrics, the KL first; of a task of lm-eval its label, which its metric has."""
+    if isinstance(task, AnswerTask):
+        return [f"{task.name} kl", f"{task.name} nll"] if task.kl else [f"{task.name} nll"]
+    if isinstance(task, PreferenceTask):
+        return [f"{task.name} reward accuracy", f"{task.name} reward margin"]
+    if isinstance(task, ForgettingTask):
+        return [f"{task.name} forgetting", f"{task.name} loss"]
+    return [task.label]
+
+
+def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int], at_most: float) -> None:
+    if not isinstance(task, AnswerTask):
+        return  # how many documents there are is known when the base has been evaluated
+    total = len(task.pairs[: recipe.eval.limit])
+    probed = len(few.pairs) if isinstance(few, AnswerTask) else 0
+    if probed < FEWEST or total - len(used) < FEWEST:
+        raise UserError(
+            f"budget: {task.label} has {total} rows, {len(used)} of them probed; at least {FEWEST} are needed for the "
+            f"probe (eval.probe.retention) and {FEWEST} others for the check"
+        )
+
+
+def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
+    """Refuse, before any training, a budget that the base itself does not keep or that its rows cannot see.
+
+    Args:
+        bound: the budget.
+        probed, whole: the base's evaluations, of the probed rows with its noise, and of everything.
+
+    Raises:
+        UserError: the budget is not above the base's own noise, is finer than one answer of the rows, or counts a metric
+            without a value for each question.
+    """
+    at_most, measure = bound.section.at_most, bound.measure
+    if measure not in whole.metrics or measure not in probed.metrics:
+        raise UserError(f"budget.measure: the run has no {measure!r}{nearest(measure, whole.metrics)}")
+    if measure not in whole.samples or whole.metrics[measure].higher_is_better is None:
+        raise UserError(f"budget.measure: {measure!r} has no value for each question, or no known direction")
+    noise = (probed.settings.get("noise") or {}).get(measure, 0.0)
+    if noise >= at_most:
+        raise UserError(
+            f"budget.at_most: {at_most:g} is not above the base's own noise: measured twice, {measure} of the same "
+            f"weights differs by {noise:.2g}"
+        )
+    rows = len(whole.samples[measure]) - len(bound.used)
+    if whole.metrics[measure].unit == "fraction" and at_most * rows < 1:
+        raise UserError(
+            f"budget.at_most: {at_most:g} is less than one of the {rows} answers that {measure} is checked on; give more "
+            "rows, or a KL"
+        )
+
+
+def within(estimate: Estimate, at_most: float) -> bool:
+    """Return whether the estimate keeps a bound, its standard error included; a NaN does not."""
+    return estimate.value + (estimate.stderr or 0.0) <= at_most
+
+
+def forgotten(
+    task: Task,
+    measure: str,
+    found: Evaluation | Point,
+    base: Evaluation,
+    tokenizer: Any,
+    leave_out: frozenset[int] = frozenset(),
+) -> Estimate:
+    """Return how much worse a model is than the base, question by question, with the standard error of that difference.
+
+    Args:
+        task: what both measured.
+        measure: the metric.
+        leave_out: rows that do not count.
+
+    Returns:
+        The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
+    """
+    sign = 1 if found.metrics[measure].higher_is_better else -1
+    return difference(task, measure, base, found, tokenizer, sign, leave_out)
+
+
+def difference(
+    task: Task,
+    measure: str,
+    one: Evaluation | Point,
+    other: Evaluation | Point,
+    tokenizer: Any,
+    sign: int,
+    leave_out: frozenset[int] = frozenset(),
+) -> Estimate:
+    """Return sign · (one − other), paired by question and weighted by answer tokens; rows in `leave_out` do not count."""
+    change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
+    keep = [i for i in range(len(change)) if i not in leave_out]
+    weights = np.ones(len(change))
+    if isinstance(task, AnswerTask):
+        pairs = tokenize_pairs(tokenizer, task.pairs[: len(change)], task.name, None)
+        weights = np.array([len(pair.ids) - pair.start for pair in pairs], dtype=float)
+    return Estimate(*mean_and_error(change[keep], weights[keep]))
+
+
+class KeepBudget(Probe):
+    """A probe that ends the training where a budget is reached, and remembers the last state within it.
+
+    Args:
+        trainer, tasks, options: as for `Probe`; the tasks with that of the budget among them.
+        bound: the budget.
+        base: the base's evaluation of the tasks.
+    """
+
+    def __init__(self, trainer: Any, tasks: Sequence[Task], bound: Bound, base: Evaluation, **options: Any) -> None:
+        super().__init__(trainer, tasks, **options)
+        self.bound, self.base = bound, base
+        self.reached = False
+        self.last_within: int | None = None
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            self.reached, self.last_within, self.kept = False, None, {}
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.reached:
+            control.should_training_stop = True
+
+    def probed(self, point: Point, control: Any) -> None:
+        """End the training at a point beyond the budget; remember the weights at one within it."""
+        if self.bound.section.then == "scale":
+            return
+        now = forgotten(self.bound.few, self.bound.measure, point, self.base, self.tokenizer)
+        if not within(now, self.bound.section.at_most):
+            self.reached = control.should_training_stop = True
+        elif self.bound.section.then == "rewind":
+            self.last_within = point.step
+            with whole_parameters(*_owners(self.model)):
+                if is_first_process():
+                    self.kept = {name: p.detach().cpu().clone() for name, p in _trained(self.model)}
+
+    def rewind(self) -> bool:
+        """Put the model back to its last state within the budget; return whether it moved."""
+        if not self.reached or self.last_within is None:
+            return False
+        kept = on_first_rank(lambda: self.kept)
+        with torch.no_grad(), whole_parameters(*_owners(self.model), write=True):
+            for name, parameter in _trained(self.model):
+                parameter.copy_(kept[name])
+        return True
+
+    def has_ended(self, checkpoint: Path) -> bool:
+        """Return whether the run of a checkpoint, whose state was loaded, took no further step."""
+        return self.reached
+
+    def save_state(self, checkpoint: Path) -> None:
+        super().save_state(checkpoint)
+        facts = {
+            "reached": str(int(self.reached)),
+            "last_within": "" if self.last_within is None else str(self.last_within),
+        }
+        write_safetensors(checkpoint / STATE_FILE, self.kept, facts)
+
+    def load_state(self, checkpoint: Path) -> None:
+        super().load_state(checkpoint)
+        if not (checkpoint / STATE_FILE).is_file():
+            return
+        self.kept, facts = read_safetensors(checkpoint / STATE_FILE)
+        self.reached = facts["reached"] == "1"
+        self.last_within = int(facts["last_within"]) if facts["last_within"] else None
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _owners(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold what trains, and as little else as can be."""
+    return [m for m in model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())]
+
+
+@dataclass
+class Measurement:
+    """What `hold` measures with: a live model and the base's evaluations.
+
+    Attributes:
+        evaluate: returns the evaluation of tasks by the live model as it is.
+        tokenizer: the model's.
+        bound: the budget.
+        probed, whole: the base's evaluations, of the probed rows and of everything.
+        learning: the probed tasks of role "task".
+    """
+
+    evaluate: Callable[[Sequence[Task]], Evaluation]
+    tokenizer: Any
+    bound: Bound
+    probed: Evaluation
+    whole: Evaluation
+    learning: list[Task] = field(default_factory=list)
+
+    def on_probe(self) -> Estimate:
+        """Return what is forgotten on the probed rows."""
+        found = self.evaluate([self.bound.few])
+        return forgotten(self.bound.few, self.bound.measure, found, self.probed, self.tokenizer)
+
+    def on_rest(self) -> tuple[Estimate, int]:
+        """Return what is forgotten on the rows that no probe has used, and how many they are."""
+        found = self.evaluate([self.bound.task])
+        left = len(found.samples[self.bound.measure]) - len(self.bound.used)
+        args = (self.bound.task, self.bound.measure, found, self.whole, self.tokenizer)
+        return forgotten(*args, leave_out=self.bound.used), left
+
+
+def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high: float = 1.0) -> float:
+    """Return the largest strength up to `high` found by bisection that keeps a bound; 0 where not even the smallest does.
+
+    Args:
+        forgets: strength → what is forgotten at it.
+        at_most: the bound.
+    """
+    if within(forgets(high), at_most):
+        return high
+    low, top = 0.0, high
+    for _ in range(HALVINGS):
+        middle = (low + top) / 2
+        low, top = (middle, top) if within(forgets(middle), at_most) else (low, middle)
+    return low
+
+
+def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, int, Estimate | None]:
+    """Set the largest strength at which a budget is kept: by bisection on the probed rows, then on all others.
+
+    Returns:
+        The strength; what is forgotten at it on the rows that no probe used, and their number; and what the first check
+        of these rows gave where it was beyond the budget and the strength had to be lowered further.
+    """
+    at_most = measured.bound.section.at_most
+
+    def forgets(value: float) -> Estimate:
+        with strength.at(value):
+            return measured.on_probe()
+
+    strength.set(largest_strength(forgets, at_most))
+    checked, rows = measured.on_rest()
+    first = None
+    while not within(checked, at_most) and strength.value:
+        first = first or checked
+        # Forgetting grows about as the square of a small change: aim just below, and check again.
+        upper = checked.value + (checked.stderr or 0.0)
+        factor = 0.98 * math.sqrt(at_most / upper) if upper > 0 else 0.5
+        lower = strength.value * min(0.95, max(0.5, factor))
+        strength.set(lower if lower >= SMALLEST / 2 else 0.0)
+        checked, rows = measured.on_rest()
+    return strength.value, checked, rows, first
+
+
+def keep_budget(measured: Measurement, callback: KeepBudget, model: Any) -> Budget:
+    """Make a trained model keep its budget, in place; return what became of it, and of what was learned."""
+    trained_to, planned = callback.trainer.state.global_step, callback.trainer.state.max_steps
+    before = measured.evaluate(measured.learning) if measured.learning else None
+    rewound = callback.rewind()
+    strength = Strength(model)
+    value, checked, rows, first = hold(measured, strength)
+    after = measured.evaluate(measured.learning) if measured.learning else None
+    return Budget(
+        measure=measured.bound.measure,
+        at_most=measured.bound.section.at_most,
+        then=measured.bound.section.then,
+        strength=value,
+        step=callback.last_within if rewound and callback.last_within is not None else trained_to,
+        reached=trained_to if callback.reached else None,
+        steps=planned,
+        value=checked.value,
+        stderr=checked.stderr,
+        n=rows,
+        kept=within(checked, measured.bound.section.at_most),
+        first_check=None if first is None else first.value,
+        learned=_given_up(measured, before, after) if before and after else {},
+    )
+
+
+def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> dict[str, GivenUp]:
+    """Return by metric what the budget cost of what had been learned, paired by the probed questions."""
+    found = {}
+    for task in measured.learning:
+        for name in (name for name in after.metrics if name in after.samples and is_of(task, name)):
+            better = after.metrics[name].higher_is_better
+            if better is None:
+                continue
+            lost = difference(task, name, before, after, measured.tokenizer, 1 if better else -1)
+            metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])
+            base, full, kept = (metric.value if metric else None for metric in metrics)
+            found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr)
+    return found
+
+
+def is_of(task: Task, name: str) -> bool:
+    """Return whether a metric of that name is the task's."""
+    return name in names_of(task) or (names_of(task) == [task.label] and name.startswith(task.label))
+
+
+def require_strength(name: str, config: Any) -> None:
+    """Refuse a method whose result has no strength: whole weights, or an adapter that is no plain LoRA.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise UserError(
+            f"method: {name} leaves no plain LoRA, which budget and eval.strengths need; leave it out of method.name"
+        )

@@ -1,0 +1,277 @@
+"""What a run would stumble over later, looked for before a model loads: a run and `--dry-run` ask the same questions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import DistributedType, PartialState
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
+from lora_null.eval_harness.likelihood import tokenize_pairs
+from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
+from lora_null.eval_harness.lm_eval.vllm import require_vllm
+from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, Recipe
+from lora_null.recipes.data.examples import TrainingData, tokenize
+from lora_null.recipes.models.bases import attention
+from lora_null.recipes.models.plan import MethodPlan, put_on
+from lora_null.recipes.models.quantization import require_bitsandbytes
+from lora_null.start import InitOptions, LayerReport
+from lora_null.store import find_initialization, read_report
+from lora_null.trainer.methods import make_method
+from lora_null.trainer.preflight import check_labels, tell
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import seed_everything
+
+ADAPTER = "default"
+LOOKED_AT, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# What a rehearsal does not take from the recipe: it ends after a step, tells nobody, and compiles nothing.
+REHEARSAL = {"max_steps": 1, "report_to": "none", "push_to_hub": False, "torch_compile": False, "disable_tqdm": True}
+REHEARSAL |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+
+
+def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
+    """Check that what the recipe asks for beside the model is installed, and that whoever is to be told can be.
+
+    Raises:
+        UserError: naming the key and what to install.
+    """
+    if recipe.eval.backend == "vllm":
+        require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
+    require_bitsandbytes(recipe.model)
+    if attention(recipe.model) == "flash_attention_2":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError('model.attn_implementation: flash-attn is not installed; pip install "lora-null[flash]"')
+        if not torch.cuda.is_available() or recipe.model.dtype == "float32":
+            raise UserError(
+                "model.attn_implementation: flash_attention_2 needs a GPU and a 16-bit model.dtype; use sdpa"
+            )
+    _check_trackers(training)
+    if training.push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise UserError(
+                "training.push_to_hub: nobody is logged in; `hf auth login`, or HF_TOKEN in the environment"
+            )
+
+
+def _check_trackers(training: SFTConfig | DPOConfig) -> None:
+    for name in training.report_to or ():
+        try:
+            (kind,) = get_reporting_integration_callbacks([name])
+            if isinstance(kind, type):  # "flyte" and others come with settings, already made
+                kind()
+        except Exception as error:  # every tracker has exceptions of its own
+            line = str(error).strip().splitlines()[0]
+            if "install" in line:
+                line = f"{name} is not installed; pip install {name}, or report_to=none"
+            raise UserError(f"training.report_to: {line}") from None
+        if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            if not wandb.api.api_key:
+                raise UserError(
+                    "training.report_to: nobody is logged in to wandb; `wandb login`, or WANDB_MODE=offline"
+                )
+
+
+def check_weights(model: ModelSection, name: str) -> None:
+    """Check that a local folder holds the model's weights, each file complete; nothing of them is loaded.
+
+    Raises:
+        UserError: naming the file that is missing or cut short.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    files = [file for file in WEIGHTS if (folder / file).is_file()]
+    index = next(
+        (folder / f"{file}.index.json" for file in WEIGHTS if (folder / f"{file}.index.json").is_file()), None
+    )
+    if index is not None and not files:
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise UserError(f"model.name_or_path: {index} is damaged") from None
+    if not files:
+        raise UserError(f"model.name_or_path: {folder} holds a configuration but no weights ({WEIGHTS[0]} is missing)")
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(f"model.name_or_path: {folder} lacks {file}, which {index.name if index else 'it'} names")
+        if file.endswith(".safetensors"):
+            try:
+                safe_open(folder / file, "pt")
+            except SafetensorError as error:
+                raise UserError(f"model.name_or_path: the weights of {folder} are damaged ({file}: {error})") from None
+
+
+def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
+    """Return whether the trainer shortens the rows itself: joined to packs, or at their beginnings."""
+    return getattr(training, "packing", False) or training.truncation_mode == "keep_end"
+
+
+def check_answers_end(
+    recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, training: Any, data: TrainingData
+) -> None:
+    """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
+    if recipe.preflight == "off":
+        return
+    end: Any = tokenizer.eos_token_id
+    ends = {end} - {None}
+    if Path(name, "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(name).eos_token_id
+        ends |= set(found if isinstance(found, list) else [] if found is None else [found])
+    rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
+    cut = None if cut_by_trainer(training) else training.max_length
+    looked_at = ((row.ids[:cut], row.labels[:cut]) for row in rows)
+    check_labels(looked_at, ends, tokenizer.eos_token, cut, recipe.preflight)
+
+
+def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> None:
+    """Check that each method can begin from what `method.init` holds, as far as its report tells.
+
+    Raises:
+        UserError: it holds no start, one by another rule, or one for other modules or ranks.
+    """
+    if recipe.method.init is None:
+        return
+    folder = find_initialization(Path(recipe.method.init))
+    report = LayerReport.from_json(read_report(folder))
+    found = {line.name: line.r for line in report.layers}
+    for plan in plans:
+        method = make_method(plan.name, recipe.method.options.get(plan.name))
+        rule = method.rule_for(InitOptions())
+        if rule is None:
+            raise UserError(f"method.init: would not be read, {plan.name} computes no start; run it by itself")
+        if rule.rule != report.rule:
+            raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
+        layers = method.layers(put_on(recipe, config, method, plan.rank))
+        asked = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+        if found.keys() != asked.keys():
+            raise UserError(f"method.init: {folder} was written for other modules than {plan.name} adapts here")
+        other = next((name for name, rank in asked.items() if rank != found[name]), None)
+        if other is not None:
+            raise UserError(
+                f"method.init: {folder} holds rank {found[other]} for {other}, {plan.name} asks for rank {asked[other]}"
+            )
+
+
+def check_task_names(recipe: Recipe) -> None:
+    """Check the names of lm-eval's tasks alone, where nothing can be tokenized."""
+    for entry in (*recipe.eval.retention, *recipe.eval.task):
+        if isinstance(entry, LmEvalEntry):
+            is_file = Path(entry.task).suffix in TASK_FILES
+            name_in(Path(entry.task)) if is_file else manager_of(entry.task, recipe.eval.include_path)
+
+
+def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, limit: int | None, config: Any) -> int:
+    """Return what the base's predictions of the answers will take on the disk, and tokenize every answer.
+
+    Raises:
+        UserError: an answer that cannot be scored.
+    """
+    size, vocabulary = 0, config.get_text_config(decoder=True).vocab_size
+    for task in tasks:
+        if isinstance(task, AnswerTask):
+            pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None)
+            size += task.kl * 4 * vocabulary * sum(len(pair.ids) - pair.start for pair in pairs)
+    return size
+
+
+def check_judge(tasks: Sequence[Task]) -> None:
+    """Ask the judge's endpoint once whether it is there and knows the key and the model; no grade is asked for."""
+    for judge in {task.judge for task in tasks if isinstance(task, MTBenchTask) and task.judge is not None}:
+        judge.reach()
+
+
+def rehearse(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    arguments: Callable[..., SFTConfig | DPOConfig],
+) -> None:
+    """Take one training step on a few rows and a stand-in of a few thousand weights.
+
+    So what TRL, Transformers and PyTorch refuse of `training` (a loss, an optimizer, a schedule, a package, arguments that
+    contradict each other) is told in seconds, and not once the model is loaded, calibrated and initialized.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: the model's.
+        data: the training rows.
+        arguments: makes the trainer's configuration of an output folder and of what replaces the recipe's.
+
+    Raises:
+        UserError: whatever the step raises, in one line; `preflight` makes a warning of it.
+    """
+    if recipe.preflight == "off" or PartialState().distributed_type != DistributedType.NO:
+        return
+    logging.disable(logging.WARNING)
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = arguments(Path(folder), **REHEARSAL)
+            kind = DPOTrainer if recipe.trainer == "dpo" else SFTTrainer
+            trainer = kind(
+                model=_stand_in(recipe, tokenizer, settings),
+                args=settings,
+                train_dataset=_shortest_rows(data),
+                processing_class=tokenizer,
+                peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        finding = None
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is, it would come again with the real model
+        finding = (str(error).strip() or type(error).__name__).splitlines()[0]
+    finally:
+        logging.disable(logging.NOTSET)
+        if bars:
+            datasets.enable_progress_bars()
+        seed_everything(recipe.seed)
+    if finding is not None:
+        tell(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
+
+
+def _shortest_rows(data: TrainingData) -> datasets.Dataset:
+    """Return a few rows; of ids, which the trainer only cuts, their ends, where the labels are."""
+    order = sorted(range(len(data.examples)), key=lambda i: len(data.examples[i].written.text))
+    rows = data.rows.select(order[:REHEARSED_ROWS])
+    if "input_ids" not in rows.column_names:
+        return rows
+    return datasets.Dataset.from_dict(
+        {name: [row[-REHEARSED_TOKENS:] for row in rows[name]] for name in rows.features}
+    )
+
+
+def _stand_in(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig | DPOConfig) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).to(getattr(torch, recipe.model.dtype))

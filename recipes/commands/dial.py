@@ -1,0 +1,153 @@
+"""`lora-null dial`: one adapter at many strengths, the whole frontier of learning and forgetting without retraining."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+
+from lora_null.adapters.strength import Strength
+from lora_null.recipes.budget import hold
+from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
+from lora_null.recipes.config.schema import BudgetSection, parse_recipe
+from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+from lora_null.recipes.processes import join_processes
+from lora_null.recipes.report.dial_page import FOLDER, table_rows, told
+from lora_null.recipes.results import Budget
+from lora_null.recipes.run import Job, base_row, dial, evaluation_job, measurement
+from lora_null.recipes.strengths import STRENGTHS, parse_strengths
+from lora_null.utils.distributed import is_first_process, together
+from lora_null.utils.errors import UserError
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, write dial.json, dial.md and dial.png, print the table.
+
+    Raises:
+        UserError: not an adapter, an adapter for another base, strengths that are no numbers, nothing to measure.
+    """
+    strengths = parse_strengths(arguments.strengths) if arguments.strengths is not None else list(STRENGTHS)
+    use_all_cores()
+    keep_freed_memory()
+    join_processes()
+
+    def check() -> tuple[Source, Job]:
+        source = find_source(arguments.source, arguments.base)
+        check_adapter_fits(source)
+        return source, job_for(source, arguments, arguments.out or source.home / FOLDER)
+
+    source, job = together(check, what="checking the adapter")
+    base_row(job)
+    model = load_adapted(source)
+    out = arguments.out or source.home / FOLDER
+    found = dial(job, source.method, model, out.parent if out.name == FOLDER else out, {}, strengths)
+    if not is_first_process():
+        return
+    head, *rows = table_rows(found)
+    table = Table(*head, show_edge=False, header_style="")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(told(found, arguments.max_forgetting))
+    print(f"written: {out if out.name == FOLDER else out / FOLDER}")
+
+
+def load_adapted(source: Source) -> Any:
+    """Return the base with the adapter, on the device, in eval mode."""
+    return PeftModel.from_pretrained(source.base.load(), source.folder).eval()
+
+
+def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: dict[str, Any] | None = None) -> Job:
+    """Return what evaluates an adapter: by its run's recipe, or by files of questions.
+
+    Args:
+        source: the adapter.
+        arguments: --keep, --learn, --prompt, --response, --template and --limit, as `dial` and `export` take them.
+        out: where the base's evaluation goes that is not a run's own.
+        budget: of a recipe.
+
+    Raises:
+        UserError: nothing to measure, or what a recipe may not hold.
+    """
+    own = arguments.keep is not None or arguments.learn is not None or arguments.limit is not None
+    raw = _questions(source, arguments) if own or not source.recipe else dict(source.recipe)
+    if arguments.limit is not None:
+        raw["eval"] = {**raw["eval"], "limit": arguments.limit}
+    raw["model"] = source.base.section.model_dump(mode="json")
+    engine = {"backend": "hf", "strengths": [], "before": True, "probe": None}
+    raw |= {"method": {"name": "lora"}, "grid": {}, "budget": budget, "eval": {**raw.get("eval", {}), **engine}}
+    recipe = parse_recipe(raw, str(source.folder))
+    if not recipe.eval.retention and not recipe.eval.task:
+        raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
+    before = source.recipe.get("eval", {}) if source.recipe else {}
+    evaluated = source.run / "base"
+    shared = (
+        not own and before.get("backend", "hf") == "hf" and not arguments.base and (evaluated / "eval.json").is_file()
+    )
+    try:
+        return evaluation_job(recipe, evaluated if shared else out / "base")
+    except UserError as error:
+        named = {"eval.retention.path": "--keep", "eval.task.path": "--learn"} if own else {}
+        raise UserError(functools.reduce(lambda text, pair: text.replace(*pair), named.items(), str(error))) from None
+
+
+def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a recipe that measures files of questions; a run's own recipe where only --limit was given."""
+    if arguments.keep is None and arguments.learn is None:
+        if not source.recipe:
+            raise UserError(
+                f"{source.folder}: not an adapter of a run, so nothing says what to measure; --keep names a file of "
+                "questions with known answers"
+            )
+        return dict(source.recipe)
+    fields = {"prompt": arguments.prompt, "response": arguments.response, "template": arguments.template}
+
+    def entry(path: str | None) -> list[dict[str, Any]]:
+        return [] if path is None else [{"answers": Path(path).stem, "path": path, **fields}]
+
+    used = {"path": arguments.keep or arguments.learn}
+    return {
+        "name": "dial",
+        "model": {},
+        "method": {"name": "lora"},
+        "calibration": {**used, "field": arguments.prompt},
+        "data": used | fields,
+        "eval": {"retention": entry(arguments.keep), "task": entry(arguments.learn), "batch_size": 8},
+    }
+
+
+def strength_within(source: Source, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
+    """Return the largest strength that forgets no more than --max-forgetting, and a sentence about it.
+
+    As in a run's budget: sought on the probed rows, checked on the others.
+    """
+    section = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure)
+    job = together(lambda: job_for(source, arguments, scratch, section.model_dump()), what="checking the adapter")
+    base_row(job)
+    model = load_adapted(source)
+    measured, strength = measurement(job, model), Strength(model)
+    value, checked, rows, first = hold(measured, strength)
+    if value == 0:
+        raise UserError(
+            f"--max-forgetting: {arguments.max_forgetting:g} leaves nothing of the adapter; at the smallest strength "
+            f"{measured.bound.measure} is beyond it"
+        )
+    described = Budget(
+        measure=measured.bound.measure,
+        at_most=section.at_most,
+        then="scale",
+        strength=value,
+        step=0,
+        steps=0,
+        value=checked.value,
+        stderr=checked.stderr,
+        n=rows,
+        kept=True,
+        first_check=first and first.value,
+    )
+    return value, described.sentence()

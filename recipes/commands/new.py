@@ -1,0 +1,403 @@
+"""`lora-null new`: write a commented recipe for a model and a file of data; what can be read from them is not asked for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from trl import DPOConfig, SFTConfig
+
+from lora_null.eval_harness.documents import BadRow, Documents
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import DataSection, ModelSection, Recipe, parse_recipe, parse_section
+from lora_null.recipes.data.examples import Example, RowReader, describe_bad_rows, settle_bad_rows, tokenize
+from lora_null.recipes.data.formats import Format, recognize
+from lora_null.recipes.data.preview import show_samples
+from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
+from lora_null.recipes.report.render import templates_in
+from lora_null.trainer.preflight import check_architecture
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_text
+from lora_null.utils.limits import position_limit
+
+TEMPLATE = "recipe.yaml.j2"
+METHOD = "lora-null-v2"
+LOOKED_AT = 2000  # rows whose lengths are counted
+BATCHES = (64, 32, 16, 8, 4, 2, 1)
+STEPS = 60  # optimizer steps that a run should have at least, if the rows allow it
+USED = 0.8  # of the memory there is, at most
+LONGEST = 4096  # tokens of a sequence, unless the user asks for more
+HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
+SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
+SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
+    ("facts", "samples/nq_open_test.jsonl", {"template": "Q: {prompt}?\nA:"}),
+    ("prose", "samples/wikitext_test.jsonl", {"prompt": "prompt", "response": "response", "template": "plain"}),
+    ("code", "samples/code_test.jsonl", {"prompt": "prompt", "response": "response"}),
+    ("instructions", "samples/instructions_test.jsonl", {"prompt": "prompt", "response": "response"}),
+)
+
+
+@dataclass
+class Machine:
+    """What trains: its memory in bytes, and the dtype of weights that it is quick with."""
+
+    name: str
+    memory: int
+    on_cpu: bool
+    bf16: bool
+
+
+@dataclass
+class Rows:
+    """A data set as it was found.
+
+    Attributes:
+        path: as the recipe is to name it.
+        split: of a hub data set, or of a folder of data; None for what is its own.
+        format: what the rows are.
+        documents: the rows, of a hub's data set the first.
+        count: how many; None for a hub's, which is not read whole.
+        held_out: how many at the end are to be measured only.
+    """
+
+    path: str
+    split: str | None
+    format: Format
+    documents: Documents
+    count: int | None
+    held_out: int
+
+    @property
+    def learned(self) -> int | None:
+        """The first rows that are not held out; None for all."""
+        return self.count - self.held_out if self.count and self.held_out else None
+
+    def keys(self) -> dict[str, Any]:
+        """Return what the recipe names the data by."""
+        return {"path": self.path} | ({"split": self.split} if self.split else {})
+
+
+@dataclass
+class Draft:
+    """All that the template of the recipe writes."""
+
+    name: str
+    model: dict[str, Any]
+    rank: int
+    rows: Rows
+    data: dict[str, Any]
+    training: dict[str, Any]
+    calibration: dict[str, Any]
+    retention: list[dict[str, Any]]
+    task: list[dict[str, Any]]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def comment(self, key: str, value: Any) -> str:
+        """Return what stands behind a key of the recipe, such as "data.template"."""
+        comments = {
+            "training.max_length": self.notes["lengths"],
+            "training.total_batch_size": "rows of an optimizer step",
+            "training.per_device_train_batch_size": "of these at once: memory, not the result",
+            "data.limit": "the rows after these are measured, in eval.task",
+            "data.on_bad_row": f"left out: {self.notes.get('left out')}",
+            "data.template": "the model's own" if value == "chat" else "",
+            "data.thinking": "thoughts of earlier turns, which the template leaves out" if value == "drop" else "",
+            "calibration.source": "the shipped mix of facts, prose, code, instructions; self: what the model writes itself",
+            "calibration.mode": "one text a window",
+        }
+        return f"   # {comments[key]}" if comments.get(key) else ""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the recipe, show some rows as the model sees them, say what comes next.
+
+    Raises:
+        UserError: a model or data that cannot be read or is of no known format, or a file that is there already.
+    """
+    out = arguments.out or Path(f"{Path(arguments.data.rstrip('/')).stem or 'recipe'}.yaml")
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; choose another name")
+    draft = _draft(arguments, out)
+    template = templates_in(Path(__file__).parent).get_template(TEMPLATE)
+    write_text(out, template.render(d=draft, y=_yaml, out=out))
+    for key, note in draft.notes.items():
+        print(f"{key:<11} {note}")
+    show_samples(load_recipe(str(out)), SHOWN, most=LETTERS)
+    print(f"written     {out}; every line says why, change what you know better")
+    print(f"next        lora-null train {out} --dry-run     # the plan, in seconds\n            lora-null train {out}")
+
+
+def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
+    machine = _machine()
+    model = parse_section(ModelSection, "model", {"name_or_path": arguments.model, "dtype": "float32"})
+    name = resolve_name(model)
+    config = load_config(model, name)
+    check_architecture(config, "error", "--model")
+    tokenizer = load_tokenizer(model, name)
+    size = sum(p.numel() for p in empty_model(config, model).parameters())
+    model.dtype = "float32" if machine.on_cpu and 4 * size < machine.memory / 3 else "bfloat16"
+    rows = _rows(arguments.data, arguments.split, "data", out)
+    data, examples, notes = _data(rows, tokenizer)
+    lengths = _lengths(examples, data["template"], tokenizer, rows.format.preferences)
+    limit = position_limit(config)
+    length = _max_length(lengths, LONGEST if limit is None else min(limit.tokens, LONGEST))
+    keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
+    calibration, retention = _kept(keep, tokenizer, machine, min(length, limit.tokens if limit else LONGEST))
+    draft = Draft(
+        name=out.stem,
+        model={"name_or_path": _model_path(arguments.model, out), "dtype": model.dtype},
+        rank=_rank(config, model),
+        rows=rows,
+        data=rows.keys() | data | ({"limit": rows.learned} if rows.learned else {}),
+        training={"max_length": length},
+        calibration=calibration,
+        retention=retention,
+        task=_task(rows, data, machine),
+    )
+    _fit(draft, config, machine, size)
+    cut = sum(n > length for n in lengths)
+    half, most, longest = (_quantile(lengths, q) for q in (0.5, 0.95, 1.0))
+    count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
+    draft.notes = {
+        "data": f"{arguments.data}: {count} rows, {rows.format.name}",
+        "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
+        "lengths": f"half of the rows have at most {half:,} tokens, 95% {most:,}, the longest {longest:,}; "
+        f"max_length {length:,}" + (f" cuts {cut:,} of {len(lengths):,}" if cut else " cuts none"),
+        **notes,
+        **draft.notes,
+    }
+    return draft
+
+
+def _machine() -> Machine:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Machine(properties.name, properties.total_memory, False, torch.cuda.is_bf16_supported())
+    if torch.accelerator.is_available():
+        name = str(torch.accelerator.current_accelerator())
+        return Machine(name, psutil.virtual_memory().available, False, False)
+    return Machine("this CPU", psutil.virtual_memory().available, True, False)
+
+
+def _rows(path: str, split: str, where: str, out: Path) -> Rows:
+    """Read a data set, find its format, and decide how many of its rows are held out."""
+    local = Path(path).exists()
+    documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=LOOKED_AT)
+    if not documents.rows:
+        settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
+    form = recognize(documents.rows, documents.columns, f"--{where}")
+    last = max([*documents.numbers, *(row.row for row in documents.bad)])
+    can_be_asked = "text" not in form.keys or "ending" in documents.columns
+    held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
+    named = os.path.relpath(path, out.parent) if local else path
+    alone = Path(path).is_file() or "ending" in documents.columns  # a file, or texts
+    return Rows(named, None if alone else split, form, documents, last if local else None, held_out)
+
+
+def _model_path(name: str, out: Path) -> str:
+    """Return a model's name; of a folder the whole path where the recipe lies elsewhere."""
+    here = out.parent.resolve() == Path.cwd()
+    return name if here or not Path(name).is_dir() else str(Path(name).resolve())
+
+
+def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], dict[str, str]]:
+    """Return the section `data`, rows written under it, and what there is to say about the rows.
+
+    Raises:
+        UserError: hardly a row can be used.
+    """
+    template = "plain" if "text" in rows.format.keys else "chat" if tokenizer.chat_template else "alpaca"
+    tries = []
+    for thinking in (None, "keep", "drop") if template != "plain" else (None,):
+        keys = {**rows.format.keys, "template": template} | ({"thinking": thinking} if thinking else {})
+        tries.append((keys, *_written(rows, keys, tokenizer)))
+        if not tries[-1][2]:
+            break
+    keys, examples, bad = min(tries, key=lambda found: len(found[2]))  # the first of equals
+    if len(bad) >= len(examples):
+        settle_bad_rows(bad, len(bad) + len(examples), "error")
+    return (
+        keys | ({"on_bad_row": "skip"} if bad else {}),
+        examples,
+        {"left out": describe_bad_rows(bad)} if bad else {},
+    )
+
+
+def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any) -> tuple[list[Example], list[BadRow]]:
+    """Write the first rows, and those that are held out, as the recipe will; return the good and the bad ones."""
+    documents = rows.documents
+    reader = RowReader(
+        DataSection(path=rows.path, **keys),
+        documents.columns,
+        "data",
+        preferences=rows.format.preferences,
+        first=documents.rows[0],
+    )
+    examples, bad = [], list(documents.bad)
+    numbered = list(zip(documents.numbers, documents.rows))
+    for number, row in numbered[:LOOKED_AT] + numbered[max(LOOKED_AT, len(numbered) - HELD_OUT) :]:
+        try:
+            examples.append(reader.example(number, row, tokenizer))
+        except ValueError as error:
+            bad.append(BadRow(number, str(error)))
+    return examples, bad
+
+
+def _lengths(examples: Sequence[Example], template: str, tokenizer: Any, preferences: bool) -> list[int]:
+    sides = [
+        tokenize(examples, template, tokenizer, rejected=side) for side in ((False, True) if preferences else (False,))
+    ]
+    return sorted(max(len(tokens.ids) for tokens in row) for row in zip(*sides))
+
+
+def _quantile(lengths: Sequence[int], share: float) -> int:
+    return lengths[min(len(lengths) - 1, math.ceil(share * len(lengths)) - 1)]
+
+
+def _max_length(lengths: Sequence[int], limit: int) -> int:
+    """Return room for every row, or for 99% of them where the longest are far longer."""
+    most, longest = _quantile(lengths, 0.99), lengths[-1]
+    return min(limit, max(16, 16 * math.ceil((longest if longest <= 2 * most else most) / 16)))
+
+
+def _rank(config: Any, model: ModelSection) -> int:
+    """Return 64, or a power of two that is at most a quarter of the narrowest layer's width."""
+    linears = [module for name, module in empty_model(config, model).named_modules() if hasattr(module, "in_features")]
+    narrowest = min(min(module.in_features, module.out_features) for module in linears)
+    return min(64, 2 ** max(int(math.log2(narrowest)) - 2, 0))
+
+
+def _kept(
+    keep: Rows | None, tokenizer: Any, machine: Machine, length: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the sections `calibration` and `eval.retention`: what the user names, and the general mix beside it."""
+    samples, limit = (128, 32) if machine.on_cpu else (256, 64)
+    cut = {"samples": samples, "max_length": max(128, min(length, 512)), "mode": "separate"}
+    chat = "chat" if tokenizer.chat_template else "alpaca"
+    retention = [
+        {"answers": name, "path": path, **{"template": chat}, **keys, "limit": limit} for name, path, keys in SHIPPED
+    ]
+    if keep is None:
+        return {"source": "general", **cut}, retention
+    own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
+    asked = _asked(keep, chat)
+    if asked and keep.learned:
+        measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
+        retention.insert(0, measured | {"limit": min(limit, keep.held_out)})
+    return {"sources": [own, {"source": "general", "weight": 1}], **cut}, retention
+
+
+def _asked(rows: Rows, template: str) -> dict[str, Any] | None:
+    """Return how rows are asked as an entry `answers`; None for texts that have no end to ask for."""
+    keys = {key: value for key, value in rows.format.keys.items() if key != "rejected"}
+    if "text" in keys:
+        ends = "ending" in rows.documents.columns
+        return {"prompt": "beginning", "response": "ending", "template": "plain"} if ends else None
+    if keys.get("prompt", "") is None:  # pairs of conversations that hold their prompt
+        keys = {key: value for key, value in keys.items() if key == "system"} | {"messages": keys["response"]}
+    return keys | {"template": template}
+
+
+def _task(rows: Rows, data: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
+    """Return the section `eval.task`: the rows that are held out."""
+    if rows.format.preferences:
+        kind, asked = "preferences", {key: value for key, value in rows.format.keys.items() if key != "system"}
+    else:
+        kind, asked = "answers", _asked(rows, data["template"])
+    if not rows.learned or asked is None:
+        return []
+    limit = {"limit": 32} if machine.on_cpu and rows.held_out > 32 else {}
+    return [{kind: "learned", **rows.keys(), **asked, "offset": rows.learned, **limit}]
+
+
+def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
+    """Choose batch, epochs and checkpointing so that a step fits the machine's memory, and note what they come to."""
+    preferences = draft.rows.format.preferences
+    count = draft.rows.learned or draft.rows.count
+    epochs = 1 if count is None or count >= 2000 else 2 if count >= 500 else 3
+    total = next((batch for batch in BATCHES[1:] if (count or math.inf) * epochs / batch >= STEPS), 1)
+    recipe = _as_recipe(draft)
+    plan = plan_methods(recipe, config)[0]
+    weights = size * (4 if draft.model["dtype"] == "float32" else 2)
+    chosen = None
+    for checkpointing in (False, True):
+        for batch in (b for b in BATCHES if b <= min(total, 16)):
+            kind = DPOConfig if preferences else SFTConfig
+            training = kind(
+                output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch,
+                max_length=draft.training["max_length"], gradient_checkpointing=checkpointing,
+            )  # fmt: skip
+            tokens = batch * draft.training["max_length"] * (2 if preferences else 1)
+            logits = 8 * tokens * config.get_text_config().vocab_size
+            activations = activation_bytes(config, training) * (2 if machine.on_cpu else 1)
+            needed = weights + max(plan.gram_bytes, activations + logits + plan.extra_bytes)
+            if chosen is None or needed < chosen[2]:
+                chosen = batch, checkpointing, needed
+            if needed <= USED * machine.memory:
+                break
+        if chosen and chosen[2] <= USED * machine.memory:
+            break
+    assert chosen is not None
+    batch, checkpointing, needed = chosen
+    draft.training |= {
+        "learning_rate": 5e-6 if preferences else 2e-4,
+        "num_train_epochs": epochs,
+        "total_batch_size": total,
+        "per_device_train_batch_size": batch,
+        "gradient_checkpointing": checkpointing,
+        "bf16": machine.bf16,
+    }
+    steps = f"about {math.ceil(count / total) * epochs:,} steps" if count else "steps"
+    draft.notes["train"] = f"{epochs} epoch{'s' if epochs > 1 else ''}, {steps} of {total} rows, {batch} at once"
+    fits = (
+        ""
+        if needed <= machine.memory
+        else "; that is too little: lower training.max_length, or model.quantization=nf4"
+    )
+    draft.notes["memory"] = f"about {needed / GIB:.1f} GiB of {machine.memory / GIB:.1f} on {machine.name}{fits}"
+    draft.notes["keep"] = f"{recipe.calibration.title}, {recipe.calibration.samples} windows of text" + (
+        ""
+        if recipe.calibration.source or draft.retention[0]["answers"] == "kept"
+        else "; no row of it is held out and measured"
+    )
+
+
+def _as_recipe(draft: Draft) -> Recipe:
+    """Return the draft as a recipe, to count by."""
+    raw = {
+        "model": draft.model,
+        "method": {"name": METHOD, "rank": draft.rank},
+        "data": draft.data,
+        "calibration": draft.calibration,
+        "trainer": "dpo" if draft.rows.format.preferences else "sft",
+    }
+    return parse_recipe(raw, draft.name)
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes texts of several lines in double quotes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLine.add_representer(str, _text)
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    how = {"default_flow_style": True, "allow_unicode": True, "sort_keys": False, "width": 10**6}
+    return yaml.dump(value, Dumper=_OneLine, **how).removesuffix("...\n").strip()

@@ -1,0 +1,94 @@
+"""From several recipes, or one with a `sequence`, to the ordinary recipe of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_null.recipes.config.load import merge
+from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.utils.errors import UserError
+
+FOLDER = "tasks"
+OVERLAID = ("data", "training", "eval", "trainer")  # what a task may set for itself
+FROM_FIRST = ("model", "method", "calibration", "seed", "preflight")  # what all recipes of a sequence share
+
+
+def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
+    """Return the recipe of a sequence from the recipes of its tasks; what is kept is what the first one keeps.
+
+    Raises:
+        UserError: a grid, one task alone, two of the same name, or a recipe that changes base, method or calibration.
+    """
+    first, names = recipes[0], [recipe.name for recipe in recipes]
+    if len(recipes) < 2:
+        raise UserError("--sequence: takes two recipes or more, one a task")
+    for recipe in recipes[1:]:
+        for key in FROM_FIRST:
+            if getattr(recipe, key) != getattr(first, key):
+                told = (
+                    f"{first.model.name_or_path!r}, then {recipe.model.name_or_path!r}"
+                    if key == "model"
+                    else "the first's"
+                )
+                raise UserError(f"--sequence: {recipe.name} changes {key} ({told}); all tasks share one")
+    tasks = []
+    for recipe in recipes:
+        raw = recipe.model_dump(mode="json")
+        tasks.append(
+            {
+                "name": recipe.name,
+                "data": raw["data"],
+                "training": raw["training"],
+                "eval": {"task": raw["eval"]["task"]},
+            }
+        )
+    raw = first.model_dump(mode="json") | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}}
+    raw["output_dir"] = output_dir or f"runs/{'-'.join(names)}"
+    return parse_recipe(raw, "--sequence")
+
+
+def stage_recipes(recipe: Recipe) -> list[Recipe]:
+    """Return the ordinary recipe of every task; all evaluate every task.
+
+    Raises:
+        UserError: a grid, names that collide, a quantized base, or what a task may not set.
+    """
+    section, raw = recipe.sequence, recipe.model_dump(mode="json")
+    if recipe.grid:
+        raise UserError("sequence: takes no grid; run it once for each seed")
+    if recipe.model.quantization:
+        raise UserError(
+            "sequence: a task goes on in the weights of those before, which a quantized base does not take"
+        )
+    if recipe.method.init is not None:
+        raise UserError("sequence: method.init is one start, and each task computes its own; leave it out")
+    names = [task["name"] for task in section.tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"sequence.tasks: two tasks are called {twice!r}; give one of them another name")
+    stages, every = [], []
+    for number, task in enumerate(section.tasks, 1):
+        overlay = {key: value for key, value in task.items() if key != "name"}
+        wrong = next((key for key in overlay if key not in OVERLAID), None)
+        if wrong is not None:
+            shared = "changes what all tasks share" if wrong in FROM_FIRST else "has no such key for a task"
+            raise UserError(
+                f"sequence.tasks: {task['name']} sets {wrong!r}, it {shared}; a task sets {', '.join(OVERLAID)}"
+            )
+        inner = next((key for key in overlay.get("eval") or {} if key != "task"), None)
+        if inner is not None:
+            raise UserError(
+                f"sequence.tasks: {task['name']} sets eval.{inner}; a task sets eval.task, the rest is shared"
+            )
+        own = merge(raw, overlay) | {"sequence": None, "quick": {}, "name": task["name"]}
+        own["output_dir"] = str(Path(recipe.output_dir) / FOLDER / f"{number}-{task['name']}")
+        every.append(own["eval"]["task"])
+        stages.append(own)
+    for own in stages:
+        own["eval"]["task"] = [entry for entries in every for entry in entries]
+    parsed = [parse_recipe(own, f"sequence.tasks: {own['name']}") for own in stages]
+    if any(not entries for entries in every):
+        raise UserError(
+            f"sequence.tasks: {names[every.index([])]} has no eval.task, nothing would tell whether it is kept"
+        )
+    return parsed

@@ -1,0 +1,242 @@
+"""The texts that a recipe calibrates on, source by source, and the windows that are cut from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource
+from lora_null.recipes.data.conversations import ask
+from lora_null.recipes.data.examples import Example
+from lora_null.recipes.data.formats import Format, recognize
+from lora_null.recipes.data.rows import RowText, load_documents
+from lora_null.recipes.data.templates import CHAT
+from lora_null.trainer import CalibrationArgs, calibration_windows
+from lora_null.utils.chat import conversation_text, without_bos
+from lora_null.utils.errors import UserError
+from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+GENERAL_MIX, PROMPTS = SAMPLES / "general_mix.jsonl", SAMPLES / "prompts.txt"
+WITHOUT_CHAT = "qa"  # the template of conversations for a model that has none of its own
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts of one source.
+
+    Attributes:
+        title: what they are.
+        texts: the texts; None where the model has still to write them.
+        prompts: the beginnings after which it writes.
+        share: of the windows, between 0 and 1.
+        kinds: how many texts there are of each kind, where the rows say it.
+    """
+
+    title: str
+    texts: list[str] | None
+    prompts: list[str]
+    share: float
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows, lists of token ids, and what they cover, one line a source."""
+
+    ids: list[list[int]]
+    covered: list[str]
+
+
+def calibration_sources(
+    section: CalibrationSection,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example] = (),
+    template: str = "",
+) -> list[Source]:
+    """Return the sources with their texts, as far as these can be had without the model.
+
+    Args:
+        section: the recipe's.
+        tokenizer: the model's.
+        examples: the training rows, for what the model writes after their prompts.
+        template: theirs.
+
+    Raises:
+        UserError: as `calibration_texts`, or training rows that have no prompts.
+    """
+    whole = sum(source.weight for source in section.each)
+    found = []
+    for number, entry in enumerate(section.each):
+        where = f"calibration.sources.{number}" if section.sources else "calibration"
+        texts, kinds, prompts = None, {}, []
+        if entry.source == "self":
+            prompts = _prompts(str(entry.self), tokenizer, examples, template, where)
+        else:
+            texts, kinds = _texts(entry, tokenizer, where)
+        found.append(Source(entry.title, texts, prompts, entry.weight / whole, kinds))
+    return found
+
+
+def cut_windows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    args: CalibrationArgs,
+    write: Callable[[Source, int], list[str]] | None = None,
+) -> Windows:
+    """Cut every source's share of the windows from its texts; what the model writes is never packed.
+
+    Args:
+        sources: where from.
+        tokenizer: the model's.
+        args: how the windows of all sources together are cut.
+        write: returns texts that the model writes itself, as many as are asked for; see `own_texts`.
+
+    Raises:
+        UserError: as `calibration_windows`.
+    """
+    windows, covered = [], []
+    for source, count in zip(sources, shares([source.share for source in sources], args.samples)):
+        if not count:
+            raise UserError(f"calibration.samples: {args.samples} windows leave none for {source.title}")
+        texts, mode = source.texts, args.mode
+        if texts is None and write is not None:
+            texts, mode = write(source, count), "separate"
+        cut = calibration_windows(texts or [], tokenizer, CalibrationArgs(count, args.max_length, mode, args.seed))
+        kinds = ", ".join(f"{n} {kind}" for kind, n in source.kinds.items())
+        tokens = sum(map(len, cut))
+        missing = "" if len(cut) == count else f" of {count}"
+        covered.append(f"{source.title}: {len(cut)}{missing} windows, {tokens:,} tokens" + f" ({kinds})" * bool(kinds))
+        windows += cut
+    return Windows(windows, covered)
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Return whole numbers in proportion to the weights that add up to `total`: the largest remainders are rounded up."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def calibration_texts(
+    section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str = "calibration"
+) -> list[str]:
+    """Return the texts of a path or of the general mix; a row without text is left out.
+
+    They are one field of each row, a template filled with several, or what is found out: a conversation, which the
+    model's chat template writes, a question with its answer, which is a conversation too, or a text. Where the model has
+    no chat template, a conversation that was found out is written as questions and answers.
+
+    Raises:
+        UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.
+    """
+    return _texts(section, tokenizer, where)[0]
+
+
+def _texts(
+    section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[str], dict[str, int]]:
+    path = str(GENERAL_MIX) if section.source == "general" else str(section.path)
+    documents = load_documents(path, subset=section.subset, split=section.split, where=where, limit=section.limit)
+    text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
+    texts, kinds = [], Counter()
+    for number, row in zip(documents.numbers, documents.rows[: section.limit]):
+        try:
+            text = text_of(row)
+        except ValueError as error:
+            raise UserError(f"{where}: row {number} cannot be used: {error}") from None
+        if text:
+            texts.append(text)
+            kinds[row.get("kind", "")] += section.source == "general"
+    return texts, {kind: count for kind, count in kinds.items() if count}
+
+
+def _reader(
+    section: CalibrationSource,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> Callable[[Mapping[str, Any]], str]:
+    """Return what makes the text of a row."""
+    if section.template is None and section.field is None:
+        found = recognize(rows, columns, f"{where}.path")
+        return lambda row: _found_text(row, found, tokenizer, section.answers)
+    key = f"{where}.{'field' if section.template is None else 'template'}"
+    field = RowText(section.template or str(section.field), columns, key, answer=True)
+
+    def text_of(row: Mapping[str, Any]) -> str:
+        if field.is_field and is_conversation(row.get(field.spec)):
+            if section.answers:
+                return conversation_text(row[field.spec], row, tokenizer)
+            return _talk_text(as_messages(row[field.spec])[0], row, tokenizer, answers=False)
+        return field.text(row)
+
+    return text_of
+
+
+def _found_text(row: Mapping[str, Any], found: Format, tokenizer: PreTrainedTokenizerBase, answers: bool) -> str:
+    keys = found.keys
+    talk = keys.get("messages")
+    if talk is not None and row.get(talk) is None and isinstance(row.get("text"), str):
+        return row["text"]  # the general mix holds texts beside conversations
+    if "text" in keys:
+        return as_text(row.get(keys["text"]))
+    messages = as_messages(row.get(talk))[0] if talk is not None else _pair(row, keys)
+    if "system" in keys and messages and (system := as_text(row.get(keys["system"])).strip()):
+        messages = [{"role": "system", "content": system}, *messages]
+    return _talk_text(messages, row, tokenizer, answers=answers) if messages else ""
+
+
+def _pair(row: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Message]:
+    """Return prompt and response as a conversation; none where one is empty."""
+    messages = []
+    for key, role in (("prompt", "user"), ("response", "assistant")):
+        spec = keys[key]
+        if spec is None:
+            continue
+        if is_conversation(row.get(spec)):
+            said = as_messages(row[spec])[0]
+            messages = said if said[: len(messages)] == messages else [*messages, *said]
+            continue
+        text = RowText(spec, list(row), "calibration", answer=True).text(row).strip()
+        if not text:
+            return []
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def _talk_text(
+    messages: list[Message], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, answers: bool
+) -> str:
+    """Return a conversation as the model sees it, through its last answer or up to where that begins."""
+    if answers and tokenizer.chat_template:
+        return conversation_text(messages, row, tokenizer)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    said, options = messages if answers else messages[:last], chat_options(row)
+    return without_bos(ask(CHAT if tokenizer.chat_template else WITHOUT_CHAT, said, tokenizer, options), tokenizer)
+
+
+def _prompts(
+    kind: str, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str, where: str
+) -> list[str]:
+    """Return the beginnings after which the model writes; for "bos" none."""
+    if kind == "bos":
+        return []
+    if kind == "prompts":
+        lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+        asked = [line for line in lines if line and not line.startswith("#")]
+        return [_talk_text([{"role": "user", "content": line}], {}, tokenizer, answers=False) for line in asked]
+    starts = [(example.written.text, example.written.spans[0][0]) for example in examples if example.written.messages]
+    if not starts:
+        raise UserError(f"{where}.self: there are no prompts in data to write after; use self: prompts or bos")
+    texts = list(dict.fromkeys(text[:start] for text, start in starts))
+    return [without_bos(text, tokenizer) if template == CHAT else text for text in texts]

@@ -1,0 +1,127 @@
+"""Find out what the rows of a data set are: conversations, prompts and responses, preference pairs, or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_null.utils.errors import UserError
+from lora_null.utils.values import as_text, is_conversation
+
+LOOKED_AT = 50  # rows
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
+PROMPTS = ("prompt", "question", "instruction", "query", "problem", "task", "user", "input", "text")
+RESPONSES = (
+    "response",
+    "completion",
+    "answer",
+    "answers",
+    "output",
+    "solution",
+    "reply",
+    "assistant",
+    "target",
+    "code",
+)
+PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "rejected"))
+TEXTS = ("text", "content", "document", "body", "passage", "sentence")
+SYSTEMS = ("system", "system_prompt")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a data set are written.
+
+    Attributes:
+        name: in words.
+        keys: what the recipe's section `data` says of it: `messages`; `prompt` and `response`, with `rejected` for
+            pairs; or `text`; and `system`, where there is a field of that.
+        preferences: whether they are pairs of a chosen and a rejected response.
+    """
+
+    name: str
+    keys: dict[str, Any]
+    preferences: bool = False
+
+
+def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> Format:
+    """Return the format of rows by the names and the types of their fields.
+
+    Args:
+        rows: of which the first are looked at.
+        columns: the fields that any row has.
+        where: the option or key that named them, for messages.
+
+    Raises:
+        UserError: none that is known; it names the fields.
+    """
+    fields = {name.lower(): name for name in columns}
+    talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
+    found = (
+        _preferences(fields, talks) or _conversation(fields, talks, rows) or _answered(fields) or _text(fields, rows)
+    )
+    if found is None:
+        raise UserError(
+            f"{where}: the fields {', '.join(columns)} are no conversation, prompt and response, or text that is known; "
+            "rename them, or name them in a recipe (data.prompt, data.response)"
+        )
+    system = _first(SYSTEMS, fields)
+    if system is not None and "text" not in found.keys:
+        return Format(f"{found.name}, with system texts", {**found.keys, "system": system}, found.preferences)
+    return found
+
+
+def _first(names: Sequence[str], fields: Mapping[str, str]) -> str | None:
+    return next((fields[name] for name in names if name in fields), None)
+
+
+def _preferences(fields: Mapping[str, str], talks: set[str]) -> Format | None:
+    for chosen, rejected in PAIRS:
+        if chosen in fields and rejected in fields:
+            keys = {"prompt": _first(PROMPTS, fields), "response": fields[chosen], "rejected": fields[rejected]}
+            if keys["prompt"] is None and keys["response"] not in talks:
+                return None
+            return Format("preference pairs", keys, preferences=True)
+    return None
+
+
+def _conversation(fields: Mapping[str, str], talks: set[str], rows: Sequence[Mapping[str, Any]]) -> Format | None:
+    name = _first([name for name in CONVERSATIONS if fields.get(name) in talks], fields)
+    prompt, response = (_first([n for n in names if fields.get(n) in talks], fields) for names in (PROMPTS, RESPONSES))
+    if name is None and prompt and response:
+        return Format("prompts and responses of messages", {"prompt": prompt, "response": response})
+    name = name or (next(iter(talks)) if len(talks) == 1 else None)
+    if name is None:
+        return None
+    value = next(row[name] for row in rows if is_conversation(row.get(name)))
+    first = value if isinstance(value, Mapping) else value[0]
+    return Format("messages" if "role" in first else "ShareGPT conversations", {"messages": name})
+
+
+def _answered(fields: Mapping[str, str]) -> Format | None:
+    if "instruction" in fields and "input" in fields and (response := _first(RESPONSES, fields)):
+        prompt = f"{{{fields['instruction']}}}\n\n{{{fields['input']}}}"
+        return Format(f"instruction, input and {response}", {"prompt": prompt, "response": response})
+    response = _first(RESPONSES, fields)
+    prompt = _first([name for name in PROMPTS if fields.get(name) != response], fields)
+    return (
+        Format(f"{prompt} and {response}", {"prompt": prompt, "response": response}) if prompt and response else None
+    )
+
+
+def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Format | None:
+    """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response."""
+    name = _first(TEXTS, fields)
+    texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
+    if name is None and len(fields) == 2 and len(texts) == 2:
+        return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
+    name = name or (texts[0] if len(fields) == len(texts) == 1 else None)
+    return Format("plain text", {"text": name}) if name else None
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(as_text(value), str)
+    except ValueError:
+        return False

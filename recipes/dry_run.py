@@ -1,0 +1,76 @@
+"""`--dry-run`: the plan of a run, and everything that a run checks before it loads weights."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from lora_null.recipes import output
+from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
+from lora_null.recipes.models.plan import print_plan
+from lora_null.recipes.run import Job, check_run, space_of_run, total_batch, training_arguments
+from lora_null.utils.distributed import is_first_process, together
+
+FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer takes about a millisecond for each
+
+
+def dry_run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+) -> None:
+    """Check what the run would check, in the same words, and print its plan; no weights are loaded, nothing is written.
+
+    Raises:
+        UserError: the mistake that the run would end with.
+    """
+    output.check(recipe, resume=resume, overwrite=overwrite)
+    rows, unreached = _count_rows(recipe), []
+    seen = recipe.model_copy(deep=True)
+    seen.data.limit = min(recipe.data.limit or FIRST_ROWS, FIRST_ROWS)
+    options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
+    cells = grid_cells(seen) if recipe.grid else []
+    check = functools.partial(check_grid, seen, cells) if cells else functools.partial(check_run, seen)
+    job = together(functools.partial(check, **options), what="checking the recipe")
+    size = space_of_grid(recipe, cells, job) if cells else space_of_run(job)
+    free = output.check_space(Path(recipe.output_dir), size)
+    if is_first_process():
+        training = training_arguments(recipe, Path(recipe.output_dir))
+        print_plan(recipe, job.config, job.plans, training, total_batch(training), rows)
+        _print_grid(recipe)
+        _print_checks(job, rows, size, free, unreached)
+
+
+def _count_rows(recipe: Recipe) -> int | None:
+    """Return the number of training rows in a local file; None for a folder or a hub id."""
+    data = recipe.data
+    if not Path(data.path).is_file():
+        return None
+    found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
+    return min(len(found.rows), data.limit or len(found.rows))
+
+
+def _print_grid(recipe: Recipe) -> None:
+    if recipe.grid:
+        swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in recipe.grid.sweep.items())
+        seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
+        print(f"grid: each method for seeds {seeds}; {swept or 'nothing swept'}")
+
+
+def _print_checks(job: Job, rows: int | None, size: int, free: int, unreached: list[str]) -> None:
+    """Print what was looked at, and what could not be."""
+    looked_at = []
+    if job.data is not None:
+        seen = len(job.data.examples) + len(job.data.bad)
+        more = seen >= FIRST_ROWS and rows != seen
+        looked_at.append(f"the first {seen:,} training rows" if more else f"{seen:,} training rows")
+    if job.windows:
+        looked_at.append(f"{len(job.windows.ids)} calibration windows of {sum(map(len, job.windows.ids)):,} tokens")
+    looked_at += [f"{len(job.tasks)} evaluation tasks", f"{size / 1e9:.1f} GB of {free / 1e9:.1f} free on the disk"]
+    if job.tokenizer is None:
+        looked_at = ["the counts, and the names of the evaluation tasks", looked_at[-1]]
+    elif not unreached:
+        looked_at.append("one training step of a stand-in")
+    print(f"checked: {', '.join(looked_at)}")
+    for line in unreached:
+        print(f"not checked, the hub does not answer: {line}")

@@ -1,0 +1,78 @@
+"""What a recipe's `eval.probe` measures while a method trains: a few rows of its evaluation, or entries of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_null.eval_harness import Task, few_rows
+from lora_null.recipes.config.schema import ProbeSection, Recipe
+from lora_null.utils.errors import UserError
+
+ROWS, HALF = 32, "half"
+FOLDER = "probe"  # of the base's folder: its predictions on the probed rows
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """What is measured, and how often.
+
+    Attributes:
+        section: the recipe's, or its defaults where a budget asks for probes.
+        tasks: cut to the probed rows, of both roles.
+        rows: the whole evaluation's task, by its key → the numbers of its probed rows.
+    """
+
+    section: ProbeSection
+    tasks: list[Task]
+    rows: dict[str, list[int]]
+
+
+def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequence[Task]]) -> ProbePlan | None:
+    """Return what the probes of a recipe measure; None where it asks for none.
+
+    Args:
+        recipe: the recipe; a budget needs probes, also where it names none.
+        tasks: of the whole evaluation.
+        own: role → the tasks of the entries that `eval.probe` names itself.
+
+    Raises:
+        UserError: nothing to measure, or a task that cannot be cut to a few rows.
+    """
+    section = recipe.eval.probe or (ProbeSection() if recipe.budget else None)
+    if section is None:
+        return None
+    probed, rows = [], {}
+    for role in ("retention", "task"):
+        wanted = getattr(section, role)
+        wanted = HALF if wanted is None else wanted
+        if isinstance(wanted, list):
+            probed += own[role]
+            rows |= {task.key: _same_rows(task, few) for few in own[role] for task in tasks if task.role == role}
+            continue
+        for task in tasks if wanted else ():
+            if task.role == role:
+                few, numbers = few_rows(task, wanted if wanted != HALF else _half(task, recipe), recipe.eval.limit)
+                probed.append(few)
+                rows[task.key] = numbers
+    if not probed:
+        raise UserError("eval.probe: measures nothing; eval.retention and eval.task are empty, or no row is wanted")
+    return ProbePlan(section, probed, rows)
+
+
+def _half(task: Task, recipe: Recipe) -> int:
+    """Return as many rows as are probed unasked: the others are there to check a budget on."""
+    rows = getattr(task, "pairs", None)
+    return ROWS if rows is None else max(1, min(ROWS, len(rows[: recipe.eval.limit]) // 2))
+
+
+def _same_rows(task: Task, few: Task) -> list[int]:
+    """Return the numbers of a task's rows that another task, of a file of its own, holds as well."""
+    held = set(getattr(few, "pairs", ()))
+    return [i for i, pair in enumerate(getattr(task, "pairs", ())) if pair in held]
+
+
+def probe_folder(base: Path) -> Path:
+    """Return where the base's predictions on the probed rows are."""
+    return base / FOLDER

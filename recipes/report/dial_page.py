@@ -1,0 +1,140 @@
+"""The dial of one adapter: what `dial.json` holds, its table, its picture, and what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from lora_null.eval_harness import Metric
+from lora_null.recipes.report.figures import dial_png
+from lora_null.recipes.report.headline import Measure, forgetting, learning
+from lora_null.recipes.report.table import build_table
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row
+from lora_null.utils.files import read_json, replacing, write_json, write_text
+
+FOLDER, FILE = "dial", "dial.json"
+SCHEMA = 1
+
+
+class DialPoint(BaseModel):
+    """What the adapter does at one strength; 0 is the base."""
+
+    strength: float
+    metrics: dict[str, Metric]
+
+
+class Dial(BaseModel):
+    """A `dial.json`.
+
+    Attributes:
+        method: of the adapter, or the name of its folder.
+        model: the base's name.
+        points: by rising strength, the base first.
+        seconds: that the evaluations took.
+    """
+
+    method: str
+    model: str
+    points: list[DialPoint]
+    seconds: float = 0.0
+
+    def results(self) -> Results:
+        """Return the points as rows of a comparison, so that one table and one choice of measures serve both."""
+        base, *rest = self.points
+        label = DISPLAY.get(self.method, self.method)
+        rows = [Row(method=label, variant=f"strength {p.strength:g}", metrics=p.metrics) for p in rest]
+        return Results(recipe="dial", model=self.model, rows=[Row(method="base", metrics=base.metrics), *rows])
+
+    def frontier(self) -> tuple[Measure, Measure] | None:
+        """Return what was kept and what was learned, one estimate a point; None where one side was not measured."""
+        results = self.results()
+        kept, learned = forgetting(results), learning(results)
+        return (kept, learned) if kept and learned else None
+
+    def at(self, strength: float) -> DialPoint | None:
+        """Return the point that was measured at a strength."""
+        return next((point for point in self.points if abs(point.strength - strength) < 1e-9), None)
+
+
+def write_dial(folder: Path, dial: Dial) -> None:
+    """Write dial.json, dial.md and dial.png into a folder."""
+    picture = dial_png(
+        dial.frontier(), [point.strength for point in dial.points], DISPLAY.get(dial.method, dial.method)
+    )
+    with replacing(folder / "dial.png") as temporary:
+        temporary.write_bytes(picture)
+    write_text(folder / "dial.md", markdown(dial))
+    metrics = [{name: m.to_dict() for name, m in point.metrics.items()} for point in dial.points]
+    points = [{"strength": point.strength, "metrics": found} for point, found in zip(dial.points, metrics)]
+    known = {"schema": SCHEMA, "method": dial.method, "model": dial.model, "seconds": round(dial.seconds, 3)}
+    write_json(folder / FILE, known | {"points": points})
+
+
+def read_dial(method_folder: Path) -> Dial | None:
+    """Return what lies in METHOD/dial; None where there is none."""
+    path = method_folder / FOLDER / FILE
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    points = [
+        DialPoint(strength=p["strength"], metrics={name: Metric.from_dict(m) for name, m in p["metrics"].items()})
+        for p in raw["points"]
+    ]
+    return Dial(method=raw["method"], model=raw["model"], points=points, seconds=raw.get("seconds", 0.0))
+
+
+def markdown(dial: Dial) -> str:
+    """Return the table of the points, and the picture's place."""
+    rows = table_rows(dial)
+    lines = ["# " + f"{DISPLAY.get(dial.method, dial.method)} at several strengths", ""]
+    lines += ["ΔW times the strength; 0 is the base, 1 the adapter as it was trained. ± is one standard error.", ""]
+    lines += ["| " + " | ".join(rows[0]) + " |", "|" + "--:|" * len(rows[0])]
+    lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
+    return "\n".join([*lines, "", "![Learned against forgotten, one point a strength](dial.png)", ""])
+
+
+def table_rows(dial: Dial) -> list[list[str]]:
+    """Return the head and one row a strength, as text."""
+    table = build_table(dial.results())
+    columns = [column for column in table.columns if column.group]
+    head = ["Strength", *(column.heading for column in columns)]
+    return [
+        head,
+        *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points)),
+    ]
+
+
+def told(dial: Dial, at_most: float | None = None) -> str:
+    """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten."""
+    found = dial.frontier()
+    if found is None:
+        return "only one side was measured: a frontier needs eval.retention and eval.task"
+    kept, learned = found
+    full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None)
+    inside = [
+        i
+        for i, p in enumerate(dial.points)
+        if at_most is not None and _upper(kept.estimates[i]) <= at_most and p.strength
+    ]
+    if at_most is not None and not inside:
+        return f"no strength that was measured keeps {kept.title} within {at_most:g}"
+    if inside:
+        best = max(inside, key=lambda i: dial.points[i].strength)
+        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}, {learned.title} {learned.text(best)}"
+    gained = learned.change(full) if full is not None else None
+    if not gained:
+        return f"{kept.title} from {kept.text(1)} to {kept.text(len(dial.points) - 1)}"
+    lines = []
+    for i, point in enumerate(dial.points):
+        change, forgot = learned.change(i), kept.change(i)
+        whole = kept.change(full) if full is not None else None
+        if 0 < point.strength < 1 and change is not None and forgot is not None and whole:
+            lines.append(
+                f"{point.strength:g}: {change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
+            )
+    return "; ".join(lines)
+
+
+def _upper(estimate: Estimate | None) -> float:
+    return float("inf") if estimate is None else estimate.value + (estimate.stderr or 0.0)

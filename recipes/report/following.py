@@ -1,0 +1,194 @@
+"""What follows from a run: what to do next, how a budget was kept, what the dial and a sequence of tasks show."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_null.eval_harness.probe import PREFIX, SECONDS
+from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
+from lora_null.recipes.report.table import metric_title, show
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, TrainLog, Transfer
+
+RISEN = 1.05  # a loss that many times its smallest value has turned
+MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
+LESS = 0.6  # of the forgetting that it may have
+STILL = 0.1  # of all the fall that lies in a curve's last quarter, and the curve still falls
+ELSEWHERE = 3.0  # times the forgetting in the form that was calibrated on
+
+
+def probe_curves(logs: Sequence[TrainLog]) -> list[tuple[str, str]]:
+    """Return (key, title) of every metric that probes have logged, in order of appearance."""
+    keys = dict.fromkeys(key for log in logs for entry in log.entries for key in entry if key.startswith(PREFIX))
+    return [(key, f"Probe: {metric_title(key.removeprefix(PREFIX))}") for key in keys if key != SECONDS]
+
+
+def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> dict[str, Any]:
+    """Return what the templates `following.*` show; what a run does not have is empty."""
+    dials = []
+    for row in results.rows[1:] if not results.grid else []:
+        found = read_dial(output_dir / row.method)
+        if found is not None:
+            picture = output_dir / row.method / FOLDER / "dial.png"
+            uri = (
+                "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+                if picture.is_file()
+                else None
+            )
+            head, *rows = table_rows(found)
+            dials.append(
+                {
+                    "title": DISPLAY.get(row.method, row.method),
+                    "head": head,
+                    "rows": rows,
+                    "picture": uri,
+                    "told": told(found),
+                }
+            )
+    budgets = [(DISPLAY.get(row.method, row.method), row.budget.sentence()) for row in results.rows if row.budget]
+    return {
+        "next": "" if results.grid or results.sequence else next_step(results, output_dir, logs),
+        "budgets": budgets,
+        "dials": dials,
+        "sequence": sequence_tables(results),
+    }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A thing to do next: how much is to be gained by it, as a share, and the sentence."""
+
+    gain: float
+    sentence: str
+
+
+def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> str:
+    """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained."""
+    found = []
+    for row, log, label in zip(results.rows, logs, results.labels()):
+        if row.method == "base":
+            continue
+        found += [*_by_dial(output_dir, row, label), *_by_curve(log, label), *_by_form(results, row, label)]
+    if found:
+        return max(found, key=lambda advice: advice.gain).sentence
+    measured = any(probe_curves([log]) for log in logs) or any(read_dial(output_dir / r.method) for r in results.rows)
+    if not measured:
+        return "No curve was measured that tells what to do next: set eval.probe, or eval.strengths."
+    return "By the measured curves nothing is to be gained by another rate, an earlier end, or a lower strength."
+
+
+def _by_dial(output_dir: Path, row: Row, label: str) -> list[Advice]:
+    """A lower strength that keeps most of the learning and little of the forgetting."""
+    dial = read_dial(output_dir / row.method)
+    pair = dial.frontier() if dial else None
+    full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None) if dial else None
+    if dial is None or pair is None or full is None:
+        return []
+    kept, learned = pair
+    gained, forgot = learned.change(full), kept.change(full)
+    if not gained or not forgot:
+        return []
+    options = []
+    for i, point in enumerate(dial.points):
+        change, lost = learned.change(i), kept.change(i)
+        if not 0 < point.strength < 1 or change is None or lost is None or not kept.separated(i, full):
+            continue
+        left, share = change / gained, lost / forgot
+        if left >= MOST_LEFT and share <= LESS:
+            options.append(
+                Advice(left - share, f"Take strength {point.strength:g} of {label}: it keeps {left:.0%} of the learning at "
+                f"{share:.0%} of the forgetting (lora-null export RUN/{row.method} --strength {point.strength:g}).")
+            )  # fmt: skip
+    return sorted(options, key=lambda advice: -advice.gain)[:1]
+
+
+def _by_curve(log: TrainLog, label: str) -> list[Advice]:
+    """An earlier end where the task's loss has turned, a higher rate or more steps where it still falls."""
+    for key, title in probe_curves([log]):
+        if not key.endswith(" nll"):
+            continue
+        steps, values = log.series(key)
+        kept = [k for k, _ in probe_curves([log]) if k.endswith(" kl") and k.split(" ")[0] == key.split(" ")[0]]
+        if len(values) < 4 or kept:  # of what is to be kept: not what is learned
+            continue
+        lowest = min(range(len(values)), key=values.__getitem__)
+        fall, last = values[0] - values[lowest], values[-1]
+        if fall <= 0:
+            continue
+        if lowest < len(values) - 1 and last > RISEN * values[lowest]:
+            sentence = f"Stop {label} earlier: {title.removeprefix('Probe: ')} was lowest at step {steps[lowest]:g} ({values[lowest]:.3g}) and has risen to {last:.3g} by step {steps[-1]:g}."
+            return [Advice((last - values[lowest]) / fall, sentence)]
+        quarter = values[-max(2, len(values) // 4) - 1]
+        if (quarter - last) / fall > STILL and lowest == len(values) - 1:
+            sentence = f"Raise the learning rate of {label}, or train longer: {title.removeprefix('Probe: ')} still falls, by {quarter - last:.3g} in the last quarter of {fall:.3g} in all."
+            return [Advice((quarter - last) / fall, sentence)]
+    return []
+
+
+def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
+    """Other calibration texts, where a method that calibrates forgets far more in another form than in the first."""
+    kls = [name for name in results.directed_names("retention") if name.lower().endswith(" kl")]
+    estimates = {name: row.estimate(name) for name in kls}
+    first = estimates.get(kls[0]) if kls else None
+    if len(kls) < 2 or first is None or not first.value > 0 or not row.method.startswith(("lora-null", "nb-lora")):
+        return []
+    worst = max((e, n) for n, e in estimates.items() if e is not None)
+    estimate, name = worst
+    apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * (first.value + (first.stderr or 0))
+    if not apart:
+        return []
+    sentence = f"Calibrate {label} on texts in the form of {metric_title(name.rpartition(' ')[0])} too: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats a token) as on {metric_title(kls[0].rpartition(' ')[0])}."
+    return [Advice(1 - first.value / estimate.value, sentence)]
+
+
+def sequence_tables(results: Results) -> dict[str, Any] | None:
+    """Return the matrix of every method, task × after which task, and the transfers; None without a sequence."""
+    found = results.sequence
+    if found is None:
+        return None
+    head = ["", "base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
+    tables = []
+    for t in found.transfers:
+        rows = [_task_row(results, t, j) for j in range(len(found.tasks))]
+        for name, values in found.knowledge.get(t.method, {}).items():
+            before = results.base.metrics.get(name)
+            rows.append([metric_title(name), _cell(before), *(_cell(value) for value in values), "", ""])
+        tables.append({"title": DISPLAY.get(t.method, t.method), "rows": rows})
+    summary = [
+        [
+            DISPLAY.get(t.method, t.method),
+            *(_signed(e) for e in (t.backward, t.forward)),
+            "–" if t.average is None else f"{t.average:.4g}",
+        ]
+        for t in found.transfers
+    ]
+    return {"head": head, "tables": tables, "summary": summary, "metrics": list(map(metric_title, found.metrics))}
+
+
+def _task_row(results: Results, t: Transfer, j: int) -> list[str]:
+    found = results.sequence
+    metric = found.metrics[j]  # pyright: ignore[reportOptionalMemberAccess]
+    lost = _signed(t.lost[j]) if j < len(t.lost) else ""
+    ahead = _signed(t.ahead[j - 1]) if j else ""
+    return [metric_title(metric), _cell(found.base[metric]), *(_cell(m) for m in t.matrix[j]), lost, ahead]  # pyright: ignore
+
+
+def _cell(metric: Any) -> str:
+    if metric is None:
+        return "–"
+    return str(
+        show(
+            Estimate(metric.value, metric.stderr),
+            metric.unit,
+            1 if metric.unit == "fraction" else 3 if abs(metric.value) >= 0.1 else 5,
+        )
+    )
+
+
+def _signed(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:+.3f}" + ("" if estimate.stderr is None else f" ± {estimate.stderr:.3f}")

@@ -1,0 +1,146 @@
+"""Reports of what is not one finished run: of a run that goes on, and of several runs on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_null.eval_harness import Evaluation
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.output import RECIPE_FILE
+from lora_null.recipes.report.render import write_report
+from lora_null.recipes.results import (
+    LOG_FILE,
+    RESULTS_FILE,
+    Results,
+    Row,
+    load_log,
+    load_results,
+    read_row,
+    write_results,
+)
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import link
+
+SO_FAR = "unfinished"  # report.html stands for a finished run
+
+
+def report(folder: Path) -> Path:
+    """Write the report of a run again, or of one that is not finished what is known of it; return the page.
+
+    Raises:
+        UserError: the folder holds no run, or results that this version does not read.
+    """
+    if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+        write_report(folder)
+        return folder / "report.html"
+    write_report(folder, results_so_far(folder), SO_FAR)
+    return folder / f"{SO_FAR}.html"
+
+
+def results_so_far(folder: Path) -> Results:
+    """Return the results of a run by what it has left until now: rows of finished methods, and of the others their logs.
+
+    A grid's runs are folders of their own, in `cells`.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    raw = read_yaml(folder / RECIPE_FILE)
+    evaluated = folder / "base" / "eval.json"
+    base = Evaluation.read(evaluated).metrics if evaluated.is_file() else {}
+    rows = [Row(method="base", metrics=base)]
+    for name in raw.get("method", {}).get("name", []):
+        found = read_row(folder / name)
+        if found is None and (folder / name / LOG_FILE).is_file():
+            step = max((entry["step"] for entry in load_log(folder / name / LOG_FILE).entries), default=0)
+            found = Row(method=name, variant=f"not finished, at step {step:g}")
+        rows += [found] if found is not None else []
+    settings = {"training": raw.get("training", {}), "training_data": raw.get("data", {}).get("path")}
+    return Results(
+        recipe=raw.get("name") or folder.name,
+        model=raw.get("model", {}).get("name_or_path", ""),
+        seed=raw.get("seed"),
+        settings=settings,
+        rows=rows,
+    )
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Write one page of several runs of the same base and evaluation, each row named by its run; return the page.
+
+    Args:
+        folders: of runs, finished or not.
+        out: gets results.json, the pages and the picture, and links to the logs.
+
+    Raises:
+        UserError: runs of different bases, measured differently, or `out` holds something else.
+    """
+    names = _names(folders)
+    found = [load_results(f) if (f / RESULTS_FILE).is_file() else results_so_far(f) for f in folders]
+    for folder, results in zip(folders, found):
+        _check_alike(folders[0], found[0], folder, results)
+    if out.is_dir() and any(out.iterdir()) and not _is_comparison(out):
+        raise UserError(f"--out: {out} holds other files; choose an empty folder")
+    rows, first = [], next((r for r in found if r.base.metrics), found[0])
+    for name, folder, results in zip(names, folders, found):
+        for row in results.rows[1:]:
+            variant = ", ".join(filter(None, [name, row.variant]))
+            own = out / "logs" / f"{len(rows) + 1}" / LOG_FILE
+            if not results.grid and (folder / row.method / LOG_FILE).is_file():
+                link(folder / row.method / LOG_FILE, own)
+            rows.append(row.model_copy(update={"variant": variant}))
+    differing, same = _settings(found)
+    results = Results(
+        recipe="comparison",
+        model=first.model,
+        environment={"runs": ", ".join(names)},
+        settings=same | {f"differs: {key}": ", ".join(map(str, values)) for key, values in differing.items()},
+        rows=[first.base, *rows],
+    )
+    write_results(out, results)
+    write_report(out)
+    return out / "report.html"
+
+
+def _is_comparison(out: Path) -> bool:
+    return (out / RESULTS_FILE).is_file() and load_results(out).recipe == "comparison"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return a short name of each run: its folder's, with as much of the path before as tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"report: {folders[0]} is named twice")
+
+
+def _check_alike(one: Path, first: Results, other: Path, results: Results) -> None:
+    """Compare two runs' bases: a number of the base that differs was measured on other rows or of another model."""
+    if first.model != results.model:
+        raise UserError(f"report: {one} and {other} have different bases ({first.model}, {results.model})")
+    for name, metric in first.base.metrics.items():
+        mine = results.base.metrics.get(name)
+        if mine is not None and (
+            mine.n != metric.n or abs(mine.value - metric.value) > 1e-3 * max(1.0, abs(metric.value))
+        ):
+            raise UserError(
+                f"report: {one} and {other} measured {name} differently (the base has {metric.value:.4g} on {metric.n}, "
+                f"{mine.value:.4g} on {mine.n})"
+            )
+
+
+def _settings(found: Sequence[Results]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Return the settings that differ between runs, and those that all share."""
+    keys = dict.fromkeys(key for results in found for key in results.settings)
+    values = {key: [results.settings.get(key) for results in found] for key in keys}
+    same = {
+        key: each[0]
+        for key, each in values.items()
+        if len({json.dumps(v, sort_keys=True, default=str) for v in each}) == 1
+    }
+    return {key: each for key, each in values.items() if key not in same}, same

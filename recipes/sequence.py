@@ -1,0 +1,260 @@
+"""Tasks one after the other: each goes on with the model so far and leaves the knowledge and the earlier tasks alone.
+
+    lora-null train a.yaml b.yaml c.yaml --sequence
+    lora-null train sequence
+
+Each task is an ordinary run in `tasks/1-NAME`, `tasks/2-NAME`, …, whose METHOD/adapter holds all tasks so far as one plain
+LoRA for the original base. A method that starts from Gram matrices starts in the null space of the knowledge and of the
+earlier tasks; their Grams are kept in METHOD/grams, their rows are not needed again. Every task's evaluation is measured
+after every task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from lora_null.adapters.saved import read_adapter
+from lora_null.earlier import COMPLETE, Earlier, keep_grams
+from lora_null.eval_harness import Evaluation, Metric, Task
+from lora_null.recipes import output
+from lora_null.recipes.budget import difference, is_of
+from lora_null.recipes.config.load import merge
+from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.models.plan import MethodPlan
+from lora_null.recipes.models.so_far import model_so_far
+from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer, load_results, write_results
+from lora_null.recipes.results import Sequence as Tasks
+from lora_null.recipes.run import Job, inspect_recipe, run_job
+from lora_null.start import DEFAULTS
+from lora_null.trainer.methods import make_method
+from lora_null.utils.distributed import is_first_process, on_first_rank, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import link
+
+GRAMS = "grams"
+
+
+def run_sequence(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+) -> Path:
+    """Run the tasks that are not finished, one after the other, and return the folder.
+
+    Raises:
+        UserError: a mistake in any task, found before a model loads.
+    """
+    root = Path(recipe.output_dir)
+
+    def check() -> list[Job]:
+        options = {"base": root / "base", "allow_code_execution": allow_code_execution}
+        return [inspect_recipe(stage, **options) for stage in stage_recipes(recipe)]
+
+    jobs = together(check, what="checking the recipe")
+    size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
+    with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
+        for number, job in enumerate(jobs):
+            job = jobs[number] = with_earlier(recipe, job, jobs[:number])
+            on_first_rank(
+                lambda job=job: (
+                    output.claim(job.recipe, resume=True, overwrite=False)
+                    if not output.is_finished(job.folder)
+                    else None
+                )
+            )
+            if not output.is_finished(job.folder):
+                run_job(job)
+            for plan in job.plans if number + 1 < len(jobs) else ():
+                _keep_grams(recipe, job, plan)
+        if is_first_process():
+            _finish(recipe, root, jobs)
+    return root
+
+
+def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
+    """Return a task's job that goes on from the tasks before it."""
+    if not before:
+        return job
+    weights = recipe.sequence.weights(len(before))
+    starts = {plan.name: before[-1].folder / plan.name for plan in job.plans}
+    alive = [name for name, folder in starts.items() if (folder / "adapter").is_dir() or (folder / "model").is_dir()]
+    if not alive:
+        raise UserError(
+            f"sequence: no method is left after {before[-1].recipe.name}, all have diverged; lower the rate"
+        )
+    method = job.recipe.method.model_copy(update={"name": [n for n in job.recipe.method.name if n in alive]})
+    job = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"method": method}))
+    earlier = {
+        plan.name: [
+            Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in zip(before, weights) if weight
+        ]
+        for plan in job.plans
+        if _rule(recipe, plan.name) is not None
+    }
+    rows = [ids for other in before for ids in rows_of(other)]
+    return dataclasses.replace(
+        job, starts=starts, earlier=earlier, knowledge=recipe.sequence.knowledge, earlier_rows=rows
+    )
+
+
+def _rule(recipe: Recipe, name: str) -> Any:
+    """Return a method's rule where it reads Grams."""
+    rule = make_method(name, recipe.method.options.get(name)).rule_for(DEFAULTS)
+    return rule if rule is not None and rule.needs_gram else None
+
+
+def rows_of(job: Job) -> list[list[int]]:
+    """Return the token ids of a task's first training rows, as many as there are calibration windows."""
+    wanted = job.recipe.calibration.samples
+    if "input_ids" in job.data.rows.column_names:
+        return [list(ids) for ids in job.data.rows[:wanted]["input_ids"]]
+    texts = [example.written.text for example in job.data.examples[:wanted]]
+    length = job.recipe.training.get("max_length") or 1024
+    return [ids[:length] for ids in job.tokenizer(texts)["input_ids"]]
+
+
+def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
+    """Measure what a task's rows look like to the model after it, for the tasks to come."""
+    folder = job.folder / plan.name
+    if _rule(recipe, plan.name) is None or on_first_rank(lambda: (folder / GRAMS / COMPLETE).is_file()):
+        return
+    if not (folder / "adapter").is_dir():
+        return  # it diverged: there is nothing to go on from
+    rows = rows_of(job)
+    model = model_so_far(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
+    names = read_adapter(folder / "adapter").pairs()
+    keep_grams(folder / GRAMS, model, names, batches_of(rows), sketch=recipe.sequence.sketch)
+
+
+def batches_of(rows: Sequence[Sequence[int]], size: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Return rows of token ids in batches, padded on the right."""
+    batches = []
+    for begin in range(0, len(rows), size):
+        some = rows[begin : begin + size]
+        width = max(map(len, some))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in some])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some])
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
+    """Write the results of the whole, with the last task's adapter of each method in RUN/METHOD."""
+    results = collect(recipe, jobs)
+    for plan in jobs[-1].plans:
+        for kind in ("adapter", "model"):
+            for file in (path for path in (jobs[-1].folder / plan.name / kind).rglob("*") if path.is_file()):
+                link(file, root / plan.name / kind / file.relative_to(jobs[-1].folder / plan.name / kind))
+    write_results(root, results)
+    write_report(root)
+    print_table(results)
+    print(f"report: {root / 'report.html'}")
+
+
+def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
+    """Return the results of a sequence: the rows after the last task, and every task after every task."""
+    found = [load_results(job.folder) for job in jobs]
+    last = found[-1]
+    base = Evaluation.read(jobs[0].base / "eval.json")
+    by_task = _tasks_by_stage(recipe, jobs[-1])
+    names = [job.recipe.name for job in jobs]
+    metrics = [_metric_of(tasks, base) for tasks in by_task]
+    transfers = []
+    for row in last.rows[1:]:
+        evaluations = [
+            Evaluation.read(path) for job in jobs if (path := job.folder / row.method / "eval.json").is_file()
+        ]
+        if len(evaluations) == len(jobs):
+            transfers.append(transfer(row.method, base, evaluations, by_task, metrics, jobs[-1].tokenizer))
+    rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
+    kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
+    knowledge = {
+        row.method: {name: [_metric(stage, row.method, name) for stage in found] for name in kept}
+        for row in last.rows[1:]
+    }
+    sequence = Tasks(
+        tasks=names,
+        metrics=metrics,
+        transfers=transfers,
+        knowledge=knowledge,
+        base={m: base.metrics[m] for m in metrics},
+    )
+    return last.model_copy(update={"recipe": recipe.name, "rows": rows, "sequence": sequence})
+
+
+def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
+    """Return the evaluations of each task, in the order of the tasks."""
+    counts = [len(merge(recipe.model_dump(mode="json"), task)["eval"]["task"]) for task in recipe.sequence.tasks]
+    learned, found = [task for task in job.tasks if task.role == "task"], []
+    for count in counts:
+        found.append(learned[:count])
+        learned = learned[count:]
+    return found
+
+
+def _metric_of(tasks: Sequence[Task], base: Evaluation) -> str:
+    """Return the metric by which a task is followed: the first with a known direction."""
+    named = [n for t in tasks for n, m in base.metrics.items() if is_of(t, n) and m.higher_is_better is not None]
+    return named[0]
+
+
+def _metric(results: Results, method: str, name: str) -> Metric | None:
+    row = next(row for row in results.rows if row.method == method)
+    return row.metrics.get(name)
+
+
+def _whole_row(method: str, found: Sequence[Results]) -> Row:
+    """Return a method's row after the last task, with the time of all tasks."""
+    rows = [next(row for row in stage.rows if row.method == method) for stage in found]
+    seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in ("init", "train", "eval")}
+    return rows[-1].model_copy(update={"seconds": Seconds(**seconds)})
+
+
+def transfer(
+    method: str,
+    base: Evaluation,
+    after: Sequence[Evaluation],
+    tasks: Sequence[Sequence[Task]],
+    metrics: Sequence[str],
+    tokenizer: Any,
+) -> Transfer:
+    """Return the matrix R of task × after which task, and what follows from it.
+
+    With R_ij the performance on task j after task i, counted so that higher is better, and b_j the base's
+    (Lopez-Paz and Ranzato 2017): average Σ_j R_Tj / T, backward transfer Σ_{j<T} (R_Tj − R_jj) / (T − 1), forward transfer
+    Σ_{j>1} (R_{j−1,j} − b_j) / (T − 1). Differences are paired by question. Means are over tasks of one unit alone.
+    """
+    stages, count = range(len(after)), len(metrics)
+    matrix = [[after[i].metrics[metric] for i in stages] for metric in metrics]
+
+    def change(one: Evaluation, other: Evaluation, j: int) -> Estimate:
+        sign = 1 if one.metrics[metrics[j]].higher_is_better else -1
+        task = next(task for task in tasks[j] if is_of(task, metrics[j]))
+        return difference(task, metrics[j], one, other, tokenizer, sign)
+
+    backward = [change(after[-1], after[j], j) for j in range(count - 1)]
+    forward = [change(after[j - 1], base, j) for j in range(1, count)]
+    same = len({base.metrics[metric].unit for metric in metrics}) == 1
+    return Transfer(
+        method=method,
+        matrix=matrix,
+        lost=[Estimate(-e.value, e.stderr) for e in backward],
+        ahead=forward,
+        backward=_mean(backward) if same else None,
+        forward=_mean(forward) if same else None,
+        average=sum(row[-1].value for row in matrix) / count if same else None,
+    )
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    n = len(estimates)
+    errors = [e.stderr for e in estimates if e.stderr is not None]
+    stderr = math.sqrt(sum(error**2 for error in errors)) / n if len(errors) == n else None
+    return Estimate(sum(e.value for e in estimates) / n, stderr)

@@ -1,0 +1,132 @@
+"""A few questions about what should be kept, answered by the base and by every method, for the report to show side by side.
+
+The questions are chosen by rule, not by hand: of the first retention task with known answers, those on which the
+predictions moved most, and those in the middle. Only when every method has been measured is it known which these are,
+so the saved adapters are loaded once more, one after another, on one base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from accelerate import PartialState
+from peft import PeftModel
+
+from lora_null.eval_harness import AnswerTask
+from lora_null.eval_harness.generate import generate_texts
+from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.models.bases import load_base
+from lora_null.recipes.results import Answered, Answers, Results
+from lora_null.utils.distributed import on_first_rank
+from lora_null.utils.model_state import own_precision, preserve
+
+if TYPE_CHECKING:
+    from lora_null.recipes.run import Job
+
+MAX_NEW_TOKENS = 32
+
+
+def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | None:
+    """Return the answers to `eval.examples` questions; None where nothing can be asked, or no weights were kept.
+
+    All processes call this together.
+
+    Args:
+        job: of the run.
+        results: its results.
+        found: the evaluations behind them, on the first process.
+    """
+    task = next((t for t in job.tasks if isinstance(t, AnswerTask) and t.role == "retention"), None)
+    rows = [i for i in range(len(results.rows)) if i == 0 or _weights(job, results, i) is not None]
+    if task is None or len(rows) < 2:
+        return None
+    chosen = on_first_rank(lambda: choose(results, found, task.name, job.recipe.eval.examples))
+    if not chosen:
+        return None
+    metric, questions = chosen
+    prompts = [task.pairs[i][0] for i, _, _ in questions]
+    texts = _answer(job, results, rows, prompts)
+    labels = results.labels()
+    return Answers(
+        task=task.name,
+        metric=metric,
+        labels=[labels[i] for i in rows],
+        questions=[
+            Answered(
+                question=prompt.strip(), right=task.pairs[i][1].strip(), change=change, why=why, answers=list(each)
+            )
+            for prompt, (i, change, why), each in zip(prompts, questions, zip(*texts))
+        ],
+    )
+
+
+def choose(
+    results: Results, found: Evaluations, task: str, number: int
+) -> tuple[str, list[tuple[int, float, str]]] | None:
+    """Choose questions by how far their predictions moved, in the mean over the methods.
+
+    Returns:
+        The metric that tells (the KL, else the change of the NLL), and (question, change, why it was chosen): three of
+        five are the largest changes, two the median ones, and in these shares for other numbers. None without samples.
+    """
+    for metric in (f"{task} kl", f"{task} nll"):
+        base, *methods = (
+            [evaluation.samples.get(metric) for evaluation in found.get(i, {}).values()]
+            for i in range(len(results.rows))
+        )
+        known = [np.array(samples) for of_row in methods for samples in of_row if samples]
+        if base and base[0] and known and number:
+            change = np.mean([np.abs(samples - np.array(base[0])) for samples in known], axis=0)
+            return metric, _largest_and_median(change, number)
+    return None
+
+
+def _largest_and_median(change: np.ndarray, number: int) -> list[tuple[int, float, str]]:
+    order = [int(i) for i in np.argsort(-change, kind="stable")]
+    number = min(number, len(order))
+    largest = order[: -(-3 * number // 5)]
+    rest = order[len(largest) :]
+    middle = max(0, len(order) // 2 - len(largest) - (number - len(largest)) // 2)
+    start = min(middle, len(rest) - (number - len(largest)))
+    median = rest[start : start + number - len(largest)]
+    return [(i, float(change[i]), "largest change") for i in largest] + [
+        (i, float(change[i]), "median change") for i in median
+    ]
+
+
+def _weights(job: Job, results: Results, i: int) -> Path | None:
+    """Return the folder of what row `i` trained; None where it was not kept."""
+    folder = job.folder / results.rows[i].method
+    return next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
+
+
+def _answer(job: Job, results: Results, rows: Sequence[int], prompts: Sequence[str]) -> list[list[str]]:
+    """Return every row's answers, the base's first; one model is held at a time."""
+    device, section = PartialState().device, job.recipe.model
+    base: Any = load_base(section, job.model_name).to(device)
+    texts = [_generate(job, base, prompts)]
+    for i in rows[1:]:
+        weights = _weights(job, results, i)
+        if weights.name == "adapter":
+            model = PeftModel.from_pretrained(base, str(weights))
+            texts.append(_generate(job, model, prompts))
+            base = model.unload()
+        else:
+            base.to("cpu")
+            model = load_base(section, str(weights)).to(device)
+            texts.append(_generate(job, model, prompts))
+            del model
+            base.to(device)
+    return texts
+
+
+def _generate(job: Job, model: Any, prompts: Sequence[str]) -> list[str]:
+    with preserve(model, job.tokenizer), own_precision(model):
+        model.eval()
+        texts = generate_texts(
+            model, job.tokenizer, prompts, temperatures=[0.0] * len(prompts), max_new_tokens=MAX_NEW_TOKENS
+        )
+    return [next(filter(None, map(str.strip, text.splitlines())), "") for text in texts]

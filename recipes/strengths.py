@@ -1,0 +1,68 @@
+"""One adapter at many strengths: the whole frontier of learning and forgetting from one training.
+
+ΔW times s is exact for every adapter that is a plain LoRA, so nothing is trained again, and the base is evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lora_null.adapters.strength import Strength
+from lora_null.eval_harness import Evaluation
+from lora_null.recipes.report.dial_page import DialPoint
+from lora_null.utils.errors import UserError
+
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25)
+MOST = 2.0
+
+
+def parse_strengths(text: str) -> list[float]:
+    """Return "0,0.5,1" as numbers.
+
+    Raises:
+        UserError: one is no number from 0 to 2.
+    """
+    found = []
+    for word in text.split(","):
+        try:
+            value = float(word)
+        except ValueError:
+            raise UserError(f"--strengths: {word.strip()!r} is not a number, such as 0.5; give 0,0.5,1") from None
+        found.append(check_strength(value, "--strengths"))
+    return found
+
+
+def check_strength(value: float, where: str) -> float:
+    """Return a strength; raise a UserError for one that is no number from 0 to 2."""
+    if not 0 <= value <= MOST:
+        raise UserError(
+            f"{where}: a strength is a number from 0 (the base) to {MOST:g}, 1 being as trained, not {value}"
+        )
+    return value
+
+
+def sweep(
+    strength: Strength,
+    strengths: Sequence[float],
+    base: Evaluation,
+    measure: Callable[[], Evaluation],
+    known: Mapping[float, Evaluation],
+) -> tuple[list[DialPoint], float]:
+    """Evaluate a live adapter at the strengths; return the points, and the seconds that they took.
+
+    Args:
+        strength: of the model.
+        strengths: to measure; 0 and what is `known` are not measured again.
+        base: the base's evaluation.
+        measure: returns the evaluation of the model as it is.
+        known: strength → evaluation.
+    """
+    points, seconds = [], 0.0
+    for value in sorted({0.0, *strengths}):
+        found = base if value == 0 else known.get(value)
+        if found is None:
+            with strength.at(value):
+                found = measure()
+            seconds += found.seconds
+        points.append(DialPoint(strength=value, metrics=found.metrics))
+    return points, seconds

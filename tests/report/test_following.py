@@ -1,0 +1,134 @@
+"""What a report says beyond one finished run: what to do next, runs that go on, several runs on one page."""
+
+import json
+
+import pytest
+
+from lora_null.__main__ import main
+from lora_null.eval_harness import Metric
+from lora_null.recipes.report.dial_page import Dial, DialPoint, write_dial
+from lora_null.recipes.report.following import next_step
+from lora_null.recipes.report.render import write_report
+from lora_null.recipes.results import Results, Row, TrainLog, write_results, write_row
+
+
+def metrics(nll, kl, other=None):
+    found = {
+        "NQ kl": Metric(kl, 0.001, 50, False, "retention", "nats"),
+        "sums nll": Metric(nll, 0.01, 50, False, "task", "nats"),
+    }
+    if other is not None:
+        found["NQ other form kl"] = Metric(other, 0.001, 50, False, "retention", "nats")
+    return found
+
+
+def results(method="lora", nll=1.0, kl=0.1, other=None):
+    rows = [
+        Row(method="base", metrics=metrics(2.0, 0.0, other and 0.0)),
+        Row(method=method, metrics=metrics(nll, kl, other)),
+    ]
+    return Results(recipe="r", model="m", rows=rows)
+
+
+def log(values):
+    entries = [
+        {"step": 10 * i, "probe/sums nll": v, "probe/NQ kl": 0.01 * i, "probe/NQ nll": 3 - v}
+        for i, v in enumerate(values)
+    ]
+    return TrainLog(entries)
+
+
+FLAT = [2.0, 1.2, 1.05, 1.01, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        ([2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2], "Raise the learning rate of LoRA, or train longer"),
+        ([2.0, 1.2, 1.0, 1.1, 1.2, 1.4, 1.5], "Stop LoRA earlier: sums NLL was lowest at step 20"),
+        (FLAT, "nothing is to be gained"),
+    ],
+)
+def test_the_curve_of_what_is_learned(tmp_path, curve, said):
+    assert said in next_step(results(), tmp_path, [TrainLog([]), log(curve)])
+
+
+def test_a_strength_that_keeps_the_learning(tmp_path):
+    points = [(0.0, 2.0, 0.0), (0.6, 1.04, 0.03), (1.0, 1.0, 0.1)]
+    dial = Dial(method="lora", model="m", points=[DialPoint(strength=s, metrics=metrics(n, k)) for s, n, k in points])
+    write_dial(tmp_path / "lora" / "dial", dial)
+    said = next_step(results(), tmp_path, [TrainLog([]), log(FLAT)])
+    assert said.startswith("Take strength 0.6 of LoRA: it keeps 96% of the learning at 30% of the forgetting")
+    write_results(tmp_path, results())
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "LoRA by its strength" in page
+        and "Take strength 0.6" in page
+        and "Take strength 0.6" in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_other_texts_to_calibrate_on(tmp_path):
+    said = next_step(results("lora-null-v2", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)])
+    assert said.startswith(
+        "Calibrate LoRA-Null-v2 on texts in the form of NQ other form too: it forgets 20 times as much"
+    )
+    assert "nothing is to be gained" in next_step(
+        results("lora", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)]
+    )
+
+
+def test_without_curves_nothing_is_claimed(tmp_path):
+    assert "set eval.probe, or eval.strengths" in next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
+
+
+def unfinished(folder):
+    """A run that has evaluated the base, finished one method and begun another."""
+    (folder / "base").mkdir(parents=True)
+    names = "{name: r, model: {name_or_path: m}, method: {name: [lora, pissa, lora-fa]}, seed: 0}"
+    (folder / "recipe.yaml").write_text(names)
+    evaluation = {
+        "metrics": {n: m.to_dict() for n, m in metrics(2.0, 0.0).items()},
+        "settings": {},
+        "seconds": 1.0,
+        "samples": {},
+    }
+    (folder / "base" / "eval.json").write_text(json.dumps(evaluation))
+    write_row(folder / "lora", Row(method="lora", metrics=metrics(1.0, 0.1)))
+    lines = [{"step": s, "loss": 3 - s / 9, "probe/sums nll": 2 - s / 9} for s in range(1, 6)]
+    (folder / "pissa").mkdir()
+    (folder / "pissa" / "train_log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo'
+    )
+    return folder
+
+
+def test_a_run_that_goes_on_is_reported_and_stays_unfinished(tmp_path, capsys):
+    folder = unfinished(tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "unfinished.md").read_text()
+    assert "PiSSA (not finished, at step 5)" in page and "| LoRA " in page and "LoRA-FA" not in page
+    assert not (folder / "report.html").exists() and not (folder / "results.json").exists()
+    assert capsys.readouterr().out.strip().endswith("unfinished.html")
+
+
+def test_several_runs_on_one_page(tmp_path, capsys):
+    one, other = unfinished(tmp_path / "a" / "run"), tmp_path / "b" / "run"
+    write_results(other, results(nll=0.9, kl=0.2))
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.md").read_text()
+    for row in ("LoRA (a/run)", "PiSSA (a/run, not finished, at step 5)", "LoRA (b/run)"):
+        assert f"| {row.replace('_', chr(92) + '_')} |" in page
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
+    write_results(other, results().model_copy(update={"model": "another"}))
+    for words, message in (
+        ([str(one), str(other)], "have different bases (m, another)"),
+        ([str(one), str(one)], "is named twice"),
+        ([str(one), str(tmp_path / "nowhere")], "cannot be read"),
+    ):
+        assert main(["report", *words, "--out", str(tmp_path / "new")]) == 2
+        assert message in capsys.readouterr().err
+    write_results(other, results().model_copy(update={"rows": [Row(method="base", metrics=metrics(2.5, 0.0))]}))
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "new")]) == 2
+    assert "measured sums nll differently (the base has 2 on 50, 2.5 on 50)" in capsys.readouterr().err

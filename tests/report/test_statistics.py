@@ -1,0 +1,239 @@
+"""What the report claims is true: errors against plain formulas, and simulated tables of equal and of different methods.
+
+`python tests/report/test_statistics.py` prints the simulation's table.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lora_null.eval_harness import Evaluation
+from lora_null.eval_harness.results import Metric
+from lora_null.eval_harness.statistics import (
+    LEVEL,
+    Difference,
+    Spread,
+    all_pairs,
+    holm,
+    mean_and_error,
+    paired_difference,
+    stack,
+    t_tests,
+    weighted_mean,
+)
+from lora_null.recipes.comparisons import compare
+from lora_null.recipes.report.table import rank_marks
+from lora_null.recipes.results import parse_results
+
+TABLES = 20_000
+SEED_EFFECT = 0.1  # the errors over 128 questions are about 0.05
+
+
+# --- one estimand: value, error and test of the same mean over tokens ---
+
+
+def test_the_mean_over_tokens_and_its_clustered_error():
+    sums, counts = np.array([2.0, 9.0, 4.0, 1.0]), np.array([1, 3, 4, 2])
+    ratio = 16 / 10
+    residuals = [2 - ratio * 1, 9 - ratio * 3, 4 - ratio * 4, 1 - ratio * 2]
+    value, stderr = mean_and_error(sums / counts, counts)
+    assert value == pytest.approx(ratio)
+    assert stderr == pytest.approx((4 / 3 * sum(r * r for r in residuals)) ** 0.5 / 10)
+    value, stderr = mean_and_error(sums)  # where all count alike it is the ordinary standard error
+    assert value == pytest.approx(np.mean(sums)) and stderr == pytest.approx(stats.sem(sums))
+    assert mean_and_error(sums[:1] / counts[:1], counts[:1]) == (2.0, None)
+
+
+def test_a_difference_of_means_is_the_mean_of_the_differences():
+    generator = np.random.default_rng(0)
+    a, b, weights = generator.normal(size=(1, 30)), generator.normal(size=(1, 30)), generator.integers(1, 9, 30)
+    found = difference(a, b, weights=weights)
+    assert found.mean == pytest.approx(weighted_mean(a[0], weights) - weighted_mean(b[0], weights))
+    assert found.stderr == pytest.approx(mean_and_error((a - b)[0], weights)[1])
+
+
+def difference(ours, theirs, *, methods=2, **options):
+    """One comparison alone."""
+    return Difference(
+        *(x[0] if np.ndim(x) else x for x in t_tests(stack([paired_difference(ours, theirs, **options)]), methods))
+    )
+
+
+def test_of_one_seed_it_is_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(1, 40)) + 0.3, generator.normal(size=(1, 40))
+    found = difference(a, b)
+    assert found.p == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue)
+    assert found.stderr == pytest.approx(stats.sem(a[0] - b[0])) and found.freedom == 39
+
+
+def test_questions_and_seeds_by_hand():
+    gaps = np.random.default_rng(2).normal(size=(3, 20)) + np.array([[0.5], [0.0], [0.2]])
+    questions, seeds = gaps.mean(0).var(ddof=1) / 20, gaps.mean(1).var(ddof=1) / 3
+    found = difference(gaps, np.zeros_like(gaps), methods=4)
+    assert found.stderr == pytest.approx(math.sqrt(questions + seeds)) and found.freedom == 3 * 2
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(gaps.mean()) / found.stderr, 6))
+    # Beside another pair that varies more with the seed, for what it varies with the question, it gets its part of that.
+    wild = Spread(np.array(0.3), np.array(questions), np.array(3 * seeds), 20, 3)
+    both = t_tests(stack([paired_difference(gaps, np.zeros_like(gaps)), wild]), 4)
+    assert both.stderr == pytest.approx(np.sqrt([questions + 2 * seeds, questions + 3 * seeds]))
+
+
+def test_nothing_is_claimed_where_nothing_varies():
+    same = difference(np.ones((2, 3)), np.ones((2, 3)))
+    assert np.isnan(same.p) and np.isnan(same.stderr)
+    assert np.isnan(difference(np.ones((1, 1)), np.zeros((1, 1))).p)
+    equal = difference(np.ones((1, 50)), np.ones((1, 50)), fraction=True)
+    assert equal.p == 1 and equal.stderr > 0  # equal answers to 50 questions: not known exactly
+
+
+@pytest.mark.parametrize(("won", "lost"), [(5, 0), (6, 0), (9, 1), (8, 1), (14, 3), (30, 12), (25, 14)])
+def test_fractions_agree_with_mcnemars_exact_test(won, lost):
+    """Where few answers differ, a t-test alone would call 4 of 4 significant."""
+    ours = np.array([[1.0] * won + [0.0] * lost + [1.0] * 200])
+    theirs = np.array([[0.0] * won + [1.0] * lost + [1.0] * 200])
+    exact = stats.binomtest(won, won + lost).pvalue
+    assert (difference(ours, theirs, fraction=True).p < 0.05) == (exact < 0.05)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, np.nan]) == pytest.approx([0.03, 0.06, 0.06, np.nan], nan_ok=True)
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
+    many = holm([[0.01, 0.04], [0.5, 0.001]])
+    assert many == pytest.approx(np.array([[0.02, 0.04], [0.5, 0.002]]))
+
+
+# --- simulated tables ---
+
+
+def answers(kind, generator, tables, methods, seeds, questions):
+    """One column of simulated tables, [tables, methods, seeds, questions]: equal methods on questions of their own."""
+    shape = (tables, methods, seeds, questions)
+    hard = generator.normal(size=(tables, 1, 1, questions))
+    by_method = np.array([1.0, 3.0, *[1.0] * (methods - 2)])[
+        :, None, None
+    ]  # one whose seeds differ more than the others'
+    seed = SEED_EFFECT * by_method * generator.normal(size=(tables, methods, seeds, 1)) if seeds > 1 else 0.0
+    if kind == "right or wrong":  # 20% of the answers are open between the methods
+        decided = generator.random((tables, 1, 1, questions))
+        return np.where(decided < 0.8, decided < 0.3, generator.random(shape) < 0.5).astype(float)
+    if kind == "KL":  # all positive, a few questions large
+        return np.exp(0.8 * hard + 0.6 * generator.normal(size=shape) + seed)
+    return 3 + hard + 0.5 * generator.normal(size=shape) + seed
+
+
+COLUMNS = ("NLL", "KL", "right or wrong")
+
+
+def simulate(methods, seeds, questions, *, gain=0.0, tables=TABLES, seed=0):
+    """Share of simulated tables in which something is claimed, in which a best is marked, and which the last method leads.
+
+    `gain` is what the last method is better by in every column, in standard deviations of a paired difference.
+    """
+    generator, chunk = np.random.default_rng(seed), 1_000
+    claimed = marked = led = separate = 0
+    for _ in range(tables // chunk):
+        found = []
+        for kind in COLUMNS:
+            x = answers(kind, generator, chunk, methods, seeds, questions)
+            weights = None if kind == "right or wrong" else generator.integers(1, 9, questions)
+            if gain:
+                better = kind == "right or wrong"
+                step = gain * np.std(x[:, 0] - x[:, 1])
+                x[:, -1] += np.where(generator.random(x[:, -1].shape) < step, 1 - x[:, -1], 0) if better else -step
+            pairs, gaps = all_pairs(x, weights, fraction=kind == "right or wrong")
+            found.append((gaps.p, gaps.mean * (1 if kind == "right or wrong" else -1)))
+            value, error = weighted_mean(x.mean(2), weights), x.mean(2).std(-1, ddof=1) / questions**0.5
+            separate += _apart(value * (1 if kind == "right or wrong" else -1), error).sum() / len(COLUMNS)
+        p, sign = (np.concatenate([column[k] for column in found], axis=-1) for k in (0, 1))
+        adjusted = holm(p)
+        claimed += (adjusted < LEVEL).any(-1).sum()
+        best = np.stack(
+            [_best(adjusted, sign, pairs, methods, c) for c in range(len(COLUMNS))], 1
+        )  # [tables, columns, methods]
+        marked += best.any((1, 2)).sum()
+        led += best[:, :, -1].mean(1).sum()
+    return claimed / tables, marked / tables, led / tables, separate / tables
+
+
+def _best(adjusted, sign, pairs, methods, column):
+    """Which method beats every other in a column, [tables, methods]."""
+    wins = np.zeros((len(adjusted), methods))
+    for k, (i, j) in enumerate(pairs, start=column * len(pairs)):
+        known = adjusted[:, k] < LEVEL
+        wins[:, i] += known & (sign[:, k] > 0)
+        wins[:, j] += known & (sign[:, k] < 0)
+    return wins == methods - 1
+
+
+def _apart(value, error):
+    """The rule before: the best is farther from the second than both errors together."""
+    order = np.argsort(-value, axis=-1)
+    (a, b), (x, y) = (np.take_along_axis(v, order, -1)[:, :2].T for v in (value, error))
+    return a - b > np.hypot(x, y)
+
+
+@pytest.mark.parametrize(("methods", "seeds", "questions"), [(3, 1, 32), (3, 1, 128), (3, 2, 64), (4, 5, 32)])
+def test_equal_methods_are_told_apart_in_at_most_5_percent_of_tables(methods, seeds, questions):
+    claimed, marked, _, _ = simulate(methods, seeds, questions)
+    assert marked <= claimed <= 0.05 + 2 * (0.05 * 0.95 / TABLES) ** 0.5
+
+
+def test_a_better_method_is_found():
+    claimed, _, led, _ = simulate(3, 1, 128, gain=0.4, tables=2_000)
+    assert claimed > 0.95 and led > 0.6
+
+
+def test_the_report_draws_the_simulated_claims():
+    """A table through the report's own code gives the marks that the simulation counts."""
+    generator, methods, questions = np.random.default_rng(5), 3, 64
+    columns = {kind: answers(kind, generator, 1, methods, 1, questions)[0] for kind in COLUMNS}
+    columns["NLL"][2] -= 0.6
+    weights = {"NLL": np.arange(1.0, questions + 1), "KL": None, "right or wrong": None}
+    found, rows = {}, [{"method": "base"}]
+    for i in range(methods):
+        metrics = {}
+        for kind, x in columns.items():
+            fraction = kind == "right or wrong"
+            value, error = mean_and_error(x[i, 0], weights[kind])
+            metrics[kind] = Metric(value, error, questions, fraction, "task", "fraction" if fraction else "nats")
+        samples = {kind: x[i, 0].tolist() for kind, x in columns.items()}
+        found[i + 1] = {0: Evaluation(metrics, {}, 0.0, samples, {"NLL": weights["NLL"].tolist()})}
+        rows.append({"method": f"m{i}", "metrics": {k: m.to_dict() for k, m in metrics.items()}})
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    results.paired = compare(results, found)
+    p = [all_pairs(x, weights[kind], fraction=kind == "right or wrong")[1].p for kind, x in columns.items()]
+    assert [pair.p for pair in results.paired] == pytest.approx(list(np.concatenate(p)))
+    assert [pair.p_adjusted for pair in results.paired] == pytest.approx(list(holm(np.concatenate(p))))
+    assert rank_marks(results, [row.estimate("NLL") for row in results.rows], "NLL", False)[3] == "best"
+
+
+def test_what_is_not_the_mean_of_its_samples_is_not_compared():
+    """A perplexity, or nats a token of an evaluation that kept no token counts."""
+
+    def one(value):
+        metrics = {"perplexity": Metric(math.exp(value), 0.1, 3, False, "task", "perplexity")}
+        return Evaluation(metrics, {}, 0.0, {"perplexity": [value, value + 1, value - 1]})
+
+    found = {1: {0: one(1.0)}, 2: {0: one(2.0)}}
+    rows = [
+        {"method": "base"},
+        *({"method": f"m{i}", "metrics": {k: v.to_dict() for k, v in found[i][0].metrics.items()}} for i in (1, 2)),
+    ]
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    assert compare(results, found) == []
+
+
+if __name__ == "__main__":
+    print(
+        "| methods | seeds | questions | gain | something claimed | a best marked | best in a column found | unpaired rule |"
+    )
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for m, s, q in ((3, 1, 32), (3, 1, 128), (9, 1, 128), (3, 2, 128), (3, 3, 128), (3, 5, 128), (9, 3, 128)):
+        for g in (0.0, 0.2, 0.4, 0.8):
+            said = simulate(m, s, q, gain=g, tables=TABLES if not g else 4_000)
+            print(
+                f"| {m} | {s} | {q} | {g} | " + " | ".join(f"{100 * share:.1f}%" for share in said) + " |", flush=True
+            )

@@ -1,0 +1,295 @@
+"""A budget of forgetting: what is saved keeps it on rows that no probe used, whatever interrupts the run."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from world import make_world, write_rows
+
+from lora_null import LoraNullConfig, initialize_lora_null_weights
+from lora_null.adapters.plain import save_plain_adapter
+from lora_null.adapters.strength import Strength
+from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
+from lora_null.recipes import run
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.budget import Bound, Measurement, forgotten, hold, largest_strength, within
+from lora_null.recipes.results import Estimate
+from lora_null.utils.errors import UserError
+
+
+@pytest.mark.parametrize("variant", ["lora", "v1", "v2"])
+def test_a_strength_is_the_change_times_it_live_and_saved(tmp_path, variant):
+    """Against W0 + c·ΔW in float64, ΔW taken from the merged weights."""
+    batches = random_batches()
+    if variant == "lora":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_model(), config)
+    else:
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant, task_type="CAUSAL_LM"))
+        initialize_lora_null_weights(model, batches, progress=False)
+    losses_over(model, batches, steps=4)
+    save_plain_adapter(model, tmp_path / "whole")
+    merged = PeftModel.from_pretrained(tiny_model().double(), tmp_path / "whole").merge_and_unload()
+    strength, batch = Strength(model), batches[0]
+    for value in (0.3, 1.25, 0.0):
+        strength.set(value)
+        save_plain_adapter(model, tmp_path / f"{value}")
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path / f"{value}")
+        expected = tiny_model().double()
+        with torch.no_grad():
+            for weight, changed in zip(expected.parameters(), merged.parameters(), strict=True):
+                weight += value * (changed - weight)
+            wanted = expected.eval()(**batch).logits
+            for found in (model, again):
+                assert (found.eval()(**batch).logits - wanted).abs().max() < 1e-4
+        whole, scaled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", f"{value}"))
+        assert all(torch.equal(whole[key], scaled[key]) for key in whole)  # the strength is in lora_alpha alone
+    with strength.at(0.5):
+        assert strength.value == 0.5
+    assert strength.value == 0.0
+
+
+def test_dora_has_no_strength():
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True)
+    with pytest.raises(UserError, match="not linear in its scaling"):
+        Strength(get_peft_model(tiny_model(), config))
+
+
+def test_the_largest_strength_is_found_by_bisection():
+    def forgets(s):
+        return Estimate(0.09 * s**2, 0.01 * s**2)
+
+    found = largest_strength(forgets, 0.025)
+    assert found == pytest.approx(0.5, abs=2**-7) and within(forgets(found), 0.025)
+    assert largest_strength(forgets, 0.2) == 1.0
+    assert largest_strength(lambda s: Estimate(1.0, 0.1), 0.025) == 0.0
+    assert largest_strength(lambda s: Estimate(float("nan") if s > 0.3 else 0.0, None), 0.01) == pytest.approx(
+        0.3, abs=0.01
+    )
+
+
+PAIRS = [(f"Q: {i}\nA:", f" k{i}" + "x" * (i % 4)) for i in range(24)]
+
+
+def evaluation(values, unit="nats", higher=False, name="facts kl"):
+    metric = Metric(float(np.mean(values)), 0.1, len(values), higher, "retention", unit)
+    return Evaluation({name: metric}, {}, 0.0, {name: list(map(float, values))})
+
+
+def test_what_is_forgotten_is_paired_and_weighted_by_answer_tokens():
+    random = np.random.default_rng(0)
+    task, before, after = AnswerTask("facts", PAIRS, role="retention"), random.random(24), random.random(24)
+    found = forgotten(
+        task,
+        "facts nll",
+        *(evaluation(x, name="facts nll") for x in (after, before)),
+        tiny_tokenizer(),
+        frozenset({0, 5}),
+    )
+    kept = [i for i in range(24) if i not in (0, 5)]
+    tokens = np.array([len(tiny_tokenizer()(answer)["input_ids"]) for _, answer in PAIRS], dtype=float)
+    tokens -= np.array(
+        [":Ġ" in tiny_tokenizer().tokenize(f"A:{answer}") for _, answer in PAIRS]
+    )  # one token with the colon
+    tokens = np.array([len(tiny_tokenizer()(q + a)["input_ids"]) - _common(q, q + a) for q, a in PAIRS], dtype=float)
+    change, t = ((after - before) * tokens)[kept], tokens[kept]
+    mean = change.sum() / t.sum()
+    error = np.sqrt(22 / 21 * np.sum((change - mean * t) ** 2)) / t.sum()
+    assert found == pytest.approx((mean, error))
+    right = forgotten(SimpleNamespace(), "acc", evaluation([0, 1, 1, 0], "fraction", True, "acc"),
+                      evaluation([1, 1, 1, 1], "fraction", True, "acc"), None)  # fmt: skip
+    assert right.value == 0.5 and right.stderr == pytest.approx(np.std([1, 0, 0, 1], ddof=1) / 2)
+
+
+def _common(prompt, text):
+    one, other = (tiny_tokenizer()(x)["input_ids"] for x in (prompt, text))
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), len(one))
+
+
+class Fake:
+    """A model whose forgetting is known: c² on the probed rows, `worse` times that on the others."""
+
+    def __init__(self, worse):
+        self.worse, self.value, self.seen = worse, 1.0, []
+
+    def set(self, value):
+        self.value = value
+
+    def at(self, value):
+        return _At(self, value)
+
+    def evaluate(self, tasks):
+        (task,) = tasks
+        few = len(task.pairs) == 8
+        self.seen.append((few, self.value))
+        return evaluation(np.full(len(task.pairs), self.value**2 * (1 if few else self.worse)))
+
+
+class _At:
+    def __init__(self, model, value):
+        self.model, self.new, self.old = model, value, model.value
+
+    def __enter__(self):
+        self.model.value = self.new
+
+    def __exit__(self, *_):
+        self.model.value = self.old
+
+
+@pytest.mark.parametrize(("worse", "again"), [(1.0, False), (3.0, True), (1e9, True)])
+def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
+    task, few = (
+        AnswerTask("facts", PAIRS, kl=True, role="retention"),
+        AnswerTask("facts", PAIRS[:8], kl=True, role="retention"),
+    )
+    section = SimpleNamespace(at_most=0.09, measure=None, then="scale")
+    bound = Bound(section, "facts kl", task, few, frozenset(range(8)))
+    model = Fake(worse)
+    zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
+    value, checked, rows, first = hold(Measurement(model.evaluate, tiny_tokenizer(), bound, zero, zeros), model)
+    assert (
+        rows == 16
+        and model.value == value
+        and checked.value <= 0.09
+        and checked.value == pytest.approx(value**2 * worse)
+    )
+    assert (first is not None) == again
+    if worse == 1e9:
+        assert value == 0.0
+    else:
+        assert checked.value > 0.09 * 0.85  # no more is given up than needed
+
+
+def recipe(folder, **changes):
+    evaluation = {
+        "batch_size": 4,
+        "cache": False,
+        "retention": [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 40}],
+        "task": [{"answers": "numbers", "path": str(folder / "numbers.jsonl"), "limit": 10}],
+        "probe": {"every": 2, "retention": 12, "task": 6},
+    }
+    method = {"name": "lora-null-v1", "rank": 4}
+    return make_world(folder, method=method, eval=evaluation, **changes)
+
+
+WORDS = ["training.max_steps=6", "training.save_steps=1", "training.save_total_limit=2", "training.learning_rate=4e-3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The same run under each kind of budget, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("budget")
+    path = recipe(folder)
+    for then in ("scale", "stop", "rewind"):
+        words = [f"budget={{at_most: 0.1, then: {then}}}", "--output-dir", str(folder / then), *WORDS]
+        assert main([str(path), *words]) == 0
+    return folder
+
+
+def row(out):
+    return json.loads((out / "results.json").read_text())["rows"][1]
+
+
+@pytest.mark.parametrize("then", ["scale", "stop", "rewind"])
+def test_what_is_saved_keeps_the_budget_on_unseen_rows(finished, then):
+    kept = row(finished / then)["budget"]
+    lines = [
+        json.loads(line) for line in (finished / then / "lora-null-v1" / "train_log.jsonl").read_text().splitlines()
+    ]
+    probes = {line["step"]: line["probe/facts kl"] for line in lines if "probe/facts kl" in line}
+    assert max(probes.values()) > 0.1  # without a budget it would be broken
+    assert kept["kept"] and kept["value"] + kept["stderr"] <= 0.1 and kept["n"] == 28 and kept["measure"] == "facts kl"
+    if then == "scale":
+        assert kept["step"] == 6 and kept["strength"] < 1 and kept["reached"] is None
+    else:
+        assert kept["reached"] == max(probes) <= 6
+        assert kept["step"] == kept["reached"] - (2 if then == "rewind" else 0) > 0
+    learned = kept["learned"]["numbers nll"]
+    assert learned["lost"] == pytest.approx(learned["kept"] - learned["full"], abs=1e-6) and learned["stderr"] > 0
+    model = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, finished / then / "lora-null-v1" / "adapter")
+    facts = [json.loads(line) for line in (finished / "facts.jsonl").read_text().splitlines()][:40]
+    pairs = [(f"Question: {fact['question']}\nAnswer:", f" {fact['answer'][0]}") for fact in facts]
+    task = AnswerTask("facts", pairs, kl=True, role="retention")
+    again = evaluate(model, tiny_tokenizer(), [task], reference_dir=finished / then / "base")
+    saved = row(finished / then)["metrics"]["facts kl"]["value"]
+    assert again.metrics["facts kl"].value == pytest.approx(saved, rel=1e-4)
+
+
+class Blow(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("then", "where"), [("scale", 3), ("rewind", 3), ("rewind", "saving")])
+def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path, monkeypatch, then, where):
+    out, words = tmp_path / "out", [str(finished / "tiny.yaml"), f"budget={{at_most: 0.1, then: {then}}}", *WORDS]
+    reached = row(finished / then)["budget"]["reached"] or 6
+    with monkeypatch.context() as patch:
+        if isinstance(where, int):
+            made = run._trainer
+            step = min(where, reached - 1)
+            patch.setattr(run, "_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow(step)))[0])
+        else:
+            stop = (run, "_save")
+            patch.setattr(*stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, "--output-dir", str(out)])
+    assert main([*words, "--output-dir", str(out), "--resume"]) == 0
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (out / "lora-null-v1" / name).read_bytes() == (finished / then / "lora-null-v1" / name).read_bytes()
+    one, other = row(out), row(finished / then)
+    assert all(one[key] == other[key] for key in ("metrics", "budget", "drift"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["budget={at_most: 0}"], "budget.at_most: input should be greater than 0"),
+        (["--max-forgetting", "little"], "budget.at_most: input should be a valid number"),
+        (["budget={at_most: 0.1, then: stopp}"], "'scale', 'stop' or 'rewind'"),
+        (["budget={at_most: 0.1, measure: fact kl}"], "the run has no 'fact kl' in eval.retention (did you mean 'facts kl'?)"),
+        (["budget={at_most: 0.1, measure: numbers nll}"], "the run has no 'numbers nll' in eval.retention"),
+        (["--max-forgetting", "0.1", "eval.retention=[]"], "eval.retention is empty"),
+        (["--max-forgetting", "0.1", "eval.before=false"], "counted from the base"),
+        (["--max-forgetting", "0.1", "eval.probe.retention=36"], "at least 8 are needed for the probe"),
+        (["--max-forgetting", "0.1", "eval.probe.retention=0"], "not measured by eval.probe.retention"),
+        (["--max-forgetting", "0.1", "--method", "full"], "full leaves no plain LoRA"),
+        (["eval.strengths=[0.5,half]"], "eval.strengths.1: input should be a valid number"),
+        (["eval.strengths=[3]"], "less than or equal to 2"),
+        (["eval.probe.every=0"], "eval.probe.every"),
+        (["eval.probe.retention=-1"], "a number of rows"),
+        (["eval.probe={retention: 0, task: 0}"], "measures nothing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_a_model_loads(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    assert main([str(recipe(tmp_path)), *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and told.count("\n") == 0 and told.startswith("error: ")
+
+
+def test_a_budget_below_the_bases_own_noise_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_trainer", lambda *_: pytest.fail("a training began"))
+    assert main([str(recipe(tmp_path)), "--max-forgetting", "1e-14"]) == 2
+    assert "is not above the base's own noise: measured twice, facts kl of the same weights" in capsys.readouterr().err
+
+
+def test_the_probe_may_have_rows_of_its_own_and_common_ones_are_not_checked(tmp_path):
+    path = recipe(tmp_path)
+    facts = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "few.jsonl", facts[30:50])
+    own = f"eval.probe.retention=[{{answers: facts, path: {tmp_path / 'few.jsonl'}}}]"
+    words = [own, "--max-forgetting", "0.05", "training.max_steps=2", "training.save_strategy=no"]
+    assert main([str(path), *words]) == 0
+    assert row(tmp_path / "out")["budget"]["n"] == 30  # rows 31 to 40 of the whole set were probed

@@ -1,0 +1,312 @@
+"""What one can calibrate on: files of every kind and folders of them, several sources, the general mix, the model itself."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from chats import assistant, call, chat_tokenizer, system, tool, user
+from tiny import tiny_model, tiny_tokenizer
+from world import make_world, write_rows
+
+from lora_null.eval_harness.documents import PIECE, pieces
+from lora_null.recipes import own_texts as kept_texts
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.commands import main as command
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import CalibrationSection
+from lora_null.recipes.data.calibration import (
+    GENERAL_MIX,
+    PROMPTS,
+    calibration_sources,
+    calibration_texts,
+    cut_windows,
+    shares,
+)
+from lora_null.trainer import CalibrationArgs, own_texts, written_texts
+from lora_null.utils.errors import UserError
+
+TALK = [user("1+1?"), assistant("2")]
+WRITTEN = "<user>1+1?\n<assistant>2</s>\n"
+PLAIN = "Question: 1+1?\nAnswer: 2</s>"  # where the model has no chat template
+
+
+def texts(path, tokenizer=None, **keys):
+    return calibration_texts(CalibrationSection(path=str(path), **keys), tokenizer or chat_tokenizer())
+
+
+FOUND = {  # rows → whether they are talk that a chat template writes
+    "messages": ({"messages": TALK}, True),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}, True),
+    "prompt and completion of messages": ({"prompt": TALK[:1], "completion": TALK[1:]}, True),
+    "prompt and response": ({"prompt": "1+1?", "response": "2"}, True),
+    "question and answers": ({"question": "1+1?", "answer": ["2", "two"]}, True),
+    "instruction, input, output": ({"instruction": "1+1?", "input": "", "output": "2"}, True),
+    "other names": ({"Frage": "1+1?", "Antwort": "2"}, True),
+    "capitals": ({"Question": "1+1?", "Answer": 2}, True),
+    "pairs": ({"prompt": "1+1?", "chosen": "2", "rejected": "3"}, True),
+    "pairs that hold their prompt": ({"chosen": TALK, "rejected": [TALK[0], assistant("3")]}, True),
+    "text": ({"text": "one and one"}, False),
+    "a single field": ({"sentence": "one and one"}, False),
+}
+
+
+class TestWhatRowsAreIsFoundOut:
+    @pytest.mark.parametrize("kind", FOUND)
+    def test_with_and_without_a_chat_template(self, tmp_path, kind):
+        row, talk = FOUND[kind]
+        path = write_rows(tmp_path / "rows.jsonl", [row, row])
+        assert texts(path) == [WRITTEN if talk else "one and one"] * 2
+        assert texts(path, tiny_tokenizer()) == [PLAIN if talk else "one and one"] * 2
+
+    @pytest.mark.parametrize("kind", [kind for kind, (_, talk) in FOUND.items() if talk])
+    def test_without_answers(self, tmp_path, kind):
+        path = write_rows(tmp_path / "rows.jsonl", [FOUND[kind][0]])
+        assert texts(path, answers=False) == ["<user>1+1?\n<assistant>"]
+        assert texts(path, tiny_tokenizer(), answers=False) == ["Question: 1+1?\nAnswer:"]
+
+    def test_system_texts_tools_and_several_turns(self, tmp_path):
+        calls = {"messages": [user("1+1?"), call(), tool("2"), assistant("It is 2.")], "tools": [{"name": "add"}]}
+        assert texts(write_rows(tmp_path / "calls.jsonl", [calls]))[0] == (
+            '<tools>[{"name": "add"}]\n<user>1+1?\n<assistant>[add {"a": 1}]</s>\n<tool>2\n<assistant>It is 2.</s>\n'
+        )
+        row = {"system": "Be brief.", "prompt": "1+1?", "response": "2"}
+        assert texts(write_rows(tmp_path / "system.jsonl", [row])) == [f"<system>Be brief.\n{WRITTEN}"]
+        several = {"messages": [system("S"), *TALK, user("and 1?"), assistant("3")]}
+        path = write_rows(tmp_path / "several.jsonl", [several])
+        assert texts(path, answers=False)[0].endswith("<user>and 1?\n<assistant>")
+        assert texts(path, field="messages", answers=False) == texts(path, answers=False)
+
+    @pytest.mark.parametrize("mark", ",;\t|")
+    def test_delimiters(self, tmp_path, mark):
+        path = tmp_path / f"rows.{'tsv' if mark == chr(9) else 'csv'}"
+        path.write_text(f'question{mark}answer\n"1+1?"{mark}2\n')
+        assert texts(path) == [WRITTEN]
+
+    def test_parquet_and_an_array(self, tmp_path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": TALK}]), tmp_path / "rows.parquet")
+        (tmp_path / "rows.json").write_text(json.dumps([{"messages": TALK}]))
+        assert texts(tmp_path / "rows.parquet") == texts(tmp_path / "rows.json") == [WRITTEN]
+
+    def test_unknown_fields(self, tmp_path):
+        path = write_rows(tmp_path / "rows.jsonl", [{"a": 1, "b": 2, "c": 3}])
+        with pytest.raises(UserError, match=r"calibration\.path: the fields a, b, c are no conversation"):
+            texts(path)
+
+    def test_a_bad_row_by_number(self, tmp_path):
+        path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": [user("a"), 5]}])
+        with pytest.raises(UserError, match="calibration: row 2 cannot be used: a conversation with a int"):
+            texts(path)
+
+    def test_first_rows_only(self, tmp_path):
+        path = write_rows(tmp_path / "rows.jsonl", [{"text": f"t{i}"} for i in range(5)])
+        assert texts(path, limit=2) == ["t0", "t1"]
+
+
+class TestTextFiles:
+    def test_pieces(self):
+        text = "\n\n".join(f"{i} " + "word " * (i * 37 % 200) for i in range(60)) + "\n\n" + "x" * (3 * PIECE)
+        found = pieces(text)
+        assert all(len(piece) <= PIECE for piece in found) and len(found) < 40
+        assert "".join("".join(found).split()) == "".join(text.split())
+
+    def test_a_folder_of_notes(self, tmp_path):
+        notes = tmp_path / "notes"
+        (notes / "deep").mkdir(parents=True)
+        (notes / ".git").mkdir()
+        (notes / "a.txt").write_text("The mill was built in 1832.\r\n\r\nIt burned down.")
+        (notes / "b.md").write_text("# Bakery\n\nBread at six.")
+        (notes / "deep" / "c.md").write_bytes("\ufeffÉtang".encode())
+        (notes / "empty.txt").write_text("")
+        (notes / ".git" / "d.txt").write_text("not a note")
+        found = texts(notes)
+        assert found == ["The mill was built in 1832.\n\nIt burned down.", "# Bakery\n\nBread at six.", "Étang"]
+        assert texts(notes / "a.txt") == found[:1]
+
+    def test_the_end_of_a_piece_can_be_asked_for(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one two three four five six seven eight nine")
+        path = tmp_path / "a.txt"
+        assert texts(path, template="{beginning}|{ending}") == ["one two three four five six|seven eight nine"]
+
+    def test_wrong_encoding(self, tmp_path):
+        (tmp_path / "a.txt").write_text("fine")
+        (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+        with pytest.raises(UserError, match=r"cannot read .*b\.txt as text .*utf-8"):
+            texts(tmp_path)
+
+
+WRONG = {
+    "takes one of path, source and sources, not path and source": {"path": "a", "source": "general"},
+    "'self' goes with source: self": {"source": "general", "self": "bos"},
+    "calibration.source: input should be 'general' or 'self'": {"source": "model"},
+    "'field' goes with a path": {"source": "self", "field": "text"},
+    "no key 'calibration.sources.0.wieght' (did you mean 'weight'?)": {"sources": [{"path": "a", "wieght": 2}]},
+    "calibration.sources.0.weight: input should be greater than 0": {"sources": [{"path": "a", "weight": 0}]},
+    "'answers: false' goes with rows": {"self": "data", "answers": False},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_mistakes(tmp_path, message):
+    with pytest.raises(UserError) as raised:
+        load_recipe(str(make_world(tmp_path, calibration=WRONG[message])))
+    assert message in str(raised.value) and str(raised.value).startswith("tiny: ")
+
+
+SHORT = {
+    "self": {"source": "self", "self": "prompts"},
+    "general": {"source": "general"},
+    "notes": {"path": "notes"},
+    None: {"source": "general"},
+}
+
+
+class TestInARecipe:
+    @pytest.mark.parametrize("short", SHORT)
+    def test_one_word(self, tmp_path, short):
+        section = load_recipe(str(make_world(tmp_path, calibration=short))).calibration
+        assert {key: getattr(section, key) for key in SHORT[short]} == SHORT[short]
+
+    @pytest.mark.parametrize(
+        "words, titles, field",
+        [
+            (["calibration=self"], ["what the model writes after the shipped prompts"], None),
+            (["calibration.self=bos"], ["what the model writes from nothing"], None),
+            (["calibration.source=general"], ["the general mix"], None),
+            (["calibration.path=b.jsonl"], ["b.jsonl"], "question"),
+            (["calibration=[b.jsonl, {self: data, weight: 3}]"], ["b.jsonl", "what the model writes after the prompts of the data"], None),
+            (["calibration=self", "calibration.path=c.jsonl"], ["c.jsonl"], None),
+        ],
+    )  # fmt: skip
+    def test_what_is_laid_over_takes_the_place_of_what_was_there(self, tmp_path, words, titles, field):
+        own = {"path": "a.jsonl", "field": "question", "samples": 7}
+        section = load_recipe(str(make_world(tmp_path, calibration=own)), words).calibration
+        assert [source.title for source in section.each] == titles
+        assert (section.samples, section.field) == (7, field)
+
+    def test_weights_are_shares_of_the_windows(self, tmp_path):
+        assert shares([1, 1, 1], 256) == [86, 85, 85] and shares([3, 1], 6) == [5, 1] and sum(shares([0.2, 7], 9)) == 9
+        for name in "ab":
+            write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i} is some town"} for i in range(40)])
+        given = [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, str(tmp_path / "b.jsonl")]
+        section = CalibrationSection(sources=given, mode="separate", samples=16)
+        found = cut_windows(
+            calibration_sources(section, tiny_tokenizer()), tiny_tokenizer(), CalibrationArgs(16, 8, "separate")
+        )
+        starts = [tiny_tokenizer().decode(window)[0] for window in found.ids]
+        assert starts == ["a"] * 12 + ["b"] * 4
+        assert found.covered == [f"{given[0]['path']}: 12 windows, 96 tokens", f"{given[1]}: 4 windows, 32 tokens"]
+
+    def test_a_source_with_too_few_texts_is_told(self, tmp_path):
+        write_rows(tmp_path / "a.jsonl", [{"text": "a town"}] * 3)
+        section = CalibrationSection(sources=[{"path": str(tmp_path / "a.jsonl")}], mode="separate")
+        found = cut_windows(
+            calibration_sources(section, tiny_tokenizer()), tiny_tokenizer(), CalibrationArgs(8, 8, "separate")
+        )
+        assert found.covered[0].endswith("a.jsonl: 3 of 8 windows, 18 tokens")
+
+
+def test_the_general_mix_is_small_attributed_and_read_by_every_model():
+    assert GENERAL_MIX.stat().st_size < 200_000
+    rows = [json.loads(line) for line in GENERAL_MIX.read_text().splitlines()]
+    attributed = (GENERAL_MIX.parent / "README.md").read_text()
+    assert all(f"| {kind} " in attributed for kind in {row["kind"] for row in rows})
+    for tokenizer in (tiny_tokenizer(), chat_tokenizer()):
+        assert len(calibration_texts(CalibrationSection(), tokenizer)) == len(rows)
+    held_out = [json.loads(line) for file in GENERAL_MIX.parent.glob("*_test.jsonl") for line in file.open()]
+    mix = GENERAL_MIX.read_text().lower()
+    asked = [str(row.get("question") or row["prompt"]).lower() for row in held_out]
+    assert not [text for text in asked if len(text) > 30 and json.dumps(text)[1:-1] in mix]
+
+
+class TestWhatTheModelWrites:
+    def test_seeded_and_tokenized_again_to_the_same(self):
+        model, tokenizer = tiny_model(), chat_tokenizer()
+        write = lambda **more: own_texts(model, tokenizer, **{"count": 20, "max_tokens": 24, "seed": 1, **more})  # noqa: E731
+        found = write()
+        assert found == write() and found != write(seed=2) and len(set(found)) == 20
+        assert write(count=16) == found[:16]
+        lengths = [len(tokenizer(text)["input_ids"]) for text in found]
+        assert max(lengths) <= 24 and all(text.startswith("<s>") for text in found)
+
+    def test_the_distribution_is_the_models(self):
+        """The first tokens written come as often as the softmax says: within 5 standard errors of 4,000 draws."""
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        with torch.no_grad():
+            expected = model(torch.tensor([[1]])).logits[0, -1].double().softmax(-1)
+        found = own_texts(model, tokenizer, count=4000, max_tokens=2)
+        second = torch.tensor([tokenizer(text)["input_ids"][1] for text in found])
+        observed = torch.bincount(second, minlength=len(expected)).double() / 4000
+        assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-3).all()
+
+    def test_the_same_for_any_number_of_processes(self, monkeypatch):
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        expected, found = own_texts(model, tokenizer, count=70, max_tokens=12), {}
+        for rank in range(3):
+            monkeypatch.setattr(
+                written_texts, "my_share", lambda keys, _, rank=rank: [key for key in keys if key % 3 == rank]
+            )
+            monkeypatch.setattr(written_texts, "merge_shares", lambda compute: found.update(compute()) or {**found, **dict.fromkeys(set(range(70)) - set(found), "")})  # fmt: skip
+            own_texts(model, tokenizer, count=70, max_tokens=12)
+        assert [found[i] for i in range(70)] == expected
+
+    def test_after_prompts(self):
+        found = own_texts(tiny_model(), chat_tokenizer(), count=5, max_tokens=30, prompts=["who", "what is"])
+        assert [text.startswith(("who", "what is")[i % 2]) for i, text in enumerate(found)] == [True] * 5
+
+    def test_prompts_that_leave_no_room(self):
+        with pytest.raises(UserError, match="every prompt is longer than half of max_length"):
+            own_texts(tiny_model(), tiny_tokenizer(), count=1, max_tokens=4, prompts=["a long prompt"])
+
+    def test_the_shipped_prompts_reach_the_model_as_questions(self):
+        count = sum(1 for line in PROMPTS.read_text().splitlines() if line and line[0] != "#")
+        for tokenizer, start in ((chat_tokenizer(), "<user>"), (tiny_tokenizer(), "Question: ")):
+            (source,) = calibration_sources(CalibrationSection(source="self"), tokenizer)
+            assert len(source.prompts) == count > 100 and all(text.startswith(start) for text in source.prompts)
+
+    def test_in_a_run(self, tmp_path):
+        recipe = str(make_world(tmp_path, calibration={"self": "data", "samples": 24, "max_length": 64}))
+        words = ["training.max_steps=1", "training.save_strategy=no", "eval.task=[]", "eval.retention=[]"]
+        assert main([recipe, "--method", "lora-null-v2", *words]) == 0
+        settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+        assert settings["calibration_windows"] == 24
+        told = "what the model writes after the prompts of the data: 24 windows"
+        assert settings["calibration_data"].startswith(told) and told in (tmp_path / "out" / "report.md").read_text()
+
+    def test_once_on_a_machine(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+        section = load_recipe(str(make_world(tmp_path))).model
+        (source,) = calibration_sources(CalibrationSection(self="bos"), tiny_tokenizer())
+
+        def written(**changes):
+            cache = changes.pop("cache", True)
+            cut = CalibrationArgs(**{"max_length": 24, "seed": 0} | changes)
+            with kept_texts.writer(section, section.name_or_path, tiny_tokenizer(), cut, cache) as write:
+                return write(source, 8)
+
+        first = written()
+        monkeypatch.setattr(kept_texts, "load_base", lambda *_: pytest.fail("the model was to write again"))
+        assert written() == first and "8 texts that the model wrote before" in capsys.readouterr().out
+        for other in ({"seed": 1}, {"max_length": 25}, {"cache": False}):
+            with pytest.raises(pytest.fail.Exception):
+                written(**other)
+
+    def test_rows_without_prompts(self):
+        with pytest.raises(UserError, match=r"calibration\.self: there are no prompts in data to write after"):
+            calibration_sources(CalibrationSection(self="data"), tiny_tokenizer())
+
+    def test_init_calibrates_on_the_mix_and_on_the_model(self, tmp_path, capsys):
+        make_world(tmp_path)
+        base = [
+            "init",
+            "--model",
+            str(tmp_path / "model"),
+            *["--dtype", "float32", "--rank", "4", "--samples", "8"],
+            "--out",
+        ]
+        assert command([*base, str(tmp_path / "a"), "--max-length", "64"]) == 0
+        assert command([*base, str(tmp_path / "b"), "--calibration", "self", "--max-length", "200"]) == 0
+        said = capsys.readouterr().out
+        assert "calibration: the general mix: 8 windows" in said and "after the shipped prompts: 8 windows" in said
+        assert command([*base, str(tmp_path / "c"), "--calibration", "self", "--low-memory"]) == 2

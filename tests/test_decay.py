@@ -1,0 +1,132 @@
+"""Weight decay on a residual base pulls to the start; an oracle of AdamW in numpy tells by how much."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_null_basis import adamw
+from test_trainer import make
+from tiny import tiny_model
+from transformers import TrainerCallback
+
+from lora_null import LoraNullConfig, UserError
+from lora_null.layer import adapted_layers, factors_of, residual_of
+from lora_null.trainer.decay import decays_to_start
+from lora_null.trainer.methods import make_method
+
+KINDS = {
+    "v1": LoraNullConfig(r=4, variant="v1", lora_alpha=8),
+    "nb": LoraNullConfig(r=4, variant="nb", start="residual", null_multiple=2),
+    "pissa": make_method("pissa").config(r=4, target_modules="all-linear"),
+    "v2": LoraNullConfig(r=4, variant="v2"),
+    "lora": LoraConfig(r=4, target_modules="all-linear"),
+}
+DECAYED = dict(weight_decay=0.3, lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=0.5, max_steps=5)
+DECAYED |= dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, save_strategy="steps", save_steps=3)
+
+
+class Record(TrainerCallback):
+    """Keeps the factors before the first step, and each step's clipped gradients and rate."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.before = {n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
+
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **_):
+        gradients = {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
+        self.steps.append((optimizer.param_groups[0]["lr"], gradients))
+
+
+def trainer_of(kind, folder, *, decay_to_start=None, **options):
+    method = make_method("pissa") if kind == "pissa" else None
+    return make(folder, KINDS[kind], method=method, model=tiny_model().double(), decay_to_start=decay_to_start,
+                **DECAYED | options)  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [None, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_is_adamws_with_decay_to_where_it_should_go(kind, asked, tmp_path):
+    trainer, record = trainer_of(kind, tmp_path, decay_to_start=asked), Record()
+    trainer.add_callback(record)
+    trainer.train()
+    ours, moments = {name: p.copy() for name, p in record.before.items()}, {}
+    to_start = kind in ("v1", "nb", "pissa") and asked is None
+    rates = set()
+    for step, (lr, gradients) in enumerate(record.steps, start=1):
+        rates.add(lr)
+        for name in ours:
+            ours[name] -= lr * 0.3 * (ours[name] - (record.before[name] if to_start else 0))
+        adamw(ours, gradients, moments, step, lr=lr, decay=0)
+        for module, layer in adapted_layers(trainer.model).items():
+            for basis in getattr(layer, "bases", {}).values():
+                A, N = ours[f"base_model.model.{module}.lora_A.default.weight"], basis.vectors.numpy()
+                A[:] = A @ N @ N.T
+    assert len(rates) == 5
+    for name, p in trainer.model.named_parameters():
+        if name in ours:
+            assert p.dtype == torch.float64
+            np.testing.assert_allclose(p.detach().numpy(), ours[name], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["v1", "nb"])
+def test_resumed_it_ends_in_the_same_bits(kind, tmp_path):
+    whole, resumed = trainer_of(kind, tmp_path / "1"), trainer_of(kind, tmp_path / "2")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_decay_alone_leads_back_to_the_original_model(tmp_path):
+    trainer = trainer_of("v1", tmp_path, learning_rate=1e-2, weight_decay=50.0, lr_scheduler_type="constant")
+    trainer._prepare(resuming=False)
+    trainer._prepared = True
+    layers = adapted_layers(trainer.model)
+    moved = {}
+    for name, layer in layers.items():
+        for factor in factors_of(layer):
+            factor.requires_grad_(True).register_hook(torch.zeros_like)
+        factors_of(layer)[0].data += 1
+        moved[name] = factors_of(layer)[0].detach() - residual_of(layer).A
+    trainer.train()
+    for name, layer in layers.items():  # five steps of a half
+        A = factors_of(layer)[0].detach()
+        torch.testing.assert_close(A - residual_of(layer).A, moved[name] / 32, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "kind, asked, options, message",
+    [
+        ("lora", True, {}, "no residual base to go back to; decay to zero is decay of the change"),
+        ("v2", True, {}, "no residual base"),
+        ("v1", True, {"weight_decay": 0.0}, "weight_decay is 0"),
+        ("v1", None, {"optim": "adafactor"}, "is defined for AdamW, not for adafactor"),
+    ],
+)
+def test_what_means_nothing_is_refused(kind, asked, options, message, tmp_path):
+    with pytest.raises(UserError, match=message) as refusal:
+        trainer_of(kind, tmp_path, decay_to_start=asked, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_deepspeed_is_refused(tmp_path):
+    trainer = trainer_of("v1", tmp_path)
+    with pytest.raises(UserError, match=r"DeepSpeed keeps weights of its own.*decay_to_start=False"):
+        decays_to_start(None, trainer.model, trainer.args, None, deepspeed=True)
+    assert not decays_to_start(False, trainer.model, trainer.args, None, deepspeed=True)
+
+
+def test_an_optimizer_of_ones_own(tmp_path):
+    model = get_peft_model(tiny_model(), KINDS["v1"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for optimizer, fits in ((torch.optim.AdamW(trained, weight_decay=0.1), True),
+                            (torch.optim.SGD(trained, weight_decay=0.1), False)):  # fmt: skip
+        options = dict(model=model, optimizers=(optimizer, None), weight_decay=0.0, save_strategy="no")
+        if not fits:
+            with pytest.raises(UserError, match="not for SGD"):
+                make(tmp_path, "none", **options)
+            continue
+        trainer = make(tmp_path, "none", **options)
+        assert "DecayToStart" in trainer.callback_handler.callback_list

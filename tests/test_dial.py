@@ -1,0 +1,181 @@
+"""One adapter at many strengths: in a run, by `lora-null dial`, and exported at one of them; also adapters made elsewhere."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from tiny import losses_over, random_batches, save_tiny
+from transformers import AutoModelForCausalLM
+from world import make_world
+
+from lora_null.__main__ import main
+from lora_null.recipes import run
+from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.commands import source
+
+PROBE = random_batches(count=1)[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dial")
+    words = ["training.save_strategy=no", "eval.strengths=[0.5,1]", "--method", "lora-null-v1"]
+    evaluation = "eval.retention=[{answers: facts, path: %s, limit: 24}]" % (folder / "facts.jsonl")
+    assert recipes([str(make_world(folder)), evaluation, *words]) == 0
+    elsewhere = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], alpha_pattern={"q_proj": 2}),
+    )
+    losses_over(elsewhere, random_batches(), steps=5)
+    elsewhere.save_pretrained(folder / "elsewhere")
+    return folder
+
+
+def points(folder):
+    return {p["strength"]: p["metrics"] for p in json.loads((folder / "dial" / "dial.json").read_text())["points"]}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**PROBE).logits
+
+
+def base(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
+def at_strength(folder, adapter, value):
+    """W0 + s·ΔW in float64, by merging what was saved."""
+    merged = PeftModel.from_pretrained(base(folder).double(), adapter).merge_and_unload()
+    plain = base(folder).double()
+    with torch.no_grad():
+        for weight, changed in zip(plain.parameters(), merged.parameters(), strict=True):
+            weight += value * (changed - weight)
+    return plain
+
+
+def test_a_run_measures_the_strengths_of_its_recipe(world):
+    found = points(world / "out" / "lora-null-v1")
+    rows = json.loads((world / "out" / "results.json").read_text())["rows"]
+    assert list(found) == [0.0, 0.5, 1.0]
+    assert found[0.0] == rows[0]["metrics"] and found[1.0] == rows[1]["metrics"]
+    assert 0 < found[0.5]["facts kl"]["value"] < found[1.0]["facts kl"]["value"]
+
+
+def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("the base was evaluated again"))
+    method = world / "out" / "lora-null-v1"
+    assert (
+        main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "100"])
+        == 0
+    )
+    told, found, before = capsys.readouterr().out, points(tmp_path), points(method)
+    assert list(found) == [0.0, 0.5, 1.0, 1.25] and "strength 1.25 keeps" in told
+    for strength, metrics in before.items():
+        for name, metric in metrics.items():
+            assert found[strength][name]["value"] == pytest.approx(metric["value"], rel=1e-4, abs=1e-7)
+    assert (tmp_path / "dial" / "dial.png").stat().st_size > 5000
+    assert "| 0.5 |" in (tmp_path / "dial" / "dial.md").read_text()
+
+
+@pytest.mark.parametrize("adapter", ["out/lora-null-v1", "elsewhere"])
+def test_exported_at_a_strength_in_every_form(world, tmp_path, adapter, capsys):
+    weights = world / adapter / "adapter" if adapter.startswith("out") else world / adapter
+    expected = logits(at_strength(world, weights, 0.7))
+    assert main(["export", str(world / adapter), "--out", str(tmp_path / "a"), "--strength", "0.7"]) == 0
+    assert "Strength 0.7" in capsys.readouterr().out
+    assert (logits(PeftModel.from_pretrained(base(world), tmp_path / "a")) - expected).abs().max() < 1e-4
+    assert "Strength 0.7" in (tmp_path / "a" / "README.md").read_text()
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["strength"] == "0.7"
+    words = ["--strength", "0.7", "--form", "merged"]
+    assert main(["export", str(world / adapter), "--out", str(tmp_path / "m"), *words]) == 0
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")) - expected).abs().max() < 1e-4
+
+
+def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
+    """Made elsewhere: measured on a file of questions, written at the largest strength that forgets no more."""
+    files = ["--keep", str(world / "facts.jsonl"), "--learn", str(world / "numbers.jsonl")]
+    assert (
+        main(["dial", str(world / "elsewhere"), *files, "--out", str(tmp_path), "--strengths", "1", "--limit", "24"])
+        == 0
+    )
+    forgot = points(tmp_path)[1.0]["facts kl"]["value"]
+    at_most = forgot / 4
+    words = ["--out", str(tmp_path / "a"), "--max-forgetting", str(at_most), *files]
+    assert main(["export", str(world / "elsewhere"), *words]) == 0
+    assert "rows that no probe used" in capsys.readouterr().out
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        assert 0.2 < float(file.metadata()["strength"]) < 0.8
+    assert (
+        main(
+            [
+                "dial",
+                str(tmp_path / "a"),
+                *files,
+                "--out",
+                str(tmp_path / "again"),
+                "--strengths",
+                "1",
+                "--limit",
+                "24",
+            ]
+        )
+        == 0
+    )
+    assert points(tmp_path / "again")[1.0]["facts kl"]["value"] < 1.5 * at_most
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{world}/elsewhere"], "nothing says what to measure; --keep"),
+        (["{world}/elsewhere", "--keep", "{world}/none.jsonl"], "--keep: no file or folder"),
+        (["{world}/out/lora-null-v1", "--strengths", "0.5,half"], "--strengths: 'half' is not a number"),
+        (["{world}/out/lora-null-v1", "--strengths", "-1"], "a strength is a number from 0 (the base) to 2"),
+        (["{world}/out/lora-null-v1", "--strengths", "nan"], "a strength is a number from 0 (the base) to 2"),
+        (["{world}/out/lora-null-v1", "--base", "{other}"], "trained on another base than"),
+        (["{world}/elsewhere", "--base", "{wide}", "--keep", "{world}/facts.jsonl"], "made for another base than"),
+        (["{world}/out"], "a run; give one of its methods"),
+        (["{world}/nowhere"], "no such folder"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
+    for module in (run, source):
+        monkeypatch.setattr(module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    places = {
+        "world": world,
+        "other": save_tiny(tmp_path / "other", seed=1),
+        "wide": save_tiny(tmp_path / "wide", hidden_size=64),
+    }
+    capsys.readouterr()
+    assert main(["dial", *(word.format(**places) for word in words)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1] and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--strength", "0.5", "--max-forgetting", "0.1"], "give one of the two"),
+        (["--strength", "0"], "at 0 there is nothing to export"),
+        (["--strength", "3"], "a strength is a number from 0"),
+        (["--max-forgetting", "0"], "must be a number above 0"),
+        (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
+        (["--max-forgetting", "1e-6"], "leaves nothing of the adapter"),
+    ],
+)
+def test_mistakes_of_an_export(world, tmp_path, capsys, words, message):
+    assert main(["export", str(world / "out" / "lora-null-v1"), "--out", str(tmp_path / "x"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, capsys):
+    shutil.copytree(world / "elsewhere", tmp_path / "dora")
+    config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
+    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert main(["dial", str(tmp_path / "dora"), "--keep", str(world / "facts.jsonl")]) == 2
+    assert "not linear in a strength" in capsys.readouterr().err

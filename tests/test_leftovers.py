@@ -1,0 +1,191 @@
+"""What a run leaves behind and how one goes on with it: cards, Ctrl-C, --resume, keys that are meant, every TRL field."""
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_interruptions import CPU
+from trl import DPOConfig, SFTConfig
+from world import make_world
+
+from lora_null.recipes import environment, run
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
+from lora_null.trainer.checkpoints import is_whole
+from lora_null.utils.errors import UserError
+
+ALREADY = {"bf16": False, "report_to": "none", "use_cpu": True, "gradient_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([str(make_world(folder)), "--method", "lora"]) == 0
+    return folder
+
+
+def line_of(capsys, *words):
+    assert main(list(words)) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_every_folder_holds_our_card(finished):
+    method = finished / "out" / "lora"
+    cards = sorted(str(path.relative_to(method)) for path in method.rglob("README.md"))
+    assert cards == ["README.md", "adapter/README.md", "checkpoint-2/README.md", "checkpoint-4/README.md"]
+    for card in cards:
+        text = (method / card).read_text()
+        assert text.startswith("---\n") and "fine-tuned with LoRA by lora-null" in text and "numbers.jsonl" in text
+        assert "| None" not in text and "[More Information Needed]" not in text
+        assert ("What it learned and what it kept" in text) == (not card.startswith("checkpoint"))
+    assert "--resume` goes on" in (method / "checkpoint-2" / "README.md").read_text()
+    assert is_whole(method / "checkpoint-4")
+
+
+def test_ctrl_c_ends_in_two_lines_and_the_second_one_goes_on(tmp_path):
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    words = ["training.max_steps=5000", "training.save_steps=100000", "training.learning_rate=1e-4"]
+    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CPU)
+    log = tmp_path / "out" / "lora" / "train_log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in stderr
+    kept, goes_on = (line for line in stderr.splitlines() if line.startswith(("stopped; kept", "go on with: ")))
+    assert "lora to step" in kept and "the base's evaluation" in kept
+    assert goes_on == f"go on with: lora-null train {tmp_path / 'out' / 'recipe.yaml'} --resume"
+    assert main([*goes_on.split()[5:], "--dry-run"]) == 0
+
+
+def test_the_recipe_that_a_run_left_goes_on_wherever_the_folder_is(finished, tmp_path, capsys):
+    shutil.copytree(finished / "out", tmp_path / "elsewhere" / "out")
+    moved = tmp_path / "elsewhere" / "out"
+    for path in (moved / "report.html", moved / "lora" / "row.json"):
+        path.unlink()
+    before = (moved / "lora" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main([str(moved / "recipe.yaml"), "--resume"]) == 0
+    assert (moved / "report.html").is_file()
+    assert (moved / "lora" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_resume_names_what_differs(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "out" / "recipe.yaml", out)
+    words = ["--method", "lora", "--output-dir", str(out), "--resume"]
+    line = line_of(capsys, str(finished / "tiny.yaml"), *words, "training.learning_rate=1", "seed=3", "eval.limit=2")
+    assert "training.learning_rate was 0.01 and is 1; eval.limit was null and is 2; seed was 0 and is 3" in line
+    assert f"`lora-null train {out / 'recipe.yaml'} --resume`" in line
+
+
+MEANT = {
+    "lr=1": "training.learning_rate",
+    "training.lr=1": "training.learning_rate",
+    "training.epochs=2": "training.num_train_epochs",
+    "batch_size=4": "training.total_batch_size",
+    "training.max_seq_length=8": "training.max_length",
+    "lora_alpha=3": "method.alpha",
+    "method.r=3": "method.rank",
+    "learning_rate=1": "training.learning_rate",
+    "model.quantizatoin=nf4": "quantization",
+    "data.limt=3": "limit",
+}
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_keys_of_other_tools_are_understood(word, capsys):
+    assert f"(did you mean {MEANT[word]!r}?)" in line_of(capsys, "quickstart", word)
+
+
+@pytest.mark.parametrize("word", ["training.xyzzy=1", "xyzzy=1", "method.xyzzy=1"])
+def test_no_line_lists_every_key(word, capsys):
+    assert len(line_of(capsys, "quickstart", word)) < 250
+    assert "'lr' cannot be swept (did you mean 'training.learning_rate'?)" in line_of(
+        capsys, "quickstart", "--sweep", "lr=1,2"
+    )
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig])
+def test_every_field_of_trl_is_taken_or_refused_with_a_reason(kind, tmp_path):
+    """Each field at its own default reaches the trainer's configuration; what is refused stands in the README."""
+    trainer = {SFTConfig: "sft", DPOConfig: "dpo"}[kind]
+    default = kind(output_dir=str(tmp_path), **ALREADY)
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(kind) if f.init}
+    readme = (Path(environment.__file__).parent / "README.md").read_text()
+    recipe = load_recipe("quickstart", [f"trainer={trainer}"])
+    assert fields.keys() - REFUSED.keys() <= training_keys(trainer)
+    assert all(f"`{name}`" in readme for name in REFUSED)
+    for name, value in fields.items():
+        given = recipe.model_dump() | {"training": {**ALREADY, name: value}}
+        if name in REFUSED:
+            given["training"][name] = "anything"
+            with pytest.raises(UserError, match=f"training.{name} (is|has)"):
+                parse_recipe(given, "x")
+            continue
+        parsed = parse_recipe(given, "x")
+        if name in ("eos_token", "pad_token"):
+            assert getattr(parsed.model, name) == value
+            continue
+        made = getattr(run.training_arguments(parsed, tmp_path), name)
+        assert made == value or name in ("accelerator_config", "local_rank", "report_to")
+
+
+@pytest.mark.parametrize(
+    "words, steps",
+    [
+        ([], 1),
+        (["training.gradient_accumulation_steps=3"], 3),
+        (["training.total_batch_size=8"], 2),
+        (["training.gradient_accumulation_steps=2", "training.total_batch_size=8"], 2),
+    ],
+)
+def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
+    assert run.training_arguments(load_recipe("quickstart", words), tmp_path).gradient_accumulation_steps == steps
+
+
+def test_the_batch_of_a_file_gives_way_to_the_other_one_laid_over_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("include: quickstart\ntraining: {gradient_accumulation_steps: 5}\n")
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert "total_batch_size" not in recipe.training
+    assert run.training_arguments(recipe, tmp_path).gradient_accumulation_steps == 5
+    again = load_recipe(str(tmp_path / "mine.yaml"), ["training.total_batch_size=4"])
+    assert run.training_arguments(again, tmp_path).gradient_accumulation_steps == 1
+
+
+def test_the_models_tokens_may_be_given_as_trl_calls_them():
+    recipe = load_recipe("quickstart", ["training.eos_token=<|im_end|>", "training.pad_token=<pad>"])
+    assert (recipe.model.eos_token, recipe.model.pad_token) == ("<|im_end|>", "<pad>")
+    assert not {"eos_token", "pad_token"} & recipe.training.keys()
+    with pytest.raises(UserError, match=r"'a' is not model\.eos_token"):
+        load_recipe("quickstart", ["training.eos_token=a", "model.eos_token=b"])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_what_the_processor_computes(native, monkeypatch, capsys, tmp_path):
+    if torch.accelerator.is_available():
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    found = {"avx2": True, "avx512_bf16": native, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    recipe = load_recipe("quickstart", ["model.dtype=auto", "eval.bf16=auto"])
+    assert recipe.training["bf16"] == "auto" and run.training_arguments(recipe, tmp_path).bf16 is native
+    environment.choose_precision(recipe)
+    assert recipe.training["bf16"] is recipe.eval.bf16 is native
+    assert recipe.model.dtype == ("bfloat16" if native else "float32")
+    line = capsys.readouterr().out
+    assert line.startswith("precision   bf16: this processor has bf16" if native else "precision   float32: this pro")
+
+
+def test_auto_asks_a_gpu_itself(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert environment.computes_bf16() is native

@@ -1,0 +1,186 @@
+"""`lora-null new`: from a file of data to a recipe that passes --dry-run, shows its rows and trains."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from chats import THINKING, assistant, call, chat_tokenizer, system, tool, user
+from tiny import save_tiny
+from world import write_rows
+
+from lora_null.recipes.commands import main, new
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.models import bases
+
+
+def sharegpt(i):
+    return [{"from": "human", "value": f"what is {i}"}, {"from": "gpt", "value": f"it is {i}"}]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+KINDS = {  # name → (row by number, format, keys of `data`, held-out rows asked for by)
+    "messages": (lambda i: {"messages": [system("S"), user(f"q {i}"), assistant("a")]}, "messages", {"messages": "messages", "template": "chat"}, "messages"),
+    "sharegpt": (lambda i: {"id": i, "conversations": sharegpt(i)}, "ShareGPT conversations", {"messages": "conversations"}, "messages"),
+    "tools": (lambda i: {"messages": [user(f"{i}?"), call(), tool("2"), assistant("2")], "tools": [TOOL]}, "messages", {"messages": "messages"}, "messages"),
+    "system": (lambda i: {"system": "Be kind." * (i % 2), "prompt": f"q {i}", "completion": "a"}, "prompt and completion, with system texts", {"prompt": "prompt", "response": "completion", "system": "system"}, "prompt"),
+    "alpaca": (lambda i: {"instruction": f"do {i}", "input": "x" * (i % 2), "output": "done"}, "instruction, input and output", {"prompt": "{instruction}\n\n{input}", "response": "output"}, "prompt"),
+    "answers": (lambda i: {"id": i, "question": f"who {i}", "answer": [f"k{i}", "other"]}, "question and answer", {"prompt": "question", "response": "answer"}, "prompt"),
+    "pairs": (lambda i: {"prompt": f"q {i}", "chosen": "good", "rejected": "bad"}, "preference pairs", {"prompt": "prompt", "response": "chosen", "rejected": "rejected"}, "preferences"),
+    "pairs of messages": (lambda i: {"chosen": [user(f"q {i}"), assistant("good")], "rejected": [user(f"q {i}"), assistant("bad")]}, "preference pairs", {"prompt": None, "response": "chosen"}, "preferences"),
+    "text": (lambda i: {"text": f"the mill of town {i} was built long ago"}, "plain text", {"text": "text", "template": "plain"}, None),
+}  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_null.recipes.run.load_base", lambda *_: pytest.fail("weights were loaded"))
+    save_tiny(Path("model"))
+    chat_tokenizer().save_pretrained("model")
+    return tmp_path
+
+
+def make(*words, data="rows.jsonl", code=0):
+    assert main(["new", "--model", "model", "--data", data, *words]) == code
+    return load_recipe("rows.yaml") if not code else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format(world, capsys, kind):
+    row, name, keys, asked = KINDS[kind]
+    write_rows(Path("rows.jsonl"), map(row, range(80)))
+    recipe = make()
+    said = capsys.readouterr().out
+    assert (
+        f"rows.jsonl: 80 rows, {name}\n" in said
+        and "row 2" in said
+        and "⟦" in said
+        and "lora-null train rows.yaml" in said
+    )
+    assert {key: getattr(recipe.data, key) for key in keys} == keys
+    assert recipe.data.limit == (72 if asked else None) and recipe.training["logging_steps"] == 0.01
+    assert recipe.trainer == ("dpo" if "pairs" in kind else "sft")
+    assert recipe.calibration.source == "general" and len(recipe.eval.retention) == 4
+    if asked is None:
+        assert recipe.eval.task == []
+    else:
+        (entry,) = recipe.eval.task
+        assert getattr(entry, asked) and entry.offset == 72
+    assert main(["train", "rows.yaml", "--dry-run"]) == 0
+
+
+CUT = {"comma": ("rows.csv", ","), "semicolon": ("rows.csv", ";"), "bar": ("rows.csv", "|"), "tab": ("rows.tsv", "\t")}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_delimiters(world, kind):
+    name, mark = CUT[kind]
+    Path(name).write_text(f"Frage{mark}Antwort\n" + "".join(f'"was ist {i}?"{mark}{i}x\n' for i in range(50)))
+    recipe = make(data=name)
+    assert (recipe.data.prompt, recipe.data.response, recipe.data.limit) == ("Frage", "Antwort", 45)
+
+
+def test_parquet_arrays_texts_and_folders(world):
+    rows = [KINDS["messages"][0](i) for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "rows.parquet")
+    assert make(data="rows.parquet").data.messages == "messages"
+    Path("rows.yaml").unlink()
+    Path("rows.json").write_text(json.dumps(rows))
+    recipe = make(data="rows.json")
+    assert recipe.data.messages == "messages" and recipe.data.limit is None and recipe.eval.task == []
+    Path("rows.yaml").unlink()
+    Path("rows").mkdir()
+    for i in range(45):
+        Path(f"rows/{i}.md").write_text(f"# Town {i}\n\n" + "The mill was built in 1832. " * 5)
+    recipe = make(data="rows")
+    assert (recipe.data.text, recipe.data.limit) == ("text", 41)
+    assert (recipe.eval.task[0].prompt, recipe.eval.task[0].response) == ("beginning", "ending")
+
+
+def test_what_to_keep(world):
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
+    write_rows(Path("facts.jsonl"), map(KINDS["answers"][0], range(100)))
+    recipe = make("--keep", "facts.jsonl")
+    own, general = recipe.calibration.sources
+    assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 90, "general")
+    kept = recipe.eval.retention[0]
+    assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == ("kept", "facts.jsonl", 90, 10, "chat")
+
+
+def test_lengths_and_batch(world, capsys):
+    write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a" * (300 if i == 7 else 40)} for i in range(200)])
+    recipe = make()
+    assert recipe.training["max_length"] == 64 and "cuts 1 of 200" in capsys.readouterr().out
+    assert recipe.training["total_batch_size"] % recipe.training["per_device_train_batch_size"] == 0
+    steps = 180 * recipe.training["num_train_epochs"] / recipe.training["total_batch_size"]
+    assert steps >= 60 and recipe.method.rank == 4
+
+
+def test_memory_decides_batch_and_checkpointing(world, monkeypatch, capsys):
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(600)))
+    assert make().training["gradient_checkpointing"] is False
+    Path("rows.yaml").unlink()
+    monkeypatch.setattr(new, "_machine", lambda: new.Machine("a small one", 2**17, False, True))
+    training = make().training
+    assert training["per_device_train_batch_size"] == 1 and training["gradient_checkpointing"] and training["bf16"]
+    assert "that is too little" in capsys.readouterr().out
+
+
+def test_a_model_without_chat_template(world):
+    save_tiny(Path("model"))
+    Path("model/chat_template.jinja").unlink()
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(50)))
+    assert make().data.template == "alpaca" and main(["train", "rows.yaml", "--dry-run"]) == 0
+
+
+def test_bad_rows_and_thoughts(world, capsys):
+    chat_tokenizer(THINKING).save_pretrained("model")
+    thought = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>d")]
+    write_rows(Path("rows.jsonl"), [{"messages": thought}] * 49 + [{"messages": [user("a")]}])
+    recipe = make()
+    assert recipe.data.thinking == "drop" and recipe.data.on_bad_row == "skip"
+    assert "1 a conversation without a turn of the assistant to learn (row 50)" in capsys.readouterr().out
+
+
+def test_it_trains(world, monkeypatch, capsys):
+    monkeypatch.setattr("lora_null.recipes.run.load_base", bases.load_base)
+    monkeypatch.chdir(world)
+    Path("notes").mkdir()
+    for i in range(40):
+        Path(f"notes/{i}.txt").write_text(f"Mill {i}. " + "The mill was built in 1832 and it burned. " * 3)
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(60)))
+    assert main(["new", "--model", "model", "--data", "rows.jsonl", "--keep", "notes", "--out", "deep/mine.yaml"]) == 0
+    words = ["training.max_steps=2", "eval.limit=2", "calibration.samples=32", "eval.cache=false"]
+    assert main(["train", "deep/mine.yaml", *words]) == 0
+    results = json.loads(Path("runs/mine/results.json").read_text())
+    assert {"kept kl", "facts kl", "code kl", "learned nll"} <= set(results["rows"][-1]["metrics"])
+    assert "notes: 24 windows" in results["settings"]["calibration_data"].replace("deep/../", "").replace("../", "")
+
+
+MISTAKES = {
+    "no file": (["--data", "nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
+    "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "keep.path: no file or folder ./nowhere"),
+    "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "model.name_or_path: no folder ./nowhere"),
+    "no format": (["--data", "odd.jsonl"], "--data: the fields a, b, c are no conversation"),
+    "no rows": (["--data", "bad.jsonl"], "2 no complete JSON (rows 1, 2)"),
+    "no good row": (["--data", "empty.jsonl"], "1 an empty turn of the user (row 1)"),
+    "there already": (["--data", "rows.jsonl", "--out", "there.yaml"], "--out: there.yaml exists already"),
+    "no YAML": (["--data", "rows.jsonl", "--out", "there.json"], "--out: there.json is no YAML file"),
+    "no option": (["--dta", "rows.jsonl"], "no option '--dta' (did you mean '--data'?)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_one_line(world, capsys, mistake):
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(5)))
+    write_rows(Path("odd.jsonl"), [{"a": 1, "b": 2, "c": 3}])
+    Path("bad.jsonl").write_text("{broken\n{too\n")
+    write_rows(Path("empty.jsonl"), [{"messages": [user(""), assistant("b")]}])
+    Path("there.yaml").write_text("")
+    words, message = MISTAKES[mistake]
+    before = set(Path().iterdir())
+    assert main(["new", "--model", "model", *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and lines[-1].startswith("error: ") and set(Path().iterdir()) == before

@@ -1,0 +1,143 @@
+"""Evaluations of one's own: task files, groups, Python classes, and a bare file of questions."""
+
+import json
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from world import make_world, write_rows
+
+from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness.documents import FILE_KINDS
+from lora_null.recipes import run
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import DATA_FILES
+from lora_null.recipes.evaluations import eval_tasks
+from lora_null.utils.errors import UserError
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: "{{{{answer}}}}"
+output_type: {kind}
+metric_list: [{{metric: {metric}}}]
+"""
+CODE = """
+import json
+import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask, Task
+
+
+class Configured(ConfigurableTask):
+    VERSION = 1
+    DATASET_PATH = "none"
+
+    def __init__(self, config=None):
+        super().__init__(config={"metadata": {"version": 1}})
+
+    def download(self, *_, **__):
+        rows = [{"question": f"q{i}", "answer": "x"} for i in range(3)]
+        self.dataset = {"test": datasets.Dataset.from_list(rows)}
+
+    def has_training_docs(self): return False
+    def has_validation_docs(self): return False
+    def has_test_docs(self): return True
+    def test_docs(self): return self.dataset["test"]
+    def doc_to_text(self, doc): return doc["question"]
+    def doc_to_target(self, doc): return " " + doc["answer"]
+    def construct_requests(self, doc, ctx, **kwargs):
+        kwargs.pop("apply_chat_template", None), kwargs.pop("chat_template", None)
+        return [Instance(request_type="loglikelihood", doc=doc, arguments=(ctx, self.doc_to_target(doc)), idx=0, **kwargs)]
+    def process_results(self, doc, results): return {"ll": results[0][0]}
+    def aggregation(self): return {"ll": mean}
+    def higher_is_better(self): return {"ll": True}
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    make_world(folder)
+    data = write_rows(folder / "mine.jsonl", [{"question": f"q{i}", "answer": "x"} for i in range(6)])
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    for name, kind, metric in (("mine_lls", "loglikelihood", "acc"), ("mine_gen", "generate_until", "exact_match")):
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, metric=metric))
+    (tasks / "group.yaml").write_text("group: mine_all\ntask: [mine_lls, mine_gen]\n")
+    (tasks / "code.py").write_text(CODE)
+    (tasks / "class.yaml").write_text("task: mine_class\nclass: !function code.Configured\n")
+    (tasks / "empty.yaml").write_text("nothing: here\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mine_lls", "mine_all", "mine_class"])
+def test_tasks_of_a_folder_run(own, name):
+    found = evaluate(tiny_model(), tiny_tokenizer(), [LmEvalTask(name, include_path=str(own / "tasks"))], limit=3)
+    names = {"mine_lls": {"mine_lls"}, "mine_all": {"mine_lls", "mine_gen"}, "mine_class": {"mine_class"}}
+    assert found.metrics.keys() == names[name]
+    assert all(metric.n == 3 for metric in found.metrics.values())
+
+
+def test_a_recipe_names_them_by_folder_or_by_file(own):
+    words = [f"eval.include_path={own}/tasks", f"eval.task=[mine_all, {own}/tasks/class.yaml]", "eval.retention="]
+    recipe = load_recipe(str(own / "tiny.yaml"), words)
+    tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    assert [(task.key, task.task) for task in tasks] == [("mine_all", "mine_all"), ("mine_class", "mine_class")]
+    assert run.validate_tasks(tasks)
+
+
+def test_paths_beside_the_recipe(own):
+    (own / "beside.yaml").write_text(
+        "include: tiny.yaml\neval: {include_path: tasks, task: [tasks/mine_lls.yaml], retention: [mine.jsonl]}\n"
+    )
+    recipe = load_recipe(str(own / "beside.yaml"))
+    assert recipe.eval.include_path == str(own / "tasks") and recipe.eval.task[0].task == f"{own}/tasks/mine_lls.yaml"
+    (task,) = eval_tasks(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"task": []})}),
+                         tiny_tokenizer(), max_length=None)  # fmt: skip
+    assert task.key == "mine" and task.kl and len(task.pairs) == 6
+
+
+@pytest.mark.parametrize("fields", [("prompt", "completion"), ("instruction", "output"), ("query", "response")])
+def test_a_bare_file_of_questions_is_an_entry(own, fields):
+    path = write_rows(own / f"{fields[0]}.jsonl", [dict(zip(fields, (f"ask {i}", f"say {i}"))) for i in range(3)])
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
+    (task,) = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    assert task.key == fields[0] and task.pairs[1] == ("Question: ask 1\nAnswer:", " say 1")
+
+
+def test_the_kinds_of_files_are_those_that_are_read():
+    assert set(DATA_FILES) == set(FILE_KINDS)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["eval.task=[mine_lsl]", "eval.include_path={0}/tasks"], "unknown lm-eval task 'mine_lsl' (did you mean 'mine_lls'"),
+        (["eval.task=[{0}/tasks/nothing.yaml]"], "no task file"),
+        (["eval.task=[{0}/tasks/empty.yaml]"], "empty.yaml holds no task of lm-eval"),
+        (["eval.include_path={0}/nowhere", "eval.task=[mine_lls]"], "eval.include_path: no folder"),
+        (["eval.retention=[{0}/strange.jsonl]"], "has no question and answer under a usual name (its fields: foo)"),
+        (["eval.task=[{0}/broken/broken.yaml]"], "broken': its hub data set cannot be read (Unable to find '/nowhere.jsonl')"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_them(own, capsys, words, message):
+    write_rows(own / "strange.jsonl", [{"foo": "bar"}])
+    (own / "broken").mkdir(exist_ok=True)
+    text = TASK.format(name="broken", data="/nowhere.jsonl", kind="loglikelihood", metric="acc")
+    (own / "broken" / "broken.yaml").write_text(text)
+    assert main([str(own / "tiny.yaml"), "--dry-run", *(word.format(own) for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_task_file_with_a_wrong_field_is_refused_with_its_name(own):
+    text = TASK.format(name="wrong", data=own / "mine.jsonl", kind="loglikelihood", metric="acc")
+    (own / "wrong").mkdir(exist_ok=True)
+    (own / "wrong" / "w.yaml").write_text(text.replace("{{answer}}", "{{answer.nothing.more}}"))
+    with pytest.raises(UserError, match="wrong"):
+        run.validate_tasks([LmEvalTask("wrong", include_path=str(own / "wrong"))])
+    assert json.loads((own / "mine.jsonl").read_text().splitlines()[0])["answer"] == "x"

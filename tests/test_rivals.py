@@ -1,0 +1,496 @@
+"""Methods that others offer against forgetting: their starts and penalties against float64 oracles, and where they are refused."""
+
+import json
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from test_methods import CUT, ROWS, TEXTS, factors, make, started
+from tiny import tiny_model, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl import DPOConfig
+from world import make_world
+
+from lora_null import UserError
+from lora_null.layer import adapted_layers
+from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.models.quantization import check_pairs
+from lora_null.trainer import LoraNullDPOTrainer
+from lora_null.trainer.methods import METHODS, MicroBatch, make_method
+
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": [f"Q: {i}+{i}\nA:" for i in range(16)],
+        "chosen": [f" {2 * i} is it" for i in range(16)],
+        "rejected": [f" {3 * i} or so" for i in range(16)],
+    }
+)
+NAMES = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora")
+
+
+def one_by_one(texts):
+    ids = [tiny_tokenizer()(text)["input_ids"] for text in texts]
+    return [{"input_ids": torch.tensor([i]), "attention_mask": torch.ones(1, len(i), dtype=torch.long)} for i in ids]
+
+
+def gradients(trainer, **inputs):
+    """Return the loss of one pass as the trainer computes it, and its gradients."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = inputs.pop("passes", 1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    loss = trainer.compute_loss(trainer.model, batch, **inputs)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    return loss.item(), found
+
+
+def perturbed(trainer):
+    """Let the adapter do something: B is 0 at the start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return trainer
+
+
+# --- SC-LoRA ---
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.8])
+def test_sc_lora_starts_in_the_outputs_of_the_task_and_not_of_the_knowledge(tmp_path, beta):
+    trainer = started(tmp_path, "sc-lora", options={"beta": beta, "rows": 20})
+    layers = adapted_layers(trainer.model)
+    task = [{"input_ids": torch.tensor([row["input_ids"]])} for row in trainer.train_dataset.select(range(20))]
+    task = [batch | {"attention_mask": torch.ones_like(batch["input_ids"])} for batch in task]
+    inputs = [oracle.capture_inputs(tiny_model(), layers, batches) for batches in (one_by_one(TEXTS), task)]
+    for key in layers:
+        W = tiny_model().get_submodule(key).weight.detach().double().numpy()
+        kept, new = (W @ (X[key] @ X[key].T / X[key].shape[1]) @ W.T for X in inputs)
+        values, vectors = np.linalg.eigh((1 - beta) * new - beta * kept)
+        Q = vectors[:, -4:]
+        A, B, s = factors(trainer, key)
+        gap = (values[-4] - values[-5]) / np.abs(values).max()
+        np.testing.assert_allclose(s * B @ B.T, Q @ Q.T, atol=1e-5 / gap)
+        np.testing.assert_allclose(s * B @ A, Q @ Q.T @ W, atol=1e-5 / gap)
+        np.testing.assert_allclose(A, B.T @ W, atol=1e-5)  # both with √s divided out
+        base = layers[key].get_base_layer().weight.detach().double().numpy()
+        np.testing.assert_allclose(base + s * B @ A, W, atol=1e-6)
+
+
+def test_sc_lora_measures_a_model_that_is_no_chain_of_layers_as_a_whole(tmp_path, monkeypatch):
+    from lora_null.layerwise import DoesNotFit
+    from lora_null.trainer.methods import sc_lora
+
+    walked = started(tmp_path / "a", "sc-lora", options={"rows": 8})
+    monkeypatch.setattr(sc_lora, "walk_layers", lambda *_, **__: (_ for _ in ()).throw(DoesNotFit("no chain")))
+    whole = make(tmp_path / "b", "sc-lora", options={"rows": 8})
+    tensors = whole.method.compute(whole, whole.method.training_batches(whole))
+    for name, layer in adapted_layers(walked.model).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"], B @ A, atol=1e-4, rtol=1e-3)
+
+
+# --- terms of the loss ---
+
+
+def anchor_oracle(trainer, rows, weight):
+    """The mean KL a token of the rows, one at a time in float64, and what it adds to the gradients."""
+    model = trainer.model.double()
+    total, tokens = 0.0, sum(map(len, rows))
+    for row in rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            p = tiny_model().double()(ids).logits[0].softmax(-1)
+        q = model(ids).logits[0].softmax(-1)
+        total = total + (p * (p.log() - q.log())).sum() / tokens
+    (weight * total).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.float()
+    return total.item(), found
+
+
+def penalty_oracle(trainer, weight):
+    """λ/2·(‖AP‖² + ‖QᵀB‖²) and its gradients λ A P Pᵀ and λ Q Qᵀ B, from the method's own P and Q."""
+    total, found = 0.0, {}
+    for name, (P, Q) in trainer.method.bases.items():
+        P, Q = P.double(), Q.double()
+        for basis in (P, Q):
+            torch.testing.assert_close(
+                basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5, rtol=0
+            )
+        layer = adapted_layers(trainer.model)[name]
+        A, B = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
+        total += 0.5 * torch.trace(A @ P @ P.T @ A.T) + 0.5 * torch.trace(B.T @ Q @ Q.T @ B)
+        found[f"base_model.model.{name}.lora_A.default.weight"] = weight * A @ P @ P.T
+        found[f"base_model.model.{name}.lora_B.default.weight"] = weight * Q @ Q.T @ B
+    return float(total), found
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name", ["kl-anchor", "clora"])
+def test_a_term_is_added_once_a_step_whatever_its_passes(tmp_path, name, passes):
+    """The sum over the passes of a step, and its gradients, against the plain loss and a float64 oracle."""
+    options = {
+        "kl-anchor": {"weight": 0.7, "batch_rows": 5, "tokens": 20, "every": 1},
+        "clora": {"weight": 0.7, "k": 6},
+    }[name]
+    trainer = perturbed(started(tmp_path, name, options=options))
+    terms, trainer.method.terms = trainer.method.terms, ()
+    plain, plain_gradients = gradients(trainer, num_items_in_batch=100)
+    trainer.method.terms = terms
+    losses, summed = 0.0, {}
+    for _ in range(passes):
+        loss, found = gradients(trainer, num_items_in_batch=100, passes=passes)
+        losses += loss - plain
+        summed = {key: summed.get(key, 0) + value - plain_gradients[key] for key, value in found.items()}
+    wanted, exact = (
+        anchor_oracle(trainer, trainer.method.rows_at(0), 0.7) if name == "kl-anchor" else penalty_oracle(trainer, 0.7)
+    )
+    assert wanted > 0 and losses == pytest.approx(0.7 * wanted, rel=1e-4)
+    for key, gradient in exact.items():
+        torch.testing.assert_close(
+            summed[key].double(), gradient, rtol=1e-3, atol=1e-5 * (1 + gradient.abs().max().item())
+        )
+    assert trainer._logged_terms()[terms[0]] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_trainer_that_divides_by_the_passes_does_not_divide_the_term(tmp_path):
+    trainer = perturbed(started(tmp_path, "clora"))
+    trainer.loss_is_scaled_for_ga = False
+    trainer.current_gradient_accumulation_steps = 4
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    trainer.model.train()
+    first, second = (trainer.compute_loss(trainer.model, dict(batch)) for _ in range(2))
+    assert (first - second).item() == pytest.approx(4 * penalty_oracle(trainer, 1.0)[0], rel=1e-4)
+    trainer.model.eval()  # an evaluation's loss is the data's alone
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(second.item(), rel=1e-5)
+
+
+def test_the_anchor_s_texts_follow_each_other_and_enter_every_mth_step(tmp_path):
+    trainer = started(tmp_path, "kl-anchor", options={"every": 3, "batch_rows": 10, "weight": 2.0, "tokens": 7})
+    method = trainer.method
+    assert sorted(map(tuple, method.windows)) == sorted(
+        tuple(tiny_tokenizer()(text)["input_ids"][:7]) for text in TEXTS
+    )
+    seen = [row for step in range(0, 21, 3) for row in method.rows_at(step)]
+    assert seen[:64] == method.windows and seen[64:] == method.windows[:6]
+    trainer.model.train()
+    found = [method.extra_loss(trainer, trainer.model, MicroBatch(step, 0, 1)) for step in range(4)]
+    assert [bool(terms) for terms in found] == [True, False, False, True]
+    assert found[0]["anchor_kl"].weight == 6.0 and found[0]["anchor_kl"].value.item() == pytest.approx(0, abs=1e-6)
+    more = make_method("kl-anchor", {"batch_rows": 100})
+    more.windows = [[1], [2, 3]]
+    assert more.rows_at(0) == [[1], [2, 3]]  # each once
+
+
+@pytest.mark.parametrize(("world", "passes"), [(2, 1), (3, 2), (8, 1), (2, 4)])
+def test_the_anchor_s_texts_are_shared_out_among_processes_and_passes(tmp_path, monkeypatch, world, passes):
+    """The mean over the processes of what they add up to over the passes is what one process finds, 5 texts a step."""
+    trainer = perturbed(started(tmp_path, "kl-anchor", options={"batch_rows": 5}))
+    trainer.model.train()
+
+    def value(rank, world, passes):
+        monkeypatch.setattr("lora_null.trainer.methods.kl_anchor.rank_and_world", lambda: (rank, world))
+        terms = [trainer.method.extra_loss(trainer, trainer.model, MicroBatch(3, i, passes)) for i in range(passes)]
+        return [term["anchor_kl"].value.item() for term in terms if term]
+
+    with torch.no_grad():
+        shares = [value(rank, world, passes) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1  # all of them run the model as often
+        assert sum(map(sum, shares)) / world == pytest.approx(sum(value(0, 1, 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl-anchor", "clora"])
+def test_terms_are_logged(tmp_path, name):
+    trainer = make(tmp_path, name, gradient_accumulation_steps=2, logging_steps=2)
+    trainer.train()
+    values = [line[trainer.method.terms[0]] for line in trainer.state.log_history if "loss" in line]
+    assert len(values) == 3 and all(math.isfinite(value) and value >= 0 for value in values)
+    assert values[-1] > values[0] if name == "kl-anchor" else values[-1] < values[0]
+
+
+@pytest.mark.parametrize("name", ["kl-anchor", "clora"])
+def test_passes_and_batches_of_a_step_come_to_the_same(tmp_path, name):
+    """Two passes of two rows are one pass of four."""
+    one, two = (
+        make(tmp_path / str(passes), name, per_device_train_batch_size=4 // passes, gradient_accumulation_steps=passes)
+        for passes in (1, 2)
+    )
+    for trainer in (one, two):
+        trainer.train()
+    for a, b in zip(one.model.parameters(), two.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].pairs])
+def test_preferences(tmp_path, name):
+    method = make_method(name, {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}}.get(name))
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=4, logging_steps=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = LoraNullDPOTrainer(
+        model=tiny_model(), args=arguments, train_dataset=PAIRS, processing_class=tiny_tokenizer(), method=method,
+        peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        calibration_dataset=TEXTS, calibration_args=CUT,
+    )  # fmt: skip
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4) and log[-1]["loss"] < log[0]["loss"]
+    assert all(term in line for term in method.terms for line in log)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_anchor_under_gradient_checkpointing_and_autocast_with_dropout(tmp_path, passes):
+    """Its first value is 0 to rounding: both passes are the base's; then the same log as without checkpointing."""
+    logs = []
+    for checkpointing in (False, True):
+        trainer = make(
+            tmp_path / str(checkpointing), "kl-anchor", options={"every": 1}, bf16=True, gradient_checkpointing=checkpointing,
+            gradient_accumulation_steps=passes, adapter={"lora_dropout": 0.1}, max_steps=3,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([line["anchor_kl"] for line in trainer.state.log_history if "anchor_kl" in line])
+    assert abs(logs[0][0]) < 1e-6 and logs[0][2] > 1e-5
+    assert logs[1] == pytest.approx(logs[0], rel=1e-2, abs=1e-6)
+
+
+def test_an_adapter_that_was_trained_goes_on_with_a_term(tmp_path):
+    """The anchor is the original model, not where the second training starts."""
+    first = make(tmp_path / "a", "lora")
+    first.train()
+    config = make_method("kl-anchor")
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "b"), use_cpu=True, bf16=False, max_steps=2, logging_steps=1, report_to="none",
+        disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    second = LoraNullDPOTrainer(
+        model=first.model, args=arguments, train_dataset=PAIRS, processing_class=tiny_tokenizer(), method=config,
+        calibration_dataset=iter(TEXTS), calibration_args=CUT,
+    )  # fmt: skip
+    perturbed(second)
+    second.train()
+    assert second.state.log_history[0]["anchor_kl"] > 1e-3
+
+
+# --- replay ---
+
+
+def test_replay_mixes_whole_texts_evenly_among_all_rows(tmp_path, caplog):
+    trainer = make(tmp_path, "replay", options={"share": 0.25})
+    before = list(trainer.train_dataset)
+    with caplog.at_level("INFO", "lora_null"):
+        trainer._prepare(resuming=False)
+    assert "16 calibration texts (16 distinct) among 48 training rows" in caplog.text
+    rows = list(trainer.train_dataset)
+    texts = {tuple(tiny_tokenizer()(text)["input_ids"]) for text in TEXTS}
+    replayed = [i for i, row in enumerate(rows) if tuple(row["input_ids"]) in texts]
+    assert len(rows) == 64 and len(replayed) == 16
+    assert [row["input_ids"] for i, row in enumerate(rows) if i not in replayed] == [
+        row["input_ids"] for row in before
+    ]
+    assert all(rows[i]["labels"] == rows[i]["input_ids"] for i in replayed)
+    assert all(sum(4 * k <= i < 4 * k + 4 for i in replayed) == 1 for k in range(16))
+    again = make(tmp_path, "replay", options={"share": 0.25})
+    again._prepare(resuming=False)
+    assert list(again.train_dataset) == rows
+
+
+def test_replay_takes_texts_again_cuts_them_and_makes_epochs_longer(tmp_path):
+    trainer = make(tmp_path, "replay", options={"share": 0.75}, max_length=12, max_steps=-1, num_train_epochs=1)
+    trainer.train()
+    assert len(trainer.train_dataset) == 192 and trainer.state.max_steps == 48  # 144 texts of 64
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 12
+
+
+def test_replay_refuses_rows_that_it_cannot_mix(tmp_path):
+    trainer = make(tmp_path, "replay")
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(UserError, match=r"replay mixes texts among tokenized rows .* is a IterableDataset"):
+        trainer.train()
+
+
+# --- OFT, OPLoRA ---
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_oft_is_a_rotation_of_the_inputs(tmp_path, exact):
+    trainer = make(tmp_path / "run", "oft", options={"block_size": 8, "exact": exact})
+    trainer.train()
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved").merge_and_unload()
+    drift = trainer.drift_meter.measure()
+    X = oracle.capture_inputs(tiny_model(), drift, one_by_one(TEXTS))
+    for name, value in drift.items():
+        W0, W = (model.get_submodule(name).weight.detach().double().numpy() for model in (tiny_model(), merged))
+        np.testing.assert_allclose(W @ W.T, W0 @ W0.T, atol=1e-3 if exact else 0.2 * np.abs(W0 @ W0.T).max())
+        moved = np.linalg.norm((W - W0) @ X[name]) / np.linalg.norm(W0 @ X[name])
+        assert value == pytest.approx(moved, rel=0.5)  # 64 random columns
+
+
+def test_oplora_leaves_the_leading_singular_triples_alone(tmp_path):
+    trainer = make(tmp_path / "run", "oplora", options={"k": 6}, weight_decay=0.1)
+    trainer.train()
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved").merge_and_unload()
+    for name in adapted_layers(trainer.model):
+        W0, W = (model.get_submodule(name).weight.detach().double().numpy() for model in (tiny_model(), merged))
+        U, S, Vh = np.linalg.svd(W0, full_matrices=False)
+        assert np.linalg.norm(W - W0) > 1e-2 * np.linalg.norm(W0)
+        np.testing.assert_allclose(W @ Vh[:6].T, U[:, :6] * S[:6], atol=1e-5)
+        np.testing.assert_allclose(U[:, :6].T @ W, S[:6, None] * Vh[:6], atol=1e-5)
+
+
+def test_oplora_trains_as_with_the_projections_in_the_forward_pass(tmp_path):
+    """Against (I − UUᵀ) B A (I − VVᵀ) written out, its A and B free, under the same Adam."""
+    trainer = make(tmp_path, "oplora", options={"k": 6}, max_steps=5, max_grad_norm=0.0, learning_rate=3e-3)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    batches = []
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (batches.append(dict(inputs)), step(model, inputs, *rest))[1]
+    trainer.train()
+    base = tiny_model()
+    free, moved = {}, {}
+    for name in adapted_layers(trainer.model):
+        linear = base.get_submodule(name)
+        U, _, Vh = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        PL, PR = torch.eye(len(U)) - U[:, :6] @ U[:, :6].T, torch.eye(Vh.shape[1]) - Vh[:6].T @ Vh[:6]
+        A, B = (start[f"base_model.model.{name}.lora_{k}.default.weight"].requires_grad_() for k in "AB")
+        free[name], moved[name] = (A, B), lambda A=A, B=B, PL=PL, PR=PR: 2 * PL @ B @ A @ PR  # s = 8/4
+        linear.register_forward_hook(lambda _, x, out, name=name: out + x[0] @ moved[name]().T)
+    optimizer = torch.optim.AdamW([p for pair in free.values() for p in pair], lr=3e-3, weight_decay=0.0)
+    for batch in batches:
+        optimizer.zero_grad()
+        base(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).loss.backward()
+        optimizer.step()
+    for name in free:
+        A, B, s = factors(trainer, name)
+        wanted = moved[name]().detach().double().numpy()
+        assert np.linalg.norm(s * B @ A - wanted) < 2e-3 * np.linalg.norm(wanted)
+
+
+# --- refused before work ---
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("sc-lora", {"beta": 1.5}, r"sc-lora\.beta: must be between 0 and 1, not 1\.5"),
+        ("sc-lora", {"rows": 0}, r"sc-lora\.rows: must be a whole number of at least 1, not 0"),
+        ("kl-anchor", {"weight": 0}, r"kl-anchor\.weight: must be a number above 0, not 0"),
+        ("kl-anchor", {"weight": float("nan")}, r"kl-anchor\.weight: must be a number above 0, not nan"),
+        ("kl-anchor", {"every": 1.5}, r"kl-anchor\.every: must be a whole number of at least 1, not 1\.5"),
+        ("kl-anchor", {"tokens": "long"}, r"kl-anchor\.tokens: must be a whole number of at least 1, not long"),
+        ("replay", {"share": 1}, r"replay\.share: must be above 0 and below 1, not 1"),
+        ("replay", {"share": "half"}, "wrong type"),
+        ("clora", {"k": 0}, r"clora\.k: must be a whole number of at least 1, not 0"),
+        ("clora", {"weigth": 1}, r"no option 'weigth' \(did you mean 'weight'\?\)"),
+        ("oft", {"block_size": 1}, r"oft\.block_size: must be a whole number of at least 2, not 1"),
+        ("oft", {"exact": "yes"}, r"oft\.exact: must be true or false, not yes"),
+        ("oplora", {"k": True}, r"oplora\.k: must be a whole number of at least 1, not True"),
+    ],
+)
+def test_options(name, wrong, said):
+    with pytest.raises(UserError, match=said):
+        make_method(name, wrong)
+
+
+def test_layers_that_are_too_small(tmp_path):
+    for name in ("clora", "oplora"):
+        with pytest.raises(UserError, match=rf"{name}\.k: 17 is larger than .*k_proj allows .* = 16"):
+            make(tmp_path, name, options={"k": 17})
+    with pytest.raises(
+        UserError, match=r"oft\.block_size: 32 does not divide the 48 inputs of .*; .* divides all is 16"
+    ):
+        make(tmp_path, "oft", options={"block_size": 32})
+
+
+@pytest.mark.parametrize("name", ["sc-lora", "kl-anchor", "replay"])
+def test_texts_are_needed(name):
+    from trl import SFTConfig
+
+    from lora_null.trainer import LoraNullSFTTrainer
+
+    method = make_method(name)
+    with pytest.raises(UserError, match=f"calibration_dataset: {name} needs texts"):
+        LoraNullSFTTrainer(
+            model=tiny_model(), args=SFTConfig(output_dir="x", use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=ROWS, processing_class=tiny_tokenizer(), peft_config=method.config(r=4), method=method,
+        )  # fmt: skip
+
+
+def test_conv1d(tmp_path):
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+
+    with pytest.raises(UserError, match=r"oft adapts torch\.nn\.Linear alone, and GPT2LMHeadModel has Conv1D"):
+        make(tmp_path, "oft", model=gpt2())
+    for name in ("sc-lora", "kl-anchor", "clora", "oplora"):
+        trainer = make(tmp_path / name, name, model=gpt2(), max_steps=2)
+        trainer._prepare(resuming=False)
+        ids = torch.arange(10, 20)[None]
+        with torch.no_grad():
+            assert (trainer.model.eval()(ids).logits - gpt2().eval()(ids).logits).abs().max() < 1e-4
+        trainer._prepared = True
+        trainer.train()
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "kl-anchr"], "did you mean 'kl-anchor'?"),
+        (
+            ["method.options={kl-anchor: {evry: 2}}", "--method", "kl-anchor"],
+            "no option 'evry' (did you mean 'every'?)",
+        ),
+        (["method.options.clora.k=500", "--method", "clora"], "method.options.clora.k: 500 is larger than"),
+        (["--method", "oft"], "method.options.oft.block_size: 32 does not divide the 48 inputs"),
+        (["--method", "replay", "trainer=dpo"], "replay learns no preferences (DPO); those that do: "),
+        (["--method", "oft", "model.quantization=nf4"], "oft needs plain weights, not a quantized base"),
+        (["--method", "sc-lora", "model.quantization=int8"], "sc-lora needs plain weights, not a quantized base"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatch, words, said):
+    recipe = make_world(tmp_path)
+    monkeypatch.setattr("lora_null.recipes.run.load_base", lambda *_: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    assert main([str(recipe), "--dry-run", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and "\n" not in error
+
+
+def test_vllm_serves_no_oft(tmp_path):
+    recipe = load_recipe(str(make_world(tmp_path)), ["method.name=oft", "eval.backend=vllm"])
+    with pytest.raises(UserError, match=r"eval\.backend: vllm runs no adapter of oft"):
+        check_pairs(recipe, None)
+
+
+def test_rivals_by_the_command(tmp_path, capsys):
+    options = {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "sc-lora": {"rows": 16}}
+    recipe = make_world(tmp_path, method={"name": ",".join(NAMES), "rank": 4, "options": options})
+    assert main([str(recipe), "--dry-run"]) == 0
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "kl-anchor: each step two forward passes" in plan and "an epoch has 1.25 times the steps" in plan
+    names = ("kl-anchor", "oft")  # a run of each; how all train is told above
+    assert main([str(recipe), "--method", ",".join(names)]) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert set(rows) == {"base", *names}
+    for name in names:
+        assert rows[name]["drift"]["mean"] > 0 and rows[name]["adapter_params"] > 0
+        PeftModel.from_pretrained(tiny_model(), tmp_path / "out" / name / "adapter")
+        for line in (tmp_path / "out" / name / "train_log.jsonl").read_text().splitlines():
+            assert set(METHODS[name].terms) <= set(json.loads(line))

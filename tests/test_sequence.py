@@ -1,0 +1,226 @@
+"""Tasks in sequence: starts that leave the earlier tasks alone, one adapter at the end, transfers, interruptions."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import random_batches, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from world import make_world, write_rows
+
+from lora_null.__main__ import main
+from lora_null.calibration import InputStats
+from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
+from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
+from lora_null.recipes import run
+from lora_null.recipes.sequence import transfer
+from lora_null.solver import NullSpace
+from lora_null.utils.errors import UserError
+
+METHODS = "lora,lora-null-v1,lora-null-v2"
+WORDS = ["training.max_steps=3", "training.save_steps=1", "--method", METHODS]
+
+
+def recipes_in(folder):
+    """Write a.yaml and b.yaml: two tasks on one base."""
+    raw = yaml.safe_load(make_world(folder).read_text())
+    write_rows(
+        folder / "letters.jsonl", [{"question": f"spell {i}", "answer": "abc"[i % 3] * (i % 4 + 1)} for i in range(40)]
+    )
+    letters = {"answers": "letters", "path": str(folder / "letters.jsonl"), "limit": 8}
+    evaluation = raw["eval"] | {"task": [letters]}
+    data = raw["data"] | {"path": str(folder / "letters.jsonl")}
+    (folder / "a.yaml").write_text(yaml.safe_dump(raw | {"name": "numbers"}))
+    (folder / "b.yaml").write_text(yaml.safe_dump(raw | {"name": "letters", "data": data, "eval": evaluation}))
+    return [str(folder / "a.yaml"), str(folder / "b.yaml")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequence")
+    assert main(["train", *recipes_in(folder), "--sequence", "--output-dir", str(folder / "out"), *WORDS]) == 0
+    return folder
+
+
+def base(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
+def test_the_adapters_add_up_to_one_for_the_original_base(finished):
+    out = finished / "out"
+    for method, ranks in (("lora", (4, 8)), ("lora-null-v1", (8, 16)), ("lora-null-v2", (4, 8))):
+        parts = [out / "tasks" / task / method / "adapter" for task in ("1-numbers", "2-letters")]
+        assert tuple(json.loads((part / "adapter_config.json").read_text())["r"] for part in parts) == ranks
+        first, both = (load_file(part / "adapter_model.safetensors") for part in parts)
+        assert all(
+            torch.equal(both[k][: ranks[0]] if "lora_A" in k else both[k][:, : ranks[0]], first[k]) for k in first
+        )
+        assert (out / method / "adapter" / "adapter_model.safetensors").read_bytes() == (
+            parts[1] / "adapter_model.safetensors"
+        ).read_bytes()
+        model = PeftModel.from_pretrained(base(finished), out / method / "adapter")
+        facts = [json.loads(line) for line in (finished / "facts.jsonl").read_text().splitlines()][:12]
+        pairs = [(f"Question: {fact['question']}\nAnswer:", f" {fact['answer'][0]}") for fact in facts]
+        task = AnswerTask("facts", pairs, kl=True, role="retention")
+        again = evaluate(model, tiny_tokenizer(), [task], reference_dir=out / "base", batch_size=4)
+        row = next(r for r in json.loads((out / "results.json").read_text())["rows"] if r["method"] == method)
+        assert again.metrics["facts kl"].value == pytest.approx(row["metrics"]["facts kl"]["value"], rel=1e-3)
+
+
+def test_a_start_leaves_the_knowledge_and_the_earlier_task_alone(finished):
+    """Its A0 spans the bottom eigenspace of the sum, in float64, of what the model after task 1 reads."""
+    folder = finished / "out" / "tasks"
+    factors = load_file(folder / "2-letters" / "lora-null-v2" / "init" / "factors.model.layers.1.safetensors")
+    kept = load_file(folder / "1-numbers" / "lora-null-v2" / "grams" / "model.layers.1.mlp.down_proj.safetensors")
+    A = torch.linalg.qr(factors["model.layers.1.mlp.down_proj.A"].double().T)[0]
+    earlier = kept["gram"].double()
+    alone = load_file(folder / "1-numbers" / "lora-null-v2" / "init" / "factors.model.layers.1.safetensors")
+    before = torch.linalg.qr(alone["model.layers.1.mlp.down_proj.A"].double().T)[0]
+    caught, without = (float((U.T @ earlier @ U).trace() / earlier.trace()) for U in (A, before))
+    assert caught < without
+
+
+def test_grams_are_added_with_their_weights(tmp_path):
+    """Against float64 products of the inputs themselves."""
+    model, batches = tiny_model(), random_batches(count=2)
+    name = "model.layers.0.mlp.gate_proj"
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    keep_grams(tmp_path / "whole", model, [name], batches, progress=False)
+    keep_grams(tmp_path / "sketch", model, [name], batches, sketch=20, progress=False)
+    seen.clear()
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    X = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches)]).double()
+    C, N = X.T @ X, len(X)
+    found = Earlier(tmp_path / "whole").mean([name], torch.device("cpu"))
+    assert torch.allclose(found, C / N, rtol=1e-5, atol=1e-7 * C.norm() / N)
+    gram = torch.diag(torch.linspace(0, 5, 32, dtype=torch.float64))
+    rule = WithEarlier(NullSpace("eigh"), [Earlier(tmp_path / "whole", 3.0)], knowledge=0.5)
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    A = rule.of_input(InputStats([name], gram, torch.zeros(32, 1), tokens=7))(weight, 4, 1.0).A
+    _, vectors = torch.linalg.eigh(0.5 * gram + 3 * 7 * C / N)
+    overlap = torch.linalg.svdvals(torch.linalg.qr(A.double().T)[0].T @ vectors[:, :4])
+    assert overlap.min() > 1 - 1e-5
+    assert rule.rule != WithEarlier(NullSpace("eigh"), [Earlier(tmp_path / "whole", 2.0)], 0.5).rule
+    with pytest.raises(UserError, match="holds no Gram of elsewhere"):
+        Earlier(tmp_path / "whole").mean(["elsewhere"], torch.device("cpu"))
+    with pytest.raises(UserError, match="no complete Grams"):
+        Earlier(tmp_path).key  # noqa: B018
+
+
+def test_a_sketch_is_exact_at_the_rank_and_never_more_than_the_gram():
+    X = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    C = X @ X.T
+    F = sketch_of(C, 16)
+    assert torch.allclose(F @ F.T, C, atol=1e-6 * C.norm())
+    few = sketch_of(C, 6)
+    assert few.shape == (40, 6) and torch.linalg.eigvalsh(C - few @ few.T).min() > -1e-6 * C.norm()
+
+
+def test_transfer_is_as_lopez_paz_and_ranzato_define_it():
+    values = {"base": (0.1, 0.2, 0.3), "one": (0.8, 0.3, 0.3), "two": (0.6, 0.9, 0.5), "three": (0.5, 0.7, 0.9)}
+
+    def evaluation(name):
+        metrics = {f"t{j}": Metric(v, 0.1, 4, True, "task", "fraction") for j, v in enumerate(values[name])}
+        return Evaluation(metrics, {}, 0.0, {key: [m.value - 0.1, m.value + 0.1] * 2 for key, m in metrics.items()})
+
+    class Named(SimpleNamespace):
+        label = property(lambda self: self.name)
+
+    tasks = [[Named(name=f"t{j}")] for j in range(3)]
+    found = transfer(
+        "m", evaluation("base"), [evaluation(n) for n in ("one", "two", "three")], tasks, ["t0", "t1", "t2"], None
+    )
+    assert found.backward.value == pytest.approx(((0.5 - 0.8) + (0.7 - 0.9)) / 2)
+    assert found.forward.value == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
+    assert found.average == pytest.approx((0.5 + 0.7 + 0.9) / 3)
+    assert [e.value for e in found.lost] == pytest.approx([0.3, 0.2])
+
+
+def test_the_matrix_is_what_was_measured_after_every_task(finished):
+    found = json.loads((finished / "out" / "results.json").read_text())["sequence"]
+    assert found["tasks"] == ["numbers", "letters"] and found["metrics"] == ["numbers nll", "letters nll"]
+    for entry in found["transfers"]:
+        folders = [finished / "out" / "tasks" / task / entry["method"] for task in ("1-numbers", "2-letters")]
+        measured = [json.loads((folder / "eval.json").read_text())["metrics"] for folder in folders]
+        for name, row in zip(found["metrics"], entry["matrix"]):
+            assert [cell["value"] for cell in row] == [metrics[name]["value"] for metrics in measured]
+        one, two = (metrics["numbers nll"]["value"] for metrics in measured)
+        assert entry["lost"][0][0] == pytest.approx(two - one, abs=1e-6)
+    page = (finished / "out" / "report.html").read_text()
+    assert "Task after task" in page and "Backward transfer" in page
+
+
+class Blow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and "2-letters" in args.output_dir and "v1" in args.output_dir:
+            raise KeyboardInterrupt
+
+
+def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path, monkeypatch):
+    words = [
+        "train",
+        str(finished / "a.yaml"),
+        str(finished / "b.yaml"),
+        "--sequence",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    made = run._trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow()))[0])
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, *WORDS])
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main([*words, *WORDS, "--resume"]) == 0
+    for method in METHODS.split(","):
+        name = f"{method}/adapter/adapter_model.safetensors"
+        assert (tmp_path / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
+    one, other = (json.loads((f / "out" / "results.json").read_text()) for f in (tmp_path, finished))
+    assert one["sequence"] == other["sequence"]
+    assert main([*words, *WORDS]) == 2  # finished
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b: b | {"name": a["name"]}, "two tasks are called 'numbers'"),
+        (lambda a, b: b | {"model": b["model"] | {"dtype": "bfloat16"}}, "letters changes model"),
+        (lambda a, b: b | {"method": b["method"] | {"rank": 2}}, "letters changes method"),
+        (lambda a, b: b | {"eval": b["eval"] | {"task": []}}, "letters has no eval.task"),
+        (lambda a, b: b | {"eval": b["eval"] | {"task": a["eval"]["task"]}}, "'numbers' is measured twice"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_loads(finished, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    one, other = (yaml.safe_load((finished / name).read_text()) for name in ("a.yaml", "b.yaml"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(change(one, other)))
+    words = [str(finished / "a.yaml"), str(tmp_path / "c.yaml"), "--sequence", "--output-dir", str(tmp_path / "out")]
+    assert main(["train", *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and told.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{a}", "--sequence"], "takes two recipes or more"),
+        (["{a}", "{b}", "--sequence", "--seeds", "0,1"], "takes no grid"),
+        (["{a}", "sequence={{tasks: [{{name: x}}]}}"], "at least 2 items"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{nam: y}}]}}"], "each task needs a name"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y}}], earlier: [1, 1]}}"], "have 1 before the last, not 2"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, model: {{}}}}]}}"], "y sets 'model', it changes what all tasks share"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: {{limit: 3}}}}]}}"], "y sets eval.limit"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_the_section(finished, tmp_path, capsys, words, message):
+    places = {"a": finished / "a.yaml", "b": finished / "b.yaml"}
+    assert main(["train", *(word.format(**places) for word in words), "--output-dir", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err

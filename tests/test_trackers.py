@@ -1,0 +1,45 @@
+"""`training.report_to`: what a tracker is told, and one run of it for each method."""
+
+import pytest
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+from world import make_world
+
+from lora_null.recipes.__main__ import main
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Stand in for TensorBoard; return what each run of it was called, was told, and whether it was ended."""
+    runs = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            runs.append({"name": args.run_name, "logs": [], "ended": 0})
+
+        def on_log(self, args, state, control, logs=None, **_):
+            assert not runs[-1]["ended"]
+            runs[-1]["logs"].append(logs)
+
+        def on_train_end(self, args, state, control, **_):
+            runs[-1]["ended"] += 1
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    return runs
+
+
+def test_drift_and_the_table_are_logged_and_each_method_has_its_run(told, tmp_path):
+    recipe = make_world(tmp_path)
+    assert main([str(recipe), "--method", "lora,lora-null-v2", "training.report_to=tensorboard"]) == 0
+    assert [run["name"] for run in told] == ["tiny lora", "tiny lora-null-v2"]
+    for run in told:
+        steps, last = [log for log in run["logs"] if "loss" in log], run["logs"][-1]
+        assert len(steps) == 4 and all("drift_mean" in log for log in steps) and run["ended"] == 1
+        assert {"eval_facts kl", "eval_base facts nll", "eval_numbers nll", "eval_drift_mean"} <= last.keys()
+        assert last["eval_base facts kl"] == 0 < last["eval_facts kl"]
+
+
+def test_a_grid_names_its_runs_by_their_settings(told, tmp_path):
+    words = ["--method", "lora", "--seeds", "0,1", "training.report_to=tensorboard", "training.run_name=mine"]
+    assert main([str(make_world(tmp_path)), *words]) == 0
+    assert [run["name"] for run in told] == ["mine lora seed=0", "mine lora seed=1"]

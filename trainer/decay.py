@@ -1,0 +1,95 @@
+"""Weight decay that pulls a residual method back to the original model instead of away from it.
+
+AdamW's decay takes a factor to zero: A ← (1 − ηλ) A − η u, for its update u, the rate η and the decay λ. On the base
+W0 − s·B0A0 a model with A = B = 0 is not the original one. There decay has to go to the start:
+
+    A ← A − ηλ (A − A0) − η u = [(1 − ηλ) A − η u] + ηλ A0
+
+What is in brackets is the optimizer's own step, so ηλ A0 (and ηλ B0) is added after it. Where B starts at zero on the
+untouched base, decay to zero is decay of the change already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+from lora_null.config import starts_from_residual
+from lora_null.layer import active_adapter, adapted_layers, factors_of, residual_of
+from lora_null.utils.distributed import whole_parameters
+from lora_null.utils.errors import UserError
+
+OFF = "decay_to_start=False lets weight decay pull to zero"
+
+
+def decays_to_start(asked: bool | None, model: nn.Module, args: Any, optimizer: Any, *, deepspeed: bool) -> bool:
+    """Return whether decay goes to the start: where a residual base and weight decay come together, if it is not asked.
+
+    Args:
+        asked: the trainer's `decay_to_start`.
+        model: with its adapter.
+        args: the training arguments.
+        optimizer: the user's own; None where `args` says which.
+        deepspeed: whether DeepSpeed trains.
+
+    Raises:
+        UserError: it is asked for where it means nothing, or is due where it cannot be done.
+    """
+    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+    groups = optimizer.param_groups if optimizer is not None else [{"weight_decay": args.weight_decay}]
+    decay = max(group.get("weight_decay", 0.0) for group in groups)
+    check_decay_to_start(asked, config, decay)
+    if asked is False or not decay or not starts_from_residual(config):
+        return False
+    name = type(optimizer).__name__ if optimizer is not None else str(getattr(args.optim, "value", args.optim))
+    if "adamw" not in name.lower():
+        raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
+    if deepspeed:
+        raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
+    return True
+
+
+def check_decay_to_start(asked: bool | None, config: Any, decay: float) -> None:
+    """Raise a UserError where decay to the start is asked for and means nothing.
+
+    Args:
+        asked: True, False, or None for the default.
+        config: the adapter's; None for none.
+        decay: the weight decay.
+    """
+    if not asked:
+        return
+    if not starts_from_residual(config):
+        raise UserError(
+            "decay_to_start: there is no residual base to go back to; decay to zero is decay of the change here, leave "
+            "it out"
+        )
+    if not decay:
+        raise UserError("decay_to_start: there is no decay, weight_decay is 0")
+
+
+class DecayToStart(TrainerCallback):
+    """Adds ηλ A0 and ηλ B0 to the factors that a step has decayed, with the η and λ of that step."""
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **_: Any
+    ) -> None:
+        if getattr(optimizer, "step_was_skipped", False):  # a float16 gradient that overflowed
+            return
+        groups = [
+            (p, group["lr"] * group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        ]
+        shares, adapter = {id(p): float(share) for p, share in groups}, active_adapter(model)
+        for layer in adapted_layers(model, adapter).values():
+            residual = residual_of(layer, adapter)
+            own = [shares.get(id(factor), 0.0) for factor in factors_of(layer, adapter)]
+            if residual is None or not any(own):
+                continue
+            with whole_parameters(layer.lora_A, layer.lora_B, write=True):
+                for factor, start, share in zip(factors_of(layer, adapter), (residual.A, residual.B), own):
+                    factor.add_(start.to(factor), alpha=share)

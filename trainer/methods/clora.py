@@ -1,0 +1,73 @@
+"""CLoRA (Lu et al., ACL 2025): LoRA that is held out of fixed random subspaces by a penalty."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_null.layer import active_adapter, factors_of
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need
+from lora_null.utils.errors import UserError
+
+
+@method
+class CLoRA(Method):
+    """LoRA with λ/2·Σ(‖A P‖² + ‖Qᵀ B‖²) over the layers added to the loss of each step.
+
+    P (d_in, k) and Q (d_out, k) are a layer's own, with random orthonormal columns that never change. They are drawn from
+    the run's seed and the layer's name, so they are in no checkpoint, and a resumed run has them again.
+
+    Attributes:
+        weight: λ.
+        k: columns of P and Q.
+    """
+
+    name = "clora"
+    sharded = False  # the penalty multiplies whole factors
+    terms = ("subspace_penalty",)
+
+    weight: float = 1.0
+    k: int = 128
+
+    def __post_init__(self) -> None:
+        need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
+        need(type(self.k) is int and self.k >= 1, f"{self.name}.k", "a whole number of at least 1", self.k)
+        self.bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def check(self, model: nn.Module) -> None:
+        check_columns(self, model, self.k)
+
+    def held_bytes(self, model: nn.Module) -> int:
+        return 4 * self.k * sum(layer.in_features + layer.out_features for layer in self.layers(model).values())
+
+    def extra_loss(self, trainer: Any, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
+        if now.index:
+            return {}
+        adapter, total = active_adapter(trainer.model), 0.0
+        for name, layer in self.layers(trainer.model).items():
+            A, B = factors_of(layer, adapter)
+            P, Q = self._bases_of(name, A, B, trainer.args.seed)
+            with torch.autocast(A.device.type, enabled=False):
+                total = total + ((A @ P).square().sum() + (Q.T @ B).square().sum()) / 2
+        return {"subspace_penalty": Term(total, self.weight)}
+
+    def _bases_of(self, name: str, A: torch.Tensor, B: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if name not in self.bases:
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            sizes = (A.shape[1], B.shape[0])
+            P, Q = (torch.linalg.qr(torch.randn(d, self.k, generator=generator, dtype=torch.float64)).Q for d in sizes)
+            self.bases[name] = (P.to(A), Q.to(B))
+        return self.bases[name]
+
+
+def check_columns(method: Method, model: nn.Module, k: int) -> None:
+    """Raise a UserError where a layer is smaller than the k directions that a method takes of its inputs and outputs."""
+    for name, layer in method.layers(model).items():
+        smallest = min(layer.in_features, layer.out_features)
+        if k > smallest:
+            raise UserError(
+                f"method.options.{method.name}.k: {k} is larger than {name} allows (min(d_in, d_out) = {smallest})"
+            )

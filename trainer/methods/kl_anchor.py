@@ -1,0 +1,100 @@
+"""KL anchor: LoRA that pays for predictions that leave the base model's on the calibration texts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_null.trainer.calibration_data import padded_batches
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need
+from lora_null.utils.distributed import rank_and_world
+
+
+@method
+class KLAnchor(Method):
+    """LoRA with λ·KL(base ‖ model) on some calibration texts added to the loss.
+
+    The KL is that of the next-token distributions, in nats, averaged over the tokens of `batch_rows` texts, which follow
+    each other in one order drawn with the run's seed, again and again. It enters every m-th step, times λ·m, so that λ
+    weighs as much as it would if each step paid. The base's predictions come from a forward pass with the adapter
+    disabled. The texts of a step are shared out among its passes and the processes; the sum is the same however many.
+
+    Attributes:
+        weight: λ.
+        every: m.
+        batch_rows: calibration texts of one step.
+        tokens: of a text, at most.
+    """
+
+    name = "kl-anchor"
+    needs_texts = True
+    terms = ("anchor_kl",)
+
+    weight: float = 1.0
+    every: int = 1
+    batch_rows: int = 4
+    tokens: int = 256
+
+    def __post_init__(self) -> None:
+        need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
+        for key in ("every", "batch_rows", "tokens"):
+            value = getattr(self, key)
+            need(type(value) is int and value >= 1, f"{self.name}.{key}", "a whole number of at least 1", value)
+        self.windows: list[list[int]] = []
+
+    def held_bytes(self, model: nn.Module) -> int:
+        """Return the bytes of both models' logits and log-probabilities, float32."""
+        return 16 * self.batch_rows * self.tokens * model.config.get_text_config().vocab_size
+
+    def costs(self) -> str:
+        when = "each step" if self.every == 1 else f"one step of {self.every}"
+        return (
+            f"{when} two forward passes and a backward pass more, over {self.batch_rows} calibration texts of at most "
+            f"{self.tokens} tokens"
+        )
+
+    def training_data(self, trainer: Any, windows: list[list[int]]) -> Any:
+        cut = [window[: self.tokens] for window in windows]
+        self.windows = random.Random(trainer.args.seed).sample(cut, len(cut))
+        return trainer.train_dataset
+
+    def rows_at(self, step: int) -> list[list[int]]:
+        """Return the texts of an optimizer step, from 0."""
+        first, count = step // self.every * self.batch_rows, len(self.windows)
+        return [self.windows[i % count] for i in range(first, first + min(self.batch_rows, count))]
+
+    def extra_loss(self, trainer: Any, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
+        if now.step % self.every:
+            return {}
+        rank, world = rank_and_world()
+        rows = self.rows_at(now.step)
+        if now.index * world >= len(rows):  # nothing is left for this pass, on any process
+            return {}
+        own = rows[now.index * world + rank :: now.count * world]
+        summed = self._summed_kl(trainer, model, own or rows[:1])  # engines that shard need every process
+        mean = summed * (world if own else 0) / sum(map(len, rows))
+        return {"anchor_kl": Term(mean, self.weight * self.every)}
+
+    def _summed_kl(self, trainer: Any, model: nn.Module, rows: list[list[int]]) -> torch.Tensor:
+        """Return the KL summed over the tokens of the rows."""
+        model = trainer.accelerator.unwrap_model(model)
+        device = next(model.parameters()).device
+        total = torch.zeros((), device=device)
+        for batch in padded_batches(rows, 0):
+            batch = {key: value.to(device) for key, value in batch.items()}
+            with torch.no_grad(), model.disable_adapter():
+                model.eval()  # the base as it answers: without the dropout that it may have
+                base = _log_probabilities(model, batch)
+            model.train()
+            now = _log_probabilities(model, batch)
+            total = total + nn.functional.kl_div(now, base, log_target=True, reduction="sum")
+        return total
+
+
+def _log_probabilities(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the next-token log-probabilities of a batch without its padding, (tokens, vocabulary) float32."""
+    logits = model(**batch, use_cache=False).logits
+    return logits[batch["attention_mask"].bool()].float().log_softmax(-1)

@@ -1,0 +1,163 @@
+"""SC-LoRA (Luo et al., arXiv 2505.23724): B0 spans the outputs that the new task has and the knowledge has not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_null.calibration import InputStats, LoadBalance, measure_inputs
+from lora_null.layer import active_adapter
+from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.start import InitOptions
+from lora_null.trainer.calibration_data import padded_batches
+from lora_null.trainer.methods.base import method, need
+from lora_null.trainer.methods.residual import ResidualMethod
+from lora_null.utils.distributed import rank_and_world, together
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import preserve
+from lora_null.utils.quantized import weight_of
+
+Measured = tuple[InputStats, InputStats]  # of one input: on the knowledge, on the task
+
+
+@method
+class SCLoRA(ResidualMethod):
+    """B0 = Q, A0 = Qᵀ W0, base W0 − B0A0; A and B train. Q: the top r eigenvectors of (1 − β)·Cov₊ − β·Cov₋.
+
+    Cov is the uncentered covariance of a layer's outputs W0 x, the bias excluded: W0 C W0ᵀ / N from the Gram matrix C of
+    its N inputs. Cov₊ is of the new task, the first training rows; Cov₋ of the knowledge, the calibration texts. With a
+    scaling s, A0 and B0 are divided by √s each.
+
+    Attributes:
+        beta: β; more keeps more.
+        rows: training rows that are looked at, the first ones.
+    """
+
+    name = "sc-lora"
+    needs_gram = True
+    grams = 2
+
+    beta: float = 0.8
+    rows: int = 256
+
+    def __post_init__(self) -> None:
+        need(0 <= self.beta <= 1, f"{self.name}.beta", "between 0 and 1", self.beta)
+        need(type(self.rows) is int and self.rows >= 1, f"{self.name}.rows", "a whole number of at least 1", self.rows)
+
+    def costs(self) -> str:
+        return f"before it trains, a forward pass over the first {self.rows} training rows and two over the calibration texts"
+
+    def rule_for(self, options: InitOptions) -> None:
+        """Return None: a rule sees one Gram matrix of an input, not two."""
+
+    def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
+        return padded_batches(first_rows(trainer, self.rows), 0)
+
+    def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return A0 and B0 of every layer, the same on every rank; each input is solved by the rank that has its Grams."""
+        model, tensors = trainer.model, {}
+        layers, adapter = self.layers(model), active_adapter(model)
+        options = trainer.init_options_here()
+        with preserve(model), torch.no_grad():
+            for part in _measured_twice(model, layers, trainer.calibration_batches, batches, options):
+                names = {name: knowledge.owner for knowledge, _ in part for name in knowledge.modules}
+                found = together(lambda part=part: self._solve(part, layers, adapter), what="initialization")
+                for name, owner in names.items():
+                    layer = layers[name]
+                    for key, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                        like = factor[adapter].weight
+                        tensor = (
+                            found[f"{name}.{key}"].to(like) if f"{name}.{key}" in found else torch.empty_like(like)
+                        )
+                        if rank_and_world()[1] > 1:
+                            dist.broadcast(tensor, src=owner)
+                        tensors[f"{name}.{key}"] = tensor
+        return tensors
+
+    def _solve(self, part: list[Measured], layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, torch.Tensor]:
+        """Return the factors of the layers whose Grams this rank holds."""
+        found = {}
+        for knowledge, task in part:
+            if knowledge.owner != rank_and_world()[0] or knowledge.gram is None or task.gram is None:
+                continue
+            gram = (1 - self.beta) / task.tokens * task.gram - self.beta / knowledge.tokens * knowledge.gram
+            for name in knowledge.modules:
+                layer = layers[name]
+                A, B = output_factors(weight_of(layer), gram, layer.r[adapter], layer.scaling[adapter])
+                found |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        return found
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        write_factors(self.layers(model), tensors, active_adapter(model))
+        super().apply(model, tensors)
+
+
+def output_factors(
+    weight: torch.Tensor, gram: torch.Tensor, r: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A0 = Qᵀ W0 / √s and B0 = Q / √s, float64, of the top r eigenvectors Q of W0 G W0ᵀ.
+
+    Args:
+        weight: W0, (d_out, d_in).
+        gram: G, (d_in, d_in) float64 symmetric.
+        r, scaling: of the adapter.
+    """
+    weight = weight.to(gram)
+    Q = torch.linalg.eigh(weight @ gram @ weight.T).eigenvectors[:, -r:]
+    return Q.T @ weight / scaling**0.5, Q / scaling**0.5
+
+
+def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
+    """Copy NAME.lora_A and NAME.lora_B into the layers of these names."""
+    for name, layer in layers.items():
+        layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
+        layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
+
+
+def first_rows(trainer: Any, rows: int) -> list[list[int]]:
+    """Return the token ids of the first training rows; of preferences the prompt with the chosen answer.
+
+    Raises:
+        UserError: the prepared rows hold no token ids.
+    """
+    found = []
+    for row in islice(iter(trainer.train_dataset), rows):
+        if "input_ids" not in row and "chosen_ids" not in row:
+            raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
+        found.append(list(row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]))
+    return found
+
+
+def _measured_twice(
+    model: nn.Module, layers: Mapping[str, LoraLayer], knowledge: list, task: list, options: InitOptions
+) -> Iterator[list[Measured]]:
+    """Yield what the layers read on both sets of batches: of one decoder layer after the other, or of all at once."""
+    common = {"seed": options.seed, "progress": options.progress}
+    try:
+        with contextlib.ExitStack() as stack:
+            walks = [
+                stack.enter_context(
+                    contextlib.closing(walk_layers(model, layers, batches, device=options.device, **common))
+                )
+                for batches in (knowledge, task)
+            ]
+            for (_, first), (_, second) in zip(*walks):
+                yield _paired(first.inputs, second.inputs)
+    except DoesNotFit:
+        first, second = (measure_inputs(model, layers, batches, **common) for batches in (knowledge, task))
+        for part in (first, second):
+            LoadBalance().assign(part.inputs)
+        yield _paired(first.inputs, second.inputs)
+
+
+def _paired(knowledge: list[InputStats], task: list[InputStats]) -> list[Measured]:
+    of_task = {name: stats for stats in task for name in stats.modules}
+    return [(stats, of_task[stats.modules[0]]) for stats in knowledge]

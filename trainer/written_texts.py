@@ -1,0 +1,120 @@
+"""Texts that a model writes itself, to calibrate on what it says when nobody has data of what it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lora_null.utils.chat import without_bos
+from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
+from lora_null.utils.errors import UserError
+from lora_null.utils.limits import position_limit
+
+BATCH = 16  # texts written at once; the draws depend on it, so it is no option
+
+
+def own_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    max_tokens: int,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    progress: str = "the model writes texts to calibrate on",
+) -> list[str]:
+    """Let a model write texts, by sampling from its own distribution (temperature 1, nothing cut off).
+
+    The texts are shared out over the processes batch by batch, each batch with a seed of its own, so that they are the same
+    on every process and for any number of processes. A bar with rate and time left shows on the first.
+
+    Args:
+        model: complete on every process, on its device.
+        tokenizer: the model's.
+        count: number of texts.
+        max_tokens: of a text, its prompt included, at most.
+        prompts: texts to go on from, in turn, with all special tokens but the one the tokenizer puts first; without any
+            the model begins with its first token (the end token, where it has none).
+        seed: of the draws.
+        progress: the bar's label.
+
+    Returns:
+        The texts with their prompts, special tokens written out, such that the tokenizer gives the same ids again.
+
+    Raises:
+        UserError: no token to begin with, or prompts of which none leaves room to write.
+    """
+    starts: Any = _starts(tokenizer, prompts, max_tokens)
+    limit = position_limit(model.config)
+    longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
+    batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+    share = my_share(range(len(batches)), model)
+    was_training = model.training
+    model.eval()
+
+    def compute() -> dict[int, str]:
+        texts = {}
+        bar = tqdm(total=count, desc=progress, unit=" texts", disable=rank_and_world()[0] != 0)
+        with bar:
+            for number in share:
+                rows = [starts[i % len(starts)] for i in batches[number]]
+                written = _write(model, tokenizer, rows, longest, seed * 1_000_003 + number)
+                texts |= dict(zip(batches[number], written))
+                bar.update(len(rows) * (len(batches) // max(len(share), 1)))
+        return texts
+
+    try:
+        texts = merge_shares(compute)
+    finally:
+        model.train(was_training)
+    return [texts[i] for i in range(count)]
+
+
+def _starts(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    if not prompts:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise UserError("calibration.self: the tokenizer has no token that begins a text; use self: prompts")
+        return [[first]]
+    encoded = [ids for ids in tokenizer(list(prompts))["input_ids"] if len(ids) <= max_tokens // 2]
+    if not encoded:
+        raise UserError(f"calibration.self: every prompt is longer than half of max_length ({max_tokens} tokens)")
+    return encoded
+
+
+@torch.no_grad()
+def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed: int) -> list[str]:
+    """Return the rows, each with what the model writes after it."""
+    width, device, pad = max(map(len, rows)), device_of(model), tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(longest - width, 1),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=pad,
+        )
+    texts, ends = [], _ends(model, tokenizer)
+    for row, new in zip(rows, found[:, width:].tolist()):
+        end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+        text = tokenizer.decode(row + new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts.append(without_bos(text, tokenizer))
+    return texts
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id} | (set() if ends is None else {ends} if isinstance(ends, int) else set(ends))
