@@ -14,7 +14,7 @@ def capture_inputs(model, names, batches):
 
         def hook(_, args, name=name):
             rows = args[0].reshape(-1, args[0].shape[-1])[mask]
-            seen[name].append(rows.double().numpy().T)
+            seen[name].append(rows.double().cpu().numpy().T)
 
         handles.append(module.register_forward_pre_hook(hook))
     with torch.no_grad():

@@ -36,14 +36,14 @@ def encode(value, refer):
             (b"b", bytes(value)) if isinstance(value, bytes) else (b"s", value.encode("utf-8", "surrogatepass"))
         )
         return b"%s%d\n%s" % (letter, len(data), data)
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return b"k%s\n" % value.__name__.encode()
     if isinstance(value, dict):
         pairs = [encode(part, refer) for pair in value.items() for part in pair]
         return b"d%d\n%s" % (len(value), b"".join(pairs))
     for letter, kind in KINDS.items():
         if isinstance(value, kind):
-            return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))  # pyright: ignore[reportGeneralTypeIssues]
+            return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return b"k%s\n" % value.__name__.encode()
     return b"r%s\n" % str(refer(value)).encode()
 
 

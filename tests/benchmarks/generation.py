@@ -23,12 +23,12 @@ TASKS = {
 BATCH_SIZE = 8
 
 
-def make_adapter(model: str, folder: Path) -> None:
+def make_adapter(model: str, folder: Path, dtype: str) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():
@@ -37,7 +37,7 @@ def make_adapter(model: str, folder: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def ours(model: str, adapter: str, files: dict[str, str], limit: int) -> None:
+def ours(model: str, adapter: str, files: dict[str, str], limit: int, device: str, dtype: str) -> None:
     """Evaluate in this process and print the result as JSON."""
     import torch
     from peft import PeftModel
@@ -45,14 +45,15 @@ def ours(model: str, adapter: str, files: dict[str, str], limit: int) -> None:
 
     from lora_null.eval_harness import LmEvalTask, evaluate
 
-    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    peft_model = PeftModel.from_pretrained(base, adapter)
     tasks = [LmEvalTask(name, path=path, num_fewshot=0) for name, path in files.items()]
     found = evaluate(peft_model, AutoTokenizer.from_pretrained(model), tasks, limit=limit, batch_size=BATCH_SIZE)
     scores = {name: metric.value for name, metric in found.metrics.items()}
     print(json.dumps({"scores": scores, "seconds": found.seconds}))
 
 
-def theirs(model: str, adapter: str, files: dict[str, str], limit: int, folder: Path) -> list:
+def theirs(model: str, adapter: str, files: dict[str, str], given: argparse.Namespace, folder: Path) -> list:
     """Return the lm_eval command over the same documents."""
     import lm_eval.tasks
 
@@ -63,10 +64,10 @@ def theirs(model: str, adapter: str, files: dict[str, str], limit: int, folder: 
             f"include: {Path(lm_eval.tasks.__file__).parent / yaml}\ntask: my_{name}\ndataset_path: json\n"
             f"dataset_name: null\ndataset_kwargs:\n  data_files:\n{data_files}"
         )
-    given = f"pretrained={model},peft={adapter},dtype=float32"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", given, "--device", "cpu"]
+    words = f"pretrained={model},peft={adapter},dtype={given.dtype}"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", words, "--device", given.device]
     command += ["--tasks", ",".join(f"my_{name}" for name in files), "--include_path", folder, "--num_fewshot", "0"]
-    return [*command, "--batch_size", BATCH_SIZE, "--limit", limit, "--output_path", folder / "out"]
+    return [*command, "--batch_size", BATCH_SIZE, "--limit", given.limit, "--output_path", folder / "out"]
 
 
 def timed(command: list) -> tuple[float, str]:
@@ -83,20 +84,24 @@ def main() -> None:
     for name in TASKS:
         parser.add_argument(f"--{name.removesuffix('_open')}", dest=name)
     parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON")
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     given = parser.parse_args()
     files = {name: str(Path(path).resolve()) for name in TASKS if (path := getattr(given, name))}
     if given.ours:
-        ours(given.model, given.ours, files, given.limit)
+        ours(given.model, given.ours, files, given.limit, given.device, given.dtype)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_adapter(given.model, folder / "adapter")
+        make_adapter(given.model, folder / "adapter", given.dtype)
         again = [f"--{name.removesuffix('_open')}={path}" for name, path in files.items()]
         command = [sys.executable, __file__, "--model", given.model, "--limit", given.limit, *again]
+        command += ["--device", given.device, "--dtype", given.dtype]
         own_seconds, text = timed([*command, "--ours", folder / "adapter"])
         own = json.loads(text[text.index('{"scores"') :].splitlines()[0])
-        lm_eval_seconds, _ = timed(theirs(given.model, folder / "adapter", files, given.limit, folder))
+        lm_eval_seconds, _ = timed(theirs(given.model, folder / "adapter", files, given, folder))
         (saved,) = (folder / "out").glob("**/results_*.json")
         results = json.loads(saved.read_text())
         same = {
@@ -104,6 +109,11 @@ def main() -> None:
             for name, value in own["scores"].items()
         }
         generated = float(results["total_evaluation_time_seconds"])
+    if given.out:
+        found = {"seconds": own_seconds, "own_clock": own["seconds"], "lm_eval_seconds": lm_eval_seconds}
+        found |= {"lm_eval_clock": generated, "scores_equal": same, "documents": given.limit}
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"lm_eval command  {lm_eval_seconds:6.1f} s, by its own clock {generated:6.1f} s")
     print(f"lora_null        {own_seconds:6.1f} s, by its own clock {own['seconds']:6.1f} s")
     print(f"ratio            {own_seconds / lm_eval_seconds:.2f}; scores equal: {same}")

@@ -1,6 +1,7 @@
 """Peak memory of an initialization that leaves the weights in their files: one layer's worth, however many there are.
 
     python tests/benchmarks/memory.py                   # random Llamas of 2, 12 and 24 layers of 50 MB
+    python tests/benchmarks/memory.py --shape 70b --device cuda      # of 1 and 3 layers of Llama-70B, read to a GPU
 
 Each is measured in three processes, the one with the median peak is reported. What stays of every layer is
 counted apart, from the tensors themselves: its factors (twice, in the model and to be written), sketches and the small
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,30 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.commands.init import model_in_files
 from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.environment import reset_peak_memory
 
-LAYERS, QUICK_LAYERS, TURNS = (2, 12, 24), (2, 4), 3  # the peak varies by a layer's worth from process to process
-WIDTH, INNER, RANK, WINDOWS, LENGTH = 1024, 2816, 16, 8, 256
+TURNS = 3  # the peak varies by a layer's worth from process to process
+SHAPES = {  # layers, width, inner, heads, of them for keys and values, rank, windows, their length, dtype
+    "small": ((2, 12, 24), 1024, 2816, 16, 16, 16, 8, 256, "float32"),
+    "70b": ((1, 3), 8192, 28672, 64, 8, 128, 256, 1024, "bfloat16"),
+    "quick": ((2, 4), 64, 128, 1, 1, 16, 8, 256, "float32"),
+}
 
 
 def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=["small", "70b"], default="small")
+    parser.add_argument("--device", default="cpu", help="where layers are read to and solved")
     parser.add_argument("--worker", type=Path, help="internal: initialize the model in this folder and print JSON")
     options = parser.parse_args()
+    shape = "quick" if options.quick else options.shape
     if options.worker:
-        print(json.dumps(_work(options.worker)))
+        print(json.dumps(_work(options.worker, shape, torch.device(options.device))))
         return
-    facts = common.machine(torch.device("cpu"))
+    facts = common.machine(torch.device(options.device))
     print(common.headline(facts))
-    counts = QUICK_LAYERS if options.quick else LAYERS
-    runs = {count: _median([_run(count, options.quick) for _ in range(TURNS)]) for count in counts}
+    turns = TURNS if options.device == "cpu" and not options.quick else 1
+    runs = {n: _median([_run(n, options, shape) for _ in range(turns)]) for n in SHAPES[shape][0]}
     _print(runs)
     common.write_json(options.out / "memory.json", {"machine": facts, "runs": runs})
     _draw(runs, options.out / "memory.png")
@@ -51,14 +61,19 @@ def _median(turns: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(turns, key=lambda turn: turn["anonymous"])[len(turns) // 2]
 
 
-def _run(count: int, quick: bool) -> dict[str, Any]:
-    width, inner = (64, 128) if quick else (WIDTH, INNER)
+def _run(count: int, options: Any, shape: str) -> dict[str, Any]:
+    _, width, inner, heads, own, *_, dtype = SHAPES[shape]
     config = LlamaConfig(vocab_size=256, hidden_size=width, intermediate_size=inner, num_hidden_layers=count,
-                         num_attention_heads=width // 64, num_key_value_heads=width // 64)  # fmt: skip
+                         num_attention_heads=heads, num_key_value_heads=own)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        command = [sys.executable, __file__, "--worker", folder]
+        with torch.device(options.device):  # where random numbers are drawn fastest
+            model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+        model.cpu().save_pretrained(folder)
+        del model
+        if options.quick:  # measures nothing, so it needs no process of its own
+            return _work(Path(folder), shape, torch.device(options.device))
+        command = [sys.executable, __file__, "--worker", folder, "--shape", options.shape, "--device", options.device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -71,24 +86,43 @@ class _Peak(common.Peak):
         return tuple(1024 * int(lines[name].split()[0]) for name in ("RssAnon", "RssFile"))
 
 
-def _work(folder: Path) -> dict[str, Any]:
+def _work(folder: Path, shape: str, device: torch.device) -> dict[str, Any]:
+    *_, rank, windows, length, dtype = SHAPES[shape]
     config = AutoConfig.from_pretrained(folder)
-    section = ModelSection(name_or_path=str(folder), dtype="float32")
-    peft_model, weights = model_in_files(folder, config, section, LoraNullConfig(r=RANK, variant="v2"))
-    ids = torch.randint(0, config.vocab_size, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    section = ModelSection(name_or_path=str(folder), dtype=dtype)
+    peft_model, weights = model_in_files(folder, config, section, LoraNullConfig(r=rank, variant="v2"))
+    ids = torch.randint(0, config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
+    batches = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        for row in ids.split(max(1, 4096 // length) if device.type != "cpu" else 1)
+    ]
     layer = peft_model.get_base_model().model.layers[0]
-    layer_bytes = sum(4 * p.numel() for name, p in layer.named_parameters() if "lora_" not in name)
+    layer_bytes = sum(
+        getattr(torch, dtype).itemsize * p.numel() for name, p in layer.named_parameters() if "lora_" not in name
+    )
     with tempfile.TemporaryDirectory() as out, _Peak() as peak:
-        options = InitOptions(weights=weights, progress=False, min_tokens=1)
-        _, calibration = start_adapter(peft_model, batches, options, folder=Path(out))
+        options = InitOptions(
+            weights=weights, progress=False, min_tokens=1, device=None if device.type == "cpu" else device
+        )
+        reset_peak_memory()
+        began = time.perf_counter()
+        report, calibration = start_adapter(peft_model, batches, options, folder=Path(out))
     factors = [layer.lora_A["default"].weight for layer in adapted_layers(peft_model).values()]
     factors += [layer.lora_B["default"].weight for layer in adapted_layers(peft_model).values()]
     kept = 2 * sum(factor.nbytes for factor in factors) + sum(L.nbytes for L in calibration.projected.values())
     kept += sum(stats.sketch.nbytes for stats in calibration.inputs)
     gram_bytes = 8 * (3 * config.hidden_size**2 + config.intermediate_size**2)
     anonymous, mapped = peak.above
-    return {"layer": layer_bytes, "grams": gram_bytes, "kept": kept, "anonymous": anonymous, "mapped": mapped}
+    seconds = {"seconds": time.perf_counter() - began, "parts": report.seconds}
+    if device.type == "cuda":
+        seconds["accelerator_peak"] = torch.cuda.max_memory_allocated()
+    return seconds | {
+        "layer": layer_bytes,
+        "grams": gram_bytes,
+        "kept": kept,
+        "anonymous": anonymous,
+        "mapped": mapped,
+    }
 
 
 def _print(runs: dict[int, dict[str, Any]]) -> None:

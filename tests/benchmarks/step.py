@@ -126,6 +126,9 @@ class Setting:
     batch: int
     length: int
     device: torch.device
+    quantization: str | None = None
+    attention: str = "sdpa"
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -135,15 +138,46 @@ class Setting:
 def base_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
     """Return the model without adapter: SmolLM2, a random one of a known shape, or any checkpoint."""
     if setting.model in SHAPES:
-        config = LlamaConfig(**SHAPES[setting.model], num_hidden_layers=setting.layers)
+        config = llama_config(setting)
         torch.manual_seed(0)
         with setting.device:
-            model = LlamaForCausalLM(config).to(dtype)
+            model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=setting.attention)
     else:
         folder = smollm2() if setting.model == "smollm2" else setting.model
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(setting.device)
+        options = {"dtype": dtype, "attn_implementation": setting.attention}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).to(setting.device)
+    if setting.quantization:
+        store_in_4_bit(model, setting.device)
     model.config.use_cache = False
     return model.train()
+
+
+def llama_config(setting: Setting) -> LlamaConfig:
+    return LlamaConfig(**SHAPES[setting.model], num_hidden_layers=setting.layers)
+
+
+def base_parameters(setting: Setting) -> int | None:
+    """Return how many parameters a random model has without its embeddings, which multiply nothing; None for others."""
+    if setting.model not in SHAPES:
+        return None
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config(setting))
+    return model.num_parameters() - model.get_input_embeddings().weight.numel()
+
+
+def store_in_4_bit(model: nn.Module, device: torch.device) -> None:
+    """Store the linears of the decoder as nf4, as `model.quantization: nf4` loads them from files."""
+    from bitsandbytes import nn as bnb
+
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            stored = bnb.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            weight = bnb.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            stored.weight = weight.to(device)  # here it is quantized
+            model.model.set_submodule(name, stored)
+    model.is_loaded_in_4bit, model.is_quantized = True, True
 
 
 def build(contender: str, setting: Setting, dtype: torch.dtype) -> nn.Module:
@@ -230,6 +264,8 @@ class Trainee:
     def __init__(self, contender: str, setting: Setting, dtype: torch.dtype) -> None:
         self.setting = setting
         self.model = build(contender, setting, dtype)
+        if setting.compiled:
+            self.model.compile()
         self.rank = setting.rank
         if contender != "full":
             self.rank = next(iter(adapted_layers(self.model).values())).r["default"]
@@ -522,6 +558,9 @@ def read_arguments() -> Any:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--cases", default=DEFAULT_CASES, help="precision[+ckpt][:rounds], by commas; see above")
     parser.add_argument("--contenders", default=DEFAULT_CONTENDERS, help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--quantization", choices=["nf4"], help="store the base so (with the precision bf16)")
+    parser.add_argument("--attention", default="sdpa", help="sdpa, flash_attention_2, eager")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each contender's model")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory measurements out")
     options = parser.parse_args()
     if options.quick:
@@ -544,7 +583,15 @@ def main() -> None:
     options = read_arguments()
     logging.disable_progress_bar()
     setting = Setting(
-        options.model, options.layers, options.rank, options.batch, options.length, torch.device(options.device)
+        options.model,
+        options.layers,
+        options.rank,
+        options.batch,
+        options.length,
+        torch.device(options.device),
+        options.quantization,
+        options.attention,
+        options.compile,
     )
     cases = [Case.parse(text) for text in options.cases.split(",")]
     contenders = options.contenders.split(",")
@@ -558,6 +605,7 @@ def main() -> None:
     payload = {
         "machine": {**facts, "load_average_after": load()},
         "setting": {key: str(value) if key == "device" else value for key, value in vars(setting).items()},
+        "base_parameters": base_parameters(setting),
         "took_seconds": {"memory": memory_seconds, "times": time_seconds},
         "summary": summary,
         "raw": raw,

@@ -1,0 +1,427 @@
+"""Every claim about GPUs, tried on whatever accelerator is here: one command, some minutes, cut at any moment.
+
+    python tests/gpu/run.py --out DIR                        # all parts, 9 minutes at most; again goes on where it was
+    python tests/gpu/run.py --out DIR --part b,c --minutes 20
+    python tests/gpu/run.py --out DIR --toy                  # toy sizes on the CPU: shows that it runs, measures nothing
+    python tests/gpu/report.py DIR                           # what came back, as a table
+
+Each step is a process of its own with a limit of its own. What it found is written to DIR/PART/STEP/step.json as soon as it
+ends, and DIR/progress.png and DIR/report.md are made anew; steps that are done, or failed, are not run again (--again:
+those that failed are). A step that was cut by --minutes, or with the machine, is. What a machine cannot do is skipped, with
+the reason. Nothing is fetched: models are random ones of known shapes, and SmolLM2 where --smollm2 or the cache has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as XML
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = HERE.parent / "benchmarks"
+sys.path[:0] = [str(HERE.parent), str(BENCHMARKS)]
+
+import common  # noqa: E402
+import report  # noqa: E402
+import step as step_benchmark  # noqa: E402
+import torch  # noqa: E402
+from tiny import save_tiny  # noqa: E402
+
+from lora_null.trainer.methods import METHODS  # noqa: E402
+from lora_null.utils.files import cache_root  # noqa: E402
+
+PARTS = "abcdefg"
+GSM8K = HERE.parents[1] / "recipes" / "samples" / "gsm8k_test.jsonl"
+LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.32, 0.5  # of one 7B layer: bfloat16 weights; two adapters; activations
+STUDY_STEPS = 1000
+TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
+TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides which steps run, and at which size.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        memory_gib: of the accelerator.
+        count: accelerators.
+        toy: toy sizes, on the CPU.
+        smollm2: a folder with SmolLM2, if there is one.
+    """
+
+    device: str
+    memory_gib: float
+    count: int
+    toy: bool
+    smollm2: Path | None
+
+    def lacks(self, gib: float = 0.0, *, package: str = "", toy: bool = True) -> str | None:
+        """Return why a step cannot run here, None where it can.
+
+        Args:
+            gib: memory of the accelerator that it needs.
+            package: that it needs.
+            toy: whether it has a toy size.
+        """
+        if self.toy and not toy:
+            return "has no toy size"
+        if package and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        if not self.toy and self.device != "cuda":
+            return "no GPU is here (--toy runs it at toy size on the CPU)"
+        if not self.toy and gib > self.memory_gib:
+            return f"needs {gib:.0f} GiB of GPU memory, {self.memory_gib:.0f} are here"
+        return None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement.
+
+    Attributes:
+        part: a letter.
+        name: unique within the part.
+        seconds: that it may take.
+        lacking: why it cannot run here; None where it can.
+        command: what follows `python`; "{out}" stands for its folder.
+        read: from its folder and its exit status to what it found.
+        prepare: called with its folder before it starts; returns further words of the command.
+    """
+
+    part: str
+    name: str
+    seconds: float
+    lacking: str | None
+    command: Sequence[str]
+    read: Callable[[Path], dict[str, Any]]
+    prepare: Callable[[Path], list[str]] = field(default=lambda folder: [])
+
+    def words(self, folder: Path) -> list[str]:
+        return [word.replace("{out}", str(folder)) for word in self.command]
+
+
+def steps(machine: Machine) -> list[Step]:
+    """Return all steps, in the order in which they run."""
+    makers = (correctness, initialization, training, quantized, engines, evaluation, study)
+    return [step for make in makers for step in make(machine)]
+
+
+def correctness(machine: Machine) -> list[Step]:
+    command = ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(HERE)]
+    command += ["--junitxml", "{out}/junit.xml", "--basetemp", "{out}/tests"]
+    return [Step("a", "suite", 300, machine.lacks(), command, _junit)]
+
+
+def _junit(folder: Path) -> dict[str, Any]:
+    cases = list(XML.parse(folder / "junit.xml").iter("testcase"))
+    bad = {
+        case.get("name"): case[0].get("message", "")[:300] for case in cases if len(case) and case[0].tag != "skipped"
+    }
+    skipped = {
+        case.get("name"): case[0].get("message", "") for case in cases if len(case) and case[0].tag == "skipped"
+    }
+    return {"passed": len(cases) - len(bad) - len(skipped), "failed": bad, "skipped": skipped}
+
+
+def initialization(machine: Machine) -> list[Step]:
+    quick = ["--quick"] * machine.toy
+    script = [str(BENCHMARKS / "init.py"), "--out", "{out}", "--device", machine.device, *quick, "--cases"]
+    layers = [str(BENCHMARKS / "memory.py"), "--out", "{out}", "--device", machine.device, "--shape", "70b", *quick]
+    return [
+        Step("b", "7b-whole", 480, machine.lacks(30, toy=False), [*script, "whole"], _json("init.json")),
+        Step("b", "7b-layer", 240, machine.lacks(16), [*script, "layer", "--scale", "1"], _json("init.json")),
+        Step("b", "70b-from-files", 300, machine.lacks(20), layers, _json("memory.json")),
+    ]
+
+
+def _json(name: str) -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: json.loads((folder / name).read_text())
+
+
+def _step(machine: Machine, contenders: str, cases: str, *, layers: int, extra: Sequence[str] = ()) -> list[str]:
+    command = [str(BENCHMARKS / "step.py"), "--out", "{out}", "--device", machine.device, "--contenders", contenders]
+    if machine.toy:
+        return [*command, "--quick", "--no-memory", *extra]
+    sizes = {"model": "llama-7b", "layers": layers, "rank": 128, "batch": 2, "length": 1024, "cases": cases}
+    return [*command, *(word for name, value in sizes.items() for word in (f"--{name}", str(value))), *extra]
+
+
+def _fitting(machine: Machine, per_layer: float) -> int:
+    """Return how many layers of the 7B shape fit, at most all 32."""
+    return max(1, min(32, int((0.9 * machine.memory_gib - 4) / per_layer)))
+
+
+def training(machine: Machine) -> list[Step]:
+    """A contender beside LoRA at a time, since all at once do not fit; full fine-tuning with fewer layers."""
+    cases, found = "bf16:8,bf16+ckpt:6", []
+    pair = _fitting(machine, 2 * LAYER_GB + ADAPTED_GB + ACTIVE_GB)
+    whole = _fitting(machine, 5 * LAYER_GB + ADAPTED_GB + ACTIVE_GB)
+    wanted = {"lora-again": pair, "v1": pair, "v2": pair, "nb": pair, "lora-fa": pair, "full": whole}
+    for name, layers in wanted.items():
+        lacking = machine.lacks(16)
+        if name not in step_benchmark.CONTENDERS:
+            lacking = f"tests/benchmarks/step.py has no contender {name!r}"
+        elif machine.toy and name not in ("v2", "nb"):
+            lacking = "toy size: v2 stands for it"
+        found.append(
+            Step("c", name, 240, lacking, _step(machine, f"lora,{name}", cases, layers=layers), _json("step.json"))
+        )
+    forms = {"compiled": ("", ["--compile"]), "flash-attention": ("flash_attn", ["--attention", "flash_attention_2"])}
+    for name, (package, extra) in forms.items():
+        command = _step(machine, "lora,v2", "bf16:8", layers=pair, extra=extra)
+        found.append(Step("c", name, 300, machine.lacks(16, package=package, toy=False), command, _json("step.json")))
+    return found
+
+
+def quantized(machine: Machine) -> list[Step]:
+    found = []
+    for name in ("v1", "v2", "nb"):
+        lacking = machine.lacks(16, package="bitsandbytes")
+        if name not in step_benchmark.CONTENDERS:
+            lacking = f"tests/benchmarks/step.py has no contender {name!r}"
+        elif machine.toy and name != "v2":
+            lacking = "toy size: v2 stands for it"
+        command = _step(
+            machine,
+            f"lora,{name}",
+            "bf16:6,bf16+ckpt:6",
+            layers=_fitting(machine, 1.4),
+            extra=["--quantization", "nf4"],
+        )
+        found.append(Step("d", f"nf4-{name}", 240, lacking, command, _json("step.json")))
+    return found
+
+
+def engines(machine: Machine) -> list[Step]:
+    found = []
+    counts = sorted({1, max(1, machine.count)}) if machine.device == "cuda" else [2]
+    for engine, package in (("fsdp2", ""), ("zero3", "deepspeed")):
+        for count in counts:
+            command = [str(HERE / "engines.py"), "--engine", engine, "--device", machine.device, "--out", "{out}"]
+            command += ["--processes", str(count)]
+            found.append(
+                Step("e", f"{engine}-{count}", 240, machine.lacks(4, package=package), command, _json("engines.json"))
+            )
+    return found
+
+
+def evaluation(machine: Machine) -> list[Step]:
+    """Generation beside the lm_eval command; a random model never stops by itself, so all answers are of full length."""
+
+    def model(folder: Path) -> list[str]:
+        if machine.smollm2 and not machine.toy:
+            return ["--model", str(machine.smollm2)]
+        shape = {"max_position_embeddings": 2048}
+        if not machine.toy:
+            shape |= {
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": 16,
+                "initializer_range": 0.02,
+            }
+            shape |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+        return ["--model", str(save_tiny(folder / "model", **shape))]
+
+    command = [str(BENCHMARKS / "generation.py"), "--gsm8k", str(GSM8K), "--device", machine.device, "--out", "{out}"]
+    command += ["--limit", "2"] if machine.toy else ["--limit", "64", "--dtype", "bfloat16"]
+    vllm = [str(HERE / "served.py"), "--gsm8k", str(GSM8K), "--out", "{out}"]
+    return [
+        Step("f", "lm-eval", 300, machine.lacks(8), command, _json("generation.json"), model),
+        Step("f", "vllm", 300, machine.lacks(8, package="vllm", toy=False), vllm, _json("served.json"), model),
+    ]
+
+
+def study(machine: Machine) -> list[Step]:
+    """nb-lora beside its rivals at 1,000 steps: every method of the table that trains an adapter."""
+    methods = [name for name in METHODS if name not in ("full", "roselora")]
+    lacking = machine.lacks(8)
+    if not machine.toy and machine.smollm2 is None:
+        lacking = lacking or "SmolLM2 is not here; --smollm2 FOLDER names it"
+    changes = ["grid.seeds=[0]", "grid.sweep={}", "grid.per_method={}", "grid.keep_weights=false", "eval.limit=64"]
+    changes += [f"training.max_steps={2 if machine.toy else STUDY_STEPS}", "eval.cache=false"]
+    if machine.toy:
+        methods = [name for name in ("lora", "lora-null-v2", "nb-lora") if name in METHODS][-2:]
+
+    def prepare(folder: Path) -> list[str]:
+        model = save_tiny(folder / "model", max_position_embeddings=2048) if machine.toy else machine.smollm2
+        words = [f"model.name_or_path={model}", *(TOY_STUDY if machine.toy else [])]
+        return [
+            *words,
+            *(["method.rank=4", "training.bf16=false"] if machine.toy else []),
+            *["--resume"] * (folder / "run").exists(),
+        ]
+
+    def read(folder: Path) -> dict[str, Any]:
+        return {"methods": methods, "missing": sorted({"nb-lora"} - set(METHODS))} | _json("run/results.json")(folder)
+
+    command = [
+        "-m",
+        "lora_null.recipes",
+        "study",
+        "--method",
+        ",".join(methods),
+        "--output-dir",
+        "{out}/run",
+        *changes,
+    ]
+    return [Step("g", "study", 3600, lacking, command, read, prepare)]
+
+
+def run_step(step: Step, folder: Path, facts: dict[str, Any], left: float, *, toy: bool, order: int) -> dict[str, Any]:
+    """Run one step and write what it found; return that."""
+    found: dict[str, Any] = {"part": step.part, "step": step.name, "order": order, "toy": toy, "machine": facts}
+    found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "status": "skipped", "reason": step.lacking}
+    if step.lacking is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [*step.words(folder), *step.prepare(folder)]
+        began, limit = time.monotonic(), min(step.seconds, left)
+        status = (_call_in_fork if toy else _call)(words, folder / "log.txt", limit)
+        found |= {"command": words, "seconds": round(time.monotonic() - began, 1)}
+        if status is None and left < step.seconds:
+            found |= {"status": "cut", "reason": "the minutes were over; the next call runs it"}
+        elif status is None:
+            found |= {"status": "failed", "reason": f"took more than {step.seconds:.0f} s"}
+        else:
+            found |= _outcome(step, folder, status)
+    common.write_json(folder / "step.json", found)
+    return found
+
+
+def _outcome(step: Step, folder: Path, status: int) -> dict[str, Any]:
+    try:
+        result = step.read(folder)
+    except (OSError, ValueError, LookupError, XML.ParseError) as error:
+        result, status = None, status or -1
+        problem = f"left no result ({error})"
+    else:
+        problem = ""
+    if status == 0:
+        return {"status": "done", "reason": None, "result": result}
+    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    return {"status": "failed", "reason": f"exit status {status}: {(lines or [problem])[-1][:300]}", "result": result}
+
+
+def _call(words: Sequence[str], log: Path, limit: float) -> int | None:
+    """Return the exit status of a command, None where its time was over; nothing of it is left running."""
+    paths = [str(HERE.parents[1]), str(HERE.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    if not torch.cuda.is_available():
+        environment["LORA_NULL_GPU_DEVICE"] = "cpu"
+    with open(log, "w") as file:
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
+        with subprocess.Popen([sys.executable, *words], **options) as process:
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _call_in_fork(words: Sequence[str], log: Path, limit: float) -> int | None:
+    """As `_call`, in a fork of a process that has imported everything: at toy size imports are most of the time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_null.recipes.run", "pytest", "matplotlib.pyplot"])
+    process = context.Process(target=_in_fork, args=(list(words), log))
+    process.start()
+    process.join(limit)
+    status = process.exitcode
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    return status
+
+
+def _in_fork(words: list[str], log: Path) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "LORA_NULL_GPU_DEVICE": "cpu"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(BENCHMARKS)])
+    run = runpy.run_path
+    if words[0] == "-m":
+        run, words = runpy.run_module, words[1:]
+    sys.argv = words
+    run(words[0], run_name="__main__")
+
+
+def pending(step: Step, folder: Path, *, toy: bool, again: bool) -> bool:
+    """Return whether a step has still to run: it was never started here, or cut, or is another one now."""
+    try:
+        before = json.loads((folder / "step.json").read_text())
+    except (OSError, ValueError):
+        return True
+    same = before["toy"] == toy and before.get("command", [])[: len(step.command)] == step.words(folder)
+    return not (same and (before["status"] == "done" or (before["status"] == "failed" and not again)))
+
+
+def find_machine(*, toy: bool, smollm2: Path | None) -> Machine:
+    cached = cache_root() / "SmolLM2-135M-Instruct-Q4_1"
+    smollm2 = smollm2 or (cached if (cached / "config.json").is_file() else None)
+    if toy or not torch.cuda.is_available():
+        return Machine("cpu", 0.0, 0, toy, smollm2)
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Machine("cuda", memory, torch.cuda.device_count(), toy, smollm2)
+
+
+def main(argv: Sequence[str] | None = None, make: Callable[[Machine], list[Step]] = steps) -> int:
+    """Run what is left; return 0 where nothing failed, 1 where something did."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take (default: %(default)g)")
+    parser.add_argument("--part", default=",".join(PARTS), help="letters, by commas (default: all)")
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"
+    )
+    parser.add_argument("--again", action="store_true", help="run again what failed")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="SmolLM2, for (f) and (g)")
+    given = parser.parse_args(argv)
+    parts = given.part.split(",")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"--part: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
+    until = time.monotonic() + 60 * given.minutes
+    machine = find_machine(toy=given.toy, smollm2=given.smollm2)
+    facts = common.machine(torch.device(machine.device)) | {
+        "gpus": machine.count,
+        "gpu_gib": round(machine.memory_gib, 1),
+    }
+    print(common.headline(facts))
+    failed = 0
+    for order, step in enumerate(make(machine)):
+        folder = given.out.resolve() / step.part / step.name
+        if step.part not in parts or not pending(step, folder, toy=given.toy, again=given.again):
+            continue
+        left = until - time.monotonic()
+        if left <= 0 and step.lacking is None:
+            print(f"({step.part}) {step.name}: left for the next call")
+            continue
+        found = run_step(step, folder, facts, left, toy=given.toy, order=order)
+        failed += found["status"] == "failed"
+        seconds = f" in {found['seconds']:.0f} s" if "seconds" in found else ""
+        print(
+            f"({step.part}) {step.name}: {found['status']}{seconds}"
+            + (f", {found['reason']}" if found["reason"] else "")
+        )
+        report.write([given.out])
+    print(f"report: {given.out / 'report.md'}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
