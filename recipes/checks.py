@@ -72,7 +72,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
 
 
 def _check_trackers(training: SFTConfig | DPOConfig) -> None:
-    for name in training.report_to:
+    for name in training.report_to or ():
         try:
             (kind,) = get_reporting_integration_callbacks([name])
             if isinstance(kind, type):  # "flyte" and others come with settings, already made
@@ -132,10 +132,11 @@ def check_answers_end(
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.preflight == "off":
         return
-    ends = {tokenizer.eos_token_id} - {None}
+    found: list[Any] = [tokenizer.eos_token_id]
     if Path(name, "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(name).eos_token_id
-        ends |= set(found if isinstance(found, list) else [] if found is None else [found])
+        also = GenerationConfig.from_pretrained(name).eos_token_id
+        found += also if isinstance(also, list) else [also]
+    ends = {end for end in found if end is not None}
     rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
     cut = None if cut_by_trainer(training) else training.max_length
     looked_at = ((row.ids[:cut], row.labels[:cut]) for row in rows)
