@@ -132,11 +132,11 @@ def check_answers_end(
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.preflight == "off":
         return
-    end: Any = tokenizer.eos_token_id
-    ends = {end} - {None}
+    found: list[Any] = [tokenizer.eos_token_id]
     if Path(name, "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(name).eos_token_id
-        ends |= set(found if isinstance(found, list) else [] if found is None else [found])
+        also = GenerationConfig.from_pretrained(name).eos_token_id
+        found += also if isinstance(also, list) else [also]
+    ends = {end for end in found if end is not None}
     rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
     cut = None if cut_by_trainer(training) else training.max_length
     looked_at = ((row.ids[:cut], row.labels[:cut]) for row in rows)

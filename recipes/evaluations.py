@@ -131,9 +131,8 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
 
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
     """Return the fields of question and answer: those that are given, else the first pair that the data has."""
-    given = {"prompt": entry.prompt, "response": entry.response}
-    if all(given.values()):
-        return given
+    if entry.prompt and entry.response:
+        return {"prompt": entry.prompt, "response": entry.response}
     first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
     for prompt, response in QUESTIONS_WITH_ANSWERS:
         if (entry.prompt or prompt in first.columns) and (entry.response or response in first.columns):

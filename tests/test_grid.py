@@ -114,8 +114,8 @@ def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys)
         return original(job, plan, folder)
 
     monkeypatch.setattr(run, "_trainer", counted)
-    with pytest.raises(KeyboardInterrupt):
-        main([str(recipe), *WORDS])
+    assert main([str(recipe), *WORDS]) == 130
+    assert "stopped; kept in" in capsys.readouterr().err
     assert main([str(recipe), *WORDS]) == 2 and "--resume continues it" in capsys.readouterr().err
     (tmp_path / "resumed").touch()
     assert main([str(recipe), *WORDS, "--resume"]) == 0
