@@ -235,7 +235,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
-        if job.is_main:
+        if job.is_main and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
         rows.append(_method_row(job, plan, rows[0]))
         if job.is_main:
