@@ -262,7 +262,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _owners(model: nn.Module) -> list[nn.Module]:
     """Return the modules that hold what trains, and as little else as can be."""
-    return [m for m in model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())]
+    return [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import signal
@@ -137,7 +138,8 @@ class Trackers:
         self.held = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(kinds))]
         for tracker in self.held:
             tracker.on_train_end = lambda *_, **__: None
-        self.wandb = next((c._wandb for c in self.held if isinstance(c, WandbCallback)), None)
+        wandb = any(isinstance(c, WandbCallback) for c in self.held)
+        self.wandb = importlib.import_module("wandb") if wandb else None
         self.joined = self.wandb is not None and self.wandb.run is not None  # a run of whoever called us
 
     def finish(self, before: Row, after: Row) -> None:

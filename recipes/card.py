@@ -48,6 +48,7 @@ class RunMethod:
     rank: int | None
     notes: list[str]
     strength: float = 1
+    elsewhere: bool = False
 
     @property
     def source(self) -> RunMethod:

@@ -51,7 +51,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     Raises:
         UserError: naming the key and what to install.
     """
-    if recipe.eval.backend == "vllm":
+    if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # which vllm does not run, as is told then
         require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":

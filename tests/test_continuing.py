@@ -154,7 +154,7 @@ class TestGoingOn:
         first.train()
         with pytest.raises(UserError, match="init_folder: would not be read, the adapter is started"):
             make(tmp_path / "2", "none", model=first.model, init_folder=tmp_path / "1")
-        with pytest.raises(UserError, match="init_folder: would not be read, lora computes no start"):
+        with pytest.raises(UserError, match="init_folder: would not be read, lora computes no such start"):
             make(tmp_path / "2", CONFIGS["lora"](), init_folder=tmp_path / "1")
         with pytest.raises(UserError, match="calibration_dataset: corda needs texts"):
             make(tmp_path / "2", make_method("corda").config(r=4), method=make_method("corda"), calibration=None)

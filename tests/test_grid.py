@@ -68,7 +68,7 @@ def test_rows_are_means_over_the_seeds(grid):
               if c["method"] == "pissa" and c["point"]["training.learning_rate"] == 1e-2]  # fmt: skip
     assert row["runs"] == len(values) == 2
     assert row["metrics"]["facts kl"]["value"] == pytest.approx(np.mean(values))
-    assert row["metrics"]["facts kl"]["stderr"] == pytest.approx(stats.sem(values))
+    assert row["metrics"]["facts kl"]["stderr"] >= stats.sem(values)  # questions count beside the seeds
     page = (grid / "out" / "report.html").read_text()
     assert "Forgetting at equal learning" in page and "LoRA-Null-v2 (lr 0.003)" in page
 
@@ -231,14 +231,17 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
 def test_the_study_is_what_the_readme_says():
     study = load_recipe("study")
     cells = grid_cells(study)
-    assert sum(len(cell.methods) for cell in cells) == 9 * 3 * 3 and len({cell.seed for cell in cells}) == 3
+    assert sum(len(cell.methods) for cell in cells) == (11 + 4) * 3 * 3 and len({cell.seed for cell in cells}) == 3
     assert cells[0].seed == cells[4].seed == 0  # a whole seed before the next
     quick = load_recipe("study", quick=True)
-    assert sum(len(cell.methods) for cell in grid_cells(quick)) == 18
-    for entry in (*study.eval.retention, *study.eval.task, study.data, study.calibration):
+    assert sum(len(cell.methods) for cell in grid_cells(quick)) == 12 * 2
+    for entry in (*study.eval.retention, *study.eval.task, study.calibration):
         assert Path(entry.path).is_file()
-    tasks = eval_tasks(study, tiny_tokenizer(), max_length=None)
-    assert {task.name: len(task.pairs) for task in tasks} == {"NQ": 128, "WebQS": 128, "WikiText": 48, "GSM8K": 64}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    tasks = eval_tasks(study, tokenizer, max_length=None)
+    sizes = {"NQ": 128, "WebQS": 128, "WikiText": 48, "Instructions": 64, "Code": 64, "GSM8K": 64}
+    assert {task.name: len(task.pairs) for task in tasks} == sizes
     assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
 
 
@@ -328,7 +331,8 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert alone < mine.p <= 2 * alone  # adjusted for the other level
     assert next(row for row in high.rows if row.method == "weak").value is None
     said = grid_headline(found, {})
-    assert "mine forgot less than LoRA" in said and "Not reached by weak" in said and "learning_rate 2" in said
+    assert "Not distinguishable from LoRA: mine" in said  # two seeds say little
+    assert "Not reached by weak" in said and "learning_rate 2" in said
 
 
 def test_a_diverged_run_leaves_its_frontier_shorter():

@@ -301,7 +301,7 @@ def test_a_run_reports_as_any_other(tmp_path, capsys):
     [
         (
             ["--method", "pissa"],
-            "pissa needs plain weights, not a quantized base; those that work on one: lora, lora-fa",
+            "pissa needs plain weights, not a quantized base; those that work on one: clora, kl-anchor, lora",
         ),
         (["--method", "lora,full"], "full needs plain weights"),
         (["--method", "osf"], "osf needs plain weights"),

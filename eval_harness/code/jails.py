@@ -169,7 +169,7 @@ def python_files() -> tuple[str, ...]:
         interpreter(),
         *sorted(file for file in modules if "_tkinter" not in file),
     ]  # no screen, no X libraries
-    linked = subprocess.run(["ldd", *binaries], capture_output=True, text=True).stdout
+    linked = subprocess.run([shutil.which("ldd") or "/usr/bin/ldd", *binaries], capture_output=True, text=True).stdout
     libraries = re.findall(r"^\s.*?(/\S+) \(0x", linked, re.MULTILINE)
     paths = dict.fromkeys([interpreter(), *library, *libraries, "/etc/ld.so.cache"])
     return tuple(

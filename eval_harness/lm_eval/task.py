@@ -97,7 +97,8 @@ class LmEvalTask(Task):
         return any(needs_consent(member) for member in self.loaded["tasks"].values())
 
     def remarks(self) -> dict[str, str]:
-        return {"generated_code": find_jail(self.jail, self.jail_image).describe} if self.runs_code else {}
+        runs = self.confirm_run_unsafe_code and self.runs_code
+        return {"generated_code": find_jail(self.jail, self.jail_image).describe} if runs else {}
 
     def check(self) -> None:
         """Check the values, build the task, read its documents and try its rules on the first one.

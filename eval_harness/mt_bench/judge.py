@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
@@ -24,10 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
 NEED_REFERENCE = ("math", "reasoning", "coding")

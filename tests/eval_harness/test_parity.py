@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_null.eval_harness import TASK_FILES, LmEvalTask, evaluate
+from lora_null.eval_harness.code.jails import find_jail
 from lora_null.eval_harness.lm_eval.model import ShardedLM
+from lora_null.utils.errors import UserError
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 BATCH_SIZE = 4
@@ -112,6 +114,10 @@ def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, hal
 
 def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_tokenizer, write):
     """Comments that the model goes on with: harmless until it starts another line, so about half of them pass."""
+    try:
+        find_jail()
+    except UserError as error:  # the command has no consent to run programs without one
+        pytest.skip(str(error).partition("; eval.code")[0])
     rows = [
         {
             "task_id": str(i),

@@ -52,7 +52,7 @@ def test_mixed_precision_is_kept_under_the_same_name(model, tokenizer):
 def test_tasks_that_run_code_are_marked_as_such(write):
     row = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass", "task_id": "t/0"}
     path, consent = write("h.jsonl", [row]), {"confirm_run_unsafe_code": True}
-    (task,) = LmEvalTask("sandbox_humaneval", path=path, **consent).loaded["tasks"].values()
+    (task,) = LmEvalTask("sandbox_humaneval", path=path, jail="unsafe", **consent).loaded["tasks"].values()
     assert private_names.needs_consent(task), "lm-eval's tasks have no UNSAFE_CODE"
 
 
@@ -81,7 +81,11 @@ def test_every_private_name_is_in_that_one_file():
         if file == Path(private_names.__file__):
             continue
         tree, found = ast.parse(file.read_text()), []
-        own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {"_fields_"}
+        own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {
+            "_fields_",
+            "_fields",
+            "_exit",
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lora_null"):
                 words = [*(node.module or "").split("."), *(alias.name for alias in node.names)]

@@ -192,7 +192,7 @@ def test_few_shot_examples_from_the_evaluated_file_by_name(nq_file):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "x", r"cannot read .*a\.txt \(choose from: \.csv"),
+        ("a.xls", "x", r"cannot read .*a\.xls \(choose from: \.csv"),
         ("a.jsonl", "{broken", r"cannot read .*a\.jsonl as json"),
         ("a.csv", "question,answer\n", r"cannot read .*a\.csv as csv"),
     ],
