@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,12 @@ def _by_dial(output_dir: Path, row: Row, label: str) -> list[Advice]:
     options = []
     for i, point in enumerate(dial.points):
         change, lost = learned.change(i), kept.change(i)
-        if not 0 < point.strength < 1 or change is None or lost is None or not kept.separated(i, full):
+        if (
+            not 0 < point.strength < 1
+            or change is None
+            or lost is None
+            or not _apart(kept.estimates[i], kept.estimates[full])
+        ):
             continue
         left, share = change / gained, lost / forgot
         if left >= MOST_LEFT and share <= LESS:
@@ -110,6 +116,13 @@ def _by_dial(output_dir: Path, row: Row, label: str) -> list[Advice]:
                 f"{share:.0%} of the forgetting (lora-null export RUN/{row.method} --strength {point.strength:g}).")
             )  # fmt: skip
     return sorted(options, key=lambda advice: -advice.gain)[:1]
+
+
+def _apart(one: Estimate | None, other: Estimate | None) -> bool:
+    """Return whether two strengths differ by more than twice their errors: more than enough, as both answer the same."""
+    if one is None or other is None:
+        return False
+    return abs(one.value - other.value) > 2 * math.hypot(one.stderr or 0, other.stderr or 0)
 
 
 def _by_curve(log: TrainLog, label: str) -> list[Advice]:
