@@ -289,13 +289,14 @@ def run_step(step: Step, folder: Path, facts: dict[str, Any], left: float, *, to
     if step.lacking is None:
         folder.mkdir(parents=True, exist_ok=True)
         words = [*step.words(folder), *step.prepare(folder)]
-        began, limit = time.monotonic(), min(step.seconds, left)
+        allowed = step.seconds * (4 if toy else 1)  # a test suite's machine is busy with other tests
+        began, limit = time.monotonic(), min(allowed, left)
         status = (_call_in_fork if toy else _call)(words, folder / "log.txt", limit)
         found |= {"command": words, "seconds": round(time.monotonic() - began, 1)}
-        if status is None and left < step.seconds:
+        if status is None and left < allowed:
             found |= {"status": "cut", "reason": "the minutes were over; the next call runs it"}
         elif status is None:
-            found |= {"status": "failed", "reason": f"took more than {step.seconds:.0f} s"}
+            found |= {"status": "failed", "reason": f"took more than {allowed:.0f} s"}
         else:
             found |= _outcome(step, folder, status)
     common.write_json(folder / "step.json", found)
