@@ -50,6 +50,7 @@ LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.32, 0.5  # of one 7B layer: bfloat16 w
 STUDY_STEPS = 1000
 TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
 TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1"]
+TOY_STUDY += ["eval.retention=[{answers: NQ, path: samples/nq_open_test.jsonl, prompt: question, response: answer}]"]
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def study(machine: Machine) -> list[Step]:
     if not machine.toy and machine.smollm2 is None:
         lacking = lacking or "SmolLM2 is not here; --smollm2 FOLDER names it"
     changes = ["grid.seeds=[0]", "grid.sweep={}", "grid.per_method={}", "grid.keep_weights=false", "eval.limit=64"]
+    changes += ["data.path=samples/gsm8k_train.jsonl", "data.subset=null", "data.limit=null"]  # not the hub's
     changes += [f"training.max_steps={2 if machine.toy else STUDY_STEPS}", "eval.cache=false"]
     if machine.toy:
         methods = [name for name in ("lora", "lora-null-v2", "nb-lora") if name in METHODS][-2:]
