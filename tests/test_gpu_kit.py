@@ -32,7 +32,7 @@ def found_in(folder):
 
 
 def test_all_parts_at_toy_size(tmp_path):
-    command = [sys.executable, str(KIT / "run.py"), "--toy", "--minutes", "9", "--out", str(tmp_path)]
+    command = [sys.executable, str(KIT / "run.py"), "--toy", "--minutes", "20", "--out", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True)
     found = found_in(tmp_path)
     assert ran.returncode == 0, [

@@ -50,6 +50,7 @@ LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.32, 0.5  # of one 7B layer: bfloat16 w
 STUDY_STEPS = 1000
 TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
 TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1"]
+TOY_STUDY += ["eval.retention=[{answers: NQ, path: samples/nq_open_test.jsonl, prompt: question, response: answer}]"]
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def study(machine: Machine) -> list[Step]:
     if not machine.toy and machine.smollm2 is None:
         lacking = lacking or "SmolLM2 is not here; --smollm2 FOLDER names it"
     changes = ["grid.seeds=[0]", "grid.sweep={}", "grid.per_method={}", "grid.keep_weights=false", "eval.limit=64"]
+    changes += ["data.path=samples/gsm8k_train.jsonl", "data.subset=null", "data.limit=null"]  # not the hub's
     changes += [f"training.max_steps={2 if machine.toy else STUDY_STEPS}", "eval.cache=false"]
     if machine.toy:
         methods = [name for name in ("lora", "lora-null-v2", "nb-lora") if name in METHODS][-2:]
@@ -289,13 +291,14 @@ def run_step(step: Step, folder: Path, facts: dict[str, Any], left: float, *, to
     if step.lacking is None:
         folder.mkdir(parents=True, exist_ok=True)
         words = [*step.words(folder), *step.prepare(folder)]
-        began, limit = time.monotonic(), min(step.seconds, left)
+        allowed = step.seconds * (4 if toy else 1)  # a test suite's machine is busy with other tests
+        began, limit = time.monotonic(), min(allowed, left)
         status = (_call_in_fork if toy else _call)(words, folder / "log.txt", limit)
         found |= {"command": words, "seconds": round(time.monotonic() - began, 1)}
-        if status is None and left < step.seconds:
+        if status is None and left < allowed:
             found |= {"status": "cut", "reason": "the minutes were over; the next call runs it"}
         elif status is None:
-            found |= {"status": "failed", "reason": f"took more than {step.seconds:.0f} s"}
+            found |= {"status": "failed", "reason": f"took more than {allowed:.0f} s"}
         else:
             found |= _outcome(step, folder, status)
     common.write_json(folder / "step.json", found)
