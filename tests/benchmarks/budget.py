@@ -36,6 +36,7 @@ RETENTION = (
     f"eval.retention=[{{answers: NQ, path: {SAMPLES}/nq_open_test.jsonl, {FORM}}}, "
     f"{{answers: NQ unseen, path: {SAMPLES}/nq_open_tune.jsonl, {FORM}}}]"
 )
+OVER: list[str] = []  # what the command line lays over every recipe
 TOY = ["training.max_steps=8", "eval.limit=24"]
 
 
@@ -43,7 +44,7 @@ def run(out: Path, words: list[str], recipe: str = "quickstart") -> Results:
     """Run a recipe, or what is left of it; return its results."""
     if not (out / "report.html").is_file():
         resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
-        status = recipes([recipe, "--output-dir", str(out), "training.save_strategy=no", *words, *resume])
+        status = recipes([recipe, "--output-dir", str(out), "training.save_strategy=no", *words, *OVER, *resume])
         if status:
             sys.exit(status)
     return load_results(out)
@@ -121,7 +122,9 @@ def sequence(out: Path, methods: str, toy: bool) -> None:
 
 def sketch(out: Path, methods: str, toy: bool) -> None:
     """Print how much of a task's inputs a start catches that knows the task by a sketch: energy beside the Gram's own."""
-    folder = next(iter(sorted(out.glob("tasks/1-*/*/grams"))))
+    folder = next(iter(sorted(out.glob("tasks/1-*/*/grams"))), None)
+    if folder is None:
+        sys.exit(f"{out}: holds no Grams; run `sequence` with a method that keeps them first")
     files = sorted(folder.glob("*.safetensors"))[: 4 if toy else None]
     print(
         f"{folder.parent.name}, rank 32: energy of the inputs inside the start, as a share of all; mean and largest of {len(files)} inputs"
@@ -151,7 +154,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods")
     parser.add_argument("--toy", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "words", nargs="*", metavar="key.subkey=value", help="laid over the recipe, such as another model"
+    )
+    arguments = parser.parse_intermixed_args()
+    OVER.extend(arguments.words)
     default = {
         "budgets": "lora,lora-fa,pissa,lora-null-v1,lora-null-v2",
         "dial": "lora,lora-null-v1,lora-null-v2,nb-lora",
