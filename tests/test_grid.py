@@ -328,7 +328,8 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert alone < mine.p <= 2 * alone  # adjusted for the other level
     assert next(row for row in high.rows if row.method == "weak").value is None
     said = grid_headline(found, {})
-    assert "mine forgot less than LoRA" in said and "Not reached by weak" in said and "learning_rate 2" in said
+    assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers: p = 0.037 alone
+    assert "Not reached by weak" in said and "learning_rate 2" in said
 
 
 def test_a_diverged_run_leaves_its_frontier_shorter():
