@@ -21,7 +21,6 @@ from torch import nn
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import AnswerTask, Evaluation, ForgettingTask, PreferenceTask, Task
-from lora_null.eval_harness.likelihood import tokenize_pairs
 from lora_null.eval_harness.probe import Point, Probe
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
@@ -83,8 +82,7 @@ def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]
         task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
         return task, names_of(task)[0]
     for task in kept:
-        # A task of lm-eval tells its metrics when it has run; they begin with its label.
-        if wanted in names_of(task) or (names_of(task) == [task.label] and wanted.startswith(f"{task.label}/")):
+        if is_of(task, wanted):
             return task, wanted
     choices = [name for task in kept for name in names_of(task)]
     raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
@@ -99,6 +97,11 @@ def names_of(task: Task) -> list[str]:
     if isinstance(task, ForgettingTask):
         return [f"{task.name} forgetting", f"{task.name} loss"]
     return [task.label]
+
+
+def is_of(task: Task, name: str) -> bool:
+    """Return whether a metric of that name is the task's; those of lm-eval begin with its label."""
+    return name in names_of(task) or (names_of(task) == [task.label] and name.startswith(f"{task.label}/"))
 
 
 def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int], at_most: float) -> None:
@@ -149,43 +152,29 @@ def within(estimate: Estimate, at_most: float) -> bool:
 
 
 def forgotten(
-    task: Task,
-    measure: str,
-    found: Evaluation | Point,
-    base: Evaluation,
-    tokenizer: Any,
-    leave_out: frozenset[int] = frozenset(),
+    measure: str, found: Evaluation | Point, base: Evaluation, leave_out: frozenset[int] = frozenset()
 ) -> Estimate:
     """Return how much worse a model is than the base, question by question, with the standard error of that difference.
 
     Args:
-        task: what both measured.
         measure: the metric.
+        found, base: what both measured on the same questions.
         leave_out: rows that do not count.
 
     Returns:
         The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
     """
     sign = 1 if found.metrics[measure].higher_is_better else -1
-    return difference(task, measure, base, found, tokenizer, sign, leave_out)
+    return difference(measure, base, found, sign, leave_out)
 
 
 def difference(
-    task: Task,
-    measure: str,
-    one: Evaluation | Point,
-    other: Evaluation | Point,
-    tokenizer: Any,
-    sign: int,
-    leave_out: frozenset[int] = frozenset(),
+    measure: str, one: Evaluation, other: Evaluation | Point, sign: int, leave_out: frozenset[int] = frozenset()
 ) -> Estimate:
-    """Return sign · (one − other), paired by question and weighted by answer tokens; rows in `leave_out` do not count."""
+    """Return sign · (one − other), paired by question and weighted as the metric is; rows in `leave_out` do not count."""
     change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
     keep = [i for i in range(len(change)) if i not in leave_out]
-    weights = np.ones(len(change))
-    if isinstance(task, AnswerTask):
-        pairs = tokenize_pairs(tokenizer, task.pairs[: len(change)], task.name, None)
-        weights = np.array([len(pair.ids) - pair.start for pair in pairs], dtype=float)
+    weights = np.array(one.weights.get(measure, np.ones(len(change))), dtype=float)
     return Estimate(*mean_and_error(change[keep], weights[keep]))
 
 
@@ -216,7 +205,7 @@ class KeepBudget(Probe):
         """End the training at a point beyond the budget; remember the weights at one within it."""
         if self.bound.section.then == "scale":
             return
-        now = forgotten(self.bound.few, self.bound.measure, point, self.base, self.tokenizer)
+        now = forgotten(self.bound.measure, point, self.base)
         if not within(now, self.bound.section.at_most):
             self.reached = control.should_training_stop = True
         elif self.bound.section.then == "rewind":
@@ -271,14 +260,12 @@ class Measurement:
 
     Attributes:
         evaluate: returns the evaluation of tasks by the live model as it is.
-        tokenizer: the model's.
         bound: the budget.
         probed, whole: the base's evaluations, of the probed rows and of everything.
         learning: the probed tasks of role "task".
     """
 
     evaluate: Callable[[Sequence[Task]], Evaluation]
-    tokenizer: Any
     bound: Bound
     probed: Evaluation
     whole: Evaluation
@@ -286,15 +273,13 @@ class Measurement:
 
     def on_probe(self) -> Estimate:
         """Return what is forgotten on the probed rows."""
-        found = self.evaluate([self.bound.few])
-        return forgotten(self.bound.few, self.bound.measure, found, self.probed, self.tokenizer)
+        return forgotten(self.bound.measure, self.evaluate([self.bound.few]), self.probed)
 
     def on_rest(self) -> tuple[Estimate, int]:
         """Return what is forgotten on the rows that no probe has used, and how many they are."""
         found = self.evaluate([self.bound.task])
         left = len(found.samples[self.bound.measure]) - len(self.bound.used)
-        args = (self.bound.task, self.bound.measure, found, self.whole, self.tokenizer)
-        return forgotten(*args, leave_out=self.bound.used), left
+        return forgotten(self.bound.measure, found, self.whole, self.bound.used), left
 
 
 def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high: float = 1.0) -> float:
@@ -373,16 +358,11 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
             better = after.metrics[name].higher_is_better
             if better is None:
                 continue
-            lost = difference(task, name, before, after, measured.tokenizer, 1 if better else -1)
+            lost = difference(name, before, after, 1 if better else -1)
             metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])
             base, full, kept = (metric.value if metric else None for metric in metrics)
             found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr)
     return found
-
-
-def is_of(task: Task, name: str) -> bool:
-    """Return whether a metric of that name is the task's."""
-    return name in names_of(task) or (names_of(task) == [task.label] and name.startswith(task.label))
 
 
 def require_strength(name: str, config: Any) -> None:

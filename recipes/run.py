@@ -730,7 +730,7 @@ def measurement(job: Job, model: Any) -> Measurement:
 
     learning = [task for task in job.probe.tasks if task.role == "task"]
     bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]
-    return Measurement(measure, job.tokenizer, job.bound, *bases, learning)
+    return Measurement(measure, job.bound, *bases, learning)
 
 
 def _run_name(job: Job, plan: MethodPlan) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from lora_null.adapters.saved import read_adapter
@@ -35,6 +34,7 @@ from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer,
 from lora_null.recipes.results import Sequence as Tasks
 from lora_null.recipes.run import Job, inspect_recipe, run_job
 from lora_null.start import DEFAULTS
+from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods import make_method
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
@@ -130,19 +130,7 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     rows = rows_of(job)
     model = model_so_far(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
     names = read_adapter(folder / "adapter").pairs()
-    keep_grams(folder / GRAMS, model, names, batches_of(rows), sketch=recipe.sequence.sketch)
-
-
-def batches_of(rows: Sequence[Sequence[int]], size: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Return rows of token ids in batches, padded on the right."""
-    batches = []
-    for begin in range(0, len(rows), size):
-        some = rows[begin : begin + size]
-        width = max(map(len, some))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in some])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some])
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
+    keep_grams(folder / GRAMS, model, names, padded_batches(rows, 0), sketch=recipe.sequence.sketch)
 
 
 def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
@@ -172,7 +160,7 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
             Evaluation.read(path) for job in jobs if (path := job.folder / row.method / "eval.json").is_file()
         ]
         if len(evaluations) == len(jobs):
-            transfers.append(transfer(row.method, base, evaluations, by_task, metrics, jobs[-1].tokenizer))
+            transfers.append(transfer(row.method, base, evaluations, metrics))
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
@@ -217,14 +205,7 @@ def _whole_row(method: str, found: Sequence[Results]) -> Row:
     return rows[-1].model_copy(update={"seconds": Seconds(**seconds)})
 
 
-def transfer(
-    method: str,
-    base: Evaluation,
-    after: Sequence[Evaluation],
-    tasks: Sequence[Sequence[Task]],
-    metrics: Sequence[str],
-    tokenizer: Any,
-) -> Transfer:
+def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics: Sequence[str]) -> Transfer:
     """Return the matrix R of task × after which task, and what follows from it.
 
     With R_ij the performance on task j after task i, counted so that higher is better, and b_j the base's
@@ -236,8 +217,7 @@ def transfer(
 
     def change(one: Evaluation, other: Evaluation, j: int) -> Estimate:
         sign = 1 if one.metrics[metrics[j]].higher_is_better else -1
-        task = next(task for task in tasks[j] if is_of(task, metrics[j]))
-        return difference(task, metrics[j], one, other, tokenizer, sign)
+        return difference(metrics[j], one, other, sign)
 
     backward = [change(after[-1], after[j], j) for j in range(count - 1)]
     forward = [change(after[j - 1], base, j) for j in range(1, count)]

@@ -77,33 +77,25 @@ def test_the_largest_strength_is_found_by_bisection():
 PAIRS = [(f"Q: {i}\nA:", f" k{i}" + "x" * (i % 4)) for i in range(24)]
 
 
-def evaluation(values, unit="nats", higher=False, name="facts kl"):
+def evaluation(values, unit="nats", higher=False, name="facts kl", weights=None):
     metric = Metric(float(np.mean(values)), 0.1, len(values), higher, "retention", unit)
-    return Evaluation({name: metric}, {}, 0.0, {name: list(map(float, values))})
+    return Evaluation({name: metric}, {}, 0.0, {name: list(map(float, values))}, (weights and {name: weights}) or {})
 
 
 def test_what_is_forgotten_is_paired_and_weighted_by_answer_tokens():
     random = np.random.default_rng(0)
-    task, before, after = AnswerTask("facts", PAIRS, role="retention"), random.random(24), random.random(24)
-    found = forgotten(
-        task,
-        "facts nll",
-        *(evaluation(x, name="facts nll") for x in (after, before)),
-        tiny_tokenizer(),
-        frozenset({0, 5}),
-    )
-    kept = [i for i in range(24) if i not in (0, 5)]
-    tokens = np.array([len(tiny_tokenizer()(answer)["input_ids"]) for _, answer in PAIRS], dtype=float)
-    tokens -= np.array(
-        [":Ġ" in tiny_tokenizer().tokenize(f"A:{answer}") for _, answer in PAIRS]
-    )  # one token with the colon
+    before, after = random.random(24), random.random(24)
     tokens = np.array([len(tiny_tokenizer()(q + a)["input_ids"]) - _common(q, q + a) for q, a in PAIRS], dtype=float)
+    weights = evaluate(tiny_model(), tiny_tokenizer(), [AnswerTask("facts", PAIRS)]).weights["facts nll"]
+    base = evaluation(before, name="facts nll", weights=weights)
+    found = forgotten("facts nll", evaluation(after, name="facts nll"), base, frozenset({0, 5}))
+    kept = [i for i in range(24) if i not in (0, 5)]
     change, t = ((after - before) * tokens)[kept], tokens[kept]
     mean = change.sum() / t.sum()
     error = np.sqrt(22 / 21 * np.sum((change - mean * t) ** 2)) / t.sum()
     assert found == pytest.approx((mean, error))
-    right = forgotten(SimpleNamespace(), "acc", evaluation([0, 1, 1, 0], "fraction", True, "acc"),
-                      evaluation([1, 1, 1, 1], "fraction", True, "acc"), None)  # fmt: skip
+    answers, all_right = (evaluation(x, "fraction", True, "acc") for x in ([0, 1, 1, 0], [1, 1, 1, 1]))
+    right = forgotten("acc", answers, all_right)
     assert right.value == 0.5 and right.stderr == pytest.approx(np.std([1, 0, 0, 1], ddof=1) / 2)
 
 
@@ -152,7 +144,7 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
     bound = Bound(section, "facts kl", task, few, frozenset(range(8)))
     model = Fake(worse)
     zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
-    value, checked, rows, first = hold(Measurement(model.evaluate, tiny_tokenizer(), bound, zero, zeros), model)
+    value, checked, rows, first = hold(Measurement(model.evaluate, bound, zero, zeros), model)
     assert (
         rows == 16
         and model.value == value

@@ -1,7 +1,6 @@
 """Tasks in sequence: starts that leave the earlier tasks alone, one adapter at the end, transfers, interruptions."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,13 +130,7 @@ def test_transfer_is_as_lopez_paz_and_ranzato_define_it():
         metrics = {f"t{j}": Metric(v, 0.1, 4, True, "task", "fraction") for j, v in enumerate(values[name])}
         return Evaluation(metrics, {}, 0.0, {key: [m.value - 0.1, m.value + 0.1] * 2 for key, m in metrics.items()})
 
-    class Named(SimpleNamespace):
-        label = property(lambda self: self.name)
-
-    tasks = [[Named(name=f"t{j}")] for j in range(3)]
-    found = transfer(
-        "m", evaluation("base"), [evaluation(n) for n in ("one", "two", "three")], tasks, ["t0", "t1", "t2"], None
-    )
+    found = transfer("m", evaluation("base"), [evaluation(n) for n in ("one", "two", "three")], ["t0", "t1", "t2"])
     assert found.backward.value == pytest.approx(((0.5 - 0.8) + (0.7 - 0.9)) / 2)
     assert found.forward.value == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
     assert found.average == pytest.approx((0.5 + 0.7 + 0.9) / 3)
