@@ -65,6 +65,14 @@ def test_links_lead_somewhere(name):
             assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_python_files_that_are_named_exist(name):
+    held = {path.name for path in tracked("*.py")} | {"mine.py"}  # which stands for a file of the reader's
+    named = {Path(found).name for found in re.findall(r"[\w/-]+\.py\b", text_of(name))}
+    if name != "CHANGELOG.md":  # which speaks of what was
+        assert named <= held, named - held
+
+
 def test_american_spelling():
     found = []
     for path in tracked("*.md", "*.py"):

@@ -3,14 +3,11 @@
 import dataclasses
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_interruptions import CPU
+from test_interruptions import interrupted
 from trl import DPOConfig, SFTConfig
 from world import make_world
 
@@ -52,14 +49,8 @@ def test_every_folder_holds_our_card(finished):
 def test_ctrl_c_ends_in_two_lines_and_the_second_one_goes_on(tmp_path):
     recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
     words = ["training.max_steps=5000", "training.save_steps=100000", "training.learning_rate=1e-4"]
-    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CPU)
-    log = tmp_path / "out" / "lora" / "train_log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in stderr
+    status, stderr = interrupted(recipe, words, tmp_path / "out" / "lora", signal.SIGINT)
+    assert status == 130 and "Traceback" not in stderr
     kept, goes_on = (line for line in stderr.splitlines() if line.startswith(("stopped; kept", "go on with: ")))
     assert "lora to step" in kept and "the base's evaluation" in kept
     assert goes_on == f"go on with: lora-null train {tmp_path / 'out' / 'recipe.yaml'} --resume"

@@ -40,8 +40,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
-    table["judge"] = _judge
-    table |= {"dial": _dial}
+    table |= {"judge": _judge, "dial": _dial}
     return parser, {name: add(commands) for name, add in table.items()}
 
 
@@ -184,9 +183,7 @@ def _export(commands: Any) -> argparse.ArgumentParser:
         "base and its logits on real text are compared with the run's before the folder appears.",
     )
     add = parser.add_argument
-    add(
-        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
-    ).complete = shtab.DIRECTORY
+    _add_source(add)
     add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
     add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
@@ -200,6 +197,12 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
     return parser
+
+
+def _add_source(add: Any) -> None:
+    """Add the trained adapter that a command works on."""
+    about = "one method of a run, or any PEFT LoRA"
+    add("source", type=Path, metavar="RUN/METHOD", help=about).complete = shtab.DIRECTORY
 
 
 def _add_questions(add: Any) -> None:
@@ -222,9 +225,7 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
         "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
     )
     add = parser.add_argument
-    add(
-        "source", type=Path, metavar="RUN/METHOD", help="one method of a run, or any PEFT LoRA"
-    ).complete = shtab.DIRECTORY
+    _add_source(add)
     add("--strengths", metavar="S,S", help="1 is as trained (default 0,0.2,0.4,0.6,0.8,1,1.25)")
     add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")

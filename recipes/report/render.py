@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
+from lora_null.recipes.config.load import RECIPE_FILE
 from lora_null.recipes.report.figures import (
     card_png,
     curves_picture,
@@ -37,7 +38,6 @@ from lora_null.utils.files import replacing
 STYLES = {"best": "bold", "second": "underline", None: ""}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
-RECIPE_FILE = "recipe.yaml"
 
 
 def write_report(output_dir: str | Path, results: Results | None = None, name: str = "report") -> None:
