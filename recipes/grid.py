@@ -29,6 +29,7 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import forget_other_batch, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
+from lora_null.recipes.job import Job, check_run, inspect_recipe, training_arguments
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
@@ -46,7 +47,7 @@ from lora_null.recipes.results import (
     variant_of,
     write_results,
 )  # fmt: skip
-from lora_null.recipes.run import Job, base_row, check_run, inspect_recipe, run_job, training_arguments
+from lora_null.recipes.run import base_row, run_job
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
@@ -170,7 +171,7 @@ def check_grid(
 ) -> Job:
     """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
 
-    See `lora_null.recipes.run.inspect_recipe` for the arguments.
+    See `lora_null.recipes.job.inspect_recipe` for the arguments.
     """
     if recipe.eval.backend == "vllm" and not recipe.grid.keep_weights:
         raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")

@@ -10,22 +10,19 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, set_seed
-from trl import DPOConfig, SFTConfig
+from transformers import set_seed
 
 from lora_null.adapters.join import join_onto
 from lora_null.adapters.strength import Strength
-from lora_null.earlier import Earlier
-from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate, validate_tasks
+from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
 from lora_null.eval_harness.probe import Probe, record_base
@@ -33,13 +30,10 @@ from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output, own_texts
 from lora_null.recipes.budget import (
-    Bound,
     KeepBudget,
     Measurement,
     check_base,
     keep_budget,
-    plan_budget,
-    require_strength,
 )
 from lora_null.recipes.callbacks import (
     KeepCard,
@@ -52,35 +46,20 @@ from lora_null.recipes.callbacks import (
     diverged_at,
 )
 from lora_null.recipes.card import CARD_FILE, write_run_card
-from lora_null.recipes.checks import (
-    check_answers_end,
-    check_judge,
-    check_packages,
-    check_start,
-    check_task_names,
-    check_weights,
-    cut_by_trainer,
-    reference_bytes,
-    rehearse,
-)
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
-from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.environment import computes_bf16, environment, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.evaluations import eval_tasks, probe_tasks, templates_of
+from lora_null.recipes.data.calibration import Windows, cut_windows
+from lora_null.recipes.data.examples import describe_bad_rows
+from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.evaluations import templates_of
+from lora_null.recipes.job import TRAINERS, Job, check_run, check_tokens, space_of_run, total_batch, training_arguments
 from lora_null.recipes.models.bases import (
     attention,
-    hub_commit,
-    known_shape,
     load_base,
-    load_config,
-    load_tokenizer,
-    resolve_name,
 )
-from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps, plan_methods
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
 from lora_null.recipes.models.so_far import after_earlier, model_so_far
-from lora_null.recipes.probes import ProbePlan, plan_probes, probe_folder
+from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
 from lora_null.recipes.report.dial_page import Dial, write_dial
@@ -98,108 +77,18 @@ from lora_null.recipes.results import (
 )
 from lora_null.recipes.side_by_side import side_by_side
 from lora_null.recipes.strengths import sweep
-from lora_null.start import MIN_TOKENS, InitOptions
+from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.preflight import check_architecture, tell
-from lora_null.utils.distributed import count, is_first_process, together, whole_parameters
-from lora_null.utils.errors import Unreachable, UserError
+from lora_null.utils.distributed import count, together, whole_parameters
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
-from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 from lora_null.utils.model_state import release_freed_memory
 from lora_null.utils.quantized import weight_of
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
-TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
-
-
-@dataclass
-class Job:
-    """All that a run needs, checked, before any weight is loaded."""
-
-    recipe: Recipe
-    folder: Path
-    model_name: str
-    plans: list[MethodPlan]
-    base: Path
-    config: Any  # the model's
-    tokenizer: Any = None  # this and what follows may be missing in a dry run without a hub
-    data: TrainingData | None = None
-    sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
-    cut: CalibrationArgs = field(default_factory=CalibrationArgs)
-    windows: Windows | None = None  # None until the model has written its own texts
-    tasks: list[Task] = field(default_factory=list)
-    base_key: str | None = None  # of its kept evaluation; None where none is to be kept
-    reference_bytes: int = 0  # what the base's predictions will take on the disk
-    probe: ProbePlan | None = None
-    probe_key: str | None = None  # of the base's kept evaluation on the probed rows
-    bound: Bound | None = None
-    initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
-    keep_weights: bool = True
-    starts: dict[str, Path] = field(default_factory=dict)  # of a task after others: method → METHOD of the task before
-    earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
-    knowledge: float = 1.0  # weight of the knowledge's Grams beside them
-    earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
-
-    @property
-    def is_main(self) -> bool:
-        return is_first_process()
-
-
-def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
-    """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
-
-    Args:
-        recipe: the recipe.
-        folder: of the method.
-        replaced: arguments that stand over the recipe's.
-
-    Raises:
-        UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
-    """
-    options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
-    options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
-    if options.get("bf16") == "auto":
-        options["bf16"] = computes_bf16() and not options.get("fp16")
-    _check_positive(options)
-    total = options.pop("total_batch_size", None)
-    world = PartialState().num_processes
-    one_pass = options.get("per_device_train_batch_size", 8) * world
-    if total is not None:
-        if total % one_pass:
-            raise UserError(
-                f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
-                f"= {one_pass}"
-            )
-        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
-        if steps != total // one_pass:
-            raise UserError(
-                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
-                f"({total}); give one of the two"
-            )
-    options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
-    try:
-        return TRAINERS[recipe.trainer][1](**options)
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"training: {str(error).splitlines()[0]}") from None
-
-
-def _check_positive(options: dict[str, Any]) -> None:
-    """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
-    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-    for key in ("learning_rate", "num_train_epochs", *counts):
-        value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-        if key in counts and value is not None and value != int(value):
-            raise UserError(f"training.{key}: must be a whole number, not {value}")
-
-
-def total_batch(training: SFTConfig | DPOConfig) -> int:
-    """Return the sequences of one optimizer step over all processes."""
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
 def run(
@@ -264,115 +153,6 @@ def _results(job: Job, rows: list[Row]) -> Results:
     )
 
 
-def check_run(recipe: Recipe, *, allow_code_execution: bool | str = False, unreached: list[str] | None = None) -> Job:
-    """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
-    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
-    check_judge(job.tasks)
-    if not unreached:
-        rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
-    return job
-
-
-def space_of_run(job: Job) -> int:
-    """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
-    return sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans) + job.reference_bytes
-
-
-def inspect_recipe(
-    recipe: Recipe,
-    *,
-    base: Path | None = None,
-    allow_code_execution: bool | str = False,
-    unreached: list[str] | None = None,
-) -> Job:
-    """Check everything that can be known before a model loads; nothing is written.
-
-    Args:
-        recipe: what to run.
-        base: the folder of the base's evaluation, where runs share one; the run's own when not given.
-        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
-        unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
-            job is then incomplete.
-    """
-    set_seed(recipe.seed)
-    training = training_arguments(recipe, Path(recipe.output_dir))
-    check_packages(recipe, training)
-    name, reach = resolve_name(recipe.model), functools.partial(_reach, unreached)
-    config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
-    if config is None:
-        raise UserError(unreached[-1])  # pyright: ignore[reportOptionalSubscript]  # where it may not be noted, it was raised
-    check_architecture(config, recipe.preflight, "model.name_or_path")
-    check_weights(recipe.model, name)
-    plans = plan_methods(recipe, config)
-    check_start(recipe, config, plans)
-    folder = Path(recipe.output_dir)
-    job = Job(recipe, folder, name, plans, base or folder / "base", config)
-    if not unreached:
-        job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
-    if job.tokenizer is None:  # without which no row, window or answer is read
-        check_task_names(recipe)
-        return job
-    tokenizer = job.tokenizer
-    job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
-    examples = job.data.examples if job.data is not None else []
-    sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
-    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
-    tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
-    job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
-    job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
-    limit = position_limit(config)
-    if job.data is not None:
-        check_answers_end(recipe, name, tokenizer, training, job.data)
-        if limit is not None and limit.hard:
-            _check_positions(recipe, tokenizer, training, job.data, job.tasks, limit)
-    section = recipe.calibration
-    length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
-    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
-    if sources and all(source.texts is not None for source in sources):
-        job.windows = cut_windows(sources, tokenizer, job.cut)
-        _check_tokens(job.windows.ids, plans)
-    if not unreached:
-        _plan_measures(job, training.max_length)
-    return job
-
-
-def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
-    """Return what evaluates models by a recipe's `eval` and `budget` alone: nothing to train, no training data read.
-
-    Args:
-        recipe: the recipe; its output folder is that of the base's evaluation.
-        base: the folder of the base's evaluation.
-        allow_code_execution: whether tasks may run what the model writes.
-    """
-    name = resolve_name(recipe.model)
-    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
-    job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
-    length = training_arguments(recipe, base).max_length
-    options = {"max_length": length, "allow_code_execution": allow_code_execution}
-    job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
-    _plan_measures(job, length)
-    return job
-
-
-def _plan_measures(job: Job, max_length: int | None) -> None:
-    """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
-    recipe, name, tasks = job.recipe, job.model_name, job.tasks
-    own = probe_tasks(recipe, job.tokenizer, max_length=max_length)
-    job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
-    counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
-    if counted and not recipe.eval.before:
-        raise UserError(f"{counted}: is counted from the base, which eval.before=false does not evaluate")
-    if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
-        raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
-    job.bound = plan_budget(recipe, tasks, job.probe)
-    for plan in job.plans if job.bound or recipe.eval.strengths else ():
-        require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
-    if recipe.eval.cache:
-        commit = hub_commit(recipe.model, name)
-        job.base_key = base_cache.key_of(recipe, name, commit, tasks)
-        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks)
-
-
 def _own_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
     with own_texts.writer(
@@ -380,63 +160,8 @@ def _own_windows(job: Job) -> Windows:
     ) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
     _free()
-    _check_tokens(windows.ids, job.plans)
+    check_tokens(windows.ids, job.plans)
     return windows
-
-
-def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:
-    """Return what `compute` does; None where the hub that it asks does not answer, which is then noted if it may be."""
-    try:
-        return compute()
-    except Unreachable as error:
-        if unreached is None:
-            raise
-        unreached.append(str(error))
-        return None
-
-
-def read_training_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
-) -> TrainingData:
-    """Return the checked training rows; print which were left out."""
-    cut = None if cut_by_trainer(training) else training.max_length
-    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
-    if data.bad and is_first_process():
-        total = len(data.bad) + len(data.examples)
-        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
-    return data
-
-
-def _check_positions(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    training: SFTConfig | DPOConfig,
-    data: TrainingData,
-    tasks: list[Task],
-    limit: PositionLimit,
-) -> None:
-    """Compare rows, as they are cut, held-out pairs and answers with a model's position table, before it loads.
-
-    Raises:
-        UserError: something is longer.
-    """
-    rows = list(data.rows["input_ids"]) if recipe.trainer == "sft" else []
-    for rejected in (False, True) if recipe.trainer == "dpo" else ():
-        rows += [t.ids for t in tokenize(data.examples, recipe.data.template, tokenizer, rejected=rejected)]
-    longest = min(max(map(len, rows), default=0), training.max_length or math.inf)
-    if longest > limit.tokens:
-        line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
-        tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
-    for task in tasks:
-        task.check_positions(tokenizer, limit)
-
-
-def _check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
-    tokens = sum(len(window) for window in windows)
-    if tokens < MIN_TOKENS and any(plan.gram_bytes for plan in plans):
-        raise UserError(
-            f"calibration: only {tokens} tokens, at least {MIN_TOKENS} are needed; give more texts or samples"
-        )
 
 
 def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:

@@ -27,12 +27,13 @@ from lora_null.recipes.budget import difference, is_of
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.job import Job, inspect_recipe
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer, load_results, write_results
 from lora_null.recipes.results import Sequence as Tasks
-from lora_null.recipes.run import Job, inspect_recipe, run_job
+from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods import make_method

@@ -24,7 +24,7 @@ from lora_null.utils.distributed import on_first_rank
 from lora_null.utils.model_state import own_precision, preserve
 
 if TYPE_CHECKING:
-    from lora_null.recipes.run import Job
+    from lora_null.recipes.job import Job
 
 MAX_NEW_TOKENS = 32
 

@@ -6,9 +6,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
-from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
 from lora_null.eval_harness.documents import FILE_KINDS
-from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DATA_FILES
@@ -88,7 +87,7 @@ def test_a_recipe_names_them_by_folder_or_by_file(own):
     recipe = load_recipe(str(own / "tiny.yaml"), words)
     tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
     assert [(task.key, task.task) for task in tasks] == [("mine_all", "mine_all"), ("mine_class", "mine_class")]
-    assert run.validate_tasks(tasks)
+    assert validate_tasks(tasks)
 
 
 def test_paths_beside_the_recipe(own):
@@ -139,5 +138,5 @@ def test_a_task_file_with_a_wrong_field_is_refused_with_its_name(own):
     (own / "wrong").mkdir(exist_ok=True)
     (own / "wrong" / "w.yaml").write_text(text.replace("{{answer}}", "{{answer.nothing.more}}"))
     with pytest.raises(UserError, match="wrong"):
-        run.validate_tasks([LmEvalTask("wrong", include_path=str(own / "wrong"))])
+        validate_tasks([LmEvalTask("wrong", include_path=str(own / "wrong"))])
     assert json.loads((own / "mine.jsonl").read_text().splitlines()[0])["answer"] == "x"

@@ -16,10 +16,11 @@ from lora_null.recipes.budget import hold
 from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import FOLDER, table_rows, told
 from lora_null.recipes.results import Budget
-from lora_null.recipes.run import Job, base_row, dial, evaluation_job, measurement
+from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, parse_strengths
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError
