@@ -20,6 +20,7 @@ from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
 from lora_null.trainer.decay import check_decay_to_start
 from lora_null.trainer.methods import METHODS, Method, make_method
+from lora_null.trainer.methods.base import distinct_inputs
 from lora_null.trainer.preflight import check_targets
 from lora_null.utils.errors import UserError, nearest
 
@@ -38,7 +39,7 @@ class MethodPlan:
         saves: "adapter" or "model".
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
-        basis_bytes: the part of it that are float16 bases which A is kept in.
+        kept_bytes: the part of it that the method keeps besides: bases, projections, predictions.
         costs: what the method computes or reads besides training, in words.
     """
 
@@ -49,7 +50,7 @@ class MethodPlan:
     saves: str
     gram_bytes: int
     extra_bytes: int
-    basis_bytes: int
+    kept_bytes: int
     costs: str = ""
 
 
@@ -124,10 +125,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
             held *= 2  # the residual is a second path there, not subtracted from the weight
-    basis = 2 * sum(
-        method.basis_width(layer.r["default"], layer.in_features) * int(layer.in_features)
-        for layer in (_distinct_inputs(layers).values() if method.saves == "adapter" else ())
-    )
+    kept = method.held_bytes(model)
     return MethodPlan(
         name=name,
         rank=rank,
@@ -135,8 +133,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         saved=saved,
         saves=method.saves,
         gram_bytes=method.grams * _gram_bytes(layers) if method.needs_gram else 0,
-        extra_bytes=4 * held + (12 + method.state_bytes) * trainable + basis + method.held_bytes(model),
-        basis_bytes=basis,
+        extra_bytes=4 * held + (12 + method.state_bytes) * trainable + kept,
+        kept_bytes=kept,
         costs=method.costs(),
     )
 
@@ -176,19 +174,10 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
 def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
     """Return the bytes of one float64 Gram per distinct input of the largest decoder layer."""
     held: dict[str, int] = {}
-    for name, layer in _distinct_inputs(layers).items():
+    for name, layer in distinct_inputs(layers).items():
         block = re.match(r".*?\.\d+\.|", name)[0]
         held[block] = held.get(block, 0) + 8 * int(layer.in_features) ** 2
     return max(held.values(), default=0)
-
-
-def _distinct_inputs(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Return one layer an input.
-
-    Which modules share one is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
-    """
-    shared = {"k_proj", "v_proj", "up_proj"}
-    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in shared}
 
 
 def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
@@ -247,9 +236,11 @@ def print_plan(
     for plan in plans:
         if plan.costs:
             console.print(f"{plan.name}: {plan.costs}")
-    for plan in (plan for plan in plans if plan.basis_bytes):
-        share = plan.basis_bytes / weights
-        console.print(f"{plan.name}: of it {plan.basis_bytes / GIB:.2f} GiB of null bases, {share:.1%} of the weights")
+    for plan in (plan for plan in plans if plan.kept_bytes):
+        share = plan.kept_bytes / weights
+        console.print(
+            f"{plan.name}: of it {plan.kept_bytes / GIB:.2f} GiB for what the method keeps beside the adapter, {share:.1%} of the weights"
+        )
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 

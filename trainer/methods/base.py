@@ -102,10 +102,6 @@ class Method:
         """Return the rank of the adapter that is saved."""
         return r
 
-    def basis_width(self, r: int, d_in: int) -> int:
-        """Return how many directions (d_in float16 each) it keeps for an input, to hold A in their span."""
-        return 0
-
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         """Return the linears that change, by their name in the base model: where inputs and drift are measured."""
         return adapted_layers(model, active_adapter(model))
@@ -196,6 +192,15 @@ def need(holds: bool, where: str, what: str, value: Any) -> None:
     """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
     if not holds:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
+
+
+def distinct_inputs(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one layer an input.
+
+    Which modules share one is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
+    """
+    shared = {"k_proj", "v_proj", "up_proj"}
+    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in shared}
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:

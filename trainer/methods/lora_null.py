@@ -16,7 +16,7 @@ from lora_null.initialize import check_layers, finish_initialization, rule_of
 from lora_null.layer import active_adapter, keep_in_null_basis
 from lora_null.solver import NullSpace, directions
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import Method, method
+from lora_null.trainer.methods.base import Method, distinct_inputs, method
 from lora_null.utils.errors import UserError
 
 WIDEST = 0.45  # of d_in: N at the NB-LoRA paper's 99%, at most; how much it is turns out while calibrating
@@ -79,8 +79,14 @@ class NBLoRA(LoRANullV1):
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         return LoraNullConfig(variant="nb", **options, **adapter)
 
-    def basis_width(self, r: int, d_in: int) -> int:
-        return directions(r, self.null_multiple or MULTIPLE) if self.null_energy is None else round(WIDEST * d_in)
+    def held_bytes(self, model: nn.Module) -> int:
+        """Return the bytes of the bases, float16, one an input."""
+        adapter, held = active_adapter(model), 0
+        for layer in distinct_inputs(self.layers(model)).values():
+            d_in = int(layer.in_features)
+            by_rank = directions(layer.r[adapter], self.null_multiple or MULTIPLE)
+            held += 2 * d_in * (by_rank if self.null_energy is None else round(WIDEST * d_in))
+        return held
 
     def saved_rank(self, r: int) -> int:
         return 2 * r if self.start == "residual" else r
