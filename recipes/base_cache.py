@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.models.bases import attention
-from lora_null.utils.files import cache_root, link
+from lora_null.utils.files import cache_root, hash_of, keep_newest, link
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
 KEPT = 16  # the most evaluations that are kept; the longest unused goes first
@@ -58,7 +56,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "code": _code_hash(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hash_of(parts)
 
 
 def identity_of(name: str, revision: str | None, commit: str | None) -> Any:
@@ -103,14 +101,6 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
                     link(file, Path(scratch) / key / file.relative_to(source))
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
-        _prune()
+        keep_newest((path for path in folder().iterdir() if path.name[0] != "."), KEPT)
     except OSError:
         return
-
-
-def _prune() -> None:
-    entries = sorted(
-        (path for path in folder().iterdir() if path.name[0] != "."), key=lambda path: path.stat().st_mtime
-    )
-    for path in entries[:-KEPT]:
-        shutil.rmtree(path, ignore_errors=True)

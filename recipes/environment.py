@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -51,7 +52,9 @@ def command_line() -> str:
     return shlex.join([Path(python).name, *words])
 
 
+@functools.cache
 def _git_state() -> str | None:
+    """Return the commit of the package's source, asked once: it is what this process has loaded."""
     folder = Path(__file__).parent
     try:
         run = subprocess.run(

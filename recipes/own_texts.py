@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,7 @@ from lora_null.recipes.data.calibration import Source
 from lora_null.recipes.models.bases import attention, hub_commit, load_base
 from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import is_first_process, on_first_rank
-from lora_null.utils.files import cache_root, write_json
+from lora_null.utils.files import cache_root, hash_of, keep_newest, write_json
 
 KEPT = 32  # the most sets of texts that are kept; the longest unused goes first
 
@@ -75,7 +74,7 @@ def _key(section: ModelSection, name: str, source: Source, count: int, cut: Cali
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
         "code": Path(own_texts.__code__.co_filename).read_text(encoding="utf-8"),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hash_of(parts)
 
 
 def _read(path: Path) -> list[str] | None:
@@ -91,7 +90,6 @@ def _keep(path: Path, texts: list[str]) -> None:
     """Keep texts; what cannot be written is not kept."""
     try:
         write_json(path, texts)
-        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-            old.unlink(missing_ok=True)
+        keep_newest(path.parent.glob("*.json"), KEPT)
     except OSError:
         return

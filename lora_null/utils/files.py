@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def hash_of(facts: Any) -> str:
+    """Return 32 hexadecimal digits that tell facts, as JSON has them, from all others: the name of what they decide."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def keep_newest(paths: Iterable[Path], number: int) -> None:
+    """Remove all files and folders but those that were used last."""
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime)[:-number]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
-from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
+from lora_null.recipes.report.dial_page import FOLDER, Dial, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, show
 from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, TrainLog, Transfer, settings_text
 
@@ -76,21 +76,20 @@ class Advice:
 def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> str:
     """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained."""
     found = []
-    for row, log, label in zip(results.rows, logs, results.labels()):
+    dials = [None if row.method == "base" else read_dial(output_dir / row.method) for row in results.rows]
+    for row, log, dial, label in zip(results.rows, logs, dials, results.labels()):
         if row.method == "base":
             continue
-        found += [*_by_dial(output_dir, row, label), *_by_curve(log, label), *_by_form(results, row, label)]
+        found += [*_by_dial(dial, row, label), *_by_curve(log, label), *_by_form(results, row, label)]
     if found:
         return max(found, key=lambda advice: advice.gain).sentence
-    measured = any(probe_curves([log]) for log in logs) or any(read_dial(output_dir / r.method) for r in results.rows)
-    if not measured:
+    if not any(dials) and not any(probe_curves([log]) for log in logs):
         return "No curve was measured that tells what to do next: set eval.probe, or eval.strengths."
     return "By the measured curves nothing is to be gained by another rate, an earlier end, or a lower strength."
 
 
-def _by_dial(output_dir: Path, row: Row, label: str) -> list[Advice]:
+def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
     """A lower strength that keeps most of the learning and little of the forgetting."""
-    dial = read_dial(output_dir / row.method)
     pair = dial.frontier() if dial else None
     full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None) if dial else None
     if dial is None or pair is None or full is None:
