@@ -1,6 +1,8 @@
 """The base is measured once: a second run with the same settings takes its results, any other measures."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_tokenizer
@@ -10,6 +12,7 @@ from lora_null.recipes import base_cache, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
+from lora_null.utils.files import keep_newest
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
 
@@ -82,12 +85,22 @@ def test_other_documents_and_other_weights_are_others(tmp_path):
     assert len(set(keys)) == 3
 
 
-def test_only_the_newest_are_kept(monkeypatch):
-    import os
+def test_only_the_newest_are_kept(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).mkdir() if name < "c" else (tmp_path / name).write_text(name)
+        (tmp_path / name / "file").write_text(name) if name < "c" else None
+        os.utime(tmp_path / name, (age, age))
+    keep_newest(tmp_path.iterdir(), 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "c", "d"}
+    keep_newest(tmp_path.iterdir(), 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"d"}
 
+
+def test_the_newest_evaluations_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(base_cache, "KEPT", 2)
     for age, name in enumerate("abc"):
-        (base_cache.folder() / name).mkdir()
+        (base_cache.folder() / name).mkdir(parents=True)
         os.utime(base_cache.folder() / name, (age, age))
-    base_cache._prune()
-    assert {path.name for path in base_cache.folder().iterdir()} == {"b", "c"}
+    (tmp_path / "eval.json").write_text("{}")
+    base_cache.keep("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
+    assert {path.name for path in base_cache.folder().iterdir()} == {"c", "d"}
