@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lora_null.calibration import Calibration, InputStats, LoadBalance, measure_inputs
+from lora_null.calibration import InputStats
 from lora_null.factors import LayerStart
-from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.layerwise import measure_in_parts
 from lora_null.solver import Rule
 from lora_null.utils.distributed import all_gather, is_first_process, rank_and_world
 from lora_null.utils.errors import UserError
@@ -76,8 +76,8 @@ def keep_grams(
     """
     modules = {name: model.get_submodule(name) for name in layers}
 
-    def write(part: Calibration) -> None:
-        for stats in part.inputs:
+    with closing(measure_in_parts(model, modules, batches, device=device, progress=progress)) as parts:
+        for stats in (stats for part in parts for stats in part.inputs):
             if stats.gram is None or stats.owner != rank_and_world()[0]:
                 continue
             kept = {"gram": stats.gram} if sketch is None else {"sketch": sketch_of(stats.gram, sketch)}
@@ -85,15 +85,6 @@ def keep_grams(
             tensors = {name: tensor.float().contiguous().cpu() for name, tensor in kept.items()}
             write_safetensors(folder / f"{stats.modules[0]}.safetensors", tensors, facts)
             stats.gram = None
-
-    try:
-        with closing(walk_layers(model, modules, batches, device=device, progress=progress)) as walk:
-            for _, part in walk:
-                write(part) if part is not None else None
-    except DoesNotFit:
-        part = measure_inputs(model, modules, batches, progress=progress)
-        LoadBalance().assign(part.inputs)
-        write(part)
     all_gather(None)  # every rank has written
     if is_first_process():
         digest = hashlib.sha256()

@@ -28,6 +28,7 @@ from lora_null.calibration import (
     checked_batches,
     count_tokens,
     input_device,
+    measure_inputs,
     measuring,
     pieces,
     sum_over_ranks,
@@ -146,6 +147,30 @@ def walk_layers(
                     yield name, None if skip(name) else _finished(part, balance, start)
             if weights is not None:
                 release_freed_memory()
+
+
+def measure_in_parts(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    device: torch.device | None = None,
+    **options: Any,
+) -> Iterator[Calibration]:
+    """Yield what modules read: layer by layer as `walk_layers` does, or at once where the model is no such chain.
+
+    Args:
+        model, modules, batches: as in `measure_inputs`.
+        device: where the layers run.
+        options: `gram`, `min_tokens`, `seed` and `progress` of `measure_inputs`.
+    """
+    try:
+        for _, part in walk_layers(model, modules, batches, device=device, **options):
+            yield part  # pyright: ignore[reportReturnType]  # nothing is skipped
+    except DoesNotFit:
+        part = measure_inputs(model, modules, batches, **options)
+        LoadBalance().assign(part.inputs)
+        yield part
 
 
 def _rank() -> int:

@@ -85,11 +85,11 @@ def test_sc_lora_starts_in_the_outputs_of_the_task_and_not_of_the_knowledge(tmp_
 
 
 def test_sc_lora_measures_a_model_that_is_no_chain_of_layers_as_a_whole(tmp_path, monkeypatch):
-    from lora_null.layerwise import DoesNotFit
-    from lora_null.trainer.methods import sc_lora
+    from lora_null import layerwise
 
     walked = started(tmp_path / "a", "sc-lora", options={"rows": 8})
-    monkeypatch.setattr(sc_lora, "walk_layers", lambda *_, **__: (_ for _ in ()).throw(DoesNotFit("no chain")))
+    unfit = layerwise.DoesNotFit("no chain")
+    monkeypatch.setattr(layerwise, "walk_layers", lambda *_, **__: (_ for _ in ()).throw(unfit))
     whole = make(tmp_path / "b", "sc-lora", options={"rows": 8})
     tensors = whole.method.compute(whole, whole.method.training_batches(whole))
     for name, layer in adapted_layers(walked.model).items():

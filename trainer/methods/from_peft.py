@@ -134,14 +134,6 @@ class LoRAGA(ResidualMethod):
                 dist.broadcast(tensor, src=0)
         return tensors
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        adapter = active_adapter(model)
-        for name, layer in self.layers(model).items():
-            layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
-            layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
-        super().apply(model, tensors)
-
     def _take_gradients(
         self, trainer: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, torch.Tensor]]
     ) -> None:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora_null.calibration import InputStats, LoadBalance, measure_inputs
+from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter
-from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import method, need
@@ -94,11 +94,6 @@ class SCLoRA(ResidualMethod):
                 found |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
         return found
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        write_factors(self.layers(model), tensors, active_adapter(model))
-        super().apply(model, tensors)
-
 
 def output_factors(
     weight: torch.Tensor, gram: torch.Tensor, r: int, scaling: float
@@ -113,13 +108,6 @@ def output_factors(
     weight = weight.to(gram)
     Q = torch.linalg.eigh(weight @ gram @ weight.T).eigenvectors[:, -r:]
     return Q.T @ weight / scaling**0.5, Q / scaling**0.5
-
-
-def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
-    """Copy NAME.lora_A and NAME.lora_B into the layers of these names."""
-    for name, layer in layers.items():
-        layer.lora_A[adapter].weight.copy_(tensors[f"{name}.lora_A"])
-        layer.lora_B[adapter].weight.copy_(tensors[f"{name}.lora_B"])
 
 
 def first_rows(trainer: Any, rows: int) -> list[list[int]]:
@@ -140,22 +128,14 @@ def _measured_twice(
     model: nn.Module, layers: Mapping[str, LoraLayer], knowledge: list, task: list, options: InitOptions
 ) -> Iterator[list[Measured]]:
     """Yield what the layers read on both sets of batches: of one decoder layer after the other, or of all at once."""
-    common = {"seed": options.seed, "progress": options.progress}
-    try:
-        with contextlib.ExitStack() as stack:
-            walks = [
-                stack.enter_context(
-                    contextlib.closing(walk_layers(model, layers, batches, device=options.device, **common))
-                )
-                for batches in (knowledge, task)
-            ]
-            for (_, first), (_, second) in zip(*walks):
-                yield _paired(first.inputs, second.inputs)
-    except DoesNotFit:
-        first, second = (measure_inputs(model, layers, batches, **common) for batches in (knowledge, task))
-        for part in (first, second):
-            LoadBalance().assign(part.inputs)
-        yield _paired(first.inputs, second.inputs)
+    common = {"device": options.device, "seed": options.seed, "progress": options.progress}
+    with contextlib.ExitStack() as stack:
+        measured = [
+            stack.enter_context(contextlib.closing(measure_in_parts(model, layers, batches, **common)))
+            for batches in (knowledge, task)
+        ]
+        for first, second in zip(*measured):
+            yield _paired(first.inputs, second.inputs)
 
 
 def _paired(knowledge: list[InputStats], task: list[InputStats]) -> list[Measured]:
