@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from lora_null.recipes import output
 from lora_null.recipes.config.schema import Recipe
@@ -52,9 +53,15 @@ def _count_rows(recipe: Recipe) -> int | None:
 
 def _print_grid(recipe: Recipe) -> None:
     if recipe.grid:
-        swept = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in recipe.grid.sweep.items())
+        runs = sum(len(cell.methods) for cell in grid_cells(recipe))
         seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
-        print(f"grid: each method for seeds {seeds}; {swept or 'nothing swept'}")
+        print(f"grid: {runs} runs, each method for seeds {seeds}; {_values(recipe.grid.sweep) or 'nothing swept'}")
+        for name, sweep in recipe.grid.per_method.items():
+            print(f"      {name}: {_values(sweep)}")
+
+
+def _values(sweep: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in sweep.items())
 
 
 def _print_checks(job: Job, rows: int | None, size: int, free: int, unreached: list[str]) -> None:

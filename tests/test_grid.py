@@ -160,7 +160,7 @@ def test_a_diverged_run_is_recorded_and_the_grid_goes_on(tmp_path):
     assert not (tmp_path / "out" / "cells" / "learning_rate=1e+30" / "seed=0" / "lora" / "adapter").exists()
 
 
-def test_a_method_may_have_values_of_its_own(tmp_path):
+def test_a_method_may_have_values_of_its_own(tmp_path, capsys):
     raw = {
         "sweep": {"training.learning_rate": [1e-3, 1e-2]},
         "per_method": {"full": {"training.learning_rate": [1e-4, 1e-3]}},
@@ -168,6 +168,10 @@ def test_a_method_may_have_values_of_its_own(tmp_path):
     recipe = load_recipe(str(make_world(tmp_path, grid=raw)), methods="lora,full", seeds="3")
     cells = {dict(cell.point)["training.learning_rate"]: cell.methods for cell in grid_cells(recipe)}
     assert cells == {1e-3: ("lora", "full"), 1e-2: ("lora",), 1e-4: ("full",)}
+    assert main([str(make_world(tmp_path, grid=raw)), "--method", "lora,full", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "grid: 4 runs, each method for seeds 0; training.learning_rate = 0.001, 0.01\n" in out
+    assert "\n      full: training.learning_rate = 0.0001, 0.001\n" in out
     swept = load_recipe(
         str(make_world(tmp_path, grid=raw)), methods="lora,full", sweeps=["training.learning_rate=5e-3"]
     )

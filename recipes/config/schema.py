@@ -659,8 +659,12 @@ class GridSection(Section):
         for name, sweep in self.per_method.items():
             _need_method(name)
             for key, values in sweep.items():
-                if key not in self.sweep or not values:
-                    raise ValueError(f"per_method.{name}: {key!r} is not swept, or has no values")
+                if key not in self.sweep:
+                    raise ValueError(
+                        f"per_method.{name}: grid.sweep lacks {key!r}; give the value that the other methods take"
+                    )
+                if not values:
+                    raise ValueError(f"per_method.{name}: {key!r} has no values")
         return self
 
     def __bool__(self) -> bool:
