@@ -21,8 +21,8 @@ from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, starts_alike
-from lora_null.recipes.report.grid_page import equal_learning, grid_headline, reach
-from lora_null.recipes.results import load_results, parse_results
+from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
+from lora_null.recipes.results import load_results, parse_results, variant_of
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]
@@ -271,15 +271,16 @@ def test_two_processes_run_every_kind_of_method(tmp_path):
 # --- what the report computes ---
 
 
-def made(points, *, base=(2.0, 0.0), diverged=()):
-    """A grid's results by hand: points[method][seed] = [(task nll, kl), …] for rates 1, 2, …."""
+def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None):
+    """A grid's results by hand: points[method][seed] = [(task nll, kl), …] for rates 1, 2, …; `more` of a method's settings."""
 
     def metrics(task, kl):
         kind = {"stderr": 0.01, "n": 9, "higher_is_better": False, "unit": "nats"}
-        return {"q kl": {"value": kl, "role": "retention", **kind}, "t nll": {"value": task, "role": "task", **kind}}
+        return {kept: {"value": kl, "role": "retention", **kind}, "t nll": {"value": task, "role": "task", **kind}}
 
     cells = [
-        {"method": method, "folder": "f", "seed": seed, "point": {"training.learning_rate": float(rate)},
+        {"method": method, "folder": "f", "seed": seed,
+         "point": {"training.learning_rate": float(rate)} | (more or {}).get(method, {}),
          "diverged": 3 if (method, rate) in diverged else None,
          "metrics": {} if (method, rate) in diverged else metrics(*place)}
         for method, seeds in points.items()
@@ -287,7 +288,11 @@ def made(points, *, base=(2.0, 0.0), diverged=()):
         for rate, place in enumerate(path, start=1)
     ]  # fmt: skip
     rows = [{"method": "base", "metrics": metrics(*base)}]
-    rows += [{"method": cell["method"], "variant": "x", "metrics": cell["metrics"]} for cell in cells]
+    for cell in cells:
+        cell["method"] = cell["method"].split(" ")[0]
+    rows += [
+        {"method": cell["method"], "variant": variant_of(cell["point"]), "metrics": cell["metrics"]} for cell in cells
+    ]
     grid = {"seeds": [0, 1, 2], "sweep": {}, "planned": len(cells), "cells": cells}
     return parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows, "grid": grid})
 
@@ -325,7 +330,7 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     found = made({"lora": lora, "mine": other, "weak": [[(1.9, 0.3), (1.8, 0.4)]] * 3})
     low, high = equal_learning(found, "q kl", "t nll")
     assert (low.learned, high.learned) == (pytest.approx(0.5), pytest.approx(1.0))
-    mine = next(row for row in high.rows if row.method == "mine")
+    mine = next(row for row in high.rows if row.name == "mine")
     by_hand = [0.04, 0.02 + (0.6 / 0.8) * 0.04]  # learned 1.0 where 0.4 … 1.0 and 0.4 … 1.2; the third ends at 0.8
     assert mine.reached == 2 and mine.value.value == pytest.approx(np.mean(by_hand))
     assert mine.value.stderr == pytest.approx(stats.sem(by_hand))
@@ -333,16 +338,38 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert mine.difference.value == pytest.approx(np.mean(gaps))
     alone = stats.ttest_1samp(gaps, 0).pvalue
     assert alone < mine.p <= 2 * alone  # adjusted for the other level
-    assert next(row for row in high.rows if row.method == "weak").value is None
+    assert next(row for row in high.rows if row.name == "weak").value is None
     said = grid_headline(found, {})
     assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers: p = 0.037 alone
     assert "Not reached by weak" in said and "learning_rate 2" in said
 
 
+def test_each_setting_has_a_frontier_along_the_rates():
+    more = {"lora": {"training.weight_decay": 0}, "lora decayed": {"training.weight_decay": 3.0}}
+    found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "lora decayed": [[(1.6, 0.05), (1.0, 0.2)]]}, more=more)
+    low, high = equal_learning(found, "q kl", "t nll")
+    assert [row.label for row in high.rows] == ["LoRA", "LoRA, weight_decay 3"]
+    assert [row.value.value for row in high.rows] == [pytest.approx(0.4), pytest.approx(0.2)]
+    assert low.rows[1].value.value == pytest.approx(0.05 + 0.15 / 6)
+    assert high.rows[0].difference is None and high.rows[1].difference.value == pytest.approx(-0.2)
+
+
+def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
+    points = {"lora": [[(1.5, 1.01), (1.0, 1.03)]], "mine": [[(1.4, 0.99), (0.9, 1.019)]], "bad": [[(1.9, 1.2)]]}
+    found = made(points, base=(2.0, 1.0), kept="q nll")
+    table = grid_content(found, {})["tables"][-1]
+    assert table["title"] == "Safe learning rates: q NLL at most 2% worse than the base's"
+    assert [(label, cells[0]) for label, cells in table["rows"]] == [
+        ("LoRA", "1 (1 of 2)"), ("mine", "1, 2 (2 of 2)"), ("bad", "none (0 of 1)"),
+    ]  # fmt: skip
+    assert [cells[1][:4] for _, cells in table["rows"]] == ["1.50", "0.90", "–"]
+    assert len(grid_content(made(points), {})["tables"]) == 1  # KL alone does not tell better from worse
+
+
 def test_a_diverged_run_leaves_its_frontier_shorter():
     found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "wild": [[(1.5, 0.1), (0, 0)]]}, diverged={("wild", 2)})
     high = equal_learning(found, "q kl", "t nll")[-1]
-    assert next(row for row in high.rows if row.method == "wild").value is None
+    assert next(row for row in high.rows if row.name == "wild").value is None
 
 
 def test_questions_and_seeds_both_enter_the_error_at_equal_learning(grid):

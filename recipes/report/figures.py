@@ -168,9 +168,9 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
 
 @dataclass(frozen=True)
 class Path:
-    """A method's frontier as it is drawn: means over the seeds with their errors."""
+    """A frontier as it is drawn: means over the seeds with their errors."""
 
-    method: str
+    name: str
     label: str
     color: str
     points: list[tuple[Estimate, Estimate]]
@@ -178,10 +178,9 @@ class Path:
 
 def _paths(results: Results, kept: str, task: str) -> list[Path]:
     found = [f for f in frontiers(results, kept, task) if f.rows]
-    colors = dict(zip([f.method for f in found if f.method not in COLORS], itertools.cycle(OTHER_COLORS)))
+    colors = dict(zip([f.name for f in found if f.name not in COLORS], itertools.cycle(OTHER_COLORS)))
     return [
-        Path(f.method, f.label, COLORS.get(f.method) or colors[f.method], mean_path(results, f, kept, task))
-        for f in found
+        Path(f.name, f.label, COLORS.get(f.name) or colors[f.name], mean_path(results, f, kept, task)) for f in found
     ]
 
 
@@ -246,13 +245,13 @@ def _frontier_titles(kept: str, task: str, logarithmic: bool) -> tuple[str, str]
 
 def _frontier_legend(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
     own = [(INK, "o-", "the panel's method: one dot a setting, bars one standard error")]
-    lora = [(COLORS["lora"], "--", "LoRA")] if any(path.method == "lora" for path in paths) else []
+    lora = [(COLORS["lora"], "--", "LoRA")] if any(path.name == "lora" for path in paths) else []
     return [*own, *lora, ("#9ca3af", "-", "the other methods")]
 
 
 def _draw_panel(axes: Axes, path: Path, paths: Sequence[Path], logarithmic: bool) -> None:
     for other in paths:  # LoRA, what all are compared with, dashed in its own color
-        color = COLORS["lora"] if other.method == "lora" else FAINT
+        color = COLORS["lora"] if other.name == "lora" else FAINT
         _draw_path(axes, other, color, behind=True, from_base=not logarithmic)
     _draw_path(axes, path, path.color, behind=False, from_base=not logarithmic)
     if logarithmic:
@@ -519,7 +518,7 @@ def _strips(results: Results, measures: list[Measure], *, narrow: bool = False) 
 def _draw_path(axes: Axes, path: Path, color: str, *, behind: bool, from_base: bool) -> None:
     x, y = ([point[i].value for point in path.points] for i in (0, 1))
     start = [0.0] if from_base else []
-    dashed = "--" if behind and path.method == "lora" else "-"
+    dashed = "--" if behind and path.name == "lora" else "-"
     width, above = (1, 1 + (dashed == "--")) if behind else (2, 3)
     axes.plot([*start, *x], [*start, *y], dashed, color=color, linewidth=width, zorder=above)
     if behind:

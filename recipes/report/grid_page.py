@@ -1,7 +1,8 @@
 """What a grid of runs says: each method's learning–forgetting frontier, and forgetting at equal learning.
 
-A frontier is the path from the untouched base (nothing learned, nothing forgotten) through a method's runs in the order
-of the swept values. Forgetting at a given learning is read off the first stretch of that path that reaches it, linearly
+A frontier is the path from the untouched base (nothing learned, nothing forgotten) through a method's runs from the lowest
+learning rate to the highest, one for each of its other settings, or through all its runs in the order of the swept values
+where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches it, linearly
 between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so every question's
 part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
 (`eval_harness/statistics.py`). A method that does not reach a level has no value there: nothing is extrapolated.
@@ -21,8 +22,10 @@ from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, st
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, settings_text, variant_of
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, settings_text, variant_of
 
+RATE = "training.learning_rate"
+SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
 Parts = tuple[
     np.ndarray | None, np.ndarray | None
 ]  # what each question adds to (learned, forgotten); None: nothing known
@@ -34,9 +37,10 @@ class Frontier:
 
     Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
     `rows` are the rows that average over the seeds, in the same order. `diverged` counts the runs that have no values.
+    `name` is the method's, with the settings of its second and later frontiers, such as "lora, weight_decay 3".
     """
 
-    method: str
+    name: str
     points: dict[int, list[tuple[float, float]]]
     parts: dict[int, list[Parts]]
     rows: list[int]
@@ -44,7 +48,7 @@ class Frontier:
 
     @property
     def label(self) -> str:
-        return DISPLAY.get(self.method, self.method)
+        return _label(self.name)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class AtEqual:
-    """A method's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
+    """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
 
     `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
     """
 
-    method: str
+    name: str
     value: Estimate | None
     reached: int
     seeds: int
@@ -71,7 +75,7 @@ class AtEqual:
 
     @property
     def label(self) -> str:
-        return DISPLAY.get(self.method, self.method)
+        return _label(self.name)
 
     @property
     def sense(self) -> int:
@@ -106,23 +110,39 @@ def metric_pair(results: Results) -> tuple[str, str] | None:
 
 
 def frontiers(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Frontier]:
-    """Return a frontier for each method of the grid, in the order of its rows; `found` are the evaluations behind them."""
-    methods = dict.fromkeys(run.method for run in results.grid.cells)
-    return [_frontier(results, name, kept, task, found or {}) for name in methods]
+    """Return the frontiers of the grid's methods, in the order of its rows; `found` are the evaluations behind them."""
+    return [_frontier(results, name, runs, kept, task, found or {}) for name, runs in _by_frontier(results).items()]
 
 
-def _frontier(results: Results, method: str, kept: str, task: str, found: Evaluations) -> Frontier:
-    runs = [run for run in results.grid.cells if run.method == method]
+def _by_frontier(results: Results) -> dict[str, list[Run]]:
+    """Return the runs of each frontier by its name; of LoRA's, the first in the grid is what others are compared with."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for run in results.grid.cells:
+        others = {key: value for key, value in run.point.items() if key != RATE} if RATE in run.point else {}
+        found.setdefault(run.method, {}).setdefault(settings_text(others), []).append(run)
+    return {
+        f"{method}, {settings}" if i else method: runs
+        for method, groups in found.items()
+        for i, (settings, runs) in enumerate(groups.items())
+    }
+
+
+def _label(name: str) -> str:
+    method, *settings = name.split(", ", 1)
+    return ", ".join([DISPLAY.get(method, method), *settings])
+
+
+def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
     number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
-    frontier = Frontier(method, {}, {}, [], sum(run.diverged is not None for run in runs))
+    frontier = Frontier(name, {}, {}, [], sum(run.diverged is not None for run in runs))
     for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
-        point = tuple(change(results, run, name) for name in (task, kept))
+        point = tuple(change(results, run, metric) for metric in (task, kept))
         if None in point:
             continue
         i = number.get((run.method, variant_of(run.point)))
         after, before = (found.get(row, {}).get(run.seed) for row in (i, 0))
         frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        parts = tuple(_part(results, name, before, after) for name in (task, kept))
+        parts = tuple(_part(results, metric, before, after) for metric in (task, kept))
         frontier.parts.setdefault(run.seed, [(None, None)]).append(parts)
         if i is not None and i not in frontier.rows:
             frontier.rows.append(i)
@@ -192,7 +212,7 @@ def equal_learning(results: Results, kept: str, task: str, found: Evaluations | 
     for all methods and levels together.
     """
     every = frontiers(results, kept, task, found)
-    lora = next((frontier for frontier in every if frontier.method == "lora"), None)
+    lora = next((frontier for frontier in every if frontier.name == "lora"), None)
     targets = []
     for where, reached in _levels(results, task).items() if lora else ():
         level = min([float(np.mean(reached)), *(max(x for x, _ in path) for path in lora.points.values())])
@@ -212,29 +232,29 @@ def _known(value: float) -> float | None:
 def _levels(results: Results, task: str) -> dict[str, list[float]]:
     """Return what LoRA's seeds learned, by the swept values."""
     found: dict[str, list[float]] = {}
-    for run in results.grid.cells:
-        learned = change(results, run, task) if run.method == "lora" else None
+    for run in _by_frontier(results)["lora"]:
+        learned = change(results, run, task)
         if learned is not None:
             found.setdefault(settings_text(run.point), []).append(learned)
     return found
 
 
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
-    read = {f.method: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
-    theirs = read[lora.method]
+    read = {f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
+    theirs = read[lora.name]
     shared = {
-        f.method: {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
+        f.name: {seed: _minus(r, theirs[seed]) for seed, r in read[f.name].items() if seed in theirs}
         for f in every
         if f is not lora
     }
-    gaps = {method: spread_of(readings) for method, readings in shared.items() if readings}
+    gaps = {name: spread_of(readings) for name, readings in shared.items() if readings}
     tested = _tested(gaps)
     rows = []
     for f in every:
-        ours, (stderr, p) = read[f.method], tested.get(f.method, (None, None))
+        ours, (stderr, p) = read[f.name], tested.get(f.name, (None, None))
         value = _estimate(spread_of(ours)) if ours else None
-        gap = Estimate(float(gaps[f.method].mean), stderr) if f.method in gaps else None
-        rows.append(AtEqual(f.method, value, len(ours), len(f.points), gap, p))
+        gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
+        rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p))
     return rows
 
 
@@ -275,7 +295,7 @@ def grid_headline(results: Results, found: Evaluations) -> str:
     rows = sorted((row for row in target.rows if row.value), key=lambda row: row.value.value)
     missing = [row.label for row in target.rows if not row.value]
     never = f" Not reached by {listed(missing)}." if missing else ""
-    lora = next((row for row in rows if row.method == "lora"), None)
+    lora = next((row for row in rows if row.name == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
     return f"{level}, {_against(rows, lora, metric_title(kept))}{never}"
@@ -318,7 +338,10 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
         "done": len(results.grid.cells),
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
-        "tables": [_equal_table(results, name, pair[1], found) for name in kept],
+        "tables": [
+            *(_equal_table(results, name, pair[1], found) for name in kept),
+            *(_safe_table(results, *pair) if pair else ()),
+        ],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
         "diverged": [f"{DISPLAY.get(r.method, r.method)} in {r.folder} at step {r.diverged}" for r in diverged],
     }
@@ -333,6 +356,33 @@ def _equal_table(results: Results, kept: str, task: str, found: Evaluations) -> 
         "levels": [f"{metric_title(task)} {level_text(results, task, t)} (LoRA, {t.where})" for t in targets],
         "rows": [(of_method[0].label, [_equal_text(row) for row in of_method]) for of_method in rows],
     }
+
+
+def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object]]:
+    """One row a frontier: the learning rates at which no retention metric is worse by more than SAFE, and what is learned.
+
+    KL is no such metric: it tells that predictions moved, not that they got worse. No table where only KL was measured.
+    """
+    judged = [name for name in results.directed_names("retention") if name.lower().split()[-1] != "kl"]
+    rates_of = {variant_of(run.point): run.point[RATE] for run in results.grid.cells if RATE in run.point}
+    unit = results.metric(task).unit
+    if not judged or not rates_of:
+        return []
+
+    def is_safe(i: int) -> bool:
+        return all(_moved(results, i, n).value <= SAFE * abs(results.base.estimate(n).value) for n in judged)
+
+    rows = []
+    for f in frontiers(results, kept, task):
+        tried = [i for i in f.rows if results.rows[i].metrics]
+        safe = [i for i in tried if is_safe(i)]
+        best = max(safe, key=lambda i: _moved(results, i, task).value, default=None)
+        learned = None if best is None else results.rows[best].estimate(task)
+        of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
+        rows.append((f.label, [f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))]))
+    what = listed([metric_title(name) for name in judged])
+    title = f"Safe learning rates: {what} at most {SAFE:.0%} worse than the base's"
+    return [{"title": title, "levels": ["rates", f"best {metric_title(task)} among them"], "rows": rows}]
 
 
 def _equal_text(row: AtEqual) -> str:
