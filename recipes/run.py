@@ -82,7 +82,7 @@ from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.utils.distributed import count, together, whole_parameters
+from lora_null.utils.distributed import count, on_first_rank, together, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
@@ -244,11 +244,15 @@ def base_row(job: Job) -> Row:
 def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
     """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
     saved = folder / "eval.json"
-    if not saved.is_file() and key:
-        if job.is_main and base_cache.fetch(key, folder):
+
+    def is_known() -> bool:
+        if saved.is_file():
+            return True
+        if fetched := key is not None and base_cache.fetch(key, folder):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
-        PartialState().wait_for_everyone()
-    if saved.is_file():
+        return fetched
+
+    if on_first_rank(is_known):  # which writes the file that the others would look for
         return Evaluation.read(saved)
     found = measure()
     if job.is_main and key:

@@ -4,18 +4,24 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from peft import get_peft_model
 from tiny import random_batches, tiny_model
 
 from lora_null import LoraNullConfig, UserError, store
 from lora_null.calibration import measure_inputs
+from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.recipes import base_cache, run
 from lora_null.utils.distributed import on_first_rank, together
+from lora_null.utils.files import write_text
 
 BATCHES = random_batches(count=4)
 RANK = int(os.environ["RANK"])
@@ -96,6 +102,17 @@ def zero_on_one():
     start(model)
 
 
+def kept_base(folder):
+    """A base that an earlier run evaluated: the first process fetches it before the other one looks."""
+    base_cache.folder = lambda: folder / "kept"
+    target, job = folder / "base", SimpleNamespace(is_main=RANK == 0)
+    only_on(0, lambda: write_text(folder / "kept" / "key" / "eval.json", Evaluation({}, {}, 0.0).to_json()))
+    end = time.monotonic() + 20
+    while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
+        time.sleep(0.01)
+    run._of_base(job, target, "key", refuse)
+
+
 CASES = {
     "NaN, layers": lambda folder: dense("layers"),
     "NaN, hooks": lambda folder: dense("hooks"),
@@ -113,12 +130,13 @@ CASES = {
     "data": lambda folder: together(lambda: only_on(1, refuse)),
     "first": lambda folder: on_first_rank(refuse),
     "none": lambda folder: start(folder=folder / "fine"),
+    "kept base": kept_base,
 }
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    PartialState(cpu=True)  # as the command joins its processes
     told = {}
     for name, act in CASES.items():
         try:

@@ -37,7 +37,7 @@ def told(tmp_path_factory):
     running = [
         subprocess.Popen(
             [sys.executable, str(HERE / "rank_mistakes.py"), str(folder)],
-            env={**common, "RANK": str(rank), "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -57,3 +57,7 @@ def test_every_process_ends_in_the_same_line(told, case):
 
 def test_without_a_mistake_all_finish(told):
     assert told[0]["none"] is told[1]["none"] is None
+
+
+def test_what_one_process_fetches_sends_no_other_another_way(told):
+    assert told[0]["kept base"] is told[1]["kept base"] is None
