@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -52,5 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments.command or "train"  # without a command: --list
         return importlib.import_module(f"{__name__}.{name}").run(arguments)
 
+    # Read once, when PyTorch loads: threads that wait for each other sleep. By default they spin, and on cores that other
+    # work shares with them a training step then takes several times longer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet()
     return exit_status(run)
