@@ -86,7 +86,9 @@ class Accelerator(TorchFunctionMode):
     def _to(self, tensor, *args, **kwargs):
         words = [*args, *kwargs.values()]
         like = [x for x in words if isinstance(x, torch.Tensor)]
-        places = [x for x in words if isinstance(x, torch.device | str)] + [DEVICE if isinstance(x, Away) else CPU for x in like]
+        places = [x for x in words if isinstance(x, torch.device | str)] + [
+            DEVICE if isinstance(x, Away) else CPU for x in like
+        ]
         dtypes = [x for x in words if isinstance(x, torch.dtype)] + [x.dtype for x in like]
         if dtypes:
             tensor = torch.Tensor.type(tensor, dtypes[0]) if tensor.dtype != dtypes[0] else tensor
@@ -104,5 +106,7 @@ def moved(module):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     there = Away(tensor.detach())
-                    tensors[name] = torch.nn.Parameter(there, requires_grad=False) if tensors is owner._parameters else there
+                    tensors[name] = (
+                        torch.nn.Parameter(there, requires_grad=False) if tensors is owner._parameters else there
+                    )
     return module

@@ -7,14 +7,16 @@ from peft import LoraConfig, get_peft_model
 from pretended import DEVICE, Accelerator, moved, waits
 from tiny import random_batches, tiny_model
 from torch import nn
+from transformers import AutoConfig
 
 from lora_null import LoraNullConfig
 from lora_null.calibration import measure_inputs
-from lora_null.checkpoint_reader import WeightFiles
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
+from lora_null.recipes.commands.init import model_in_files
+from lora_null.recipes.config.schema import ModelSection
 
 EAGER = {"attn_implementation": "eager"}
 
@@ -46,23 +48,22 @@ def test_a_layer_waits_for_three_answers_whatever_the_number_of_batches():
                 for one, other in zip(part.inputs, expected[name].inputs):
                     assert count == 2 or torch.equal(one.gram.held, other.gram)
     first, later = zip(*found.values())
-    assert first[0] == first[1] and later == (3, 3)  # the first counts what is asked of the model before: no batch in it
+    assert first[0] == first[1] and later == (
+        3,
+        3,
+    )  # the first counts what is asked of the model before: no batch in it
 
 
 def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):
     """From weights on the CPU, and from their files: masks, Gaussians and positions go along."""
     tiny_model().save_pretrained(tmp_path)
-    batches = random_batches()
+    shape = AutoConfig.from_pretrained(tmp_path, **EAGER)
+    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
     config = LoraNullConfig(r=4, exclude_modules=["lm_head"])
+    batches = random_batches()
     X = oracle.capture_inputs(tiny_model().double(), targets(tiny_model()), batches)
-    for files in (False, True):
-        model = tiny_model(**EAGER).eval()
-        weights = WeightFiles(tmp_path, torch.float32) if files else None
-        model = get_peft_model(model.to("meta") if files else model, config)
-        if files:
-            for layer in adapted_layers(model).values():
-                layer.lora_A.to_empty(device="cpu")
-                layer.lora_B.to_empty(device="cpu")
+    held = get_peft_model(tiny_model(**EAGER).eval(), config), None
+    for model, weights in (held, model_in_files(tmp_path, shape, section, config)):
         options = InitOptions(device=DEVICE, weights=weights, min_tokens=1, progress=False)
         with Accelerator():
             report, _ = start_adapter(model, batches, options)
