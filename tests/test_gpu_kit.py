@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 KIT = Path(__file__).parent / "gpu"
-OWN = ("run", "report", "step", "common")
+OWN = ("run", "report", "step", "common", "roofline")
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,7 @@ class Shape:
 
 
 H100 = Machine(model=989e12, float32=67e12, float64=67e12, memory=3.35e12)
+CALIBRATION = (256 * 1024, 1024, 128)  # tokens, length of a window, rank: the paper's
 SHAPES = {"7B": Shape(32, 4096, 11008, 4096), "70B": Shape(80, 8192, 28672, 1024)}
 MEASURED = {
     "smollm2": (Shape(30, 576, 1536, 192, 49152), 16 * 256, 256, 32),
@@ -166,7 +167,7 @@ def main() -> None:
     if options.measured:
         _print_measured(json.loads(options.measured.read_text()))
         return
-    tokens, length, rank = 256 * 1024, 1024, 128
+    tokens, length, rank = CALIBRATION
     floors = {name: initialization(shape, H100, tokens, length, rank) for name, shape in SHAPES.items()}
     rows = [[part, *(f"{found[part]:.2f}" for found in floors.values())] for part in next(iter(floors.values()))]
     rows.append(["all", *(f"{sum(found.values()):.1f}" for found in floors.values())])
