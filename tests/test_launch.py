@@ -166,14 +166,13 @@ def test_what_cannot_start_is_told_in_a_line():
 
 def preempted(command, folder, log):
     """Run a command, send its first process alone SIGTERM once it trains; return its status and what it said."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CPU, cwd=folder
-    )
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    return process.returncode, said
+    with open(folder / "said.txt", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=CPU, cwd=folder)
+        while process.poll() is None and not (log.is_file() and log.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(120)
+    return status, (folder / "said.txt").read_text()
 
 
 def test_the_same_line_starts_and_goes_on_after_a_preemption(tmp_path):
