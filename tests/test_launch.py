@@ -24,7 +24,7 @@ from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.errors import UserError
 
 CLUSTERS = load.FOLDER / "clusters"
-CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TWO = {
     "slurm": {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "node-7"},
     "skypilot": {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8"},
@@ -167,7 +167,7 @@ def test_what_cannot_start_is_told_in_a_line():
 def preempted(command, folder, log):
     """Run a command, send its first process alone SIGTERM once it trains; return its status and what it said."""
     with open(folder / "said.txt", "w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=CPU, cwd=folder)
+        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **CPU}, cwd=folder)
         while process.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
