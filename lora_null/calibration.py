@@ -89,7 +89,7 @@ class TokenBatch:
         index: the batch's place among all batches.
         first: the batch's row that is the first here.
         inputs: `input_ids` and `attention_mask`, (batch, length) each, on the device of the model's inputs.
-        mask: (batch · length,) bool, or None where nothing is padding.
+        kept: (tokens,) int64, which of the batch · length positions are no padding; None where all are.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
         draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
         counted: False for a batch that only has to run.
@@ -98,13 +98,13 @@ class TokenBatch:
     index: int
     first: int
     inputs: dict[str, torch.Tensor]
-    mask: torch.Tensor | None
+    kept: torch.Tensor | None
     omega: torch.Tensor
     draw: Callable[[int], torch.Tensor]
     counted: bool = True
 
     def flat(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return x, one row a token, as (batch · length, d) in the order of the mask; None where that is not its shape.
+        """Return x, one row a token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
 
         XLNet computes in (length, batch, d); a batch is never as long as it is wide, so the order shows (`pieces`).
         """
@@ -117,7 +117,7 @@ class TokenBatch:
 
     def rows(self, flat: torch.Tensor) -> torch.Tensor:
         """Return flat (batch · length, d) as (tokens, d) without its padding."""
-        return flat if self.mask is None else flat[self.mask]
+        return flat if self.kept is None else flat[self.kept.to(flat.device)]
 
 
 def token_batches(
@@ -132,12 +132,13 @@ def token_batches(
         device: where the inputs go.
         runs_on: where the layers run, if elsewhere.
     """
-    most_tokens = None if (runs_on or device).type == "cuda" else CPU_TOKENS
+    runs_on = runs_on or device
+    most = None if runs_on.type == "cuda" else CPU_TOKENS
     rank, world = rank_and_world()
     own = range(rank, len(batches), world)
     if not own:
-        return pieces(batches[0], 0, device, seed, most_tokens, counted=False)[:1]
-    return [piece for i in own for piece in pieces(batches[i], i, device, seed, most_tokens)]
+        return pieces(batches[0], 0, device, seed, most, runs_on=runs_on, counted=False)[:1]
+    return [piece for i in own for piece in pieces(batches[i], i, device, seed, most, runs_on=runs_on)]
 
 
 def pieces(
@@ -147,19 +148,21 @@ def pieces(
     seed: int,
     most: int | None = None,
     *,
+    runs_on: torch.device | None = None,
     counted: bool = True,
 ) -> list[TokenBatch]:
     """Return one batch, the `index`-th of all, in pieces of whole rows of at most `most` tokens."""
     inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
-    masks = inputs["attention_mask"].bool()
+    masks = torch.as_tensor(batch["attention_mask"]).cpu().bool()
     rows = min(len(masks), max(1, most // masks.shape[1])) if most else len(masks)
     rows = max(1, rows - (rows == masks.shape[1]))  # never square, see `TokenBatch.flat`
     masks = [part.flatten() for part in masks.split(rows)]
     ends = list(itertools.accumulate(int(mask.sum()) for mask in masks))
+    runs_on = runs_on or device
 
     def draw(call: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index + call * 2_654_435_761)  # of 32 bits
-        return (torch.randn(ends[-1], SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(device)
+        return (torch.randn(ends[-1], SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(runs_on)
 
     omega = draw(0)
     parts = zip(*(value.split(rows) for value in inputs.values()), masks, [0, *ends], ends)
@@ -168,7 +171,7 @@ def pieces(
             index,
             i * rows,
             dict(zip(inputs, values)),
-            None if mask.all() else mask,
+            None if mask.all() else mask.nonzero()[:, 0].to(runs_on),
             omega[start:end],
             lambda call, start=start, end=end: draw(call)[start:end],
             counted,
@@ -302,7 +305,7 @@ class InputMeter:
         self.leader: dict[str, str] = {}
         self.calls: dict[str, int] = {}  # by leader, in this forward pass
         self.output_energy: dict[str, torch.Tensor] = {}
-        self.finite: dict[str, list[tuple[TokenBatch, torch.Tensor]]] = {}  # by leader: batch, (sequences,) bool
+        self.finite: dict[str, list[tuple[TokenBatch, torch.Tensor]]] = {}  # by leader: batch, (tokens,) bool
         self.recent: list[tuple[weakref.ref, str]] = []
 
     @contextlib.contextmanager
@@ -368,18 +371,14 @@ class InputMeter:
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         stats = self.stats[name]
-        whole = torch.isfinite(_norms(x))
-        if self.batch.mask is not None:
-            whole |= ~self.batch.mask
-        sequences = len(self.batch.inputs["input_ids"])
-        self.finite.setdefault(name, []).append((self.batch, whole.view(sequences, -1).all(1)))
         rows = self.batch.rows(x)
+        self.finite.setdefault(name, []).append((self.batch, torch.isfinite(_norms(rows))))
         if name in self.grams:
             self.grams[name].add(rows)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         call = self.calls[name] = self.calls.get(name, -1) + 1
         omega = self.batch.draw(call) if call else self.batch.omega
-        stats.sketch += rows.to(dtype).T @ omega.to(dtype)
+        stats.sketch += rows.to(dtype).T @ omega.to(rows.device, dtype)
         stats.tokens += len(rows)
 
     def result(self) -> Calibration:
@@ -391,19 +390,34 @@ class InputMeter:
         unreached = [name for name in self.modules if name not in self.leader]
         if unreached:
             raise UserError(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
-        for name, flags in self.finite.items():
-            for batch, whole in flags:
-                if not whole.all():
-                    sample = batch.first + int((~whole).nonzero()[0])
-                    raise NotFinite(
-                        f"calibration: sample {sample} of batch {batch.index} gives NaN or infinite inputs at {name}"
-                    )
+        self._check_finite()
         while self.grams:  # handed over, not held
             name, gram = self.grams.popitem()
             self.stats[name].gram = gram.result()
             for module in filter(self._has_bias, self.stats[name].modules):
                 self.output_energy[module] = _energy(weight_of(self.modules[module]), self.stats[name].gram)
-        return Calibration(list(self.stats.values()), {name: float(e) for name, e in self.output_energy.items()})
+        energies = dict(zip(self.output_energy, numbers(self.output_energy.values())))
+        return Calibration(list(self.stats.values()), energies)
+
+    def _check_finite(self) -> None:
+        """Refuse NaN and infinity, asked once for all batches: on an accelerator every question waits for it."""
+        if all(numbers(torch.cat([whole for _, whole in flags]).all() for flags in self.finite.values())):
+            return
+        for name, flags in self.finite.items():
+            for batch, whole in flags:
+                if not whole.all():
+                    row = int((~whole).nonzero()[0])
+                    position = row if batch.kept is None else int(batch.kept[row])
+                    sample = batch.first + position // batch.inputs["input_ids"].shape[1]
+                    raise NotFinite(
+                        f"calibration: sample {sample} of batch {batch.index} gives NaN or infinite inputs at {name}"
+                    )
+
+
+def numbers(scalars: Iterable[torch.Tensor]) -> list[float]:
+    """Return the values of tensors of one element, wherever they are, waiting for the first one's device once."""
+    found = list(scalars)
+    return torch.stack([scalar.to(found[0].device) for scalar in found]).tolist() if found else []
 
 
 def _energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -443,8 +457,8 @@ def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None)
             _sum_gram(stats, to_owner=balance is not None)
             dist.all_reduce(stats.sketch)
         _sum_numbers(calibration)
-    for stats in calibration.inputs:
-        if not stats.sketch.any():
+    for stats, any_left in zip(calibration.inputs, numbers(stats.sketch.any() for stats in calibration.inputs)):
+        if not any_left:
             raise UserError(f"calibration: the input of {stats.modules[0]} is zero on every token")
 
 

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_null.calibration import Calibration
+from lora_null.calibration import Calibration, numbers
 from lora_null.factors import projected_inputs
 from lora_null.layer import adapted_layers, residual_of
 from lora_null.utils.distributed import whole_parameters
@@ -70,11 +70,11 @@ class DriftMeter(_Meter):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
-        pairs = []
+        found = {}
         for name, layer in self.layers.items():
             with whole_parameters(layer.lora_A, layer.lora_B):
-                pairs.append((name, self._layer_drift(layer, self.probes[name])))
-        return dict(zip([name for name, _ in pairs], torch.stack([drift.cpu() for _, drift in pairs]).tolist()))
+                found[name] = self._layer_drift(layer, self.probes[name])
+        return dict(zip(found, numbers(found.values())))
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
@@ -112,8 +112,8 @@ class WeightDriftMeter(_Meter):
         for name, layer in self.layers.items():
             with whole_parameters(layer):
                 moved = _outputs(layer, self.sketches[name])
-            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved - self.starts[name].to(moved)).item()
-        return found
+            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved - self.starts[name].to(moved))
+        return dict(zip(found, numbers(found.values())))
 
 
 def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, nn.Module]:

@@ -123,10 +123,11 @@ def walk_layers(
         else:
             stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device
         own = token_batches(batches, input_device(model), seed, runs_on=device)
-        recorded = together(lambda: [_record(model, layers, b) for b in own], alike=(UserError, DoesNotFit), what=WHAT)
-        calls, hidden = zip(*recorded)
-        states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
+        record = lambda: [_record(model, layers, batch, device) for batch in own]  # noqa: E731
+        calls, hidden = zip(*together(record, alike=(UserError, DoesNotFit), what=WHAT))
+        states = _HiddenStates(hidden, device, stack)
         balance = LoadBalance()
         names = list(layers)[: last + 1]
         for i, name in enumerate(tqdm(names, desc="initializing", unit="layer", disable=not progress or _rank() != 0)):
@@ -188,15 +189,20 @@ def _finished(part: Calibration, balance: LoadBalance, start: float) -> Calibrat
 
 
 @torch.no_grad()
-def _record(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch) -> tuple[list[_Call], torch.Tensor]:
+def _record(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch, device: torch.device
+) -> tuple[list[_Call], torch.Tensor]:
     """Run the decoder with layers that only note how they are called; return the calls and the first hidden states.
 
-    Each layer gets its own mask and positions this way, whatever kinds of attention the model mixes.
+    Each layer gets its own mask and positions this way, whatever kinds of attention the model mixes; what layers share goes
+    to the device once.
     """
     failures = []
     for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):  # some decoders expect a tuple of their layers
         try:
-            return _record_calls(model, layers, batch, wrap)
+            calls, hidden = _record_calls(model, layers, batch, wrap)
+            moved: dict[int, torch.Tensor] = {}
+            return [_Call(*_to((call.args, call.kwargs), device, moved)) for call in calls], hidden
         except DoesNotFit as reason:
             failures.append(reason)
     raise failures[0]
@@ -260,7 +266,8 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
             backbone(model)(**batch.inputs, use_cache=False)
     finally:
         handle.remove()
-    calls, states = (list(column) for column in zip(*(_record(model, layers, batch) for batch in few)))
+    device = next(final.parameters()).device
+    calls, states = (list(column) for column in zip(*(_record(model, layers, batch, device) for batch in few)))
     try:
         for i, layer in enumerate(layers.values()):
             for at, call in enumerate(calls):
@@ -339,14 +346,17 @@ def _mapped(tensor: torch.Tensor, path: str) -> torch.Tensor:
     return mapped
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """Return a nest of tuples, lists and dicts with its tensors on the device."""
+def _to(value: Any, device: torch.device, moved: dict[int, torch.Tensor] | None = None) -> Any:
+    """Return a nest of tuples, lists and dicts with its tensors on the device, each moved once if `moved` remembers them."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        moved = {} if moved is None else moved
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: _to(item, device, moved) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(_to(item, device, moved) for item in value)
     return value
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_null.factors import null_factors
 from lora_null.nullspace import bottom_eigenspace
@@ -22,6 +24,35 @@ def init_benchmark():
         sys.path.remove(str(BENCHMARKS))
         for name in ("init", "common"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def roofline(init_benchmark):
+    yield importlib.import_module("roofline")
+    sys.modules.pop("roofline", None)
+
+
+def test_the_roofline_counts_what_torch_counts(roofline):
+    """A forward pass and a step, by torch's own count, which has attention without its causal half."""
+    model = tiny_model(attn_implementation="eager")
+    shape = roofline.Shape(layers=2, width=32, inner=48, kv=16, vocabulary=101)
+    ids = torch.randint(4, 101, (3, 20))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.model(input_ids=ids)
+    attention = 2 * shape.layers * 60 * 20 * 32  # of each half, causal and other
+    assert forward.get_total_flops() == shape.layers * roofline._forward(shape, 60, 20) + attention
+    with FlopCounterMode(display=False) as step:
+        model(input_ids=ids).logits.sum().backward()
+    machine = roofline.Machine(model=1.0, float32=1.0, float64=1.0, memory=1.0)
+    assert step.get_total_flops() == pytest.approx(60 / roofline.step(shape, machine, 20, 4)["full"] + 3 * attention)
+
+
+def test_the_floors_of_a_7b_model_are_those_of_the_data_sheet(roofline):
+    found = roofline.initialization(roofline.SHAPES["7B"], roofline.H100, *roofline.CALIBRATION)
+    assert found["read"] == pytest.approx(2 * (6.476e9 + 131e6) / 5e9, rel=0.01)  # its parameters but the head's
+    assert found["forward"] == pytest.approx(2 * 6.476e9 * 262144 / 989e12, rel=0.05)
+    row = {"parts": {"calibrate": 20.0, "solve": 3.0}, "walk_without_grams": 12.0}
+    assert roofline.beside(found, row, 5.0)["Grams"] == (found["Grams"] + found["float64 sums"], 8.0)
 
 
 def test_the_reference_finds_our_factors(init_benchmark):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 KIT = Path(__file__).parent / "gpu"
-OWN = ("run", "report", "step", "common")
+OWN = ("run", "report", "step", "common", "roofline")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_the_table_of_a_card(kit):
     ]
     text = kit.report.table(steps)
     assert text.startswith("**NVIDIA H100 80GB HBM3**, 2026-01-02, torch 2.11")
-    assert "| 7B shape, whole: seconds | ≤ 60 (one H100) | 40.0 (calibrate 30.0, solve 10.0) | yes |" in text
+    assert "40.0 (calibrate 30.0, solve 10.0); an H100's floor: calibrate 12.0, solve 0.6 | yes |" in text
     assert "| ≥ 50 × | 75 × (the paper's from one layer, extrapolated) | yes |" in text
     assert "6.0 s, 80 of them 8.0 min (extrapolated)" in text
     assert (

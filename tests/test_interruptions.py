@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -21,18 +20,6 @@ from lora_null.utils.errors import exit_status
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def interrupted(recipe, words, method, number):
-    """Send a run a signal as soon as it trains; return its exit status and what it has said."""
-    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CPU)
-    log = method / "train_log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(number)
-    stderr = process.communicate(timeout=60)[1]
-    return process.returncode, stderr
-
-
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
     recipe = make_world(tmp_path, method={"name": "roselora,lora-null-v1", "rank": 4})
     found = harness(recipe, tmp_path, kills=6, seed=1)
@@ -45,17 +32,6 @@ def test_the_harness_sees_a_difference(tmp_path):
     assert run(recipe, tmp_path / "one") == run(recipe, tmp_path / "two", "seed=1") == 0
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     assert one.keys() == two.keys() and not set(one.values()) & set(two.values())
-
-
-def test_sigterm_in_training_saves_and_exits_with_143(tmp_path):
-    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
-    words = ["training.max_steps=5000", "training.save_steps=100000", "training.learning_rate=1e-4"]
-    status, stderr = interrupted(recipe, words, tmp_path / "out" / "lora", signal.SIGTERM)
-    assert status == 143, stderr[-2000:]
-    assert "--resume goes on from there" in stderr and "Traceback" not in stderr
-    checkpoint = last_checkpoint(tmp_path / "out" / "lora")
-    steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    assert steps >= 1 and f"after step {steps};" in stderr
 
 
 def test_sigterm_outside_training_ends_at_once(tmp_path):

@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "benchmarks")]
 
 import common  # noqa: E402
+import roofline  # noqa: E402
 
 TITLES = {
     "a": "correctness",
@@ -84,7 +85,7 @@ def _initialization(step: dict[str, Any]) -> Iterator[Line]:
         yield (
             f"{name}: seconds",
             "≤ 60 (one H100)" if whole else "",
-            f"{ours['seconds']:.1f} ({parts})",
+            f"{ours['seconds']:.1f} ({parts}){_floors(step) if whole else ''}",
             ours["seconds"] <= 60 if whole else None,
         )
         yield f"{name}: × the bare forward pass", "", f"{ours['seconds'] / forward['seconds']:.2f}", None
@@ -92,6 +93,16 @@ def _initialization(step: dict[str, Any]) -> Iterator[Line]:
         said = " (the paper's from one layer, extrapolated)" if paper.get("extrapolated_from_layers") else ""
         yield f"{name}: faster than the paper's algorithm", "≥ 50 ×", f"{times:.0f} ×{said}", times >= 50
         yield f"{name}: peak above the model", "", f"{ours['peak_gib']:.1f} GiB", None
+
+
+def _floors(step: dict[str, Any]) -> str:
+    """Say what an H100 needs at least for the whole 7B shape (the H200 multiplies as fast), where this is one."""
+    if not any(card in step["machine"]["measured_on"] for card in ("H100", "H200")):
+        return ""
+    found = roofline.initialization(roofline.SHAPES["7B"], roofline.H100, *roofline.CALIBRATION)
+    solve = found["solve"] + found["factors"]
+    calibrate = sum(found.values()) - solve - found["read"] - found["write"]
+    return f"; an H100's floor: calibrate {calibrate:.1f}, solve {solve:.1f}"
 
 
 def _steps(step: dict[str, Any]) -> Iterator[Line]:
