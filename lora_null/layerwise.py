@@ -120,11 +120,11 @@ def walk_layers(
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
             together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
-        else:
-            stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
-        own = token_batches(batches, input_device(model), seed, runs_on=device)
-        recorded = together(lambda: [_record(model, layers, b) for b in own], alike=(UserError, DoesNotFit), what=WHAT)
+        with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
+            own = token_batches(batches, input_device(model), seed, runs_on=device)
+            calls = lambda: [_record(model, layers, batch) for batch in own]  # noqa: E731
+            recorded = together(calls, alike=(UserError, DoesNotFit), what=WHAT)
         calls, hidden = zip(*recorded)
         states = _HiddenStates(hidden, device if device.type != "meta" else torch.device("cpu"), stack)
         balance = LoadBalance()

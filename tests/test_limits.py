@@ -177,7 +177,7 @@ class TestEvaluation:
 @pytest.fixture
 def gpt2_recipe(tmp_path, monkeypatch):
     """A recipe on a model of 64 learned positions; a model load fails the test."""
-    monkeypatch.setattr(run_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run_module, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     recipe = make_world(tmp_path, method={"name": "lora-null-v2", "rank": 4})
     gpt2().save_pretrained(tmp_path / "model")
     return recipe
