@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from lora_null.calibration import Calibration, check_architecture
@@ -19,9 +19,11 @@ from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.residual import subtract_residuals
 from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
-from lora_null.utils.distributed import is_sharded, together
+from lora_null.utils.distributed import get_logger, is_sharded, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import unreadable
+
+logger = get_logger(__name__)
 
 
 def initialize_lora_null_weights(
@@ -66,6 +68,7 @@ def start_adapter(
     """
     layers = adapted_layers(peft_model, adapter_name)
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
+    say_what_is_fused(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
     finish_initialization(peft_model, adapter_name)
@@ -111,6 +114,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
+    refuse_experts(layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
@@ -129,6 +133,34 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(
             f"target_modules: {name} shares its weight with {', '.join(others)}, which would change with it; "
             f"{out} (exclude_modules)"
+        )
+
+
+def refuse_experts(layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse adapters on experts that are one fused parameter: every expert reads tokens of its own.
+
+    Raises:
+        UserError: naming the first, and the other targets.
+    """
+    fused = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    if fused:
+        experts = fused[0].removesuffix(".base_layer")
+        linears = sorted({name.rpartition(".")[2] for name, x in layers.items() if not isinstance(x, ParamWrapper)})
+        raise UserError(
+            f"target_modules: {experts} holds all experts in fused parameters, each expert reads other tokens, and "
+            f"LoRA-Null cannot adapt them; name the other linears: target_modules={linears}"
+        )
+
+
+def say_what_is_fused(base: nn.Module) -> None:
+    """Say how much of a mixture of experts is no linear and gets no adapter: three-dimensional parameters."""
+    own = {name: p for name, p in base.named_parameters() if "lora_" not in name}
+    fused = {n: p.numel() for n, p in own.items() if p.ndim == 3 and "expert" in n and "base_layer" not in n}
+    if fused:
+        share = sum(fused.values()) / sum(p.numel() for p in own.values())
+        logger.warning(
+            f"target_modules: the experts of {type(base).__name__} are fused parameters, no linears, and stay as they "
+            f"are ({next(iter(fused))} and {len(fused) - 1} more, {share:.0%} of the weights)"
         )
 
 

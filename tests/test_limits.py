@@ -379,6 +379,7 @@ class TestExperts:
 
     def test_fused_ones_that_were_asked_for_are_refused(self, tmp_path):
         with pytest.raises(
-            UserError, match=r"fused parameters.*target_modules=\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
+            UserError,
+            match=r"layers.0.mlp.experts holds.* fused parameters.*target_modules=\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]",
         ):
             make(tmp_path, model=self.mixtral())

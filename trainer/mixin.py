@@ -20,7 +20,7 @@ from trl.trainer.utils import create_model_from_path
 
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_in_files
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import check_basis
+from lora_null.initialize import check_basis, say_what_is_fused
 from lora_null.layer import is_started
 from lora_null.start import (
     InitOptions,
@@ -169,6 +169,8 @@ class LoraNullMixin(SavingMixin):
             if not self._goes_on:
                 if self.method.needs_gram or self.method.terms:
                     check_targets(self.model, preflight)
+                elif isinstance(self.model, PeftModel):
+                    say_what_is_fused(self.model.get_base_model())
                 self.method.check(self.model)
             self.method.prepare(self.model)
         if self._goes_on:
