@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
-    refuse_experts(layers)
+    refuse_experts(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
@@ -136,20 +138,37 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         )
 
 
-def refuse_experts(layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse adapters on experts that are one fused parameter: every expert reads tokens of its own.
+def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse adapters that PEFT put on parameters: fused experts, each of which reads tokens of its own, and routers.
 
     Raises:
-        UserError: naming the first, and the other targets.
+        UserError: naming the first, and the targets that are linears.
     """
-    fused = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
-    if fused:
-        experts = fused[0].removesuffix(".base_layer")
-        linears = sorted({name.rpartition(".")[2] for name, x in layers.items() if not isinstance(x, ParamWrapper)})
-        raise UserError(
-            f"target_modules: {experts} holds all experts in fused parameters, each expert reads other tokens, and "
-            f"LoRA-Null cannot adapt them; name the other linears: target_modules={linears}"
-        )
+    wrapped = {name.replace(".base_layer", ""): x for name, x in layers.items() if isinstance(x, ParamWrapper)}
+    if not wrapped:
+        return
+    linears = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
+    linears |= set() if linears else {name for name, x in base.named_modules() if isinstance(x, nn.Linear)}
+    named = sorted({name.rpartition(".")[2] for name in linears - {"lm_head"}})
+    fused = next((name for name, layer in wrapped.items() if layer.get_param().ndim == 3), None)
+    reason = "holds fused experts, each of which reads other tokens" if fused else "is a router, no linear"
+    raise UserError(
+        f"target_modules: {fused or next(iter(wrapped))} {reason}, and LoRA-Null cannot adapt it; name the other "
+        f"linears: target_modules={named}"
+    )
+
+
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Turn PEFT's refusal of experts as a target, which may print a whole module, into a UserError of one line."""
+    try:
+        yield
+    except ValueError as error:
+        if kind := re.match(r"Target module (\w+)\(", str(error)):
+            raise UserError(f"target_modules: a {kind[1]} is no linear, PEFT puts no adapter on it") from None
+        if str(error).startswith("Cannot convert PEFT target"):
+            raise UserError(f"target_modules: {error}") from None
+        raise
 
 
 def say_what_is_fused(base: nn.Module) -> None:

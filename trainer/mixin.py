@@ -20,7 +20,7 @@ from trl.trainer.utils import create_model_from_path
 
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_in_files
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import check_basis, say_what_is_fused
+from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
 from lora_null.start import (
     InitOptions,
@@ -155,7 +155,7 @@ class LoraNullMixin(SavingMixin):
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
         if self._weights is None and is_launched_with_fsdp2() and starts_in_files(given.get("peft_config"), method):
             self._weights, self._in_files = _leave_in_files(given)
-        with adapters_in_memory():
+        with adapters_in_memory(), refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
         self._preflight = preflight
         self.add_callback(_ReadShards(self))

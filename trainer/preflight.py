@@ -100,7 +100,7 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     """
     base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
-    refuse_experts(layers)
+    refuse_experts(base, layers)
     say_what_is_fused(base)
     decoder = _language_model(base)
     outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]

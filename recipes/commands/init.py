@@ -12,7 +12,7 @@ from peft import get_peft_model
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import InitOptions, start_adapter
+from lora_null.initialize import InitOptions, refusing_in_one_line, start_adapter
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
@@ -114,8 +114,6 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         **({} if arguments.start is None else {"start": arguments.start}),
         task_type="CAUSAL_LM",
     )
-    if not arguments.low_memory:
-        return get_peft_model(load_base(section, name), config), None
-    base, weights = open_base(section, name)
-    with adapters_in_memory():
+    base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
+    with adapters_in_memory(), refusing_in_one_line():
         return get_peft_model(base, config), weights
