@@ -80,7 +80,7 @@ def _run(count: int, options: Any, shape: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Peak(common.Peak):
+class RssPeak(common.Peak):
     """The most anonymous and file-backed memory of this process above what there was before."""
 
     def now(self) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _work(folder: Path, shape: str, device: torch.device) -> dict[str, Any]:
     layer_bytes = sum(
         getattr(torch, dtype).itemsize * p.numel() for name, p in layer.named_parameters() if "lora_" not in name
     )
-    with tempfile.TemporaryDirectory() as out, _Peak() as peak:
+    with tempfile.TemporaryDirectory() as out, RssPeak() as peak:
         options = InitOptions(
             weights=weights, progress=False, min_tokens=1, device=None if device.type == "cpu" else device
         )
