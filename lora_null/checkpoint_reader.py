@@ -131,7 +131,7 @@ class WeightFiles:
         return self.read(owned)
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, device: torch.device) -> None:
+    def fill(self, model: nn.Module, device: torch.device, part: nn.Module | None = None) -> None:
         """Give every weight that is still on the meta device its numbers: of a sharded one this process's piece alone.
 
         What has been taken out of the base of an adapted layer, s·B0A0, is taken out of what is read, piece by piece.
@@ -139,9 +139,11 @@ class WeightFiles:
         Args:
             model: a base, or a PEFT model around it, whole or already sharded (FSDP2).
             device: where the numbers go.
+            part: of the model, the only weights to read.
         """
         inner = getattr(model, "get_base_model", lambda: model)()
-        missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and x.tensor.is_meta}
+        within = {id(tensor) for tensor in _tensors(part or inner) if tensor.is_meta}
+        missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and id(x.tensor) in within}
         filled: dict[int, torch.Tensor] = {}
         for module in inner.modules():
             for storage in (module._parameters, module._buffers):
