@@ -131,7 +131,7 @@ class WeightFiles:
         return self.read(owned)
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, device: torch.device, part: nn.Module | None = None) -> None:
+    def fill(self, model: nn.Module, device: torch.device) -> None:
         """Give every weight that is still on the meta device its numbers: of a sharded one this process's piece alone.
 
         What has been taken out of the base of an adapted layer, s·B0A0, is taken out of what is read, piece by piece.
@@ -139,11 +139,9 @@ class WeightFiles:
         Args:
             model: a base, or a PEFT model around it, whole or already sharded (FSDP2).
             device: where the numbers go.
-            part: of the model, the only weights to read.
         """
         inner = getattr(model, "get_base_model", lambda: model)()
-        within = {id(tensor) for tensor in _tensors(part or inner) if tensor.is_meta}
-        missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and id(x.tensor) in within}
+        missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and x.tensor.is_meta}
         filled: dict[int, torch.Tensor] = {}
         for module in inner.modules():
             for storage in (module._parameters, module._buffers):
@@ -213,6 +211,7 @@ def open_in_files(
         UserError: there are no safetensors, or they hold a weight under another name (fused experts are such).
     """
     model = load(name, device_map="meta", **options)
+    vars(model).pop("hf_device_map", None)  # by which a trainer would take it for one that is spread over devices
     files = WeightFiles.of_model(name, revision)
     files.check(model)
     with init_empty_weights(include_buffers=False):

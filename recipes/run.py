@@ -85,7 +85,7 @@ from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTr
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
-from lora_null.utils.distributed import count, launched_to_shard, together, whole_parameters
+from lora_null.utils.distributed import count, is_launched_with_fsdp2, together, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
@@ -403,7 +403,12 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     config = adapter_config(recipe.method, method, plan.rank)
     before, weights = job.starts.get(plan.name), None
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
-    if before is None and not recipe.model.quantization and launched_to_shard() and starts_in_files(config, method):
+    if (
+        before is None
+        and not recipe.model.quantization
+        and is_launched_with_fsdp2()
+        and starts_in_files(config, method)
+    ):
         model, weights = base_to_shard(recipe.model, job.model_name)
     else:
         model = model_so_far(recipe.model, job.model_name, before)

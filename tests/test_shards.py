@@ -7,14 +7,17 @@ import datasets
 import pytest
 import torch
 from engine_worlds import world
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import random_batches, save_tiny, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 from trl import SFTConfig
 
-from lora_null import LoraNullConfig
+from lora_null import LoraNullConfig, UserError
+from lora_null.checkpoint_reader import open_in_files
 from lora_null.initialize import InitOptions
-from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.trainer import LoraNullSFTTrainer, mixin
+from lora_null.trainer.methods.base import starts_in_files
 
 VARIANTS = ("v1", "v2")
 STEPS = 3
@@ -68,6 +71,10 @@ def both_ways(words: list[str]) -> int:
     return 0
 
 
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint-3" / "adapter_model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
@@ -79,9 +86,45 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_trained_from_files_is_what_is_trained_from_whole_weights(trained, variant):
-    ours, theirs = (
-        load_file(trained / f"{variant}-{way}" / "checkpoint-3" / "adapter_model.safetensors")
-        for way in ("files", "whole")
-    )
+    ours, theirs = weights_in(trained / f"{variant}-files"), weights_in(trained / f"{variant}-whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monkeypatch):
+    """accelerate takes FSDP for GPUs alone and goes on without it."""
+    path = str(save_tiny(tmp_path / "model"))
+    train(tmp_path, "v1", path, "plain")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    opened = []
+    monkeypatch.setattr(mixin, "open_in_files", lambda *a, **k: opened.append(open_in_files(*a, **k)) or opened[0])
+    train(tmp_path, "v1", path, "asked")
+    assert opened
+    ours, theirs = weights_in(tmp_path / "asked"), weights_in(tmp_path / "plain")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_files_that_name_their_weights_otherwise_are_not_left(tmp_path):
+    config = MixtralConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no weight 'model.layers.0.mlp\S+', load the model whole instead"):
+        open_in_files(AutoModelForCausalLM.from_pretrained, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "fits"),
+    [
+        (LoraNullConfig(r=4), True),
+        (LoraConfig(r=4), True),
+        (LoraConfig(r=4, init_lora_weights="pissa"), False),
+        (LoraConfig(r=4, modules_to_save=["lm_head"]), False),
+        (LoraConfig(r=4, bias="all"), False),
+        (None, False),
+    ],
+)
+def test_what_needs_all_weights_does_not_start_in_files(config, fits):
+    assert starts_in_files(config) == fits

@@ -55,7 +55,7 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.utils.distributed import get_logger, launched_to_shard, layers_of, shard_layers, together
+from lora_null.utils.distributed import get_logger, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
@@ -153,8 +153,7 @@ class LoraNullMixin(SavingMixin):
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
-        by_name = launched_to_shard() == "FSDP2"  # under ZeRO-3 transformers cuts up what it loads itself
-        if self._weights is None and by_name and starts_in_files(given.get("peft_config"), method):
+        if self._weights is None and is_launched_with_fsdp2() and starts_in_files(given.get("peft_config"), method):
             self._weights, self._in_files = _leave_in_files(given)
         with adapters_in_memory(), refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
@@ -203,12 +202,12 @@ class LoraNullMixin(SavingMixin):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the parent trainer; now that the engine is known, weights stay in their files only where it shards them."""
+        """As the parent trainer; now that the engine is known, weights stay in their files only for FSDP2 to shard them."""
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self._weights is not None and plugin is not None and plugin.fsdp_version == 2:
             plugin.cpu_ram_efficient_loading = False  # rank 0 has no weights to send: each rank reads its own
-        elif self._weights is not None and self._zero_stage != 3:
+        elif self._weights is not None:
             self._read_whole()
 
     def _read_whole(self) -> None:
@@ -218,23 +217,9 @@ class LoraNullMixin(SavingMixin):
     def read_shards(self) -> None:
         """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
         if self._weights is not None:
-            plugin = self.accelerator.state.fsdp_plugin
-            offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+            offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
             device = torch.device("cpu") if offloaded else self.accelerator.device
             together(lambda: self._weights.fill(self.model, device), what="reading the weights")
-
-    def _read_for_zero(self) -> None:
-        """Read the weights layer by layer, and let DeepSpeed cut up each layer before the next one is read."""
-        import deepspeed  # pyright: ignore[reportMissingImports]
-
-        section = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        settings = {key: value for key, value in section.items() if value != "auto"}
-        for part in (*layers_of(self.model), self.model):
-            read = functools.partial(self._weights.fill, self.model, torch.device("cpu"), part)
-            together(read, what="reading the weights")
-            deepspeed.zero.Init(
-                module=part, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
-            )
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -275,8 +260,6 @@ class LoraNullMixin(SavingMixin):
                 shard_layers(self.model, self.accelerator.device)
                 self.read_shards()
             return self._take_trained(Path(resume_from_checkpoint))
-        if self._weights is not None and self._zero_stage == 3:
-            self._read_for_zero()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             logger.warning(

@@ -17,8 +17,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_null.utils.errors import UserError
 
-ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE=3"
-
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether this rank holds, or may hold at any time, only a piece of the tensor."""
@@ -30,13 +28,10 @@ def count(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def launched_to_shard() -> str | None:
-    """Return the engine that accelerate's launcher asks for if it cuts up weights; known before there is an Accelerator."""
-    for asked, kind, name in (("FSDP", "FSDP_VERSION=2", "FSDP2"), ("DEEPSPEED", ZERO_STAGE, "ZeRO-3")):
-        key, value = kind.split("=")
-        if os.environ.get(f"ACCELERATE_USE_{asked}", "").lower() in ("1", "true") and os.environ.get(key) == value:
-            return name
-    return None
+def is_launched_with_fsdp2() -> bool:
+    """Return whether accelerate's launcher asks for FSDP2, which is known before there is an Accelerator."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return asked and os.environ.get("FSDP_VERSION") == "2"
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> None:
@@ -48,18 +43,13 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (rank_and_world()[1],))
     inner = getattr(model, "get_base_model", lambda: model)()
+    lists = [(name, module) for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [(name, x) for name, x in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
-    for module in (*layers_of(model), *(() if tied else (head, embedding))):
+    for module in (*(layer for _, layers in outermost for layer in layers), *(() if tied else (head, embedding))):
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that a model is a list of, those of its decoder and of whatever else it has."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [x for name, x in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    return [layer for layers in outermost for layer in layers]
 
 
 def own_piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:

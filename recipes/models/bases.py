@@ -33,7 +33,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
-from lora_null.utils.distributed import all_gather, get_logger, launched_to_shard, shard_layers, together
+from lora_null.utils.distributed import all_gather, get_logger, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout
@@ -164,12 +164,11 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
 
 def open_base(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles]:
     """Return a fresh base model whose weights stay in their files, and the files; see `open_in_files`."""
-    with complete_at_load():
-        return open_in_files(functools.partial(load_base, model), name, model.revision)
+    return open_in_files(functools.partial(load_base, model), name, model.revision)
 
 
 def base_to_shard(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles | None]:
-    """Return a fresh base model for an engine to shard: its weights in their files where that can be, or else whole."""
+    """Return a fresh base model for FSDP2 to shard: with its weights in their files where that can be, or else whole."""
     try:
         return together(lambda: open_base(model, name), what="opening the weights")
     except UserError as reason:
@@ -178,9 +177,9 @@ def base_to_shard(model: ModelSection, name: str) -> tuple[PreTrainedModel, Weig
 
 
 def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
-    """Return a fresh base model on the device, whole on every process; in shards where it is large and an engine shards."""
+    """Return a fresh base model on the device, whole on every process; under FSDP2 in pieces if it is too large for that."""
     device = PartialState().device
-    if not launched_to_shard() or model.quantization or all(all_gather(fits(load_config(model, name), model))):
+    if not is_launched_with_fsdp2() or model.quantization or all(all_gather(fits(load_config(model, name), model))):
         return load_base(model, name).to(device)
     base, files = base_to_shard(model, name)
     shard_layers(base, device)

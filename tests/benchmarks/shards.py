@@ -81,7 +81,7 @@ def _run(folder: Path, way: str, count: int) -> list[dict[str, Any]]:
 class _Phases(RssPeak, TrainerCallback):
     """The most memory of each phase above the floor; a trainer tells when it has read its shards."""
 
-    phase = PHASES[0]
+    phase, seconds = PHASES[0], 0.01
 
     def __enter__(self) -> _Phases:
         self.by_phase: dict[str, tuple[int, ...]] = {}
