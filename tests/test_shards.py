@@ -1,4 +1,4 @@
-"""No process holds the whole model: under FSDP2 weights stay in their files until each process reads its own shards."""
+"""No process loads the whole model: under FSDP2 weights stay in their files until each process reads its own shards."""
 
 import traceback
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Peak memory of each process that initializes and trains a model together with others (FSDP2): nobody holds it whole.
 
-    python tests/benchmarks/shards.py            # a random Llama of 2 GB, four processes over gloo
+    python tests/benchmarks/shards.py               # a random Llama of 2 GB, four processes over gloo
+    python tests/benchmarks/shards.py --layers 8    # of 239 MB
 
 v1 is initialized on few tokens and trained for two steps, once with the weights in their files until they are sharded,
 and once with a model that every process loads whole, which takes the first one's initialization from the cache. Memory
@@ -32,8 +33,8 @@ from lora_null import LoraNullConfig
 from lora_null.initialize import InitOptions
 from lora_null.trainer import LoraNullSFTTrainer
 
-# layers, width, inner, vocabulary, rank, calibration windows, their length
-SHAPES = {"2 GB": (70, 1024, 1024, 2048, 8, 17, 64), "quick": (2, 32, 48, 101, 4, 4, 16)}
+# width, inner, vocabulary, rank, calibration windows, their length
+FULL, QUICK = (1024, 1024, 512, 8, 17, 64), (32, 48, 101, 4, 4, 16)
 WAYS = ("files", "whole")
 PHASES = ("start", "read", "step")
 
@@ -41,12 +42,14 @@ PHASES = ("start", "read", "step")
 def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=70, help="of 29 MB")
     options = parser.parse_args()
     count = 2 if options.quick else options.processes
+    shape = (2, *QUICK) if options.quick else (options.layers, *FULL)
     facts = common.machine(torch.device("cpu"))
     print(common.headline(facts))
     with tempfile.TemporaryDirectory() as name:
-        sizes = _write(Path(name), SHAPES["quick" if options.quick else "2 GB"])
+        sizes = _write(Path(name), shape)
         os.environ["LORA_NULL_CACHE"] = f"{name}/cache"
         runs = {way: _run(Path(name), way, count) for way in WAYS}
     _print(sizes, runs, count)
