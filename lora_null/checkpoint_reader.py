@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from lora_null.layer import LoraNullLinear
+from lora_null.utils.distributed import own_piece
 from lora_null.utils.errors import UserError
+
+# What PEFT, checkpointing and torch.compile put into a module's name that a checkpoint of the base has not.
+WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 class Owned(NamedTuple):
@@ -63,8 +73,7 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
 
 
 def _in_checkpoint(name: str) -> str:
-    """Return a name without the parts that PEFT's wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter"))
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class WeightFiles:
@@ -72,14 +81,13 @@ class WeightFiles:
 
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
-        dtype: what the weights are cast to.
 
     Raises:
         UserError: the folder holds no safetensors.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
             self.file_of = json.loads(index.read_text())["weight_map"]
@@ -89,26 +97,65 @@ class WeightFiles:
         else:
             raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
 
-    def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return one tensor, in the dtype given or that of the weights.
+    @classmethod
+    def of_model(cls, name: str, revision: str | None = None) -> WeightFiles:
+        """Return the files of a local folder, or of a model of the hub that was loaded before."""
+        if Path(name).is_dir():
+            return cls(Path(name))
+        return cls(Path(snapshot_download(name, revision=revision, allow_patterns="*.safetensors*")))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a UserError that names a weight of the model which the files do not have."""
+        lacking = next((x.key for x in base_tensors(model) if x.saved and x.key not in self.file_of), None)
+        if lacking is not None:
+            raise UserError(f"{self.folder}: its files have no weight {lacking!r}, load the model whole instead")
+
+    def read(self, owned: Owned) -> torch.Tensor:
+        """Return what this process holds of a tensor, all of it or a piece, in the dtype that it has in the model.
 
         Raises:
-            UserError: the files do not have it.
+            UserError: it has another shape in the files.
         """
-        if key not in self.file_of:
-            raise UserError(f"{self.folder}: its files have no weight {key!r}, load the model whole instead")
-        with safe_open(self.folder / self.file_of[key], "pt") as file:
-            return file.get_tensor(key).to(dtype or self.dtype)
+        with safe_open(self.folder / self.file_of[owned.key], "pt") as file:
+            stored = file.get_slice(owned.key)
+            if stored.get_shape() != list(owned.tensor.shape):
+                raise UserError(f"{self.folder}: {owned.key} is {stored.get_shape()}, not {list(owned.tensor.shape)}")
+            if not isinstance(owned.tensor, DTensor):
+                return file.get_tensor(owned.key).to(owned.tensor.dtype)
+            return stored[own_piece(owned.tensor)[1]].to(owned.tensor.dtype)
 
     def of(self, owned: Owned) -> torch.Tensor | None:
-        """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right.
-
-        Raises:
-            UserError: the model has only its shape (meta device), and the files do not have it.
-        """
+        """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right."""
         if not owned.saved or not (owned.tensor.is_meta or owned.key in self.file_of):
             return None
-        return self.read(owned.key, None if owned.is_parameter else owned.tensor.dtype)
+        return self.read(owned)
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Give every weight that is still on the meta device its numbers: of a sharded one this process's piece alone.
+
+        What has been taken out of the base of an adapted layer, s·B0A0, is taken out of what is read, piece by piece.
+
+        Args:
+            model: a base, or a PEFT model around it, whole or already sharded (FSDP2).
+            device: where the numbers go.
+        """
+        inner = getattr(model, "get_base_model", lambda: model)()
+        missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and x.tensor.is_meta}
+        filled: dict[int, torch.Tensor] = {}
+        for module in inner.modules():
+            for storage in (module._parameters, module._buffers):
+                for leaf, tensor in storage.items():
+                    if id(tensor) in missing:  # a tied weight has several owners
+                        if id(tensor) not in filled:
+                            numbers = self.read(missing[id(tensor)])  # a view of the file, which the copy lets go of
+                            copied = numbers.to(device, copy=True, memory_format=torch.contiguous_format)
+                            filled[id(tensor)] = _like(tensor, copied)
+                        storage[leaf] = filled[id(tensor)]
+        new = {id(tensor) for tensor in filled.values()}
+        for layer in inner.modules():
+            if isinstance(layer, LoraNullLinear) and layer.residual and id(layer.get_base_layer().weight) in new:
+                layer.take_out_residual()
 
     @contextlib.contextmanager
     def loaded(self, module: nn.Module, name: str) -> Iterator[None]:
@@ -139,6 +186,59 @@ class WeightFiles:
         finally:
             for owned in before:
                 owned.storage[owned.leaf] = owned.tensor
+
+
+def _like(tensor: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a weight without any, or of this process's piece, as what it is: a parameter, a shard."""
+    if isinstance(tensor, DTensor):
+        layout = {"shape": tensor.shape, "stride": tensor.stride()}
+        numbers = DTensor.from_local(numbers, tensor.device_mesh, tensor.placements, run_check=False, **layout)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(numbers, requires_grad=tensor.requires_grad) if is_parameter else numbers
+
+
+def open_in_files(
+    load: Callable[..., PreTrainedModel], name: str, revision: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, WeightFiles]:
+    """Return a model whose weights stay in their files (meta device), and the files.
+
+    Args:
+        load: transformers' `from_pretrained`, or a function around it.
+        name, revision: a local folder, or a model of the hub.
+        options: more arguments of `load`.
+
+    Raises:
+        UserError: there are no safetensors, or they hold a weight under another name (fused experts are such).
+    """
+    model = load(name, device_map="meta", **options)
+    vars(model).pop("hf_device_map", None)  # by which a trainer would take it for one that is spread over devices
+    files = WeightFiles.of_model(name, revision)
+    files.check(model)
+    with init_empty_weights(include_buffers=False):
+        computed = dict(type(model)._from_config(copy.deepcopy(model.config)).named_buffers())
+    for owned in base_tensors(model):
+        if not owned.is_parameter and not owned.saved:
+            owned.storage[owned.leaf] = computed[owned.key]
+    return model, files
+
+
+@contextlib.contextmanager
+def adapters_in_memory() -> Iterator[None]:
+    """Let PEFT leave the adapters, drawn as always, in memory, whose base layers are on the meta device."""
+    to, move = nn.Module.to, BaseTunerLayer._move_adapter_to_device_of_base_layer
+
+    def stay(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return module if str(args[:1] and args[0]) == "meta" else to(module, *args, **kwargs)
+
+    def keep(layer: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
+        empty = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
+        move(layer, adapter_name, torch.device("cpu") if empty else device)
+
+    nn.Module.to, BaseTunerLayer._move_adapter_to_device_of_base_layer = stay, keep
+    try:
+        yield
+    finally:
+        nn.Module.to, BaseTunerLayer._move_adapter_to_device_of_base_layer = to, move
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from lora_null.calibration import Calibration, check_architecture
@@ -19,9 +21,11 @@ from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.residual import subtract_residuals
 from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
-from lora_null.utils.distributed import is_sharded, together
+from lora_null.utils.distributed import get_logger, is_sharded, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import unreadable
+
+logger = get_logger(__name__)
 
 
 def initialize_lora_null_weights(
@@ -66,6 +70,7 @@ def start_adapter(
     """
     layers = adapted_layers(peft_model, adapter_name)
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
+    say_what_is_fused(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
     finish_initialization(peft_model, adapter_name)
@@ -111,6 +116,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
+    refuse_experts(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
@@ -129,6 +135,51 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(
             f"target_modules: {name} shares its weight with {', '.join(others)}, which would change with it; "
             f"{out} (exclude_modules)"
+        )
+
+
+def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse adapters that PEFT put on parameters: fused experts, each of which reads tokens of its own, and routers.
+
+    Raises:
+        UserError: naming the first, and the targets that are linears.
+    """
+    wrapped = {name.replace(".base_layer", ""): x for name, x in layers.items() if isinstance(x, ParamWrapper)}
+    if not wrapped:
+        return
+    linears = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
+    linears |= set() if linears else {name for name, x in base.named_modules() if isinstance(x, nn.Linear)}
+    named = sorted({name.rpartition(".")[2] for name in linears - {"lm_head"}})
+    fused = next((name for name, layer in wrapped.items() if layer.get_param().ndim == 3), None)
+    reason = "holds fused experts, each of which reads other tokens" if fused else "is a router, no linear"
+    raise UserError(
+        f"target_modules: {fused or next(iter(wrapped))} {reason}, and LoRA-Null cannot adapt it; name the other "
+        f"linears: target_modules={named}"
+    )
+
+
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Turn PEFT's refusal of experts as a target, which may print a whole module, into a UserError of one line."""
+    try:
+        yield
+    except ValueError as error:
+        if kind := re.match(r"Target module (\w+)\(", str(error)):
+            raise UserError(f"target_modules: a {kind[1]} is no linear, PEFT puts no adapter on it") from None
+        if str(error).startswith("Cannot convert PEFT target"):
+            raise UserError(f"target_modules: {error}") from None
+        raise
+
+
+def say_what_is_fused(base: nn.Module) -> None:
+    """Say how much of a mixture of experts is no linear and gets no adapter: three-dimensional parameters."""
+    own = {name: p for name, p in base.named_parameters() if "lora_" not in name}
+    fused = {n: p.numel() for n, p in own.items() if p.ndim == 3 and "expert" in n and "base_layer" not in n}
+    if fused:
+        share = sum(fused.values()) / sum(p.numel() for p in own.values())
+        logger.warning(
+            f"target_modules: the experts of {type(base).__name__} are fused parameters, no linears, and stay as they "
+            f"are ({next(iter(fused))} and {len(fused) - 1} more, {share:.0%} of the weights)"
         )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.utils.distributed import is_sharded, whole_parameters
+from lora_null.utils.distributed import is_sharded, own_piece, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import is_quantized, weight_of
 
@@ -31,9 +31,9 @@ class Residual(NamedTuple):
     B: torch.Tensor  # (d_out, r)
     scaling: float
 
-    def delta(self) -> torch.Tensor:
-        """Return scaling · B0 A0, (d_out, d_in), in float64."""
-        return self.scaling * (self.B.double() @ self.A.double())
+    def delta(self, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        """Return scaling · B0 A0, (d_out, d_in), or some rows and columns of it, in float64."""
+        return self.scaling * (self.B[rows].double() @ self.A[:, columns].double())
 
     def joined(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [A; A0] (2r, d_in) and [B, −B0] (d_out, 2r), which give BA − B0A0: copies, no arithmetic."""
@@ -260,17 +260,25 @@ class LoraNullLinear(Linear):
 
     def _take_out(self, residual: Residual) -> Residual:
         residual = residual._replace(A=residual.A.cpu(), B=residual.B.cpu())
-        self._add_to_base(-residual.delta())
+        self._add_to_base(residual, -1)
         return residual
 
     def _put_back(self, residual: Residual) -> None:
-        self._add_to_base(residual.delta())
+        self._add_to_base(residual, 1)
+
+    def take_out_residual(self) -> None:
+        """Take s·B0A0 out of a base that lacked its numbers when the adapter started, and has just been given W0."""
+        self._take_out(self._start)
 
     @torch.no_grad()
-    def _add_to_base(self, delta: torch.Tensor) -> None:
+    def _add_to_base(self, residual: Residual, sign: int) -> None:
+        """Add ± s·B0A0 to the weight, of a sharded one to this process's piece; not where it has no numbers yet."""
         weight = self.get_base_layer().weight
-        delta = delta.T if self.fan_in_fan_out else delta
-        weight.copy_((weight.double() + delta.to(weight.device)).to(weight.dtype))
+        if weight.is_meta:
+            return
+        own, at = own_piece(weight)
+        delta = residual.delta(*at[::-1]).T if self.fan_in_fan_out else residual.delta(*at)
+        own.copy_((own.double() + sign * delta.to(own.device)).to(own.dtype))
 
     def _residual_is_merged(self) -> bool:
         """Return whether an adapter that counts from the residual is merged: the base then lacks nothing."""

@@ -120,13 +120,12 @@ def walk_layers(
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
             together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
-        else:
-            stack.enter_context(weights.outside(model, layers))
         device = device or next(next(iter(layers.values())).parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
-        own = token_batches(batches, input_device(model), seed, runs_on=device)
-        record = lambda: [_record(model, layers, batch, device) for batch in own]  # noqa: E731
-        calls, hidden = zip(*together(record, alike=(UserError, DoesNotFit), what=WHAT))
+        with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
+            own = token_batches(batches, input_device(model), seed, runs_on=device)
+            record = lambda: [_record(model, layers, batch, device) for batch in own]  # noqa: E731
+            calls, hidden = zip(*together(record, alike=(UserError, DoesNotFit), what=WHAT))
         states = _HiddenStates(hidden, device, stack)
         balance = LoadBalance()
         names = list(layers)[: last + 1]

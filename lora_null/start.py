@@ -45,6 +45,10 @@ ALL = "all"  # the one part of a model that is not walked layer by layer
 Form = Literal["auto", "layers", "hooks"]
 
 
+class NotAChain(UserError):
+    """The weights are in their files, and the model is no chain of decoder layers that could be read one by one."""
+
+
 @dataclass
 class LayerReport:
     """How the initialization went, layer by layer.
@@ -243,8 +247,17 @@ def _measured_alone(
     key: str,
 ) -> LayerResult:
     calibration = Calibration()
-    if batches:
-        calibration = measure_inputs(model, layers, batches, gram=False, seed=options.seed, progress=options.progress)
+    settings: dict[str, Any] = {"gram": False, "seed": options.seed, "progress": options.progress}
+    if batches and options.weights is not None:
+        try:
+            for _, part in walk_layers(
+                model, layers, batches, device=options.device, weights=options.weights, **settings
+            ):
+                calibration.add(part)
+        except DoesNotFit as reason:
+            raise _no_chain(reason) from None
+    elif batches:
+        calibration = measure_inputs(model, layers, batches, **settings)
     with torch.enable_grad():
         tensors = whole.compute() if whole is not None else {}
     return LayerResult({}, {}, calibration, [], {}, tensors, key)
@@ -266,12 +279,14 @@ def load_start(
     *,
     rule: str = "",
     adapter_name: str = "default",
+    weights: WeightFiles | None = None,
 ) -> Start:
     """Start a model from what `compute_start` left in a folder: the same bits, nothing calibrated or computed.
 
     Args:
         folder, model, layers, adapter_name: as in `compute_start`.
         rule: the name of the rule that has to have given the factors.
+        weights: the files of a model without weights (meta device).
 
     Raises:
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
@@ -279,7 +294,7 @@ def load_start(
     report = LayerReport.from_json(store.read_report(folder))
     if report.rule != rule:
         raise UserError(f"{folder}: holds a start by {report.rule or 'no rule'}, this run starts by {rule or 'none'}")
-    if report.base != fingerprint_of(model):
+    if report.base != fingerprint_of(model, weights):
         raise UserError(f"{folder}: was written for other base weights than these")
     parts = {name: part for name, part in store.read_parts(folder).items() if part.key == report.key}
     if rule:
@@ -447,11 +462,15 @@ def _parts(
             return
         except DoesNotFit as reason:
             if options.form == "layers" or options.weights is not None:
-                raise UserError(f"initialization: this model cannot be walked layer by layer, {reason}") from None
+                raise _no_chain(reason) from None
             logger.warning(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
     part = measure_inputs(model, layers, batches, **common)
     LoadBalance().assign(part.inputs)
     yield ALL, part
+
+
+def _no_chain(reason: DoesNotFit) -> NotAChain:
+    return NotAChain(f"initialization: this model cannot be walked layer by layer, {reason}")
 
 
 def _unmeasured(name: str, layer: LoraLayer) -> InputStats:

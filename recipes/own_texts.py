@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.recipes.base_cache import identity_of
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.data.calibration import Source
-from lora_null.recipes.models.bases import attention, hub_commit, load_base
+from lora_null.recipes.models.bases import attention, base_to_run, hub_commit
 from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import is_first_process, on_first_rank
 from lora_null.utils.files import cache_root, hash_of, keep_newest, write_json
@@ -52,7 +52,7 @@ def writer(
                 print(f"calibration: {count} texts that the model wrote before ({path})")
             return texts
         if not loaded:
-            loaded.append(load_base(section, name).to(PartialState().device))
+            loaded.append(base_to_run(section, name))
         options = {"count": count, "max_tokens": cut.max_length, "prompts": source.prompts, "seed": cut.seed}
         texts = own_texts(loaded[0], tokenizer, **options)
         if cache:

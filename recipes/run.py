@@ -55,6 +55,8 @@ from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import TRAINERS, Job, check_run, check_tokens, space_of_run, total_batch, training_arguments
 from lora_null.recipes.models.bases import (
     attention,
+    base_to_run,
+    base_to_shard,
     load_base,
 )
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
@@ -82,7 +84,8 @@ from lora_null.store import REPORT_FILE
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.utils.distributed import count, on_first_rank, together, whole_parameters
+from lora_null.trainer.methods.base import starts_in_files
+from lora_null.utils.distributed import count, is_launched_with_fsdp2, on_first_rank, together, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
@@ -219,7 +222,7 @@ def base_row(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
     found = None
     if job.recipe.eval.before and job.tasks:
-        load = functools.cache(lambda: load_base(job.recipe.model, job.model_name).to(PartialState().device))
+        load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
         found = _of_base(job, job.base, job.base_key, lambda: _evaluate(job, load(), job.base, base=True))
         if job.probe is not None:
             folder = probe_folder(job.base)
@@ -401,19 +404,30 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     method = after_earlier(method, job.earlier.get(plan.name, ()), job.knowledge)
     windows = windows + (job.earlier_rows if method.needs_texts else [])
     reuses = _take_initialization(job, plan, folder)
+    config = adapter_config(recipe.method, method, plan.rank)
+    before, weights = job.starts.get(plan.name), None
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
+    if (
+        before is None
+        and not recipe.model.quantization
+        and is_launched_with_fsdp2()
+        and starts_in_files(config, method)
+    ):
+        model, weights = base_to_shard(recipe.model, job.model_name)
+    else:
+        model = model_so_far(recipe.model, job.model_name, before)
     trainer = TRAINERS[recipe.trainer][0](
-        model=model_so_far(recipe.model, job.model_name, job.starts.get(plan.name)),
+        model=model,
         args=arguments,
         train_dataset=job.data.rows,
         processing_class=job.tokenizer,
-        peft_config=adapter_config(recipe.method, method, plan.rank),
+        peft_config=config,
         method=method,
         decay_to_start=recipe.method.decay_to_start,
         reuse_init=reuses,
         init_folder=recipe.method.init,
         preflight=recipe.preflight,
-        init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed),
+        init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed, weights=weights),
         calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows],
         calibration_args=CalibrationArgs(max_length=max(map(len, windows))),
     )

@@ -18,7 +18,7 @@ from peft import PeftModel
 from lora_null.eval_harness import AnswerTask
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.recipes.comparisons import Evaluations
-from lora_null.recipes.models.bases import load_base
+from lora_null.recipes.models.bases import base_to_run, load_base
 from lora_null.recipes.results import Answered, Answers, Results
 from lora_null.utils.distributed import on_first_rank
 from lora_null.utils.model_state import own_precision, preserve
@@ -106,7 +106,7 @@ def _weights(job: Job, results: Results, i: int) -> Path | None:
 def _answer(job: Job, results: Results, rows: Sequence[int], prompts: Sequence[str]) -> list[list[str]]:
     """Return every row's answers, the base's first; one model is held at a time."""
     device, section = PartialState().device, job.recipe.model
-    base: Any = load_base(section, job.model_name).to(device)
+    base: Any = base_to_run(section, job.model_name)
     texts = [_generate(job, base, prompts)]
     for i in rows[1:]:
         weights = _weights(job, results, i)

@@ -13,6 +13,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
@@ -20,6 +21,7 @@ from accelerate.utils import DistributedType
 from launched import environment_of
 
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.models import bases
 
 ENGINES = ("fsdp2", "zero2", "zero3")
 # Killed after half of the steps.
@@ -59,13 +61,18 @@ def on_cpu(engine: str) -> None:
         self.distributed_type = PartialState._shared_state["distributed_type"] = kind
 
     AcceleratorState.__init__ = init
+    bases.fits = lambda config, model: False  # the base is evaluated in pieces, too
     os.environ.update(environment_of(engine), ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
 
 
-def world(count: int, words: list[str], said: Path, engine: str | None = None) -> list[int]:
-    """Run the command in `count` forked processes; return their exit statuses."""
+def world(
+    count: int, words: list[str], said: Path, engine: str | None = None, run: Callable[[list[str]], int] = main
+) -> list[int]:
+    """Run the command, or another function of words, in `count` forked processes; return their exit statuses."""
     port = free_port()
-    children = [FORK.Process(target=_rank, args=(rank, count, port, words, said, engine)) for rank in range(count)]
+    children = [
+        FORK.Process(target=_rank, args=(rank, count, port, words, said, engine, run)) for rank in range(count)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -73,7 +80,9 @@ def world(count: int, words: list[str], said: Path, engine: str | None = None) -
     return [child.exitcode for child in children]
 
 
-def _rank(rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None) -> None:
+def _rank(
+    rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None, run: Callable[[list[str]], int]
+) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     if count > 1:
@@ -84,7 +93,7 @@ def _rank(rank: int, count: int, port: int, words: list[str], said: Path, engine
     os.dup2(log, 2)
     if engine:
         on_cpu(engine)
-    status = main(words)
+    status = run(words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # not waiting for the engines' threads

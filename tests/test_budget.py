@@ -264,7 +264,7 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_loads(tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     path = str(recipe(tmp_path))
     capsys.readouterr()
     assert main([path, *words]) == 2

@@ -286,7 +286,7 @@ class TestWhatTheModelWrites:
                 return write(source, 8)
 
         first = written()
-        monkeypatch.setattr(kept_texts, "load_base", lambda *_: pytest.fail("the model was to write again"))
+        monkeypatch.setattr(kept_texts, "base_to_run", lambda *_: pytest.fail("the model was to write again"))
         assert written() == first and "8 texts that the model wrote before" in capsys.readouterr().out
         for other in ({"seed": 1}, {"max_length": 25}, {"cache": False}):
             with pytest.raises(pytest.fail.Exception):

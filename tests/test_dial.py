@@ -66,7 +66,7 @@ def test_a_run_measures_the_strengths_of_its_recipe(world):
 
 
 def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("the base was evaluated again"))
+    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     method = world / "out" / "lora-null-v1"
     assert (
         main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "100"])
@@ -144,8 +144,8 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
-    for module in (run, source):
-        monkeypatch.setattr(module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    for place in ((run, "base_to_run"), (source, "load_base")):
+        monkeypatch.setattr(*place, lambda *_: pytest.fail("a model was loaded"))
     places = {
         "world": world,
         "other": save_tiny(tmp_path / "other", seed=1),

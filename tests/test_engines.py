@@ -55,7 +55,7 @@ def test_a_configuration_says_its_command_and_accelerate_knows_every_key(name):
     assert arguments.num_machines == (2 if name == "multi-node" else 1) and arguments.mixed_precision == "no"
 
 
-def test_fsdp2_loads_models_whole_and_saves_them_whole(monkeypatch):
+def test_fsdp2_sends_no_weights_from_the_first_process_and_saves_models_whole(monkeypatch):
     for key, value in environment_of("fsdp2").items():
         monkeypatch.setenv(key, value)
     plugin = FullyShardedDataParallelPlugin()

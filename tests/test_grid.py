@@ -225,7 +225,7 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
         raise AssertionError("a model was loaded")
 
     recipe = make_world(tmp_path)
-    monkeypatch.setattr(run, "load_base", load)
+    monkeypatch.setattr(run, "base_to_run", load)
     assert main([str(recipe), *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]

@@ -256,7 +256,7 @@ class TestRecipeTokens:
         assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, END]
 
     def test_one_that_is_not_there_is_refused_before_a_model_loads(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(run_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(run_module, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
         recipe = make_world(tmp_path)
         assert main([str(recipe), "model.pad_token='<pda>'"]) == 2
         assert "has no token '<pda>' (did you mean '<pad>'?)" in capsys.readouterr().err

@@ -6,17 +6,19 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
+from peft import get_peft_model
 from test_dpo import PAIRS
 from test_dpo import options as dpo_options
 from test_trainer import CUT, ROWS, TEXTS, make
-from tiny import tiny_model, tiny_tokenizer
+from tiny import random_batches, tiny_model, tiny_tokenizer
 from trl import DPOConfig
 from world import make_world, write_rows
 
-from lora_null import LoraNullConfig, UserError
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.eval_harness.generate import generate_texts
+from lora_null.initialize import refusing_in_one_line
 from lora_null.layer import adapted_layers
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
@@ -177,7 +179,7 @@ class TestEvaluation:
 @pytest.fixture
 def gpt2_recipe(tmp_path, monkeypatch):
     """A recipe on a model of 64 learned positions; a model load fails the test."""
-    monkeypatch.setattr(run_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run_module, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     recipe = make_world(tmp_path, method={"name": "lora-null-v2", "rank": 4})
     gpt2().save_pretrained(tmp_path / "model")
     return recipe
@@ -371,6 +373,10 @@ class TestExperts:
     def mixtral(self):
         return tf.MixtralForCausalLM(tf.MixtralConfig(**GATED, num_local_experts=4))
 
+    def qwen3_moe(self):
+        shape = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+        return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**GATED, **shape))
+
     def test_fused_ones_that_stay_are_said(self, tmp_path, capsys):
         make(tmp_path, LoraNullConfig(r=4, target_modules=["q_proj", "o_proj"]), model=self.mixtral())
         said = capsys.readouterr().err
@@ -379,6 +385,29 @@ class TestExperts:
 
     def test_fused_ones_that_were_asked_for_are_refused(self, tmp_path):
         with pytest.raises(
-            UserError, match=r"fused parameters.*target_modules=\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
+            UserError,
+            match=r"layers.0.mlp.experts holds fused experts.*target_modules=\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]",
         ):
             make(tmp_path, model=self.mixtral())
+
+    @pytest.mark.parametrize("shape", ["mixtral", "qwen3_moe"])
+    @pytest.mark.parametrize(
+        ("targets", "line"),
+        [
+            ({"target_modules": "all-linear"}, r"layers.0.mlp.experts holds fused .*\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"),
+            ({"target_modules": ["gate", "q_proj"]}, r"layers.0.mlp.gate is a router, no linear.*\['q_proj'\]"),
+            ({"target_modules": ["experts"]}, r"a \w+Experts is no linear"),
+            ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters: not supported"),
+        ],
+    )  # fmt: skip
+    def test_every_way_to_ask_for_them_is_one_line(self, shape, targets, line):
+        model = getattr(self, shape)()
+        with pytest.raises(UserError, match=line) as mistake, refusing_in_one_line():
+            initialize_lora_null_weights(get_peft_model(model, LoraNullConfig(r=2, **targets)), random_batches())
+        assert "\n" not in str(mistake.value)
+
+    @pytest.mark.parametrize("shape", ["mixtral", "qwen3_moe"])
+    def test_without_a_trainer_what_stays_is_said_too(self, shape, capsys):
+        model = get_peft_model(getattr(self, shape)(), LoraNullConfig(r=2, target_modules=["q_proj", "gate_up_proj"]))
+        report = initialize_lora_null_weights(model, random_batches(), min_tokens=1, progress=False)
+        assert len(report.layers) == 2 and "are fused parameters, no linears, and stay" in capsys.readouterr().err

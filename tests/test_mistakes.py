@@ -25,7 +25,7 @@ def fails(recipe, monkeypatch, capsys):
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_base", load)
+    monkeypatch.setattr(run, "base_to_run", load)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def call(*words, name=None):

@@ -191,7 +191,7 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(finished, tmp_path, monkeypatch, capsys, change, message):
-    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     one, other = (yaml.safe_load((finished / name).read_text()) for name in ("a.yaml", "b.yaml"))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(change(one, other)))
     words = [str(finished / "a.yaml"), str(tmp_path / "c.yaml"), "--sequence", "--output-dir", str(tmp_path / "out")]

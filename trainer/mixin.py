@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import time
@@ -13,11 +14,24 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import TrainerCallback
+from trl.trainer.utils import create_model_from_path
 
+from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_in_files
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import check_basis
+from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
-from lora_null.start import InitOptions, LayerReport, Start, WholeModel, check_whole, compute_start, load_start
+from lora_null.start import (
+    InitOptions,
+    LayerReport,
+    NotAChain,
+    Start,
+    WholeModel,
+    check_whole,
+    compute_start,
+    load_start,
+)
 from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
@@ -27,6 +41,7 @@ from lora_null.trainer.checkpoints import (
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import Method, MicroBatch, check_base, check_trainer, method_of
+from lora_null.trainer.methods.base import starts_in_files
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
@@ -40,13 +55,47 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.utils.distributed import get_logger, together
+from lora_null.utils.distributed import get_logger, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
+
+
+def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
+    """Put a model without weights in the place of a model's path among a TRL trainer's arguments; return its files.
+
+    Where its files do not fit its weights, name by name, every process loads it whole, and a line says so.
+    """
+    args, path = given.get("args"), given.get("model")
+    if not isinstance(path, str) or given.get("quantization_config") is not None:
+        return None, path
+    options = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    options |= getattr(args, "model_init_kwargs", None) or {}
+    if options.pop("device_map", None) or "quantization_config" in options:
+        return None, path
+    try:
+        found = together(lambda: open_in_files(create_model_from_path, path, **options), what="opening the weights")
+    except UserError as reason:
+        logger.warning(f"every process loads the whole model: {reason}")
+        return None, path
+    if args is not None and args.model_init_kwargs is not None:
+        given["args"] = copy.copy(args)
+        given["args"].model_init_kwargs = None
+    given["model"], weights = found
+    return weights, given["model"]
+
+
+class _ReadShards(TrainerCallback):
+    """Reads the weights when FSDP2 has sharded the model, before anything of it runs."""
+
+    def __init__(self, trainer: LoraNullMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.read_shards()
 
 
 class LoraNullMixin(SavingMixin):
@@ -94,7 +143,8 @@ class LoraNullMixin(SavingMixin):
         **kwargs: Any,
     ) -> None:
         check_mode(preflight)
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        given = bound.arguments
         check_peft_config(given.get("peft_config"), calibration_dataset is not None or init_folder is not None)
         if self.learns_next_token and preflight != "off":
             check_model(given.get("model"), given.get("args"), preflight)
@@ -102,8 +152,13 @@ class LoraNullMixin(SavingMixin):
             check_trainer(method, pairs=self.learns_pairs)
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
-        super().__init__(*args, **kwargs)
+        self._weights, self._in_files = init_options and init_options.weights, given.get("model")
+        if self._weights is None and is_launched_with_fsdp2() and starts_in_files(given.get("peft_config"), method):
+            self._weights, self._in_files = _leave_in_files(given)
+        with adapters_in_memory(), refusing_in_one_line():
+            super().__init__(*bound.args, **bound.kwargs)
         self._preflight = preflight
+        self.add_callback(_ReadShards(self))
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
         self._measures = method is not None or isinstance(self.model, PeftModel)
@@ -114,6 +169,8 @@ class LoraNullMixin(SavingMixin):
             if not self._goes_on:
                 if self.method.needs_gram or self.method.terms:
                     check_targets(self.model, preflight)
+                elif isinstance(self.model, PeftModel):
+                    say_what_is_fused(self.model.get_base_model())
                 self.method.check(self.model)
             self.method.prepare(self.model)
         if self._goes_on:
@@ -126,7 +183,7 @@ class LoraNullMixin(SavingMixin):
         self._calibration_dataset = calibration_dataset
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
-        self._init_options = init_options or defaults
+        self._init_options = replace(init_options or defaults, weights=self._weights)
         self._init_folder = init_folder and find_initialization(Path(init_folder))
         self._reuse_init = reuse_init
         self._prepared = self._at_start = False
@@ -143,6 +200,26 @@ class LoraNullMixin(SavingMixin):
         starts = self.method.needs_gram and not self._goes_on and init_folder is None
         if calibration_dataset is None and (starts or self.method.needs_texts):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent trainer; now that the engine is known, weights stay in their files only for FSDP2 to shard them."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self._weights is not None and plugin is not None and plugin.fsdp_version == 2:
+            plugin.cpu_ram_efficient_loading = False  # rank 0 has no weights to send: each rank reads its own
+        elif self._weights is not None:
+            self._read_whole()
+
+    def _read_whole(self) -> None:
+        self._weights.fill(self._in_files, torch.device("cpu"))
+        self._weights = None
+
+    def read_shards(self) -> None:
+        """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
+        if self._weights is not None:
+            offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+            device = torch.device("cpu") if offloaded else self.accelerator.device
+            together(lambda: self._weights.fill(self.model, device), what="reading the weights")
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -179,6 +256,9 @@ class LoraNullMixin(SavingMixin):
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
         if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+            if self._weights is not None:
+                shard_layers(self.model, self.accelerator.device)
+                self.read_shards()
             return self._take_trained(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
@@ -215,7 +295,8 @@ class LoraNullMixin(SavingMixin):
             check_rows(self, self._preflight)
         if not self._measures:
             return
-        check_whole(self.model)
+        if self._weights is None:
+            check_whole(self.model)
         if resuming:
             self._restore_start(last_checkpoint_or_raise(self.init_dir.parent) if resuming is True else Path(resuming))
         elif self._reuse_init:
@@ -265,18 +346,15 @@ class LoraNullMixin(SavingMixin):
         measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
         if not measures and rule is None and whole is None:
             return
-        self._begin_with(
-            compute_start(
-                self.model,
-                self.method.layers(self.model),
-                self.calibration_batches if measures else None,
-                options,
-                rule=rule,
-                whole=whole,
-                adapter_name=self.adapter_name,
-                folder=self.init_dir,
-            )
-        )
+        batches, layers = self.calibration_batches if measures else None, self.method.layers(self.model)
+        place = {"rule": rule, "whole": whole, "adapter_name": self.adapter_name, "folder": self.init_dir}
+        try:
+            start = compute_start(self.model, layers, batches, options, **place)
+        except NotAChain as reason:
+            logger.warning(f"{reason}; every process loads it whole")
+            self._read_whole()
+            start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
+        self._begin_with(start)
         self.accelerator.wait_for_everyone()
 
     def _begin_with(self, start: Start) -> None:
@@ -298,7 +376,8 @@ class LoraNullMixin(SavingMixin):
     def init_options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
         device = self.accelerator.device
-        if self._init_options.device is None and device.type != "cpu" and self.model.device.type == "cpu":
+        away = self.model.device.type in ("cpu", "meta")
+        if self._init_options.device is None and device.type != "cpu" and away:
             return replace(self._init_options, device=device)
         return self._init_options
 
@@ -352,6 +431,7 @@ class LoraNullMixin(SavingMixin):
                 self.method.layers(self.model),
                 rule=rule.rule if rule is not None else "",
                 adapter_name=self.adapter_name,
+                weights=self._weights,
             )
         )
 

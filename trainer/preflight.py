@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from lora_null.config import LoraNullConfig
+from lora_null.initialize import refuse_experts, say_what_is_fused
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
@@ -99,12 +100,8 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     """
     base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
-    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
-        raise UserError(
-            f"target_modules: the experts of {type(base).__name__} are fused parameters, which LoRA-Null cannot adapt; "
-            f"name the other linears: target_modules={linears}"
-        )
-    _say_what_is_fused(base)
+    refuse_experts(base, layers)
+    say_what_is_fused(base)
     decoder = _language_model(base)
     outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
     if outside:
@@ -114,17 +111,6 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
             f"target_modules: {outside[0]} and {len(outside) - 1} more lie outside the language model of "
             f"{type(base).__name__}, no text reaches them; "
             f"target_modules=r'{re.escape(decoder)}.*({'|'.join(inside or linears)})' names those inside",
-        )
-
-
-def _say_what_is_fused(base: nn.Module) -> None:
-    """Say how much of a mixture of experts is no linear: three-dimensional parameters, one matrix an expert."""
-    fused = {n: p.numel() for n, p in base.named_parameters() if p.ndim == 3 and "expert" in n and "lora_" not in n}
-    if fused:
-        share = sum(fused.values()) / sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)
-        logger.warning(
-            f"target_modules: the experts of {type(base).__name__} are fused parameters, no linears, and stay as they "
-            f"are ({next(iter(fused))} and {len(fused) - 1} more, {share:.0%} of the weights)"
         )
 
 

@@ -42,7 +42,7 @@ def base_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     files: dict[str, list[str]] = {}
-    for key, file in WeightFiles(folder, torch.float32).file_of.items():
+    for key, file in WeightFiles(folder).file_of.items():
         files.setdefault(file, []).append(key)
     found = {}
     for file, keys in files.items():

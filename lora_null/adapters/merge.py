@@ -69,7 +69,7 @@ def write_checkpoint(
     Raises:
         UserError: the base's files have no weight that an adapted module names.
     """
-    files = WeightFiles(base, torch.float32)
+    files = WeightFiles(base)
     sources, untied = plan(files, deltas, model)
     skeleton = {name: torch.empty(s.shape, dtype=_cast(s.dtype, dtype), device="meta") for name, s in sources.items()}
     split = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_size)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_null.utils.errors import UserError
 
@@ -23,6 +26,45 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def count(parameter: nn.Parameter) -> int:
     """Return the number of entries of the whole parameter."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def is_launched_with_fsdp2() -> bool:
+    """Return whether accelerate's launcher asks for FSDP2, which is known before there is an Accelerator."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return asked and os.environ.get("FSDP_VERSION") == "2"
+
+
+def shard_layers(model: nn.Module, device: torch.device) -> None:
+    """Share a model out over all ranks, decoder layer by decoder layer (FSDP2); forward passes are then collective.
+
+    Args:
+        model: whole, or without weights (meta device).
+        device: of the kind that it is to run on.
+    """
+    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
+    inner = getattr(model, "get_base_model", lambda: model)()
+    lists = [(name, module) for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [(name, x) for name, x in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    for module in (*(layer for _, layers in outermost for layer in layers), *(() if tied else (head, embedding))):
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def own_piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """Return what this process holds of a tensor, and where in the whole one that lies."""
+    at = [slice(0, size) for size in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(at)
+    mesh = tensor.device_mesh
+    for i, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):  # as torch.chunk cuts it
+            span = at[placement.dim]
+            each = -(-(span.stop - span.start) // mesh.size(i))
+            first = min(span.start + each * mesh.get_local_rank(i), span.stop)
+            at[placement.dim] = slice(first, min(first + each, span.stop))
+    return tensor.to_local(), tuple(at)
 
 
 @contextlib.contextmanager

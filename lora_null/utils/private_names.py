@@ -10,6 +10,10 @@ SEEN = {
     "peft.tuners.tuners_utils.BaseTunerLayer._freeze_non_trainable_peft_weights": "peft 0.21.0",
     # Casts an input as PEFT's own forward pass does.
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": "peft 0.21.0",
+    # Moves an adapter to its base layer's device, also where that is "meta" and has no memory.
+    "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "peft 0.21.0",
+    # Makes a model of the same kind again, for the buffers that are computed and in no file.
+    "transformers.PreTrainedModel._from_config": "transformers 5.23.0",
     # Which buffers a checkpoint holds: PyTorch tells it nowhere else.
     "torch.nn.Module()._non_persistent_buffers_set": "torch 2.13.0",
     # Where tensors that an engine keeps in pieces stand in for whole ones for a while.

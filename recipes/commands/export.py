@@ -229,7 +229,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
 
 def _stored_dtype(export: Export) -> str:
     """Return the dtype that most of the base's files are in."""
-    files = WeightFiles(export.source.base.folder, None)
+    files = WeightFiles(export.source.base.folder)
     counted: Counter = Counter()
     for name in set(files.file_of.values()):
         with safe_open(files.folder / name, "pt") as file:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from peft import get_peft_model
 
 from lora_null.adapters.plain import save_plain_adapter
-from lora_null.checkpoint_reader import WeightFiles
+from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import InitOptions, start_adapter
-from lora_null.layer import adapted_layers
+from lora_null.initialize import InitOptions, refusing_in_one_line, start_adapter
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.environment import computes_bf16, precision_line
-from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
@@ -117,19 +114,6 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         **({} if arguments.start is None else {"start": arguments.start}),
         task_type="CAUSAL_LM",
     )
-    if not arguments.low_memory:
-        return get_peft_model(load_base(section, name), config), None
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.revision))
-    return model_in_files(folder, shape, section, config)
-
-
-def model_in_files(folder: Path, shape: Any, section: Any, config: Any) -> tuple[Any, Any]:
-    """Return a PEFT model with real A and B, zero, on a base without weights (meta device), and the files of those."""
-    weights = WeightFiles(folder, getattr(torch, section.dtype))
-    peft_model = get_peft_model(empty_model(shape, section), config, low_cpu_mem_usage=True)
-    for layer in adapted_layers(peft_model).values():
-        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
-            factor.weight = torch.nn.Parameter(
-                torch.zeros(factor.weight.shape, dtype=torch.float32), requires_grad=factor.weight.requires_grad
-            )
-    return peft_model, weights
+    base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
+    with adapters_in_memory(), refusing_in_one_line():
+        return get_peft_model(base, config), weights

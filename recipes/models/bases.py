@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState, init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -22,15 +26,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
+from lora_null.checkpoint_reader import WeightFiles, open_in_files
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
+from lora_null.utils.distributed import all_gather, get_logger, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout
+
+logger = get_logger(__name__)
 
 SHAPES = Path(__file__).parent / "shapes.json"
 
@@ -154,16 +162,51 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: ModelSection, name: str) -> PreTrainedModel:
+def open_base(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles]:
+    """Return a fresh base model whose weights stay in their files, and the files; see `open_in_files`."""
+    return open_in_files(functools.partial(load_base, model), name, model.revision)
+
+
+def base_to_shard(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles | None]:
+    """Return a fresh base model for FSDP2 to shard: with its weights in their files where that can be, or else whole."""
+    try:
+        return together(lambda: open_base(model, name), what="opening the weights")
+    except UserError as reason:
+        logger.warning(f"every process loads the whole model: {reason}")
+        return load_base(model, name), None
+
+
+def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
+    """Return a fresh base model on the device, whole on every process; under FSDP2 in pieces if it is too large for that."""
+    device = PartialState().device
+    if not is_launched_with_fsdp2() or model.quantization or all(all_gather(fits(load_config(model, name), model))):
+        return load_base(model, name).to(device)
+    base, files = base_to_shard(model, name)
+    shard_layers(base, device)
+    if files is not None:
+        together(lambda: files.fill(base, device), what="reading the weights")
+    register_fsdp_forward_method(base, "generate")
+    return base
+
+
+def fits(config: Any, model: ModelSection) -> bool:
+    """Return whether a copy of the model on every process takes no more than half of the memory that is free there."""
+    size = sum(parameter.nbytes for parameter in empty_model(config, model).parameters())
+    if PartialState().device.type == "cuda":
+        return 2 * size < torch.cuda.mem_get_info()[0]
+    return 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < psutil.virtual_memory().available
+
+
+def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedModel:
     """Return a fresh base model with its weights, complete and on the CPU; the trainer moves it, or shards it.
 
-    A quantized one is on the device.
+    A quantized one is on the device. `placement` goes to transformers.
 
     Raises:
         UserError: the weights cannot be loaded.
     """
     quantized, kind = loading_options(model, PartialState().device), _class_of(load_config(model, name))
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         with complete_at_load():
             loaded, found = kind.from_pretrained(
@@ -174,6 +217,7 @@ def load_base(model: ModelSection, name: str) -> PreTrainedModel:
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
                 **quantized,
+                **placement,
             )
     except SafetensorError as error:
         raise UserError(f"model.name_or_path: the weights of {name} are damaged ({error})") from None

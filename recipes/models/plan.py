@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
+from lora_null.initialize import refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
@@ -162,7 +163,10 @@ def _count(model: PreTrainedModel, names: set[str]) -> int:
 def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
     linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
     try:
-        return get_peft_model(empty, config, low_cpu_mem_usage=True)
+        with refusing_in_one_line():
+            return get_peft_model(empty, config, low_cpu_mem_usage=True)
+    except UserError as mistake:
+        raise UserError(f"method.{mistake}") from None
     except ValueError as error:
         targets = section.target_modules
         if "not found" in str(error) or "No modules" in str(error):

@@ -84,6 +84,8 @@ def write_json(path: Path, payload: dict[str, Any]) -> None:
 class Peak:
     """Polls `now()`, tuples of bytes, inside a `with` block; `above` is the most of each above what there was before."""
 
+    seconds = 0.002  # between two looks
+
     def now(self) -> tuple[int, ...]:
         raise NotImplementedError
 
@@ -100,7 +102,7 @@ class Peak:
         self._look()
 
     def _poll(self) -> None:
-        while not self.done.wait(0.002):
+        while not self.done.wait(self.seconds):
             self._look()
 
     def _look(self) -> None:

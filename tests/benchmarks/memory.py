@@ -21,14 +21,16 @@ from typing import Any
 
 import common
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_null import LoraNullConfig
+from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes.commands.init import model_in_files
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.environment import reset_peak_memory
+from lora_null.recipes.models.bases import open_base
 
 TURNS = 3  # the peak varies by a layer's worth from process to process
 SHAPES = {  # layers, width, inner, heads, of them for keys and values, rank, windows, their length, dtype
@@ -78,7 +80,7 @@ def _run(count: int, options: Any, shape: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Peak(common.Peak):
+class RssPeak(common.Peak):
     """The most anonymous and file-backed memory of this process above what there was before."""
 
     def now(self) -> tuple[int, int]:
@@ -90,7 +92,9 @@ def _work(folder: Path, shape: str, device: torch.device) -> dict[str, Any]:
     *_, rank, windows, length, dtype = SHAPES[shape]
     config = AutoConfig.from_pretrained(folder)
     section = ModelSection(name_or_path=str(folder), dtype=dtype)
-    peft_model, weights = model_in_files(folder, config, section, LoraNullConfig(r=rank, variant="v2"))
+    base, weights = open_base(section, str(folder))
+    with adapters_in_memory():
+        peft_model = get_peft_model(base, LoraNullConfig(r=rank, variant="v2"))
     ids = torch.randint(0, config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
     batches = [
         {"input_ids": row, "attention_mask": torch.ones_like(row)}
@@ -100,7 +104,7 @@ def _work(folder: Path, shape: str, device: torch.device) -> dict[str, Any]:
     layer_bytes = sum(
         getattr(torch, dtype).itemsize * p.numel() for name, p in layer.named_parameters() if "lora_" not in name
     )
-    with tempfile.TemporaryDirectory() as out, _Peak() as peak:
+    with tempfile.TemporaryDirectory() as out, RssPeak() as peak:
         options = InitOptions(
             weights=weights, progress=False, min_tokens=1, device=None if device.type == "cpu" else device
         )

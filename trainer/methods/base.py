@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.adapters.plain import save_plain_adapter
+from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.errors import UserError
@@ -77,6 +78,7 @@ class Method:
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
         sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
+        streams: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         plain: whether the adapter that it saves is a plain LoRA.
     """
@@ -91,6 +93,7 @@ class Method:
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
     plain: ClassVar[bool] = True
 
@@ -186,6 +189,21 @@ class Method:
     def save(self, model: nn.Module, directory: Path) -> int:
         """Write what loads with `peft` or `transformers` alone; return the number of parameters written."""
         return save_plain_adapter(model, directory, adapter_name=active_adapter(model))
+
+
+def starts_in_files(config: PeftConfig | None, method: Method | None = None) -> bool:
+    """Return whether an adapter can be put on a model whose weights are still in their files, and started there.
+
+    It cannot where a method, or an option of PEFT's, computes from all weights at once, copies some, or trains some.
+    """
+    if not isinstance(config, LoraConfig) or not (method.streams if method else _is_plain(config)):
+        return False
+    options = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora")
+    return config.bias == "none" and not any(getattr(config, option, None) for option in options)
+
+
+def _is_plain(config: LoraConfig) -> bool:
+    return isinstance(config, LoraNullConfig) or (type(config) is LoraConfig and config.init_lora_weights is True)
 
 
 def need(holds: bool, where: str, what: str, value: Any) -> None:

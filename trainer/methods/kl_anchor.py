@@ -30,6 +30,7 @@ class KLAnchor(Method):
     """
 
     name = "kl-anchor"
+    streams = True
     needs_texts = True
     terms = ("anchor_kl",)
 

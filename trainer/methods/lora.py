@@ -13,6 +13,7 @@ class LoRA(Method):
     """A Kaiming, B = 0; A and B train."""
 
     name = "lora"
+    streams = True
 
 
 @method
@@ -23,6 +24,7 @@ class LoRAFA(Method):
     """
 
     name = "lora-fa"
+    streams = True
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():

@@ -27,6 +27,7 @@ class LoRANullV1(Method):
     """A0 and B0 from the null space, base W0 − s·B0A0; A and B train."""
 
     name = "lora-null-v1"
+    streams = True
     needs_gram = True
 
     def config(self, **adapter: Any) -> PeftConfig:

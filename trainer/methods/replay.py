@@ -30,6 +30,7 @@ class Replay(Method):
     """
 
     name = "replay"
+    streams = True
     needs_texts = True
     pairs = False
 

@@ -128,6 +128,7 @@ class CorDA(ResidualMethod):
     """
 
     name = "corda"
+    streams = True
     needs_gram = True
 
     def prepare_input(self, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
