@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
-from lora_null.eval_harness.likelihood import tokenize_pairs
+from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
 from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, Recipe
@@ -189,8 +189,9 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
     size, vocabulary = 0, config.get_text_config(decoder=True).vocab_size
     for task in tasks:
         if isinstance(task, AnswerTask):
-            pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None)
-            size += task.kl * 4 * vocabulary * sum(len(pair.ids) - pair.start for pair in pairs)
+            pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None, special_tokens=task.special_tokens)
+            positions = sum(len(pair.ids) - pair.start for pair in pairs)
+            size += task.kl * min(4 * vocabulary * positions, REFERENCE_BYTES)
     return size
 
 

@@ -23,11 +23,11 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
 from lora_null.eval_harness import Evaluation, Metric, Task
 from lora_null.recipes import output
-from lora_null.recipes.budget import difference, is_of
+from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.job import Job, inspect_recipe
+from lora_null.recipes.job import Job, check_run
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
@@ -56,7 +56,7 @@ def run_sequence(
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
-        return [inspect_recipe(stage, **options) for stage in stage_recipes(recipe)]
+        return [check_run(stage, **options) for stage in stage_recipes(recipe)]
 
     jobs = together(check, what="checking the recipe")
     size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
@@ -190,7 +190,7 @@ def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
 
 def _metric_of(tasks: Sequence[Task], base: Evaluation) -> str:
     """Return the metric by which a task is followed: the first with a known direction."""
-    named = [n for t in tasks for n, m in base.metrics.items() if is_of(t, n) and m.higher_is_better is not None]
+    named = [n for t in tasks for n, m in base.metrics.items() if t.measures(n) and m.higher_is_better is not None]
     return named[0]
 
 
