@@ -63,14 +63,8 @@ def run_sequence(
     with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
-            on_first_rank(
-                lambda job=job: (
-                    output.claim(job.recipe, resume=True, overwrite=False)
-                    if not output.is_finished(job.folder)
-                    else None
-                )
-            )
-            if not output.is_finished(job.folder):
+            if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
+                on_first_rank(lambda job=job: output.claim(job.recipe, resume=True, overwrite=False))
                 run_job(job)
             for plan in job.plans if number + 1 < len(jobs) else ():
                 _keep_grams(recipe, job, plan)
@@ -92,10 +86,9 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         )
     method = job.recipe.method.model_copy(update={"name": [n for n in job.recipe.method.name if n in alive]})
     job = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"method": method}))
+    weighted = [(other, weight) for other, weight in zip(before, weights) if weight]
     earlier = {
-        plan.name: [
-            Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in zip(before, weights) if weight
-        ]
+        plan.name: [Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in weighted]
         for plan in job.plans
         if _rule(recipe, plan.name) is not None
     }
@@ -157,9 +150,8 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     metrics = [_metric_of(tasks, base) for tasks in by_task]
     transfers = []
     for row in last.rows[1:]:
-        evaluations = [
-            Evaluation.read(path) for job in jobs if (path := job.folder / row.method / "eval.json").is_file()
-        ]
+        files = [job.folder / row.method / "eval.json" for job in jobs]
+        evaluations = [Evaluation.read(file) for file in files if file.is_file()]
         if len(evaluations) == len(jobs):
             transfers.append(transfer(row.method, base, evaluations, metrics))
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
@@ -168,13 +160,8 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
         row.method: {name: [_metric(stage, row.method, name) for stage in found] for name in kept}
         for row in last.rows[1:]
     }
-    sequence = Tasks(
-        tasks=names,
-        metrics=metrics,
-        transfers=transfers,
-        knowledge=knowledge,
-        base={m: base.metrics[m] for m in metrics},
-    )
+    followed = {metric: base.metrics[metric] for metric in metrics}
+    sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=followed)
     return last.model_copy(update={"recipe": recipe.name, "rows": rows, "sequence": sequence})
 
 
