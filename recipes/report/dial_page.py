@@ -59,29 +59,17 @@ class Dial(BaseModel):
 
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
-    picture = dial_png(
-        dial.frontier(), [point.strength for point in dial.points], DISPLAY.get(dial.method, dial.method)
-    )
+    label = DISPLAY.get(dial.method, dial.method)
     with replacing(folder / "dial.png") as temporary:
-        temporary.write_bytes(picture)
+        temporary.write_bytes(dial_png(dial.frontier(), [point.strength for point in dial.points], label))
     write_text(folder / "dial.md", markdown(dial))
-    metrics = [{name: m.to_dict() for name, m in point.metrics.items()} for point in dial.points]
-    points = [{"strength": point.strength, "metrics": found} for point, found in zip(dial.points, metrics)]
-    known = {"schema": SCHEMA, "method": dial.method, "model": dial.model, "seconds": round(dial.seconds, 3)}
-    write_json(folder / FILE, known | {"points": points})
+    write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
 
 
 def read_dial(method_folder: Path) -> Dial | None:
     """Return what lies in METHOD/dial; None where there is none."""
     path = method_folder / FOLDER / FILE
-    if not path.is_file():
-        return None
-    raw = read_json(path)
-    points = [
-        DialPoint(strength=p["strength"], metrics={name: Metric.from_dict(m) for name, m in p["metrics"].items()})
-        for p in raw["points"]
-    ]
-    return Dial(method=raw["method"], model=raw["model"], points=points, seconds=raw.get("seconds", 0.0))
+    return Dial.model_validate(read_json(path)) if path.is_file() else None
 
 
 def markdown(dial: Dial) -> str:
@@ -99,10 +87,7 @@ def table_rows(dial: Dial) -> list[list[str]]:
     table = build_table(dial.results())
     columns = [column for column in table.columns if column.group]
     head = ["Strength", *(column.heading for column in columns)]
-    return [
-        head,
-        *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points)),
-    ]
+    return [head, *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points))]
 
 
 def told(dial: Dial, at_most: float | None = None) -> str:

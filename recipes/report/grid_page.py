@@ -23,9 +23,7 @@ from lora_null.recipes.report.headline import gap_text, listed, p_text, task_met
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
 from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, settings_text, variant_of
 
-Parts = tuple[
-    np.ndarray | None, np.ndarray | None
-]  # what each question adds to (learned, forgotten); None: nothing known
+Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _sign(results: Results, name: str) -> int:
     metric = results.metric(name)
     if (
         metric.higher_is_better is None
-    ):  # how far the model moved on the new task: neither good nor bad, counted as forgetting
+    ):  # how far it moved on the new task: neither good nor bad, counted as forgetting
         return 1
     return (1 if metric.higher_is_better else -1) * (1 if metric.role == "task" else -1)
 
@@ -199,10 +197,8 @@ def equal_learning(results: Results, kept: str, task: str, found: Evaluations | 
         if level > 0:
             targets.append(Target(level, where, _at(every, lora, level)))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
-    return sorted(
-        (replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets),
-        key=lambda target: target.learned,
-    )
+    targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
+    return sorted(targets, key=lambda target: target.learned)
 
 
 def _known(value: float) -> float | None:
@@ -222,12 +218,10 @@ def _levels(results: Results, task: str) -> dict[str, list[float]]:
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
     read = {f.method: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
     theirs = read[lora.method]
-    shared = {
-        f.method: {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
-        for f in every
-        if f is not lora
-    }
-    gaps = {method: spread_of(readings) for method, readings in shared.items() if readings}
+    gaps = {}
+    for f in every:
+        shared = {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
+        gaps |= {f.method: spread_of(shared)} if shared and f is not lora else {}
     tested = _tested(gaps)
     rows = []
     for f in every:

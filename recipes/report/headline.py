@@ -113,11 +113,8 @@ def forgetting(results: Results) -> Measure | None:
         return Measure(title, losses, False, unit, results, compared)
     title = "mean retention" if several else metric_title(names[0])
     values = [mean([row.estimate(name) for name in names]) for row in results.rows]
-    return (
-        Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
-        if any(values[1:])
-        else None
-    )
+    found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
+    return found if any(values[1:]) else None
 
 
 def learning(results: Results) -> Measure | None:
