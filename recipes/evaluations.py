@@ -206,12 +206,9 @@ def _forgetting(entry: ForgettingEntry, role: Role, asked: Asked) -> ForgettingT
 
 # A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
 MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
-    LmEvalEntry: _lm_eval,
-    AnswersEntry: _answers,
-    PreferencesEntry: _preferences,
-    MTBenchEntry: _mt_bench,
+    LmEvalEntry: _lm_eval, AnswersEntry: _answers, PreferencesEntry: _preferences, MTBenchEntry: _mt_bench,
     ForgettingEntry: _forgetting,
-}
+}  # fmt: skip
 
 
 def templates_of(tasks: Sequence[Task], template: str) -> str:

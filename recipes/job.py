@@ -81,6 +81,12 @@ class Job:
     def is_main(self) -> bool:
         return is_first_process()
 
+    @property
+    def computing(self) -> dict[str, Any]:
+        """How every evaluation of the job computes, as `evaluate` takes it."""
+        section = self.recipe.eval
+        return {"batch_size": section.batch_size, "autocast_dtype": torch.bfloat16 if section.bf16 else None}
+
 
 def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.

