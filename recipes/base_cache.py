@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,9 +89,7 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder(), prefix=".new-") as scratch:
-            for file in source.rglob("*"):
-                if file.is_file():
-                    link(file, Path(scratch) / key / file.relative_to(source))
+            shutil.copytree(source, Path(scratch) / key, copy_function=link)
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
         keep_newest((path for path in folder().iterdir() if path.name[0] != "."), KEPT)

@@ -132,7 +132,7 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
 
 def within(estimate: Estimate, at_most: float) -> bool:
     """Return whether the estimate keeps a bound, its standard error included; a NaN does not."""
-    return estimate.value + (estimate.stderr or 0.0) <= at_most
+    return estimate.upper <= at_most
 
 
 def forgotten(
@@ -299,8 +299,7 @@ def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, in
     while not within(checked, at_most) and strength.value:
         first = first or checked
         # Forgetting grows about as the square of a small change: aim just below, and check again.
-        upper = checked.value + (checked.stderr or 0.0)
-        factor = 0.98 * math.sqrt(at_most / upper) if upper > 0 else 0.5
+        factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= SMALLEST / 2 else 0.0)
         checked, rows = measured.on_rest()

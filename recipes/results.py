@@ -27,6 +27,11 @@ class Estimate(NamedTuple):
     value: float
     stderr: float | None = None
 
+    @property
+    def upper(self) -> float:
+        """The value plus its standard error."""
+        return self.value + (self.stderr or 0.0)
+
 
 class Drift(BaseModel):
     """Relative change of the layers' outputs, ||dW X|| / ||W0 X||, over the adapted layers."""

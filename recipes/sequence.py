@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from accelerate import PartialState
 
 from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
-from lora_null.eval_harness import Evaluation, Metric, Task
+from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes import output
 from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
@@ -131,9 +132,10 @@ def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
     """Write the results of the whole, with the last task's adapter of each method in RUN/METHOD."""
     results = collect(recipe, jobs)
     for plan in jobs[-1].plans:
-        for kind in ("adapter", "model"):
-            for file in (path for path in (jobs[-1].folder / plan.name / kind).rglob("*") if path.is_file()):
-                link(file, root / plan.name / kind / file.relative_to(jobs[-1].folder / plan.name / kind))
+        for trained in (jobs[-1].folder / plan.name / kind for kind in ("adapter", "model")):
+            if trained.is_dir():
+                target = root / plan.name / trained.name
+                shutil.copytree(trained, target, dirs_exist_ok=True, copy_function=link)
     write_results(root, results)
     write_report(root)
     print_table(results)
@@ -147,7 +149,9 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     base = Evaluation.read(jobs[0].base / "eval.json")
     by_task = _tasks_by_stage(recipe, jobs[-1])
     names = [job.recipe.name for job in jobs]
-    metrics = [_metric_of(tasks, base) for tasks in by_task]
+    directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]
+    # Each task is followed by the first metric of its first evaluation that has a known direction.
+    metrics = [next(n for task in tasks for n in directed if task.measures(n)) for tasks in by_task]
     transfers = []
     for row in last.rows[1:]:
         files = [job.folder / row.method / "eval.json" for job in jobs]
@@ -157,7 +161,7 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
-        row.method: {name: [_metric(stage, row.method, name) for stage in found] for name in kept}
+        row.method: {name: [of_method(stage, row.method).metrics.get(name) for stage in found] for name in kept}
         for row in last.rows[1:]
     }
     followed = {metric: base.metrics[metric] for metric in metrics}
@@ -175,21 +179,15 @@ def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
     return found
 
 
-def _metric_of(tasks: Sequence[Task], base: Evaluation) -> str:
-    """Return the metric by which a task is followed: the first with a known direction."""
-    named = [n for t in tasks for n, m in base.metrics.items() if t.measures(n) and m.higher_is_better is not None]
-    return named[0]
-
-
-def _metric(results: Results, method: str, name: str) -> Metric | None:
-    row = next(row for row in results.rows if row.method == method)
-    return row.metrics.get(name)
+def of_method(results: Results, method: str) -> Row:
+    """Return the row of a method."""
+    return next(row for row in results.rows if row.method == method)
 
 
 def _whole_row(method: str, found: Sequence[Results]) -> Row:
     """Return a method's row after the last task, with the time of all tasks."""
-    rows = [next(row for row in stage.rows if row.method == method) for stage in found]
-    seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in ("init", "train", "eval")}
+    rows = [of_method(stage, method) for stage in found]
+    seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
     return rows[-1].model_copy(update={"seconds": Seconds(**seconds)})
 
 

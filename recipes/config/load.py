@@ -272,17 +272,18 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         entries += held if isinstance(held, list) else []
     holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
     holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
+
+    def found(path: str) -> str:
+        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+        return str(next((beside / path for beside in folders if (beside / path).exists()), path))
+
     for holder, key in holders:
         path = getattr(holder, key, None)
-        if not path or Path(path).exists() or (key == "task" and Path(path).suffix not in TASK_FILES):
-            continue
-        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
-        found = next((beside / path for beside in folders if (beside / path).exists()), path)
-        setattr(holder, key, str(found))
+        if path and not Path(path).exists() and (key != "task" or Path(path).suffix in TASK_FILES):
+            setattr(holder, key, found(path))
     for task in recipe.sequence.tasks if recipe.sequence else ():
         entries = (task.get("eval") or {}).get("task") or []
         for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
-            path = holder.get("path") if isinstance(holder, dict) else None
-            if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
-                holder["path"] = str(folder / path)
+            if isinstance(holder, dict) and isinstance(path := holder.get("path"), str) and not Path(path).exists():
+                holder["path"] = found(path)
     return recipe

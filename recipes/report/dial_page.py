@@ -10,7 +10,7 @@ from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row
+from lora_null.recipes.results import DISPLAY, Results, Row
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 FOLDER, FILE = "dial", "dial.json"
@@ -97,11 +97,8 @@ def told(dial: Dial, at_most: float | None = None) -> str:
         return "only one side was measured: a frontier needs eval.retention and eval.task"
     kept, learned = found
     full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None)
-    inside = [
-        i
-        for i, p in enumerate(dial.points)
-        if at_most is not None and _upper(kept.estimates[i]) <= at_most and p.strength
-    ]
+    known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
+    inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
     if at_most is not None and not inside:
         return f"no strength that was measured keeps {kept.title} within {at_most:g}"
     if inside:
@@ -115,11 +112,6 @@ def told(dial: Dial, at_most: float | None = None) -> str:
         change, forgot = learned.change(i), kept.change(i)
         whole = kept.change(full) if full is not None else None
         if 0 < point.strength < 1 and change is not None and forgot is not None and whole:
-            lines.append(
-                f"{point.strength:g}: {change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
-            )
+            shares = f"{change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
+            lines.append(f"{point.strength:g}: {shares}")
     return "; ".join(lines)
-
-
-def _upper(estimate: Estimate | None) -> float:
-    return float("inf") if estimate is None else estimate.value + (estimate.stderr or 0.0)

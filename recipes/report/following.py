@@ -141,7 +141,7 @@ def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
         return []
     worst = max((e, n) for n, e in estimates.items() if e is not None)
     estimate, name = worst
-    apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * (first.value + (first.stderr or 0))
+    apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * first.upper
     if not apart:
         return []
     sentence = f"Calibrate {label} on texts in the form of {metric_title(name.rpartition(' ')[0])} too: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats a token) as on {metric_title(kls[0].rpartition(' ')[0])}."

@@ -21,7 +21,7 @@ from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, st
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import metric_title, reference_row, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, settings_text, variant_of
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, settings_text, variant_of
 
 Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
 
@@ -51,6 +51,9 @@ class Reading:
 
     value: float
     parts: list[np.ndarray]
+
+    def __sub__(self, other: Reading) -> Reading:
+        return Reading(self.value - other.value, [a - b for a, b in zip(self.parts, other.parts)])
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,11 @@ def _frontier(results: Results, method: str, kept: str, task: str, found: Evalua
     runs = [run for run in results.grid.cells if run.method == method]
     number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
     frontier = Frontier(method, {}, {}, [], sum(run.diverged is not None for run in runs))
-    for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
+
+    def rising(run: Run) -> list[tuple]:
+        return [(0, v, "") if isinstance(v, int | float) else (1, 0, str(v)) for v in run.point.values()]
+
+    for run in sorted(runs, key=rising):
         point = tuple(change(results, run, name) for name in (task, kept))
         if None in point:
             continue
@@ -159,10 +166,6 @@ def change(results: Results, run: Row, name: str) -> float | None:
     """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
     before, after = results.base.estimate(name), run.estimate(name)
     return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
-
-
-def _sortable(value: object) -> tuple:
-    return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
 def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[Parts] = ()) -> Reading | None:
@@ -220,13 +223,14 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqu
     theirs = read[lora.method]
     gaps = {}
     for f in every:
-        shared = {seed: _minus(r, theirs[seed]) for seed, r in read[f.method].items() if seed in theirs}
+        shared = {seed: r - theirs[seed] for seed, r in read[f.method].items() if seed in theirs}
         gaps |= {f.method: spread_of(shared)} if shared and f is not lora else {}
     tested = _tested(gaps)
     rows = []
     for f in every:
         ours, (stderr, p) = read[f.method], tested.get(f.method, (None, None))
-        value = _estimate(spread_of(ours)) if ours else None
+        spread = spread_of(ours) if ours else None
+        value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
         gap = Estimate(float(gaps[f.method].mean), stderr) if f.method in gaps else None
         rows.append(AtEqual(f.method, value, len(ours), len(f.points), gap, p))
     return rows
@@ -246,14 +250,6 @@ def spread_of(readings: Mapping[int, Reading]) -> Spread:
     """Return the mean of the seeds' readings and how it varies with questions and seeds."""
     sets = zip(*(reading.parts for reading in readings.values()))
     return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
-
-
-def _minus(ours: Reading, theirs: Reading) -> Reading:
-    return Reading(ours.value - theirs.value, [a - b for a, b in zip(ours.parts, theirs.parts)])
-
-
-def _estimate(spread: Spread) -> Estimate:
-    return Estimate(float(spread.mean), float(spread.stderr) or None)
 
 
 def grid_headline(results: Results, found: Evaluations) -> str:
