@@ -64,12 +64,17 @@ def _git_state() -> str | None:
     return run.stdout.strip() or None
 
 
+def accelerator() -> torch.device | None:
+    """Return the accelerator that is here, None where there is none, whatever PyTorch was built for."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def computes_bf16() -> bool:
     """Return whether the device multiplies in bf16 by instructions of its own; every processor accepts bf16.
 
     Where it has none, bf16 products are emulated, several times slower than float32.
     """
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     if device is None:
         return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     module = getattr(torch, device.type)
@@ -101,7 +106,7 @@ def choose_precision(recipe: Recipe) -> None:
 
 def precision_line(native: bool, keys: Sequence[str]) -> str:
     """Say which precision was chosen, and why."""
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     name = "this processor" if device is None else f"this {device.type} device"
     chosen = "bf16" if native else "float32"
     return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)} auto)"

@@ -23,7 +23,7 @@ from lora_null.recipes.data.examples import Example, RowReader, describe_bad_row
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.environment import computes_bf16
+from lora_null.recipes.environment import accelerator, computes_bf16
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.report.render import templates_in
@@ -184,7 +184,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
 
 
 def _machine() -> Machine:
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return Machine(properties.name, properties.total_memory, False, computes_bf16())
