@@ -145,10 +145,8 @@ def _part(results: Results, name: str, before: Evaluation | None, after: Evaluat
 def _sign(results: Results, name: str) -> int:
     """1 if a rise of the metric is learning, or forgetting; -1 if a fall is."""
     metric = results.metric(name)
-    if (
-        metric.higher_is_better is None
-    ):  # how far it moved on the new task: neither good nor bad, counted as forgetting
-        return 1
+    if metric.higher_is_better is None:
+        return 1  # how far the model moved on the new task: neither good nor bad, counted as forgetting
     return (1 if metric.higher_is_better else -1) * (1 if metric.role == "task" else -1)
 
 
