@@ -212,9 +212,7 @@ def rehearse(
     contradict each other) is told in seconds, and not once the model is loaded, calibrated and initialized.
 
     Args:
-        recipe: the recipe.
-        tokenizer: the model's.
-        data: the training rows.
+        recipe, tokenizer, data: of the run.
         arguments: makes the trainer's configuration of an output folder and of what replaces the recipe's.
 
     Raises:

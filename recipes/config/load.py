@@ -207,10 +207,7 @@ def load_recipe(
 
     Args:
         name, assignments: as in `find` and `override`.
-        methods: method names, separated by commas.
-        output_dir: where the run goes.
-        preset: the name of a model preset, laid over the recipe first.
-        seeds, sweeps, quick, max_forgetting: as the options of `lora-null train` take them.
+        methods, output_dir, preset, seeds, sweeps, quick, max_forgetting: as the options of `lora-null train` take them.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
