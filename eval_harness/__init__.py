@@ -24,30 +24,18 @@ if TYPE_CHECKING:
     from lora_null.eval_harness.results import Evaluation, Metric, TaskResult
     from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 
-_HOME = {"assert_logits_differ": "evaluation", "evaluate": "evaluation", "validate_tasks": "evaluation"}
-_HOME |= {"AnswerTask": "likelihood", "LmEvalTask": "lm_eval.task", "MTBenchTask": "mt_bench.task"}
-_HOME |= {"PreferenceTask": "preferences", "Evaluation": "results", "Metric": "results", "TaskResult": "results"}
-_HOME |= {"Probe": "probe", "few_rows": "probe", "ForgettingTask": "forgetting"}
-_HOME |= {"TASK_FILES": "tasks", "RunOptions": "tasks", "Task": "tasks"}
+_HOME = {
+    "evaluation": ("assert_logits_differ", "evaluate", "validate_tasks"), "forgetting": ("ForgettingTask",),
+    "likelihood": ("AnswerTask",), "lm_eval.task": ("LmEvalTask",), "mt_bench.task": ("MTBenchTask",),
+    "preferences": ("PreferenceTask",), "probe": ("Probe", "few_rows"),
+    "results": ("Evaluation", "Metric", "TaskResult"), "tasks": ("TASK_FILES", "RunOptions", "Task"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "TASK_FILES",
-    "AnswerTask",
-    "Evaluation",
-    "ForgettingTask",
-    "LmEvalTask",
-    "MTBenchTask",
-    "Metric",
-    "PreferenceTask",
-    "Probe",
-    "RunOptions",
-    "Task",
-    "TaskResult",
-    "assert_logits_differ",
-    "evaluate",
-    "few_rows",
-    "validate_tasks",
-]
+    "TASK_FILES", "AnswerTask", "Evaluation", "ForgettingTask", "LmEvalTask", "MTBenchTask", "Metric", "PreferenceTask",
+    "Probe", "RunOptions", "Task", "TaskResult", "assert_logits_differ", "evaluate", "few_rows", "validate_tasks",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -147,10 +147,8 @@ def pieces(text: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
         while paragraph := paragraph.strip("\n").rstrip():
             cut = len(paragraph) if len(paragraph) <= PIECE else paragraph.rfind(" ", 1, PIECE)
-            part, paragraph = (
-                paragraph[: cut if cut > 0 else PIECE],
-                paragraph[cut if cut > 0 else PIECE :].lstrip(" "),
-            )
+            cut = cut if cut > 0 else PIECE
+            part, paragraph = paragraph[:cut], paragraph[cut:].lstrip(" ")
             if found and len(found[-1]) + len(part) + 2 <= PIECE:
                 found[-1] += f"\n\n{part}"
             else:

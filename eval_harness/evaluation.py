@@ -72,16 +72,13 @@ def evaluate(
         model: a `PreTrainedModel` or `PeftModel` on its device.
         tokenizer: its tokenizer, or its processor.
         tasks: what to evaluate; a plain name is an `LmEvalTask`.
-        limit: the most documents or pairs of each task, also of one that allows itself more.
-        batch_size: sequences in a forward pass, on each rank. Scores move slightly with it: keep it.
+        limit, batch_size, autocast_dtype, seed, progress: see `RunOptions`. Scores move slightly with the batch size: keep
+            it. The seed samples few-shot examples and generations; 1234 is lm-eval's own.
         reference_dir: the folder of the base model's predictions, for `AnswerTask(kl=True)` and `PreferenceTask`.
         record_reference: this is the base model: write its predictions into `reference_dir`. Its KL is 0, and it is
             measured again in other batches, for `Evaluation.noise`.
-        seed: for sampling few-shot examples and for tasks that sample their generations; lm-eval's own default.
-        autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
         output_dir: where tasks may leave what they made (MT-Bench its answers).
         lm: another engine with the same weights for the tasks of lm-eval, such as `open_vllm` gives; None uses `model`.
-        progress: show progress bars (on rank 0).
 
     Returns:
         The metrics. A KL is missing where no reference was recorded.
@@ -144,18 +141,10 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     limits = [limit for limit in (task.measured_twice, options.limit) if limit is not None]
     other = options.batch_size // 2 or 2
     seed_everything(options.seed)
-    again = broadcast(
-        task.run(
-            model,
-            tokenizer,
-            replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False),
-        )
-    )
-    return {
-        name: abs(float(_head_mean(first, name, len(values)) - _head_mean(again, name, len(values))))
-        for name, values in again.samples.items()
-        if name in first.samples
-    }
+    options = replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False)
+    again = broadcast(task.run(model, tokenizer, options))
+    both = {name: len(values) for name, values in again.samples.items() if name in first.samples}
+    return {name: abs(float(_head_mean(first, name, n) - _head_mean(again, name, n))) for name, n in both.items()}
 
 
 def _head_mean(found: TaskResult, name: str, n: int) -> np.ndarray:

@@ -41,6 +41,10 @@ class ForgettingTask(Task):
     max_length: int = 768
     role: Role = "retention"
 
+    @property
+    def metric_names(self) -> list[str]:
+        return [f"{self.name} forgetting", f"{self.name} loss"]
+
     def check(self) -> None:
         super().check()
         if self.max_length < 2:
@@ -80,9 +84,7 @@ class ForgettingTask(Task):
         for measure, values in measures.items():
             value, stderr = mean_and_error(values / tokens, tokens)
             name = f"{self.name} {measure}"
-            found.metrics[name] = Metric(value, stderr, len(pairs), False, self.role, "nats")
-            found.samples[name] = (values / tokens).tolist()
-            found.weights[name] = tokens.tolist()
+            found.add(name, Metric(value, stderr, len(pairs), False, self.role, "nats"), values / tokens, tokens)
         return found
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[TokenizedPair]:

@@ -67,6 +67,10 @@ class AnswerTask(Task):
 
     measured_twice: ClassVar[int | None] = None
 
+    @property
+    def metric_names(self) -> list[str]:
+        return [f"{self.name} {measure}" for measure in ("kl", "nll") if self.kl or measure == "nll"]
+
     def check(self) -> None:
         super().check()
         if not self.pairs:
@@ -112,9 +116,8 @@ class AnswerTask(Task):
                 value, stderr = mean_and_error(sums / scores.tokens, scores.tokens)
                 name = f"{self.name} {measure}"
                 lower = None if measure == "kl" and self.role == "task" else False
-                found.metrics[name] = Metric(value, stderr, len(pairs), lower, self.role, "nats")
-                found.samples[name] = (sums / scores.tokens).tolist()
-                found.weights[name] = scores.tokens.tolist()
+                metric = Metric(value, stderr, len(pairs), lower, self.role, "nats")
+                found.add(name, metric, sums / scores.tokens, scores.tokens)
         return found
 
 
@@ -194,10 +197,8 @@ def answer_log_probs(model: nn.Module, batch: Sequence[TokenizedPair]) -> list[t
     options = {"logits_to_keep": width - first} if _keeps_logits(model) else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     logits = logits[:, -(width - first) :]
-    return [
-        logits[row, pair.start - 1 - first : len(pair.ids) - 1 - first].float().log_softmax(-1)
-        for row, pair in enumerate(batch)
-    ]
+    spans = [slice(pair.start - 1 - first, len(pair.ids) - 1 - first) for pair in batch]
+    return [logits[row, span].float().log_softmax(-1) for row, span in enumerate(spans)]
 
 
 def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -251,11 +252,8 @@ def score_answers(
     nll, kl, vocabularies = zip(*(scores[i] for i in range(len(pairs))))
     if record:
         shares = gather(recorded)
-        on_first_rank(
-            lambda: save_reference(
-                reference, {k: v for share in shares or () for k, v in share.items()}, pairs, vocabularies[0]
-            )
-        )
+        merged = {name: tensor for share in shares or () for name, tensor in share.items()}
+        on_first_rank(lambda: save_reference(reference, merged, pairs, vocabularies[0]))
     tokens = np.array([len(pair.ids) - pair.start for pair in pairs])
     if reference is None:
         return AnswerScores(np.array(nll), None, tokens)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, hash_pairs, of_base, score_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
+from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit
@@ -39,6 +40,10 @@ class PreferenceTask(Task):
     role: Role = "task"
 
     measured_twice: ClassVar[int | None] = None
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [f"{self.name} reward accuracy", f"{self.name} reward margin"]
 
     @property
     def in_training_template(self) -> bool:
@@ -75,10 +80,8 @@ class PreferenceTask(Task):
             ("accuracy", "fraction", np.where(margins == 0, 0.5, margins > 0)),
             ("margin", "nats", margins),
         ):
-            name, n = f"{self.name} reward {measure}", len(values)
-            stderr = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-            found.metrics[name] = Metric(float(np.mean(values)), stderr, n, True, self.role, unit)
-            found.samples[name] = values.tolist()
+            metric = Metric(*mean_and_error(values), len(values), True, self.role, unit)
+            found.add(f"{self.name} reward {measure}", metric, values)
         return found
 
     def _pairs(self, limit: int | None) -> list[TokenizedPair]:

@@ -185,15 +185,9 @@ class Probe(TrainerCallback):
         if on_first_rank(lambda: self.reference_dir.is_dir() and any(self.reference_dir.iterdir())):
             return
         disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        recording = {"reference_dir": self.reference_dir, "record_reference": True}
         with disabled:
-            evaluate(
-                self.model,
-                self.tokenizer,
-                self.tasks,
-                reference_dir=self.reference_dir,
-                record_reference=True,
-                **self.options,
-            )
+            evaluate(self.model, self.tokenizer, self.tasks, **recording, **self.options)
 
     def _measure(self, state: Any, control: Any) -> None:
         if self.points and self.points[-1].step == state.global_step:
@@ -242,11 +236,10 @@ class Probe(TrainerCallback):
 
 def _point(raw: dict[str, Any]) -> Point:
     """Return a point as a checkpoint holds it; JSON has no NaN, null stands for it."""
-    metrics = {
-        name: {**m, "value": math.nan if m["value"] is None else m["value"]} for name, m in raw["metrics"].items()
-    }
-    samples = {name: [math.nan if x is None else x for x in values] for name, values in raw["samples"].items()}
-    return Point(raw["step"], {n: Metric.from_dict(m) for n, m in metrics.items()}, samples, raw["seconds"])
+    known = lambda value: math.nan if value is None else value  # noqa: E731
+    metrics = {name: Metric.from_dict({**m, "value": known(m["value"])}) for name, m in raw["metrics"].items()}
+    samples = {name: list(map(known, values)) for name, values in raw["samples"].items()}
+    return Point(raw["step"], metrics, samples, raw["seconds"])
 
 
 def record_base(model: Any, tokenizer: Any, tasks: Sequence[Task], folder: Path, **options: Any) -> Evaluation:
@@ -257,7 +250,6 @@ def record_base(model: Any, tokenizer: Any, tasks: Sequence[Task], folder: Path,
     """
     found = evaluate(model, tokenizer, tasks, reference_dir=folder, record_reference=True, **options)
     again = evaluate(model, tokenizer, tasks, reference_dir=folder, **{**options, "batch_size": 1})
-    found.settings["noise"] = {
-        name: abs(again.metrics[name].value - metric.value) for name, metric in found.metrics.items()
-    }
+    gaps = {name: again.metrics[name].value - metric.value for name, metric in found.metrics.items()}
+    found.settings["noise"] = {name: abs(gap) for name, gap in gaps.items()}
     return found

@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_null.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Role = Literal["retention", "task"]
 
@@ -70,6 +73,12 @@ class TaskResult:
     samples: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, metric: Metric, samples: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Take up a metric with its samples, and with their weights where they do not count alike."""
+        self.metrics[name], self.samples[name] = metric, samples.tolist()
+        if weights is not None:
+            self.weights[name] = weights.tolist()
 
 
 @dataclass

@@ -12,7 +12,6 @@ differences, and its error comes from the differences alone. Leading axes are in
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,7 +79,10 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
     Args:
         estimates: one for each seed, [..., seeds].
         influences: for each set of questions that the estimates are computed from, [..., seeds, questions].
-        discordant: a sum of squares to add to every set's, see `paired_difference`.
+        discordant: a sum of squares to add to every set's: 2 for differences of what is right or wrong. Where few
+            questions differ, their spread says little about itself: the error then counts one question more that was won
+            and one that was lost, which agrees with the exact (McNemar's) test. So two models with equal answers have an
+            error too.
     """
     estimates = np.asarray(estimates, dtype=float)
     seeds, shape = estimates.shape[-1], estimates.shape[:-1]
@@ -93,25 +95,6 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
     return Spread(
         estimates.mean(axis=-1), over_questions, over_seeds, min((u.shape[-1] for u in sets), default=0), seeds
     )
-
-
-def paired_difference(
-    ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray | None = None, *, fraction: bool = False
-) -> Spread:
-    """Compare two models that were asked the same questions, of the same seeds.
-
-    Args:
-        ours, theirs: [..., seeds, questions].
-        weights: [questions], the same for both.
-        fraction: the values are right or wrong. Where few questions differ, their spread says little about itself: the
-            error then counts one question more that was won and one that was lost, which agrees with the exact
-            (McNemar's) test. So two models with equal answers have an error too.
-
-    Returns:
-        ours − theirs; see `two_level`.
-    """
-    gaps = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    return two_level(weighted_mean(gaps, weights), [influence(gaps, weights)], discordant=2.0 if fraction else 0.0)
 
 
 def t_tests(spread: Spread, methods: int) -> Difference:
@@ -143,25 +126,6 @@ def stack(spreads: Sequence[Spread]) -> Spread:
         np.stack([np.asarray(getattr(spread, name)) for spread in spreads], axis=-1) for name in Spread._fields[:3]
     )
     return Spread(*arrays, min(spread.questions for spread in spreads), spreads[0].seeds)
-
-
-def all_pairs(
-    values: np.ndarray, weights: np.ndarray | None = None, *, fraction: bool = False
-) -> tuple[list[tuple[int, int]], Difference]:
-    """Compare every two models on one metric.
-
-    Args:
-        values: [..., models, seeds, questions].
-        weights, fraction: as in `paired_difference`.
-
-    Returns:
-        The pairs (i, j) with i < j, and the differences of model i from model j, [..., pairs].
-    """
-    pairs = list(itertools.combinations(range(values.shape[-3]), 2))
-    found = [
-        paired_difference(values[..., i, :, :], values[..., j, :, :], weights, fraction=fraction) for i, j in pairs
-    ]
-    return pairs, t_tests(stack(found), values.shape[-3])
 
 
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:

@@ -86,6 +86,17 @@ class Task(ABC):
         return self.label
 
     @property
+    def metric_names(self) -> list[str]:
+        """The names of its metrics, the one first that tells most; of several that begin with the label, the label."""
+        return [self.label]
+
+    def measures(self, metric: str) -> bool:
+        """Return whether a metric of that name is one of this task's."""
+        return metric in self.metric_names or (
+            self.metric_names == [self.label] and metric.startswith(f"{self.label}/")
+        )
+
+    @property
     def in_training_template(self) -> bool:
         """Whether its prompts are framed by the template of the training data."""
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,22 +35,14 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
     limits and template; batch size, device, number of processes; versions, and this package's own evaluation code.
     """
-    section, packages = recipe.eval, PACKAGES
-    if recipe.model.quantization is not None:
-        packages = (*PACKAGES, "bitsandbytes")
+    model, section = recipe.model, recipe.eval
+    packages = PACKAGES if model.quantization is None else (*PACKAGES, "bitsandbytes")
+    compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
+    asked = [{"label": t.label, "role": t.role} | t.describe(t.limit or section.limit) for t in tasks]
     parts = {
-        "model": identity_of(model_name, recipe.model.revision, commit),
-        "compute": [
-            recipe.model.dtype,
-            attention(recipe.model),
-            section.bf16,
-            section.backend,
-            recipe.model.quantization,
-            *filter(None, [recipe.model.eos_token]),
-        ],
-        "tasks": [
-            {"label": task.label, "role": task.role} | task.describe(task.limit or section.limit) for task in tasks
-        ],
+        "model": identity_of(model_name, model.revision, commit),
+        "compute": [*compute, *filter(None, [model.eos_token])],
+        "tasks": asked,
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
         "processes": PartialState().num_processes,
@@ -96,9 +89,7 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder(), prefix=".new-") as scratch:
-            for file in source.rglob("*"):
-                if file.is_file():
-                    link(file, Path(scratch) / key / file.relative_to(source))
+            shutil.copytree(source, Path(scratch) / key, copy_function=link)
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
         keep_newest((path for path in folder().iterdir() if path.name[0] != "."), KEPT)

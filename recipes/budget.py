@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_null.adapters.strength import Strength
-from lora_null.eval_harness import AnswerTask, Evaluation, ForgettingTask, PreferenceTask, Task
+from lora_null.eval_harness import AnswerTask, Evaluation, Task
 from lora_null.eval_harness.probe import Point, Probe
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
@@ -80,28 +80,12 @@ def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
     if wanted is None:
         task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
-        return task, names_of(task)[0]
+        return task, task.metric_names[0]
     for task in kept:
-        if is_of(task, wanted):
+        if task.measures(wanted):
             return task, wanted
-    choices = [name for task in kept for name in names_of(task)]
+    choices = [name for task in kept for name in task.metric_names]
     raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
-
-
-def names_of(task: Task) -> list[str]:
-    """Return the names of a task's metrics, the KL first; of a task of lm-eval its label, which its metric has."""
-    if isinstance(task, AnswerTask):
-        return [f"{task.name} kl", f"{task.name} nll"] if task.kl else [f"{task.name} nll"]
-    if isinstance(task, PreferenceTask):
-        return [f"{task.name} reward accuracy", f"{task.name} reward margin"]
-    if isinstance(task, ForgettingTask):
-        return [f"{task.name} forgetting", f"{task.name} loss"]
-    return [task.label]
-
-
-def is_of(task: Task, name: str) -> bool:
-    """Return whether a metric of that name is the task's; those of lm-eval begin with its label."""
-    return name in names_of(task) or (names_of(task) == [task.label] and name.startswith(f"{task.label}/"))
 
 
 def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int], at_most: float) -> None:
@@ -148,7 +132,7 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
 
 def within(estimate: Estimate, at_most: float) -> bool:
     """Return whether the estimate keeps a bound, its standard error included; a NaN does not."""
-    return estimate.value + (estimate.stderr or 0.0) <= at_most
+    return estimate.upper <= at_most
 
 
 def forgotten(
@@ -230,10 +214,8 @@ class KeepBudget(Probe):
 
     def save_state(self, checkpoint: Path) -> None:
         super().save_state(checkpoint)
-        facts = {
-            "reached": str(int(self.reached)),
-            "last_within": "" if self.last_within is None else str(self.last_within),
-        }
+        last = "" if self.last_within is None else str(self.last_within)
+        facts = {"reached": str(int(self.reached)), "last_within": last}
         write_safetensors(checkpoint / STATE_FILE, self.kept, facts)
 
     def load_state(self, checkpoint: Path) -> None:
@@ -317,8 +299,7 @@ def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, in
     while not within(checked, at_most) and strength.value:
         first = first or checked
         # Forgetting grows about as the square of a small change: aim just below, and check again.
-        upper = checked.value + (checked.stderr or 0.0)
-        factor = 0.98 * math.sqrt(at_most / upper) if upper > 0 else 0.5
+        factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= SMALLEST / 2 else 0.0)
         checked, rows = measured.on_rest()
@@ -354,7 +335,7 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     """Return by metric what the budget cost of what had been learned, paired by the probed questions."""
     found = {}
     for task in measured.learning:
-        for name in (name for name in after.metrics if name in after.samples and is_of(task, name)):
+        for name in (name for name in after.metrics if name in after.samples and task.measures(name)):
             better = after.metrics[name].higher_is_better
             if better is None:
                 continue

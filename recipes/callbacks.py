@@ -131,9 +131,8 @@ class Trackers:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        kinds = [
-            kind for kind in get_reporting_integration_callbacks(trainer.args.report_to) if isinstance(kind, type)
-        ]
+        known = get_reporting_integration_callbacks(trainer.args.report_to)
+        kinds = [kind for kind in known if isinstance(kind, type)]
         self.trainer = trainer
         self.held = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(kinds))]
         for tracker in self.held:
@@ -149,20 +148,14 @@ class Trackers:
         trainer = self.trainer
         logs = {f"eval_{name}": metric.value for name, metric in after.metrics.items()}
         logs |= {f"eval_base {name}": metric.value for name, metric in before.metrics.items()}
-        logs |= {
-            f"eval_drift_{key}": value for key, value in (after.drift.model_dump() if after.drift else {}).items()
-        }
+        drift = after.drift.model_dump() if after.drift else {}
+        logs |= {f"eval_drift_{key}": value for key, value in drift.items()}
         logs |= {f"eval_{key}_seconds": value for key, value in after.seconds if value is not None}
         for tracker in self.held:
-            tracker.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
+            now = (trainer.args, trainer.state, trainer.control)
+            tracker.on_log(*now, logs=dict(logs), model=trainer.model)
             del tracker.on_train_end
-            tracker.on_train_end(
-                trainer.args,
-                trainer.state,
-                trainer.control,
-                model=trainer.model,
-                processing_class=trainer.processing_class,
-            )
+            tracker.on_train_end(*now, model=trainer.model, processing_class=trainer.processing_class)
         if self.wandb is not None and not self.joined and trainer.is_world_process_zero():
             self.wandb.finish()  # or the next method would be logged into this one's run
 

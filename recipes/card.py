@@ -33,7 +33,7 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
         difference: what its verification found.
         license_id: of the base; None reads it from the base's own card.
     """
-    write_text(export.folder / CARD_FILE, _render(content(export, difference, license_id)))
+    write_text(export.folder / CARD_FILE, _render(content(export, difference, license_id or license_of(export))))
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,12 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     """
     state = f"Not finished: `lora-null train {folder.parent / 'recipe.yaml'} --resume` goes on."
     saved = f"The {plan.saves} is in `{plan.saves}/`; `lora-null export {folder} --out DIR` verifies and copies it."
-    written = RunMethod(
-        folder.parent,
-        plan.name,
-        plan.saves,
-        recipe.model_dump(mode="json"),
-        recipe.model.name_or_path,
-        METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None,
-        [saved if results else state],
-    )
-    local = Path(written.base_name) / CARD_FILE
-    license_id = (
-        smollm2.LICENSE if written.base_name == smollm2.NAME else _license_in(local) if local.is_file() else None
-    )
-    shown = content(written, None, license_id, look=False) | {"table": results and _table_of(results)}
-    text = _render(shown)
+    name, rank = recipe.model.name_or_path, METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None
+    notes, raw = [saved if results else state], recipe.model_dump(mode="json")
+    written = RunMethod(folder.parent, plan.name, plan.saves, raw, name, rank, notes)
+    local = Path(name) / CARD_FILE
+    license_id = smollm2.LICENSE if name == smollm2.NAME else _license_in(local) if local.is_file() else None
+    text = _render(content(written, None, license_id) | {"table": results and _table_of(results)})
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
         write_text(place / CARD_FILE, text)
 
@@ -94,16 +85,16 @@ def _render(shown: dict[str, Any]) -> str:
     return templates.get_template(TEMPLATE).render(shown)
 
 
-def content(export: Any, difference: Any, license_id: str | None, *, look: bool = True) -> dict[str, Any]:
-    """Return everything that the template shows; `look` for the license in the base's own card where none is given."""
+def content(export: Any, difference: Any, license_id: str | None) -> dict[str, Any]:
+    """Return everything that the template shows."""
     source, base = export.source, hub_base(export)
-    license_id = license_id or (license_of(export, base) if look else None)
-    recipe = shareable(source.recipe)
+    recipe, title = shareable(source.recipe), DISPLAY.get(source.method, source.method)
+    short = base or export.base_name.rstrip("/").rpartition("/")[2]
     return {
         "metadata": metadata(export, base, license_id).to_yaml(),
-        "title": f"{DISPLAY.get(source.method, source.method)} on {short_name(base or export.base_name)}",
-        "method": DISPLAY.get(source.method, source.method),
-        "base": base or short_name(export.base_name),
+        "title": f"{title} on {short.rpartition('/')[2]}",
+        "method": title,
+        "base": short,
         "form": export.form,
         "rank": export.rank,
         "whole": source.kind == "model",
@@ -113,26 +104,19 @@ def content(export: Any, difference: Any, license_id: str | None, *, look: bool 
         "difference": difference and str(difference),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
         "data": data_lines(recipe),
-        "peft": adapter_base(export, base),
+        "peft": base or f"path/to/{short}",  # the name under which a reader loads the base
     }
 
 
-def metadata(export: Any, base: str | None, license_id: str | None) -> Any:
-    """Return the card's YAML head, a `huggingface_hub.ModelCardData`."""
+def metadata(export: Any, base: str | None, license_id: str | None) -> ModelCardData:
+    """Return the card's YAML head."""
     library = {"adapter": "peft", "merged": "transformers"}.get(export.form)
     relation = "finetune" if export.form == "merged" else "adapter"
     tags = ["lora-null", *(["lora"] if export.source.kind == "adapter" else []), *([export.form] * (library is None))]
     tags += [f"base_model:{relation}:{base}"] if base else []
-    datasets = datasets_of(export.source.recipe)
     known = {"base_model": base, "base_model_relation": relation} if base else {}
-    return ModelCardData(
-        **known,
-        library_name=library,
-        license=license_id,
-        pipeline_tag="text-generation",
-        datasets=datasets or None,
-        tags=tags,
-    )
+    known |= {"library_name": library, "license": license_id, "pipeline_tag": "text-generation", "tags": tags}
+    return ModelCardData(**known, datasets=datasets_of(export.source.recipe) or None)
 
 
 def hub_base(export: Any) -> str | None:
@@ -143,21 +127,13 @@ def hub_base(export: Any) -> str | None:
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def adapter_base(export: Any, base: str | None) -> str:
-    """Return the name under which a reader loads the base."""
-    return base or f"path/to/{short_name(export.base_name)}"
-
-
-def license_of(export: Any, base: str | None) -> str | None:
+def license_of(export: Any) -> str | None:
     """Return what the base's own card says, in its folder or on the hub; None where neither can be read."""
     if export.base_name == smollm2.NAME:
         return smollm2.LICENSE
-    for source in (export.source.base.folder / "README.md", base):
-        if source is None or (isinstance(source, Path) and not source.is_file()):
-            continue
-        if found := _license_in(source):
-            return found
-    return None
+    local = export.source.base.folder / CARD_FILE
+    cards = filter(None, (local if local.is_file() else None, hub_base(export)))
+    return next(filter(None, map(_license_in, cards)), None)
 
 
 def _license_in(card: Path | str) -> str | None:
@@ -207,11 +183,6 @@ def shareable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def short_name(name: str) -> str:
-    """Return the last part of a hub id or a path."""
-    return name.rstrip("/").rpartition("/")[2]
-
-
 def results_table(source: Any, strength: float = 1.0) -> Any:
     """Return the report's table with the base and this method alone; None where that was not evaluated.
 
@@ -224,8 +195,7 @@ def results_table(source: Any, strength: float = 1.0) -> Any:
     results = load_results(source.run)
     rows = [results.base, *(row for row in results.rows[1:] if row.method == source.method)]
     if strength != 1:
-        found = read_dial(source.home)
-        point = found.at(strength) if found else None
+        point = found.at(strength) if (found := read_dial(source.home)) else None
         if point is None:
             return None
         rows = [rows[0], Row(method=source.method, variant=f"strength {strength:g}", metrics=point.metrics)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
-from lora_null.eval_harness.likelihood import tokenize_pairs
+from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
 from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, Recipe
@@ -86,9 +87,8 @@ def _check_trackers(training: SFTConfig | DPOConfig) -> None:
             import wandb  # pyright: ignore[reportMissingImports]
 
             if not wandb.api.api_key:
-                raise UserError(
-                    "training.report_to: nobody is logged in to wandb; `wandb login`, or WANDB_MODE=offline"
-                )
+                told = "nobody is logged in to wandb; `wandb login`, or WANDB_MODE=offline"
+                raise UserError(f"training.report_to: {told}")
 
 
 def check_weights(model: ModelSection, name: str) -> None:
@@ -101,9 +101,8 @@ def check_weights(model: ModelSection, name: str) -> None:
     if not folder.is_dir():
         return
     files = [file for file in WEIGHTS if (folder / file).is_file()]
-    index = next(
-        (folder / f"{file}.index.json" for file in WEIGHTS if (folder / f"{file}.index.json").is_file()), None
-    )
+    indices = (folder / f"{file}.index.json" for file in WEIGHTS)
+    index = next(filter(Path.is_file, indices), None)
     if index is not None and not files:
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -189,8 +188,9 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
     size, vocabulary = 0, config.get_text_config(decoder=True).vocab_size
     for task in tasks:
         if isinstance(task, AnswerTask):
-            pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None)
-            size += task.kl * 4 * vocabulary * sum(len(pair.ids) - pair.start for pair in pairs)
+            pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None, special_tokens=task.special_tokens)
+            positions = sum(len(pair.ids) - pair.start for pair in pairs)
+            size += task.kl * min(4 * vocabulary * positions, REFERENCE_BYTES)
     return size
 
 
@@ -212,9 +212,7 @@ def rehearse(
     contradict each other) is told in seconds, and not once the model is loaded, calibrated and initialized.
 
     Args:
-        recipe: the recipe.
-        tokenizer: the model's.
-        data: the training rows.
+        recipe, tokenizer, data: of the run.
         arguments: makes the trainer's configuration of an output folder and of what replaces the recipe's.
 
     Raises:
@@ -222,34 +220,40 @@ def rehearse(
     """
     if recipe.preflight == "off" or PartialState().distributed_type != DistributedType.NO:
         return
-    logging.disable(logging.WARNING)
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    finding = None
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            settings = arguments(Path(folder), **REHEARSAL)
-            kind = DPOTrainer if recipe.trainer == "dpo" else SFTTrainer
-            trainer = kind(
-                model=_stand_in(recipe, tokenizer, settings),
-                args=settings,
+        with _unheard(), tempfile.TemporaryDirectory() as folder:
+            trainer = (DPOTrainer if recipe.trainer == "dpo" else SFTTrainer)(
+                model=_stand_in(recipe, tokenizer),
+                args=arguments(Path(folder), **REHEARSAL),
                 train_dataset=_shortest_rows(data),
                 processing_class=tokenizer,
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        finding = None
     except UserError:
         raise
     except Exception as error:  # whatever it is, it would come again with the real model
         finding = (str(error).strip() or type(error).__name__).splitlines()[0]
     finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            datasets.enable_progress_bars()
         seed_everything(recipe.seed)
     if finding is not None:
         tell(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep log messages and the bars of data sets off the screen."""
+    bars = datasets.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _shortest_rows(data: TrainingData) -> datasets.Dataset:
@@ -258,20 +262,12 @@ def _shortest_rows(data: TrainingData) -> datasets.Dataset:
     rows = data.rows.select(order[:REHEARSED_ROWS])
     if "input_ids" not in rows.column_names:
         return rows
-    return datasets.Dataset.from_dict(
-        {name: [row[-REHEARSED_TOKENS:] for row in rows[name]] for name in rows.features}
-    )
+    ends = {name: [row[-REHEARSED_TOKENS:] for row in rows[name]] for name in rows.features}
+    return datasets.Dataset.from_dict(ends)
 
 
-def _stand_in(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig | DPOConfig) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _stand_in(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **size, **tokens)
     return LlamaForCausalLM(config).to(getattr(torch, recipe.model.dtype))

@@ -81,7 +81,8 @@ def compare(results: Results, found: Evaluations) -> list[Paired]:
     groups: dict[tuple, list[tuple[Paired, Spread]]] = {}
     for name, names in compared_means(results).items():
         for i, j in itertools.combinations(range(len(results.rows)), 2):
-            if _comparable(results, i, j) and (pair := _pair(results, found, name, names, i, j)):
+            alike = i == 0 or results.rows[i].variant == results.rows[j].variant
+            if alike and (pair := _pair(results, found, name, names, i, j)):
                 groups.setdefault((name, results.rows[j].variant, pair[0].seeds), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])
@@ -110,10 +111,6 @@ def set_errors(results: Results, found: Evaluations) -> None:
                 weights = next(iter(by_seed.values())).weights.get(name)
                 error = two_level(weighted_mean(values, weights), [influence(values, weights)]).stderr
                 row.metrics[name] = replace(metric, stderr=float(error) if np.isfinite(error) else 0.0)
-
-
-def _comparable(results: Results, i: int, j: int) -> bool:
-    return i == 0 or results.rows[i].variant == results.rows[j].variant
 
 
 def _pair(

@@ -57,16 +57,16 @@ def _git_state() -> str | None:
     """Return the commit of the package's source, asked once: it is what this process has loaded."""
     folder = Path(__file__).parent
     try:
-        run = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() or None
+
+
+def accelerator() -> torch.device | None:
+    """Return the accelerator that is here, None where there is none, whatever PyTorch was built for."""
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def computes_bf16() -> bool:
@@ -74,7 +74,7 @@ def computes_bf16() -> bool:
 
     Where it has none, bf16 products are emulated, several times slower than float32.
     """
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     if device is None:
         return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     module = getattr(torch, device.type)
@@ -106,7 +106,7 @@ def choose_precision(recipe: Recipe) -> None:
 
 def precision_line(native: bool, keys: Sequence[str]) -> str:
     """Say which precision was chosen, and why."""
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     name = "this processor" if device is None else f"this {device.type} device"
     chosen = "bf16" if native else "float32"
     return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)} auto)"

@@ -31,16 +31,12 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
+from lora_null.recipes.data.formats import question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
 READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
-QUESTIONS_WITH_ANSWERS = (
-    ("question", "answer"), ("question", "answers"), ("query", "answer"), ("query", "response"), ("prompt", "response"),
-    ("prompt", "completion"), ("prompt", "answer"), ("question", "response"), ("instruction", "output"),
-    ("instruction", "response"), ("input", "output"), ("input", "target"), ("q", "a"),
-)  # fmt: skip
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -130,13 +126,12 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
 
 
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
-    """Return the fields of question and answer: those that are given, else the first pair that the data has."""
+    """Return the fields of question and answer: those that are given, else those with usual names."""
     if entry.prompt and entry.response:
         return {"prompt": entry.prompt, "response": entry.response}
     first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
-    for prompt, response in QUESTIONS_WITH_ANSWERS:
-        if (entry.prompt or prompt in first.columns) and (entry.response or response in first.columns):
-            return {"prompt": entry.prompt or prompt, "response": entry.response or response}
+    if found := question_and_answer(first.columns, entry.prompt, entry.response):
+        return found
     raise UserError(
         f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
         "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}"
@@ -211,12 +206,9 @@ def _forgetting(entry: ForgettingEntry, role: Role, asked: Asked) -> ForgettingT
 
 # A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
 MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
-    LmEvalEntry: _lm_eval,
-    AnswersEntry: _answers,
-    PreferencesEntry: _preferences,
-    MTBenchEntry: _mt_bench,
+    LmEvalEntry: _lm_eval, AnswersEntry: _answers, PreferencesEntry: _preferences, MTBenchEntry: _mt_bench,
     ForgettingEntry: _forgetting,
-}
+}  # fmt: skip
 
 
 def templates_of(tasks: Sequence[Task], template: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import statistics
 import time
@@ -41,12 +40,14 @@ from lora_null.recipes.results import (
     Row,
     Run,
     Seconds,
+    distinct,
     load_results,
     read_row,
     settings_text,
+    shared_and_differing,
     variant_of,
     write_results,
-)  # fmt: skip
+)
 from lora_null.recipes.run import base_row, run_job
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
@@ -279,26 +280,23 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
         for cell, row in rows:
             if row.method == name:
                 groups.setdefault((name, cell.point), []).append(row)
-    same, differing = _settings(root, cells)
+    finished = [root / cell.folder for cell in cells if (root / cell.folder / RESULTS_FILE).is_file()]
+    same, differing = shared_and_differing(load_results(folder).settings for folder in finished)
+    no_layers = {"magnitude": {"layers"}}  # a figure a layer, which hundreds of runs leave to their own results
+    figures = [(cell, row.model_dump(exclude_unset=True, exclude=no_layers)) for cell, row in rows]
     results = Results(
         recipe=recipe.name,
         model=model_name,
         seed=seeds[0] if len(seeds) == 1 else None,
         environment=environment(),
         settings=same,
-        rows=[
-            base,
-            *(mean_row(group, variant_of(dict(point))) for (_, point), group in groups.items()),
-        ],
+        rows=[base, *(mean_row(group, variant_of(dict(point))) for (_, point), group in groups.items())],
         grid=Grid(
             seeds=seeds,
-            sweep={key: _distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
+            sweep={key: distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
             planned=sum(len(cell.methods) for cell in cells),
             differing=differing,
-            cells=[
-                Run(folder=cell.folder, seed=cell.seed, point=dict(cell.point), **_without_layers(row))
-                for cell, row in rows
-            ],
+            cells=[Run(folder=c.folder, seed=c.seed, point=dict(c.point), **row) for c, row in figures],
         ),
     )
     found = read_evaluations(root, results)
@@ -343,33 +341,12 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         metrics=metrics,
         drift=Drift(mean=_mean(d.mean for d in drifts), max=_mean(d.max for d in drifts)) if drifts else None,
         magnitude=Magnitude(total=_mean(m.total for m in sizes), max=_mean(m.max for m in sizes)) if sizes else None,
-        seconds=Seconds(
-            **{key: _mean(getattr(row.seconds, key) for row in rows) for key in ("init", "train", "eval")}
-        ),
+        seconds=Seconds(**{key: _mean(getattr(row.seconds, key) for row in rows) for key in Seconds.model_fields}),
         tokens_per_second=_mean(row.tokens_per_second for row in rows),
         peak_memory_bytes=max((row.peak_memory_bytes for row in rows if row.peak_memory_bytes), default=None),
     )
 
 
-def _without_layers(row: Row) -> dict[str, Any]:
-    """Return a row's figures without one for each layer, which a grid of hundreds of runs leaves to their own results."""
-    return row.model_dump(exclude_unset=True, exclude={"magnitude": {"layers"}})
-
-
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None
-
-
-def _settings(root: Path, cells: Sequence[Cell]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Return the settings that all finished runs share, and the values of those that differ."""
-    folders = [root / cell.folder for cell in cells]
-    found = [load_results(folder).settings for folder in folders if (folder / RESULTS_FILE).is_file()]
-    keys = list(dict.fromkeys(key for settings in found for key in settings))
-    values = {key: _distinct(settings.get(key) for settings in found) for key in keys}
-    same = {key: each[0] for key, each in values.items() if len(each) == 1}
-    return same, {key: each for key, each in values.items() if len(each) > 1}
-
-
-def _distinct(values: Iterable[Any]) -> list[Any]:
-    return list({json.dumps(value): value for value in values}.values())

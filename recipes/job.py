@@ -18,11 +18,7 @@ from trl import DPOConfig, SFTConfig
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import Task, validate_tasks
 from lora_null.recipes import base_cache
-from lora_null.recipes.budget import (
-    Bound,
-    plan_budget,
-    require_strength,
-)
+from lora_null.recipes.budget import Bound, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
     check_judge,
@@ -37,15 +33,9 @@ from lora_null.recipes.checks import (
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.environment import computes_bf16
+from lora_null.recipes.environment import choose_precision
 from lora_null.recipes.evaluations import eval_tasks, probe_tasks
-from lora_null.recipes.models.bases import (
-    hub_commit,
-    known_shape,
-    load_config,
-    load_tokenizer,
-    resolve_name,
-)
+from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.start import MIN_TOKENS
@@ -91,22 +81,27 @@ class Job:
     def is_main(self) -> bool:
         return is_first_process()
 
+    @property
+    def computing(self) -> dict[str, Any]:
+        """How every evaluation of the job computes, as `evaluate` takes it."""
+        section = self.recipe.eval
+        return {"batch_size": section.batch_size, "autocast_dtype": torch.bfloat16 if section.bf16 else None}
+
 
 def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
 
     Args:
-        recipe: the recipe.
+        recipe: the recipe; what it leaves to the machine ("auto") is put into it, see `choose_precision`.
         folder: of the method.
         replaced: arguments that stand over the recipe's.
 
     Raises:
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
+    choose_precision(recipe)
     options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
-    if options.get("bf16") == "auto":
-        options["bf16"] = computes_bf16() and not options.get("fp16")
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
@@ -146,11 +141,11 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def check_run(recipe: Recipe, *, allow_code_execution: bool | str = False, unreached: list[str] | None = None) -> Job:
-    """Check everything that a single run will touch, before a model loads; nothing is written. See `inspect_recipe`."""
-    job = inspect_recipe(recipe, allow_code_execution=allow_code_execution, unreached=unreached)
+def check_run(recipe: Recipe, **options: Any) -> Job:
+    """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
+    job = inspect_recipe(recipe, **options)
     check_judge(job.tasks)
-    if not unreached:
+    if not options.get("unreached"):
         rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
     return job
 

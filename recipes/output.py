@@ -26,18 +26,8 @@ LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MOST_TOLD = 3
-OWN_FILES = (
-    "base",
-    "cells",
-    "tasks",
-    RESULTS_FILE,
-    "report.md",
-    "report.html",
-    "forgetting.png",
-    "magnitude.png",
-    "card.png",
-)
-OWN_FILES += (RECIPE_FILE, SKIPPED_FILE)
+OWN_FILES = ("base", "cells", "tasks", "report.md", "report.html", "forgetting.png", "magnitude.png", "card.png")
+OWN_FILES += (RESULTS_FILE, RECIPE_FILE, SKIPPED_FILE)
 
 
 def is_finished(folder: Path) -> bool:
@@ -84,9 +74,8 @@ def check_space(folder: Path, size: int) -> int:
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"output_dir: cannot write to {folder} ({there} is {'read-only' if there.is_dir() else 'a file'})"
-        )
+        why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
+        raise UserError(f"output_dir: cannot write to {folder} ({why})")
     free = shutil.disk_usage(there).free
     if free < size:
         raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
@@ -195,11 +184,8 @@ def what_is_kept(folder: Path) -> str:
     """Say what of a run that was stopped goes on where it was: methods that are finished, and the last checkpoint."""
     finished = sorted(path.parent for path in folder.rglob(ROW_FILE))
     names = [str(path.relative_to(folder)) for path in finished]
-    kept = (
-        [f"{len(names)} finished ({', '.join(names[:MOST_TOLD])}{', …' if len(names) > MOST_TOLD else ''})"]
-        if names
-        else []
-    )
+    named = f"{', '.join(names[:MOST_TOLD])}{', …' if len(names) > MOST_TOLD else ''}"
+    kept = [f"{len(names)} finished ({named})"] if names else []
     for method in sorted({path.parent for path in folder.rglob("checkpoint-*")} - set(finished)):
         checkpoint = last_checkpoint(method)
         if checkpoint is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def folder() -> Path:
     return cache_root() / "own_texts"
 
 
-@contextmanager
+@contextlib.contextmanager
 def writer(
     section: ModelSection, name: str, tokenizer: PreTrainedTokenizerBase, cut: CalibrationArgs, cache: bool
 ) -> Iterator[Callable[[Source, int], list[str]]]:
@@ -87,9 +87,6 @@ def _read(path: Path) -> list[str] | None:
 
 
 def _keep(path: Path, texts: list[str]) -> None:
-    """Keep texts; what cannot be written is not kept."""
-    try:
+    with contextlib.suppress(OSError):  # what cannot be written is not kept
         write_json(path, texts)
         keep_newest(path.parent.glob("*.json"), KEPT)
-    except OSError:
-        return

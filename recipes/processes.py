@@ -30,10 +30,6 @@ SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELE
 WORKERS = "LORA_NULL_WORKERS"
 
 
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1")
-
-
 def join_processes() -> None:
     """Join the other processes of this run, if there are any.
 
@@ -61,7 +57,8 @@ def work_alone() -> None:
     The first one keeps the terminal: the others show no bars, and print only through `print_line`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or any(map(_is_set, SHARDING_VARIABLES)) or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+    sharded = any(os.environ.get(variable, "").lower() in ("true", "1") for variable in SHARDING_VARIABLES)
+    if world == 1 or sharded or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         return
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,11 @@ class Estimate(NamedTuple):
 
     value: float
     stderr: float | None = None
+
+    @property
+    def upper(self) -> float:
+        """The value plus its standard error."""
+        return self.value + (self.stderr or 0.0)
 
 
 class Drift(BaseModel):
@@ -324,11 +329,8 @@ class Results(BaseModel):
         """Return the comparison of two rows, as row minus against; None where they were not compared."""
         for pair in self.paired or ():
             if pair.metric == metric and {pair.row, pair.against} == {row, against}:
-                return (
-                    pair
-                    if pair.row == row
-                    else pair.model_copy(update={"row": row, "against": against, "mean": -pair.mean})
-                )
+                turned = {"row": row, "against": against, "mean": -pair.mean}
+                return pair if pair.row == row else pair.model_copy(update=turned)
         return None
 
     def metric_names(self, role: str) -> list[str]:
@@ -346,10 +348,8 @@ class Results(BaseModel):
 
 def settings_text(point: Mapping[str, Any], join: str = " ") -> str:
     """Return the swept values of a grid's run as text, such as "learning_rate 0.0003, rank 4"."""
-    pairs = ((key.rpartition(".")[2], value) for key, value in point.items())
-    return ", ".join(
-        f"{key}{join}{value:g}" if isinstance(value, float) else f"{key}{join}{value}" for key, value in pairs
-    )
+    pairs = ((key.rpartition(".")[2], f"{v:g}" if isinstance(v, float) else v) for key, v in point.items())
+    return ", ".join(f"{key}{join}{value}" for key, value in pairs)
 
 
 def variant_of(point: Mapping[str, Any]) -> str | None:
@@ -357,29 +357,25 @@ def variant_of(point: Mapping[str, Any]) -> str | None:
     return settings_text(point).replace("learning_rate", "lr") or None
 
 
+def shared_and_differing(found: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return the settings that all of several runs share, and of the others the distinct values."""
+    found = list(found)
+    values = {key: distinct(settings.get(key) for settings in found) for settings in found for key in settings}
+    same = {key: each[0] for key, each in values.items() if len(each) == 1}
+    return same, {key: each for key, each in values.items() if len(each) > 1}
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Return values, as JSON has them, each once."""
+    return list({json.dumps(value, sort_keys=True, default=str): value for value in values}.values())
+
+
 DISPLAY = {
-    "base": "base",
-    "full": "Full fine-tuning",
-    "lora": "LoRA",
-    "lora-fa": "LoRA-FA",
-    "pissa": "PiSSA",
-    "milora": "MiLoRA",
-    "corda": "CorDA",
-    "roselora": "RoseLoRA",
-    "lora-null-v1": "LoRA-Null-v1",
-    "lora-null-v2": "LoRA-Null-v2",
-    "nb-lora": "NB-LoRA",
-    "osf": "OSF",
-    "mica": "MiCA",
-    "eva": "EVA",
-    "lora-ga": "LoRA-GA",
-    "sc-lora": "SC-LoRA",
-    "kl-anchor": "KL anchor",
-    "replay": "Replay",
-    "clora": "CLoRA",
-    "oft": "OFT",
-    "oplora": "OPLoRA",
-}
+    "base": "base", "full": "Full fine-tuning", "lora": "LoRA", "lora-fa": "LoRA-FA", "pissa": "PiSSA", "milora": "MiLoRA",
+    "corda": "CorDA", "roselora": "RoseLoRA", "lora-null-v1": "LoRA-Null-v1", "lora-null-v2": "LoRA-Null-v2",
+    "nb-lora": "NB-LoRA", "osf": "OSF", "mica": "MiCA", "eva": "EVA", "lora-ga": "LoRA-GA", "sc-lora": "SC-LoRA",
+    "kl-anchor": "KL anchor", "replay": "Replay", "clora": "CLoRA", "oft": "OFT", "oplora": "OPLoRA",
+}  # fmt: skip
 
 
 def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:

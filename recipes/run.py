@@ -29,12 +29,7 @@ from lora_null.eval_harness.probe import Probe, record_base
 from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output, own_texts
-from lora_null.recipes.budget import (
-    KeepBudget,
-    Measurement,
-    check_base,
-    keep_budget,
-)
+from lora_null.recipes.budget import KeepBudget, Measurement, check_base, keep_budget
 from lora_null.recipes.callbacks import (
     KeepCard,
     ProgressBar,
@@ -53,12 +48,7 @@ from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import TRAINERS, Job, check_run, check_tokens, space_of_run, total_batch, training_arguments
-from lora_null.recipes.models.bases import (
-    attention,
-    base_to_run,
-    base_to_shard,
-    load_base,
-)
+from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, load_base
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
 from lora_null.recipes.models.so_far import after_earlier, model_so_far
 from lora_null.recipes.probes import probe_folder
@@ -67,6 +57,7 @@ from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
 from lora_null.recipes.report.dial_page import Dial, write_dial
 from lora_null.recipes.results import (
     LOG_FILE,
+    Budget,
     Drift,
     Magnitude,
     Results,
@@ -103,7 +94,6 @@ def run(
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is reported before.
     """
-
     output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
@@ -146,21 +136,14 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
 
 
 def _results(job: Job, rows: list[Row]) -> Results:
-    return Results(
-        recipe=job.recipe.name,
-        model=job.model_name,
-        seed=job.recipe.seed,
-        environment=environment(),
-        settings=_settings(job),
-        rows=rows,
-    )
+    about = {"recipe": job.recipe.name, "model": job.model_name, "seed": job.recipe.seed}
+    return Results(**about, environment=environment(), settings=_settings(job), rows=rows)
 
 
 def _own_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
-    with own_texts.writer(
-        job.recipe.model, job.model_name, job.tokenizer, job.cut, job.recipe.calibration.cache
-    ) as write:
+    cache = job.recipe.calibration.cache
+    with own_texts.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
     _free()
     check_tokens(windows.ids, job.plans)
@@ -170,32 +153,22 @@ def _own_windows(job: Job) -> Windows:
 def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
     section = job.recipe.eval
-    options = {"limit": section.limit, "batch_size": section.batch_size, "output_dir": folder}
+    options = job.computing | {"limit": section.limit, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}
-    options |= {"autocast_dtype": _autocast(job)}
     outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
     inside = [task for task in job.tasks if task not in outside]
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
-    if base:
-        _check_finite(job, found)
-    if job.is_main:
-        write_text(folder / "eval.json", found.to_json())
-    return found
-
-
-def _autocast(job: Job) -> torch.dtype | None:
-    return torch.bfloat16 if job.recipe.eval.bf16 else None
-
-
-def _check_finite(job: Job, found: Evaluation) -> None:
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
-    if bad:
+    if base and bad:
         raise UserError(
             f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
             f"damaged, or {job.recipe.model.dtype} is too narrow for them"
         )
+    if job.is_main:
+        write_text(folder / "eval.json", found.to_json())
+    return found
 
 
 def _evaluate_by_vllm(
@@ -231,17 +204,10 @@ def base_row(job: Job) -> Row:
                 check_base(job.bound, probed, found)
         del load
         _free()
-    return Row(
-        method="base",
-        rank=None,
-        trainable_params=None,
-        adapter_params=None,
-        metrics=found.metrics if found else {},
-        drift=None,
-        seconds=Seconds(init=None, train=None, eval=found.seconds if found else None),
-        tokens_per_second=None,
-        peak_memory_bytes=None,
-    )
+    unknown = ("rank", "trainable_params", "adapter_params", "drift", "tokens_per_second", "peak_memory_bytes")
+    seconds = Seconds(init=None, train=None, eval=found.seconds if found else None)
+    metrics = found.metrics if found else {}
+    return Row(method="base", metrics=metrics, seconds=seconds, **dict.fromkeys(unknown))
 
 
 def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
@@ -266,8 +232,7 @@ def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Eval
 def _record_probe(job: Job, model: Any) -> Evaluation:
     """Measure the base on the probed rows, with its noise, and write it down."""
     folder = probe_folder(job.base)
-    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
-    found = record_base(model, job.tokenizer, job.probe.tasks, folder, **options)
+    found = record_base(model, job.tokenizer, job.probe.tasks, folder, **job.computing, progress=False)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     PartialState().wait_for_everyone()
@@ -287,18 +252,7 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     _train(trainer, last_checkpoint(folder))
     train_seconds = time.perf_counter() - start - trainer.init_seconds
     model = trainer.accelerator.unwrap_model(trainer.model)
-    diverged, found, saved, kept = diverged_at(trainer), None, None, None
-    if diverged is None:
-        if isinstance(probe, KeepBudget):
-            kept = keep_budget(measurement(job, model), probe, model)
-        saved = _save(job, plan, trainer, folder)
-        if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
-            assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
-        found = _evaluate(job, model, folder, base=False) if job.tasks else None
-        if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
-            diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
-        if found and job.recipe.eval.strengths:
-            dial(job, plan.name, model, folder, {1.0: found})
+    diverged, kept, saved, found = _outcome(job, plan, trainer, probe, folder)
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
     row = Row(
         method=plan.name,
@@ -323,6 +277,31 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     del trainer, model
     _free()
     return row
+
+
+def _outcome(
+    job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, folder: Path
+) -> tuple[int | None, Budget | None, int | None, Evaluation | None]:
+    """Hold a trained method to its budget, save and evaluate it.
+
+    Returns:
+        The step at which it diverged, how the budget was kept, the parameters saved, and the evaluation; each None where
+        there is none.
+    """
+    model, diverged, kept = trainer.accelerator.unwrap_model(trainer.model), diverged_at(trainer), None
+    if diverged is not None:
+        return diverged, None, None, None
+    if isinstance(probe, KeepBudget):
+        kept = keep_budget(measurement(job, model), probe, model)
+    saved = _save(job, plan, trainer, folder)
+    if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
+        assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
+    found = _evaluate(job, model, folder, base=False) if job.tasks else None
+    if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
+        return trainer.state.global_step, kept, saved, None  # finite weights that overflow on other texts
+    if found and job.recipe.eval.strengths:
+        dial(job, plan.name, model, folder, {1.0: found})
+    return None, kept, saved, found
 
 
 def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
@@ -352,8 +331,7 @@ def dial(
         known: strength → what was measured already.
         strengths: instead of the recipe's.
     """
-    section = job.recipe.eval
-    options = {"limit": section.limit, "batch_size": section.batch_size, "autocast_dtype": _autocast(job)}
+    section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
     measure = functools.partial(evaluate, model, job.tokenizer, job.tasks, reference_dir=job.base, **options)
     base = Evaluation.read(job.base / "eval.json")
     points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
@@ -448,14 +426,13 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     """
     if job.probe is None:
         return None
-    section = job.probe.section
-    options = {"every": section.every, "share": section.share, "batch_size": job.recipe.eval.batch_size}
-    options |= {"tokenizer": job.tokenizer, "reference_dir": probe_folder(job.base), "autocast_dtype": _autocast(job)}
-    options |= {"keep": folder / PROBE_FILE}
+    section, folder_of_base = job.probe.section, probe_folder(job.base)
+    options = job.computing | {"every": section.every, "share": section.share, "keep": folder / PROBE_FILE}
+    options |= {"tokenizer": job.tokenizer, "reference_dir": folder_of_base}
     if job.bound is None:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
-        base = Evaluation.read(probe_folder(job.base) / "eval.json")
+        base = Evaluation.read(folder_of_base / "eval.json")
         probe = KeepBudget(trainer, job.probe.tasks, job.bound, base, **options)
     trainer.add_callback(probe)
     return probe
@@ -464,12 +441,11 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
 def measurement(job: Job, model: Any) -> Measurement:
     """Return what measures how a live model keeps the budget."""
     whole, few = job.base, probe_folder(job.base)
-    options = {"batch_size": job.recipe.eval.batch_size, "autocast_dtype": _autocast(job), "progress": False}
 
     def measure(tasks: Sequence[Task]) -> Evaluation:
         complete = tasks == [job.bound.task]
         limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
-        return evaluate(model, job.tokenizer, tasks, **limits, **options)
+        return evaluate(model, job.tokenizer, tasks, **limits, **job.computing, progress=False)
 
     learning = [task for task in job.probe.tasks if task.role == "task"]
     bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]

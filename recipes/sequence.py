@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from accelerate import PartialState
 
 from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
-from lora_null.eval_harness import Evaluation, Metric, Task
+from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes import output
-from lora_null.recipes.budget import difference, is_of
+from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.job import Job, inspect_recipe
+from lora_null.recipes.job import Job, check_run
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
@@ -56,21 +57,15 @@ def run_sequence(
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
-        return [inspect_recipe(stage, **options) for stage in stage_recipes(recipe)]
+        return [check_run(stage, **options) for stage in stage_recipes(recipe)]
 
     jobs = together(check, what="checking the recipe")
     size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
     with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
-            on_first_rank(
-                lambda job=job: (
-                    output.claim(job.recipe, resume=True, overwrite=False)
-                    if not output.is_finished(job.folder)
-                    else None
-                )
-            )
-            if not output.is_finished(job.folder):
+            if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
+                on_first_rank(lambda job=job: output.claim(job.recipe, resume=True, overwrite=False))
                 run_job(job)
             for plan in job.plans if number + 1 < len(jobs) else ():
                 _keep_grams(recipe, job, plan)
@@ -92,10 +87,9 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         )
     method = job.recipe.method.model_copy(update={"name": [n for n in job.recipe.method.name if n in alive]})
     job = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"method": method}))
+    weighted = [(other, weight) for other, weight in zip(before, weights) if weight]
     earlier = {
-        plan.name: [
-            Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in zip(before, weights) if weight
-        ]
+        plan.name: [Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in weighted]
         for plan in job.plans
         if _rule(recipe, plan.name) is not None
     }
@@ -138,9 +132,10 @@ def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
     """Write the results of the whole, with the last task's adapter of each method in RUN/METHOD."""
     results = collect(recipe, jobs)
     for plan in jobs[-1].plans:
-        for kind in ("adapter", "model"):
-            for file in (path for path in (jobs[-1].folder / plan.name / kind).rglob("*") if path.is_file()):
-                link(file, root / plan.name / kind / file.relative_to(jobs[-1].folder / plan.name / kind))
+        for trained in (jobs[-1].folder / plan.name / kind for kind in ("adapter", "model")):
+            if trained.is_dir():
+                target = root / plan.name / trained.name
+                shutil.copytree(trained, target, dirs_exist_ok=True, copy_function=link)
     write_results(root, results)
     write_report(root)
     print_table(results)
@@ -154,27 +149,23 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     base = Evaluation.read(jobs[0].base / "eval.json")
     by_task = _tasks_by_stage(recipe, jobs[-1])
     names = [job.recipe.name for job in jobs]
-    metrics = [_metric_of(tasks, base) for tasks in by_task]
+    directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]
+    # Each task is followed by the first metric of its first evaluation that has a known direction.
+    metrics = [next(n for task in tasks for n in directed if task.measures(n)) for tasks in by_task]
     transfers = []
     for row in last.rows[1:]:
-        evaluations = [
-            Evaluation.read(path) for job in jobs if (path := job.folder / row.method / "eval.json").is_file()
-        ]
+        files = [job.folder / row.method / "eval.json" for job in jobs]
+        evaluations = [Evaluation.read(file) for file in files if file.is_file()]
         if len(evaluations) == len(jobs):
             transfers.append(transfer(row.method, base, evaluations, metrics))
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
-        row.method: {name: [_metric(stage, row.method, name) for stage in found] for name in kept}
+        row.method: {name: [of_method(stage, row.method).metrics.get(name) for stage in found] for name in kept}
         for row in last.rows[1:]
     }
-    sequence = Tasks(
-        tasks=names,
-        metrics=metrics,
-        transfers=transfers,
-        knowledge=knowledge,
-        base={m: base.metrics[m] for m in metrics},
-    )
+    followed = {metric: base.metrics[metric] for metric in metrics}
+    sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=followed)
     return last.model_copy(update={"recipe": recipe.name, "rows": rows, "sequence": sequence})
 
 
@@ -188,21 +179,15 @@ def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
     return found
 
 
-def _metric_of(tasks: Sequence[Task], base: Evaluation) -> str:
-    """Return the metric by which a task is followed: the first with a known direction."""
-    named = [n for t in tasks for n, m in base.metrics.items() if is_of(t, n) and m.higher_is_better is not None]
-    return named[0]
-
-
-def _metric(results: Results, method: str, name: str) -> Metric | None:
-    row = next(row for row in results.rows if row.method == method)
-    return row.metrics.get(name)
+def of_method(results: Results, method: str) -> Row:
+    """Return the row of a method."""
+    return next(row for row in results.rows if row.method == method)
 
 
 def _whole_row(method: str, found: Sequence[Results]) -> Row:
     """Return a method's row after the last task, with the time of all tasks."""
-    rows = [next(row for row in stage.rows if row.method == method) for stage in found]
-    seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in ("init", "train", "eval")}
+    rows = [of_method(stage, method) for stage in found]
+    seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
     return rows[-1].model_copy(update={"seconds": Seconds(**seconds)})
 
 

@@ -50,17 +50,11 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
     prompts = [task.pairs[i][0] for i, _, _ in questions]
     texts = _answer(job, results, rows, prompts)
     labels = results.labels()
-    return Answers(
-        task=task.name,
-        metric=metric,
-        labels=[labels[i] for i in rows],
-        questions=[
-            Answered(
-                question=prompt.strip(), right=task.pairs[i][1].strip(), change=change, why=why, answers=list(each)
-            )
-            for prompt, (i, change, why), each in zip(prompts, questions, zip(*texts))
-        ],
-    )
+    asked = [
+        Answered(question=prompt.strip(), right=task.pairs[i][1].strip(), change=change, why=why, answers=list(each))
+        for prompt, (i, change, why), each in zip(prompts, questions, zip(*texts))
+    ]
+    return Answers(task=task.name, metric=metric, labels=[labels[i] for i in rows], questions=asked)
 
 
 def choose(
@@ -92,9 +86,8 @@ def _largest_and_median(change: np.ndarray, number: int) -> list[tuple[int, floa
     middle = max(0, len(order) // 2 - len(largest) - (number - len(largest)) // 2)
     start = min(middle, len(rest) - (number - len(largest)))
     median = rest[start : start + number - len(largest)]
-    return [(i, float(change[i]), "largest change") for i in largest] + [
-        (i, float(change[i]), "median change") for i in median
-    ]
+    chosen = [(i, "largest change") for i in largest] + [(i, "median change") for i in median]
+    return [(i, float(change[i]), why) for i, why in chosen]
 
 
 def _weights(job: Job, results: Results, i: int) -> Path | None:
@@ -126,7 +119,6 @@ def _answer(job: Job, results: Results, rows: Sequence[int], prompts: Sequence[s
 def _generate(job: Job, model: Any, prompts: Sequence[str]) -> list[str]:
     with preserve(model, job.tokenizer), own_precision(model):
         model.eval()
-        texts = generate_texts(
-            model, job.tokenizer, prompts, temperatures=[0.0] * len(prompts), max_new_tokens=MAX_NEW_TOKENS
-        )
+        greedy = {"temperatures": [0.0] * len(prompts), "max_new_tokens": MAX_NEW_TOKENS}
+        texts = generate_texts(model, job.tokenizer, prompts, **greedy)
     return [next(filter(None, map(str.strip, text.splitlines())), "") for text in texts]

@@ -13,6 +13,8 @@ from tiny import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from world import make_world, write_rows
 
+from lora_null.eval_harness import AnswerTask
+from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.recipes import checks, output, run
 from lora_null.recipes.__main__ import main
 
@@ -172,3 +174,12 @@ def test_a_finding_of_the_rehearsal_can_be_a_warning(base, monkeypatch, caplog):
     assert main([str(base / "tiny.yaml"), *words]) == 0
     assert asked[0][0] == "warn" and main([str(base / "tiny.yaml"), *words[:2], "preflight=off"]) == 0
     assert len(asked) == 1
+
+
+def test_no_more_disk_is_asked_for_than_a_reference_may_take():
+    shape = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(vocab_size=2**28))
+    tasks = [AnswerTask("a", [("say", " a b c d e")], kl=kl) for kl in (True, False)]
+    tokens = sum(len(p.ids) - p.start for p in tokenize_pairs(tiny_tokenizer(), tasks[0].pairs, "a", None))
+    assert 4 * 2**28 * tokens > REFERENCE_BYTES == checks.reference_bytes(tasks, tiny_tokenizer(), None, shape)
+    shape = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(vocab_size=64))
+    assert checks.reference_bytes(tasks, tiny_tokenizer(), None, shape) == 4 * 64 * tokens

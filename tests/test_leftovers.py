@@ -162,8 +162,9 @@ def test_the_models_tokens_may_be_given_as_trl_calls_them():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_takes_what_the_processor_computes(native, monkeypatch, capsys, tmp_path):
-    if torch.accelerator.is_available():
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    # As PyTorch built for CUDA on a machine without a GPU.
+    built = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built)
     found = {"avx2": True, "avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     recipe = load_recipe("quickstart", ["model.dtype=auto", "eval.bf16=auto"])
@@ -176,7 +177,7 @@ def test_auto_takes_what_the_processor_computes(native, monkeypatch, capsys, tmp
 
 
 def test_auto_asks_a_gpu_itself(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert environment.computes_bf16() is native

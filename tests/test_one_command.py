@@ -18,6 +18,7 @@ from lora_null.recipes.commands import main
 from lora_null.recipes.commands.arguments import build_parser
 from lora_null.recipes.config.known import CONFIGS, method_options, training_fields
 from lora_null.recipes.config.reference import README, describe_keys
+from lora_null.recipes.config.schema import JudgeSection
 from lora_null.trainer.methods import METHODS
 
 SLOW = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "matplotlib", "scipy", "pandas", "accelerate")
@@ -178,6 +179,9 @@ def test_the_judge_takes_the_options_of_the_harness():
     theirs = {action.dest: action.default for action in parser()._actions} | {"help": None}
     ours = {action.dest: action.default for action in build_parser()[1]["judge"]._actions} | {"help": None}
     assert {name: default for name, default in theirs.items() if name != "command"} == ours
+    assert {
+        name: JudgeSection.model_fields[name].default for name in ("base_url", "parallel", "attempts")
+    }.items() <= ours.items()
 
 
 def test_the_readme_holds_every_key_of_the_schema():

@@ -101,12 +101,22 @@ def test_paths_beside_the_recipe(own):
     assert task.key == "mine" and task.kl and len(task.pairs) == 6
 
 
-@pytest.mark.parametrize("fields", [("prompt", "completion"), ("instruction", "output"), ("query", "response")])
+@pytest.mark.parametrize(
+    "fields", [("prompt", "completion"), ("instruction", "output"), ("query", "response"), ("q", "a")]
+)
 def test_a_bare_file_of_questions_is_an_entry(own, fields):
     path = write_rows(own / f"{fields[0]}.jsonl", [dict(zip(fields, (f"ask {i}", f"say {i}"))) for i in range(3)])
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
     (task,) = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
     assert task.key == fields[0] and task.pairs[1] == ("Question: ask 1\nAnswer:", " say 1")
+
+
+def test_a_question_has_the_input_of_its_instruction(own):
+    path = write_rows(
+        own / "alpaca.jsonl", [{"instruction": "add", "input": f"{i}+1", "output": str(i + 1)} for i in range(3)]
+    )
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
+    assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: add\n\n1+1\nAnswer:", " 2")
 
 
 def test_the_kinds_of_files_are_those_that_are_read():

@@ -188,6 +188,10 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
         (lambda a, b: b | {"method": b["method"] | {"rank": 2}}, "letters changes method"),
         (lambda a, b: b | {"eval": b["eval"] | {"task": []}}, "letters has no eval.task"),
         (lambda a, b: b | {"eval": b["eval"] | {"task": a["eval"]["task"]}}, "'numbers' is measured twice"),
+        (
+            lambda a, b: b | {"training": b["training"] | {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "min_lr or min_lr_rate should",
+        ),
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(finished, tmp_path, monkeypatch, capsys, change, message):

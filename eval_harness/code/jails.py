@@ -162,13 +162,9 @@ def python_files() -> tuple[str, ...]:
     command = [interpreter(), "-I", "-S", "-c", "import sys; print('\\n'.join(sys.path))"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     library = [path for path in found if os.path.exists(path)]
-    modules = {
-        file for path in library for pattern in ("*.so", "lib-dynload/*.so") for file in glob.glob(f"{path}/{pattern}")
-    }
-    binaries = [
-        interpreter(),
-        *sorted(file for file in modules if "_tkinter" not in file),
-    ]  # no screen, no X libraries
+    patterns = [f"{path}/{pattern}" for path in library for pattern in ("*.so", "lib-dynload/*.so")]
+    modules = {file for pattern in patterns for file in glob.glob(pattern) if "_tkinter" not in file}  # no X libraries
+    binaries = [interpreter(), *sorted(modules)]
     linked = subprocess.run([shutil.which("ldd") or "/usr/bin/ldd", *binaries], capture_output=True, text=True).stdout
     libraries = re.findall(r"^\s.*?(/\S+) \(0x", linked, re.MULTILINE)
     paths = dict.fromkeys([interpreter(), *library, *libraries, "/etc/ld.so.cache"])

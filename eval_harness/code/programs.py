@@ -171,15 +171,30 @@ def run_program(
         UserError: no jail works here.
     """
     program = Program(program) if isinstance(program, str) else program
-    jail, limits = jail or find_jail(*_jail.get()), Limits(seconds, memory_mb)
+    with _examined(program, jail or find_jail(*_jail.get()), Limits(seconds, memory_mb)) as verdicts:
+        try:
+            if _message(verdicts, START_SECONDS) != "ready":
+                raise ValueError("no answer")
+        except (EOFError, ValueError, TimeoutError) as error:
+            raise UserError(f"code execution: the jail did not start ({error or 'no answer'})") from None
+        try:
+            return Outcome(*_message(verdicts, seconds))
+        except TimeoutError:
+            return Outcome(False, "timed out")
+        except (EOFError, ValueError):
+            return Outcome(False, "ended early, with its tests")
+
+
+@contextlib.contextmanager
+def _examined(program: Program, jail: Jail, limits: Limits) -> Iterator[int]:
+    """Start a program and its examiner, each the other's standard input and output; yield the file of the verdict."""
     with contextlib.ExitStack() as started:
         with contextlib.ExitStack() as handed:
             requests, to_program = os.pipe()
             handed.callback(os.close, requests)
             handed.callback(os.close, to_program)
-            examiner = started.enter_context(
-                jail.start("examiner", limits, stdin=subprocess.PIPE, stdout=to_program, stderr=subprocess.PIPE)
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": to_program, "stderr": subprocess.PIPE}
+            examiner = started.enter_context(jail.start("examiner", limits, **pipes))
             assert examiner.stdin and examiner.stderr
             handed.enter_context(examiner.stdin)
             started.enter_context(examiner.stderr)
@@ -187,18 +202,7 @@ def run_program(
             started.enter_context(jail.start("program", limits, **pipes))
             with contextlib.suppress(BrokenPipeError):  # the examiner did not start; what it wrote says why
                 inside.send(examiner.stdin.fileno(), {**vars(program), "names": list(program.names)})
-        file = examiner.stderr.fileno()
-        try:
-            if _message(file, START_SECONDS) != "ready":
-                raise ValueError("no answer")
-        except (EOFError, ValueError, TimeoutError) as error:
-            raise UserError(f"code execution: the jail did not start ({error or 'no answer'})") from None
-        try:
-            return Outcome(*_message(file, seconds))
-        except TimeoutError:
-            return Outcome(False, "timed out")
-        except (EOFError, ValueError):
-            return Outcome(False, "ended early, with its tests")
+        yield examiner.stderr.fileno()
 
 
 def _message(file: int, seconds: float) -> Any:

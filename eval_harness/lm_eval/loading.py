@@ -228,9 +228,8 @@ def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
 def _single_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
     """Return the full configuration of a task, or of the one task that a group's members are subsets of."""
     leaves = list(_leaves(task.task, manager))
-    rules = [
-        {k: v for k, v in (manager.task_index[leaf].cfg or {}).items() if k not in SUBSET_KEYS} for leaf in leaves
-    ]
+    configs = [manager.task_index[leaf].cfg or {} for leaf in leaves]
+    rules = [{key: value for key, value in config.items() if key not in SUBSET_KEYS} for config in configs]
     if any(rule != rules[0] for rule in rules):
         raise UserError(
             f"{task} is a group of different tasks, so path cannot stand in for their data; "

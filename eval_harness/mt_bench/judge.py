@@ -7,6 +7,7 @@ format as they come, so that a judging that was broken off goes on where it stop
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -148,10 +149,28 @@ class Judge:
         for field in fields(self):
             if field.name not in ("model", "wait") and (value := getattr(self, field.name)) != field.default:
                 words += [
-                    "--" + field.name.replace("_", "-"),
+                    f"--{field.name.replace('_', '-')}",
                     f"{value:g}" if isinstance(value, float) else str(value),
                 ]
         return shlex.join(words)
+
+
+def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the options of a command that grades a file of answers; return those that name files."""
+    add, default = parser.add_argument, {field.name: field.default for field in fields(Judge)}
+    files = [
+        add("answers", help="answers in FastChat's format"),
+        add("--questions", help="MT-Bench's questions (default: questions.jsonl beside the answers)"),
+        add("--references", help="reference answers, for math, reasoning and coding"),
+        add("--prompts", help="FastChat's judge_prompts.jsonl: scores comparable with published ones"),
+    ]
+    add("--model", required=True, help="the judge")
+    add("--base-url", default=default["base_url"], help="an OpenAI-compatible endpoint (default: %(default)s)")
+    add("--api-key-env", default=default["api_key_env"], help="variable that holds the key (default: %(default)s)")
+    add("--requests-per-minute", type=float, help="at most")
+    add("--parallel", type=int, default=default["parallel"], help="requests under way at once (default: %(default)s)")
+    add("--attempts", type=int, default=default["attempts"], help="for one grade, at most (default: %(default)s)")
+    return files
 
 
 class JudgeError(RuntimeError):
@@ -185,39 +204,30 @@ def judge_answers(
         JudgeError: the endpoint cannot be reached or refuses.
     """
     prompts = judge.read_prompts()
-    requests = [
-        request
-        for question in questions
-        if question["question_id"] in answers
-        for request in _requests(question, answers[question["question_id"]], prompts)
-    ]
+    answered = [question for question in questions if question["question_id"] in answers]
+    requests = [r for question in answered for r in _requests(question, answers[question["question_id"]], prompts)]
     digest = judge.digest()
     known = _read_grades(path, judge.model, digest)
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
-    with (
-        closing(_Client(judge)) as client,
-        open(path, "a", encoding="utf-8") as file,
-        ThreadPoolExecutor(judge.parallel) as pool,
-    ):
+    with closing(_Client(judge)) as client, open(path, "a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")  # a line that a killed run left half written
-        bar = tqdm(total=len(todo), desc="judging", unit="turn", disable=not progress)
 
         def grade(request: _Request) -> None:
             text, score = client.grade(request)
             line = request.to_json(judge.model, model_id) | {"judgment": text, "score": score, "tstamp": time.time()}
-            line["prompts"] = digest
             with lock:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | {"prompts": digest}) + "\n")
                 file.flush()
                 if score != MISSING:
                     grades[request.key] = score
                 bar.update()
 
-        with bar:
+        bar = tqdm(total=len(todo), desc="judging", unit="turn", disable=not progress)
+        with ThreadPoolExecutor(judge.parallel) as pool, bar:
             try:
                 list(pool.map(grade, todo))
             except JudgeError:
@@ -239,13 +249,8 @@ class _Request:
         return self.question_id, self.turn
 
     def to_json(self, judge_model: str, model_id: str) -> dict[str, Any]:
-        return {
-            "question_id": self.question_id,
-            "model": model_id,
-            "judge": [judge_model, self.prompt_name],
-            "user_prompt": self.user_prompt,
-            "turn": self.turn,
-        }
+        asked = {"question_id": self.question_id, "model": model_id, "judge": [judge_model, self.prompt_name]}
+        return asked | {"user_prompt": self.user_prompt, "turn": self.turn}
 
 
 def _requests(
@@ -357,15 +362,10 @@ class _Client:
     def _ask(self, request: _Request, attempts: int, options: dict[str, Any]) -> tuple[str | None, int]:
         """Return the judgment, None where the answer holds none, and how many attempts it took."""
         client = self.openai.with_options(max_retries=attempts - 1)
-        answer = client.chat.completions.with_raw_response.create(
-            model=self.judge.model,
-            messages=[
-                {"role": "system", "content": request.system_prompt},
-                {"role": "user", "content": request.user_prompt},
-            ],
-            **options,
-            extra_headers=self.headers,
-        )
+        said = {"system": request.system_prompt, "user": request.user_prompt}
+        messages = [{"role": role, "content": text} for role, text in said.items()]
+        create = client.chat.completions.with_raw_response.create
+        answer = create(model=self.judge.model, messages=messages, **options, extra_headers=self.headers)
         try:  # from the text: local servers do not always name its type, without which the package does not read it
             text = json.loads(answer.http_response.text)["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):

@@ -66,9 +66,8 @@ def as_questions(
             raise UserError(f"MT-Bench: row {number} cannot be used: a turn {error}") from None
         if not all(turn.strip() for turn in turns):
             raise UserError(f"MT-Bench: row {number} cannot be used: a turn is empty")
-        questions.append(
-            {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
-        )
+        fields = {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
+        questions.append(fields)
     return questions
 
 
@@ -122,13 +121,10 @@ class MTBenchTask(Task):
 
     def describe(self, limit: int | None) -> dict[str, Any]:
         asked = [self.ask([(question["turns"][0], "")], question["turns"][1]) for question in self.questions[:limit]]
-        judge = self.judge and {
-            "model": self.judge.model,
-            "base_url": self.judge.base_url,
-            "prompts": self.judge.digest(),
-        }
+        judge = self.judge
+        judged = judge and {"model": judge.model, "base_url": judge.base_url, "prompts": judge.digest()}
         digest = hashlib.sha256(repr((asked, self.questions[:limit])).encode()).hexdigest()
-        return {"limit": limit, "max_new_tokens": self.max_new_tokens, "judge": judge, "questions_sha256": digest}
+        return {"limit": limit, "max_new_tokens": self.max_new_tokens, "judge": judged, "questions_sha256": digest}
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Answer, write the answers, have them graded; the settings say how many grades there are and are missing."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import shtab
 
 from lora_null import __version__
+from lora_null.eval_harness.mt_bench.judge import add_options
 from lora_null.recipes.config.load import shipped
-from lora_null.recipes.config.schema import JudgeSection
 from lora_null.utils.errors import UserError, nearest
 
 ALLOW, JAILED, UNSAFE = "--allow-code-execution", "jailed", "unsafe"
@@ -23,6 +24,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def _adder(parser: Any) -> Callable[..., None]:
+    """Return what adds an option to a parser or a group of it, with what a shell completes it by."""
+
+    def add(*names: str, complete: Any = None, **options: Any) -> None:
+        action = parser.add_argument(*names, **options)
+        if complete is not None:
+            action.complete = complete
+
+    return add
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -51,14 +63,12 @@ def _new(commands: Any) -> argparse.ArgumentParser:
         description="Look at a model and a file of data and write a commented recipe for them: format, template, lengths, "
         "batch for the device at hand, what to calibrate on and what to measure. No weights are loaded.",
     )
-    add = parser.add_argument
-    add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
-    add("--data", required=True, help="file, folder or hub id of what to learn").complete = shtab.FILE
-    add("--keep", help="file, folder or hub id of what to keep; else a general mix").complete = shtab.FILE
+    add = _adder(parser)
+    add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
+    add("--data", required=True, help="file, folder or hub id of what to learn", complete=shtab.FILE)
+    add("--keep", help="file, folder or hub id of what to keep; else a general mix", complete=shtab.FILE)
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
-    add(
-        "--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)"
-    ).complete = shtab.FILE
+    add("--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)", complete=shtab.FILE)
     return parser
 
 
@@ -70,11 +80,9 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s RECIPE RECIPE ... --sequence\n"
         "       %(prog)s --list",
     )
-    add = parser.add_argument
-    add("recipe", nargs="?", help="a shipped name, or the path of a YAML").complete = {
-        "bash": "_lora_null_recipe",
-        "zsh": "_lora_null_recipe",
-    }
+    add = _adder(parser)
+    recipes = dict.fromkeys(("bash", "zsh"), "_lora_null_recipe")
+    add("recipe", nargs="?", help="a shipped name, or the path of a YAML", complete=recipes)
     add("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
     add("--method", help="methods to run, separated by commas")
     add("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
@@ -87,7 +95,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
-    add("--output-dir", help="where everything goes (default: runs/RECIPE)").complete = shtab.DIRECTORY
+    add("--output-dir", help="where everything goes (default: runs/RECIPE)", complete=shtab.DIRECTORY)
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
@@ -112,13 +120,15 @@ def _report(commands: Any) -> argparse.ArgumentParser:
         description="Write report.md, report.html and forgetting.png from what lies in the folder of a run or a grid; of a run "
         "that is not finished unfinished.html. Several folders are also compared on one page.",
     )
-    parser.add_argument(
+    add = _adder(parser)
+    add(
         "--out",
         type=Path,
         default=Path("comparison"),
         help="folder of the page that compares several (default: comparison)",
-    ).complete = shtab.DIRECTORY  # pyright: ignore[reportAttributeAccessIssue]
-    parser.add_argument("words", nargs="+", metavar="DIR", help="output folder of a run").complete = shtab.DIRECTORY
+        complete=shtab.DIRECTORY,
+    )
+    add("words", nargs="+", metavar="DIR", help="output folder of a run", complete=shtab.DIRECTORY)
     return parser
 
 
@@ -129,8 +139,8 @@ def _init(commands: Any) -> argparse.ArgumentParser:
         description="Calibrate, solve, and write DIR/adapter (a plain LoRA for the original model, for any trainer to "
         "continue) and DIR/init (for a recipe: method.init=DIR). A killed run continues where it was.",
     )
-    add = parser.add_argument
-    add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
+    add = _adder(parser)
+    add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
     variants = "v2: B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
     add("--variant", choices=("v1", "v2", "nb"), default="v2", help=variants)
     add("--null-multiple", type=float, help="nb: N has this many times r directions (default 4)")
@@ -140,8 +150,8 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add("--alpha", type=float, help="numerator of the scaling (default: the rank, s = 1)")
     add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear")
     add("--no-cache", action="store_true", help="neither use nor fill the cache of initializations")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, help="hub id or local folder").complete = shtab.DIRECTORY
+    add = _adder(parser.add_argument_group("model"))
+    add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
     add("--revision", help="hub revision")
     add(
         "--dtype",
@@ -152,13 +162,19 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
-    add = parser.add_argument_group("calibration").add_argument
+    _add_calibration(_adder(parser.add_argument_group("calibration")))
+    return parser
+
+
+def _add_calibration(add: Callable[..., None]) -> None:
+    """Add what says which texts to keep, and how they are cut."""
     add(
         "--calibration",
         default="general",
         help="hub id, local file or folder of the texts to keep; general: the shipped mix (default); self: what the model "
         "itself writes",
-    ).complete = shtab.FILE
+        complete=shtab.FILE,
+    )
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
     add("--field", help="field that holds the text (default: found out)")
     add("--template", help="text made of a row's fields, such as 'Q: {question}'")
@@ -166,7 +182,6 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add("--max-length", type=int, default=1024, help="tokens of a window, at most (default 1024)")
     add("--mode", choices=("packed", "separate"), default="packed", help="texts joined and cut, or one text a window")
     add("--seed", type=int, default=0, help="seed of what is drawn at random (default 0)")
-    return parser
 
 
 def _form(name: str) -> str:
@@ -182,9 +197,9 @@ def _export(commands: Any) -> argparse.ArgumentParser:
         description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
         "base and its logits on real text are compared with the run's before the folder appears.",
     )
-    add = parser.add_argument
+    add = _adder(parser)
     _add_source(add)
-    add("--out", required=True, type=Path, help="folder to write").complete = shtab.DIRECTORY
+    add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
     add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
     add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
@@ -202,15 +217,15 @@ def _export(commands: Any) -> argparse.ArgumentParser:
 def _add_source(add: Any) -> None:
     """Add the trained adapter that a command works on."""
     about = "one method of a run, or any PEFT LoRA"
-    add("source", type=Path, metavar="RUN/METHOD", help=about).complete = shtab.DIRECTORY
+    add("source", type=Path, metavar="RUN/METHOD", help=about, complete=shtab.DIRECTORY)
 
 
 def _add_questions(add: Any) -> None:
     """Add what says what to measure, where it is not a run's own recipe."""
     add(
-        "--keep", metavar="FILE", help="measure on these questions with answers what is forgotten"
-    ).complete = shtab.FILE
-    add("--learn", metavar="FILE", help="and on these what was learned").complete = shtab.FILE
+        "--keep", metavar="FILE", help="measure on these questions with answers what is forgotten", complete=shtab.FILE
+    )
+    add("--learn", metavar="FILE", help="and on these what was learned", complete=shtab.FILE)
     add("--prompt", default="question", help="field of the question (default question)")
     add("--response", default="answer", help="field of the answer (default answer)")
     add("--template", default="qa", help="alpaca, qa (default), plain, or a text with {prompt}")
@@ -224,12 +239,12 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
         description="Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what "
         "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
     )
-    add = parser.add_argument
+    add = _adder(parser)
     _add_source(add)
     add("--strengths", metavar="S,S", help="1 is as trained (default 0,0.2,0.4,0.6,0.8,1,1.25)")
     add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
-    add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)").complete = shtab.DIRECTORY
+    add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
     return parser
 
@@ -241,10 +256,9 @@ def _check(commands: Any) -> argparse.ArgumentParser:
         description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
         "no weights of the base are loaded. Exit status 1 where something is wrong.",
     )
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD"
-    ).complete = shtab.DIRECTORY
-    parser.add_argument("--base", help="folder or hub id of the base (default: what the adapter's config names)")
+    add = _adder(parser)
+    add("folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD", complete=shtab.DIRECTORY)
+    add("--base", help="folder or hub id of the base (default: what the adapter's config names)")
     return parser
 
 
@@ -255,18 +269,6 @@ def _judge(commands: Any) -> argparse.ArgumentParser:
         description="Grade MT-Bench answers in FastChat's format; writes the judgments beside them and prints the scores. "
         "Run again, it goes on where it stopped. Exit status 1 where the endpoint fails.",
     )
-    default = {name: field.default for name, field in JudgeSection.model_fields.items()}
-    add = parser.add_argument
-    add("answers", help="answers in FastChat's format").complete = shtab.FILE
-    add("--questions", help="MT-Bench's questions (default: questions.jsonl beside the answers)").complete = shtab.FILE
-    add("--references", help="reference answers, for math, reasoning and coding").complete = shtab.FILE
-    add("--model", required=True, help="the judge")
-    add("--base-url", default=default["base_url"], help="an OpenAI-compatible endpoint (default: %(default)s)")
-    add("--api-key-env", default=default["api_key_env"], help="variable that holds the key (default: %(default)s)")
-    add(
-        "--prompts", help="FastChat's judge_prompts.jsonl: scores comparable with published ones"
-    ).complete = shtab.FILE
-    add("--requests-per-minute", type=float, help="at most")
-    add("--parallel", type=int, default=default["parallel"], help="requests under way at once (default: %(default)s)")
-    add("--attempts", type=int, default=default["attempts"], help="for one grade, at most (default: %(default)s)")
+    for action in add_options(parser):
+        action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
     return parser

@@ -7,8 +7,7 @@ import argparse
 from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.commands.source import Base
-from lora_null.recipes.config.schema import ModelSection, parse_section
+from lora_null.recipes.commands.source import base_of
 from lora_null.utils.errors import UserError
 
 
@@ -22,12 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.folder}: no such folder")
     inner = arguments.folder / "adapter"
     adapter = read_adapter(inner if inner.is_dir() else arguments.folder)
-    name = arguments.base or adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{adapter.folder}: its config names no base; --base says which")
-    revision = None if arguments.base else adapter.config.get("revision")
-    base = Base(parse_section(ModelSection, "model", {"name_or_path": name, "revision": revision}))
-    files = checkpoint_on_disk(base.name, revision)
+    base = base_of(adapter, arguments.base)
+    files = checkpoint_on_disk(base.name, base.section.revision)
     findings = check_adapter(adapter, base.empty(), files)
     for finding in findings:
         print(finding)

@@ -87,9 +87,8 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
         raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
     before = source.recipe.get("eval", {}) if source.recipe else {}
     evaluated = source.run / "base"
-    shared = (
-        not own and before.get("backend", "hf") == "hf" and not arguments.base and (evaluated / "eval.json").is_file()
-    )
+    shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
+    shared = shared and (evaluated / "eval.json").is_file()
     try:
         return evaluation_job(recipe, evaluated if shared else out / "base")
     except UserError as error:
@@ -138,17 +137,7 @@ def strength_within(source: Source, arguments: argparse.Namespace, scratch: Path
             f"--max-forgetting: {arguments.max_forgetting:g} leaves nothing of the adapter; at the smallest strength "
             f"{measured.bound.measure} is beyond it"
         )
-    described = Budget(
-        measure=measured.bound.measure,
-        at_most=section.at_most,
-        then="scale",
-        strength=value,
-        step=0,
-        steps=0,
-        value=checked.value,
-        stderr=checked.stderr,
-        n=rows,
-        kept=True,
-        first_check=first and first.value,
-    )
+    at_most = {"measure": measured.bound.measure, "at_most": section.at_most, "then": "scale"}
+    found = {"strength": value, "step": 0, "steps": 0, "kept": True, "first_check": first and first.value}
+    described = Budget(**at_most, **found, value=checked.value, stderr=checked.stderr, n=rows)
     return value, described.sentence()

@@ -30,7 +30,7 @@ from lora_null.adapters.truncate import truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import write_card
-from lora_null.recipes.commands.source import check_adapter_fits, find_source
+from lora_null.recipes.commands.source import another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.strengths import check_strength
@@ -163,10 +163,7 @@ def _write(export: Export, arguments: argparse.Namespace) -> None:
 def _check_base(export: Export, metadata: dict[str, str]) -> None:
     same = same_base(metadata, export.source.base.folder)
     if same is False:
-        raise UserError(
-            f"{export.source.folder}: trained on another base than {export.source.base.name} (its weights differ); "
-            "--base names the right one"
-        )
+        raise another_base(export.source)
     if same is None:
         export.notes.append("The adapter does not record which base it was trained on; the recipe's was used.")
 

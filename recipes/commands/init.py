@@ -68,10 +68,7 @@ def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model = {key: given[key] for key in ("revision", "dtype", "quantization")} | {"name_or_path": given["model"]}
     keys = ("split", "field", "template", "samples", "max_length", "mode")
     calibration = {key: given[key] for key in keys} | calibration_entry(given["calibration"])
-    return (
-        parse_section(ModelSection, "model", model),
-        parse_section(CalibrationSection, "calibration", calibration),
-    )
+    return (parse_section(ModelSection, "model", model), parse_section(CalibrationSection, "calibration", calibration))
 
 
 def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:

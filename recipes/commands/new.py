@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from lora_null.recipes.data.examples import Example, RowReader, describe_bad_row
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.environment import accelerator, computes_bf16
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.report.render import templates_in
@@ -182,13 +184,12 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
 
 
 def _machine() -> Machine:
-    if torch.cuda.is_available():
+    device = accelerator()
+    if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        return Machine(properties.name, properties.total_memory, False, torch.cuda.is_bf16_supported())
-    if torch.accelerator.is_available():
-        name = str(torch.accelerator.current_accelerator())
-        return Machine(name, psutil.virtual_memory().available, False, False)
-    return Machine("this CPU", psutil.virtual_memory().available, True, False)
+        return Machine(properties.name, properties.total_memory, False, computes_bf16())
+    name = "this CPU" if device is None else str(device)
+    return Machine(name, psutil.virtual_memory().available, device is None, False)
 
 
 def _rows(path: str, split: str, where: str, out: Path) -> Rows:
@@ -228,11 +229,8 @@ def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], di
     keys, examples, bad = min(tries, key=lambda found: len(found[2]))  # the first of equals
     if len(bad) >= len(examples):
         settle_bad_rows(bad, len(bad) + len(examples), "error")
-    return (
-        keys | ({"on_bad_row": "skip"} if bad else {}),
-        examples,
-        {"left out": describe_bad_rows(bad)} if bad else {},
-    )
+    notes = {"left out": describe_bad_rows(bad)} if bad else {}
+    return keys | ({"on_bad_row": "skip"} if bad else {}), examples, notes
 
 
 def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any) -> tuple[list[Example], list[BadRow]]:
@@ -256,9 +254,8 @@ def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any) -> tuple[list[Exa
 
 
 def _lengths(examples: Sequence[Example], template: str, tokenizer: Any, preferences: bool) -> list[int]:
-    sides = [
-        tokenize(examples, template, tokenizer, rejected=side) for side in ((False, True) if preferences else (False,))
-    ]
+    rejected = (False, True) if preferences else (False,)
+    sides = [tokenize(examples, template, tokenizer, rejected=side) for side in rejected]
     return sorted(max(len(tokens.ids) for tokens in row) for row in zip(*sides))
 
 
@@ -328,29 +325,17 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     count = draft.rows.learned or draft.rows.count
     epochs = 1 if count is None or count >= 2000 else 2 if count >= 500 else 3
     total = next((batch for batch in BATCHES[1:] if (count or math.inf) * epochs / batch >= STEPS), 1)
-    recipe = _as_recipe(draft)
-    plan = plan_methods(recipe, config)[0]
-    weights = size * (4 if draft.model["dtype"] == "float32" else 2)
-    chosen = None
-    for checkpointing in (False, True):
-        for batch in (b for b in BATCHES if b <= min(total, 16)):
-            kind = DPOConfig if preferences else SFTConfig
-            training = kind(
-                output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch,
-                max_length=draft.training["max_length"], gradient_checkpointing=checkpointing,
-            )  # fmt: skip
-            tokens = batch * draft.training["max_length"] * (2 if preferences else 1)
-            logits = 8 * tokens * config.get_text_config().vocab_size
-            activations = activation_bytes(config, training) * (2 if machine.on_cpu else 1)
-            needed = weights + max(plan.gram_bytes, activations + logits + plan.extra_bytes)
-            if chosen is None or needed < chosen[2]:
-                chosen = batch, checkpointing, needed
-            if needed <= USED * machine.memory:
-                break
-        if chosen and chosen[2] <= USED * machine.memory:
-            break
-    assert chosen is not None
-    batch, checkpointing, needed = chosen
+    raw = {
+        "model": draft.model,
+        "method": {"name": METHOD, "rank": draft.rank},
+        "data": draft.data,
+        "calibration": draft.calibration,
+        "trainer": "dpo" if preferences else "sft",
+    }
+    recipe = parse_recipe(raw, draft.name)
+    needed, batch, checkpointing = _fitting(
+        recipe, config, machine, size, draft.training["max_length"], min(total, 16)
+    )
     draft.training |= {
         "learning_rate": 5e-6 if preferences else 2e-4,
         "num_train_epochs": epochs,
@@ -361,11 +346,8 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     }
     steps = f"about {math.ceil(count / total) * epochs:,} steps" if count else "steps"
     draft.notes["train"] = f"{epochs} epoch{'s' if epochs > 1 else ''}, {steps} of {total} rows, {batch} at once"
-    fits = (
-        ""
-        if needed <= machine.memory
-        else "; that is too little: lower training.max_length, or model.quantization=nf4"
-    )
+    advice = "; that is too little: lower training.max_length, or model.quantization=nf4"
+    fits = "" if needed <= machine.memory else advice
     draft.notes["memory"] = f"about {needed / GIB:.1f} GiB of {machine.memory / GIB:.1f} on {machine.name}{fits}"
     draft.notes["keep"] = f"{recipe.calibration.title}, {recipe.calibration.samples} windows of text" + (
         ""
@@ -374,27 +356,34 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     )
 
 
-def _as_recipe(draft: Draft) -> Recipe:
-    """Return the draft as a recipe, to count by."""
-    raw = {
-        "model": draft.model,
-        "method": {"name": METHOD, "rank": draft.rank},
-        "data": draft.data,
-        "calibration": draft.calibration,
-        "trainer": "dpo" if draft.rows.format.preferences else "sft",
-    }
-    return parse_recipe(raw, draft.name)
+def _fitting(
+    recipe: Recipe, config: Any, machine: Machine, size: int, length: int, most: int
+) -> tuple[float, int, bool]:
+    """Return the bytes that a step needs, its largest batch that fits, and whether with checkpointing; else the least."""
+    plan, tried = plan_methods(recipe, config)[0], []
+    weights, pairs = size * (4 if recipe.model.dtype == "float32" else 2), recipe.trainer == "dpo"
+    for checkpointing, batch in itertools.product((False, True), (b for b in BATCHES if b <= most)):
+        training = (DPOConfig if pairs else SFTConfig)(
+            output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch, max_length=length,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        logits = 8 * batch * length * (2 if pairs else 1) * config.get_text_config().vocab_size
+        activations = activation_bytes(config, training) * (2 if machine.on_cpu else 1)
+        needed = weights + max(plan.gram_bytes, activations + logits + plan.extra_bytes)
+        tried.append((needed, batch, checkpointing))
+        if needed <= USED * machine.memory:
+            return tried[-1]
+    return min(tried, key=lambda found: found[0])
 
 
 class _OneLine(yaml.SafeDumper):
     """Writes texts of several lines in double quotes."""
 
+    def represent_str(self, data: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 
-
-_OneLine.add_representer(str, _text)
+_OneLine.add_representer(str, _OneLine.represent_str)
 
 
 def _yaml(value: Any) -> str:

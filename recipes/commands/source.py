@@ -125,18 +125,26 @@ def find_source(folder: Path, base: str | None = None) -> Source:
 
 def _made_elsewhere(folder: Path, base: str | None) -> Source:
     """Return any PEFT LoRA, with the base that its config names, in the dtype that the base's own config names."""
-    config = read_adapter(folder).config
-    name = base or config.get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{folder}: its config names no base; --base says which")
-    values = {"name_or_path": str(name), "revision": None if base else config.get("revision")}
-    section = parse_section(ModelSection, "model", values)
+    named = base_of(read_adapter(folder), base)
     try:
-        dtype = str(Base(section).config.dtype).removeprefix("torch.")
+        dtype = str(named.config.dtype).removeprefix("torch.")
     except UserError as error:
         raise UserError(f"{folder}: {error}; --base names the right one") from None
-    section.dtype = dtype if dtype in ("bfloat16", "float16") else "float32"  # pyright: ignore[reportAttributeAccessIssue]
-    return Source(folder.parent, folder.name, "adapter", {}, Base(section), folder)
+    named.section.dtype = dtype if dtype in ("bfloat16", "float16") else "float32"  # pyright: ignore[reportAttributeAccessIssue]
+    return Source(folder.parent, folder.name, "adapter", {}, named, folder)
+
+
+def base_of(adapter: Any, base: str | None) -> Base:
+    """Return the base that `base` or the config of a saved adapter names.
+
+    Raises:
+        UserError: neither does.
+    """
+    name = base or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter.folder}: its config names no base; --base says which")
+    revision = None if base else adapter.config.get("revision")
+    return Base(parse_section(ModelSection, "model", {"name_or_path": str(name), "revision": revision}))
 
 
 def check_adapter_fits(source: Source) -> None:
@@ -162,10 +170,15 @@ def check_adapter_fits(source: Source) -> None:
                 f"the base {there}; --base names the right one"
             )
     if same_base(adapter.metadata, source.base.folder) is False:
-        raise UserError(
-            f"{source.folder}: trained on another base than {source.base.name} (its weights differ); --base names the "
-            "right one"
-        )
+        raise another_base(source)
+
+
+def another_base(source: Source) -> UserError:
+    """Return what to raise where an adapter's hash of its base is not that of the base at hand."""
+    name = source.base.name
+    return UserError(
+        f"{source.folder}: trained on another base than {name} (its weights differ); --base names the right one"
+    )
 
 
 def _shape(module: Any) -> tuple[int, int] | None:

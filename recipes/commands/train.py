@@ -30,15 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     words = [word for word in (arguments.recipe, *arguments.words) if word is not None]
     if not words:
         raise UserError("give a recipe, or --list to see them")
-    options = {
-        "methods": arguments.method,
-        "output_dir": arguments.output_dir,
-        "preset": arguments.model_preset,
-        "seeds": arguments.seeds,
-        "sweeps": arguments.sweep,
-        "quick": arguments.quick,
-        "max_forgetting": arguments.max_forgetting,
-    }
+    options = {key: getattr(arguments, key) for key in ("output_dir", "seeds", "quick", "max_forgetting")}
+    options |= {"methods": arguments.method, "preset": arguments.model_preset, "sweeps": arguments.sweep}
     if arguments.sequence:
         names = [word for word in words if "=" not in word]
         recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]

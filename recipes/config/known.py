@@ -19,37 +19,28 @@ CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 @cache
 def training_fields(trainer: str) -> frozenset[str]:
     """Return the arguments of TRL's configuration class for a trainer, "sft" or "dpo"."""
-    name = CONFIGS[trainer]
     try:
-        trl, transformers = (
-            Path(importlib.util.find_spec(package).origin).parent for package in ("trl", "transformers")
-        )
+        trl, transformers = (Path(importlib.util.find_spec(name).origin).parent for name in ("trl", "transformers"))
         files = (
             trl / f"trainer/{trainer}_config.py",
             trl / "trainer/base_config.py",
             transformers / "training_args.py",
         )
-        return frozenset(_fields(name, dict(_classes(files))))
-    except (
-        OSError,
-        KeyError,
-        AttributeError,
-        SyntaxError,
-    ):  # a version of TRL that has these classes elsewhere: import it
+        return frozenset(_fields(CONFIGS[trainer], dict(_classes(files))))
+    except (OSError, KeyError, AttributeError, SyntaxError):  # a TRL that has these classes elsewhere: import it
         import trl
 
-        return frozenset(field.name for field in dataclasses.fields(getattr(trl, name)) if field.init)
+        return frozenset(field.name for field in dataclasses.fields(getattr(trl, CONFIGS[trainer])) if field.init)
 
 
 @cache
 def method_options() -> dict[str, frozenset[str]]:
     """Return the options of each method of `trainer/methods` by the method's name; `add_methods` adds a user's own."""
     classes = dict(_classes(sorted(METHODS_FOLDER.glob("*.py"))))
-    found = {}
-    for kind in classes.values():
-        if any(isinstance(decorator, ast.Name) and decorator.id == "method" for decorator in kind.decorator_list):
-            found[_assigned(kind, "name")] = frozenset(_fields(kind.name, classes))
-    return found
+    marked = [
+        kind for kind in classes.values() if any(getattr(d, "id", None) == "method" for d in kind.decorator_list)
+    ]
+    return {_assigned(kind, "name"): frozenset(_fields(kind.name, classes)) for kind in marked}
 
 
 def add_methods(path: str) -> list[str]:

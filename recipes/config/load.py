@@ -206,14 +206,8 @@ def load_recipe(
     """Return the validated recipe with all overrides laid over it.
 
     Args:
-        name: as in `find`.
-        assignments: `key.subkey=value`.
-        methods: method names, separated by commas.
-        output_dir: where the run goes.
-        preset: the name of a model preset, laid over the recipe first.
-        seeds, sweeps: of a grid, as the options --seeds and --sweep take them.
-        quick: lay the recipe's own `quick` over it first.
-        max_forgetting: `budget.at_most`.
+        name, assignments: as in `find` and `override`.
+        methods, output_dir, preset, seeds, sweeps, quick, max_forgetting: as the options of `lora-null train` take them.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override.
@@ -224,8 +218,11 @@ def load_recipe(
         if preset not in known:
             raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, known)}")
         raw = merge(raw, resolve_includes(known[preset]))
-    if quick:
-        _lay_quick(raw, path)
+    short = raw.pop("quick", None) if quick else {}
+    if quick and not (isinstance(short, dict) and short):
+        raise UserError(f"--quick: {path} has no quick form")
+    for key, value in short.items():
+        put(raw, str(key), _number(value), f"{path}: quick.{key}")
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
     if max_forgetting is not None:
         put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
@@ -242,14 +239,6 @@ def load_recipe(
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe, every default written out, as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _lay_quick(raw: dict[str, Any], path: Path) -> None:
-    chosen = raw.pop("quick", None)
-    if not isinstance(chosen, dict) or not chosen:
-        raise UserError(f"--quick: {path} has no quick form")
-    for key, value in chosen.items():
-        put(raw, str(key), _number(value), f"{path}: quick.{key}")
 
 
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
@@ -275,24 +264,23 @@ def _number_list(text: str) -> list[Any]:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
-    probe = recipe.eval.probe
-    probed = (
-        [entry for held in (probe.retention, probe.task) if isinstance(held, list) for entry in held] if probe else []
-    )
-    entries = (*recipe.eval.retention, *recipe.eval.task, *probed)
+    probe, entries = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
+    for held in (probe.retention, probe.task) if probe else ():
+        entries += held if isinstance(held, list) else []
     holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
     holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
+
+    def found(path: str) -> str:
+        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+        return str(next((beside / path for beside in folders if (beside / path).exists()), path))
+
     for holder, key in holders:
         path = getattr(holder, key, None)
-        if not path or Path(path).exists() or (key == "task" and Path(path).suffix not in TASK_FILES):
-            continue
-        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
-        found = next((beside / path for beside in folders if (beside / path).exists()), path)
-        setattr(holder, key, str(found))
+        if path and not Path(path).exists() and (key != "task" or Path(path).suffix in TASK_FILES):
+            setattr(holder, key, found(path))
     for task in recipe.sequence.tasks if recipe.sequence else ():
         entries = (task.get("eval") or {}).get("task") or []
         for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
-            path = holder.get("path") if isinstance(holder, dict) else None
-            if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
-                holder["path"] = str(folder / path)
+            if isinstance(holder, dict) and isinstance(path := holder.get("path"), str) and not Path(path).exists():
+                holder["path"] = found(path)
     return recipe

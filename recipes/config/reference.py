@@ -33,7 +33,11 @@ WORDS = {str: "text", int: "integer", float: "number", bool: "true, false", dict
 
 def describe_keys() -> str:
     """Return the table of every key, one table for each section, as Markdown."""
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items() if _is_section(field.annotation)}
+    sections = {
+        name: field.annotation
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
@@ -42,13 +46,11 @@ def describe_keys() -> str:
         "eval.vllm": VLLMSection,
         "eval.code": CodeSection,
         "eval.probe": ProbeSection,
-        "budget": BudgetSection,
     }
-    inner["sequence"] = SequenceSection
+    inner |= {"budget": BudgetSection, "sequence": SequenceSection}
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
-    tables.append(
-        _table("", f"An entry of `calibration.sources`: {_summary(WeightedSource)}", WeightedSource.model_fields)
-    )
+    title = f"An entry of `calibration.sources`: {_summary(WeightedSource)}"
+    tables.append(_table("", title, WeightedSource.model_fields))
     for name, kind in ENTRIES.items():
         title = f"An entry of `eval.retention` or `eval.task` with the key `{name}`: {_summary(kind)}"
         tables.append(_table("", title, kind.model_fields))
@@ -63,10 +65,6 @@ def describe_refused() -> str:
     lines = ["**What `training` does not take of TRL's SFTConfig and DPOConfig; every other field passes through**\n"]
     lines += ["| fields | |", "|:--|:--|", *(f"| {', '.join(keys)} | {reason} |" for reason, keys in reasons.items())]
     return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _summary(kind: type[BaseModel]) -> str:

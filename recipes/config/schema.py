@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -92,6 +93,9 @@ MOST_NAMED = 16  # keys, where none is like the one that was given
 PATH = Field(min_length=1, description="hub id, local file or folder")
 SUBSET = Field(None, description="configuration of a hub data set")
 SPLIT = "split; a single file is its own"
+
+
+Template = Annotated[str, AfterValidator(check_template)]
 
 
 class Section(BaseModel):
@@ -340,17 +344,13 @@ class DataSection(Section):
         description="thoughts of the assistant (<think>, reasoning_content): all kept, or dropped; when not given, as the "
         "template has it, and the last turn's at least",
     )
-    template: str = Field("alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}")
+    template: Template = Field(
+        "alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}"
+    )
     limit: int | None = Field(None, ge=1, description="first rows only")
     on_bad_row: Literal["error", "skip"] | None = Field(
         None, description="rows that cannot be trained on; when not given, an error only if they are over 1%"
     )
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, template: str) -> str:
-        check_template(template, "data.template", chat=True)
-        return template
 
     @model_validator(mode="after")
     def _text_alone(self) -> DataSection:
@@ -395,15 +395,9 @@ class AnswersEntry(Section):
         None, description="field of a conversation whose last learned answer counts, instead of prompt and response"
     )
     system: str | None = Field(None, description="field of a system text, put before the conversation")
-    template: str = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
+    template: Template = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, template: str) -> str:
-        check_template(template, "eval template", chat=True)
-        return template
 
 
 class PreferencesEntry(Section):
@@ -809,5 +803,4 @@ def _section(parent: type[BaseModel] | None, name: str) -> type[BaseModel] | Non
     field = parent.model_fields.get(name) if parent else None
     inside = [] if field is None else [field.annotation, *get_args(field.annotation)]
     inside += [kind for outer in inside for kind in get_args(outer)]  # of a list of sections
-    kinds = [kind for kind in inside if isinstance(kind, type)]
-    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+    return next((kind for kind in inside if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe, parse_recipe
@@ -26,24 +27,13 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
     for recipe in recipes[1:]:
         for key in FROM_FIRST:
             if getattr(recipe, key) != getattr(first, key):
-                told = (
-                    f"{first.model.name_or_path!r}, then {recipe.model.name_or_path!r}"
-                    if key == "model"
-                    else "the first's"
-                )
+                names_of_both = f"{first.model.name_or_path!r}, then {recipe.model.name_or_path!r}"
+                told = names_of_both if key == "model" else "the first's"
                 raise UserError(f"--sequence: {recipe.name} changes {key} ({told}); all tasks share one")
-    tasks = []
-    for recipe in recipes:
-        raw = recipe.model_dump(mode="json")
-        tasks.append(
-            {
-                "name": recipe.name,
-                "data": raw["data"],
-                "training": raw["training"],
-                "eval": {"task": raw["eval"]["task"]},
-            }
-        )
-    raw = first.model_dump(mode="json") | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}}
+    dumped = [recipe.model_dump(mode="json") for recipe in recipes]
+    own = [{key: raw[key] for key in ("name", "data", "training")} for raw in dumped]
+    tasks = [keys | {"eval": {"task": raw["eval"]["task"]}} for keys, raw in zip(own, dumped)]
+    raw = dumped[0] | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}}
     raw["output_dir"] = output_dir or f"runs/{'-'.join(names)}"
     return parse_recipe(raw, "--sequence")
 
@@ -68,19 +58,9 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         raise UserError(f"sequence.tasks: two tasks are called {twice!r}; give one of them another name")
     stages, every = [], []
     for number, task in enumerate(section.tasks, 1):
-        overlay = {key: value for key, value in task.items() if key != "name"}
-        wrong = next((key for key in overlay if key not in OVERLAID), None)
-        if wrong is not None:
-            shared = "changes what all tasks share" if wrong in FROM_FIRST else "has no such key for a task"
-            raise UserError(
-                f"sequence.tasks: {task['name']} sets {wrong!r}, it {shared}; a task sets {', '.join(OVERLAID)}"
-            )
-        inner = next((key for key in overlay.get("eval") or {} if key != "task"), None)
-        if inner is not None:
-            raise UserError(
-                f"sequence.tasks: {task['name']} sets eval.{inner}; a task sets eval.task, the rest is shared"
-            )
-        own = merge(raw, overlay) | {"sequence": None, "quick": {}, "name": task["name"]}
+        _check_overlay(task)
+        own = merge(raw, {key: value for key, value in task.items() if key != "name"})
+        own |= {"sequence": None, "quick": {}, "name": task["name"]}
         own["output_dir"] = str(Path(recipe.output_dir) / FOLDER / f"{number}-{task['name']}")
         every.append(own["eval"]["task"])
         stages.append(own)
@@ -92,3 +72,16 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
             f"sequence.tasks: {names[every.index([])]} has no eval.task, nothing would tell whether it is kept"
         )
     return parsed
+
+
+def _check_overlay(task: dict[str, Any]) -> None:
+    """Raise a UserError where a task sets what all tasks share."""
+    wrong = next((key for key in task if key not in ("name", *OVERLAID)), None)
+    if wrong is not None:
+        shared = "changes what all tasks share" if wrong in FROM_FIRST else "has no such key for a task"
+        raise UserError(
+            f"sequence.tasks: {task['name']} sets {wrong!r}, it {shared}; a task sets {', '.join(OVERLAID)}"
+        )
+    inner = next((key for key in task.get("eval") or {} if key != "task"), None)
+    if inner is not None:
+        raise UserError(f"sequence.tasks: {task['name']} sets eval.{inner}; a task sets eval.task, the rest is shared")

@@ -109,10 +109,8 @@ def training_data(
     if preferences:
         rows = _preference_rows(examples, data.template)
     else:
-        columns = {
-            "input_ids": [t.ids[:max_length] for _, t in kept],
-            "labels": [t.labels[:max_length] for _, t in kept],
-        }
+        cut = [(tokens.ids[:max_length], tokens.labels[:max_length]) for _, tokens in kept]
+        columns = {"input_ids": [ids for ids, _ in cut], "labels": [labels for _, labels in cut]}
         rows = datasets.Dataset.from_dict(columns)
     return TrainingData(rows, examples, bad)
 

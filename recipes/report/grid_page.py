@@ -26,9 +26,7 @@ from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, sett
 
 RATE = "training.learning_rate"
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
-Parts = tuple[
-    np.ndarray | None, np.ndarray | None
-]  # what each question adds to (learned, forgotten); None: nothing known
+Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,9 @@ class Reading:
 
     value: float
     parts: list[np.ndarray]
+
+    def __sub__(self, other: Reading) -> Reading:
+        return Reading(self.value - other.value, [a - b for a, b in zip(self.parts, other.parts)])
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def _label(name: str) -> str:
 def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
     number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
     frontier = Frontier(name, {}, {}, [], sum(run.diverged is not None for run in runs))
-    for run in sorted(runs, key=lambda run: tuple(_sortable(value) for value in run.point.values())):
+
+    def rising(run: Run) -> list[tuple]:
+        return [(0, v, "") if isinstance(v, int | float) else (1, 0, str(v)) for v in run.point.values()]
+
+    for run in sorted(runs, key=rising):
         point = tuple(change(results, run, metric) for metric in (task, kept))
         if None in point:
             continue
@@ -160,10 +165,8 @@ def _part(results: Results, name: str, before: Evaluation | None, after: Evaluat
 def _sign(results: Results, name: str) -> int:
     """1 if a rise of the metric is learning, or forgetting; -1 if a fall is."""
     metric = results.metric(name)
-    if (
-        metric.higher_is_better is None
-    ):  # how far the model moved on the new task: neither good nor bad, counted as forgetting
-        return 1
+    if metric.higher_is_better is None:
+        return 1  # how far the model moved on the new task: neither good nor bad, counted as forgetting
     return (1 if metric.higher_is_better else -1) * (1 if metric.role == "task" else -1)
 
 
@@ -181,10 +184,6 @@ def change(results: Results, run: Row, name: str) -> float | None:
     """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
     before, after = results.base.estimate(name), run.estimate(name)
     return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
-
-
-def _sortable(value: object) -> tuple:
-    return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
 def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[Parts] = ()) -> Reading | None:
@@ -219,10 +218,8 @@ def equal_learning(results: Results, kept: str, task: str, found: Evaluations | 
         if level > 0:
             targets.append(Target(level, where, _at(every, lora, level)))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
-    return sorted(
-        (replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets),
-        key=lambda target: target.learned,
-    )
+    targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
+    return sorted(targets, key=lambda target: target.learned)
 
 
 def _known(value: float) -> float | None:
@@ -242,17 +239,16 @@ def _levels(results: Results, task: str) -> dict[str, list[float]]:
 def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
     read = {f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
     theirs = read[lora.name]
-    shared = {
-        f.name: {seed: _minus(r, theirs[seed]) for seed, r in read[f.name].items() if seed in theirs}
-        for f in every
-        if f is not lora
-    }
-    gaps = {name: spread_of(readings) for name, readings in shared.items() if readings}
+    gaps = {}
+    for f in every:
+        shared = {seed: r - theirs[seed] for seed, r in read[f.name].items() if seed in theirs}
+        gaps |= {f.name: spread_of(shared)} if shared and f is not lora else {}
     tested = _tested(gaps)
     rows = []
     for f in every:
         ours, (stderr, p) = read[f.name], tested.get(f.name, (None, None))
-        value = _estimate(spread_of(ours)) if ours else None
+        spread = spread_of(ours) if ours else None
+        value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
         gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
         rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p))
     return rows
@@ -272,14 +268,6 @@ def spread_of(readings: Mapping[int, Reading]) -> Spread:
     """Return the mean of the seeds' readings and how it varies with questions and seeds."""
     sets = zip(*(reading.parts for reading in readings.values()))
     return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
-
-
-def _minus(ours: Reading, theirs: Reading) -> Reading:
-    return Reading(ours.value - theirs.value, [a - b for a, b in zip(ours.parts, theirs.parts)])
-
-
-def _estimate(spread: Spread) -> Estimate:
-    return Estimate(float(spread.mean), float(spread.stderr) or None)
 
 
 def grid_headline(results: Results, found: Evaluations) -> str:

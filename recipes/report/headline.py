@@ -113,11 +113,8 @@ def forgetting(results: Results) -> Measure | None:
         return Measure(title, losses, False, unit, results, compared)
     title = "mean retention" if several else metric_title(names[0])
     values = [mean([row.estimate(name) for name in names]) for row in results.rows]
-    return (
-        Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
-        if any(values[1:])
-        else None
-    )
+    found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
+    return found if any(values[1:]) else None
 
 
 def learning(results: Results) -> Measure | None:
@@ -205,7 +202,8 @@ def _verdict(
     if noun == "learning" and _not_above_base(measure, best):
         sentence = f"No method learned more than the base knew ({measure.text(0)}) beyond the error: {extremes}."
         return Verdict(title, [], f"None above the base's {measure.text(0)}. {extremes}", sentence, unmeasured)
-    against = _reference(results, [i for i in rest if i not in ties])
+    beaten = [i for i in rest if i not in ties]  # compared with plain LoRA where it was beaten
+    against = next((i for i in beaten if results.rows[i].method == "lora"), beaten[0])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
     detail += _times_less(measure, best, against)
     sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
@@ -219,11 +217,6 @@ def _not_above_base(measure: Measure, best: int) -> bool:
     """Whether even the best row is not better than the base; False where that was not compared."""
     gap = measure.gap(best, 0)
     return gap is not None and (not gap.significant or (gap.mean > 0) != measure.higher_is_better)
-
-
-def _reference(results: Results, beaten: list[int]) -> int:
-    """Whom the best is compared with: plain LoRA where it was beaten, else the best of those that were."""
-    return next((i for i in beaten if results.rows[i].method == "lora"), beaten[0])
 
 
 def _times_less(measure: Measure, best: int, against: int) -> str:

@@ -14,23 +14,21 @@ from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
 from lora_null.recipes.config.load import RECIPE_FILE
+from lora_null.recipes.report.drawing import palette, variable
 from lora_null.recipes.report.figures import (
     card_png,
     curves_picture,
     distances,
     forgetting_picture,
     forgetting_png,
-    frontier_picture,
-    frontier_png,
     plane_alt,
     row_colors,
 )
 from lora_null.recipes.report.following import following, probe_curves
+from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png, magnitude_picture, magnitude_png
 from lora_null.recipes.report.grid_page import against_reference, grid_content, grid_headline
 from lora_null.recipes.report.headline import headline, verdicts
-from lora_null.recipes.report.magnitude import magnitude_picture, magnitude_png
 from lora_null.recipes.report.paper import paper_table
-from lora_null.recipes.report.svg import palette, variable
 from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row
 from lora_null.recipes.results import LOG_FILE, Results, load_log, load_results
 from lora_null.utils.files import replacing
@@ -61,10 +59,8 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
         results.paired, results.noise = compare(results, found), noise_of(found)
     content = _content(results, found, output_dir) | {"picture_file": drawn}
     templates = templates_in(Path(__file__).parent)
-    pages = {
-        page: templates.get_template(template).render(content).encode()
-        for page, template in ((f"{name}.md", "report.md.j2"), (f"{name}.html", "page.html.j2"))
-    }
+    pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the last stands for all
+    pages = {page: templates.get_template(file).render(content).encode() for page, file in pages.items()}
     sizes = magnitude_png(results) if results.grid else None
     pictures = {
         drawn: frontier_png(results) if results.grid else forgetting_png(results),
@@ -173,11 +169,11 @@ def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str,
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
     table, colors, labels = build_table(results), row_colors(results), results.labels()
     reference, recipe = reference_row(results, results.rows[-1].variant), output_dir / RECIPE_FILE
-    return {
+    not_there = {"verdicts": [], "grid": None, "curves": [], "without_log": [], "unreadable": [], "snippet": None}
+    return not_there | {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
         "headline": _headline(results, found),
-        "verdicts": [],
         "labels": labels,
         "colors": [variable(color) for color in colors],
         "variable": variable,
@@ -192,11 +188,6 @@ def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str,
         "paired": against_reference(results),
         "tests": len([pair for pair in results.paired or () if pair.p is not None]),
         "paper": paper_table(results),
-        "grid": None,
-        "curves": [],
-        "without_log": [],
-        "unreadable": [],
-        "snippet": None,
         "adapter_folders": [],
         "command": results.environment.get("command"),
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
@@ -228,7 +219,6 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict) and value:
             pairs += _flat(value, f"{prefix}{key}.")
         elif value is not None:
-            pairs.append(
-                (f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-            )
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            pairs.append((f"{prefix}{key}", text))
     return pairs

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import read_yaml
@@ -19,6 +17,7 @@ from lora_null.recipes.results import (
     load_log,
     load_results,
     read_row,
+    shared_and_differing,
     write_results,
 )
 from lora_null.utils.errors import UserError
@@ -82,7 +81,8 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     found = [load_results(f) if (f / RESULTS_FILE).is_file() else results_so_far(f) for f in folders]
     for folder, results in zip(folders, found):
         _check_alike(folders[0], found[0], folder, results)
-    if out.is_dir() and any(out.iterdir()) and not _is_comparison(out):
+    ours = (out / RESULTS_FILE).is_file() and load_results(out).recipe == "comparison"
+    if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out: {out} holds other files; choose an empty folder")
     rows, first = [], next((r for r in found if r.base.metrics), found[0])
     for name, folder, results in zip(names, folders, found):
@@ -92,21 +92,17 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
             if not results.grid and (folder / row.method / LOG_FILE).is_file():
                 link(folder / row.method / LOG_FILE, own)
             rows.append(row.model_copy(update={"variant": variant}))
-    differing, same = _settings(found)
+    same, differing = shared_and_differing(results.settings for results in found)
     results = Results(
         recipe="comparison",
         model=first.model,
         environment={"runs": ", ".join(names)},
-        settings=same | {f"differs: {key}": ", ".join(map(str, values)) for key, values in differing.items()},
+        settings=same | {f"differs: {k}": ", ".join(str(r.settings.get(k)) for r in found) for k in differing},
         rows=[first.base, *rows],
     )
     write_results(out, results)
     write_report(out)
     return out / "report.html"
-
-
-def _is_comparison(out: Path) -> bool:
-    return (out / RESULTS_FILE).is_file() and load_results(out).recipe == "comparison"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -124,23 +120,12 @@ def _check_alike(one: Path, first: Results, other: Path, results: Results) -> No
     if first.model != results.model:
         raise UserError(f"report: {one} and {other} have different bases ({first.model}, {results.model})")
     for name, metric in first.base.metrics.items():
-        mine = results.base.metrics.get(name)
-        if mine is not None and (
-            mine.n != metric.n or abs(mine.value - metric.value) > 1e-3 * max(1.0, abs(metric.value))
-        ):
+        other_metric = results.base.metrics.get(name)
+        if other_metric is None:
+            continue
+        far = abs(other_metric.value - metric.value) > 1e-3 * max(1.0, abs(metric.value))
+        if other_metric.n != metric.n or far:
             raise UserError(
                 f"report: {one} and {other} measured {name} differently (the base has {metric.value:.4g} on {metric.n}, "
-                f"{mine.value:.4g} on {mine.n})"
+                f"{other_metric.value:.4g} on {other_metric.n})"
             )
-
-
-def _settings(found: Sequence[Results]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Return the settings that differ between runs, and those that all share."""
-    keys = dict.fromkeys(key for results in found for key in results.settings)
-    values = {key: [results.settings.get(key) for results in found] for key in keys}
-    same = {
-        key: each[0]
-        for key, each in values.items()
-        if len({json.dumps(v, sort_keys=True, default=str) for v in each}) == 1
-    }
-    return {key: each for key, each in values.items() if key not in same}, same

@@ -78,8 +78,8 @@ def build_table(results: Results) -> Table:
         columns += [_metric_column(results, name) for name in results.metric_names(role)]
         columns += _mean_column(results, role)
     columns += [
-        _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, _drift),
-        _plain("‖ΔW‖/‖W₀‖", "", "size of the change of the adapted weights as one, Frobenius norms.", results, _magnitude),
+        _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, lambda r: _percent(r.drift and r.drift.mean)),
+        _plain("‖ΔW‖/‖W₀‖", "", "size of the change of the adapted weights as one, Frobenius norms.", results, lambda r: _percent(r.magnitude and r.magnitude.total)),
         _plain("Init / train / eval", "Cost", "wall-clock time of the three phases.", results, _times),
         _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
     ]  # fmt: skip
@@ -250,17 +250,9 @@ def _plain(title: str, group: str, definition: str, results: Results, text) -> C
     return Column(title, group, definition, [Cell(text(row)) for row in results.rows])
 
 
-def _drift(row: Row) -> str:
-    if row.drift is None or row.drift.mean is None:
+def _percent(share: float | None) -> str:
+    if share is None:
         return MISSING
-    return _percent(row.drift.mean)
-
-
-def _magnitude(row: Row) -> str:
-    return MISSING if row.magnitude is None else _percent(row.magnitude.total)
-
-
-def _percent(share: float) -> str:
     percent = 100 * share
     return f"{percent:.1f}%" if percent >= 0.1 or percent == 0 else f"{percent:.2g}%"
 

@@ -14,6 +14,7 @@ from scipy import stats
 from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.report import load_results, print_table, write_report
+from lora_null.recipes.report.drawing import COLORS
 from lora_null.recipes.report.figures import (
     card_png,
     curves_picture,
@@ -24,7 +25,6 @@ from lora_null.recipes.report.figures import (
 )
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
-from lora_null.recipes.report.svg import COLORS
 from lora_null.recipes.report.table import build_table, count, decimals, rank_marks, show, show_all
 from lora_null.recipes.results import (
     Estimate,

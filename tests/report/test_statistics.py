@@ -3,6 +3,7 @@
 `python tests/report/test_statistics.py` prints the simulation's table.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -15,12 +16,12 @@ from lora_null.eval_harness.statistics import (
     LEVEL,
     Difference,
     Spread,
-    all_pairs,
     holm,
+    influence,
     mean_and_error,
-    paired_difference,
     stack,
     t_tests,
+    two_level,
     weighted_mean,
 )
 from lora_null.recipes.comparisons import compare
@@ -52,6 +53,21 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
     found = difference(a, b, weights=weights)
     assert found.mean == pytest.approx(weighted_mean(a[0], weights) - weighted_mean(b[0], weights))
     assert found.stderr == pytest.approx(mean_and_error((a - b)[0], weights)[1])
+
+
+def paired_difference(ours, theirs, weights=None, *, fraction=False):
+    """ours − theirs, [..., seeds, questions], of models that were asked the same questions."""
+    gaps = ours - theirs
+    return two_level(weighted_mean(gaps, weights), [influence(gaps, weights)], discordant=2.0 if fraction else 0.0)
+
+
+def all_pairs(values, weights=None, *, fraction=False):
+    """Compare every two models, [..., models, seeds, questions]: the pairs (i, j), and model i − model j."""
+    pairs = list(itertools.combinations(range(values.shape[-3]), 2))
+    found = [
+        paired_difference(values[..., i, :, :], values[..., j, :, :], weights, fraction=fraction) for i, j in pairs
+    ]
+    return pairs, t_tests(stack(found), values.shape[-3])
 
 
 def difference(ours, theirs, *, methods=2, **options):

@@ -1,0 +1,167 @@
+"""How everything is drawn: figures without global state, as PNG and as SVG that follows the page; one color a method.
+
+SVG of the page has its width, its font, and its light and dark colors as variables of its style sheet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+# One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
+COLORS = {
+    "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
+    "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
+    "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
+    "nb-lora": "#0b3c6f", "sc-lora": "#e377c2", "kl-anchor": "#8c2d04", "replay": "#7fbf3f", "clora": "#8073ac",
+    "oft": "#c9a000", "oplora": "#b2182b",
+}  # fmt: skip
+OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
+INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
+
+MARKERS = "osD^vP"
+LOG_FROM = 30  # a span of values beyond this factor is drawn on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Drawings of one thing for the page.
+
+    Attributes:
+        drawings: (name of the choice, SVG) of which one is seen at a time, or panels beside each other, each with its name.
+        caption: how it is read.
+        title: what is drawn, where the page does not say it.
+        panels: whether the drawings are panels.
+        legend: (color, marker or line, text) of what the drawings do not name themselves.
+    """
+
+    drawings: list[tuple[str, Markup]]
+    caption: str = ""
+    panels: bool = False
+    legend: list[tuple[str, str, str]] = field(default_factory=list)
+    title: str = ""
+
+
+def colors_of(methods: Iterable[str]) -> dict[str, str]:
+    """Return a color a method: fixed for those we know, from a cycle for others."""
+    names, cycle = dict.fromkeys(methods), itertools.cycle(OTHER_COLORS)
+    return {name: COLORS.get(name) or next(cycle) for name in names}
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Return whether positive values span so much that a logarithmic axis shows them better."""
+    return min(values) > 0 and max(values) > LOG_FROM * min(values)
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, size: int = 10, **shared: Any
+) -> tuple[Figure, Any]:
+    """Return an empty figure, in inches, and its axes: one, or an array."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, **shared)
+    for axes in np.atleast_1d(panels).ravel():
+        dress(axes, size)
+    return figure, panels
+
+
+def dress(axes: Axes, size: int) -> None:
+    """Give axes the look of all: no frame, gray lines, letters of a size in points."""
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9ca3af")
+    axes.tick_params(colors=INK, labelsize=size)
+    axes.xaxis.label.set(color=INK, fontsize=size)
+    axes.yaxis.label.set(color=INK, fontsize=size)
+
+
+def sentence(text: str, *, narrow: bool = False) -> Figure:
+    """Return a figure that says why there is none."""
+    figure, axes = new_figure(4.3 if narrow else 8.0, 1.2)
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, textwrap.fill(text, 40), ha="center", va="center", color=INK, fontsize=12)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as PNG; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, alt: str) -> Markup:
+    """The figure as SVG for the page: no background, sized by the page, colors as variables of its style sheet."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head = rf'<svg viewBox="\1" role="img" aria-label="{escape(alt)}">'
+    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", head, text)
+    text = _own_ids(text)
+    text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans)", text)
+    return Markup(re.sub(r"#[0-9a-f]{6}\b", lambda match: variable(match[0]), text))
+
+
+def _own_ids(text: str) -> str:
+    """Names that no other drawing of the page has; groups, which nothing refers to, need none."""
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{own}-", text)
+
+
+def escape_math(text: str) -> str:
+    """`$` would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: int = 24) -> str:
+    """Break a long name into lines, at a hyphen or space where there is one; `$` would start a formula."""
+    lines = [""]
+    text = escape_math(text).replace(" = ", "\u00a0=\u00a0")
+    for word in re.findall(r"[^- ]*[- ]?", text):
+        for piece in [word[i : i + width] for i in range(0, len(word), width)]:
+            lines[-1:] = [lines[-1] + piece] if len(lines[-1] + piece) <= width else [lines[-1], piece]
+    return "\n".join(line.strip() for line in lines)
+
+
+def variable(color: str) -> str:
+    """The variable of the page's style sheet that stands for a color."""
+    named = {INK: "ink", FAINT: "faint", "#ffffff": "card", "#9ca3af": "soft"}
+    return f"var(--{named.get(color, 'c' + color[1:])})"
+
+
+def palette(page_colors: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(variable, on white, on a dark ground) of every color of a method: lightened until it stands out there."""
+    colors = dict.fromkeys([*page_colors, *COLORS.values(), GOOD])
+    return [(f"--c{color[1:]}", color, _lighter(color)) for color in colors]
+
+
+def _lighter(color: str) -> str:
+    """`color`, mixed with as much white as gives a contrast of 4.5 to the ground of the dark page."""
+    for share in np.arange(0, 1, 0.05):
+        mixed = to_hex([(1 - share) * channel + share for channel in to_rgb(color)])
+        if (_luminance(mixed) + 0.05) / (_luminance(DARK_CARD) + 0.05) >= 4.5:
+            return mixed
+    return "#ffffff"
+
+
+def _luminance(color: str) -> float:
+    """The relative luminance of WCAG 2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))

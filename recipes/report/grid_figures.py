@@ -1,0 +1,180 @@
+"""The pictures of a grid: frontiers of learning and forgetting, and forgetting against the size of the change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lora_null.recipes.report.drawing import (
+    COLORS,
+    FAINT,
+    INK,
+    MARKERS,
+    Picture,
+    colors_of,
+    is_wide,
+    new_figure,
+    png,
+    sentence,
+    svg,
+    wrapped,
+)
+from lora_null.recipes.report.grid_page import change, frontiers, mean_path, metric_pair
+from lora_null.recipes.report.table import metric_title
+from lora_null.recipes.results import DISPLAY, Estimate, Results
+
+NOTHING = "No runs of the grid have both a retention and a task metric yet."
+
+
+@dataclass(frozen=True)
+class Path:
+    """A frontier as it is drawn: means over the seeds, (learned, forgotten), with their errors."""
+
+    name: str
+    label: str
+    color: str
+    points: list[tuple[Estimate, Estimate]]
+
+
+@dataclass(frozen=True)
+class Frontiers:
+    """All methods' frontiers, and how their axes are."""
+
+    paths: list[Path]
+    titles: tuple[str, str]
+    log: bool
+
+    @classmethod
+    def of(cls, results: Results) -> Frontiers | None:
+        """Return the frontiers of a grid; None where no run has both metrics."""
+        pair = metric_pair(results)
+        found = [f for f in frontiers(results, *pair) if f.rows] if pair else []
+        if pair is None or not found:
+            return None
+        colors = colors_of(f.name for f in found)
+        paths = [Path(f.name, f.label, colors[f.name], mean_path(results, f, *pair)) for f in found]
+        log = is_wide([y.value for path in paths for _, y in path.points])
+        learned = f"learned: {metric_title(pair[1])}, improvement on the base  →"
+        return cls(paths, (learned, f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →"), log)
+
+    @property
+    def legend(self) -> list[tuple[str, str, str]]:
+        """(color, line, text) of what the panels do not name themselves."""
+        own = [(INK, "o-", "the panel's method: one dot a setting, bars one standard error")]
+        lora = [(COLORS["lora"], "--", "LoRA")] if any(path.name == "lora" for path in self.paths) else []
+        return [*own, *lora, ("#9ca3af", "-", "the other methods")]
+
+    def draw_panel(self, axes: Axes, path: Path) -> None:
+        """Draw one method's frontier, and the others' thin behind it: LoRA, what all are compared with, dashed."""
+        start = [] if self.log else [0.0]
+        for other in [*(other for other in self.paths if other is not path), path]:
+            x, y = ([point[i].value for point in other.points] for i in (0, 1))
+            is_lora, own = other.name == "lora", other is path
+            color = path.color if own else COLORS["lora"] if is_lora else FAINT
+            style = {"linewidth": 2, "zorder": 3} if own else {"linewidth": 1, "zorder": 1 + is_lora}
+            axes.plot([*start, *x], [*start, *y], "--" if is_lora and not own else "-", color=color, **style)
+        xerr, yerr = ([point[i].stderr or 0 for point in path.points] for i in (0, 1))
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o", color=path.color, markersize=5, elinewidth=1.2, zorder=4)
+        if self.log:
+            axes.set_yscale("log")
+
+    def set_limits(self, axes: Axes) -> None:
+        """Set the same limits in panels that are drawn apart."""
+        x, y = zip(*(point for path in self.paths for point in path.points))
+        low, high = min(0, *(e.value for e in x)), max(e.value + (e.stderr or 0) for e in x)
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+        low, high = min(e.value for e in y), max(e.value + (e.stderr or 0) for e in y)
+        axes.set_ylim(*((low / 1.6, high * 1.6) if self.log else (min(0, low) - 0.05 * high, 1.08 * high)))
+
+
+def frontier_png(results: Results) -> bytes:
+    """Small multiples of all frontiers: means over the seeds, bars one standard error, the others in gray."""
+    found = Frontiers.of(results)
+    if found is None:
+        return png(sentence(NOTHING))
+    count, wide = len(found.paths), min(len(found.paths), 3)
+    tall = -(-count // wide)
+    figure, panels = new_figure(8.0, 1.2 + 2.2 * tall, rows=tall, columns=wide, sharex=True, sharey=True)
+    panels = np.atleast_1d(panels).ravel()
+    for axes, path in zip(panels, found.paths):
+        found.draw_panel(axes, path)
+        dark = to_hex([0.72 * channel for channel in to_rgb(path.color)])  # to be read as text on white
+        axes.set_title(wrapped(path.label, 18), fontsize=10, fontweight="bold", color=dark, loc="left")
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    for axes in panels[count - wide : count]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel(found.titles[0], fontsize=10)
+    figure.supylabel(found.titles[1], fontsize=10)
+    handles = [panels[0].plot([], [], line, color=color, label=text)[0] for color, line, text in found.legend]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return png(figure)
+
+
+def frontier_picture(results: Results) -> Picture:
+    """The same for the page, one drawing a panel."""
+    found, drawings = Frontiers.of(results), []
+    if found is None:
+        return Picture([("", svg(sentence(NOTHING, narrow=True), NOTHING))])
+    for path in found.paths:
+        figure, axes = new_figure(2.3, 1.9, size=8)
+        found.draw_panel(axes, path)
+        found.set_limits(axes)
+        points = "; ".join(f"learned {x.value:.3g}, forgotten {y.value:.3g}" for x, y in path.points)
+        drawings.append((path.label, svg(figure, f"{path.label}: {points}.")))
+    across, up = (title.replace("  →", "") for title in found.titles)
+    caption = f"Across, {across}; up, {up}. Lower and further right is better."
+    return Picture(drawings, caption, panels=True, legend=found.legend)
+
+
+def magnitude_png(results: Results) -> bytes | None:
+    """Forgetting against learning, and against the size of the change beside it; None where one is not known.
+
+    Where methods lie on one curve at the right, size alone explains what they forget; where they lie apart, its
+    directions do.
+    """
+    figure = _magnitudes(results)
+    return figure and png(figure)
+
+
+def magnitude_picture(results: Results) -> Picture | None:
+    """The same for the page."""
+    alt = "Forgetting against learning at the left, against the size of the change of the weights at the right."
+    figure = _magnitudes(results)
+    return figure and Picture([("", svg(figure, alt))])
+
+
+def _magnitudes(results: Results) -> Figure | None:
+    pair = metric_pair(results)
+    points: dict[
+        str, list[tuple[float, float, float]]
+    ] = {}  # method → (learned, forgotten, ‖ΔW‖/‖W0‖) of its settings
+    for row in results.rows[1:] if pair else ():
+        point = (change(results, row, pair[1]), change(results, row, pair[0]), row.magnitude and row.magnitude.total)
+        if None not in point:
+            points.setdefault(row.method, []).append(point)
+    if pair is None or not points:
+        return None
+    figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
+    colors, log = colors_of(points), is_wide([y for of_method in points.values() for _, y, _ in of_method])
+    for index, (method, of_method) in enumerate(points.items()):
+        learned, y, size = zip(*of_method)
+        style = {"color": colors[method], "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
+        for axes, x in zip(panels, (learned, [100 * value for value in size])):
+            axes.plot(x, y, markersize=6, markeredgecolor="white", label=DISPLAY.get(method, method), **style)
+    panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
+    if log:
+        panels[0].set_yscale("log")
+    panels[0].set_xlabel(f"learned: {metric_title(pair[1])},\nimprovement on the base  →")
+    panels[1].set_xlabel("size of the change: ‖ΔW‖ / ‖W₀‖, %,\nlogarithmic  →")
+    panels[0].set_ylabel(f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →")
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    return figure
