@@ -134,7 +134,7 @@ def run_grid(
 
 
 def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool | str) -> Results:
-    """Run what is not finished, write the results after each cell; return the results.
+    """Run what is not finished, write the results after each run; return the results.
 
     Of several workers, the first comes back for what the others hold until all is finished.
     """
@@ -150,9 +150,13 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
                 continue
             before = job if job is not None and job.recipe.seed == cell.seed else None
             job = cell_job(recipe, root, cell, before, allow_code_execution=allow_code_execution)
-            run_job(job, functools.partial(progress.row_done, cell))
-            if is_first_process():
-                write_results(root, collect(recipe, cells, of_grid.model_name, base))
+
+            def row_done(row: Row, cell: Cell = cell) -> None:
+                progress.row_done(cell, row)
+                if is_first_process():
+                    write_results(root, collect(recipe, cells, of_grid.model_name, base))
+
+            run_job(job, row_done)
     return collect(recipe, cells, of_grid.model_name, base)
 
 

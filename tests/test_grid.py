@@ -116,6 +116,7 @@ def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(run, "_trainer", counted)
     assert main([str(recipe), *WORDS]) == 130
     assert "stopped; kept in" in capsys.readouterr().err
+    assert len(results(tmp_path)["grid"]["cells"]) == 4  # one of them in a cell whose other methods are not done
     assert main([str(recipe), *WORDS]) == 2 and "--resume continues it" in capsys.readouterr().err
     (tmp_path / "resumed").touch()
     assert main([str(recipe), *WORDS, "--resume"]) == 0
@@ -299,9 +300,10 @@ def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None):
 
 def test_reach_by_hand():
     path = [(0, 0), (1.0, 0.2), (0.8, 0.5), (2.0, 1.2)]
-    assert reach(path, 0.5).value == pytest.approx(0.1)
+    assert reach(path, 0.95).value == pytest.approx(0.19)
     assert reach(path, 1.4).value == pytest.approx(0.5 + 0.5 * 0.7)
-    assert reach(path, 2.1) is None and reach(path, 0.5).parts == []
+    assert reach(path, 2.1) is None and reach(path, 0.95).parts == []
+    assert reach(path, 0.5) is None  # between the base and the first run forgetting does not rise linearly
 
 
 def test_each_questions_part_is_how_the_reading_follows_it():
@@ -354,6 +356,14 @@ def test_each_setting_has_a_frontier_along_the_rates():
     assert high.rows[0].difference is None and high.rows[1].difference.value == pytest.approx(-0.2)
 
 
+def test_nothing_is_read_where_all_runs_learned_more():
+    found = made({"lora": [[(1.8, 0.1), (1.0, 0.4)]], "fast": [[(1.0, 0.3), (0.8, 0.5)]]})
+    low, high = equal_learning(found, "q kl", "t nll")
+    assert low.rows[-1].value is None and low.rows[-1].passed and high.rows[-1].value.value == pytest.approx(0.3)
+    fast = next(cells for label, cells in grid_content(found, {})["tables"][0]["rows"] if label == "fast")
+    assert fast[0] == "all runs learned more" and fast[1].startswith("0.300")
+
+
 def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
     points = {"lora": [[(1.5, 1.01), (1.0, 1.03)]], "mine": [[(1.4, 0.99), (0.9, 1.019)]], "bad": [[(1.9, 1.2)]]}
     found = made(points, base=(2.0, 1.0), kept="q nll")
@@ -378,7 +388,9 @@ def test_questions_and_seeds_both_enter_the_error_at_equal_learning(grid):
     found = read_evaluations(grid / "out", results)
     both = equal_learning(results, "facts kl", "numbers nll", found)[0]
     seeds = equal_learning(results, "facts kl", "numbers nll")[0]
-    for row, alone in zip(both.rows, seeds.rows):
+    read = [(row, alone) for row, alone in zip(both.rows, seeds.rows) if row.value is not None]
+    assert any(row.reached == 2 for row, _ in read)
+    for row, alone in read:
         assert row.value.value == alone.value.value
         if row.reached == 2:
             assert row.value.stderr > alone.value.stderr

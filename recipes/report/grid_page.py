@@ -2,10 +2,11 @@
 
 A frontier is the path from the untouched base (nothing learned, nothing forgotten) through a method's runs from the lowest
 learning rate to the highest, one for each of its other settings, or through all its runs in the order of the swept values
-where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches it, linearly
-between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so every question's
-part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
-(`eval_harness/statistics.py`). A method that does not reach a level has no value there: nothing is extrapolated.
+where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches
+it, linearly between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so
+every question's part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
+(`eval_harness/statistics.py`). A method that does not reach a level has no value there, nor has one whose runs all learned
+more: from the base to a method's first run KL rises with about the square of what is learned, not linearly.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lora_null.recipes.report.table import metric_title, reference_row, show_all
 from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, settings_text, variant_of
 
 RATE = "training.learning_rate"
+FIRST = 0.9  # of what a path's first run learned: how far below it forgetting is read off still
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
 Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
 
@@ -65,6 +67,7 @@ class AtEqual:
     """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
 
     `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
+    `passed` is whether there is no value because all runs learned more.
     """
 
     name: str
@@ -73,6 +76,7 @@ class AtEqual:
     seeds: int
     difference: Estimate | None = None
     p: float | None = None
+    passed: bool = False
 
     @property
     def label(self) -> str:
@@ -187,13 +191,15 @@ def change(results: Results, run: Row, name: str) -> float | None:
 
 
 def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[Parts] = ()) -> Reading | None:
-    """Return the forgetting where a path first reaches `learned`, None where it never does.
+    """Return the forgetting where a path first reaches `learned`, None where it never does, or long before its first run.
 
     On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). A change of the
     ends moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1), which gives each question's part.
     """
     for k, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(path)):
         if x0 < learned <= x1:
+            if k == 0 and learned < FIRST * x1:
+                return None
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
             ends = list(zip((1 - w, w), parts[k : k + 2]))
             sets = [
@@ -250,7 +256,8 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqu
         spread = spread_of(ours) if ours else None
         value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
         gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
-        rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p))
+        passed = value is None and any(x >= learned for path in f.points.values() for x, _ in path)
+        rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p, passed))
     return rows
 
 
@@ -281,8 +288,9 @@ def grid_headline(results: Results, found: Evaluations) -> str:
     target = targets[len(targets) // 2]
     level = f"At the learning that LoRA reaches with {target.where} ({metric_title(task)} {level_text(results, task, target)})"
     rows = sorted((row for row in target.rows if row.value), key=lambda row: row.value.value)
-    missing = [row.label for row in target.rows if not row.value]
+    missing, passed = ([r.label for r in target.rows if not r.value and r.passed == more] for more in (False, True))
     never = f" Not reached by {listed(missing)}." if missing else ""
+    never += f" In all its runs {listed(passed)} learned more." if passed else ""
     lora = next((row for row in rows if row.name == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
@@ -375,7 +383,7 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
 
 def _equal_text(row: AtEqual) -> str:
     if row.value is None:
-        return "not reached"
+        return "all runs learned more" if row.passed else "not reached"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
     test = f", {p_text(row.p)}" if row.p is not None else ""
     return f"{_pm(row.value)}{some}{test}"
