@@ -148,7 +148,7 @@ def variable(color: str) -> str:
 
 def palette(page_colors: Sequence[str]) -> list[tuple[str, str, str]]:
     """(variable, on white, on a dark ground) of every color of a method: lightened until it stands out there."""
-    colors = dict.fromkeys([*page_colors, *COLORS.values(), GOOD])
+    colors = dict.fromkeys([*page_colors, *COLORS.values(), *OTHER_COLORS, GOOD])
     return [(f"--c{color[1:]}", color, _lighter(color)) for color in colors]
 
 
