@@ -3,10 +3,8 @@
 import gc
 import os
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # before torch is imported: workers that take all cores stand in each other's way
-    os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that take all cores, and spin there while
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # they wait, stand in each other's way
 
 import pytest
 

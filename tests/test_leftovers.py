@@ -1,13 +1,16 @@
 """What a run leaves behind and how one goes on with it: cards, Ctrl-C, --resume, keys that are meant, every TRL field."""
 
 import dataclasses
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_interruptions import interrupted
 from trl import DPOConfig, SFTConfig
 from world import make_world
 
@@ -31,6 +34,18 @@ def finished(tmp_path_factory):
 def line_of(capsys, *words):
     assert main(list(words)) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def interrupted(recipe, words, method, number):
+    """Send a run a signal as soon as it trains; return its exit status and what it has said."""
+    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    log = method / "train_log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.wait(60), process.communicate()[1]
 
 
 def test_every_folder_holds_our_card(finished):

@@ -7,16 +7,16 @@ from peft import LoraConfig, get_peft_model
 from pretended import DEVICE, Accelerator, moved, waits
 from tiny import random_batches, tiny_model
 from torch import nn
-from transformers import AutoConfig
 
 from lora_null import LoraNullConfig
 from lora_null.calibration import measure_inputs
+from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
-from lora_null.recipes.commands.init import model_in_files
 from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.models.bases import open_base
 
 EAGER = {"attn_implementation": "eager"}
 
@@ -57,13 +57,15 @@ def test_a_layer_waits_for_three_answers_whatever_the_number_of_batches():
 def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):
     """From weights on the CPU, and from their files: masks, Gaussians and positions go along."""
     tiny_model().save_pretrained(tmp_path)
-    shape = AutoConfig.from_pretrained(tmp_path, **EAGER)
-    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
+    section = ModelSection(name_or_path=str(tmp_path), dtype="float32", **EAGER)
     config = LoraNullConfig(r=4, exclude_modules=["lm_head"])
     batches = random_batches()
     X = oracle.capture_inputs(tiny_model().double(), targets(tiny_model()), batches)
     held = get_peft_model(tiny_model(**EAGER).eval(), config), None
-    for model, weights in (held, model_in_files(tmp_path, shape, section, config)):
+    base, files = open_base(section, str(tmp_path))
+    with adapters_in_memory():
+        in_files = get_peft_model(base, config), files
+    for model, weights in (held, in_files):
         options = InitOptions(device=DEVICE, weights=weights, min_tokens=1, progress=False)
         with Accelerator():
             report, _ = start_adapter(model, batches, options)
