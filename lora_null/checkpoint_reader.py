@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_null.layer import LoraNullLinear
-from lora_null.utils.distributed import own_piece
+from lora_null.utils.distributed import get_logger, own_piece, together
 from lora_null.utils.errors import UserError
+
+logger = get_logger(__name__)
 
 # What PEFT, checkpointing and torch.compile put into a module's name that a checkpoint of the base has not.
 WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module", "_orig_mod")
@@ -220,6 +222,17 @@ def open_in_files(
         if not owned.is_parameter and not owned.saved:
             owned.storage[owned.leaf] = computed[owned.key]
     return model, files
+
+
+def open_to_shard(
+    load: Callable[..., PreTrainedModel], name: str, revision: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, WeightFiles] | None:
+    """Return what `open_in_files` does, on every rank; None, after a line that says why, where it cannot on one of them."""
+    try:
+        return together(lambda: open_in_files(load, name, revision, **options), what="opening the weights")
+    except UserError as reason:
+        logger.warning(f"every process loads the whole model: {reason}")
+        return None
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class _Call:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
-        args, kwargs = _to((self.args, self.kwargs), device)
+        args, kwargs = _to((self.args, self.kwargs), device, {})
         return _hidden(layer(hidden.to(device), *args, **kwargs))
 
 
@@ -345,10 +345,9 @@ def _mapped(tensor: torch.Tensor, path: str) -> torch.Tensor:
     return mapped
 
 
-def _to(value: Any, device: torch.device, moved: dict[int, torch.Tensor] | None = None) -> Any:
-    """Return a nest of tuples, lists and dicts with its tensors on the device, each moved once if `moved` remembers them."""
+def _to(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
+    """Return a nest of tuples, lists and dicts with its tensors on the device; `moved` remembers them, so each moves once."""
     if isinstance(value, torch.Tensor):
-        moved = {} if moved is None else moved
         if id(value) not in moved:
             moved[id(value)] = value.to(device)
         return moved[id(value)]

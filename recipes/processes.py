@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistNetworkError
 from tqdm import tqdm
 
@@ -57,7 +58,7 @@ def work_alone() -> None:
     The first one keeps the terminal: the others show no bars, and print only through `print_line`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = any(os.environ.get(variable, "").lower() in ("true", "1") for variable in SHARDING_VARIABLES)
+    sharded = any(map(parse_flag_from_env, SHARDING_VARIABLES))
     if world == 1 or sharded or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         return
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))

@@ -13,10 +13,10 @@ from tiny import random_batches, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
 from trl import SFTConfig
 
-from lora_null import LoraNullConfig, UserError
+from lora_null import LoraNullConfig, UserError, checkpoint_reader
 from lora_null.checkpoint_reader import open_in_files
 from lora_null.initialize import InitOptions
-from lora_null.trainer import LoraNullSFTTrainer, mixin
+from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods.base import starts_in_files
 
 VARIANTS = ("v1", "v2")
@@ -98,7 +98,9 @@ def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     opened = []
-    monkeypatch.setattr(mixin, "open_in_files", lambda *a, **k: opened.append(open_in_files(*a, **k)) or opened[0])
+    monkeypatch.setattr(
+        checkpoint_reader, "open_in_files", lambda *a, **k: opened.append(open_in_files(*a, **k)) or opened[0]
+    )
     train(tmp_path, "v1", path, "asked")
     assert opened
     ours, theirs = weights_in(tmp_path / "asked"), weights_in(tmp_path / "plain")

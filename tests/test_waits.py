@@ -48,10 +48,7 @@ def test_a_layer_waits_for_three_answers_whatever_the_number_of_batches():
                 for one, other in zip(part.inputs, expected[name].inputs):
                     assert count == 2 or torch.equal(one.gram.held, other.gram)
     first, later = zip(*found.values())
-    assert first[0] == first[1] and later == (
-        3,
-        3,
-    )  # the first counts what is asked of the model before: no batch in it
+    assert first[0] == first[1] and later == (3, 3)  # the first counts what the model is asked before: no batch in it
 
 
 def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):

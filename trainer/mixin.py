@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback
 from trl.trainer.utils import create_model_from_path
 
-from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_in_files
+from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_to_shard
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
@@ -76,10 +77,8 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     options |= getattr(args, "model_init_kwargs", None) or {}
     if options.pop("device_map", None) or "quantization_config" in options:
         return None, path
-    try:
-        found = together(lambda: open_in_files(create_model_from_path, path, **options), what="opening the weights")
-    except UserError as reason:
-        logger.warning(f"every process loads the whole model: {reason}")
+    found = open_to_shard(create_model_from_path, path, **options)
+    if found is None:
         return None, path
     if args is not None and args.model_init_kwargs is not None:
         given["args"] = copy.copy(args)
@@ -155,7 +154,8 @@ class LoraNullMixin(SavingMixin):
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
         if self._weights is None and is_launched_with_fsdp2() and starts_in_files(given.get("peft_config"), method):
             self._weights, self._in_files = _leave_in_files(given)
-        with adapters_in_memory(), refusing_in_one_line():
+        on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
+        with on_meta, refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
         self._preflight = preflight
         self.add_callback(_ReadShards(self))

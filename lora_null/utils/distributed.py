@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,8 +31,7 @@ def count(parameter: nn.Parameter) -> int:
 
 def is_launched_with_fsdp2() -> bool:
     """Return whether accelerate's launcher asks for FSDP2, which is known before there is an Accelerator."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    return asked and os.environ.get("FSDP_VERSION") == "2"
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> None:

@@ -28,17 +28,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lora_null.checkpoint_reader import WeightFiles, open_in_files
+from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
-from lora_null.utils.distributed import all_gather, get_logger, is_launched_with_fsdp2, shard_layers, together
+from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout
-
-logger = get_logger(__name__)
 
 SHAPES = Path(__file__).parent / "shapes.json"
 
@@ -169,11 +167,8 @@ def open_base(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFi
 
 def base_to_shard(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles | None]:
     """Return a fresh base model for FSDP2 to shard: with its weights in their files where that can be, or else whole."""
-    try:
-        return together(lambda: open_base(model, name), what="opening the weights")
-    except UserError as reason:
-        logger.warning(f"every process loads the whole model: {reason}")
-        return load_base(model, name), None
+    found = open_to_shard(functools.partial(load_base, model), name, model.revision)
+    return found or (load_base(model, name), None)
 
 
 def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
