@@ -46,7 +46,7 @@ def test_all_parts_at_toy_size(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "None of these numbers says anything about a GPU" in report and "not run: has no toy size" in report
     assert (tmp_path / "progress.png").stat().st_size > 10_000
-    for picture in ("b/7b-layer/init.png", "b/70b-from-files/memory.png", "c/v2/step.png", "d/nf4-v2/step.png"):
+    for picture in ("b/7b-layer/init.png", "b/70b-from-files/memory.png", "c/adapters/step.png", "d/nf4/step.png"):
         assert (tmp_path / picture).is_file()
 
 
@@ -111,15 +111,15 @@ def test_without_a_gpu_nothing_is_measured(kit, tmp_path, monkeypatch):
         kit.main(["--out", str(tmp_path), "--part", "a,x"])
 
 
-@pytest.mark.parametrize("memory, layers", [(80, 32), (24, 10), (8, 1)])
+@pytest.mark.parametrize("memory, layers", [(140, 31), (80, 17), (24, 4), (8, 1)])
 def test_what_fits_on_the_card_is_taken(kit, memory, layers):
     machine = kit.Machine("cuda", memory, 1, False, None)
-    (v2,) = (one for one in kit.steps(machine) if (one.part, one.name) == ("c", "v2"))
-    assert abs(int(v2.command[v2.command.index("--layers") + 1]) - layers) <= 1
-    assert (v2.lacking is None) == (memory >= 16)
+    (one,) = (one for one in kit.steps(machine) if (one.part, one.name) == ("c", "adapters"))
+    assert abs(int(one.command[one.command.index("--layers") + 1]) - layers) <= 1
+    assert (one.lacking is None) == (memory >= 16)
 
 
-def test_the_table_of_a_card(kit):
+def test_the_table_of_a_card(kit, tmp_path):
     """With what an H100 might give: targets, MFU and the extrapolation are said as they are."""
     facts = {"measured_on": "NVIDIA H100 80GB HBM3", "torch": "2.11", "transformers": "5.17"}
     common = {
@@ -137,20 +137,26 @@ def test_the_table_of_a_card(kit):
     }
     training = {"setting": {"layers": 32}, "base_parameters": 6_600_000_000, "summary": {"bf16": rows}}
     forward, ours = {"seconds": 11.0}, {"seconds": 40.0, "parts": {"calibrate": 30.0, "solve": 10.0}, "peak_gib": 5.0}
-    paper = {"seconds": 3000.0, "extrapolated_from_layers": 1}
-    whole = {"cases": {"whole": {"rows": {"forward": forward, "ours": ours, "reference": paper}}}}
+    paper = {"seconds": 3000.0, "extrapolated_from": 3}
+    whole = {"cases": {"whole": {"rows": {"forward": forward, "ours": ours}}}}
+    theirs = {"cases": {"whole": {"rows": {"forward": forward, "reference": paper}}}}
     memory = {
         "runs": {"1": {"seconds": 10.0, "accelerator_peak": 2**33}, "3": {"seconds": 22.0, "accelerator_peak": 2**33}}
     }
     steps = [
         common | {"part": "b", "step": "7b-whole", "result": whole},
         common | {"part": "b", "step": "70b-from-files", "result": memory},
-        common | {"part": "c", "step": "v2", "result": training},
+        common | {"part": "b", "step": "7b-paper", "result": theirs},
+        common | {"part": "c", "step": "adapters", "result": training},
     ]
-    text = kit.report.table(steps)
+    for one in steps:
+        place = tmp_path / one["part"] / one["step"]
+        place.mkdir(parents=True)
+        (place / "step.json").write_text(json.dumps(one))
+    text = kit.report.table(kit.report.read([tmp_path]))
     assert text.startswith("**NVIDIA H100 80GB HBM3**, 2026-01-02, torch 2.11")
     assert "40.0 (calibrate 30.0, solve 10.0); an H100's floor: calibrate 12.0, solve 0.6 | yes |" in text
-    assert "| ≥ 50 × | 75 × (the paper's from one layer, extrapolated) | yes |" in text
+    assert "| ≥ 50 × | 75 × (the paper's from one linear of each shape, extrapolated) | yes |" in text
     assert "6.0 s, 80 of them 8.0 min (extrapolated)" in text
     assert (
         "| v2, bf16, 32 layers: × LoRA's step | ≤ 0.85 | 0.900 (0.890–0.910), 20,000 tokens/s, MFU 53%, 40.0 GiB | **no** |"

@@ -4,7 +4,7 @@
     python tests/benchmarks/init.py --cases packed          # SmolLM2 on packed windows of 1024 tokens
     python tests/benchmarks/init.py --cases layer --scale 1 # the layer at full width, 7 minutes of it the reference
     python tests/benchmarks/init.py --cases layer --scale 1 --windows 4  # on 4,096 tokens
-    python tests/benchmarks/init.py --cases whole --device cuda  # Llama-2-7B's shape; one layer of the reference
+    python tests/benchmarks/init.py --cases whole --device cuda  # Llama-2-7B's shape; a linear of each shape the reference
 
 Every contender runs in a process of its own, so that its peak memory is its own; the forward pass and ours run several
 times, in turns. The reference is the paper's algorithm as its text has it: every linear's covariance apart, its full
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--cases", default="smollm2,layer,peft", help=f"of {', '.join(CASES)}, separated by commas")
     parser.add_argument("--scale", type=float, default=0.5, help="width of `layer`, 1 is Llama-7B's")
     parser.add_argument("--windows", type=int, default=0, help="calibration windows (default: the case's own number)")
+    parser.add_argument("--contenders", help="separated by commas, forward among them (default: the case's own)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", help="internal: run one contender of one case and print JSON")
     options = parser.parse_args()
@@ -75,7 +76,7 @@ def _run_case(case: str, options: Any) -> dict[str, Any]:
     settings = CASES[case]
     raw: dict[str, list[dict[str, Any]]] = {}
     for turn in range(1 if options.quick else settings["repeated"]):
-        for contender in settings["contenders"].split():
+        for contender in (options.contenders or settings["contenders"].replace(" ", ",")).split(","):
             if turn == 0 or contender in ("forward", "ours"):
                 raw.setdefault(contender, []).append(_start(f"{case}/{contender}", options))
                 print(f"  {case}: {contender} {raw[contender][-1]['seconds']:.1f} s", flush=True)
@@ -227,7 +228,7 @@ def ours(model: nn.Module, batches: list, rank: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def reference(model: nn.Module, batches: list, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The paper's algorithm with full SVDs, every linear apart. Of several layers only the first is solved."""
+    """The paper's algorithm with full SVDs, every linear apart. Of the whole model one linear of each shape is solved."""
     linears = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
     covariances = {
         name: torch.zeros(m.in_features, m.in_features, dtype=dtype, device=m.weight.device)
@@ -245,11 +246,17 @@ def reference(model: nn.Module, batches: list, rank: int, dtype: torch.dtype = t
     calibrate, _ = _timed(lambda: [model.model(**_on(batch, model), use_cache=False) and None for batch in batches])
     for handle in handles:
         handle.remove()
-    whole = len(model.model.layers) > 1 and model.config.hidden_size >= 4096
-    solved = {name: m for name, m in linears.items() if name.startswith("layers.0.")} if whole else linears
-    solve, factors = _timed(lambda: {n: reference_factors(m.weight, covariances[n], rank) for n, m in solved.items()})
-    parts = {"calibrate": calibrate, "solve": solve * len(linears) / len(solved)}
-    return {"parts": parts, "extrapolated_from_layers": 1 if whole else None, "solved": len(factors)}
+    alike: dict[torch.Size, list[str]] = {}
+    for name, module in linears.items():
+        alike.setdefault(module.weight.shape, []).append(name)
+    some = len(model.model.layers) > 1 and model.config.hidden_size >= 4096
+    solve = 0.0
+    for names in alike.values():
+        for name in names[: 1 if some else None]:
+            weight, covariance = linears[name].weight, covariances.pop(name)
+            seconds, _ = _timed(lambda: reference_factors(weight, covariance, rank))  # noqa: B023
+            solve += seconds * (len(names) if some else 1)
+    return {"parts": {"calibrate": calibrate, "solve": solve}, "extrapolated_from": len(alike) if some else None}
 
 
 def reference_factors(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

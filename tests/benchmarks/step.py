@@ -13,9 +13,9 @@ A case is a precision, with `+ckpt` under gradient checkpointing, and its number
 The contenders take turns, one step each a round, the first of them another one every round; what is reported is the
 median over rounds of the ratio to plain PEFT LoRA's step of the same round, with quartiles. `lora-again` among the
 contenders shows how far two equal ones differ. Adapters have alpha = r and random factors: a step costs the same
-wherever they start. v1 runs on its residual base, nb keeps A in a random basis of 4 r directions, as in training. Memory is measured apart, each contender in a process
-of its own: the peak of a step above the loaded weights, so gradients, optimizer state, what autograd keeps, and
-temporaries. Saved bytes are what autograd keeps between forward and backward pass, each storage once, parameters not
+wherever they start. v1 runs on its residual base, nb keeps A in a random basis of 4 r directions, as in training. Memory is
+measured apart, each contender alone (on a CPU in a process of its own): the peak of a step above the loaded weights, so
+gradients, optimizer state, what autograd keeps, and temporaries. Saved bytes are what autograd keeps between forward and backward pass, each storage once, parameters not
 counted, copies of weights in another dtype apart.
 """
 
@@ -174,7 +174,7 @@ def store_in_4_bit(model: nn.Module, device: torch.device) -> None:
             stored = bnb.Linear4bit(
                 module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
             )
-            weight = bnb.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            weight = bnb.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             stored.weight = weight.to(device)  # here it is quantized
             model.model.set_submodule(name, stored)
     model.is_loaded_in_4bit, model.is_quantized = True, True
@@ -379,7 +379,7 @@ def memory_now(device: torch.device) -> int:
 
 
 def measure_memory(contender: str, setting: Setting, cases: list[Case]) -> dict[str, dict[str, int]]:
-    """Return per case the memory of one step, in bytes; to be run in a process of its own."""
+    """Return per case the memory of one step, in bytes; on a CPU to be run in a process of its own."""
     logging.disable_progress_bar()
     found = {}
     for dtype in {case.base_dtype: None for case in cases}:
@@ -425,11 +425,17 @@ def environment_variables(variables: dict[str, str]) -> Iterator[None]:
 
 
 def memory_apart(contender: str, setting: Setting, cases: list[Case]) -> dict[str, dict[str, int]]:
-    """Return `measure_memory` from a fresh process."""
+    """Return `measure_memory`, on a CPU from a fresh process: an accelerator counts its memory itself."""
     note(f"memory: {CONTENDERS[contender]}")
+    if setting.device.type == "cuda":
+        found = measure_memory(contender, setting, cases)
+        torch.cuda.empty_cache()
+        return found
     spawn = multiprocessing.get_context("spawn")
-    hidden = {} if setting.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    with environment_variables(TIGHT_ALLOCATOR | hidden), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with (
+        environment_variables(TIGHT_ALLOCATOR | {"CUDA_VISIBLE_DEVICES": ""}),
+        ProcessPoolExecutor(1, mp_context=spawn) as pool,
+    ):
         return pool.submit(measure_memory, contender, setting, cases).result()
 
 

@@ -33,12 +33,13 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent / "benchmarks"
-sys.path[:0] = [str(HERE.parent), str(BENCHMARKS)]
+PATHS = [str(HERE.parents[1]), str(HERE.parent), str(BENCHMARKS)]  # the package may not be installed
+sys.path[:0] = PATHS
 
 import common  # noqa: E402
 import report  # noqa: E402
-import step as step_benchmark  # noqa: E402
 import torch  # noqa: E402
+from step import CONTENDERS  # noqa: E402
 from tiny import save_tiny  # noqa: E402
 
 from lora_null.trainer.methods import METHODS  # noqa: E402
@@ -46,7 +47,8 @@ from lora_null.utils.files import cache_root  # noqa: E402
 
 PARTS = "abcdefg"
 GSM8K = HERE.parents[1] / "recipes" / "samples" / "gsm8k_test.jsonl"
-LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.32, 0.5  # of one 7B layer: bfloat16 weights; two adapters; activations
+LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.16, 0.5  # of one 7B layer: bfloat16 weights; an adapter's state; activations
+COMPILED_LAYERS = 4  # a minute's work for the compiler
 STUDY_STEPS = 1000
 TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
 TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1"]
@@ -140,13 +142,19 @@ def _junit(folder: Path) -> dict[str, Any]:
 
 
 def initialization(machine: Machine) -> list[Step]:
+    """The paper's algorithm is a step of its own: its full SVDs take longer than all else."""
     quick = ["--quick"] * machine.toy
     script = [str(BENCHMARKS / "init.py"), "--out", "{out}", "--device", machine.device, *quick, "--cases"]
     layers = [str(BENCHMARKS / "memory.py"), "--out", "{out}", "--device", machine.device, "--shape", "70b", *quick]
+    whole, layer = machine.lacks(30, toy=False), machine.lacks(16)
+    if whole is None:
+        layer = "the whole model stands for it"
+    both, paper = ["whole", "--contenders", "forward,ours"], ["whole", "--contenders", "forward,reference"]
     return [
-        Step("b", "7b-whole", 480, machine.lacks(30, toy=False), [*script, "whole"], _json("init.json")),
-        Step("b", "7b-layer", 240, machine.lacks(16), [*script, "layer", "--scale", "1"], _json("init.json")),
+        Step("b", "7b-whole", 300, whole, [*script, *both], _json("init.json")),
+        Step("b", "7b-layer", 240, layer, [*script, "layer", "--scale", "1"], _json("init.json")),
         Step("b", "70b-from-files", 300, machine.lacks(20), layers, _json("memory.json")),
+        Step("b", "7b-paper", 480, whole, [*script, *paper], _json("init.json")),
     ]
 
 
@@ -168,44 +176,30 @@ def _fitting(machine: Machine, per_layer: float) -> int:
 
 
 def training(machine: Machine) -> list[Step]:
-    """A contender beside LoRA at a time, since all at once do not fit; full fine-tuning with fewer layers."""
-    cases, found = "bf16:8,bf16+ckpt:6", []
-    pair = _fitting(machine, 2 * LAYER_GB + ADAPTED_GB + ACTIVE_GB)
+    """What trains an adapter takes turns, all on the card together; full fine-tuning with fewer layers where it has to."""
+    adapters = ["lora", "v2", "nb"] if machine.toy else [name for name in CONTENDERS if name not in ("full", "v2-matched")]
+    cases = "bf16:8,bf16+ckpt:6"
+    together = _fitting(machine, len(adapters) * (LAYER_GB + ADAPTED_GB) + ACTIVE_GB)
     whole = _fitting(machine, 5 * LAYER_GB + ADAPTED_GB + ACTIVE_GB)
-    wanted = {"lora-again": pair, "v1": pair, "v2": pair, "nb": pair, "lora-fa": pair, "full": whole}
-    for name, layers in wanted.items():
-        lacking = machine.lacks(16)
-        if name not in step_benchmark.CONTENDERS:
-            lacking = f"tests/benchmarks/step.py has no contender {name!r}"
-        elif machine.toy and name not in ("v2", "nb"):
-            lacking = "toy size: v2 stands for it"
-        found.append(
-            Step("c", name, 240, lacking, _step(machine, f"lora,{name}", cases, layers=layers), _json("step.json"))
-        )
-    forms = {"compiled": ("", ["--compile"]), "flash-attention": ("flash_attn", ["--attention", "flash_attention_2"])}
-    for name, (package, extra) in forms.items():
-        command = _step(machine, "lora,v2", "bf16:8", layers=pair, extra=extra)
-        found.append(Step("c", name, 300, machine.lacks(16, package=package, toy=False), command, _json("step.json")))
-    return found
+    few = min(COMPILED_LAYERS, together)
+    command = _step(machine, ",".join(adapters), cases, layers=together)
+    full = _step(machine, "lora,full", cases, layers=whole)
+    compiled = _step(machine, "lora,v2", "bf16:8", layers=few, extra=["--compile"])
+    flash = _step(machine, "lora,v2", "bf16:8", layers=few, extra=["--attention", "flash_attention_2"])
+    lacks_flash = machine.lacks(16, package="flash_attn", toy=False)
+    return [
+        Step("c", "adapters", 300, machine.lacks(16), command, _json("step.json")),
+        Step("c", "full", 240, machine.lacks(16, toy=False), full, _json("step.json")),
+        Step("c", "compiled", 300, machine.lacks(16, toy=False), compiled, _json("step.json")),
+        Step("c", "flash-attention", 300, lacks_flash, flash, _json("step.json")),
+    ]
 
 
 def quantized(machine: Machine) -> list[Step]:
-    found = []
-    for name in ("v1", "v2", "nb"):
-        lacking = machine.lacks(16, package="bitsandbytes")
-        if name not in step_benchmark.CONTENDERS:
-            lacking = f"tests/benchmarks/step.py has no contender {name!r}"
-        elif machine.toy and name != "v2":
-            lacking = "toy size: v2 stands for it"
-        command = _step(
-            machine,
-            f"lora,{name}",
-            "bf16:6,bf16+ckpt:6",
-            layers=_fitting(machine, 1.4),
-            extra=["--quantization", "nf4"],
-        )
-        found.append(Step("d", f"nf4-{name}", 240, lacking, command, _json("step.json")))
-    return found
+    layers = _fitting(machine, 4 * (LAYER_GB / 4 + ADAPTED_GB) + LAYER_GB + ACTIVE_GB)  # one is there in bf16 at first
+    names = "lora,v2" if machine.toy else "lora,v1,v2,nb"
+    command = _step(machine, names, "bf16:6,bf16+ckpt:6", layers=layers, extra=["--quantization", "nf4"])
+    return [Step("d", "nf4", 300, machine.lacks(16, package="bitsandbytes"), command, _json("step.json"))]
 
 
 def engines(machine: Machine) -> list[Step]:
@@ -321,8 +315,8 @@ def _outcome(step: Step, folder: Path, status: int) -> dict[str, Any]:
 
 def _call(words: Sequence[str], log: Path, limit: float) -> int | None:
     """Return the exit status of a command, None where its time was over; nothing of it is left running."""
-    paths = [str(HERE.parents[1]), str(HERE.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    paths = filter(None, [*PATHS, os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
         environment["LORA_NULL_GPU_DEVICE"] = "cpu"
     with open(log, "w") as file:
@@ -356,7 +350,7 @@ def _in_fork(words: list[str], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= {"HF_HUB_OFFLINE": "1", "LORA_NULL_GPU_DEVICE": "cpu"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(BENCHMARKS)])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH")]))
     run = runpy.run_path
     if words[0] == "-m":
         run, words = runpy.run_module, words[1:]
