@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lora_null.gram import Gram
 from lora_null.utils.distributed import rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import preserve
+from lora_null.utils.model_state import full_precision, preserve
 from lora_null.utils.quantized import weight_of
 
 SKETCH_COLUMNS = 64
@@ -378,7 +378,8 @@ class InputMeter:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         call = self.calls[name] = self.calls.get(name, -1) + 1
         omega = self.batch.draw(call) if call else self.batch.omega
-        stats.sketch += rows.to(dtype).T @ omega.to(rows.device, dtype)
+        with full_precision(rows.device):
+            stats.sketch += rows.to(dtype).T @ omega.to(rows.device, dtype)
         stats.tokens += len(rows)
 
     def result(self) -> Calibration:

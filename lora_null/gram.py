@@ -13,13 +13,19 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import nn
+
+from lora_null.utils.model_state import full_precision
 
 CHUNK_TOKENS = 1024
 # Tokens per dimension before it is asked whether float32 will do, and again after twice as many. Measured on SmolLM2's
 # inputs, 32 directions: of 20 inputs 19 are resolved at 2, the first layer's, of few distinct tokens, at 4.
 EXACT_BELOW = 2
 ROUNDING = 2**-24
-BLOCK_WIDTH = 192  # narrower blocks multiply too slowly
+BLOCK_WIDTH = {"cpu": 192, "accelerator": 1024}  # narrower blocks multiply too slowly
+CHUNKS_TOGETHER = (
+    4  # on an accelerator, in one product of a batch: a chunk alone takes as long to launch as to multiply
+)
 
 
 class Gram:
@@ -35,20 +41,23 @@ class Gram:
         self.tokens = tokens
         self.exact, self.seen, self.next_test = True, 0, EXACT_BELOW * d
         self.total = torch.zeros(d, d, dtype=torch.float64, device=device)
-        count = max(1, min(8, d // BLOCK_WIDTH))
+        on_cpu = device.type == "cpu"
+        self.together = CHUNK_TOKENS * (1 if on_cpu else CHUNKS_TOGETHER)
+        count = max(1, min(8, d // BLOCK_WIDTH["cpu" if on_cpu else "accelerator"]))
         edges = [round(d * i / count) for i in range(count + 1)]
         self.blocks = [slice(a, b) for a, b in pairwise(edges)]
 
     def add(self, rows: torch.Tensor) -> None:
         """Add Xᵀ as rows, (tokens, d) in any floating dtype."""
-        for chunk in rows.split(CHUNK_TOKENS):
+        for chunk in rows.split(self.together):
             if self.exact and self.seen >= self.next_test and self.tokens - self.seen > len(self.total):
                 self.exact, self.next_test = not self._is_resolved(), 2 * self.seen
-            chunk = self._multipliable(chunk)
-            for block in self.blocks:
-                part = self.total[block, : block.stop]
-                part += _product(chunk[:, block], chunk[:, : block.stop])
             self.seen += len(chunk)
+            chunk = self._multipliable(chunk)
+            with full_precision(chunk.device):
+                for block in self.blocks:
+                    part = self.total[block, : block.stop]
+                    part += _product(chunk[:, block], chunk[:, : block.stop])
 
     def _is_resolved(self) -> bool:
         """Return whether C is so far from singular that float32 products can be added to it.
@@ -73,10 +82,17 @@ class Gram:
         """Return rows in the dtype to multiply in; 16-bit numbers stay where tensor cores add them up in float32."""
         if self.exact:
             return rows.double()
+        if rows.is_cuda and len(rows) > CHUNK_TOKENS:
+            rows = nn.functional.pad(rows, (0, 0, 0, -len(rows) % CHUNK_TOKENS))  # to whole chunks
         if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
             return rows
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a.T, b, out_dtype=torch.float32) if a.element_size() == 2 else a.T @ b
+    """Return aᵀ b of a float32 chunk or of float64 rows; the float64 sum of such products where there are several chunks."""
+    if a.dtype == torch.float64 or (len(a) <= CHUNK_TOKENS and a.element_size() == 4):
+        return a.T @ b
+    a, b = (rows.unflatten(0, (-1, min(CHUNK_TOKENS, len(rows)))) for rows in (a, b))
+    adding = {"out_dtype": torch.float32} if a.element_size() == 2 else {}
+    return torch.bmm(a.mT, b, **adding).sum(0, dtype=torch.float64)

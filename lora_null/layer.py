@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.utils.distributed import is_sharded, own_piece, whole_parameters
 from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import full_precision
 from lora_null.utils.quantized import is_quantized, weight_of
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
@@ -74,23 +75,11 @@ class NullBasis:
         """
         if self.vectors.device != A.device:
             self.vectors = self.vectors.to(A.device)
-        with _full_precision(A.device):
+        with full_precision(A.device):
             N = self.vectors.to(torch.promote_types(A.dtype, torch.float32))
             whole = A.to(N.dtype)
             once = (whole @ N) @ N.T
             A.copy_(once + ((whole - once) @ N) @ N.T)
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Let float32 products be float32: neither autocast nor TF32 inside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def keep_in_null_basis(peft_model: nn.Module) -> None:

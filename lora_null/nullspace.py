@@ -8,11 +8,8 @@ from itertools import islice
 
 import torch
 
-# Measured crossovers (tests/benchmarks/scaling.py): below this width a full `eigh` costs milliseconds; above it the
-# Krylov solver wins while r is a small part of d. At d / 8 it takes as long at 2,048 wide, and finds no answer at 4,096.
-KRYLOV_MIN_WIDTH = 512
+# The Krylov solver wins while r is a small part of d. At d / 8 it takes as long at 2,048 wide, and finds no answer at 4,096.
 KRYLOV_MAX_RANK_SHARE = 10
-MIN_BLOCK, BLOCKS_PER_RANK = 16, 4
 # Stop when the eigenvalue-weighted squared residual is below this. Measured on SmolLM2's Grams, the energy caught in excess
 # is then at most about four times this. Where eigenvalues lie close together a Krylov space can miss some of them without
 # any residual, so the answer has to pass `_is_complete`: it catches at most EXCESS more energy than the full SVD's, which is
@@ -21,6 +18,26 @@ RESIDUAL, EXCESS = 5e-4, 0.02
 FIRST_TEST, TEST_EVERY = 2.5, 2  # test once the basis has 2.5 r columns, then at every second block
 ANSWERS = 2  # of blocks of one width, before they are made wider
 PROBE = 4
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """What is fastest on one kind of device.
+
+    Attributes:
+        krylov_width: from this width on the Krylov solver is used; a full `eigh` of a narrower matrix is as fast.
+        least_block: columns of a block, at least: fewer are solved no faster.
+        blocks_per_rank: into how many blocks r columns are divided.
+    """
+
+    krylov_width: int
+    least_block: int
+    blocks_per_rank: int
+
+
+# Measured (tests/benchmarks/scaling.py; tests/gpu on an H200, where 32 columns are solved as slowly as 128, and an `eigh` of
+# 4,096 takes 0.11 s).
+CPU, ACCELERATOR = Crossover(512, 16, 4), Crossover(5000, 64, 2)
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,14 @@ def bottom_eigenspace(gram: torch.Tensor, r: int, *, solver: str = "auto", seed:
     gram = _scaled(gram)
     frame = torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(gram.device)
     if solver == "auto":
-        solver = "krylov" if d >= KRYLOV_MIN_WIDTH and r * KRYLOV_MAX_RANK_SHARE <= d else "eigh"
+        solver = "krylov" if d >= crossover(gram.device).krylov_width and r * KRYLOV_MAX_RANK_SHARE <= d else "eigh"
     found = _inverse_krylov(gram, r, frame) if solver == "krylov" else None
     return found or _full_eigh(gram, r, frame)
+
+
+def crossover(device: torch.device) -> Crossover:
+    """Return what is fastest there."""
+    return CPU if device.type == "cpu" else ACCELERATOR
 
 
 def outer_eigenspace(gram: torch.Tensor, energy: float) -> Eigenspace:
@@ -126,12 +148,12 @@ def _inverse_krylov(gram: torch.Tensor, r: int, frame: torch.Tensor) -> Eigenspa
     null = _inside_null_space(gram, frame, factor)
     if null is not None:
         return Eigenspace(null, d - _count_below(gram, tolerance), "krylov", True)
-    for width in sorted({min(r, max(MIN_BLOCK, r // BLOCKS_PER_RANK)), r}):
+    fastest = crossover(gram.device)
+    for width in sorted({min(r, max(fastest.least_block, r // fastest.blocks_per_rank)), r}):
         for vectors in islice(_krylov(factor, frame[:, :width], r), ANSWERS):
-            values = torch.linalg.eigvalsh(vectors.T @ gram @ vectors)
-            if _is_complete(gram, values):
-                rank = d - (_count_below(gram, tolerance) if values[0] <= tolerance else 0)
-                return Eigenspace(vectors, rank, "krylov", False)
+            values, rotation = torch.linalg.eigh(vectors.T @ gram @ vectors)
+            if _is_complete(gram, values, vectors @ rotation):
+                return Eigenspace(vectors, d - int((values <= tolerance).sum()), "krylov", False)
     return None
 
 
@@ -164,16 +186,27 @@ def _krylov(factor: torch.Tensor, start: torch.Tensor, r: int) -> Iterator[torch
         basis = torch.cat([basis, block], dim=1)
 
 
-def _is_complete(gram: torch.Tensor, values: torch.Tensor) -> bool:
+def _is_complete(gram: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> bool:
     """Return whether no eigenvalue is missing that would lower the energy caught, Σ v, by more than `EXCESS` of it.
 
     Of the Ritz values v of C, the level σ cuts off Σ max(v − σ, 0) = EXCESS Σ v. Each of the v is at least an eigenvalue
-    of its own; so if no more eigenvalues than v lie below σ, then there is one for each, and all others are above.
+    of its own; so if no more eigenvalues than v lie below σ, then there is one for each, and all others are above. That
+    holds if C is above σ on all that is orthogonal to the Ritz vectors V of the v below σ, which it is where
+    C + V Vᵀ − σI is positive definite (‖C‖ ≤ 1): one Cholesky.
+
+    Args:
+        gram: C / ‖C‖_F, (d, d).
+        values, vectors: the Ritz pairs, in ascending order.
     """
     above = values.flip(0).cumsum(0) - EXCESS * values.sum()  # of the j largest: Σ v − EXCESS, which is j σ
     levels = above / torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
     level = levels.max().item()
-    return level > _tolerance(gram) and _count_below(gram, level) == int((values < level).sum())
+    if level <= _tolerance(gram):
+        return False
+    below = vectors[:, values < level]
+    rest = torch.addmm(gram, below, below.T)
+    rest.diagonal().sub_(level)
+    return not torch.linalg.cholesky_ex(rest).info
 
 
 def _count_below(gram: torch.Tensor, level: float) -> int:

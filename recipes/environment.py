@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lora_null import __version__
 from lora_null.recipes.config.schema import Recipe
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "lora_null")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
 OPTIONAL = ("bitsandbytes",)
 
 
@@ -35,6 +36,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **versions,
+        "lora_null": __version__,  # also of a checkout that is not installed
         "git": _git_state(),
         "device": device,
         "processes": state.num_processes,

@@ -119,3 +119,18 @@ def test_float32_products_begin_once_the_matrix_is_resolved():
         assert gram.exact == exact
         truth = x.double().T @ x.double()
         assert ((gram.result() - truth).abs() / (x.double().abs().T @ x.double().abs())).max() < 2**-21
+
+
+def test_products_are_float32_under_autocast_and_tf32():
+    rows = torch.randn(8 * CHUNK_TOKENS, 64, generator=torch.Generator().manual_seed(0))
+    plain, inside = (Gram(64, rows.device, tokens=len(rows)) for _ in range(2))
+    plain.add(rows)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.add(rows)
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not plain.exact and torch.equal(plain.result(), inside.result())

@@ -107,10 +107,13 @@ def test_an_eigenvalue_that_is_missing_is_noticed():
     from lora_null.nullspace import _count_below, _is_complete
 
     Q, _ = torch.linalg.qr(torch.randn(90, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    values = torch.linspace(1, 10, 90, dtype=torch.float64)
+    values = torch.linspace(1, 10, 90, dtype=torch.float64) / 100
     gram = (Q * values) @ Q.T
-    for level in (0.5, 1.05, 3.3, 9.99, 11.0):
+    for level in (0.005, 0.0105, 0.033, 0.0999, 0.11):
         assert _count_below(gram, level) == int((values < level).sum())
-    assert _is_complete(gram, values[:20])
+    assert _is_complete(gram, values[:20], Q[:, :20])
     for missing in (0, 7, 15):
-        assert not _is_complete(gram, torch.cat([values[:missing], values[missing + 1 : 21]]))
+        others = [i for i in range(21) if i != missing]
+        assert not _is_complete(gram, values[others], Q[:, others])
+        turned = Q[:, others] + 1e-6 * Q[:, 30:50]  # nearly the eigenvectors
+        assert not _is_complete(gram, values[others], torch.linalg.qr(turned)[0])

@@ -72,6 +72,18 @@ def own_precision(model: nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Let float32 products be float32: neither autocast nor TF32 inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's (CPU and CUDA) random generators."""
     random.seed(seed)

@@ -19,8 +19,8 @@ import common
 import torch
 
 from lora_null.calibration import SKETCH_COLUMNS
-from lora_null.gram import CHUNK_TOKENS, EXACT_BELOW
-from lora_null.nullspace import FIRST_TEST, KRYLOV_MAX_RANK_SHARE, KRYLOV_MIN_WIDTH
+from lora_null.gram import CHUNK_TOKENS, CHUNKS_TOGETHER, EXACT_BELOW
+from lora_null.nullspace import ACCELERATOR, CPU, FIRST_TEST, KRYLOV_MAX_RANK_SHARE, Crossover
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Machine:
     memory: float
     disk: float = 5e9  # assumed
     element: int = 2  # bytes of a number in the model's dtype
+    crossover: Crossover = ACCELERATOR
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def initialization(shape: Shape, machine: Machine, tokens: int, length: int, ran
         "float64 sums": sum(_sums(w, machine, tokens) for w in shape.inputs),
         "sketches": sum(2 * tokens * w * SKETCH_COLUMNS for w in shape.inputs) / machine.float32,
         "norms": tokens * sum(out for out, _ in shape.linears) * machine.element / machine.memory,
-        "solve": sum(_solve(w, rank) for w in shape.inputs) / machine.float64,
+        "solve": sum(_solve(w, rank, machine.crossover) for w in shape.inputs) / machine.float64,
         "factors": sum(2 * out * w * rank + 4 * out * rank**2 for out, w in shape.linears) / machine.float64,
         "write": 4 * rank * sum(map(sum, shape.linears)) / machine.disk,
     }
@@ -105,13 +106,15 @@ def _gram(w: int, machine: Machine, tokens: int) -> float:
 
 
 def _sums(w: int, machine: Machine, tokens: int) -> float:
-    """Seconds to add each chunk's triangle of float32 (written and read) to the float64 sum (read and written)."""
-    return tokens / CHUNK_TOKENS * w**2 / 2 * (4 + 4 + 8 + 8) / machine.memory
+    """Seconds to write and read each chunk's triangle of float32, and to add what is multiplied together to the total."""
+    chunks = 1 if machine.crossover is CPU else CHUNKS_TOGETHER
+    added = 16 if chunks == 1 else 8 + 8 + 16  # read and write the float64 total; the chunks' own sum in between
+    return tokens / CHUNK_TOKENS * w**2 / 2 * (4 + 4 + added / chunks) / machine.memory
 
 
-def _solve(w: int, rank: int) -> float:
-    """FLOPs of one eigenspace: Cholesky, the block Lanczos up to its first test, and the count of eigenvalues; or `eigh`."""
-    if w < KRYLOV_MIN_WIDTH or rank * KRYLOV_MAX_RANK_SHARE > w:
+def _solve(w: int, rank: int, crossover: Crossover) -> float:
+    """FLOPs of one eigenspace: Cholesky, the block Lanczos up to its first test, and the test of its answer; or `eigh`."""
+    if w < crossover.krylov_width or rank * KRYLOV_MAX_RANK_SHARE > w:
         return 9 * w**3  # Golub and Van Loan, symmetric QR with vectors
     columns = FIRST_TEST * rank
     return 2 * w**3 / 3 + 2 * w**2 * (columns + rank) + 4 * w * columns**2
@@ -145,7 +148,7 @@ def this_cpu() -> Machine:
         rates[dtype] = best(lambda a=a, out=out: torch.mm(a, a, out=out), 2 * n**3)
     source, target = torch.ones(2**26), torch.empty(2**26)
     memory = best(lambda: target.copy_(source), 2 * source.nbytes)
-    return Machine(rates[torch.float32], rates[torch.float32], rates[torch.float64], memory, element=4)
+    return Machine(rates[torch.float32], rates[torch.float32], rates[torch.float64], memory, element=4, crossover=CPU)
 
 
 def beside(found: Mapping[str, float], row: Mapping[str, float], forward: float) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,7 @@ massive directions on top, in a random orthogonal basis. The parts:
     rank        the rest of the Krylov solver, and the factors of a weight, against r (1 each while r ≪ d_in)
     layers      a whole initialization of a small random model against its decoder layers (1)
     crossover   eigh's time over the Krylov solver's, by width and rank share, and the leakage of its answer over
-                eigh's; what KRYLOV_MIN_WIDTH and KRYLOV_MAX_RANK_SHARE in lora_null/nullspace.py rest on
+                eigh's; what CPU.krylov_width and KRYLOV_MAX_RANK_SHARE in lora_null/nullspace.py rest on
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_null import LoraNullConfig, initialize_lora_null_weights
 from lora_null.factors import null_factors
 from lora_null.gram import Gram
-from lora_null.nullspace import KRYLOV_MAX_RANK_SHARE, KRYLOV_MIN_WIDTH, bottom_eigenspace
+from lora_null.nullspace import CPU, KRYLOV_MAX_RANK_SHARE, bottom_eigenspace
 from lora_null.recipes.environment import keep_freed_memory
 
 DECAY, BEND, BEND_POWER = 1.1, 0.85, 0.8  # fitted by eye to Grams of SmolLM2's 11th and 21st decoder layers
@@ -273,7 +273,7 @@ def _recommended(cells: list[dict[str, Any]]) -> dict[str, Any]:
     winning = [d for d in widths if all(wins[w, s] for w in widths if w >= d for s in shares if s >= (share or 0))]
     return {
         "measured": {"min_width": winning[0] if winning and share else None, "max_rank_share": share},
-        "in_force": {"min_width": KRYLOV_MIN_WIDTH, "max_rank_share": KRYLOV_MAX_RANK_SHARE},
+        "in_force": {"min_width": CPU.krylov_width, "max_rank_share": KRYLOV_MAX_RANK_SHARE},
     }
 
 

@@ -360,7 +360,7 @@ def saved_bytes(trainee: Trainee, case: Case) -> dict[str, int]:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[storage_of(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself, it could hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), WeightCopies(trainee.model) as weights:
         loss = trainee.forward(case, trainee.batch)

@@ -47,7 +47,8 @@ from lora_null.utils.files import cache_root  # noqa: E402
 
 PARTS = "abcdefg"
 GSM8K = HERE.parents[1] / "recipes" / "samples" / "gsm8k_test.jsonl"
-LAYER_GB, ADAPTED_GB, ACTIVE_GB = 0.41, 0.16, 0.5  # of one 7B layer: bfloat16 weights; an adapter's state; activations
+# Of one 7B layer: bfloat16 weights; an adapter's state; activations of a step. Of all else: logits, embeddings, the context.
+LAYER_GB, ADAPTED_GB, ACTIVE_GB, OTHER_GB = 0.41, 0.16, 1.75, 8
 COMPILED_LAYERS = 4  # a minute's work for the compiler
 STUDY_STEPS = 1000
 TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
@@ -166,18 +167,20 @@ def _step(machine: Machine, contenders: str, cases: str, *, layers: int, extra: 
     command = [str(BENCHMARKS / "step.py"), "--out", "{out}", "--device", machine.device, "--contenders", contenders]
     if machine.toy:
         return [*command, "--quick", "--no-memory", *extra]
-    sizes = {"model": "llama-7b", "layers": layers, "rank": 128, "batch": 2, "length": 1024, "cases": cases}
+    sizes = {"model": "llama-7b", "layers": layers, "rank": 128, "batch": 8, "length": 1024, "cases": cases}
     return [*command, *(word for name, value in sizes.items() for word in (f"--{name}", str(value))), *extra]
 
 
 def _fitting(machine: Machine, per_layer: float) -> int:
     """Return how many layers of the 7B shape fit, at most all 32."""
-    return max(1, min(32, int((0.9 * machine.memory_gib - 4) / per_layer)))
+    return max(1, min(32, int((0.9 * machine.memory_gib - OTHER_GB) / per_layer)))
 
 
 def training(machine: Machine) -> list[Step]:
     """What trains an adapter takes turns, all on the card together; full fine-tuning with fewer layers where it has to."""
-    adapters = ["lora", "v2", "nb"] if machine.toy else [name for name in CONTENDERS if name not in ("full", "v2-matched")]
+    adapters = (
+        ["lora", "v2", "nb"] if machine.toy else [name for name in CONTENDERS if name not in ("full", "v2-matched")]
+    )
     cases = "bf16:8,bf16+ckpt:6"
     together = _fitting(machine, len(adapters) * (LAYER_GB + ADAPTED_GB) + ACTIVE_GB)
     whole = _fitting(machine, 5 * LAYER_GB + ADAPTED_GB + ACTIVE_GB)
