@@ -27,7 +27,7 @@ class _Probe:
         inputs: S (d_in, k) with E[S Sᵀ] = X Xᵀ; or, where A is frozen, L (r, r) with L Lᵀ = A X Xᵀ Aᵀ exactly.
         projected: whether `inputs` is L, already seen through A.
         scale: 1 / ‖W0 X‖_F.
-        start: of a layer on a residual base, A0 S (r, k), which never changes.
+        start: of a layer on a residual base, B0 A0 S (d_out, k), which never changes.
     """
 
     inputs: torch.Tensor
@@ -84,8 +84,8 @@ class DriftMeter(_Meter):
         residual = residual_of(layer, self.adapter_name)
         if residual is not None:
             if probe.start is None:
-                probe.start = residual.A.to(A) @ inputs
-            moved = moved - residual.B.to(B) @ probe.start
+                probe.start = residual.B.to(B) @ (residual.A.to(A) @ inputs)
+            moved = moved - probe.start
         return layer.scaling[self.adapter_name] * probe.scale * torch.linalg.matrix_norm(moved.float())
 
 

@@ -3,19 +3,25 @@
 The eigenvalues of C are squares, so a float32 sum cannot see directions below 3e-4 of the largest. What rounds here is
 only the product of one chunk of tokens: entry (i, j) errs by at most a few 2⁻²⁴ of Σ|x_i x_j| over that chunk, which
 is small where either channel is small, and the errors of the chunks average out. Products of bfloat16 numbers are exact
-in float32, so for them it is the additions alone. An exact null space such errors would fill: with few tokens, with few
-distinct ones (what the first layer reads), with texts that repeat. So everything is float64 until C has no direction that
-they could fill; tokens that come later only add to it. Asking costs as much as about d tokens.
+in float32, so for them it is the additions alone; those of tensor cores are cut off, and `gram_kernel` is for that. An
+exact null space such errors would fill: with few tokens, with few distinct ones (what the first layer reads), with texts
+that repeat. So everything is float64 until C has no direction that they could fill; tokens that come later only add to
+it. Asking costs as much as about d tokens.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.model_state import full_precision
+
+logger = get_logger(__name__)
 
 CHUNK_TOKENS = 1024
 # Tokens per dimension before it is asked whether float32 will do, and again after twice as many. Measured on SmolLM2's
@@ -41,9 +47,10 @@ class Gram:
         self.tokens = tokens
         self.exact, self.seen, self.next_test = True, 0, EXACT_BELOW * d
         self.total = torch.zeros(d, d, dtype=torch.float64, device=device)
-        on_cpu = device.type == "cpu"
-        self.together = CHUNK_TOKENS * (1 if on_cpu else CHUNKS_TOGETHER)
-        count = max(1, min(8, d // BLOCK_WIDTH["cpu" if on_cpu else "accelerator"]))
+        self.on_cpu = device.type == "cpu"
+        self.kernel = None if self.on_cpu else kernel(device)
+        self.together = CHUNK_TOKENS * (1 if self.on_cpu else CHUNKS_TOGETHER)
+        count = max(1, min(8, d // BLOCK_WIDTH["cpu" if self.on_cpu else "accelerator"]))
         edges = [round(d * i / count) for i in range(count + 1)]
         self.blocks = [slice(a, b) for a, b in pairwise(edges)]
 
@@ -54,6 +61,9 @@ class Gram:
                 self.exact, self.next_test = not self._is_resolved(), 2 * self.seen
             self.seen += len(chunk)
             chunk = self._multipliable(chunk)
+            if chunk.element_size() == 2:
+                self.kernel(self.total, chunk)
+                continue
             with full_precision(chunk.device):
                 for block in self.blocks:
                     part = self.total[block, : block.stop]
@@ -74,25 +84,38 @@ class Gram:
         """Return C, (d, d) float64, exactly symmetric."""
         for block in self.blocks:
             corner = self.total[block, block]
-            corner.copy_((corner + corner.T) / 2)
+            corner.copy_((corner + corner.T) / 2 if self.on_cpu else corner.tril() + corner.tril(-1).T)
             self.total[: block.start, block] = self.total[block, : block.start].T
         return self.total
 
     def _multipliable(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows in the dtype to multiply in; 16-bit numbers stay where tensor cores add them up in float32."""
+        """Return rows in the dtype to multiply in; 16-bit numbers stay what they are where there is a kernel for them."""
         if self.exact:
             return rows.double()
-        if rows.is_cuda and len(rows) > CHUNK_TOKENS:
-            rows = nn.functional.pad(rows, (0, 0, 0, -len(rows) % CHUNK_TOKENS))  # to whole chunks
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        if self.kernel is not None and rows.element_size() == 2:
             return rows
+        if len(rows) > CHUNK_TOKENS:
+            rows = nn.functional.pad(rows, (0, 0, 0, -len(rows) % CHUNK_TOKENS))  # to whole chunks
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return aᵀ b of a float32 chunk or of float64 rows; the float64 sum of such products where there are several chunks."""
-    if a.dtype == torch.float64 or (len(a) <= CHUNK_TOKENS and a.element_size() == 4):
+    if a.dtype == torch.float64 or len(a) <= CHUNK_TOKENS:
         return a.T @ b
-    a, b = (rows.unflatten(0, (-1, min(CHUNK_TOKENS, len(rows)))) for rows in (a, b))
-    adding = {"out_dtype": torch.float32} if a.element_size() == 2 else {}
-    return torch.bmm(a.mT, b, **adding).sum(0, dtype=torch.float64)
+    a, b = (rows.unflatten(0, (-1, CHUNK_TOKENS)) for rows in (a, b))
+    return torch.bmm(a.mT, b).sum(0, dtype=torch.float64)
+
+
+@functools.cache
+def kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """Return `add_gram` where Triton compiles it and the device has tensor cores for bfloat16; it is tried on a few numbers."""
+    try:
+        from lora_null.gram_kernel import add_gram
+
+        total = torch.zeros(16, 16, dtype=torch.float64, device=device)
+        add_gram(total, torch.ones(16, 16, dtype=torch.bfloat16, device=device))
+        return add_gram if torch.cuda.get_device_capability(device) >= (8, 0) and total[0, 0] == 16 else None
+    except Exception as reason:  # a compiler that is missing, a card it does not know: each raises its own
+        logger.warning(f"calibration: without the kernel for 16-bit numbers, which takes longer ({reason})")
+        return None

@@ -1,7 +1,7 @@
 """Every claim about GPUs, tried on whatever accelerator is here: one command, some minutes, cut at any moment.
 
     python tests/gpu/run.py --out DIR                        # all parts, 9 minutes at most; again goes on where it was
-    python tests/gpu/run.py --out DIR --part b,c --minutes 20
+    python tests/gpu/run.py --out DIR --part b,c/full --minutes 20
     python tests/gpu/run.py --out DIR --toy                  # toy sizes on the CPU: shows that it runs, measures nothing
     python tests/gpu/report.py DIR                           # what came back, as a table
 
@@ -150,7 +150,7 @@ def initialization(machine: Machine) -> list[Step]:
     whole, layer = machine.lacks(30, toy=False), machine.lacks(16)
     if whole is None:
         layer = "the whole model stands for it"
-    both, paper = ["whole", "--contenders", "forward,ours"], ["whole", "--contenders", "forward,reference"]
+    both, paper = ["whole", "--contenders", "forward,ours"], ["whole", "--contenders", "reference"]
     return [
         Step("b", "7b-whole", 300, whole, [*script, *both], _json("init.json")),
         Step("b", "7b-layer", 240, layer, [*script, "layer", "--scale", "1"], _json("init.json")),
@@ -385,27 +385,33 @@ def main(argv: Sequence[str] | None = None, make: Callable[[Machine], list[Step]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take (default: %(default)g)")
-    parser.add_argument("--part", default=",".join(PARTS), help="letters, by commas (default: all)")
+    parser.add_argument("--part", default=",".join(PARTS), help="letters, or letter/step, by commas (default: all)")
     parser.add_argument(
         "--toy", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"
     )
     parser.add_argument("--again", action="store_true", help="run again what failed")
     parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="SmolLM2, for (f) and (g)")
     given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a step has started ends with it
     parts = given.part.split(",")
-    if unknown := sorted(set(parts) - set(PARTS)):
-        parser.error(f"--part: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
     until = time.monotonic() + 60 * given.minutes
     machine = find_machine(toy=given.toy, smollm2=given.smollm2)
+    every = make(machine)
+    if unknown := sorted(set(parts) - set(PARTS) - {f"{step.part}/{step.name}" for step in every}):
+        parser.error(
+            f"--part: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}, nor such as b/70b-from-files"
+        )
     facts = common.machine(torch.device(machine.device)) | {
         "gpus": machine.count,
         "gpu_gib": round(machine.memory_gib, 1),
     }
     print(common.headline(facts))
     failed = 0
-    for order, step in enumerate(make(machine)):
+    for order, step in enumerate(every):
         folder = given.out.resolve() / step.part / step.name
-        if step.part not in parts or not pending(step, folder, toy=given.toy, again=given.again):
+        if not {step.part, f"{step.part}/{step.name}"} & set(parts) or not pending(
+            step, folder, toy=given.toy, again=given.again
+        ):
             continue
         left = until - time.monotonic()
         if left <= 0 and step.lacking is None:

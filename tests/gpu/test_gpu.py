@@ -8,6 +8,7 @@ import copy
 import os
 import shutil
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -19,7 +20,9 @@ from torch import nn
 from world import make_world
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
+from lora_null.gram import Gram
 from lora_null.layer import adapted_layers
+from lora_null.nullspace import bottom_eigenspace
 from lora_null.recipes.__main__ import main
 from lora_null.trainer.methods import METHODS
 
@@ -72,6 +75,26 @@ def test_factors_against_the_float64_oracle(dtype, slack):
         null = oracle.null_space(X[name], RANK)
         outside = A - A @ null @ null.T
         assert (outside**2).sum() <= (slack - 1) * (A**2).sum(), name  # A lies in the oracle's null space
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grams_catch_what_float64_catches(dtype):
+    """Channels with a mean and of falling size, where sums that are cut off would lose the small directions."""
+    d, r, generator = 512, 16, torch.Generator().manual_seed(0)
+    falling = torch.arange(1, d + 1).float().pow(-0.5)
+    rows = (torch.randn(16 * d, d, generator=generator) * falling + 0.1).to(DEVICE, dtype)
+    gram = Gram(d, rows.device, tokens=2 * len(rows))
+    for part in rows.split(1500):
+        gram.add(part)
+    assert not gram.exact
+    total, X = exact(gram.result()), exact(rows).T
+    truth = X @ X.T
+    assert abs(total - total.T).max() == 0
+    scale = np.sqrt(truth.diagonal())
+    assert abs((total - truth) / scale / scale[:, None]).max() <= 16 * 2**-24
+    found = bottom_eigenspace(gram.result(), r).vectors
+    best = oracle.leak(oracle.null_space(X, r).T, X)
+    assert oracle.leak(exact(found).T, X) <= 1.01 * best
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
