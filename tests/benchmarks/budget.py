@@ -54,8 +54,8 @@ def budgets(out: Path, methods: str, toy: bool) -> None:
     """Print for each method and rate how the budget was kept, and what the best fixed rate would have learned."""
     rates = "1e-3,3e-3" if toy else "3e-4,1e-3,3e-3,1e-2"
     words = ["--method", methods, RETENTION, "--sweep", f"training.learning_rate={rates}", *(TOY if toy else [])]
-    free = run(out / "free", words)
     held = run(out / "held", [*words, "--max-forgetting", str(AT_MOST)])
+    free = run(out / "free", words)
     print(
         f"{'method':14} {'rate':>7} {'strength':>8} {'checked':>16} {'unseen':>17} kept  {LEARNED:>9} {'best fixed':>10} {'free':>7}"
     )
