@@ -35,11 +35,17 @@ def join_processes() -> None:
     """Join the other processes of this run, if there are any.
 
     Raises:
-        UserError: the port where they meet is taken, or nobody answers there.
+        UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
     """
     port = os.environ.get("MASTER_PORT")
     try:
         PartialState()
+    except ImportError as error:
+        if "deepspeed" not in str(error).lower():
+            raise
+        raise UserError(
+            "the launcher's configuration asks for DeepSpeed, which is not installed; pip install deepspeed"
+        ) from None
     except DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(

@@ -1,5 +1,6 @@
 """The engines that accelerate starts: shipped configurations, and the same adapter from each, whole."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -183,28 +184,33 @@ def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):
     assert "results agree to rounding" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_one_line():
-    with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        place = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        script = """
+def refusal_of(place):
+    """Return the one line that ends a process which is launched so."""
+    script = """
 from lora_null.utils.errors import exit_status
 from lora_null.recipes.processes import join_processes
 raise SystemExit(exit_status(join_processes))
 """
-        command = [sys.executable, "-c", script]
-        ended = subprocess.run(command, capture_output=True, text=True, env={**CPU, **place}, timeout=60)
+    command, rank = [sys.executable, "-c", script], {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env={**CPU, **rank, **place}, timeout=60)
     assert ended.returncode == 2, ended.stderr[-2000:]
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and f"port {port} is in use" in lines[0] and "Traceback" not in ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in ended.stderr
+    return line
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} is in use" in refusal_of({"WORLD_SIZE": "2", "MASTER_PORT": port})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_there_is_one_line():
+    place = {"WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
+    assert "DeepSpeed, which is not installed" in refusal_of(place)
 
 
 class TestWholeness:
