@@ -61,7 +61,7 @@ class Gram:
                 self.exact, self.next_test = not self._is_resolved(), 2 * self.seen
             self.seen += len(chunk)
             chunk = self._multipliable(chunk)
-            if chunk.element_size() == 2:
+            if self.kernel is not None and chunk.element_size() == 2:
                 self.kernel(self.total, chunk)
                 continue
             with full_precision(chunk.device):

@@ -8,8 +8,8 @@ zero; these sums are added by ordinary float32 instructions, and the sum of a ca
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 TILE, STEP = 128, 64  # channels of a tile of C; tokens
 
