@@ -48,7 +48,7 @@ class Gram:
         self.exact, self.seen, self.next_test = True, 0, EXACT_BELOW * d
         self.total = torch.zeros(d, d, dtype=torch.float64, device=device)
         self.on_cpu = device.type == "cpu"
-        self.kernel = None if self.on_cpu else kernel(device)
+        self.kernel = kernel(device) if device.type == "cuda" else None
         self.together = CHUNK_TOKENS * (1 if self.on_cpu else CHUNKS_TOGETHER)
         count = max(1, min(8, d // BLOCK_WIDTH["cpu" if self.on_cpu else "accelerator"]))
         edges = [round(d * i / count) for i in range(count + 1)]
@@ -116,6 +116,7 @@ def kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]
         total = torch.zeros(16, 16, dtype=torch.float64, device=device)
         add_gram(total, torch.ones(16, 16, dtype=torch.bfloat16, device=device))
         return add_gram if torch.cuda.get_device_capability(device) >= (8, 0) and total[0, 0] == 16 else None
-    except Exception as reason:  # a compiler that is missing, a card it does not know: each raises its own
+    except Exception as error:  # a compiler that is missing, a card it does not know: each raises its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning(f"calibration: without the kernel for 16-bit numbers, which takes longer ({reason})")
         return None
