@@ -23,7 +23,7 @@ from lora_null.recipes.data.examples import Example, RowReader, describe_bad_row
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.environment import accelerator, computes_bf16
+from lora_null.recipes.environment import accelerator
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.report.render import templates_in
@@ -51,12 +51,11 @@ SHIPPED = (  # what is measured beside the user's own: knowledge in the form of 
 
 @dataclass
 class Machine:
-    """What trains: its memory in bytes, and the dtype of weights that it is quick with."""
+    """What trains, and its memory in bytes."""
 
     name: str
     memory: int
     on_cpu: bool
-    bf16: bool
 
 
 @dataclass
@@ -110,6 +109,7 @@ class Draft:
             "training.max_length": self.notes["lengths"],
             "training.total_batch_size": "rows of an optimizer step",
             "training.per_device_train_batch_size": "of these at once: memory, not the result",
+            "training.bf16": "where the device has bf16 instructions",
             "data.limit": "the rows after these are measured, in eval.task",
             "data.on_bad_row": f"left out: {self.notes.get('left out')}",
             "data.template": "the model's own" if value == "chat" else "",
@@ -187,9 +187,9 @@ def _machine() -> Machine:
     device = accelerator()
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        return Machine(properties.name, properties.total_memory, False, computes_bf16())
+        return Machine(properties.name, properties.total_memory, False)
     name = "this CPU" if device is None else str(device)
-    return Machine(name, psutil.virtual_memory().available, device is None, False)
+    return Machine(name, psutil.virtual_memory().available, device is None)
 
 
 def _rows(path: str, split: str, where: str, out: Path) -> Rows:
@@ -342,7 +342,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
         "total_batch_size": total,
         "per_device_train_batch_size": batch,
         "gradient_checkpointing": checkpointing,
-        "bf16": machine.bf16,
+        "bf16": "auto",
     }
     steps = f"about {math.ceil(count / total) * epochs:,} steps" if count else "steps"
     draft.notes["train"] = f"{epochs} epoch{'s' if epochs > 1 else ''}, {steps} of {total} rows, {batch} at once"

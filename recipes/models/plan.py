@@ -267,7 +267,7 @@ def _print_training(
 
 
 def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
-    table = Table(title="estimated memory on each GPU in GiB", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="estimated memory of each process in GiB", title_justify="left", box=None, pad_edge=False)
     for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for plan in plans:
