@@ -122,9 +122,9 @@ def test_memory_decides_batch_and_checkpointing(world, monkeypatch, capsys):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(600)))
     assert make().training["gradient_checkpointing"] is False
     Path("rows.yaml").unlink()
-    monkeypatch.setattr(new, "_machine", lambda: new.Machine("a small one", 2**17, False, True))
+    monkeypatch.setattr(new, "_machine", lambda: new.Machine("a small one", 2**17, False))
     training = make().training
-    assert training["per_device_train_batch_size"] == 1 and training["gradient_checkpointing"] and training["bf16"]
+    assert training["per_device_train_batch_size"] == 1 and training["gradient_checkpointing"] and training["bf16"] == "auto"
     assert "that is too little" in capsys.readouterr().out
 
 
