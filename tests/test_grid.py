@@ -352,7 +352,7 @@ def test_each_setting_has_a_frontier_along_the_rates():
     more = {"lora": {"training.weight_decay": 0}, "lora decayed": {"training.weight_decay": 3.0}}
     found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "lora decayed": [[(1.6, 0.05), (1.0, 0.2)]]}, more=more)
     low, high = equal_learning(found, "q kl", "t nll")
-    assert [row.label for row in high.rows] == ["LoRA", "LoRA, weight_decay 3"]
+    assert [row.label for row in high.rows] == ["LoRA", "LoRA (weight_decay 3)"]
     assert [row.value.value for row in high.rows] == [pytest.approx(0.4), pytest.approx(0.2)]
     assert low.rows[1].value.value == pytest.approx(0.05 + 0.15 / 6)
     assert high.rows[0].difference is None and high.rows[1].difference.value == pytest.approx(-0.2)
@@ -362,8 +362,9 @@ def test_nothing_is_read_where_all_runs_learned_more():
     found = made({"lora": [[(1.8, 0.1), (1.0, 0.4)]], "fast": [[(1.0, 0.3), (0.8, 0.5)]]})
     low, high = equal_learning(found, "q kl", "t nll")
     assert low.rows[-1].value is None and low.rows[-1].passed and high.rows[-1].value.value == pytest.approx(0.3)
-    fast = next(cells for label, cells in grid_content(found, {})["tables"][0]["rows"] if label == "fast")
-    assert fast[0] == "all runs learned more" and fast[1].startswith("0.300")
+    first, second = grid_content(found, {})["tables"][:2]
+    assert [label for label, _ in first["rows"]] == ["LoRA"] and first["note"] == "In all its runs fast learned more."
+    assert dict(second["rows"])["fast"][0].startswith("0.300") and second["note"] == ""
 
 
 def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():

@@ -124,7 +124,11 @@ def test_memory_decides_batch_and_checkpointing(world, monkeypatch, capsys):
     Path("rows.yaml").unlink()
     monkeypatch.setattr(new, "_machine", lambda: new.Machine("a small one", 2**17, False))
     training = make().training
-    assert training["per_device_train_batch_size"] == 1 and training["gradient_checkpointing"] and training["bf16"] == "auto"
+    assert (
+        training["per_device_train_batch_size"] == 1
+        and training["gradient_checkpointing"]
+        and training["bf16"] == "auto"
+    )
     assert "that is too little" in capsys.readouterr().out
 
 

@@ -126,15 +126,15 @@ def _by_frontier(results: Results) -> dict[str, list[Run]]:
         others = {key: value for key, value in run.point.items() if key != RATE} if RATE in run.point else {}
         found.setdefault(run.method, {}).setdefault(settings_text(others), []).append(run)
     return {
-        f"{method}, {settings}" if i else method: runs
+        f"{method} ({settings})" if i else method: runs
         for method, groups in found.items()
         for i, (settings, runs) in enumerate(groups.items())
     }
 
 
 def _label(name: str) -> str:
-    method, *settings = name.split(", ", 1)
-    return ", ".join([DISPLAY.get(method, method), *settings])
+    method, bracket, settings = name.partition(" (")
+    return DISPLAY.get(method, method) + bracket + settings
 
 
 def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
@@ -335,7 +335,7 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
         "tables": [
-            *(_equal_table(results, name, pair[1], found) for name in kept),
+            *(_equal_tables(results, kept, pair[1], found) if pair else ()),
             *(_safe_table(results, *pair) if pair else ()),
         ],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
@@ -343,15 +343,27 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
     }
 
 
-def _equal_table(results: Results, kept: str, task: str, found: Evaluations) -> dict[str, object]:
-    """One row a method: its forgetting at each level of learning."""
-    targets = equal_learning(results, kept, task, found)
-    rows = zip(*(target.rows for target in targets))
-    return {
-        "title": metric_title(kept),
-        "levels": [f"{metric_title(task)} {level_text(results, task, t)} (LoRA, {t.where})" for t in targets],
-        "rows": [(of_method[0].label, [_equal_text(row) for row in of_method]) for of_method in rows],
-    }
+def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evaluations) -> list[dict[str, object]]:
+    """A table for each level of learning, one row a method, its forgetting of every kind; who is not read there is listed."""
+    each = [equal_learning(results, name, task, found) for name in kept]
+    tables = []
+    for targets in zip(*each):
+        methods = list(zip(*(target.rows for target in targets)))
+        missing, passed = (
+            [of_method[0].label for of_method in methods if not of_method[0].value and of_method[0].passed == more]
+            for more in (False, True)
+        )
+        notes = [f"Not reached by {listed(missing)}."] if missing else []
+        notes += [f"In all its runs {listed(passed)} learned more."] if passed else []
+        tables.append(
+            {
+                "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA, {targets[0].where})",
+                "columns": [metric_title(name) for name in kept],
+                "rows": [(m[0].label, [_equal_text(row) for row in m]) for m in methods if m[0].value],
+                "note": " ".join(notes),
+            }
+        )
+    return tables
 
 
 def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object]]:
@@ -376,13 +388,13 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
         rows.append((f.label, [f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))]))
-    levels = [f"nothing kept, by NLL or accuracy, over {SAFE:.0%} worse", f"best {metric_title(task)} among them"]
-    return [{"title": "Safe learning rates", "levels": levels, "rows": rows}]
+    columns = [f"nothing kept, by NLL or accuracy, over {SAFE:.0%} worse", f"best {metric_title(task)} among them"]
+    return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": ""}]
 
 
 def _equal_text(row: AtEqual) -> str:
     if row.value is None:
-        return "all runs learned more" if row.passed else "not reached"
+        return "–"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
     test = f", {p_text(row.p)}" if row.p is not None else ""
     return f"{_pm(row.value)}{some}{test}"
