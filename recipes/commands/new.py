@@ -361,15 +361,13 @@ def _fitting(
 ) -> tuple[float, int, bool]:
     """Return the bytes that a step needs, its largest batch that fits, and whether with checkpointing; else the least."""
     plan, tried = plan_methods(recipe, config)[0], []
-    weights, pairs = size * (4 if recipe.model.dtype == "float32" else 2), recipe.trainer == "dpo"
+    weights = size * (4 if recipe.model.dtype == "float32" else 2)
     for checkpointing, batch in itertools.product((False, True), (b for b in BATCHES if b <= most)):
-        training = (DPOConfig if pairs else SFTConfig)(
+        training = (DPOConfig if recipe.trainer == "dpo" else SFTConfig)(
             output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch, max_length=length,
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
-        logits = 8 * batch * length * (2 if pairs else 1) * config.get_text_config().vocab_size
-        activations = activation_bytes(config, training) * (2 if machine.on_cpu else 1)
-        needed = weights + max(plan.gram_bytes, activations + logits + plan.extra_bytes)
+        needed = weights + max(plan.gram_bytes, activation_bytes(config, training) + plan.extra_bytes)
         tried.append((needed, batch, checkpointing))
         if needed <= USED * machine.memory:
             return tried[-1]
