@@ -29,9 +29,7 @@ CHUNK_TOKENS = 1024
 EXACT_BELOW = 2
 ROUNDING = 2**-24
 BLOCK_WIDTH = {"cpu": 192, "accelerator": 1024}  # narrower blocks multiply too slowly
-CHUNKS_TOGETHER = (
-    4  # on an accelerator, in one product of a batch: a chunk alone takes as long to launch as to multiply
-)
+CHUNKS_TOGETHER = 4  # on an accelerator: one alone takes longer to launch than to multiply
 
 
 class Gram:

@@ -155,7 +155,7 @@ def test_the_table_of_a_card(kit, tmp_path):
         (place / "step.json").write_text(json.dumps(one))
     text = kit.report.table(kit.report.read([tmp_path]))
     assert text.startswith("**NVIDIA H100 80GB HBM3**, 2026-01-02, torch 2.11")
-    assert "40.0 (calibrate 30.0, solve 10.0); an H100's floor: calibrate 10.3, solve 1.4 | yes |" in text
+    assert "40.0 (calibrate 30.0, solve 10.0); an H100's floor: calibrate 7.8, solve 1.4 | yes |" in text
     assert "| ≥ 50 × | 75 × (the paper's from one linear of each shape, extrapolated) | yes |" in text
     assert "6.0 s, 80 of them 8.0 min (extrapolated)" in text
     assert (

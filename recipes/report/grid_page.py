@@ -288,13 +288,18 @@ def grid_headline(results: Results, found: Evaluations) -> str:
     target = targets[len(targets) // 2]
     level = f"At the learning that LoRA reaches with {target.where} ({metric_title(task)} {level_text(results, task, target)})"
     rows = sorted((row for row in target.rows if row.value), key=lambda row: row.value.value)
-    missing, passed = ([r.label for r in target.rows if not r.value and r.passed == more] for more in (False, True))
-    never = f" Not reached by {listed(missing)}." if missing else ""
-    never += f" In all its runs {listed(passed)} learned more." if passed else ""
+    never = "".join(f" {sentence}" for sentence in _not_read(target))
     lora = next((row for row in rows if row.name == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
     return f"{level}, {_against(rows, lora, metric_title(kept))}{never}"
+
+
+def _not_read(target: Target) -> list[str]:
+    """Say whose forgetting cannot be read at a level, and why."""
+    missing, passed = ([r.label for r in target.rows if not r.value and r.passed == more] for more in (False, True))
+    said = [f"Not reached by {listed(missing)}."] if missing else []
+    return said + ([f"In all its runs {listed(passed)} learned more."] if passed else [])
 
 
 def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str) -> str:
@@ -349,18 +354,12 @@ def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evalu
     tables = []
     for targets in zip(*each):
         methods = list(zip(*(target.rows for target in targets)))
-        missing, passed = (
-            [of_method[0].label for of_method in methods if not of_method[0].value and of_method[0].passed == more]
-            for more in (False, True)
-        )
-        notes = [f"Not reached by {listed(missing)}."] if missing else []
-        notes += [f"In all its runs {listed(passed)} learned more."] if passed else []
         tables.append(
             {
                 "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA, {targets[0].where})",
                 "columns": [metric_title(name) for name in kept],
                 "rows": [(m[0].label, [_equal_text(row) for row in m]) for m in methods if m[0].value],
-                "note": " ".join(notes),
+                "note": " ".join(_not_read(targets[0])),
             }
         )
     return tables

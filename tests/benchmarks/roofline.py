@@ -106,10 +106,10 @@ def _gram(w: int, machine: Machine, tokens: int) -> float:
 
 
 def _sums(w: int, machine: Machine, tokens: int) -> float:
-    """Seconds to write and read each chunk's triangle of float32, and to add what is multiplied together to the total."""
-    chunks = 1 if machine.crossover is CPU else CHUNKS_TOGETHER
-    added = 16 if chunks == 1 else 8 + 8 + 16  # read and write the float64 total; the chunks' own sum in between
-    return tokens / CHUNK_TOKENS * w**2 / 2 * (4 + 4 + added / chunks) / machine.memory
+    """Seconds to read and write the float64 triangle at each product; where no kernel adds to it, the float32 one before."""
+    on_cpu = machine.crossover is CPU
+    moved = 4 + 4 + 8 + 8 if on_cpu else (8 + 8) / CHUNKS_TOGETHER
+    return tokens / CHUNK_TOKENS * w**2 / 2 * moved / machine.memory
 
 
 def _solve(w: int, rank: int, crossover: Crossover) -> float:

@@ -15,8 +15,8 @@ median over rounds of the ratio to plain PEFT LoRA's step of the same round, wit
 contenders shows how far two equal ones differ. Adapters have alpha = r and random factors: a step costs the same
 wherever they start. v1 runs on its residual base, nb keeps A in a random basis of 4 r directions, as in training. Memory is
 measured apart, each contender alone (on a CPU in a process of its own): the peak of a step above the loaded weights, so
-gradients, optimizer state, what autograd keeps, and temporaries. Saved bytes are what autograd keeps between forward and backward pass, each storage once, parameters not
-counted, copies of weights in another dtype apart.
+gradients, optimizer state, what autograd keeps, and temporaries. Saved bytes are what autograd keeps between forward and
+backward pass, each storage once, parameters not counted, copies of weights in another dtype apart.
 """
 
 from __future__ import annotations
