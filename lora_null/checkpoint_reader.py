@@ -70,11 +70,12 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
                 seen.add(id(tensor))
                 saved = is_parameter or leaf not in module._non_persistent_buffers_set
                 yield Owned(
-                    _in_checkpoint(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
+                    in_checkpoint(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
                 )
 
 
-def _in_checkpoint(name: str) -> str:
+def in_checkpoint(name: str) -> str:
+    """Return the name that a parameter has in a checkpoint of the base."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

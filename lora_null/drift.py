@@ -95,15 +95,25 @@ class WeightDriftMeter(_Meter):
     W0 S (d_out, 64) is stored at the start, so no second copy of the weights is kept.
 
     Args:
-        layers: linears, or PEFT layers with `get_delta_weight`, by name.
+        layers: linears, or PEFT layers with `get_delta_weight`, by name; where their weights are still in their files,
+            `begin` is called once they are there, unchanged.
         calibration: of their inputs; sketches are enough.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
         self.layers = _with_outputs(layers, calibration)
         self.sketches = {name: calibration.input_of(name).sketch.float() for name in self.layers}
-        self.starts = {name: _outputs(layer, self.sketches[name]) for name, layer in self.layers.items()}
         self.scales = {name: calibration.output_energy[name] ** -0.5 for name in self.layers}
+        self.starts: dict[str, torch.Tensor] = {}
+        if not any(parameter.is_meta for layer in self.layers.values() for parameter in layer.parameters()):
+            self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Store W0 S. All ranks of a sharded model call it."""
+        for name, layer in self.layers.items():
+            with whole_parameters(layer):
+                self.starts[name] = _outputs(layer, self.sketches[name])
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

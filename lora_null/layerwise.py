@@ -149,6 +149,33 @@ def walk_layers(
                 release_freed_memory()
 
 
+def visit_layers(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    weights: WeightFiles,
+    *,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """Yield (layer name, its modules) in order, without a forward pass; while a layer is yielded its weights are at hand.
+
+    Args:
+        model, modules: as in `walk_layers`.
+        weights: the files to read each layer from.
+        device: where its weights go; None for the CPU.
+        progress: show a progress bar (on rank 0).
+
+    Raises:
+        DoesNotFit: the modules are not all inside one list of decoder layers.
+    """
+    layers = decoder_layers(model, modules)
+    found = {name: inside for name in layers if (inside := _inside(name, modules))}
+    for name in tqdm(found, desc="initializing", unit="layer", disable=not progress or _rank() != 0):
+        with _resident(layers[name], name, device or torch.device("cpu"), weights):
+            yield name, found[name]
+        release_freed_memory()
+
+
 def measure_in_parts(
     model: nn.Module,
     modules: Mapping[str, nn.Module],

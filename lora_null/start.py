@@ -30,7 +30,7 @@ from lora_null.calibration import (
 )
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
 from lora_null.factors import LayerStats
-from lora_null.layerwise import DoesNotFit, walk_layers
+from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
@@ -441,9 +441,7 @@ def _parts(
         yield from ((name, None) for name in done)
         return
     if not batches:
-        part = Calibration([_unmeasured(name, layer) for name, layer in layers.items()])
-        LoadBalance().assign(part.inputs)
-        yield ALL, part
+        yield from _unmeasured(model, layers, options, done)
         return
     common: dict[str, Any] = {"gram": gram, "min_tokens": options.min_tokens, "seed": options.seed}
     common["progress"] = options.progress
@@ -473,7 +471,30 @@ def _no_chain(reason: DoesNotFit) -> NotAChain:
     return NotAChain(f"initialization: this model cannot be walked layer by layer, {reason}")
 
 
-def _unmeasured(name: str, layer: LoraLayer) -> InputStats:
+def _unmeasured(
+    model: nn.Module, layers: Mapping[str, LoraLayer], options: InitOptions, done: Mapping[str, LayerResult]
+) -> Iterator[tuple[str, Calibration | None]]:
+    """Yield the layers without inputs, for a rule that reads the weights alone: at once, or as they come from the files."""
+
+    def part(inside: Mapping[str, nn.Module]) -> Calibration:
+        found = Calibration([_without_input(name, layer) for name, layer in inside.items()])
+        balance.assign(found.inputs)
+        return found
+
+    balance = LoadBalance()
+    if options.weights is None:
+        yield ALL, part(layers)
+        return
+    try:
+        for name, inside in visit_layers(
+            model, layers, options.weights, device=options.device, progress=options.progress
+        ):
+            yield name, None if name in done else part(inside)
+    except DoesNotFit as reason:
+        raise _no_chain(reason) from None
+
+
+def _without_input(name: str, layer: LoraLayer) -> InputStats:
     weight = layer.get_base_layer().weight
     return InputStats([name], None, torch.zeros(layer.in_features, 0, dtype=torch.float64, device=weight.device))
 

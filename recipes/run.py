@@ -48,7 +48,7 @@ from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import TRAINERS, Job, check_run, check_tokens, space_of_run, total_batch, training_arguments
-from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, load_base
+from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
 from lora_null.recipes.models.so_far import after_earlier, model_so_far
 from lora_null.recipes.probes import probe_folder
@@ -80,7 +80,6 @@ from lora_null.utils.distributed import count, is_launched_with_fsdp2, on_first_
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
-from lora_null.utils.quantized import weight_of
 
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 
@@ -305,10 +304,9 @@ def _outcome(
 
 
 def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
-    """Return how far the weights of the method's layers moved; without an adapter, from the base as it is loaded anew."""
+    """Return how far the weights of the method's layers moved; without an adapter, from the base's as they are read anew."""
     alone = job.is_main and not isinstance(model, PeftModel)
-    base = load_base(job.recipe.model, job.model_name) if alone else None
-    original = None if base is None else lambda name: weight_of(base.get_submodule(name))
+    original = weight_reader(job.recipe.model, job.model_name) if alone else None
     changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
     return Magnitude.of(changes) if job.is_main else None
 

@@ -17,29 +17,32 @@ from lora_null import LoraNullConfig, UserError, checkpoint_reader
 from lora_null.checkpoint_reader import open_in_files
 from lora_null.initialize import InitOptions
 from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
 
-VARIANTS = ("v1", "v2")
+METHODS = ("lora-null-v1", "lora-null-v2", "pissa", "full")
 STEPS = 3
 
 
-def train(folder: Path, variant: str, model, out: str, steps: int = STEPS) -> LoraNullSFTTrainer:
+def train(folder: Path, name: str, model, out: str, steps: int = STEPS) -> LoraNullSFTTrainer:
     """Train on random tokens; `resume` where a checkpoint of an earlier call lies in the folder."""
     rows = [
         ids[mask.bool()].tolist() for b in random_batches() for ids, mask in zip(b["input_ids"], b["attention_mask"])
     ]
     arguments = SFTConfig(
         output_dir=str(folder / out), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, bf16=False,
-        gradient_checkpointing=False, save_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,
+        gradient_checkpointing=False, save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
         model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None,
     )  # fmt: skip
+    method = make_method(name)
     trainer = LoraNullSFTTrainer(
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
         processing_class=tiny_tokenizer(),
-        peft_config=LoraNullConfig(r=4, variant=variant, lora_alpha=8),
-        calibration_dataset=random_batches(),
+        peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear"),
+        method=method,
+        calibration_dataset=None if name == "pissa" else random_batches(),
         init_options=InitOptions(min_tokens=1, progress=False),
         preflight="off",
     )
@@ -54,25 +57,31 @@ def both_ways(words: list[str]) -> int:
     """In each process: train from the files and from a model that was loaded whole."""
     folder = Path(words[0])
     try:
-        for variant in VARIANTS:
+        for name in METHODS:
             path = str(folder / "model")
-            trainer = train(folder, variant, path, f"{variant}-files")
+            whole = lambda: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # noqa: B023, E731
+            trainer = train(folder, name, path, f"{name}-files")
             assert trainer._weights is not None
             local = sum(p.to_local().numel() for n, p in trainer.model.named_parameters() if "lora_" not in n)
-            whole = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" not in n)
-            assert local < 0.6 * whole
+            every = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" not in n)
+            assert local < 0.6 * every
             assert not any(p.is_meta for p in trainer.model.parameters())
-            train(folder, variant, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), f"{variant}-whole")
-            train(folder, variant, path, f"{variant}-files", steps=STEPS + 1)  # resumed from the files
-            train(folder, variant, path, f"{variant}-files", steps=2)  # at its end already: nothing but loading
+            drifts = [line.get("drift_mean") for line in trainer.state.log_history]
+            assert name == "pissa" or drifts[1] > 0
+            other = train(folder, name, whole(), f"{name}-whole")
+            assert drifts == [line.get("drift_mean") for line in other.state.log_history]
+            train(folder, name, path, f"{name}-files", steps=STEPS + 1)  # resumed from the files
+            train(folder, name, whole(), f"{name}-whole", steps=STEPS + 1)
+            train(folder, name, path, f"{name}-files", steps=2)  # at its end already: nothing but loading
     except BaseException:
         traceback.print_exc()
         return 1
     return 0
 
 
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoint-3" / "adapter_model.safetensors")
+def weights_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    adapter, whole = checkpoint / "adapter_model.safetensors", checkpoint / "pytorch_model_fsdp.bin"
+    return load_file(adapter) if adapter.is_file() else torch.load(whole, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +93,28 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_trained_from_files_is_what_is_trained_from_whole_weights(trained, variant):
-    ours, theirs = weights_in(trained / f"{variant}-files"), weights_in(trained / f"{variant}-whole")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+@pytest.mark.parametrize("step", [STEPS, STEPS + 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_trained_from_files_is_what_is_trained_from_whole_weights(trained, name, step):
+    """Also after a resumption, which took the last step."""
+    files, whole = (weights_in(trained / f"{name}-{kind}" / f"checkpoint-{step}") for kind in ("files", "whole"))
+    assert files.keys() == whole.keys()
+    assert all(torch.equal(files[key], whole[key]) for key in files)
 
 
 def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monkeypatch):
     """accelerate takes FSDP for GPUs alone and goes on without it."""
-    path = str(save_tiny(tmp_path / "model"))
-    train(tmp_path, "v1", path, "plain")
+    path, name = str(save_tiny(tmp_path / "model")), "lora-null-v1"
+    train(tmp_path, name, path, "plain")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     opened = []
     monkeypatch.setattr(
         checkpoint_reader, "open_in_files", lambda *a, **k: opened.append(open_in_files(*a, **k)) or opened[0]
     )
-    train(tmp_path, "v1", path, "asked")
+    train(tmp_path, name, path, "asked")
     assert opened
-    ours, theirs = weights_in(tmp_path / "asked"), weights_in(tmp_path / "plain")
+    ours, theirs = (weights_in(tmp_path / kind / "checkpoint-3") for kind in ("asked", "plain"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 

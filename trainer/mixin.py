@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback
 from trl.trainer.utils import create_model_from_path
 
-from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, open_to_shard
+from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
@@ -190,6 +190,7 @@ class LoraNullMixin(SavingMixin):
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
+        self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
         self._now: MicroBatch | None = None
         self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value, since the last log line
         if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
@@ -214,12 +215,32 @@ class LoraNullMixin(SavingMixin):
         self._weights.fill(self._in_files, torch.device("cpu"))
         self._weights = None
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent trainer; weights that train and are still in their files are remembered by their names."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+            self._optimized = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return optimizer
+
     def read_shards(self) -> None:
         """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
-        if self._weights is not None:
-            offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
-            device = torch.device("cpu") if offloaded else self.accelerator.device
-            together(lambda: self._weights.fill(self.model, device), what="reading the weights")
+        if self._weights is None or not any(parameter.is_meta for parameter in self.model.parameters()):
+            return
+        offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+        device = torch.device("cpu") if offloaded else self.accelerator.device
+        together(lambda: self._weights.fill(self.model, device), what="reading the weights")
+        if isinstance(self.drift_meter, WeightDriftMeter):
+            self.drift_meter.begin()
+        if self._optimized:  # accelerate finds an optimizer's shards by their address, which these did not have yet
+            shards = {in_checkpoint(name): parameter for name, parameter in self.model.named_parameters()}
+            for group, names in zip(self.optimizer.param_groups, self._optimized):
+                group["params"] = [shards[in_checkpoint(name)] for name in names]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the parent trainer; what it loads over has to be there."""
+        self.read_shards()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.

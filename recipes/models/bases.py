@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lora_null.recipes.private_names import complete_at_load
 from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, shard_layers, together
 from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
-from lora_null.utils.quantized import keep_layout
+from lora_null.utils.quantized import keep_layout, weight_of
 
 SHAPES = Path(__file__).parent / "shapes.json"
 
@@ -225,6 +226,22 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     if model.eos_token is not None:
         _end_with(loaded, load_tokenizer(model, name).eos_token_id)
     return loaded
+
+
+def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tensor]:
+    """Return what reads W0 (d_out, d_in) of a base's linear by its name, one weight at a time where its files allow it."""
+    try:
+        base, files = open_in_files(functools.partial(load_base, model), name, model.revision)
+    except UserError:
+        whole = load_base(model, name)
+        return lambda linear: weight_of(whole.get_submodule(linear))
+
+    def read(linear: str) -> torch.Tensor:
+        module = base.get_submodule(linear)
+        with files.loaded(module, linear):
+            return weight_of(module).clone()
+
+    return read
 
 
 def _end_with(loaded: PreTrainedModel, end: int) -> None:

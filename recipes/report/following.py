@@ -69,11 +69,14 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
     for row, log, dial, label in zip(results.rows, logs, dials, results.labels()):
         if row.method == "base":
             continue
-        found += [*_by_dial(dial, row, label), *_by_curve(log, label), *_by_form(results, row, label)]
+        found += [*_by_dial(dial, row, label), *_by_curve(results, log, label), *_by_form(results, row, label)]
     if found:
         return max(found, key=lambda advice: advice.gain).sentence
     if not any(dials) and not any(probe_curves([log]) for log in logs):
-        return "No curve was measured that tells what to do next: set eval.probe, or eval.strengths."
+        return (
+            "No curve was measured that tells what to do next: lora-null dial RUN/METHOD measures one of what was trained "
+            "here, eval.probe and eval.strengths do in the next run."
+        )
     return "By the measured curves nothing is to be gained by another rate, an earlier end, or a lower strength."
 
 
@@ -109,14 +112,14 @@ def _apart(one: Estimate | None, other: Estimate | None) -> bool:
     return abs(one.value - other.value) > 2 * math.hypot(one.stderr or 0, other.stderr or 0)
 
 
-def _by_curve(log: TrainLog, label: str) -> list[Advice]:
+def _by_curve(results: Results, log: TrainLog, label: str) -> list[Advice]:
     """An earlier end where the task's loss has turned, a higher rate or more steps where it still falls."""
+    learned = results.directed_names("task")
     for key, title in probe_curves([log]):
-        if not key.endswith(" nll"):
+        if not key.endswith(" nll") or key.removeprefix(PREFIX) not in learned:
             continue
         steps, values = log.series(key)
-        kept = [k for k, _ in probe_curves([log]) if k.endswith(" kl") and k.split(" ")[0] == key.split(" ")[0]]
-        if len(values) < 4 or kept:  # of what is to be kept: not what is learned
+        if len(values) < 4:
             continue
         lowest = min(range(len(values)), key=values.__getitem__)
         fall, last = values[0] - values[lowest], values[-1]

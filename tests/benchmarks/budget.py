@@ -1,7 +1,7 @@
 """What a budget keeps, what the dial shows beside retraining, and what is left of tasks in sequence; on SmolLM2.
 
-    python tests/benchmarks/budget.py budgets --out runs/budgets     # 20 runs with a budget, and the same rates without
-    python tests/benchmarks/budget.py dial --out runs/dial           # strengths of one training against lower rates
+    python tests/benchmarks/budget.py budgets --out runs/budgets     # 20 runs with a budget, and a sweep without
+    python tests/benchmarks/budget.py dial --out runs/budgets        # strengths of that sweep's highest rates against its lower ones
     python tests/benchmarks/budget.py sequence --out runs/sequence   # math, code, instructions
     python tests/benchmarks/budget.py sketch --out runs/sequence     # what a sketch of an earlier task's Grams loses
 
@@ -9,8 +9,8 @@ Each writes ordinary runs below --out, goes on with them where it was broken off
 --toy takes few steps, rows and rates, to see that it works; --methods other methods.
 
 budgets: KL 0.01 on NQ-open. "unseen" is the KL on nq_open_tune.jsonl, rows that neither probe nor check ever saw, and "kept"
-whether it is within the budget by one standard error. "best fixed" is the learning of the best rate of the same sweep without
-a budget whose KL there is within it.
+whether it is within the budget by one standard error. "best fixed" is the learning of the best rate of a sweep without a budget
+whose KL there is within it; each method's sweep takes the rates where that is to be expected.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_null.earlier import sketch_of
 from lora_null.nullspace import bottom_eigenspace
-from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.commands import main as commands
 from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.results import Results, load_results
 from lora_null.utils.files import read_safetensors
@@ -38,26 +39,47 @@ RETENTION = (
 )
 OVER: list[str] = []  # what the command line lays over every recipe
 TOY = ["training.max_steps=8", "eval.limit=24"]
+RATES = {  # of the sweep without a budget
+    "lora": ["3e-5", "1e-4", "3e-4", "1e-3"],
+    "lora-fa": ["3e-5", "1e-4", "3e-4", "1e-3"],
+    "pissa": ["1e-5", "3e-5", "1e-4", "3e-4"],
+    "lora-null-v1": ["3e-5", "1e-4", "3e-4", "1e-3"],
+    "lora-null-v2": ["3e-4", "1e-3", "3e-3", "1e-2"],
+    "nb-lora": ["3e-4", "1e-3", "3e-3", "1e-2"],
+}
+STRENGTHS = "0.2,0.4,0.6,0.8,1,1.25"
 
 
 def run(out: Path, words: list[str], recipe: str = "quickstart") -> Results:
     """Run a recipe, or what is left of it; return its results."""
     if not (out / "report.html").is_file():
         resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
-        status = recipes([recipe, "--output-dir", str(out), "training.save_strategy=no", *words, *OVER, *resume])
+        status = commands(
+            ["train", recipe, "--output-dir", str(out), "training.save_strategy=no", *words, *OVER, *resume]
+        )
         if status:
             sys.exit(status)
     return load_results(out)
 
 
+def held_and_free(out: Path, methods: str, toy: bool) -> tuple[Results, Results]:
+    """Return the grid of runs with a budget and the sweep without one, whose rates are those that each method may want."""
+    rates = "1e-3,3e-3" if toy else "3e-4,1e-3,3e-3,1e-2"
+    words = [RETENTION, *(TOY if toy else [])]
+    held = ["--sweep", f"training.learning_rate={rates}", "--max-forgetting", str(AT_MOST)]
+    own = ", ".join(
+        f"{name}: {{training.learning_rate: [{', '.join(values[: 2 if toy else None])}]}}"
+        for name, values in RATES.items()
+    )
+    free = ["--method", ",".join(RATES), "--sweep", f"training.learning_rate={rates}", f"grid.per_method={{{own}}}"]
+    return run(out / "held", ["--method", methods, *words, *held]), run(out / "free", [*words, *free])
+
+
 def budgets(out: Path, methods: str, toy: bool) -> None:
     """Print for each method and rate how the budget was kept, and what the best fixed rate would have learned."""
-    rates = "1e-3,3e-3" if toy else "3e-4,1e-3,3e-3,1e-2"
-    words = ["--method", methods, RETENTION, "--sweep", f"training.learning_rate={rates}", *(TOY if toy else [])]
-    held = run(out / "held", [*words, "--max-forgetting", str(AT_MOST)])
-    free = run(out / "free", words)
+    held, free = held_and_free(out, methods, toy)
     print(
-        f"{'method':14} {'rate':>7} {'strength':>8} {'checked':>16} {'unseen':>17} kept  {LEARNED:>9} {'best fixed':>10} {'free':>7}"
+        f"{'method':14} {'rate':>7} {'strength':>8} {'checked':>16} {'unseen':>17} kept  {LEARNED:>9} {'best fixed':>10} {'at rate':>7}"
     )
     kept = 0
     for cell in held.grid.cells:
@@ -67,37 +89,44 @@ def budgets(out: Path, methods: str, toy: bool) -> None:
         inside = unseen.value <= AT_MOST + (unseen.stderr or 0)
         kept += inside
         others = [other for other in free.grid.cells if other.method == cell.method and not other.diverged]
-        fixed = [o.metrics[LEARNED].value for o in others if o.metrics[UNSEEN].value <= AT_MOST]
-        same = next((o.metrics[LEARNED].value for o in others if o.point == cell.point), float("nan"))
+        best = min((o for o in others if o.metrics[UNSEEN].value <= AT_MOST), key=learned, default=None)
+        fixed = (float("nan"), float("nan")) if best is None else (learned(best), best.point["training.learning_rate"])
         print(
             f"{cell.method:14} {cell.point['training.learning_rate']:7.0e} {cell.budget.strength:8.3f} "
             f"{cell.budget.value:.4f} ± {cell.budget.stderr or 0:.4f}  {unseen.value:.4f} ± {unseen.stderr or 0:.4f}  "
-            f"{'yes' if inside else 'NO ':4} {cell.metrics[LEARNED].value:9.3f} {min(fixed, default=float('nan')):10.3f} {same:7.3f}"
+            f"{'yes' if inside else 'NO ':4} {cell.metrics[LEARNED].value:9.3f} {fixed[0]:10.3f} {fixed[1]:7.0e}"
         )
     print(f"{kept} of {len(held.grid.cells)} within one standard error; base {free.base.metrics[LEARNED].value:.3f}")
 
 
+def learned(run: Any) -> float:
+    """Return the loss on the task, of a run of a grid or of a point of a dial."""
+    return run.metrics[LEARNED].value
+
+
 def dial(out: Path, methods: str, toy: bool) -> None:
-    """Print for each method the frontier of one training by its strength, and that of trainings at lower rates."""
-    rates = ["1e-3", "3e-4"] if toy else ["1e-3", "6e-4", "3e-4", "2e-4", "1e-4"]
-    words = ["--method", methods, *(TOY if toy else [])]
-    strengths = "eval.strengths=[0.2,0.4,0.6,0.8,1,1.25]"
-    runs = {
-        rate: run(out / rate, [*words, f"training.learning_rate={rate}", *([strengths] if rate == rates[0] else [])])
-        for rate in rates
-    }
+    """Print for each method the frontier of its highest rate by strength, and that of the trainings at its lower rates."""
+    free = run(out / "free", [])
     for method in methods.split(","):
-        found = read_dial(out / rates[0] / method)
-        print(f"{method}: base {LEARNED} {runs[rates[0]].base.metrics[LEARNED].value:.3f}")
-        for point in found.points if found else ():
+        cells = [cell for cell in free.grid.cells if cell.method == method and not cell.diverged]
+        *lower, highest = sorted(cells, key=lambda cell: cell.point["training.learning_rate"])
+        folder = out / "free" / highest.folder / method
+        if read_dial(folder) is None and commands(
+            ["dial", str(folder), "--strengths", STRENGTHS[: 7 if toy else None]]
+        ):
+            sys.exit(1)
+        found = read_dial(folder)
+        print(f"{method}: base {LEARNED} {learned(free.base):.3f}")
+        for point in found.points:
             print(
-                f"  strength {point.strength:<5g} {LEARNED} {point.metrics[LEARNED].value:.3f}  NQ kl {point.metrics['NQ kl'].value:.5f}"
+                f"  strength {point.strength:<9g} {learned(point):.3f}  NQ unseen kl {point.metrics[UNSEEN].value:.5f}"
             )
-        print(f"  the dial took {found.seconds if found else 0:.0f} s")
-        for rate, results in runs.items():
-            row = next(row for row in results.rows if row.method == method)
+        print(f"  the dial took {found.seconds:.0f} s")
+        for cell in (*lower, highest):
+            seconds = cell.seconds.init + cell.seconds.train + cell.seconds.eval
             print(
-                f"  rate {rate:9} {LEARNED} {row.metrics[LEARNED].value:.3f}  NQ kl {row.metrics['NQ kl'].value:.5f}  trained in {row.seconds.train:.0f} s"
+                f"  rate {cell.point['training.learning_rate']:<13g} {learned(cell):.3f}  NQ unseen kl "
+                f"{cell.metrics[UNSEEN].value:.5f}  in {seconds:.0f} s"
             )
 
 

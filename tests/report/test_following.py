@@ -32,7 +32,7 @@ def results(method="lora", nll=1.0, kl=0.1, other=None):
 
 def log(values):
     entries = [
-        {"step": 10 * i, "probe/sums nll": v, "probe/NQ kl": 0.01 * i, "probe/NQ nll": 3 - v}
+        {"step": 10 * i, "probe/NQ nll": 3 - v, "probe/NQ kl": 0.01 * i, "probe/sums nll": v, "probe/sums kl": 0.1 * i}
         for i, v in enumerate(values)
     ]
     return TrainLog(entries)
@@ -80,7 +80,7 @@ def test_other_texts_to_calibrate_on(tmp_path):
 
 
 def test_without_curves_nothing_is_claimed(tmp_path):
-    assert "set eval.probe, or eval.strengths" in next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
+    assert "lora-null dial RUN/METHOD measures one" in next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
 
 
 def unfinished(folder):

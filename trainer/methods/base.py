@@ -192,10 +192,12 @@ class Method:
 
 
 def starts_in_files(config: PeftConfig | None, method: Method | None = None) -> bool:
-    """Return whether an adapter can be put on a model whose weights are still in their files, and started there.
+    """Return whether a model whose weights are still in their files can be given its adapter, and started, there.
 
-    It cannot where a method, or an option of PEFT's, computes from all weights at once, copies some, or trains some.
+    It cannot where a method, or an option of PEFT's, computes from all weights at once, or copies some.
     """
+    if config is None:
+        return method is not None and method.streams
     if not isinstance(config, LoraConfig) or not (method.streams if method else _is_plain(config)):
         return False
     options = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora")

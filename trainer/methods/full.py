@@ -34,6 +34,7 @@ class Full(WeightMethod):
     """
 
     name = "full"
+    streams = True
     target_modules = "all-linear"
 
     def config(self, **adapter: Any) -> None:

@@ -97,6 +97,7 @@ class PiSSA(ResidualMethod):
     """B = U√S, A = √S Vᵀ of the r largest singular values of W0 = U S Vᵀ (PEFT's `pissa`, exactly)."""
 
     name = "pissa"
+    streams = True
 
     def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -108,6 +109,7 @@ class MiLoRA(ResidualMethod):
     """PiSSA with the r smallest singular values; PEFT has none."""
 
     name = "milora"
+    streams = True
 
     def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
