@@ -118,6 +118,11 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
                 f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
                 f"({total}); give one of the two"
             )
+    if world > 1 and options.get("precompute_ref_log_probs"):
+        raise UserError(
+            "training.precompute_ref_log_probs: TRL leaves what it computes beside a file of rows, where a recipe has none "
+            "that several processes share; leave it out, or start one process"
+        )
     options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
     try:
         return TRAINERS[recipe.trainer][1](**options)

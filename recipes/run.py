@@ -387,7 +387,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         before is None
         and not recipe.model.quantization
         and is_launched_with_fsdp2()
-        and starts_in_files(config, method)
+        and starts_in_files(config, method, arguments)
     ):
         model, weights = base_to_shard(recipe.model, job.model_name)
     else:

@@ -1,12 +1,14 @@
 """The shipped recipes: what they inherit, each model by its preset, and a dry run of each at full size."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from world import make_world
 
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.job import training_arguments
 from lora_null.utils.errors import UserError
 
 PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora", "code-feedback")
@@ -105,3 +107,12 @@ def test_mistakes(tmp_path, text, message):
 def test_an_unknown_preset(capsys):
     assert main(["math", "--model-preset", "llama-3.2-8b", "--dry-run"]) == 2
     assert "--model-preset: no preset 'llama-3.2-8b' (did you mean 'llama-3.2-3b'?)" in capsys.readouterr().err
+
+
+def test_a_reference_ahead_needs_one_process(monkeypatch, tmp_path):
+    """TRL keeps it beside a file of rows; the rows of a recipe lie in each process's memory."""
+    recipe = load_recipe("ultrafeedback", ["training.precompute_ref_log_probs=true", "training.total_batch_size=null"])
+    assert training_arguments(recipe, tmp_path).precompute_ref_log_probs
+    monkeypatch.setattr("lora_null.recipes.job.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match=r"training.precompute_ref_log_probs: .* or start one process"):
+        training_arguments(recipe, tmp_path)

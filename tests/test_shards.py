@@ -1,5 +1,6 @@
 """No process loads the whole model: under FSDP2 weights stay in their files until each process reads its own shards."""
 
+import math
 import traceback
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import random_batches, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from lora_null import LoraNullConfig, UserError, checkpoint_reader
 from lora_null.checkpoint_reader import open_in_files
 from lora_null.initialize import InitOptions
-from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
 
@@ -100,6 +101,48 @@ def test_what_is_trained_from_files_is_what_is_trained_from_whole_weights(traine
     files, whole = (weights_in(trained / f"{name}-{kind}" / f"checkpoint-{step}") for kind in ("files", "whole"))
     assert files.keys() == whole.keys()
     assert all(torch.equal(files[key], whole[key]) for key in files)
+
+
+def preferences(words: list[str]) -> int:
+    """In each process: DPO from the files; with a reference that is computed ahead, from whole weights."""
+    folder = Path(words[0])
+    pairs = datasets.load_from_disk(str(folder / "pairs"))
+    try:
+        losses = []
+        for number, (name, ahead) in enumerate([("full", False), ("lora-null-v2", False), ("lora-null-v2", True)]):
+            method = make_method(name)
+            arguments = DPOConfig(
+                output_dir=str(folder / f"{name}-{number}"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+                bf16=False, gradient_checkpointing=False, save_strategy="no", logging_steps=1, report_to="none",
+                disable_tqdm=True, use_cpu=True, model_init_kwargs={"dtype": "float32"}, precompute_ref_log_probs=ahead,
+            )  # fmt: skip
+            trainer = LoraNullDPOTrainer(
+                model=str(folder / "model"),
+                args=arguments,
+                train_dataset=pairs,
+                processing_class=tiny_tokenizer(),
+                peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear"),
+                method=method,
+                calibration_dataset=random_batches(),
+                init_options=InitOptions(min_tokens=1, progress=False),
+            )
+            assert (trainer._weights is None) == ahead
+            trainer.train()
+            losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        assert all(abs(first - math.log(2)) < 1e-6 for first, _ in losses), losses
+        assert losses[1] == pytest.approx(losses[2], abs=1e-6)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def test_preferences_are_learned_from_files_too(tmp_path):
+    save_tiny(tmp_path / "model")
+    pairs = {key: [f"{key} {i}" for i in range(16)] for key in ("prompt", "chosen", "rejected")}
+    datasets.Dataset.from_dict(pairs).save_to_disk(str(tmp_path / "pairs"))  # a reference is kept beside the rows
+    found = world(2, [str(tmp_path)], tmp_path / "said.txt", "fsdp2", preferences)
+    assert found == [0, 0], (tmp_path / "said.txt").read_text()[-4000:]
 
 
 def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monkeypatch):

@@ -152,7 +152,8 @@ class LoraNullMixin(SavingMixin):
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
-        if self._weights is None and is_launched_with_fsdp2() and starts_in_files(given.get("peft_config"), method):
+        adapter = given.get("peft_config"), method, given.get("args")
+        if self._weights is None and is_launched_with_fsdp2() and starts_in_files(*adapter):
             self._weights, self._in_files = _leave_in_files(given)
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():

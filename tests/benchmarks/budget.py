@@ -40,12 +40,11 @@ RETENTION = (
 OVER: list[str] = []  # what the command line lays over every recipe
 TOY = ["training.max_steps=8", "eval.limit=24"]
 RATES = {  # of the sweep without a budget
-    "lora": ["3e-5", "1e-4", "3e-4", "1e-3"],
-    "lora-fa": ["3e-5", "1e-4", "3e-4", "1e-3"],
-    "pissa": ["1e-5", "3e-5", "1e-4", "3e-4"],
-    "lora-null-v1": ["3e-5", "1e-4", "3e-4", "1e-3"],
-    "lora-null-v2": ["3e-4", "1e-3", "3e-3", "1e-2"],
-    "nb-lora": ["3e-4", "1e-3", "3e-3", "1e-2"],
+    "lora": ["3e-5", "1e-4", "3e-4"],
+    "lora-fa": ["3e-5", "1e-4", "3e-4"],
+    "pissa": ["1e-5", "3e-5", "1e-4"],
+    "lora-null-v1": ["3e-5", "1e-4", "3e-4"],
+    "lora-null-v2": ["1e-3", "3e-3", "1e-2"],
 }
 STRENGTHS = "0.2,0.4,0.6,0.8,1,1.25"
 
@@ -190,7 +189,7 @@ def main() -> None:
     OVER.extend(arguments.words)
     default = {
         "budgets": "lora,lora-fa,pissa,lora-null-v1,lora-null-v2",
-        "dial": "lora,lora-null-v1,lora-null-v2,nb-lora",
+        "dial": "lora,lora-null-v1,lora-null-v2",
     }
     default["sequence"] = "lora,replay,lora-null-v2,nb-lora"
     methods = arguments.methods or default.get(arguments.study, "")

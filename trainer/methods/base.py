@@ -191,11 +191,14 @@ class Method:
         return save_plain_adapter(model, directory, adapter_name=active_adapter(model))
 
 
-def starts_in_files(config: PeftConfig | None, method: Method | None = None) -> bool:
+def starts_in_files(config: PeftConfig | None, method: Method | None = None, args: Any = None) -> bool:
     """Return whether a model whose weights are still in their files can be given its adapter, and started, there.
 
-    It cannot where a method, or an option of PEFT's, computes from all weights at once, or copies some.
+    It cannot where a method, an option of PEFT's, or one of the trainer's `args` computes from all weights at once, or
+    copies some.
     """
+    if getattr(args, "precompute_ref_log_probs", False):  # which DPO does before the weights are shared out
+        return False
     if config is None:
         return method is not None and method.streams
     if not isinstance(config, LoraConfig) or not (method.streams if method else _is_plain(config)):
