@@ -8,15 +8,18 @@ import datasets
 import pytest
 import torch
 from engine_worlds import world
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import random_batches, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
 from trl import DPOConfig, SFTConfig
 
 from lora_null import LoraNullConfig, UserError, checkpoint_reader
-from lora_null.checkpoint_reader import open_in_files
+from lora_null.checkpoint_reader import adapters_in_memory, open_in_files
 from lora_null.initialize import InitOptions
+from lora_null.layer import adapted_layers
+from lora_null.start import compute_start
+from lora_null.store import REPORT_FILE
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
@@ -143,6 +146,36 @@ def test_preferences_are_learned_from_files_too(tmp_path):
     datasets.Dataset.from_dict(pairs).save_to_disk(str(tmp_path / "pairs"))  # a reference is kept beside the rows
     found = world(2, [str(tmp_path)], tmp_path / "said.txt", "fsdp2", preferences)
     assert found == [0, 0], (tmp_path / "said.txt").read_text()[-4000:]
+
+
+def test_a_start_from_weights_alone_goes_on_after_a_kill(tmp_path):
+    """PiSSA reads no texts: each layer is read from the files once, what is solved already is not solved again."""
+    path = str(save_tiny(tmp_path / "model"))
+    method = make_method("pissa")
+    config = method.config(r=4, target_modules="all-linear")
+
+    def factors(folder: Path, in_files: bool) -> dict[str, torch.Tensor]:
+        load, weights = AutoModelForCausalLM.from_pretrained, None
+        base = load(path, dtype=torch.float32)
+        if in_files:
+            base, weights = open_in_files(load, path, dtype=torch.float32)
+        with adapters_in_memory():
+            model = get_peft_model(base, config)
+        options = InitOptions(weights=weights, progress=False)
+        layers = adapted_layers(model, "default")
+        compute_start(model, layers, None, options, rule=method.rule_for(options), folder=folder)
+        assert all(layer.get_base_layer().weight.is_meta == in_files for layer in layers.values())
+        return {name: layer.lora_A["default"].weight.clone() for name, layer in layers.items()}
+
+    whole, files = factors(tmp_path / "whole", False), factors(tmp_path / "files", True)
+    first, *others = sorted((tmp_path / "files").glob("factors.*"))
+    assert others and all(torch.equal(whole[name], A) for name, A in files.items())
+    others[0].unlink()
+    (tmp_path / "files" / REPORT_FILE).unlink()
+    written = first.stat().st_mtime_ns
+    again = factors(tmp_path / "files", True)
+    assert others[0].is_file() and first.stat().st_mtime_ns == written
+    assert all(torch.equal(whole[name], A) for name, A in again.items())
 
 
 def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monkeypatch):

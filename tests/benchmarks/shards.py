@@ -34,6 +34,8 @@ from lora_null.initialize import InitOptions
 from lora_null.trainer import LoraNullSFTTrainer
 
 # width, inner, vocabulary, rank, calibration windows, their length
+# The layers of large models are larger than 32 MB, of which glibc gives every freed block back; of these smaller ones too.
+MMAP_THRESHOLD = 4 << 20
 FULL, QUICK = (1024, 1024, 512, 8, 17, 64), (32, 48, 101, 4, 4, 16)
 WAYS = ("files", "whole")
 PHASES = ("start", "read", "step")
@@ -48,6 +50,7 @@ def main() -> None:
     shape = (2, *QUICK) if options.quick else (options.layers, *FULL)
     facts = common.machine(torch.device("cpu"))
     print(common.headline(facts))
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD)  # read when a process starts
     with tempfile.TemporaryDirectory() as name:
         sizes = _write(Path(name), shape)
         os.environ["LORA_NULL_CACHE"] = f"{name}/cache"
