@@ -73,6 +73,11 @@ class Calibration:
         """Return the statistics of the input that `module` reads."""
         return next(stats for stats in self.inputs if module in stats.modules)
 
+    def sketches(self, modules: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the sketches (d_in, k) of what modules read, in float32; modules that share an input share its sketch."""
+        single = {id(stats): stats.sketch.float() for stats in self.inputs}
+        return {name: single[id(self.input_of(name))] for name in modules}
+
     def add(self, part: Calibration) -> None:
         """Take in what was measured of other modules."""
         self.inputs += part.inputs

@@ -24,13 +24,14 @@ class _Probe:
     """What one layer's drift needs of the calibration inputs X.
 
     Attributes:
-        inputs: S (d_in, k) with E[S Sᵀ] = X Xᵀ; or, where A is frozen, L (r, r) with L Lᵀ = A X Xᵀ Aᵀ exactly.
-        projected: whether `inputs` is L, already seen through A.
+        inputs: key in the meter of S (d_in, k) with E[S Sᵀ] = X Xᵀ, which layers that read one input share; or, where A
+            is frozen, of L (r, r) with L Lᵀ = A X Xᵀ Aᵀ exactly.
+        projected: whether they are L, already seen through A.
         scale: 1 / ‖W0 X‖_F.
         start: of a layer on a residual base, B0 A0 S (d_out, k), which never changes.
     """
 
-    inputs: torch.Tensor
+    inputs: str
     projected: bool
     scale: float
     start: torch.Tensor | None = None
@@ -65,7 +66,8 @@ class DriftMeter(_Meter):
     def __init__(self, peft_model: PeftModel, calibration: Calibration, *, adapter_name: str = "default") -> None:
         self.layers = _with_outputs(adapted_layers(peft_model, adapter_name), calibration)
         self.adapter_name = adapter_name
-        self.probes = {name: _probe(layer, name, calibration, adapter_name) for name, layer in self.layers.items()}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.probes = {name: self._probe(layer, name, calibration) for name, layer in self.layers.items()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -78,8 +80,8 @@ class DriftMeter(_Meter):
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
-        probe.inputs = probe.inputs.to(A.device)
-        inputs = probe.inputs.to(A.dtype)
+        self.inputs[probe.inputs] = self.inputs[probe.inputs].to(A.device)
+        inputs = self.inputs[probe.inputs].to(A.dtype)
         moved = B @ (inputs if probe.projected else A @ inputs)
         residual = residual_of(layer, self.adapter_name)
         if residual is not None:
@@ -87,6 +89,19 @@ class DriftMeter(_Meter):
                 probe.start = residual.B.to(B) @ (residual.A.to(A) @ inputs)
             moved = moved - probe.start
         return layer.scaling[self.adapter_name] * probe.scale * torch.linalg.matrix_norm(moved.float())
+
+    def _probe(self, layer: LoraLayer, name: str, calibration: Calibration) -> _Probe:
+        stats = calibration.input_of(name)
+        scale = calibration.output_energy[name] ** -0.5
+        A = layer.lora_A[self.adapter_name].weight
+        if not A.requires_grad and (name in calibration.projected or stats.gram is not None):
+            projected = calibration.projected.get(name)
+            self.inputs[name] = projected_inputs(A, stats.gram) if projected is None else projected
+            return _Probe(name, True, scale)
+        shared = f"S of {stats.modules[0]}"
+        if shared not in self.inputs:
+            self.inputs[shared] = stats.sketch.float()
+        return _Probe(shared, False, scale)
 
 
 class WeightDriftMeter(_Meter):
@@ -102,7 +117,7 @@ class WeightDriftMeter(_Meter):
 
     def __init__(self, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
         self.layers = _with_outputs(layers, calibration)
-        self.sketches = {name: calibration.input_of(name).sketch.float() for name in self.layers}
+        self.sketches = calibration.sketches(self.layers)
         self.scales = {name: calibration.output_energy[name] ** -0.5 for name in self.layers}
         self.starts: dict[str, torch.Tensor] = {}
         if not any(parameter.is_meta for layer in self.layers.values() for parameter in layer.parameters()):
@@ -142,16 +157,3 @@ def _outputs(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     else:
         weight = weight_of(layer)
     return weight.float() @ inputs.to(weight.device)
-
-
-def _probe(layer: LoraLayer, name: str, calibration: Calibration, adapter_name: str) -> _Probe:
-    stats = calibration.input_of(name)
-    scale = calibration.output_energy[name] ** -0.5
-    A = layer.lora_A[adapter_name].weight
-    if A.requires_grad:
-        return _Probe(stats.sketch.float(), False, scale)
-    if name in calibration.projected:
-        return _Probe(calibration.projected[name], True, scale)
-    if stats.gram is not None:
-        return _Probe(projected_inputs(A, stats.gram), True, scale)
-    return _Probe(stats.sketch.float(), False, scale)

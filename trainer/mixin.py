@@ -60,6 +60,7 @@ from lora_null.utils.distributed import get_logger, is_launched_with_fsdp2, shar
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
+from lora_null.utils.model_state import release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
@@ -377,6 +378,9 @@ class LoraNullMixin(SavingMixin):
             self._read_whole()
             start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
         self._begin_with(start)
+        del start
+        if self._weights is not None:
+            release_freed_memory()
         self.accelerator.wait_for_everyone()
 
     def _begin_with(self, start: Start) -> None:

@@ -139,8 +139,8 @@ def _train(folder: Path, way: str) -> None:
             calibration_dataset=batches,
             init_options=InitOptions(min_tokens=1, progress=False, cache=True),
             preflight="off",
-            callbacks=[peak],
         )
+        trainer.add_callback(peak)  # after the one that reads the shards
         trainer.peak = peak
         trainer.train()
     (folder / f"{way}-{os.environ['RANK']}.json").write_text(json.dumps(peak.by_phase))

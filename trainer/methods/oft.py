@@ -99,7 +99,7 @@ class RotationDriftMeter(WeightDriftMeter):
 
     def __init__(self, layers: Mapping[str, Any], calibration: Calibration) -> None:
         self.layers = {name: layer for name, layer in layers.items() if calibration.output_energy[name] > 0}
-        self.sketches = {name: calibration.input_of(name).sketch.float() for name in self.layers}
+        self.sketches = calibration.sketches(self.layers)
         self.scales = {name: calibration.output_energy[name] ** -0.5 for name in self.layers}
 
     @torch.no_grad()
