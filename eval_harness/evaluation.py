@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _version = functools.cache(
     importlib.metadata.version
 )  # reading one takes milliseconds, and probes ask again and again
+FEW_TOKENS = 64
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
 
 
@@ -108,7 +109,7 @@ def evaluate(
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
             seed_everything(seed)
-            least = min(filter(None, (task.limit, limit)), default=None)
+            least = task.within(limit)
             found = broadcast(task.run(model, tokenizer, replace(options, limit=least)))
             metrics |= found.metrics
             samples |= found.samples
@@ -158,7 +159,7 @@ def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
     Args:
         model: a `PeftModel`; it is left as it was.
         tokenizer: its tokenizer, or its processor.
-        text: a few words that the tokenizer turns into at least one token.
+        text: words that the tokenizer turns into at least one token; the first 64 tokens are enough.
 
     Raises:
         RuntimeError: if the logits with and without the adapter are equal.
@@ -166,12 +167,12 @@ def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
     """
     if not hasattr(model, "disable_adapter"):
         raise TypeError(f"{type(model).__name__} has no adapter to disable; pass a PeftModel")
-    inputs = tokenizer_of(tokenizer)(text, return_tensors="pt").to(device_of(model))
+    ids = tokenizer_of(tokenizer)(text, return_tensors="pt")["input_ids"][:, :FEW_TOKENS].to(device_of(model))
     with preserve(model), own_precision(model), torch.no_grad():
         model.eval()
-        adapted = model(input_ids=inputs["input_ids"]).logits
+        adapted = model(input_ids=ids).logits
         with model.disable_adapter():
-            base = model(input_ids=inputs["input_ids"]).logits
+            base = model(input_ids=ids).logits
     if torch.equal(adapted, base):
         raise RuntimeError(
             "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"

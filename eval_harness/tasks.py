@@ -90,6 +90,10 @@ class Task(ABC):
         """The names of its metrics, the one first that tells most; of several that begin with the label, the label."""
         return [self.label]
 
+    def within(self, limit: int | None) -> int | None:
+        """Return how many documents are evaluated at most, where the whole evaluation allows `limit`."""
+        return min(filter(None, (self.limit, limit)), default=None)
+
     def measures(self, metric: str) -> bool:
         """Return whether a metric of that name is one of this task's."""
         return metric in self.metric_names or (

@@ -38,7 +38,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     model, section = recipe.model, recipe.eval
     packages = PACKAGES if model.quantization is None else (*PACKAGES, "bitsandbytes")
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
-    asked = [{"label": t.label, "role": t.role} | t.describe(t.limit or section.limit) for t in tasks]
+    asked = [{"label": t.label, "role": t.role} | t.describe(t.within(section.limit)) for t in tasks]
     parts = {
         "model": identity_of(model_name, model.revision, commit),
         "compute": [*compute, *filter(None, [model.eos_token])],

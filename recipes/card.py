@@ -99,7 +99,9 @@ def content(export: Any, difference: Any, license_id: str | None) -> dict[str, A
         "rank": export.rank,
         "whole": source.kind == "model",
         "license": license_id,
-        "table": results_table(source, export.strength),
+        "table": None
+        if export.bound is None
+        else results_table(source, export.strength),  # of what was truncated: unknown
         "notes": export.notes,
         "difference": difference and str(difference),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),

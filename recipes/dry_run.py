@@ -19,8 +19,11 @@ FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer take
 
 def dry_run(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
-) -> None:
+) -> Job:
     """Check what the run would check, in the same words, and print its plan; no weights are loaded, nothing is written.
+
+    Returns:
+        The job, incomplete where the hub did not answer.
 
     Raises:
         UserError: the mistake that the run would end with.
@@ -40,6 +43,7 @@ def dry_run(
         print_plan(recipe, job.config, job.plans, training, total_batch(training), rows)
         _print_grid(recipe)
         _print_checks(job, rows, size, free, unreached)
+    return job
 
 
 def _count_rows(recipe: Recipe) -> int | None:

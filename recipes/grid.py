@@ -28,7 +28,7 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import forget_other_batch, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.job import Job, check_run, inspect_recipe, training_arguments
+from lora_null.recipes.job import Job, check_asked_alike, check_run, inspect_recipe, training_arguments
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
@@ -128,9 +128,17 @@ def run_grid(
             write_report(root)
     if first:
         print_table(results, found=read_evaluations(root, results))
+        if lacking := sorted(_lacking(results)):
+            print(f"missing in some of the runs, and left out of their means: {', '.join(lacking)}")
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
+
+
+def _lacking(results: Results) -> set[str]:
+    """Return the metrics of the base that a run which ended well does not have."""
+    runs = [run for run in results.grid.cells if not run.diverged] if results.grid else []
+    return {name for run in runs if run.metrics for name in results.base.metrics.keys() - run.metrics.keys()}
 
 
 def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool | str) -> Results:
@@ -188,7 +196,7 @@ def check_grid(
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
         if cell.seed == first and not starts_alike(cell):
-            inspect_recipe(own, **options)
+            check_asked_alike(inspect_recipe(own, **options), job, f"grid.sweep, {cell.title}")
         if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
     return job
@@ -329,6 +337,8 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     first, bad = rows[0], [row.diverged for row in rows if row.diverged]
     metrics = {}
     for name, metric in (first.metrics if not bad else {}).items():
+        if not all(name in row.metrics for row in rows):  # grades that a judge did not give
+            continue
         values = [row.metrics[name].value for row in rows]
         stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
         metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)

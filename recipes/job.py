@@ -253,6 +253,25 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
     return job
 
 
+def check_asked_alike(own: Job, base: Job, where: str) -> None:
+    """Check that a run's evaluations ask what they ask the base that it is compared with.
+
+    Raises:
+        UserError: naming the one that does not: it is asked in the training template, or cut as training rows are.
+    """
+
+    def asked(task: Task) -> dict[str, Any]:
+        described = task.describe(task.within(base.recipe.eval.limit))
+        return {key: value for key, value in described.items() if key != "beta"}  # by which rewards are multiplied
+
+    for task, other in zip(own.tasks, base.tasks):
+        if asked(task) != asked(other):
+            raise UserError(
+                f"{where}: {task.label} would be asked otherwise than the base was; keep data.template, and "
+                "training.max_length where there are preferences, or make runs of their own of it"
+            )
+
+
 def _plan_measures(job: Job, max_length: int | None) -> None:
     """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
     recipe, name, tasks = job.recipe, job.model_name, job.tasks

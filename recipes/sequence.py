@@ -22,13 +22,13 @@ from accelerate import PartialState
 
 from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
-from lora_null.eval_harness import Evaluation, Task
+from lora_null.eval_harness import Evaluation, MTBenchTask, Task
 from lora_null.recipes import output
 from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.job import Job, check_run
+from lora_null.recipes.job import Job, check_asked_alike, check_run
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
@@ -38,9 +38,11 @@ from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods import make_method
-from lora_null.utils.distributed import is_first_process, on_first_rank, together
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
+
+logger = get_logger(__name__)
 
 GRAMS = "grams"
 
@@ -57,7 +59,9 @@ def run_sequence(
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
-        return [check_run(stage, **options) for stage in stage_recipes(recipe)]
+        jobs = [check_run(stage, **options) for stage in stage_recipes(recipe)]
+        check_stages(recipe, jobs)
+        return jobs
 
     jobs = together(check, what="checking the recipe")
     size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
@@ -72,6 +76,22 @@ def run_sequence(
         if is_first_process():
             _finish(recipe, root, jobs)
     return root
+
+
+def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
+    """Check what the tasks are to each other.
+
+    Raises:
+        UserError: a task whose evaluations would be asked otherwise after another task, or that nothing follows.
+    """
+    for job in jobs[1:]:
+        check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
+    for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):
+        if tasks and all(isinstance(task, MTBenchTask) and task.judge is None for task in tasks):
+            raise UserError(
+                f"sequence.tasks: {job.recipe.name} is measured by MT-Bench alone, which nobody grades; set eval.judge, or "
+                "give it another eval.task"
+            )
 
 
 def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
@@ -149,23 +169,32 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     base = Evaluation.read(jobs[0].base / "eval.json")
     by_task = _tasks_by_stage(recipe, jobs[-1])
     names = [job.recipe.name for job in jobs]
+    files = {row.method: [job.folder / row.method / "eval.json" for job in jobs] for row in last.rows[1:]}
+    after = {
+        name: [Evaluation.read(f) for f in each] for name, each in files.items() if all(f.is_file() for f in each)
+    }
+    # Each task is followed by the first metric of its first evaluation that has a direction and a value a question.
+    every = [base, *(found for evaluations in after.values() for found in evaluations)]
     directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]
-    # Each task is followed by the first metric of its first evaluation that has a known direction.
-    metrics = [next(n for task in tasks for n in directed if task.measures(n)) for tasks in by_task]
+    paired = [name for name in directed if all(name in found.samples for found in every)]
+    followed = [next((n for task in tasks for n in paired if task.measures(n)), None) for tasks in by_task]
+    metrics = [name for name in followed if name is not None]
     transfers = []
-    for row in last.rows[1:]:
-        files = [job.folder / row.method / "eval.json" for job in jobs]
-        evaluations = [Evaluation.read(file) for file in files if file.is_file()]
-        if len(evaluations) == len(jobs):
-            transfers.append(transfer(row.method, base, evaluations, metrics))
+    if len(metrics) == len(names):
+        transfers = [transfer(method, base, evaluations, metrics) for method, evaluations in after.items()]
+    else:
+        lacking = ", ".join(name for name, metric in zip(names, followed) if metric is None)
+        logger.warning(
+            f"sequence: no metric of {lacking} has a value for each question after every task; no transfers"
+        )
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
         row.method: {name: [of_method(stage, row.method).metrics.get(name) for stage in found] for name in kept}
         for row in last.rows[1:]
     }
-    followed = {metric: base.metrics[metric] for metric in metrics}
-    sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=followed)
+    of_base = {metric: base.metrics[metric] for metric in metrics}
+    sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=of_base)
     return last.model_copy(update={"recipe": recipe.name, "rows": rows, "sequence": sequence})
 
 

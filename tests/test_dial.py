@@ -23,6 +23,7 @@ PROBE = random_batches(count=1)[0]
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dial")
     words = ["training.save_strategy=no", "eval.strengths=[0.5,1]", "--method", "lora-null-v1"]
+    words.append("eval.probe={every: 2, retention: 10, task: 4}")
     evaluation = "eval.retention=[{answers: facts, path: %s, limit: 24}]" % (folder / "facts.jsonl")
     assert recipes([str(make_world(folder)), evaluation, *words]) == 0
     elsewhere = get_peft_model(
@@ -94,6 +95,26 @@ def test_exported_at_a_strength_in_every_form(world, tmp_path, adapter, capsys):
     words = ["--strength", "0.7", "--form", "merged"]
     assert main(["export", str(world / adapter), "--out", str(tmp_path / "m"), *words]) == 0
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")) - expected).abs().max() < 1e-4
+
+
+def test_another_dial_measures_the_base_on_its_own_questions(world, tmp_path):
+    """The base of an earlier one, on other questions or on fewer, is not taken for it; what lies beside it stays."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine.txt").write_text("years of work")
+    for name, limit in (("facts", "8"), ("facts", "16"), ("numbers", "16")):
+        words = ["--keep", str(world / f"{name}.jsonl"), "--limit", limit, "--strengths", "1", "--out", str(tmp_path)]
+        assert main(["dial", str(world / "elsewhere"), *words]) == 0
+        found = points(tmp_path)
+        assert found[0.0].keys() == found[1.0].keys() == {f"{name} nll", f"{name} kl"}
+        assert {metric["n"] for metrics in found.values() for metric in metrics.values()} == {int(limit)}
+    assert (tmp_path / "base" / "mine.txt").read_text() == "years of work"
+
+
+def test_exported_within_a_budget_of_the_rows_that_the_run_probed(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    words = ["--out", str(tmp_path / "a"), "--max-forgetting", "100"]
+    assert main(["export", str(world / "out" / "lora-null-v1"), *words]) == 0
+    assert "on 14 rows that no probe used" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):

@@ -130,6 +130,7 @@ def test_truncated_to_a_rank_with_the_error_stated(world, tmp_path, capsys):
     assert float(said[2]) == pytest.approx(max(errors), rel=0.06)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6)
+    assert "What it learned" not in (tmp_path / "out" / "README.md").read_text()  # that was measured before
 
 
 def test_patterns_and_rslora_become_one_rank_and_one_scaling(world, tmp_path):

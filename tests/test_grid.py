@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +16,18 @@ from scipy import stats
 from tiny import tiny_tokenizer
 from world import make_world
 
+from lora_null.eval_harness import AnswerTask, Metric, PreferenceTask
+from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
-from lora_null.recipes.grid import Cell, grid_cells, starts_alike
+from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
+from lora_null.recipes.job import check_asked_alike
 from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
-from lora_null.recipes.results import load_results, parse_results, variant_of
+from lora_null.recipes.results import Row, load_results, parse_results, variant_of
+from lora_null.utils.errors import UserError
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]
@@ -231,6 +236,33 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_some_runs_lack_is_left_out_of_the_mean():
+    """A judge that did not answer for one seed: the grid ends, and the mean is not that of the others."""
+    known = {"a nll": Metric(1.0, 0.1, 8, False, "task", "nats")}
+    rows = [
+        Row(method="lora", metrics=known | {"MT-Bench": Metric(5.0, 0.1, 8, True, "task", "points")}),
+        Row(method="lora", metrics=known),
+    ]
+    for order in (rows, rows[::-1]):
+        assert mean_row(order, None).metrics.keys() == {"a nll"}
+
+
+def test_what_is_asked_otherwise_than_the_base_is_refused():
+    def job(*texts, beta=0.1):
+        pairs = [TokenizedPair((1, 2, 3), 1)]
+        tasks = [
+            AnswerTask("facts", [(text, "x") for text in texts]),
+            PreferenceTask("pairs", pairs, pairs, beta, "task"),
+        ]
+        return SimpleNamespace(tasks=tasks, recipe=SimpleNamespace(eval=SimpleNamespace(limit=None)))
+
+    check_asked_alike(job("q"), job("q", beta=0.5), "grid.sweep")
+    with pytest.raises(
+        UserError, match=r"grid\.sweep, x: facts would be asked otherwise than the base was; keep data\.template"
+    ):
+        check_asked_alike(job("p"), job("q"), "grid.sweep, x")
 
 
 def test_the_study_is_what_the_readme_says():

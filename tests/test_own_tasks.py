@@ -1,6 +1,7 @@
 """Evaluations of one's own: task files, groups, Python classes, and a bare file of questions."""
 
 import json
+import shutil
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -80,6 +81,40 @@ def test_tasks_of_a_folder_run(own, name):
     names = {"mine_lls": {"mine_lls"}, "mine_all": {"mine_lls", "mine_gen"}, "mine_class": {"mine_class"}}
     assert found.metrics.keys() == names[name]
     assert all(metric.n == 3 for metric in found.metrics.values())
+
+
+@pytest.mark.parametrize("name", ["mine_lls", "mine_all", "mine_class"])
+def test_what_decides_them_is_described(own, tmp_path, name):
+    """Rules, code beside them, and local documents: a kept evaluation of the base is of just these."""
+    folder = tmp_path / "tasks"
+    shutil.copytree(own / "tasks", folder)
+    for path in folder.glob("mine_*.yaml"):
+        path.write_text(path.read_text().replace(str(own / "mine.jsonl"), str(tmp_path / "mine.jsonl")))
+    shutil.copyfile(own / "mine.jsonl", tmp_path / "mine.jsonl")
+
+    def described():
+        return LmEvalTask(name, include_path=str(folder)).describe(3)
+
+    first = described()
+    assert described() == first
+    changed = [
+        folder / "mine_lls.yaml",
+        folder / "code.py",
+        *([] if name == "mine_class" else [tmp_path / "mine.jsonl"]),
+    ]
+    for path in changed:
+        path.write_text(path.read_text() + "\n")
+        assert described() != first
+        first = described()
+
+
+def test_the_lesser_of_two_limits_counts():
+    assert [LmEvalTask("x", limit=own).within(of_all) for own in (None, 100) for of_all in (None, 10)] == [
+        None,
+        10,
+        100,
+        10,
+    ]
 
 
 def test_a_recipe_names_them_by_folder_or_by_file(own):

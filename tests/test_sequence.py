@@ -16,6 +16,8 @@ from lora_null.calibration import InputStats
 from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.recipes.sequence import transfer
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
@@ -189,19 +191,47 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
         (lambda a, b: b | {"eval": b["eval"] | {"task": []}}, "letters has no eval.task"),
         (lambda a, b: b | {"eval": b["eval"] | {"task": a["eval"]["task"]}}, "'numbers' is measured twice"),
         (
+            lambda a, b: (
+                b
+                | {
+                    "eval": b["eval"]
+                    | {"task": [{"mt_bench": "MT", "path": a["data"]["path"].replace("numbers", "talk")}]}
+                }
+            ),
+            "letters is measured by MT-Bench alone, which nobody grades",
+        ),
+        (
             lambda a, b: b | {"training": b["training"] | {"lr_scheduler_type": "cosine_with_min_lr"}},
             "min_lr or min_lr_rate should",
         ),
     ],
 )
-def test_mistakes_are_told_before_a_model_loads(finished, tmp_path, monkeypatch, capsys, change, message):
+def test_a_mistake_between_tasks(finished, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    write_rows(finished / "talk.jsonl", [{"question_id": 1, "category": "math", "turns": ["a", "b"]}])
     one, other = (yaml.safe_load((finished / name).read_text()) for name in ("a.yaml", "b.yaml"))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(change(one, other)))
     words = [str(finished / "a.yaml"), str(tmp_path / "c.yaml"), "--sequence", "--output-dir", str(tmp_path / "out")]
-    assert main(["train", *words]) == 2
-    told = capsys.readouterr().err.strip()
-    assert message in told and told.count("\n") == 0
+    for more in ([], ["--dry-run"]):
+        assert main(["train", *words, *more]) == 2
+        told = capsys.readouterr().err.strip()
+        assert message in told and told.count("\n") == 0
+
+
+def test_each_task_keeps_its_own_training_and_trainer():
+    """A key that only the first recipe sets is not the second's."""
+    first = {"training.max_steps": 60, "training.neftune_noise_alpha": 5.0}
+    one = load_recipe("quickstart", [f"{key}={value}" for key, value in first.items()] + ["name=one"])
+    words = [
+        "trainer=dpo",
+        "name=two",
+        "eval.task=[{preferences: pairs, path: pairs.jsonl}]",
+        "training.num_train_epochs=3",
+    ]
+    other = load_recipe("quickstart", words)
+    stages = stage_recipes(join_recipes([one, other], None))
+    assert [stage.trainer for stage in stages] == ["sft", "dpo"]
+    assert [stage.training for stage in stages] == [one.training, other.training]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +239,7 @@ def test_mistakes_are_told_before_a_model_loads(finished, tmp_path, monkeypatch,
     [
         (["{a}", "--sequence"], "takes two recipes or more"),
         (["{a}", "{b}", "--sequence", "--seeds", "0,1"], "takes no grid"),
+        (["{a}", "{b}", "--sequence", "eval.strengths=[0.5]"], "strength 0 of a later task is not the base"),
         (["{a}", "sequence={{tasks: [{{name: x}}]}}"], "at least 2 items"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{nam: y}}]}}"], "each task needs a name"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y}}], earlier: [1, 1]}}"], "have 1 before the last, not 2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
+RULES = (".yaml", ".yml", ".py")
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 NAME_IN_FILE = re.compile(
     rb"""^\s*(?:- )?['"]?(?:task|group|tag)['"]?:[ \t]*['"]?([^\s'"#\[]+)|^\s*- ['"]?([^\s'"#:]+)['"]?\s*$""",
@@ -172,6 +174,26 @@ def folder_manager(folder: Path) -> TaskManager:
 def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
     with quiet(logging.ERROR):
         return TaskManager(include_path=[TASK_FILES, *own])
+
+
+def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
+    """Return a hash of a task of the user's own: its configuration, the code beside its files, its local documents."""
+    manager, digest = manager_of(task.task, task.include_path), hashlib.sha256()
+    entries = [manager.task_index[name] for name in (task.task, *loaded["tasks"]) if name in manager.task_index]
+    folders = {Path(entry.yaml_path).parent for entry in entries if entry.yaml_path}
+    files = {file for folder in folders for file in folder.iterdir() if file.suffix in RULES}
+    for member in loaded["tasks"].values():
+        given = (member.get_config("dataset_kwargs") or {}).get("data_files") or []
+        named = given.values() if isinstance(given, dict) else [given]
+        paths = [
+            member.get_config("dataset_path") or "",
+            *(name for n in named for name in ([n] if isinstance(n, str) else n)),
+        ]
+        for path in filter(Path.exists, map(Path, filter(None, paths))):
+            files |= {path} if path.is_file() else {file for file in path.rglob("*") if file.is_file()}
+    for file in sorted(files):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 # --- documents -----------------------------------------------------------------------------------------------------

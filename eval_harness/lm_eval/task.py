@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import held_by
-from lora_null.eval_harness.lm_eval.loading import load, needs_consent, seed_fewshot, unreadable
+from lora_null.eval_harness.lm_eval.loading import hash_of_rules, load, needs_consent, seed_fewshot, unreadable
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
 from lora_null.eval_harness.results import Metric, Role, TaskResult
@@ -155,6 +155,8 @@ class LmEvalTask(Task):
         for key in ("path", "fewshot_path"):
             if (path := getattr(self, key)) is not None:
                 settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if self.include_path is not None:
+            settings["rules_sha256"] = hash_of_rules(self, self.loaded)
         return settings | self.remarks()
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:

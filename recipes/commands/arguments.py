@@ -100,14 +100,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
     add("--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them")
-    add(
-        ALLOW,
-        nargs="?",
-        default=False,
-        choices=[JAILED, UNSAFE],
-        metavar=UNSAFE,
-        help="run the code that the model writes (HumanEval, MBPP), in a jail; with =unsafe under limits alone",
-    )
+    _add_consent(add)
     add("--print-config", action="store_true", help="print the resolved recipe")
     add("--list", action="store_true", help="list the shipped recipes")
     return parser
@@ -220,6 +213,18 @@ def _add_source(add: Any) -> None:
     add("source", type=Path, metavar="RUN/METHOD", help=about, complete=shtab.DIRECTORY)
 
 
+def _add_consent(add: Any) -> None:
+    """Add the consent that tasks need which run what the model writes."""
+    add(
+        ALLOW,
+        nargs="?",
+        default=False,
+        choices=[JAILED, UNSAFE],
+        metavar=UNSAFE,
+        help="run the code that the model writes (HumanEval, MBPP), in a jail; with =unsafe under limits alone",
+    )
+
+
 def _add_questions(add: Any) -> None:
     """Add what says what to measure, where it is not a run's own recipe."""
     add(
@@ -230,6 +235,7 @@ def _add_questions(add: Any) -> None:
     add("--response", default="answer", help="field of the answer (default answer)")
     add("--template", default="qa", help="alpaca, qa (default), plain, or a text with {prompt}")
     add("--limit", type=int, help="first questions of every file only")
+    _add_consent(add)
 
 
 def _dial(commands: Any) -> argparse.ArgumentParser:

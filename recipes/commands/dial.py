@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_null.adapters.strength import Strength
-from lora_null.recipes.budget import hold
+from lora_null.recipes.budget import FEWEST, hold
 from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
@@ -22,7 +23,7 @@ from lora_null.recipes.report.dial_page import FOLDER, table_rows, told
 from lora_null.recipes.results import Budget
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, parse_strengths
-from lora_null.utils.distributed import is_first_process, together
+from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
 
@@ -40,13 +41,15 @@ def run(arguments: argparse.Namespace) -> None:
     def check() -> tuple[Source, Job]:
         source = find_source(arguments.source, arguments.base)
         check_adapter_fits(source)
-        return source, job_for(source, arguments, arguments.out or source.home / FOLDER)
+        return source, job_for(source, arguments, folder_for(source, arguments))
 
     source, job = together(check, what="checking the adapter")
+    out = folder_for(source, arguments)
+    if job.base.parent == out:  # what an earlier dial measured of other questions
+        on_first_rank(lambda: shutil.rmtree(job.base, ignore_errors=True))
     base_row(job)
     model = load_adapted(source)
-    out = arguments.out or source.home / FOLDER
-    found = dial(job, source.method, model, out.parent if out.name == FOLDER else out, {}, strengths)
+    found = dial(job, source.method, model, out.parent, {}, strengths)
     if not is_first_process():
         return
     head, *rows = table_rows(found)
@@ -55,7 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(*row)
     Console().print(table)
     print(told(found, arguments.max_forgetting))
-    print(f"written: {out if out.name == FOLDER else out / FOLDER}")
+    print(f"written: {out}")
+
+
+def folder_for(source: Source, arguments: argparse.Namespace) -> Path:
+    """Return the folder called `dial` that is written: in --out, or in RUN/METHOD."""
+    out = arguments.out or source.home
+    return out if out.name == FOLDER else out / FOLDER
 
 
 def load_adapted(source: Source) -> Any:
@@ -68,7 +77,8 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
 
     Args:
         source: the adapter.
-        arguments: --keep, --learn, --prompt, --response, --template and --limit, as `dial` and `export` take them.
+        arguments: --keep, --learn, --prompt, --response, --template, --limit and --allow-code-execution, as `dial` and
+            `export` take them.
         out: where the base's evaluation goes that is not a run's own.
         budget: of a recipe.
 
@@ -80,17 +90,21 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
     if arguments.limit is not None:
         raw["eval"] = {**raw["eval"], "limit": arguments.limit}
     raw["model"] = source.base.section.model_dump(mode="json")
-    engine = {"backend": "hf", "strengths": [], "before": True, "probe": None}
+    before = source.recipe.get("eval", {}) if source.recipe else {}
+    shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
+    shared = shared and (source.run / "base" / "eval.json").is_file()
+    probe = before.get("probe") if shared else None  # whose rows of the base are known
+    rows = probe.get("retention") if probe else None
+    if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept
+        shared, probe = False, None
+    engine = {"backend": "hf", "strengths": [], "before": True, "probe": probe}
     raw |= {"method": {"name": "lora"}, "grid": {}, "budget": budget, "eval": {**raw.get("eval", {}), **engine}}
     recipe = parse_recipe(raw, str(source.folder))
     if not recipe.eval.retention and not recipe.eval.task:
         raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
-    before = source.recipe.get("eval", {}) if source.recipe else {}
-    evaluated = source.run / "base"
-    shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
-    shared = shared and (evaluated / "eval.json").is_file()
     try:
-        return evaluation_job(recipe, evaluated if shared else out / "base")
+        base = source.run / "base" if shared else out / "base"
+        return evaluation_job(recipe, base, allow_code_execution=arguments.allow_code_execution)
     except UserError as error:
         named = {"eval.retention.path": "--keep", "eval.task.path": "--learn"} if own else {}
         raise UserError(functools.reduce(lambda text, pair: text.replace(*pair), named.items(), str(error))) from None

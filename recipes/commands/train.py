@@ -65,7 +65,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
-    from lora_null.recipes.sequence import run_sequence
+    from lora_null.recipes.sequence import check_stages, run_sequence
 
     use_all_cores()
     keep_freed_memory()
@@ -75,8 +75,9 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        for planned in stage_recipes(recipe) if recipe.sequence else [recipe]:
-            dry_run(planned, **options)
+        jobs = [dry_run(planned, **options) for planned in (stage_recipes(recipe) if recipe.sequence else [recipe])]
+        if recipe.sequence:
+            check_stages(recipe, jobs)
         return
     exit_on_sigterm()
     try:

@@ -31,9 +31,10 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
                 told = names_of_both if key == "model" else "the first's"
                 raise UserError(f"--sequence: {recipe.name} changes {key} ({told}); all tasks share one")
     dumped = [recipe.model_dump(mode="json") for recipe in recipes]
-    own = [{key: raw[key] for key in ("name", "data", "training")} for raw in dumped]
+    own = [{key: raw[key] for key in ("name", "data", "training", "trainer")} for raw in dumped]
     tasks = [keys | {"eval": {"task": raw["eval"]["task"]}} for keys, raw in zip(own, dumped)]
-    raw = dumped[0] | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}}
+    # No `training` beside the tasks': a key of the first recipe's would hold for a task that does not set it.
+    raw = dumped[0] | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}, "training": {}}
     raw["output_dir"] = output_dir or f"runs/{'-'.join(names)}"
     return parse_recipe(raw, "--sequence")
 
@@ -53,6 +54,11 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         )
     if recipe.method.init is not None:
         raise UserError("sequence: method.init is one start, and each task computes its own; leave it out")
+    if recipe.eval.strengths:
+        raise UserError(
+            "eval.strengths: strength 0 of a later task is not the base but the tasks before it; leave it out, and dial "
+            "RUN/METHOD at the end"
+        )
     names = [task["name"] for task in section.tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"sequence.tasks: two tasks are called {twice!r}; give one of them another name")

@@ -91,6 +91,17 @@ def test_the_active_adapter_is_restored(peft_model):
     assert peft_model.base_model.model.model.layers[0].self_attn.q_proj.active_adapters == ["default"]
 
 
+def test_a_text_longer_than_a_table_of_positions_is_looked_at_in_part(tokenizer):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    )
+    assert_logits_differ(model, tokenizer, "hello " * 500)
+
+
 def test_an_adapter_that_changes_nothing_is_found(peft_model, model, tokenizer):
     assert_logits_differ(peft_model, tokenizer, "hello")
     for name, parameter in peft_model.named_parameters():
