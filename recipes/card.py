@@ -48,6 +48,7 @@ class RunMethod:
     rank: int | None
     notes: list[str]
     strength: float = 1
+    truncated: bool = False
     elsewhere: bool = False
 
     @property
@@ -99,9 +100,7 @@ def content(export: Any, difference: Any, license_id: str | None) -> dict[str, A
         "rank": export.rank,
         "whole": source.kind == "model",
         "license": license_id,
-        "table": None
-        if export.bound is None
-        else results_table(source, export.strength),  # of what was truncated: unknown
+        "table": None if export.truncated else results_table(source, export.strength),
         "notes": export.notes,
         "difference": difference and str(difference),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),

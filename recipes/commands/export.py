@@ -52,6 +52,7 @@ class Export:
         base_name: the base's name for others.
         notes: lines for the card and the terminal.
         strength: ΔW is written times this.
+        truncated: whether the rank is lower than what was trained and measured.
         bound: largest relative error that is accepted; None where the error is what was asked for.
     """
 
@@ -62,6 +63,7 @@ class Export:
     notes: list[str] = field(default_factory=list)
     rank: int | None = None
     strength: float = 1.0
+    truncated: bool = False
     bound: float | None = EXACT
 
     def __post_init__(self) -> None:
@@ -180,7 +182,7 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"Truncated from rank {full} to {rank} by SVD: ‖ΔW − ΔW_k‖ / ‖ΔW‖ is {mean:.2g} in the mean of the layers, "
             f"{largest:.2g} at most."
         )
-        export.bound = None
+        export.truncated, export.bound = True, None
     return pairs, scaling * export.strength
 
 
