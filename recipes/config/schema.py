@@ -584,7 +584,7 @@ class SequenceSection(Section):
     """Tasks that are learned one after the other; each leaves the knowledge and the earlier tasks alone."""
 
     tasks: list[dict[str, Any]] = Field(
-        min_length=2, description="each a `name`, and what it sets for itself of data, training and eval"
+        min_length=2, description="each a `name`, and what it sets for itself of data, trainer, training and eval"
     )
     knowledge: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the knowledge's inputs")
     earlier: float | list[float] = Field(1.0, description="weight of each earlier task's inputs, or of each by itself")
