@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_null.gram import Gram
-from lora_null.utils.distributed import rank_and_world, together
+from lora_null.utils.distributed import for_collective, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import full_precision, preserve
 from lora_null.utils.quantized import weight_of
@@ -461,7 +461,8 @@ def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None)
             balance.assign(calibration.inputs)
         for stats in calibration.inputs:
             _sum_gram(stats, to_owner=balance is not None)
-            dist.all_reduce(stats.sketch)
+            with for_collective(stats.sketch) as here:
+                dist.all_reduce(here)
         _sum_numbers(calibration)
     for stats, any_left in zip(calibration.inputs, numbers(stats.sketch.any() for stats in calibration.inputs)):
         if not any_left:
@@ -471,10 +472,11 @@ def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None)
 def _sum_gram(stats: InputStats, *, to_owner: bool) -> None:
     if stats.gram is None:
         return
-    if not to_owner:
-        dist.all_reduce(stats.gram)
-        return
-    dist.reduce(stats.gram, dst=stats.owner)
+    with for_collective(stats.gram) as here:
+        if not to_owner:
+            dist.all_reduce(here)
+            return
+        dist.reduce(here, dst=stats.owner)
     if rank_and_world()[0] != stats.owner:
         stats.gram = None
 
@@ -484,7 +486,8 @@ def _sum_numbers(calibration: Calibration) -> None:
     counts = [stats.tokens for stats in calibration.inputs]
     energies = [calibration.output_energy.get(name, 0.0) for name in names]
     sums = torch.tensor([*counts, *energies], dtype=torch.float64, device=calibration.inputs[0].sketch.device)
-    dist.all_reduce(sums)
+    with for_collective(sums) as here:
+        dist.all_reduce(here)
     for stats, tokens in zip(calibration.inputs, sums[: len(counts)].tolist()):
         stats.tokens = int(tokens)
     calibration.output_energy = dict(zip(names, sums[len(counts) :].tolist()))

@@ -19,14 +19,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora_null.layer import LoraNullLinear
+from lora_null.layer import LoraNullLinear, plain_name
 from lora_null.utils.distributed import get_logger, own_piece, together
 from lora_null.utils.errors import UserError
 
 logger = get_logger(__name__)
 
-# What PEFT, checkpointing and torch.compile put into a module's name that a checkpoint of the base has not.
-WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module", "_orig_mod")
+# What PEFT puts into a module's name that a checkpoint of the base has not.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
 class Owned(NamedTuple):
@@ -76,7 +76,7 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
 
 def in_checkpoint(name: str) -> str:
     """Return the name that a parameter has in a checkpoint of the base."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in plain_name(name).split(".") if part not in WRAPPERS)
 
 
 class WeightFiles:

@@ -22,6 +22,10 @@ from lora_null.utils.quantized import is_quantized, weight_of
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
+RUNTIME_WRAPPERS = (
+    "_checkpoint_wrapped_module",
+    "_orig_mod",
+)  # in names, of activation checkpointing and torch.compile
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 
 
@@ -98,10 +102,15 @@ def keep_in_null_basis(peft_model: nn.Module) -> None:
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """Return the LoRA layers that carry the adapter, by the name of the module in the base model."""
     return {
-        name: module
+        plain_name(name): module
         for name, module in peft_model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+
+
+def plain_name(name: str) -> str:
+    """Return a module's or parameter's name without what activation checkpointing and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in RUNTIME_WRAPPERS)
 
 
 def active_adapter(model: nn.Module) -> str:

@@ -76,7 +76,15 @@ from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTr
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
-from lora_null.utils.distributed import count, is_launched_with_fsdp2, on_first_rank, together, whole_parameters
+from lora_null.utils.distributed import (
+    count,
+    is_launched_with_fsdp2,
+    on_first_rank,
+    reshard,
+    together,
+    whole_parameters,
+    without_checkpointing,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
@@ -361,7 +369,8 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if not job.keep_weights:
         return None
     model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    with whole_parameters(*trainer.saved_modules()):  # on all ranks together
+    reshard(trainer.model)  # on all ranks together, as what follows
+    with without_checkpointing(trainer.model), whole_parameters(*trainer.saved_modules()):
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, target)

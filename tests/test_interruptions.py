@@ -14,7 +14,7 @@ from kill_harness import harness, outcome, run
 from world import make_world
 
 from lora_null.recipes.__main__ import main
-from lora_null.trainer.checkpoints import is_whole, last_checkpoint, mark_complete, remove_old
+from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import exit_status
 
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -73,9 +73,22 @@ def test_old_checkpoints_go_by_their_number_when_the_clock_went_backwards(tmp_pa
         path = make_checkpoint(tmp_path, step)
         os.utime(path, (1e9 - step, 1e9 - step))
     (tmp_path / "checkpoint-4").mkdir()  # half-written
+    make_checkpoint(tmp_path, 5)
+    (tmp_path / "checkpoint-5" / "complete.json").unlink()
+    (tmp_path / "checkpoint-5" / BEGUN_FILE).write_text("{}")
     remove_old(tmp_path, keep=2, best=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     assert is_whole(tmp_path / "checkpoint-3")
+
+
+def test_checkpoints_of_another_trainer_are_left(tmp_path):
+    """Which do not say whether they are whole: a folder that a plain trainer wrote before is not emptied."""
+    for step in (1, 2):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1" / "complete.json").unlink()
+    remove_old(tmp_path, keep=None, best=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """No process loads the whole model: under FSDP2 weights stay in their files until each process reads its own shards."""
 
 import math
+import os
 import traceback
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from lora_null.store import REPORT_FILE
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import starts_in_files
+from lora_null.trainer.mixin import _leave_in_files
+from lora_null.utils.distributed import for_collective
 
 METHODS = ("lora-null-v1", "lora-null-v2", "pissa", "full")
 STEPS = 3
@@ -178,6 +181,86 @@ def test_a_start_from_weights_alone_goes_on_after_a_kill(tmp_path):
     assert all(torch.equal(whole[name], A) for name, A in again.items())
 
 
+def evaluated(words: list[str]) -> int:
+    """In each process: evaluate before and after saving, with decoder layers under activation checkpointing or not."""
+    folder = Path(words[0])
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = words[1]
+    rows = datasets.Dataset.from_dict({"input_ids": [list(range(1, 12))] * 8})
+    try:
+        for name in ("lora-null-v2", "full"):
+            method = make_method(name)
+            arguments = SFTConfig(
+                output_dir=str(folder / name), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=False,
+                gradient_checkpointing=False, save_steps=1, eval_strategy="steps", eval_steps=1, report_to="none",
+                disable_tqdm=True, use_cpu=True, model_init_kwargs={"dtype": "float32"}, save_only_model=True,
+            )  # fmt: skip
+            trainer = LoraNullSFTTrainer(
+                model=str(folder / "model"),
+                args=arguments,
+                train_dataset=rows,
+                eval_dataset=rows,
+                processing_class=tiny_tokenizer(),
+                peft_config=method.config(r=4, target_modules="all-linear"),
+                method=method,
+                calibration_dataset=random_batches(),
+                init_options=InitOptions(min_tokens=1, progress=False),
+                preflight="off",
+            )
+            trainer.train()
+            wrapped = any("_checkpoint_wrapped_module" in name for name, _ in trainer.model.named_modules())
+            assert wrapped == (words[1] == "true")
+            loss = trainer.evaluate()["eval_loss"]
+            trainer.save_model()
+            assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+            if name == "lora-null-v2":
+                trainer.train(resume_from_checkpoint=True)  # at its end already, in the trainer that has the shards
+                assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_evaluated_and_saved_and_evaluated(tmp_path, checkpointing):
+    save_tiny(tmp_path / "model")
+    found = world(2, [str(tmp_path), checkpointing], tmp_path / "said.txt", "fsdp2", evaluated)
+    assert found == [0, 0], (tmp_path / "said.txt").read_text()[-4000:]
+    assert not any("wrapped" in key for key in load_file(tmp_path / "lora-null-v2" / "adapter_model.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype="auto")
+    assert all(weight.isfinite().all() for weight in loaded.parameters())
+
+
+def test_tensors_of_the_cpu_meet_on_the_accelerator_where_the_group_takes_no_others(monkeypatch):
+    """NCCL beside weights that an engine leaves on the CPU; a copy on the CPU stands for the accelerator's."""
+    tensor = torch.ones(3)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cpu"))
+    for backend, copied in (("cuda:nccl", True), ("cpu:gloo,cuda:nccl", False)):
+        monkeypatch.setattr("torch.distributed.get_backend_config", lambda backend=backend: backend)
+        with for_collective(tensor) as here:
+            here += 1
+            assert torch.equal(tensor, here) != copied
+        assert torch.equal(tensor, here)
+
+
+def test_an_optimizer_of_deepspeeds_own_configuration_has_no_groups(monkeypatch):
+    stand_in = object()
+    monkeypatch.setattr("transformers.Trainer.create_optimizer", lambda *_, **__: stand_in)
+    trainer = LoraNullSFTTrainer.__new__(LoraNullSFTTrainer)
+    trainer._weights = None
+    assert trainer.create_optimizer() is stand_in
+
+
+@pytest.mark.parametrize("given", [{"revision": "main"}, {"cache_dir": "x"}])
+def test_what_trl_loads_by_more_than_a_path_is_loaded_whole(tmp_path, given, caplog):
+    path = str(save_tiny(tmp_path / "model"))
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", model_init_kwargs=given
+    )
+    assert _leave_in_files({"model": path, "args": arguments}) == (None, path)
+    assert f"model_init_kwargs sets {next(iter(given))}" in caplog.text
+
+
 def test_an_engine_that_does_not_shard_reads_everything_after_all(tmp_path, monkeypatch):
     """accelerate takes FSDP for GPUs alone and goes on without it."""
     path, name = str(save_tiny(tmp_path / "model")), "lora-null-v1"
@@ -217,3 +300,16 @@ def test_files_that_name_their_weights_otherwise_are_not_left(tmp_path):
 )
 def test_what_needs_all_weights_does_not_start_in_files(config, fits):
     assert starts_in_files(config) == fits
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [({}, True), ({"chat_template_path": "a/tokenizer"}, False), ({"chat_template_path": "a.jinja"}, True)],
+)
+def test_a_tokenizers_chat_template_adds_tokens_to_the_embeddings(tmp_path, given, fits):
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **given)
+    assert (
+        starts_in_files(LoraNullConfig(r=4), None, arguments)
+        == starts_in_files(None, make_method("full"), arguments)
+        == fits
+    )

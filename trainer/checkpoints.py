@@ -22,13 +22,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from lora_null.adapters.plain import check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.utils.distributed import get_logger, parameters_are_sharded, whole_parameters
+from lora_null.utils.distributed import (
+    get_logger,
+    parameters_are_sharded,
+    reshard,
+    whole_parameters,
+    without_checkpointing,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import flush, read_json, write_json
 
 logger = get_logger(__name__)
 
 COMPLETE_FILE, PROCESSES_FILE = "complete.json", "processes.json"
+BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -59,10 +66,11 @@ def is_whole(checkpoint: Path) -> bool:
 
 def mark_complete(checkpoint: Path) -> None:
     """Flush every file of a finished checkpoint to disk and list them in `complete.json`."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_FILE)
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (COMPLETE_FILE, BEGUN_FILE))
     for path in files:
         flush(path)
     write_json(checkpoint / COMPLETE_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
+    (checkpoint / BEGUN_FILE).unlink(missing_ok=True)
 
 
 def record_processes(checkpoint: Path, processes: int, batch: int) -> None:
@@ -105,9 +113,12 @@ def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str 
 
 
 def remove_old(folder: Path, keep: int | None, best: str | None) -> None:
-    """Remove what killed runs left half-written, then the oldest by step until `keep` are left; never the best one."""
+    """Remove what killed runs left half-written, then the oldest by step until `keep` are left; never the best one.
+
+    A checkpoint that another trainer wrote, and which does not say whether it is whole, is left.
+    """
     for path in _checkpoints(folder):
-        if not is_whole(path):
+        if not any(path.iterdir()) or ((path / BEGUN_FILE).is_file() and not is_whole(path)):
             shutil.rmtree(path, ignore_errors=True)
     rotate_checkpoints(str(folder), save_total_limit=keep, best_model_checkpoint=best)
 
@@ -133,6 +144,8 @@ class SavingMixin(Base):
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
+        if self.args.should_save:
+            write_json(checkpoint / BEGUN_FILE, {"step": self.state.global_step})
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -155,8 +168,11 @@ class SavingMixin(Base):
         if not parameters_are_sharded(self.model):
             super().save_model(output_dir, _internal_call)
         else:
-            with whole_parameters(*self.saved_modules()):
+            reshard(self.model)
+            with without_checkpointing(self.model), whole_parameters(*self.saved_modules()):
                 self._save(output_dir)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if self.args.should_save and self._lora_layers():
             folder = _adapter_folder(Path(output_dir or self.args.output_dir), self.adapter_name)
             check_saved_adapter(folder, self.model, adapter_name=self.adapter_name)
@@ -206,7 +222,8 @@ class SavingMixin(Base):
             if not sharded:
                 self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
                 continue
-            with whole_parameters(*self.saved_modules(), write=True):
+            reshard(self.model)
+            with without_checkpointing(self.model), whole_parameters(*self.saved_modules(), write=True):
                 copy_into(self.model, load_peft_weights(str(inside), device="cpu"), name)
         if dist.is_initialized():
             dist.barrier()

@@ -56,7 +56,13 @@ from lora_null.trainer.preflight import (
     check_windows,
     why_not_measured,
 )
-from lora_null.utils.distributed import get_logger, is_launched_with_fsdp2, shard_layers, together
+from lora_null.utils.distributed import (
+    get_logger,
+    is_launched_with_fsdp2,
+    parameters_are_sharded,
+    shard_layers,
+    together,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
@@ -64,6 +70,9 @@ from lora_null.utils.model_state import release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
+
+
+NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
 
 
 def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
@@ -77,6 +86,9 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     options = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
     options |= getattr(args, "model_init_kwargs", None) or {}
     if options.pop("device_map", None) or "quantization_config" in options:
+        return None, path
+    if told := next((key for key in NOT_ONLY_WEIGHTS if key in options), None):
+        logger.warning(f"every process loads the whole model: model_init_kwargs sets {told}")
         return None, path
     found = open_to_shard(create_model_from_path, path, **options)
     if found is None:
@@ -220,8 +232,8 @@ class LoraNullMixin(SavingMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent trainer; weights that train and are still in their files are remembered by their names."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+        if self._weights is not None and any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             self._optimized = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         return optimizer
 
@@ -279,7 +291,7 @@ class LoraNullMixin(SavingMixin):
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
         if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
-            if self._weights is not None:
+            if self._weights is not None and not parameters_are_sharded(self.model):
                 shard_layers(self.model, self.accelerator.device)
                 self.read_shards()
             return self._take_trained(Path(resume_from_checkpoint))

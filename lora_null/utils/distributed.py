@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_null.utils.errors import UserError
@@ -65,6 +66,45 @@ def own_piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
             first = min(span.start + each * mesh.get_local_rank(i), span.stop)
             at[placement.dim] = slice(first, min(first + each, span.stop))
     return tensor.to_local(), tuple(at)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every group of FSDP2 in pieces again; all ranks call it before one of them saves.
+
+    A forward pass without a backward pass leaves the last group whole. What reads the state dict of one rank would put that
+    rank's back in pieces alone.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        model.state_dict()  # whose hooks do it, whatever pass came before; nothing is copied
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Have a model without what activation checkpointing has put around its layers: PEFT (0.21) saves and loads by names.
+
+    No forward pass may run inside.
+    """
+    children = [(parent, name, x) for parent in model.modules() for name, x in parent._modules.items()]
+    wrapped = [(parent, name, x) for parent, name, x in children if isinstance(x, CheckpointWrapper)]
+    for parent, name, wrapper in wrapped:
+        parent._modules[name] = wrapper._checkpoint_wrapped_module
+    try:
+        yield
+    finally:
+        for parent, name, wrapper in wrapped:
+            parent._modules[name] = wrapper
+
+
+@contextlib.contextmanager
+def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give a tensor for a collective of torch.distributed: itself, or a copy that comes back, where NCCL takes no CPU's."""
+    if tensor.device.type != "cpu" or "cpu:" in dist.get_backend_config():
+        yield tensor
+        return
+    moved = tensor.detach().to(torch.accelerator.current_accelerator(), copy=True)
+    yield moved
+    with torch.no_grad():
+        tensor.copy_(moved)
 
 
 @contextlib.contextmanager

@@ -199,6 +199,9 @@ def starts_in_files(config: PeftConfig | None, method: Method | None = None, arg
     """
     if getattr(args, "precompute_ref_log_probs", False):  # which DPO does before the weights are shared out
         return False
+    chat = getattr(args, "chat_template_path", None)  # of a tokenizer: TRL adds its tokens to the embeddings
+    if chat is not None and not str(chat).endswith((".jinja", ".j2")):
+        return False
     if config is None:
         return method is not None and method.streams
     if not isinstance(config, LoraConfig) or not (method.streams if method else _is_plain(config)):

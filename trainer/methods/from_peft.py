@@ -15,12 +15,12 @@ from peft.tuners.osf import OSFLayer
 from torch import nn
 
 from lora_null.config import ResidualLoraConfig
-from lora_null.layer import active_adapter, adapted_layers
+from lora_null.layer import active_adapter, adapted_layers, plain_name
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.distributed import for_collective, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import preserve
 
@@ -131,7 +131,8 @@ class LoRAGA(ResidualMethod):
                 tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
         if rank_and_world()[1] > 1:
             for tensor in tensors.values():
-                dist.broadcast(tensor, src=0)
+                with for_collective(tensor) as here:
+                    dist.broadcast(here, src=0)
         return tensors
 
     def _take_gradients(
@@ -167,7 +168,7 @@ class OSF(WeightMethod):
         )
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
-        return {name: x for name, x in model.get_base_model().named_modules() if isinstance(x, OSFLayer)}
+        return {plain_name(name): x for name, x in model.get_base_model().named_modules() if isinstance(x, OSFLayer)}
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
+from lora_null.layer import plain_name
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -41,7 +42,7 @@ class Full(WeightMethod):
         self.target_modules = adapter.get("target_modules") or "all-linear"
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        linears = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear | Conv1D)}
+        linears = {plain_name(name): x for name, x in model.named_modules() if isinstance(x, nn.Linear | Conv1D)}
         if self.target_modules == "all-linear":
             head = model.get_output_embeddings()
             return {name: linear for name, linear in linears.items() if linear is not head}

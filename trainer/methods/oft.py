@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_null.adapters.plain import WEIGHTS_FILE
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
-from lora_null.layer import active_adapter
+from lora_null.layer import active_adapter, plain_name
 from lora_null.trainer.methods.base import Method, method, need
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
@@ -58,7 +58,7 @@ class OFT(Method):
         )
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
-        return {name: x for name, x in model.get_base_model().named_modules() if isinstance(x, OFTLinear)}
+        return {plain_name(name): x for name, x in model.get_base_model().named_modules() if isinstance(x, OFTLinear)}
 
     def check_bare(self, model: nn.Module) -> None:
         if any(isinstance(module, Conv1D) for module in model.modules()):
