@@ -82,7 +82,7 @@ def _run_case(case: str, options: Any) -> dict[str, Any]:
             if turn == 0 or contender in ("forward", "ours"):
                 raw.setdefault(contender, []).append(_start(f"{case}/{contender}", options))
                 print(f"  {case}: {contender} {raw[contender][-1]['seconds']:.1f} s", flush=True)
-    forward = median(run["seconds"] for run in raw["forward"]) if "forward" in raw else math.nan
+    forward = median(run["seconds"] for run in raw["forward"]) if "forward" in raw else None
     rows = {name: _summary(runs, forward) for name, runs in raw.items()}
     about = next(iter(raw.values()))[0]["about"]
     _print_case(case, rows, about)
@@ -98,9 +98,9 @@ def _start(worker: str, options: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _summary(runs: list[dict[str, Any]], forward: float) -> dict[str, Any]:
+def _summary(runs: list[dict[str, Any]], forward: float | None) -> dict[str, Any]:
     middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-    return {**middle, "times_forward": middle["seconds"] / forward}
+    return {**middle, "times_forward": forward and middle["seconds"] / forward}
 
 
 def _print_case(case: str, rows: dict[str, Any], about: str) -> None:
@@ -112,7 +112,14 @@ def _print_case(case: str, rows: dict[str, Any], about: str) -> None:
         ]
         leak = f"{row['leakage']:.2e}" if row.get("leakage") else "-"
         table.append(
-            [name, f"{row['seconds']:.1f}", f"{row['times_forward']:.2f}", *parts, f"{row['peak_gib']:.2f}", leak]
+            [
+                name,
+                f"{row['seconds']:.1f}",
+                f"{row['times_forward'] or math.nan:.2f}",
+                *parts,
+                f"{row['peak_gib']:.2f}",
+                leak,
+            ]
         )
     common.print_table(f"{case}: {about}", head, table)
     if {"reference", "ours"} <= rows.keys():
@@ -325,7 +332,9 @@ def _draw(results: dict[str, Any], path: Path) -> None:
             left = [a + b for a, b in zip(left, values)]
         for place, name in enumerate(names):
             row = found["rows"][name]
-            axis.text(left[place], place, f"  {row['seconds']:.1f} s, {row['times_forward']:.1f}x", va="center")
+            axis.text(
+                left[place], place, f"  {row['seconds']:.1f} s, {row['times_forward'] or math.nan:.1f}x", va="center"
+            )
         axis.set_xlim(0, max(left) * 1.35)
         axis.set_title(f"{case}: {found['about']}", fontsize=8)
         axis.set_xlabel("seconds")
