@@ -140,6 +140,7 @@ class Probe(TrainerCallback):
         self.share = share
         self.options = {"batch_size": batch_size, "autocast_dtype": autocast_dtype, "progress": False}
         self.reference_dir = Path(reference_dir) if reference_dir else Path(trainer.args.output_dir) / "probe"
+        self.records = reference_dir is None  # a folder of its own is written anew: another model's may lie there
         self.keep = keep
         self.points: list[Point] = []
         self.begun = time.perf_counter()
@@ -182,7 +183,9 @@ class Probe(TrainerCallback):
         """Record the base's predictions where a task needs them and they are not there."""
         if not any(getattr(task, "kl", hasattr(task, "chosen")) for task in self.tasks):
             return
-        if on_first_rank(lambda: self.reference_dir.is_dir() and any(self.reference_dir.iterdir())):
+        if not self.records and on_first_rank(
+            lambda: self.reference_dir.is_dir() and any(self.reference_dir.iterdir())
+        ):
             return
         disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
         recording = {"reference_dir": self.reference_dir, "record_reference": True}

@@ -97,7 +97,7 @@ class Task(ABC):
     def measures(self, metric: str) -> bool:
         """Return whether a metric of that name is one of this task's."""
         return metric in self.metric_names or (
-            self.metric_names == [self.label] and metric.startswith(f"{self.label}/")
+            self.metric_names == [self.label] and metric.startswith((f"{self.label}/", f"{self.label}: "))
         )
 
     @property

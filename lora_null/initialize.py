@@ -22,7 +22,7 @@ from lora_null.residual import subtract_residuals
 from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
 from lora_null.utils.distributed import get_logger, is_sharded, together
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.quantized import unreadable
 
 logger = get_logger(__name__)
@@ -102,6 +102,15 @@ def load_initialization(
     start = load_start(directory, peft_model, layers, rule=rule, adapter_name=adapter_name)
     finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
+
+
+def check_named(model: nn.Module, targets: Any) -> None:
+    """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in targets if isinstance(targets, list | tuple | set) else ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            leaves = {name.rpartition(".")[2] for name, x in model.named_modules() if hasattr(x, "in_features")}
+            raise UserError(f"target_modules: no module matches {wanted!r}{nearest(wanted, leaves)}")
 
 
 def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> None:

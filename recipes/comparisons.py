@@ -144,7 +144,7 @@ def _gaps(
         if len({len(values) for values in (*ours, *theirs)}) > 1 or any(other != weights[0] for other in weights):
             continue
         gaps = np.array(ours, dtype=float) - np.array(theirs, dtype=float)
-        if against_base and not np.any(theirs) and np.all(gaps >= 0):
+        if against_base and name.lower().endswith(" kl"):
             continue  # a distance from the base: it cannot be negative, and only the noise floor says what is zero
         yield gaps, None if weights[0] is None else np.array(weights[0], dtype=float)
 

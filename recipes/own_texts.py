@@ -70,6 +70,7 @@ def _key(section: ModelSection, name: str, source: Source, count: int, cut: Cali
     parts = {
         "model": identity_of(name, section.revision, hub_commit(section, name)),
         "compute": [section.dtype, section.quantization, attention(section), PartialState().device.type],
+        "end": section.eos_token,
         "texts": [source.prompts, count, cut.max_length, cut.seed],
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
         "code": Path(own_texts.__code__.co_filename).read_text(encoding="utf-8"),

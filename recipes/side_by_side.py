@@ -48,7 +48,7 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
         return None
     metric, questions = chosen
     prompts = [task.pairs[i][0] for i, _, _ in questions]
-    texts = _answer(job, results, rows, prompts)
+    texts = _answer(job, results, rows, prompts, task.special_tokens)
     labels = results.labels()
     asked = [
         Answered(question=prompt.strip(), right=task.pairs[i][1].strip(), change=change, why=why, answers=list(each))
@@ -96,29 +96,38 @@ def _weights(job: Job, results: Results, i: int) -> Path | None:
     return next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
 
 
-def _answer(job: Job, results: Results, rows: Sequence[int], prompts: Sequence[str]) -> list[list[str]]:
-    """Return every row's answers, the base's first; one model is held at a time."""
+def _answer(
+    job: Job, results: Results, rows: Sequence[int], prompts: Sequence[str], special_tokens: bool
+) -> list[list[str]]:
+    """Return every row's answers, the base's first; one model is held at a time.
+
+    Args:
+        job, results: of the run.
+        rows: numbers of the results' rows.
+        prompts: as the task asks them.
+        special_tokens: whether the tokenizer puts its own into the prompts; not where these hold them.
+    """
     device, section = PartialState().device, job.recipe.model
     base: Any = base_to_run(section, job.model_name)
-    texts = [_generate(job, base, prompts)]
+    texts = [_generate(job, base, prompts, special_tokens)]
     for i in rows[1:]:
         weights = _weights(job, results, i)
         if weights.name == "adapter":
             model = PeftModel.from_pretrained(base, str(weights))
-            texts.append(_generate(job, model, prompts))
+            texts.append(_generate(job, model, prompts, special_tokens))
             base = model.unload()
         else:
             base.to("cpu")
             model = load_base(section, str(weights)).to(device)
-            texts.append(_generate(job, model, prompts))
+            texts.append(_generate(job, model, prompts, special_tokens))
             del model
             base.to(device)
     return texts
 
 
-def _generate(job: Job, model: Any, prompts: Sequence[str]) -> list[str]:
+def _generate(job: Job, model: Any, prompts: Sequence[str], special_tokens: bool) -> list[str]:
     with preserve(model, job.tokenizer), own_precision(model):
         model.eval()
         greedy = {"temperatures": [0.0] * len(prompts), "max_new_tokens": MAX_NEW_TOKENS}
-        texts = generate_texts(model, job.tokenizer, prompts, **greedy)
+        texts = generate_texts(model, job.tokenizer, prompts, special_tokens=special_tokens, **greedy)
     return [next(filter(None, map(str.strip, text.splitlines())), "") for text in texts]

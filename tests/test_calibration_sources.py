@@ -1,6 +1,7 @@
 """What one can calibrate on: files of every kind and folders of them, several sources, the general mix, the model itself."""
 
 import json
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -15,7 +16,7 @@ from lora_null.recipes import own_texts as kept_texts
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands import main as command
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.schema import CalibrationSection
+from lora_null.recipes.config.schema import CalibrationSection, ModelSection
 from lora_null.recipes.data.calibration import (
     GENERAL_MIX,
     PROMPTS,
@@ -310,3 +311,46 @@ class TestWhatTheModelWrites:
         said = capsys.readouterr().out
         assert "calibration: the general mix: 8 windows" in said and "after the shipped prompts: 8 windows" in said
         assert command([*base, str(tmp_path / "c"), "--calibration", "self", "--low-memory"]) == 2
+
+
+def test_pairs_of_texts_are_no_question_and_answer(tmp_path):
+    """The second of them is what is not to be learned."""
+    for names in (("chosen", "rejected"), ("Chosen", "Rejected")):
+        path = write_rows(
+            tmp_path / "pairs.jsonl", [dict(zip(names, ("Human: a? Assistant: b", "Human: a? Assistant: c")))] * 4
+        )
+        with pytest.raises(UserError, match="chosen and rejected are texts without a prompt; what both begin with"):
+            texts(path)
+
+
+def test_a_downloaded_data_set_is_not_its_card(tmp_path):
+    (tmp_path / "README.md").write_text("# A data set\n\nWith rows.\n")
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train-00000-of-00001.jsonl", [{"text": f"row {i}"} for i in range(3)])
+    assert texts(tmp_path) == ["row 0", "row 1", "row 2"]
+    with pytest.raises(UserError, match=rf"holds data in {tmp_path / 'data'}; name that folder, or the split"):
+        texts(tmp_path, split="test")
+    (tmp_path / "notes.md").write_text("The mill was built in 1832.\n")  # a folder of notes with some data below
+    assert any("mill" in text for text in texts(tmp_path, split="test"))
+
+
+def test_a_limit_counts_rows_as_training_does(tmp_path):
+    """By their number in the file: what lies behind it is held out."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"text": "row {i}"}}\n\n' for i in range(1, 11))
+    )  # numbers 1, 3, 5, …
+    assert texts(tmp_path / "rows.jsonl", limit=5) == ["row 1", "row 2", "row 3"]
+
+
+def test_pairs_of_some_rows_without_an_input(tmp_path):
+    rows = [{"instruction": "1+1?", "input": "now", "output": "2"}, {"instruction": "1+1?", "output": "2"}]
+    assert len(texts(write_rows(tmp_path / "rows.jsonl", rows))) == 2
+
+
+def test_own_texts_are_known_by_the_end_they_were_written_to():
+    section = ModelSection(name_or_path="m")
+    source, cut = SimpleNamespace(prompts=["a"]), CalibrationArgs()
+    keys = [
+        kept_texts._key(section.model_copy(update={"eos_token": end}), "m", source, 4, cut) for end in (None, "<e>")
+    ]
+    assert keys[0] != keys[1]

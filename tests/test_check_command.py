@@ -11,6 +11,7 @@ from tiny import random_batches, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_null.__main__ import main
+from lora_null.adapters import base_hash
 from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.adapters.plain import save_plain_adapter
 
@@ -235,3 +236,20 @@ def test_no_weights_of_the_base_are_loaded(adapter, base, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     assert main(["check", str(adapter)]) == 0
     assert isinstance(tiny_model().config, LlamaConfig)
+
+
+def test_a_cached_configuration_is_no_checkpoint(tmp_path, monkeypatch):
+    """As `lora-null check` itself leaves one of a base on the hub; shards have to be there, all of them."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def cached(name, file, revision=None):
+        return str(tmp_path / file) if (tmp_path / file).is_file() else None
+
+    monkeypatch.setattr(base_hash, "try_to_load_from_cache", cached)
+    assert base_hash.checkpoint_on_disk("org/model") is None
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").touch()
+    assert base_hash.checkpoint_on_disk("org/model") is None
+    (tmp_path / "model-2.safetensors").touch()
+    assert base_hash.checkpoint_on_disk("org/model") == tmp_path

@@ -81,6 +81,7 @@ def test_tasks_of_a_folder_run(own, name):
     names = {"mine_lls": {"mine_lls"}, "mine_all": {"mine_lls", "mine_gen"}, "mine_class": {"mine_class"}}
     assert found.metrics.keys() == names[name]
     assert all(metric.n == 3 for metric in found.metrics.values())
+    assert {metric.unit for metric in found.metrics.values()} == {"ll" if name == "mine_class" else "fraction"}
 
 
 @pytest.mark.parametrize("name", ["mine_lls", "mine_all", "mine_class"])

@@ -69,6 +69,20 @@ def test_in_any_trainer_and_without_a_trace(tmp_path):
     assert found.value == pytest.approx(kl_oracle(probed.model), rel=1e-4) and found.value > 1e-3 and found.stderr > 0
 
 
+def test_another_models_predictions_are_not_the_bases(tmp_path):
+    """What an earlier training left in the same folder, of another model with the same tokenizer, is written anew."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        probed = trainer(tmp_path / "out")
+        with torch.no_grad():
+            for name, parameter in probed.model.named_parameters():
+                parameter.add_(0.0 if "lora_" in name else 0.01 * seed)
+        probe = Probe(probed, TASKS, tokenizer=tiny_tokenizer(), every=4)
+        probed.add_callback(probe)
+        probed.train()
+        assert probe.points[0].metrics["facts kl"].value < 1e-6
+
+
 def test_auto_keeps_to_its_share_and_too_many_are_said(tmp_path, caplog):
     run = trainer(tmp_path, steps=8)
     auto = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every="auto", share=0.05, keep=tmp_path / "probe.json")

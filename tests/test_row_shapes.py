@@ -9,10 +9,12 @@ import random
 
 import pytest
 from chats import BLOCKS, TOOLS, chat_tokenizer
+from tiny import tiny_tokenizer
 from world import write_rows
 
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.examples import RowReader, tokenize, training_data
+from lora_null.utils.chat import adds_bos
 
 WORDS = [
     "who",
@@ -245,3 +247,16 @@ def test_what_no_file_holds(bad):
     for name in good:
         with pytest.raises(ValueError, match=rf"^'{name}' "):
             reader.example(1, {**good, name: bad}, chat_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "text", ["<s>a question, an answer</s>", "<s>a question, an answer </s>\n", "a question, an answer"]
+)
+def test_a_text_that_holds_its_special_tokens_gets_no_others(tmp_path, text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    data = DataSection(path=str(write_rows(tmp_path / "rows.jsonl", [{"text": text}])), text="text")
+    (example,) = training_data(data, tokenizer, preferences=False, max_length=None).examples
+    assert example.written.text.count("</s>") == 1 and example.written.text.endswith("</s>")
+    assert example.written.text.startswith("<s>") == (text.startswith("<s>") and not adds_bos(tokenizer))
+    assert example.written.spans == [(0, len(example.written.text))]

@@ -178,24 +178,28 @@ class LmEvalTask(Task):
             scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
             members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
             stderr = scores.get(f"{metric}_stderr,{filter_}")
+            documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
+            values = [document.get(metric) for document in documents]
+            known = bool(values) and all(isinstance(value, int | float | np.number) for value in values)
+            share = tasks[members[0]].aggregation().get(metric) is mean and not (
+                known and not 0 <= min(values) <= max(values) <= 1
+            )
             found.metrics[name] = Metric(
                 float(scores[f"{metric},{filter_}"]),
                 float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
                 sum(results["n-samples"][member]["effective"] for member in members),
                 results["higher_is_better"].get(owner, {}).get(metric),
                 self.role,
-                "fraction" if tasks[members[0]].aggregation().get(metric) is mean else metric,
+                "fraction" if share else metric,
             )
-            documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
-            values = [document.get(metric) for document in documents]
-            if values and all(isinstance(value, int | float | np.number) for value in values):
+            if known:
                 found.samples[name] = [float(value) for value in values]
         return found
 
     def result_names(self, loaded: TaskDict, results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
         """Return {name of a result: (lm-eval's task, metric, filter)} for what this task asks for.
 
-        The name is the label; "/metric" is added where there are several metrics, and "/filter" where there are several
+        The name is the label, of a tag with the member's (": arc_easy"); "/metric" is added where there are several metrics, and "/filter" where there are several
         filters: "nq_open", "arc_easy/acc_norm", "gsm8k/strict-match".
 
         Raises:
@@ -205,7 +209,7 @@ class LmEvalTask(Task):
         owners = groups or list(loaded["tasks"])
         names = {}
         for owner in owners:
-            label = self.label if len(owners) == 1 else f"{self.name}/{owner}" if self.name else owner
+            label = self.label if len(owners) == 1 else f"{self.name}: {owner}" if self.name else owner
             scores = _scores(results, owner)
             metrics, filters = ({score[i] for score in scores} for i in (0, 1))
             for metric, filter_ in scores:

@@ -30,8 +30,13 @@ def checkpoint_on_disk(name: str | None, revision: str | None = None) -> Path | 
         return Path(name)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
+    for file in ("model.safetensors", "model.safetensors.index.json"):  # a config alone may be there
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            shards = WeightFiles(folder).file_of.values()
+            return folder if all((folder / shard).is_file() for shard in shards) else None
+    return None
 
 
 def base_fingerprint(folder: Path) -> str:

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import InitOptions, refusing_in_one_line, start_adapter
+from lora_null.initialize import InitOptions, check_named, refusing_in_one_line, start_adapter
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
@@ -104,7 +104,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     config = LoraNullConfig(
         r=arguments.rank,
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
-        target_modules=targets.split(",") if "," in targets else targets,
+        target_modules=[name.strip() for name in targets.split(",")] if "," in targets else targets,
         variant=arguments.variant,
         null_multiple=arguments.null_multiple,
         null_energy=arguments.null_energy,
@@ -112,5 +112,6 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         task_type="CAUSAL_LM",
     )
     base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
+    check_named(base, config.target_modules)
     with adapters_in_memory(), refusing_in_one_line():
         return get_peft_model(base, config), weights

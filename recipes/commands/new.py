@@ -199,7 +199,7 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     if not documents.rows:
         settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
     form = recognize(documents.rows, documents.columns, f"--{where}")
-    last = max([*documents.numbers, *(row.row for row in documents.bad)])
+    last = max([*documents.numbers, *(row.row for row in documents.bad)])  # as rows are numbered, blank lines too
     can_be_asked = "text" not in form.keys or "ending" in documents.columns
     held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
     named = os.path.relpath(path, out.parent) if local else path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,9 +149,12 @@ def _texts(
     documents = load_documents(path, subset=section.subset, split=section.split, where=where, limit=section.limit)
     text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
     texts, kinds = [], Counter()
-    for number, row in zip(documents.numbers, documents.rows[: section.limit]):
+    last = math.inf if section.limit is None else section.limit
+    for number, row in zip(documents.numbers, documents.rows):
+        if number > last:  # rows count as training and evaluation count them, those that are left out too
+            break
         try:
-            text = text_of(row)
+            text = without_bos(text_of(row), tokenizer)
         except ValueError as error:
             raise UserError(f"{where}: row {number} cannot be used: {error}") from None
         if text:
@@ -169,7 +173,7 @@ def _reader(
     """Return what makes the text of a row."""
     if section.template is None and section.field is None:
         found = recognize(rows, columns, f"{where}.path")
-        return lambda row: _found_text(row, found, tokenizer, section.answers)
+        return lambda row: _found_text(row, found, columns, tokenizer, section.answers)
     key = f"{where}.{'field' if section.template is None else 'template'}"
     field = RowText(section.template or str(section.field), columns, key, answer=True)
 
@@ -183,20 +187,22 @@ def _reader(
     return text_of
 
 
-def _found_text(row: Mapping[str, Any], found: Format, tokenizer: PreTrainedTokenizerBase, answers: bool) -> str:
+def _found_text(
+    row: Mapping[str, Any], found: Format, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, answers: bool
+) -> str:
     keys = found.keys
     talk = keys.get("messages")
     if talk is not None and row.get(talk) is None and isinstance(row.get("text"), str):
         return row["text"]  # the general mix holds texts beside conversations
     if "text" in keys:
         return as_text(row.get(keys["text"]))
-    messages = as_messages(row.get(talk))[0] if talk is not None else _pair(row, keys)
+    messages = as_messages(row.get(talk))[0] if talk is not None else _pair(row, keys, columns)
     if "system" in keys and messages and (system := as_text(row.get(keys["system"])).strip()):
         messages = [{"role": "system", "content": system}, *messages]
     return _talk_text(messages, row, tokenizer, answers=answers) if messages else ""
 
 
-def _pair(row: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Message]:
+def _pair(row: Mapping[str, Any], keys: Mapping[str, Any], columns: Sequence[str]) -> list[Message]:
     """Return prompt and response as a conversation; none where one is empty."""
     messages = []
     for key, role in (("prompt", "user"), ("response", "assistant")):
@@ -207,7 +213,7 @@ def _pair(row: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Message]:
             said = as_messages(row[spec])[0]
             messages = said if said[: len(messages)] == messages else [*messages, *said]
             continue
-        text = RowText(spec, list(row), "calibration", answer=True).text(row).strip()
+        text = RowText(spec, columns, "calibration", answer=True).text(row).strip()
         if not text:
             return []
         messages.append({"role": role, "content": text})

@@ -60,7 +60,7 @@ def write_conversation(
     if template == CHAT:
         chat = render_chat(messages, tokenizer, options)
         return Written(chat.text, turn_spans(chat, learned, tokenizer, options), chat.messages)
-    text, spans = _write_text(template, messages, tokenizer.eos_token, options)
+    text, spans = _write_text(template, messages, tokenizer.eos_token or "", options)
     if messages[-1]["role"] != "assistant":
         raise ValueError("a conversation that does not end with an assistant's turn; data.template=chat may take it")
     return Written(text, [spans[turn] for turn in learned], list(messages))
@@ -91,7 +91,7 @@ def ask(
     """Return the text up to the response to a conversation that ends with a question."""
     if template == CHAT:
         return open_turn(messages, tokenizer, options)
-    return _write_text(template, messages, tokenizer.eos_token, options)[0]
+    return _write_text(template, messages, tokenizer.eos_token or "", options)[0]
 
 
 def _write_text(

@@ -25,7 +25,7 @@ from lora_null.recipes.data.conversations import (
 )
 from lora_null.recipes.data.rows import RowText, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
-from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_thoughts
+from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
 
@@ -185,7 +185,8 @@ class RowReader:
         if data.text:
             text = as_message("text", row, data.text)["content"]
             _check_encoding([text])
-            text = f"{text}{tokenizer.eos_token or ''}"
+            end, text = tokenizer.eos_token or "", without_bos(text, tokenizer)
+            text = text.rstrip().removesuffix(end) + end if text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         if data.messages:
             messages, learned = as_messages(row.get(data.messages))

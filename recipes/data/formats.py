@@ -51,6 +51,12 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     found = (
         _preferences(fields, talks) or _conversation(fields, talks, rows) or _answered(fields) or _text(fields, rows)
     )
+    pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
+    if found is None and pair is not None:
+        raise UserError(
+            f"{where}: {' and '.join(pair)} are texts without a prompt; what both begin with belongs into a field of its own, "
+            "such as prompt"
+        )
     if found is None:
         raise UserError(
             f"{where}: the fields {', '.join(columns)} are no conversation, prompt and response, or text that is known; "
@@ -113,7 +119,8 @@ def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Forma
     """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response."""
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    if name is None and len(fields) == 2 and len(texts) == 2:
+    paired = any(fields.keys() >= set(pair) for pair in PAIRS)  # the second of which is not to be learned
+    if name is None and len(fields) == 2 and len(texts) == 2 and not paired:
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
     name = name or (texts[0] if len(fields) == len(texts) == 1 else None)
     return Format("plain text", {"text": name}) if name else None

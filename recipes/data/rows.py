@@ -13,6 +13,8 @@ from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.errors import UserError, hub_error, nearest
 from lora_null.utils.values import as_text
 
+ABOUT = ("readme", "license", "notice", "citation", "changelog")  # texts about the data beside them
+
 
 def load_documents(
     path: str, *, subset: str | None, split: str, where: str, keep_bad: bool = False, limit: int | None = None
@@ -49,19 +51,34 @@ def load_documents(
 
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
-    """Return a split's data files; or, where a folder holds none, all its texts (.txt, .md), those in its folders too."""
-    data = sorted(file for file in folder.iterdir() if FILE_KINDS.get(file.suffix, "text") != "text")
+    """Return a split's data files, those of its folders where it holds none itself, as a downloaded hub data set does.
+
+    A folder without any is one of texts (.txt, .md), those in its folders too.
+    """
+
+    def is_split(file: Path) -> bool:
+        return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
+
+    found = [(file, FILE_KINDS.get(file.suffix.lower())) for file in sorted(folder.rglob("*"))]
+    found = [(file, kind) for file, kind in found if kind and not _is_hidden(file, folder)]
+    data = [file for file, kind in found if kind != "text" and file.parent == folder]
+    data = data or [file for file, kind in found if kind != "text" and is_split(file)]
     if not data:
-        texts = [file for file in sorted(folder.rglob("*")) if FILE_KINDS.get(file.suffix.lower()) == "text"]
-        hidden = {file for file in texts if any(part.startswith(".") for part in file.relative_to(folder).parts)}
-        texts = [file for file in texts if file not in hidden and file.stat().st_size]
+        texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
         if not texts:
             raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
+        below = next((file.parent for file, kind in found if kind != "text"), None)
+        if below is not None and all(file.stem.lower() in ABOUT for file in texts):
+            raise UserError(f"{where}.path: {folder} holds data in {below}; name that folder, or the split")
         return texts
-    chosen = [file for file in data if file.stem == split or file.name.startswith((f"{split}-", f"{split}."))]
+    chosen = list(filter(is_split, data))
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
     return chosen
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class RowText:

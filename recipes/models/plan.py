@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
-from lora_null.initialize import refusing_in_one_line
+from lora_null.initialize import check_named, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
@@ -163,6 +163,7 @@ def _count(model: PreTrainedModel, names: set[str]) -> int:
 def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
     linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
     try:
+        check_named(empty, section.target_modules)
         with refusing_in_one_line():
             return get_peft_model(empty, config, low_cpu_mem_usage=True)
     except UserError as mistake:
@@ -170,8 +171,9 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
     except ValueError as error:
         targets = section.target_modules
         if "not found" in str(error) or "No modules" in str(error):
-            wrong = targets if isinstance(targets, str) else next((t for t in targets if t not in linears), targets[0])
-            raise UserError(f"method.target_modules: no module matches {wrong!r}{nearest(wrong, linears)}") from None
+            raise UserError(
+                f"method.target_modules: no module matches {targets!r}{nearest(str(targets), linears)}"
+            ) from None
         raise UserError(f"method: {str(error).splitlines()[0]}") from None
 
 

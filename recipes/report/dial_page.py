@@ -104,14 +104,14 @@ def told(dial: Dial, at_most: float | None = None) -> str:
     if inside:
         best = max(inside, key=lambda i: dial.points[i].strength)
         return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}, {learned.title} {learned.text(best)}"
-    gained = learned.change(full) if full is not None else None
-    if not gained:
+    gained = learned.toward(full, learned=True) if full is not None else None
+    lost = kept.toward(full, learned=False) if full is not None else None
+    if not gained or not lost or gained < 0 or lost < 0:  # nothing of which there could be a share
         return f"{kept.title} from {kept.text(1)} to {kept.text(len(dial.points) - 1)}"
     lines = []
     for i, point in enumerate(dial.points):
-        change, forgot = learned.change(i), kept.change(i)
-        whole = kept.change(full) if full is not None else None
-        if 0 < point.strength < 1 and change is not None and forgot is not None and whole:
-            shares = f"{change / gained:.0%} of the learning, {forgot / whole:.0%} of the forgetting"
+        change, forgot = learned.toward(i, learned=True), kept.toward(i, learned=False)
+        if 0 < point.strength < 1 and change is not None and forgot is not None:
+            shares = f"{change / gained:.0%} of the learning, {forgot / lost:.0%} of the forgetting"
             lines.append(f"{point.strength:g}: {shares}")
     return "; ".join(lines)

@@ -87,12 +87,12 @@ def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
     if dial is None or pair is None or full is None:
         return []
     kept, learned = pair
-    gained, forgot = learned.change(full), kept.change(full)
-    if not gained or not forgot:
+    gained, forgot = learned.toward(full, learned=True), kept.toward(full, learned=False)
+    if not gained or not forgot or gained < 0 or forgot < 0:
         return []
     options = []
     for i, point in enumerate(dial.points):
-        change, lost = learned.change(i), kept.change(i)
+        change, lost = learned.toward(i, learned=True), kept.toward(i, learned=False)
         apart = _apart(kept.estimates[i], kept.estimates[full])
         if not 0 < point.strength < 1 or change is None or lost is None or not apart:
             continue

@@ -51,6 +51,11 @@ class Measure:
         both = self.estimates[0] and self.estimates[i]
         return self.estimates[i].value - self.estimates[0].value if both else None
 
+    def toward(self, i: int, *, learned: bool) -> float | None:
+        """By how much row `i` has learned, or forgotten, more than the base; None where either is missing."""
+        change = self.change(i)
+        return change if change is None or self.higher_is_better == learned else -change
+
     def gap(self, i: int, j: int) -> Paired | None:
         """Row i minus row j, paired; None where they were not compared."""
         return self.results.difference(i, j, self.compared)

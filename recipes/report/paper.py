@@ -177,7 +177,10 @@ def paper_table(results: Results) -> PaperTable | None:
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
         label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
-        ours = next((r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)), None)
+        matching = [r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)]
+        ours = matching[0] if len(matching) == 1 else None
+        if len(matching) > 1:
+            notes.append(f"{label}: ours has {len(matching)} settings, of which none is the paper's by itself")
         values, mark = _values(ours, names) if ours else {}, "?" if row.doubtful else ""
         cells = [f"{_text(row.metrics.get(title), mark)} / {_text(values.get(title))}" for title in titles]
         cells.append(f"{_text(row.average, mark)} / {_text(paper_average(values, row.task_group))}")

@@ -58,9 +58,9 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
     if results.paired is None:  # written by a version that did not compare
         results.paired, results.noise = compare(results, found), noise_of(found)
     content = _content(results, found, output_dir) | {"picture_file": drawn}
-    templates = templates_in(Path(__file__).parent)
     pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the last stands for all
-    pages = {page: templates.get_template(file).render(content).encode() for page, file in pages.items()}
+    escaping = {page: templates_in(Path(__file__).parent, escape=page.endswith(".html")) for page in pages}
+    pages = {page: escaping[page].get_template(file).render(content).encode() for page, file in pages.items()}
     sizes = magnitude_png(results) if results.grid else None
     pictures = {
         drawn: frontier_png(results) if results.grid else forgetting_png(results),
@@ -72,11 +72,14 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
             temporary.write_bytes(data)
 
 
-def templates_in(*folders: Path) -> jinja2.Environment:
-    """Return the environment of the templates in the folders; `md` is the filter for literal Markdown."""
+def templates_in(*folders: Path, escape: bool = False) -> jinja2.Environment:
+    """Return the environment of the templates in the folders; `md` is the filter for literal Markdown.
+
+    `escape` is for HTML, of what a page includes too.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        autoescape=escape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -115,6 +115,9 @@ def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_h
 def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
     choices = {"text": ["a", "b"], "label": ["A", "B"]}
     fake_hub([{"id": str(i), "question": f"q{i}", "choices": choices, "answerKey": "A"} for i in range(3)])
+    named = LmEvalTask("ai2_arc", metric="acc", limit=1, name="arc")
+    apart = evaluate(model, tokenizer, [named]).metrics  # other questions: not two rules for the same
+    assert set(apart) == {"arc: arc_challenge/acc", "arc: arc_easy/acc"} and all(map(named.measures, apart))
     found = evaluate(model, tokenizer, [LmEvalTask("ai2_arc", metric="acc", limit=1), "arc_easy"], limit=2)
     assert {name: metric.n for name, metric in found.metrics.items()} == {
         "arc_challenge/acc": 1,

@@ -6,7 +6,7 @@ import pytest
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Metric
-from lora_null.recipes.report.dial_page import Dial, DialPoint, write_dial
+from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
 from lora_null.recipes.report.following import next_step
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import Results, Row, TrainLog, write_results, write_row
@@ -67,6 +67,20 @@ def test_a_strength_that_keeps_the_learning(tmp_path):
         and "Take strength 0.6" in page
         and "Take strength 0.6" in (tmp_path / "report.md").read_text()
     )
+
+
+def test_no_share_of_a_learning_that_was_none(tmp_path):
+    """A task that got worse, and a strength at which it got a little less so."""
+    points = [(0.0, 1.0, 0.0), (0.6, 1.9, 0.05), (1.0, 2.0, 0.1)]
+    dial = Dial(method="lora", model="m", points=[DialPoint(strength=s, metrics=metrics(n, k)) for s, n, k in points])
+    write_dial(tmp_path / "lora" / "dial", dial)
+    worse = Results(
+        recipe="r",
+        model="m",
+        rows=[Row(method="base", metrics=metrics(1.0, 0.0)), Row(method="lora", metrics=metrics(2.0, 0.1))],
+    )
+    assert "Take strength" not in next_step(worse, tmp_path, [TrainLog([]), TrainLog([])])
+    assert "%" not in told(dial)
 
 
 def test_other_texts_to_calibrate_on(tmp_path):

@@ -45,6 +45,15 @@ def test_names():
     assert paper_name("nq_open kl") is None and paper_name("GSM8K nll") is None and paper_name("arc_easy") is None
 
 
+def test_of_several_settings_none_is_ours():
+    found = parse_results(paper_run())
+    v2 = next(row for row in found.rows if row.method == "lora-null-v2" and row.rank == 128)
+    found.rows.append(v2.model_copy(update={"variant": "lr 0.001"}))
+    table = paper_table(found)
+    label = "LoRA-Null-v2 (r = 128), table 1a"
+    assert dict(table.rows)[label][0] == "9.78 / –" and any("ours has 2 settings" in note for note in table.notes)
+
+
 def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_path):
     found = parse_results(paper_run())
     table = paper_table(found)

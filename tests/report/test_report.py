@@ -521,6 +521,7 @@ def test_everything_is_escaped(tmp_path):
     results["settings"]["note"] = "<img src=http://example.com>"
     html, text = write(tmp_path, results)
     assert "<script>alert" not in html and "<img src=http" not in html and "&lt;b&gt;|x|" in html
+    assert "<b>|x|" not in html  # in what the page includes too
     assert r"\<b\>\|x\|\_\$y\$" in text and r"\<img" in text
     assert escape_markdown("a\nb|c") == r"a b\|c"
 

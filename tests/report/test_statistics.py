@@ -226,6 +226,23 @@ def test_the_report_draws_the_simulated_claims():
     assert rank_marks(results, [row.estimate("NLL") for row in results.rows], "NLL", False)[3] == "best"
 
 
+def test_a_base_without_a_right_answer_is_compared_and_a_distance_from_it_is_not():
+    def one(right, distance, worse):
+        samples = {"gsm8k": right, "NQ kl": distance, "text forgetting": worse}
+        metrics = {
+            name: Metric(float(np.mean(x)), 0.1, 8, name == "gsm8k", "task", "nats") for name, x in samples.items()
+        }
+        return Evaluation(metrics, {}, 0.0, samples)
+
+    found = {0: {0: one([0.0] * 8, [0.0] * 8, [0.0] * 8)}, 1: {0: one([1.0, 0.0] * 4, [0.1, 0.2] * 4, [0.3, 0.4] * 4)}}
+    rows = [
+        {"method": name, "metrics": {k: m.to_dict() for k, m in found[i][0].metrics.items()}}
+        for i, name in enumerate(("base", "lora"))
+    ]
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    assert {pair.metric for pair in compare(results, found)} == {"gsm8k", "text forgetting"}
+
+
 def test_what_is_not_the_mean_of_its_samples_is_not_compared():
     """A perplexity, or nats a token of an evaluation that kept no token counts."""
 
