@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from chats import THINKING, assistant, call, chat_tokenizer, system, tool, user
 from tiny import save_tiny
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from world import write_rows
 
 from lora_null.recipes.commands import main, new
@@ -130,6 +131,19 @@ def test_memory_decides_batch_and_checkpointing(world, monkeypatch, capsys):
         and training["bf16"] == "auto"
     )
     assert "that is too little" in capsys.readouterr().out
+
+
+def test_a_narrow_gate_does_not_hold_the_rank_down(world):
+    config = Qwen2MoeConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=4, max_position_embeddings=256,
+    )  # fmt: skip
+    Qwen2MoeForCausalLM(config).save_pretrained("model")
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(50)))
+    recipe = make()
+    assert recipe.method.rank == 16
+    assert set(recipe.method.target_modules) >= {"q_proj", "gate_proj", "down_proj"}
+    assert "shared_expert_gate" not in recipe.method.target_modules
 
 
 def test_a_model_without_chat_template(world):

@@ -33,6 +33,7 @@ from lora_null.utils.files import write_text
 from lora_null.utils.limits import position_limit
 
 TEMPLATE = "recipe.yaml.j2"
+NARROW = 16  # of the width of the model, at which a linear is left out
 METHOD = "lora-null-v2"
 LOOKED_AT = 2000  # rows whose lengths are counted
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
@@ -94,7 +95,7 @@ class Draft:
 
     name: str
     model: dict[str, Any]
-    rank: int
+    adapter: dict[str, Any]
     rows: Rows
     data: dict[str, Any]
     training: dict[str, Any]
@@ -106,6 +107,7 @@ class Draft:
     def comment(self, key: str, value: Any) -> str:
         """Return what stands behind a key of the recipe, such as "data.template"."""
         comments = {
+            "method.target_modules": "without those so narrow that they would hold the rank down",
             "training.max_length": self.notes["lengths"],
             "training.total_batch_size": "rows of an optimizer step",
             "training.per_device_train_batch_size": "of these at once: memory, not the result",
@@ -160,7 +162,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     draft = Draft(
         name=out.stem,
         model={"name_or_path": _model_path(arguments.model, out), "dtype": model.dtype},
-        rank=_rank(config, model),
+        adapter=_adapter(config, model),
         rows=rows,
         data=rows.keys() | data | ({"limit": rows.learned} if rows.learned else {}),
         training={"max_length": length},
@@ -269,11 +271,21 @@ def _max_length(lengths: Sequence[int], limit: int) -> int:
     return min(limit, max(16, 16 * math.ceil((longest if longest <= 2 * most else most) / 16)))
 
 
-def _rank(config: Any, model: ModelSection) -> int:
-    """Return 64, or a power of two that is at most a quarter of the narrowest layer's width."""
-    linears = [module for name, module in empty_model(config, model).named_modules() if hasattr(module, "in_features")]
-    narrowest = min(min(module.in_features, module.out_features) for module in linears)
-    return min(64, 2 ** max(int(math.log2(narrowest)) - 2, 0))
+def _adapter(config: Any, model: ModelSection) -> dict[str, Any]:
+    """Return the rank, 64 or a power of two that is at most a quarter of the narrowest layer's width, and where it goes.
+
+    Linears far narrower than the model, such as the gate of a shared expert, one wide, are left out.
+    """
+    empty = empty_model(config, model)
+    least = config.get_text_config(decoder=True).hidden_size // NARROW
+    widths: dict[str, int] = {}
+    for name, module in empty.named_modules():
+        if hasattr(module, "in_features") and module is not empty.get_output_embeddings():
+            leaf = name.rpartition(".")[2]
+            widths[leaf] = min(module.in_features, module.out_features, widths.get(leaf, module.in_features))
+    wide = {leaf: width for leaf, width in widths.items() if width >= least} or widths
+    rank = {"rank": min(64, 2 ** max(int(math.log2(min(wide.values()))) - 2, 0))}
+    return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
 
 def _kept(
@@ -327,7 +339,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     total = next((batch for batch in BATCHES[1:] if (count or math.inf) * epochs / batch >= STEPS), 1)
     raw = {
         "model": draft.model,
-        "method": {"name": METHOD, "rank": draft.rank},
+        "method": {"name": METHOD, **draft.adapter},
         "data": draft.data,
         "calibration": draft.calibration,
         "trainer": "dpo" if preferences else "sft",
