@@ -32,8 +32,8 @@ from lora_null.utils.files import read_safetensors, write_safetensors
 
 STATE_FILE = "budget.safetensors"
 FEWEST = 8  # rows, of the probe and of the check: fewer give no standard error worth the name
-HALVINGS = 7  # of the interval in which the strength is sought
-SMALLEST = 2**-HALVINGS
+SMALLEST = 2**-10  # strength: after a training that went far a thousandth of it may be all that is within
+HALVINGS = 9  # of the interval of its logarithm: the strength is found to 1.4%
 
 
 @dataclass(frozen=True)
@@ -267,15 +267,19 @@ class Measurement:
 def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high: float = 1.0) -> float:
     """Return the largest strength up to `high` found by bisection that keeps a bound; 0 where not even the smallest does.
 
+    Halved is the interval of its logarithm, so that a small strength is found as closely as a large one.
+
     Args:
         forgets: strength → what is forgotten at it.
         at_most: the bound.
     """
     if within(forgets(high), at_most):
         return high
-    low, top = 0.0, high
+    if not within(forgets(SMALLEST), at_most):
+        return 0.0
+    low, top = SMALLEST, high
     for _ in range(HALVINGS):
-        middle = (low + top) / 2
+        middle = math.sqrt(low * top)
         low, top = (middle, top) if within(forgets(middle), at_most) else (low, middle)
     return low
 
@@ -301,7 +305,7 @@ def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, in
         # Forgetting grows about as the square of a small change: aim just below, and check again.
         factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
-        strength.set(lower if lower >= SMALLEST / 2 else 0.0)
+        strength.set(lower if lower >= SMALLEST else 0.0)
         checked, rows = measured.on_rest()
     return strength.value, checked, rows, first
 

@@ -68,6 +68,8 @@ def test_the_largest_strength_is_found_by_bisection():
     found = largest_strength(forgets, 0.025)
     assert found == pytest.approx(0.5, abs=2**-7) and within(forgets(found), 0.025)
     assert largest_strength(forgets, 0.2) == 1.0
+    far = largest_strength(lambda s: Estimate(400 * s**2, 0.0), 0.01)  # a training that went far
+    assert far == pytest.approx(0.005, rel=0.014) and far < 0.005
     assert largest_strength(lambda s: Estimate(1.0, 0.1), 0.025) == 0.0
     assert largest_strength(lambda s: Estimate(float("nan") if s > 0.3 else 0.0, None), 0.01) == pytest.approx(
         0.3, abs=0.01
