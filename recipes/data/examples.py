@@ -185,7 +185,7 @@ class RowReader:
         if data.text:
             text = as_message("text", row, data.text)["content"]
             _check_encoding([text])
-            end, text = tokenizer.eos_token or "", without_bos(text, tokenizer)
+            end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip().removesuffix(end) + end if text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         if data.messages:
