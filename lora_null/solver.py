@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
-import torch.distributed as dist
 from peft.tuners.lora.layer import LoraLayer
 
 from lora_null.calibration import Calibration, InputStats
@@ -17,7 +16,7 @@ from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, pro
 from lora_null.layer import NullBasis, factors_of
 from lora_null.nullspace import Eigenspace, bottom_eigenspace, outer_eigenspace
 from lora_null.store import LayerResult
-from lora_null.utils.distributed import all_gather, for_collective, get_logger, rank_and_world, together
+from lora_null.utils.distributed import all_gather, broadcast_tensor, get_logger, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
@@ -227,8 +226,7 @@ class LayerSolver:
             for measured in part.inputs:
                 for name in measured.modules:
                     for factor in self._factors(name):
-                        with for_collective(factor) as here:
-                            dist.broadcast(here, src=measured.owner)
+                        broadcast_tensor(factor, measured.owner)
         own = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
         gathered = all_gather((stats, own, self._bases(stats)))
         for index, part in enumerate(parts):

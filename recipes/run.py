@@ -80,10 +80,7 @@ from lora_null.utils.distributed import (
     count,
     is_launched_with_fsdp2,
     on_first_rank,
-    reshard,
     together,
-    whole_parameters,
-    without_checkpointing,
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link, write_json, write_text
@@ -369,8 +366,7 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if not job.keep_weights:
         return None
     model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    reshard(trainer.model)  # on all ranks together, as what follows
-    with without_checkpointing(trainer.model), whole_parameters(*trainer.saved_modules()):
+    with trainer.whole_to_save():  # on all ranks together
         if not job.is_main:
             return plan.saved
         saved = trainer.method.save(model, target)

@@ -31,28 +31,39 @@ METHODS = ("lora-null-v1", "lora-null-v2", "pissa", "full")
 STEPS = 3
 
 
+QUIET = dict(per_device_train_batch_size=2, learning_rate=1e-2, bf16=False, gradient_checkpointing=False)
+QUIET |= dict(report_to="none", disable_tqdm=True, use_cpu=True)
+IN_FLOAT32 = {"dtype": "float32"}
+
+
+def built(kind: type, name: str, model, arguments, rows, **options):
+    """Return a trainer of a method, calibrated on random tokens."""
+    method = make_method(name)
+    options = {"calibration_dataset": random_batches(), **options}
+    return kind(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear"),
+        method=method,
+        init_options=InitOptions(min_tokens=1, progress=False),
+        **options,
+    )
+
+
 def train(folder: Path, name: str, model, out: str, steps: int = STEPS) -> LoraNullSFTTrainer:
     """Train on random tokens; `resume` where a checkpoint of an earlier call lies in the folder."""
     rows = [
         ids[mask.bool()].tolist() for b in random_batches() for ids, mask in zip(b["input_ids"], b["attention_mask"])
     ]
     arguments = SFTConfig(
-        output_dir=str(folder / out), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, bf16=False,
-        gradient_checkpointing=False, save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
-        model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None,
+        output_dir=str(folder / out), max_steps=steps, save_steps=2, logging_steps=1, **QUIET,
+        model_init_kwargs=IN_FLOAT32 if isinstance(model, str) else None,
     )  # fmt: skip
-    method = make_method(name)
-    trainer = LoraNullSFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
-        processing_class=tiny_tokenizer(),
-        peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear"),
-        method=method,
-        calibration_dataset=None if name == "pissa" else random_batches(),
-        init_options=InitOptions(min_tokens=1, progress=False),
-        preflight="off",
-    )
+    given = {"calibration_dataset": None} if name == "pissa" else {}
+    table = datasets.Dataset.from_dict({"input_ids": rows})
+    trainer = built(LoraNullSFTTrainer, name, model, arguments, table, preflight="off", **given)
     trainer.train(
         resume_from_checkpoint=(folder / out / "checkpoint-2").is_dir() and str(folder / out / "checkpoint-2")
     )
@@ -116,22 +127,11 @@ def preferences(words: list[str]) -> int:
     try:
         losses = []
         for number, (name, ahead) in enumerate([("full", False), ("lora-null-v2", False), ("lora-null-v2", True)]):
-            method = make_method(name)
             arguments = DPOConfig(
-                output_dir=str(folder / f"{name}-{number}"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-                bf16=False, gradient_checkpointing=False, save_strategy="no", logging_steps=1, report_to="none",
-                disable_tqdm=True, use_cpu=True, model_init_kwargs={"dtype": "float32"}, precompute_ref_log_probs=ahead,
+                output_dir=str(folder / f"{name}-{number}"), max_steps=2, save_strategy="no", logging_steps=1, **QUIET,
+                model_init_kwargs=IN_FLOAT32, precompute_ref_log_probs=ahead,
             )  # fmt: skip
-            trainer = LoraNullDPOTrainer(
-                model=str(folder / "model"),
-                args=arguments,
-                train_dataset=pairs,
-                processing_class=tiny_tokenizer(),
-                peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear"),
-                method=method,
-                calibration_dataset=random_batches(),
-                init_options=InitOptions(min_tokens=1, progress=False),
-            )
+            trainer = built(LoraNullDPOTrainer, name, str(folder / "model"), arguments, pairs)
             assert (trainer._weights is None) == ahead
             trainer.train()
             losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
@@ -188,24 +188,12 @@ def evaluated(words: list[str]) -> int:
     rows = datasets.Dataset.from_dict({"input_ids": [list(range(1, 12))] * 8})
     try:
         for name in ("lora-null-v2", "full"):
-            method = make_method(name)
             arguments = SFTConfig(
-                output_dir=str(folder / name), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=False,
-                gradient_checkpointing=False, save_steps=1, eval_strategy="steps", eval_steps=1, report_to="none",
-                disable_tqdm=True, use_cpu=True, model_init_kwargs={"dtype": "float32"}, save_only_model=True,
+                output_dir=str(folder / name), max_steps=2, save_steps=1, eval_strategy="steps", eval_steps=1, **QUIET,
+                model_init_kwargs=IN_FLOAT32, save_only_model=True,
             )  # fmt: skip
-            trainer = LoraNullSFTTrainer(
-                model=str(folder / "model"),
-                args=arguments,
-                train_dataset=rows,
-                eval_dataset=rows,
-                processing_class=tiny_tokenizer(),
-                peft_config=method.config(r=4, target_modules="all-linear"),
-                method=method,
-                calibration_dataset=random_batches(),
-                init_options=InitOptions(min_tokens=1, progress=False),
-                preflight="off",
-            )
+            given = {"eval_dataset": rows, "preflight": "off"}
+            trainer = built(LoraNullSFTTrainer, name, str(folder / "model"), arguments, rows, **given)
             trainer.train()
             wrapped = any("_checkpoint_wrapped_module" in name for name, _ in trainer.model.named_modules())
             assert wrapped == (words[1] == "true")

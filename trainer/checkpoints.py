@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,14 +170,23 @@ class SavingMixin(Base):
         if not parameters_are_sharded(self.model):
             super().save_model(output_dir, _internal_call)
         else:
-            reshard(self.model)
-            with without_checkpointing(self.model), whole_parameters(*self.saved_modules()):
+            with self.whole_to_save():
                 self._save(output_dir)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if self.args.should_save and self._lora_layers():
             folder = _adapter_folder(Path(output_dir or self.args.output_dir), self.adapter_name)
             check_saved_adapter(folder, self.model, adapter_name=self.adapter_name)
+
+    @contextlib.contextmanager
+    def whole_to_save(self, *, write: bool = False) -> Iterator[None]:
+        """Have what is saved whole on every rank, under the names by which PEFT saves and loads it.
+
+        All ranks enter and leave it together; no forward pass may run inside. `write` as in `whole_parameters`.
+        """
+        reshard(self.model)
+        with without_checkpointing(self.model), whole_parameters(*self.saved_modules(), write=write):
+            yield
 
     def saved_modules(self) -> list[nn.Module]:
         """Return what has to be whole to be saved: of a PEFT model what PEFT put on it, not the base.
@@ -222,8 +233,7 @@ class SavingMixin(Base):
             if not sharded:
                 self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
                 continue
-            reshard(self.model)
-            with without_checkpointing(self.model), whole_parameters(*self.saved_modules(), write=True):
+            with self.whole_to_save(write=True):
                 copy_into(self.model, load_peft_weights(str(inside), device="cpu"), name)
         if dist.is_initialized():
             dist.barrier()

@@ -71,7 +71,6 @@ from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
 
-
 NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
 
 
@@ -165,8 +164,8 @@ class LoraNullMixin(SavingMixin):
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
-        adapter = given.get("peft_config"), method, given.get("args")
-        if self._weights is None and is_launched_with_fsdp2() and starts_in_files(*adapter):
+        in_files = starts_in_files(given.get("peft_config"), method, given.get("args"))
+        if self._weights is None and is_launched_with_fsdp2() and in_files:
             self._weights, self._in_files = _leave_in_files(given)
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():

@@ -149,6 +149,11 @@ class LmEvalTask(Task):
         self.result_names(loaded, results)
         return loaded
 
+    @cached_property
+    def _rules(self) -> str:
+        """Read once, as the documents are: every evaluation describes its tasks, probes too."""
+        return hash_of_rules(self, self.loaded)
+
     def describe(self, limit: int | None) -> dict[str, Any]:
         keys = ("task", "fields", "metric", "chat", "num_fewshot")
         settings = {key: getattr(self, key) for key in keys} | {"limit": limit}
@@ -156,7 +161,7 @@ class LmEvalTask(Task):
             if (path := getattr(self, key)) is not None:
                 settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if self.include_path is not None:
-            settings["rules_sha256"] = hash_of_rules(self, self.loaded)
+            settings["rules_sha256"] = self._rules
         return settings | self.remarks()
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
@@ -181,9 +186,8 @@ class LmEvalTask(Task):
             documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
             values = [document.get(metric) for document in documents]
             known = bool(values) and all(isinstance(value, int | float | np.number) for value in values)
-            share = tasks[members[0]].aggregation().get(metric) is mean and not (
-                known and not 0 <= min(values) <= max(values) <= 1
-            )
+            inside = not known or 0 <= min(values) <= max(values) <= 1
+            share = tasks[members[0]].aggregation().get(metric) is mean and inside
             found.metrics[name] = Metric(
                 float(scores[f"{metric},{filter_}"]),
                 float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
@@ -199,8 +203,8 @@ class LmEvalTask(Task):
     def result_names(self, loaded: TaskDict, results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
         """Return {name of a result: (lm-eval's task, metric, filter)} for what this task asks for.
 
-        The name is the label, of a tag with the member's (": arc_easy"); "/metric" is added where there are several metrics, and "/filter" where there are several
-        filters: "nq_open", "arc_easy/acc_norm", "gsm8k/strict-match".
+        The name is the label, of a tag with the member's (": arc_easy"); "/metric" is added where there are several
+        metrics, and "/filter" where there are several filters: "nq_open", "arc_easy/acc_norm", "gsm8k/strict-match".
 
         Raises:
             UserError: `metric` names none of them, or several.

@@ -107,6 +107,13 @@ def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         tensor.copy_(moved)
 
 
+def broadcast_tensor(tensor: torch.Tensor, src: int) -> None:
+    """Give every rank the numbers that rank `src` has, in place; nothing in a world of one."""
+    if rank_and_world()[1] > 1:
+        with for_collective(tensor) as here:
+            dist.broadcast(here, src=src)
+
+
 @contextlib.contextmanager
 def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]:
     """Have the parameters of the modules whole on every rank inside the block; all ranks enter and leave it together.

@@ -186,7 +186,7 @@ class RowReader:
             text = as_message("text", row, data.text)["content"]
             _check_encoding([text])
             end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
-            text = text.rstrip().removesuffix(end) + end if text.rstrip().endswith(end) else text + end
+            text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         if data.messages:
             messages, learned = as_messages(row.get(data.messages))

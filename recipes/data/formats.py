@@ -48,10 +48,9 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     """
     fields = {name.lower(): name for name in columns}
     talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
-    found = (
-        _preferences(fields, talks) or _conversation(fields, talks, rows) or _answered(fields) or _text(fields, rows)
-    )
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
+    found = _preferences(fields, talks) or _conversation(fields, talks, rows) or _answered(fields)
+    found = found or _text(fields, rows, pair)
     if found is None and pair is not None:
         raise UserError(
             f"{where}: {' and '.join(pair)} are texts without a prompt; what both begin with belongs into a field of its own, "
@@ -115,12 +114,11 @@ def _answered(fields: Mapping[str, str]) -> Format | None:
     return Format(f"{asked} and {keys['response']}", keys)
 
 
-def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Format | None:
+def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tuple[str, str] | None) -> Format | None:
     """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response."""
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    paired = any(fields.keys() >= set(pair) for pair in PAIRS)  # the second of which is not to be learned
-    if name is None and len(fields) == 2 and len(texts) == 2 and not paired:
+    if name is None and len(fields) == 2 and len(texts) == 2 and pair is None:  # whose second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
     name = name or (texts[0] if len(fields) == len(texts) == 1 else None)
     return Format("plain text", {"text": name}) if name else None

@@ -140,12 +140,11 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
     """Where each method with both measures lies: row -> (learned, forgotten), both counted from the base."""
     if kept is None or learned is None:
         return {}
-    x_sign, y_sign = (1 if learned.higher_is_better else -1), (-1 if kept.higher_is_better else 1)
     points = {}
     for i in sorted(set(learned.measured) & set(kept.measured)):
-        x, y = learned.change(i), kept.change(i)
+        x, y = learned.toward(i, learned=True), kept.toward(i, learned=False)
         if x is not None and y is not None:
-            points[i] = x_sign * x, y_sign * y
+            points[i] = x, y
     return points
 
 

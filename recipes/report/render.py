@@ -59,8 +59,9 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
         results.paired, results.noise = compare(results, found), noise_of(found)
     content = _content(results, found, output_dir) | {"picture_file": drawn}
     pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the last stands for all
-    escaping = {page: templates_in(Path(__file__).parent, escape=page.endswith(".html")) for page in pages}
-    pages = {page: escaping[page].get_template(file).render(content).encode() for page, file in pages.items()}
+    for page, file in pages.items():
+        templates = templates_in(Path(__file__).parent, escape=page.endswith(".html"))
+        pages[page] = templates.get_template(file).render(content).encode()
     sizes = magnitude_png(results) if results.grid else None
     pictures = {
         drawn: frontier_png(results) if results.grid else forgetting_png(results),

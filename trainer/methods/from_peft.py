@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OSFConfig, PeftConfig, initialize_lora_eva_weights
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -20,7 +19,7 @@ from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import for_collective, rank_and_world
+from lora_null.utils.distributed import broadcast_tensor
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import preserve
 
@@ -129,10 +128,8 @@ class LoRAGA(ResidualMethod):
                 for factor in (A, B):  # PEFT leaves them in the base's dtype
                     factor.weight.data = factor.weight.data.to(dtype)
                 tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
-        if rank_and_world()[1] > 1:
-            for tensor in tensors.values():
-                with for_collective(tensor) as here:
-                    dist.broadcast(here, src=0)
+        for tensor in tensors.values():
+            broadcast_tensor(tensor, 0)
         return tensors
 
     def _take_gradients(

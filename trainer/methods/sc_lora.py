@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
@@ -19,7 +18,7 @@ from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import method, need
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import for_collective, rank_and_world, together
+from lora_null.utils.distributed import broadcast_tensor, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import weight_of
@@ -76,9 +75,7 @@ class SCLoRA(ResidualMethod):
                         tensor = (
                             found[f"{name}.{key}"].to(like) if f"{name}.{key}" in found else torch.empty_like(like)
                         )
-                        if rank_and_world()[1] > 1:
-                            with for_collective(tensor) as here:
-                                dist.broadcast(here, src=owner)
+                        broadcast_tensor(tensor, owner)
                         tensors[f"{name}.{key}"] = tensor
         return tensors
 
