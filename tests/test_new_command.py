@@ -13,7 +13,8 @@ from world import write_rows
 
 from lora_null.recipes.commands import main, new
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.models import bases
+from lora_null.recipes.models import bases, smollm2
+from lora_null.utils.errors import UserError
 
 
 def sharegpt(i):
@@ -202,3 +203,14 @@ def test_mistakes_in_one_line(world, capsys, mistake):
     assert main(["new", "--model", "model", *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1] and lines[-1].startswith("error: ") and set(Path().iterdir()) == before
+
+
+def test_what_the_shipped_model_needs_is_said_before_its_download(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "_download", lambda folder: pytest.fail("downloaded"))
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda *_: False)
+    with pytest.raises(
+        UserError, match=r"gguf and sentencepiece not installed; pip install 'lora-null\[quickstart\]'"
+    ):
+        smollm2.smollm2()

