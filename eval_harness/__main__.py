@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, add_options, judge_answers
@@ -55,7 +56,11 @@ def grade(given: argparse.Namespace) -> int:
     given.questions = given.questions or str(beside)
     read = {name: read_documents([Path(path)], f"--{name}").rows for name in FILES if (path := getattr(given, name))}
     questions = as_questions(read["questions"], read.get("references", ()))
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read["answers"]}
+    answers = _turns(read["answers"], answered)
+    if not answers.keys() & {question["question_id"] for question in questions}:
+        raise UserError(
+            f"{answered}: none of its question_ids is one of the questions', such as {questions[0]['question_id']!r}"
+        )
     own = answered.name == ANSWERS_FILE  # a run's own judgments are gone on with
     path = answered.with_name(JUDGMENTS_FILE) if own else answered.with_suffix(".judgments.jsonl")
     try:
@@ -68,6 +73,24 @@ def grade(given: argparse.Namespace) -> int:
     print(f"judge: {judge.describe()}")
     print(f"missing: {2 * len(answers) - len(grades)} of {2 * len(answers)} grades; judgments: {path}")
     return 0
+
+
+def _turns(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Any, list[str]]:
+    """Return the answers to both turns by question.
+
+    Raises:
+        UserError: a row that is not in FastChat's format.
+    """
+    found = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            turns = row["choices"][0]["turns"]
+            if not turns or not all(isinstance(turn, str) for turn in turns):
+                raise TypeError
+            found[row["question_id"]] = turns
+        except (LookupError, TypeError):
+            raise UserError(f"{path}: row {number} is not in FastChat's format (question_id, choices)") from None
+    return found
 
 
 if __name__ == "__main__":

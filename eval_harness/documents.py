@@ -70,6 +70,9 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
         if path.stat().st_size == 0:
             raise UserError(f"{where}: {path} is empty")
     kind, found, last = FILE_KINDS[paths[0].suffix.lower()], Documents([], []), 0
+    other = next((path for path in paths if FILE_KINDS[path.suffix.lower()] != kind), None)
+    if other is not None:
+        raise UserError(f"{where}: files of two kinds, {paths[0]} and {other.name}; name one of them")
     try:
         for path in paths:
             entries = READERS[kind](path)
@@ -149,6 +152,8 @@ def pieces(text: str) -> list[str]:
             cut = len(paragraph) if len(paragraph) <= PIECE else paragraph.rfind(" ", 1, PIECE)
             cut = cut if cut > 0 else PIECE
             part, paragraph = paragraph[:cut], paragraph[cut:].lstrip(" ")
+            if not part.strip():  # the indentation of a line that has no other space
+                continue
             if found and len(found[-1]) + len(part) + 2 <= PIECE:
                 found[-1] += f"\n\n{part}"
             else:

@@ -27,11 +27,9 @@ from lora_null.utils.model_state import own_precision, preserve, seed_everything
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-_version = functools.cache(
-    importlib.metadata.version
-)  # reading one takes milliseconds, and probes ask again and again
+_version = functools.cache(importlib.metadata.version)  # reading takes milliseconds, and probes ask again and again
 FEW_TOKENS = 64
-PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "math-verify")
 
 
 def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
@@ -44,6 +42,11 @@ def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
     keys = [task.key for task in tasks]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(f"evaluation task {twice!r} is listed twice; give one of them another name")
+    writers = {task.leaves: task for task in tasks if task.leaves}
+    if other := next((task for task in tasks if task.leaves and writers[task.leaves] is not task), None):
+        raise UserError(
+            f"{other}: {writers[other.leaves].label!r} would write over its {other.leaves}; evaluate one alone"
+        )
     for task in tasks:
         task.check()
     return tasks

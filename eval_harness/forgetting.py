@@ -45,6 +45,10 @@ class ForgettingTask(Task):
     def metric_names(self) -> list[str]:
         return [f"{self.name} forgetting", f"{self.name} loss"]
 
+    @property
+    def reference_file(self) -> str:
+        return f"{self.name} loss.json"
+
     def check(self) -> None:
         super().check()
         if self.max_length < 2:
@@ -78,7 +82,7 @@ class ForgettingTask(Task):
             progress=self.name if options.progress else None,
         ).nll
         found, measures = TaskResult(), {"loss": sums}
-        path = options.reference(f"{self.name} loss.json")
+        path = options.reference(self.reference_file)
         if path is not None:
             measures["forgetting"] = sums - of_base(path, pairs, sums, record=options.record_reference)
         for measure, values in measures.items():

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
@@ -26,6 +32,10 @@ NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (Non
 NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
 NEUTRAL |= {"bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,)}
 NEUTRAL |= {"forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "sequence_bias": (None,)}
+NEUTRAL |= {"num_beams": (None, 1), "penalty_alpha": (None,), "exponential_decay_length_penalty": (None,)}
+NEUTRAL |= {"min_p": (None,), "top_h": (None,), "typical_p": (None, 1.0)}
+NEUTRAL |= {"epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0)}
+TOP_K, TOP_P = 50, 1.0  # of `transformers.generate`, where a model names none
 
 
 class StopWords:
@@ -61,6 +71,17 @@ def can_generate_rows(model: nn.Module) -> bool:
     )
 
 
+def sampling(model: nn.Module, temperature: float) -> LogitsProcessorList:
+    """Return what `transformers.generate` does with logits before it draws: temperature, top_k and top_p, the model's own."""
+    settings = getattr(getattr(model, "get_base_model", lambda: model)(), "generation_config", None)
+    own = {key: getattr(settings, key, None) for key in ("top_k", "top_p")}
+    top_k, top_p = (given if own[key] is None else own[key] for key, given in (("top_k", TOP_K), ("top_p", TOP_P)))
+    rules = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    rules.extend([TopKLogitsWarper(top_k)] if top_k else [])
+    rules.extend([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+    return rules
+
+
 def end_tokens(model: nn.Module) -> set[int]:
     """Return the ids that end a generation by the model's own generation config."""
     ends = model.generation_config.eos_token_id
@@ -88,7 +109,7 @@ def generate_rows(
         max_new_tokens: tokens of a continuation, at most.
         ends: ids that end a row; they are its last token.
         stopped: whether a row's tokens so far end it.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token; else it is drawn by the rules of `sampling`.
         generator: of the draws, on the model's device.
 
     Returns:
@@ -97,13 +118,14 @@ def generate_rows(
     cache = DynamicCache(config=getattr(model, "get_base_model", lambda: model)().config)
     rows, found = list(range(len(ids))), [[] for _ in ids]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    rules = sampling(model, temperature) if temperature else None
     for _ in range(max_new_tokens):
         options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1]
-        if temperature == 0:
+        if rules is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            tokens = torch.multinomial(rules(ids, logits.float()).softmax(-1), 1, generator=generator)[:, 0]
         for row, token in zip(rows, tokens.tolist()):
             found[row].append(token)
         going = [i for i, row in enumerate(rows) if found[row][-1] not in ends and not stopped(found[row])]
@@ -156,6 +178,7 @@ def generate_texts(
         encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
     share = my_share(range(len(prompts)), model)
     ends = end_tokens(model) | {tokenizer.eos_token_id}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
     autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
 
@@ -164,12 +187,12 @@ def generate_texts(
         bar = tqdm(total=len(share), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
         with bar, autocast:
             for indices in _batches(share, encoded, temperatures, batch_size):
-                ids, mask = _pad_left([encoded[i] for i in indices], tokenizer.pad_token_id, device_of(model))
+                ids, mask = _pad_left([encoded[i] for i in indices], pad, device_of(model))
                 options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
                 if can_generate_rows(model):
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
                 else:
-                    rows = _generate_by_transformers(model, ids, mask, pad=tokenizer.pad_token_id, **options)
+                    rows = _generate_by_transformers(model, ids, mask, pad=pad, **options)
                 for i, row in zip(indices, rows):
                     text = tokenizer.decode(row, skip_special_tokens=True)
                     for stop in stops:

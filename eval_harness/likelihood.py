@@ -71,6 +71,10 @@ class AnswerTask(Task):
     def metric_names(self) -> list[str]:
         return [f"{self.name} {measure}" for measure in ("kl", "nll") if self.kl or measure == "nll"]
 
+    @property
+    def reference_file(self) -> str | None:
+        return f"{self.name}.safetensors" if self.kl else None
+
     def check(self) -> None:
         super().check()
         if not self.pairs:
@@ -100,7 +104,7 @@ class AnswerTask(Task):
         longest = max(len(pair.ids) for pair in pairs)
         if limit is not None and longest > limit.tokens:
             logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
-        reference = options.reference(f"{self.name}.safetensors") if self.kl else None
+        reference = options.reference(self.reference_file)
         scores = score_answers(
             model,
             pairs,

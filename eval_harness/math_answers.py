@@ -24,6 +24,7 @@ _NUMBER = rf"{_SIGN}\s*(?:\d[\d,]*\.?\d*|\.\d+)"
 _QUANTITY = re.compile(rf"({_NUMBER})(?:\s*/\s*(\d[\d,]*)|\s+(\d+)\s*/\s*(\d+))?")
 _METAMATH_NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{([\d.,]+)\}|(\d))")
+LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
 _NOISE = re.compile(r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
@@ -71,6 +72,8 @@ def metamath_number(text: str) -> int | None:
     if found is None:
         return None
     top, slash, bottom = found[0].replace(",", "").partition("/")
+    if len(found[0]) > LONGEST:
+        return None
     if slash and (top.strip("+-") == "" or (bottom != "0" and int(bottom) == 0)):
         return None
     value = float(top) / (int(bottom) if slash and bottom != "0" else 1)
@@ -87,7 +90,7 @@ def to_number(answer: str | None) -> Fraction | None:
     plain = answer.replace("−", "-").replace("–", "-")
     plain = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", plain)
     found = _QUANTITY.search(_NOISE.sub("", plain))
-    if found is None:
+    if found is None or len(found[0]) > LONGEST:
         return None
     whole, over, top, bottom = (part and re.sub(r"[\s$,+]", "", part) for part in found.groups())
     if "0" in {digits.strip("0") or "0" for digits in (over, bottom) if digits}:

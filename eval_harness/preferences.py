@@ -49,6 +49,10 @@ class PreferenceTask(Task):
     def in_training_template(self) -> bool:
         return True
 
+    @property
+    def reference_file(self) -> str:
+        return f"{self.name} preferences.json"
+
     def check(self) -> None:
         super().check()
         if not self.chosen or len(self.chosen) != len(self.rejected):
@@ -70,7 +74,7 @@ class PreferenceTask(Task):
         scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype}
         scoring["progress"] = self.name if options.progress else None
         log_probs = -score_answers(model, pairs, **scoring).nll
-        path = options.reference(f"{self.name} preferences.json")
+        path = options.reference(self.reference_file)
         if path is None:
             return TaskResult()
         base = of_base(path, pairs, log_probs, record=options.record_reference)

@@ -25,10 +25,11 @@ from transformers import Trainer, TrainerCallback
 
 from lora_null.eval_harness.evaluation import evaluate, validate_tasks
 from lora_null.eval_harness.results import Evaluation, Metric
-from lora_null.eval_harness.tasks import Task
+from lora_null.eval_harness.tasks import Task, reference_path
 from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_text
+from lora_null.utils.model_state import start_that_rewrites
 
 logger = get_logger(__name__)
 
@@ -180,17 +181,29 @@ class Probe(TrainerCallback):
             )
 
     def _record_reference(self) -> None:
-        """Record the base's predictions where a task needs them and they are not there."""
-        if not any(getattr(task, "kl", hasattr(task, "chosen")) for task in self.tasks):
+        """Record the base's predictions for the tasks that need them and have none.
+
+        Raises:
+            UserError: the adapter has changed the base, so that the model does not hold it any more.
+        """
+        files = {
+            task.key: reference_path(self.reference_dir, task.reference_file)
+            for task in self.tasks
+            if task.reference_file
+        }
+        missing = on_first_rank(lambda: [key for key, path in files.items() if self.records or not path.is_file()])
+        if not missing:
             return
-        if not self.records and on_first_rank(
-            lambda: self.reference_dir.is_dir() and any(self.reference_dir.iterdir())
-        ):
-            return
+        config = getattr(self.model, "peft_config", {}).get(getattr(self.model, "active_adapter", None))
+        if start := start_that_rewrites(config):
+            raise UserError(
+                f"probe: init_lora_weights={start!r} has changed the base; give reference_dir, a folder of its predictions"
+            )
         disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
         recording = {"reference_dir": self.reference_dir, "record_reference": True}
         with disabled:
-            evaluate(self.model, self.tokenizer, self.tasks, **recording, **self.options)
+            tasks = [task for task in self.tasks if task.key in missing]
+            evaluate(self.model, self.tokenizer, tasks, **recording, **self.options)
 
     def _measure(self, state: Any, control: Any) -> None:
         if self.points and self.points[-1].step == state.global_step:

@@ -49,12 +49,17 @@ class RunOptions:
     engine: LM | None = None
     progress: bool = True
 
-    def reference(self, file: str) -> Path | None:
-        """Return the path of a reference file; None if there is no folder, or nothing to read in it."""
-        if self.reference_dir is None:
+    def reference(self, file: str | None) -> Path | None:
+        """Return the path of a reference file; None if there is no file, no folder, or nothing to read in it."""
+        if self.reference_dir is None or file is None:
             return None
-        path = self.reference_dir / quote(file, safe=" ")
+        path = reference_path(self.reference_dir, file)
         return path if self.record_reference or broadcast(path.is_file()) else None
+
+
+def reference_path(folder: Path, file: str) -> Path:
+    """Return where a task's reference file lies, whatever the task is called."""
+    return folder / quote(file, safe=" ")
 
 
 class Task(ABC):
@@ -67,6 +72,7 @@ class Task(ABC):
         measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
             for all.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
+        leaves: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
     """
 
     name: str | None
@@ -74,6 +80,7 @@ class Task(ABC):
     limit: int | None = None
     measured_twice: ClassVar[int | None] = 0
     runs_on_engine: ClassVar[bool] = False
+    leaves: ClassVar[str] = ""
 
     @property
     def label(self) -> str:
@@ -89,6 +96,11 @@ class Task(ABC):
     def metric_names(self) -> list[str]:
         """The names of its metrics, the one first that tells most; of several that begin with the label, the label."""
         return [self.label]
+
+    @property
+    def reference_file(self) -> str | None:
+        """The name of the file with what the base model gave, where it compares with that."""
+        return None
 
     def within(self, limit: int | None) -> int | None:
         """Return how many documents are evaluated at most, where the whole evaluation allows `limit`."""

@@ -101,12 +101,57 @@ def test_what_decides_them_is_described(own, tmp_path, name):
     changed = [
         folder / "mine_lls.yaml",
         folder / "code.py",
+        folder / "prompts.json",
         *([] if name == "mine_class" else [tmp_path / "mine.jsonl"]),
     ]
     for path in changed:
-        path.write_text(path.read_text() + "\n")
+        path.write_text((path.read_text() if path.is_file() else "") + "\n")
         assert described() != first
         first = described()
+
+
+def test_what_a_task_includes_and_imports_decides_it_too(own, tmp_path):
+    text = TASK.format(name="mine", data=own / "mine.jsonl", kind="loglikelihood", metric="acc")
+    files = {
+        tmp_path / "common" / "base.yaml": text.replace("task: mine\n", ""),
+        tmp_path
+        / "tasks"
+        / "mine.yaml": "task: mine\ninclude: ../common/base.yaml\nprocess_docs: !function help.docs.keep\n",
+        tmp_path / "tasks" / "help" / "docs.py": "def keep(rows):\n    return rows\n",
+    }
+    for path, written in files.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(written)
+    first = LmEvalTask("mine", include_path=str(tmp_path / "tasks")).describe(3)
+    for path in files:
+        path.write_text(path.read_text() + "# changed\n")
+        now = LmEvalTask("mine", include_path=str(tmp_path / "tasks")).describe(3)
+        assert now != first, path
+        first = now
+
+
+UNSAFE_CODE = """
+def score(doc, results):
+    open({path!r}, "w").close()
+    return {{"acc": 1}}
+"""
+
+
+def test_code_that_a_task_runs_itself_is_not_said_to_be_in_a_jail(own, tmp_path, caplog):
+    text = TASK.format(name="runs", data=own / "mine.jsonl", kind="generate_until", metric="acc")
+    (tmp_path / "runs.yaml").write_text(f"{text}unsafe_code: true\nprocess_results: !function code_rules.score\n")
+    (tmp_path / "code_rules.py").write_text(UNSAFE_CODE.format(path=str(tmp_path / "made")))
+    task = LmEvalTask("runs", include_path=str(tmp_path), confirm_run_unsafe_code=True)
+    assert validate_tasks([task]) and (tmp_path / "made").exists()
+    assert "without a jail" in caplog.text and task.remarks() == {
+        "generated_code": "by the rules of runs, without a jail"
+    }
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "cruxeval_input"])
+def test_lm_evals_own_code_tasks_need_the_consent_to_no_jail(name):
+    with pytest.raises(UserError, match=r"without a jail; take sandbox_humaneval .*--allow-code-execution=unsafe"):
+        validate_tasks([LmEvalTask(name, confirm_run_unsafe_code=True)])
 
 
 def test_the_lesser_of_two_limits_counts():
@@ -165,6 +210,8 @@ def test_the_kinds_of_files_are_those_that_are_read():
         (["eval.task=[mine_lsl]", "eval.include_path={0}/tasks"], "unknown lm-eval task 'mine_lsl' (did you mean 'mine_lls'"),
         (["eval.task=[{0}/tasks/nothing.yaml]"], "no task file"),
         (["eval.task=[{0}/tasks/empty.yaml]"], "empty.yaml holds no task of lm-eval"),
+        (["eval.task=[{0}/torn/torn.yaml]"], "torn.yaml cannot be read as a task file (while parsing"),
+        (["eval.task=[torn]", "eval.include_path={0}/torn"], "torn.yaml cannot be read as a task file (while parsing"),
         (["eval.include_path={0}/nowhere", "eval.task=[mine_lls]"], "eval.include_path: no folder"),
         (["eval.retention=[{0}/strange.jsonl]"], "has no question and answer under a usual name (its fields: foo)"),
         (["eval.task=[{0}/broken/broken.yaml]"], "broken': its hub data set cannot be read (Unable to find '/nowhere.jsonl')"),
@@ -172,7 +219,9 @@ def test_the_kinds_of_files_are_those_that_are_read():
 )  # fmt: skip
 def test_mistakes_in_them(own, capsys, words, message):
     write_rows(own / "strange.jsonl", [{"foo": "bar"}])
-    (own / "broken").mkdir(exist_ok=True)
+    for name in ("broken", "torn"):
+        (own / name).mkdir(exist_ok=True)
+    (own / "torn" / "torn.yaml").write_text("task: [torn\n")
     text = TASK.format(name="broken", data="/nowhere.jsonl", kind="loglikelihood", metric="acc")
     (own / "broken" / "broken.yaml").write_text(text)
     assert main([str(own / "tiny.yaml"), "--dry-run", *(word.format(own) for word in words)]) == 2

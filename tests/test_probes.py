@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ SUMS = [(f"Q: what is {i}+{i}\nA:", f" {2 * i}") for i in range(12)]
 TASKS = [AnswerTask("facts", FACTS[:12], kl=True, role="retention"), AnswerTask("sums", SUMS)]
 
 
-def trainer(folder, steps=6, **options):
+def trainer(folder, steps=6, start=True, **options):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=start)
+    model = get_peft_model(tiny_model(), config)
     texts = tiny_tokenizer()([question + answer for question, answer in SUMS])["input_ids"]
     rows = [{"input_ids": ids[:12], "labels": ids[:12], "attention_mask": [1] * 12} for ids in texts]
     arguments = TrainingArguments(
@@ -81,6 +83,24 @@ def test_another_models_predictions_are_not_the_bases(tmp_path):
         probed.add_callback(probe)
         probed.train()
         assert probe.points[0].metrics["facts kl"].value < 1e-6
+
+
+def test_what_a_folder_lacks_of_the_bases_predictions_is_recorded(tmp_path):
+    for tasks in (TASKS, [*TASKS, replace(TASKS[0], name="more")]):
+        run = trainer(tmp_path / "out")
+        probe = Probe(run, tasks, tokenizer=tiny_tokenizer(), every=4, reference_dir=tmp_path / "base")
+        run.add_callback(probe)
+        run.train()
+    assert probe.points[0].metrics["more kl"].value == pytest.approx(
+        probe.points[0].metrics["facts kl"].value, abs=1e-9
+    )
+
+
+def test_a_base_that_peft_has_changed_is_not_taken_for_the_base(tmp_path):
+    run = trainer(tmp_path, start="pissa")
+    run.add_callback(Probe(run, TASKS, tokenizer=tiny_tokenizer()))
+    with pytest.raises(UserError, match="init_lora_weights='pissa' has changed the base; give reference_dir"):
+        run.train()
 
 
 def test_auto_keeps_to_its_share_and_too_many_are_said(tmp_path, caplog):

@@ -156,7 +156,7 @@ def hold_program():
     requests, answers, errors = take_pipes()
     os.close(errors)
     leave_keyring()
-    names = {"__name__": "__main__"}
+    names = vars(sys.modules.setdefault("program", type(sys)("program")))  # not __main__: HumanEval runs no main block
     objects = []
 
     def keep(value):

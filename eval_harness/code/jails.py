@@ -165,7 +165,9 @@ def python_files() -> tuple[str, ...]:
     patterns = [f"{path}/{pattern}" for path in library for pattern in ("*.so", "lib-dynload/*.so")]
     modules = {file for pattern in patterns for file in glob.glob(pattern) if "_tkinter" not in file}  # no X libraries
     binaries = [interpreter(), *sorted(modules)]
-    linked = subprocess.run([shutil.which("ldd") or "/usr/bin/ldd", *binaries], capture_output=True, text=True).stdout
+    if (ldd := shutil.which("ldd") or shutil.which("/usr/bin/ldd")) is None:
+        raise UserError("code execution: ldd, which tells what Python needs in the jail, is not installed")
+    linked = subprocess.run([ldd, *binaries], capture_output=True, text=True).stdout
     libraries = re.findall(r"^\s.*?(/\S+) \(0x", linked, re.MULTILINE)
     paths = dict.fromkeys([interpreter(), *library, *libraries, "/etc/ld.so.cache"])
     return tuple(
@@ -219,7 +221,8 @@ class Container(Jail):
         return wrong and f"{self.name} does not start {self.image}: {wrong}"
 
     def end(self, name: str) -> None:
-        subprocess.run([self.name, "kill", name], capture_output=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([self.name, "kill", name], capture_output=True, timeout=TRIAL_SECONDS)
 
 
 class LimitsAlone(Jail):

@@ -27,22 +27,36 @@ from lora_null.utils.errors import UserError
 
 START_SECONDS = 60  # for a jail to start on a busy machine; a program's own time begins afterwards
 VERDICT_BYTES = 2**16
-FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|```|\Z)", re.DOTALL | re.IGNORECASE)
+PYTHON = ("", "python", "python3", "py")  # what a fence may say of its block
+FENCE = re.compile(
+    r"""```[^`\n]+``` |  # code within a line
+    (?P<indent>^[ \t]*)?(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n`]*\n
+    (?P<code>.*?)(?:\n?[ \t]*(?P=fence)|\Z)""",
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
 
 
 def extract_code(response: str, defines: str | None = None) -> str:
-    """Return the code of a response: its first fenced block, the first that defines a function where there is one.
+    """Return the code of a response: its first fenced block of Python, the first that defines a function where there is one.
 
-    Without a fence the whole response is code, whose leading blank lines and common indentation are kept.
+    A block is Python where its fence names that or nothing, or where no block's does. Without a fence the whole response is
+    code, whose leading blank lines and common indentation are kept.
 
     Args:
         response: the model's text.
         defines: the name of a function that the code should define.
     """
-    blocks = FENCE.findall(response)
+    found = [match for match in FENCE.finditer(response) if match["fence"]]
+    blocks = [_block(match) for match in found if match["language"].lower() in PYTHON] or [_block(m) for m in found]
     if not blocks:
         return response
     return next((block for block in blocks if defines and _defines(block, defines)), blocks[0])
+
+
+def _block(match: re.Match[str]) -> str:
+    """Return the code between two fences, without the indentation of the first: that of a list around it."""
+    indent = len(match["indent"] or "")
+    return re.sub(rf"^[ \t]{{1,{indent}}}", "", match["code"], flags=re.MULTILINE) if indent else match["code"]
 
 
 @dataclass(frozen=True)
@@ -140,17 +154,34 @@ class Outcome:
     reason: str = ""
 
 
-_jail: ContextVar[tuple[str, str]] = ContextVar("jail", default=(BWRAP, IMAGE))
+@dataclass
+class Holding:
+    """What `held_by` says of the programs within its block.
+
+    Attributes:
+        name, image: the jail, as `find_jail` takes it.
+        runs: whether programs run at all; where not, none passes.
+        used: whether there was a program.
+    """
+
+    name: str = BWRAP
+    image: str = IMAGE
+    runs: bool = True
+    used: bool = False
+
+
+_holding: ContextVar[Holding | None] = ContextVar("holding", default=None)
 
 
 @contextlib.contextmanager
-def held_by(name: str, image: str = IMAGE) -> Iterator[None]:
-    """Within the block, programs of this thread run in this jail; the values are `find_jail`'s."""
-    token = _jail.set((name, image))
+def held_by(name: str, image: str = IMAGE, *, runs: bool = True) -> Iterator[Holding]:
+    """Within the block, programs of this thread run in this jail, or none of them does; see `Holding`."""
+    holding = Holding(name, image, runs)
+    token = _holding.set(holding)
     try:
-        yield
+        yield holding
     finally:
-        _jail.reset(token)
+        _holding.reset(token)
 
 
 def run_program(
@@ -171,7 +202,11 @@ def run_program(
         UserError: no jail works here.
     """
     program = Program(program) if isinstance(program, str) else program
-    with _examined(program, jail or find_jail(*_jail.get()), Limits(seconds, memory_mb)) as verdicts:
+    holding = _holding.get() or Holding()
+    holding.used = True
+    if not holding.runs:
+        return Outcome(False, "not run in this process")
+    with _examined(program, jail or find_jail(holding.name, holding.image), Limits(seconds, memory_mb)) as verdicts:
         try:
             if _message(verdicts, START_SECONDS) != "ready":
                 raise ValueError("no answer")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import glob
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,13 @@ import datasets
 import lm_eval.tasks
 import pyarrow
 import yaml
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
-from lora_null.eval_harness.lm_eval.private_names import full_config, needs_consent
+from lora_null.eval_harness.lm_eval.private_names import files_of, full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError, hub_error
 
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
-RULES = (".yaml", ".yml", ".py")
+BESIDE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # the environment variable that the hub's metric code_eval asks for
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 NAME_IN_FILE = re.compile(
     rb"""^\s*(?:- )?['"]?(?:task|group|tag)['"]?:[ \t]*['"]?([^\s'"#\[]+)|^\s*- ['"]?([^\s'"#:]+)['"]?\s*$""",
@@ -45,23 +50,26 @@ def load(task: LmEvalTask) -> TaskDict:
         UserError: see `LmEvalTask.check`.
     """
     manager = manager_of(task.task, task.include_path)
-    _check_consent(task, (manager.task_index[task.task].cfg or {}).get("unsafe_code"))
+    entry = manager.task_index[task.task]
+    _check_consent(task, (entry.cfg or {}).get("unsafe_code"), entry)
     try:
         loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
     except ImportError as error:
-        raise UserError(f"{task} needs another package ({_first_line(error)})") from error
+        raise UserError(f"{task} needs another package ({first_line(error)})") from error
     except UserError:
         raise
     except Exception as error:  # functions of the user's own are called
+        if CODE_EVAL in str(error):
+            raise UserError(f"{task}: its metric asks for {CODE_EVAL}=1 in the environment") from None
         if task.include_path is None:
             raise
-        raise UserError(f"{task} cannot be made ({type(error).__name__}: {_first_line(error)})") from error
-    for member in loaded["tasks"].values():
+        raise UserError(f"{task} cannot be made ({type(error).__name__}: {first_line(error)})") from error
+    for name, member in loaded["tasks"].items():
         own = member.get_config("num_fewshot")
         if own == 0 and task.num_fewshot:  # as lm-eval's command line, which never changes a task's own 0
             raise UserError(f"{task} allows no few-shot examples; leave num_fewshot out")
         member.set_config("num_fewshot", (own or 0) if task.num_fewshot is None else task.num_fewshot)
-        _check_consent(task, needs_consent(member))
+        _check_consent(task, needs_consent(member), manager.task_index.get(name, entry))
     seed_fewshot(loaded, 0)
     return loaded
 
@@ -72,12 +80,26 @@ def seed_fewshot(loaded: TaskDict, seed: int) -> None:
         member.set_fewshot_seed(seed)
 
 
-def _check_consent(task: LmEvalTask, unsafe: bool | None) -> None:
+def _check_consent(task: LmEvalTask, unsafe: bool | None, entry: Any) -> None:
+    """Refuse to run code without consent, and to run it without a jail, as lm-eval's own tasks do, without that consent."""
     if unsafe and not task.confirm_run_unsafe_code:
         raise UserError(
             f"{task} runs code that the model writes; consent with --allow-code-execution "
             "(in Python: confirm_run_unsafe_code=True)"
         )
+    of_lm_eval = entry.yaml_path is not None and LM_EVAL_TASKS in Path(entry.yaml_path).parents
+    if unsafe and of_lm_eval and task.jail != UNSAFE:
+        raise UserError(
+            f"{task} runs code that the model writes without a jail; take sandbox_humaneval or sandbox_mbpp, or consent "
+            f"to that with --allow-code-execution={UNSAFE}"
+        )
+
+
+def longest_answer(member: Any) -> int:
+    """Return how many tokens a task of lm-eval generates at most; 0 for one that generates none."""
+    if member.OUTPUT_TYPE != "generate_until":
+        return 0
+    return normalize_gen_kwargs(member.get_config("generation_kwargs") or {})["max_gen_toks"]
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -116,6 +138,8 @@ def manager_of(name: str, include_path: str | None = None) -> TaskManager:
     manager = _full_manager() if name.encode() in text else None
     if manager is not None and name in manager.task_index:
         return manager
+    for path in own[0].rglob("*.y*ml") if own else ():
+        _check_yaml(path)
     close = difflib.get_close_matches(name, [*theirs, *(manager.all_tasks if manager else named)], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list them with: lm-eval ls tasks"
     raise UserError(f"unknown lm-eval task {name!r} ({hint})")
@@ -152,22 +176,24 @@ def name_in(path: Path) -> str:
     index = folder_manager(path.parent).task_index
     found = [name for name, entry in index.items() if entry.yaml_path and Path(entry.yaml_path).samefile(path)]
     if not found:
+        _check_yaml(path)
         raise UserError(f"{path} holds no task of lm-eval (a mapping with the key task or group)")
     return found[0]
 
 
+def _check_yaml(path: Path) -> None:
+    """Raise a UserError for a task file that cannot be read, which lm-eval leaves out without a word."""
+    try:
+        files_of(path)
+    except (yaml.YAMLError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a task file ({' '.join(str(error).split())})") from None
+
+
 @functools.cache
 def folder_manager(folder: Path) -> TaskManager:
-    """Return a task manager of the task files in one folder.
-
-    Raises:
-        UserError: one of them is no YAML.
-    """
-    try:
-        with quiet(logging.ERROR):
-            return TaskManager(include_path=folder, include_defaults=False)
-    except yaml.YAMLError as error:
-        raise UserError(f"{folder}: a task file is no YAML ({_first_line(error)})") from None
+    """Return a task manager of the task files in one folder; those that are no YAML are left out."""
+    with quiet(logging.ERROR):
+        return TaskManager(include_path=folder, include_defaults=False)
 
 
 @functools.cache
@@ -177,21 +203,25 @@ def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
 
 
 def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
-    """Return a hash of a task of the user's own: its configuration, the code beside its files, its local documents."""
+    """Return a hash of a task of the user's own: what lies beside its file and those that it includes, which its code may
+    read, the modules that it has loaded from there, and its local documents."""
     manager, digest = manager_of(task.task, task.include_path), hashlib.sha256()
     entries = [manager.task_index[name] for name in (task.task, *loaded["tasks"]) if name in manager.task_index]
-    folders = {Path(entry.yaml_path).parent for entry in entries if entry.yaml_path}
-    files = {file for folder in folders for file in folder.iterdir() if file.suffix in RULES}
+    rules = {file for entry in entries if entry.yaml_path for file in files_of(Path(entry.yaml_path))}
+    folders = {file.parent for file in rules if LM_EVAL_TASKS not in file.parents}
+    modules = {Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))}
+    places: set[str] = set()
     for member in loaded["tasks"].values():
-        given = (member.get_config("dataset_kwargs") or {}).get("data_files") or []
+        options = member.get_config("dataset_kwargs") or {}
+        given = options.get("data_files") or []
         named = given.values() if isinstance(given, dict) else [given]
-        paths = [
-            member.get_config("dataset_path") or "",
-            *(name for n in named for name in ([n] if isinstance(n, str) else n)),
-        ]
-        for path in filter(Path.exists, map(Path, filter(None, paths))):
-            files |= {path} if path.is_file() else {file for file in path.rglob("*") if file.is_file()}
-    for file in sorted(files):
+        places |= {name for n in named for name in ([n] if isinstance(n, str) else n)}
+        places |= {place for place in (member.get_config("dataset_path"), options.get("data_dir")) if place}
+    found = {Path(path) for place in places for path in glob.glob(place)}
+    files = rules | {file for folder in folders for file in folder.iterdir() if file.suffix in BESIDE}
+    files |= {file for file in modules if folders & set(file.parents)}
+    files |= {file for path in found for file in ([path] if path.is_file() else path.rglob("*"))}
+    for file in sorted(filter(Path.is_file, files)):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -204,7 +234,7 @@ def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> TaskDict:
         return manager.load(task.task)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # No network, no such data set, or one that is a script, which datasets no longer runs.
-        line = f"{task}: its hub data set cannot be read ({_first_line(error)}); give a local copy with path: FILE"
+        line = f"{task}: its hub data set cannot be read ({first_line(error)}); give a local copy with path: FILE"
         raise hub_error(line, error) from error
 
 
@@ -284,7 +314,7 @@ def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
     try:
         documents = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{task}: cannot read {path} as one table ({_first_line(error)})") from None
+        raise UserError(f"{task}: cannot read {path} as one table ({first_line(error)})") from None
     names = documents.column_names
     for wanted, given in (task.fields or {}).items():
         if given not in names:
@@ -305,9 +335,9 @@ def unreadable(task: LmEvalTask, error: Exception) -> UserError:
             f"map one with fields: {{{missing}: FIELD}}"
         )
     return UserError(
-        f"{task} cannot use {task.path} ({type(error).__name__}: {_first_line(error)}); its fields: {', '.join(names)}"
+        f"{task} cannot use {task.path} ({type(error).__name__}: {first_line(error)}); its fields: {', '.join(names)}"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,6 +28,17 @@ def full_config(path: Path) -> dict[str, Any]:
     return load_yaml(path, resolve_func=True)
 
 
+def files_of(path: Path) -> set[Path]:
+    """Return a task file and those that it includes, which include others.
+
+    Raises:
+        yaml.YAMLError, ValueError, OSError: one of them is no YAML, no mapping, or not there.
+    """
+    seen: set[Path] = set()
+    load_yaml(path, resolve_func=False, _seen=seen)
+    return seen
+
+
 def needs_consent(task: Any) -> bool:
     """Return whether a task of lm-eval runs code that the model writes."""
     return getattr(task, "UNSAFE_CODE", False)

@@ -19,13 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import held_by
-from lora_null.eval_harness.lm_eval.loading import hash_of_rules, load, needs_consent, seed_fewshot, unreadable
+from lora_null.eval_harness.lm_eval.loading import (
+    first_line,
+    hash_of_rules,
+    load,
+    longest_answer,
+    needs_consent,
+    seed_fewshot,
+    unreadable,
+)
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import get_logger, rank_and_world
 from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.limits import PositionLimit, position_limit
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -89,7 +98,7 @@ class LmEvalTask(Task):
 
     @property
     def in_training_template(self) -> bool:
-        return self.task.startswith(FRAMED)
+        return self.task in FRAMED
 
     @property
     def runs_code(self) -> bool:
@@ -97,8 +106,10 @@ class LmEvalTask(Task):
         return any(needs_consent(member) for member in self.loaded["tasks"].values())
 
     def remarks(self) -> dict[str, str]:
-        runs = self.confirm_run_unsafe_code and self.runs_code
-        return {"generated_code": find_jail(self.jail, self.jail_image).describe} if runs else {}
+        if not (self.confirm_run_unsafe_code and self.runs_code):
+            return {}
+        jailed = find_jail(self.jail, self.jail_image).describe
+        return {"generated_code": jailed if self._tried["jailed"] else f"by the rules of {self.task}, without a jail"}
 
     def check(self) -> None:
         """Check the values, build the task, read its documents and try its rules on the first one.
@@ -117,13 +128,22 @@ class LmEvalTask(Task):
                 raise UserError(f"{self}: {key} needs path, the local file with the documents")
         if self.path and self.fewshot_path and Path(self.path).resolve() == Path(self.fewshot_path).resolve():
             raise UserError(f"{self}: fewshot_path is the evaluated file itself; name another file")
-        if self.jail == UNSAFE and self.runs_code:
+        if self.runs_code and (self.jail == UNSAFE or not self._tried["jailed"]):
             logger.warning(f"{self}: what the model writes runs without a jail, and may do what this user may")
-        self.loaded  # noqa: B018
+
+    def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
+        for member in self.loaded["tasks"].values():
+            if (most := longest_answer(member)) >= limit.tokens:
+                raise UserError(f"{self}: answers of up to {most} tokens leave no room for a prompt, {limit}")
+
+    @property
+    def loaded(self) -> TaskDict:
+        """lm-eval's {"tasks", "groups", …}, ready to run; read and tried once, see `check`."""
+        return self._tried["loaded"]
 
     @cached_property
-    def loaded(self) -> TaskDict:
-        """lm-eval's {"tasks", "groups", …}, ready to run, after a trial on the first document with a stand-in model.
+    def _tried(self) -> dict[str, Any]:
+        """`loaded`, after a trial on the first document with a stand-in model, and whether a program ran in the jail there.
 
         The trial finds missing fields and unknown metrics.
 
@@ -135,7 +155,7 @@ class LmEvalTask(Task):
             options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
             options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code
             try:
-                with held_by(self.jail, self.jail_image):
+                with held_by(self.jail, self.jail_image) as held:
                     results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
             except UserError:
                 raise
@@ -143,11 +163,11 @@ class LmEvalTask(Task):
                 if self.path is not None:
                     raise unreadable(self, error) from error
                 if self.include_path is not None:
-                    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise UserError(f"{self} fails on its first document ({type(error).__name__}: {line})") from error
+                    told = f"{type(error).__name__}: {first_line(error)}"
+                    raise UserError(f"{self} fails on its first document ({told})") from error
                 raise
         self.result_names(loaded, results)
-        return loaded
+        return {"loaded": loaded, "jailed": held.used}
 
     @cached_property
     def _rules(self) -> str:
@@ -165,15 +185,21 @@ class LmEvalTask(Task):
         return settings | self.remarks()
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
-        """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks."""
-        tasks = self.loaded["tasks"]
+        """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks.
+
+        Programs that the model writes are run by rank 0, whose results count.
+        """
+        tasks, first = self.loaded["tasks"], rank_and_world()[0] == 0
+        limit = position_limit(model.config)
+        if limit is not None and options.engine is None:
+            self.check_positions(tokenizer, limit)
         seed_fewshot(self.loaded, options.seed)
-        with bootstrap_in_this_process(), held_by(self.jail, self.jail_image):
+        with bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):
             results: Any = evaluator.evaluate(
                 lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
                 task_dict=self.loaded,
                 limit=options.limit,
-                bootstrap_iters=BOOTSTRAP_ITERATIONS if rank_and_world()[0] == 0 else 0,  # rank 0's results count
+                bootstrap_iters=BOOTSTRAP_ITERATIONS if first else 0,
                 confirm_run_unsafe_code=self.confirm_run_unsafe_code,
                 apply_chat_template=self.chat,
             )

@@ -34,6 +34,8 @@ def open_vllm(
     dtype: str,
     revision: str | None,
     rank: int,
+    tokenizer: Path | None = None,
+    trust_remote_code: bool = False,
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
     memory_share: float = 0.9,
@@ -46,6 +48,8 @@ def open_vllm(
         dtype: of the weights.
         revision: hub revision of the model.
         rank: the adapter's, as saved.
+        tokenizer: a folder with the tokenizer to use, whose end token ends answers; None for the model's own.
+        trust_remote_code: run code that the model's repository ships.
         tensor_parallel: GPUs that share each layer.
         max_model_len: tokens of prompt and answer together; None for the model's own.
         memory_share: of each GPU's memory that vLLM takes, in (0, 1].
@@ -55,7 +59,9 @@ def open_vllm(
     """
     options = {"pretrained": model_name, "dtype": dtype, "revision": revision, "batch_size": "auto"}
     options |= {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": memory_share}
+    options |= {"trust_remote_code": trust_remote_code}
     options |= {} if max_model_len is None else {"max_model_len": max_model_len}
+    options |= {} if tokenizer is None else {"tokenizer": str(tokenizer)}
     if adapter is not None:
         fitting = vllm_rank(rank)
         if fitting is None:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -68,6 +70,11 @@ class Judge:
     parallel: int = 4
     prompts: str | None = None
     wait: float = 2.0
+
+    @property
+    def host(self) -> str | None:
+        """The machine that judges: of two that know a judge by the same name, each gives grades of its own."""
+        return urlsplit(self.base_url).hostname
 
     def check(self) -> None:
         """Raise a UserError for a missing package or key, or prompts that cannot be used."""
@@ -207,10 +214,12 @@ def judge_answers(
     answered = [question for question in questions if question["question_id"] in answers]
     requests = [r for question in answered for r in _requests(question, answers[question["question_id"]], prompts)]
     digest = judge.digest()
-    known = _read_grades(path, judge.model, digest)
+    known = _read_grades(path, judge, digest)
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.stat().st_nlink > 1:  # shared with a kept evaluation, which stays as it is
+        os.replace(shutil.copyfile(path, path.with_suffix(".part")), path)
     lock = threading.Lock()
     with closing(_Client(judge)) as client, open(path, "a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
@@ -220,7 +229,7 @@ def judge_answers(
             text, score = client.grade(request)
             line = request.to_json(judge.model, model_id) | {"judgment": text, "score": score, "tstamp": time.time()}
             with lock:
-                file.write(json.dumps(line | {"prompts": digest}) + "\n")
+                file.write(json.dumps(line | {"prompts": digest, "host": judge.host}) + "\n")
                 file.flush()
                 if score != MISSING:
                     grades[request.key] = score
@@ -272,15 +281,16 @@ def _requests(
     return made
 
 
-def _read_grades(path: Path, model: str, digest: str) -> dict[str, float]:
+def _read_grades(path: Path, judge: Judge, digest: str) -> dict[str, float]:
     """Return {user prompt: grade} of what this judge has graded by these prompts; half a line at the end is left aside."""
+    asked = (judge.model, digest, judge.host)
     grades = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["score"] != MISSING and entry["judge"][0] == model and entry.get("prompts") == digest:
+        if entry["score"] != MISSING and (entry["judge"][0], entry.get("prompts"), entry.get("host")) == asked:
             grades[entry["user_prompt"]] = entry["score"]
     return grades
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -23,7 +23,7 @@ from lora_null.eval_harness.mt_bench.judge import NEED_REFERENCE, Judge, JudgeEr
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
-from lora_null.utils.distributed import broadcast, get_logger, rank_and_world
+from lora_null.utils.distributed import get_logger, slowly_on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
 from lora_null.utils.limits import PositionLimit
@@ -59,13 +59,16 @@ def as_questions(
         identity, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))
         if identity is None or "category" not in row or not isinstance(turns, list) or len(turns) != 2:
             raise UserError(f"MT-Bench: row {number} is no question with question_id, category and two turns")
-        reference = known.get(identity) or [text for text in row.get("reference") or [] if text]
+        reference = known.get(identity) or row.get("reference") or []
+        reference = [*(text or "" for text in reference), ""][:2] if any(reference) else []
         try:
             turns, reference = [as_text(turn) for turn in turns], [as_text(text) for text in reference]
         except ValueError as error:
             raise UserError(f"MT-Bench: row {number} cannot be used: a turn {error}") from None
         if not all(turn.strip() for turn in turns):
             raise UserError(f"MT-Bench: row {number} cannot be used: a turn is empty")
+        if identity in {question["question_id"] for question in questions}:
+            raise UserError(f"MT-Bench: row {number} has the id {identity!r} of a row before it")
         fields = {"question_id": identity, "category": row["category"], "turns": turns, "reference": reference}
         questions.append(fields)
     return questions
@@ -88,6 +91,8 @@ class MTBenchTask(Task):
         max_new_tokens: tokens of an answer, at most.
         role: as in `LmEvalTask`.
     """
+
+    leaves: ClassVar[str] = "mt_bench"
 
     name: str
     questions: list[dict[str, Any]] = field(repr=False)
@@ -127,29 +132,39 @@ class MTBenchTask(Task):
         return {"limit": limit, "max_new_tokens": self.max_new_tokens, "judge": judged, "questions_sha256": digest}
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
-        """Answer, write the answers, have them graded; the settings say how many grades there are and are missing."""
-        questions = self.questions[: options.limit]
+        """Answer, write the answers, have them graded; the settings say how many grades there are and are missing.
+
+        Raises:
+            UserError: there is no `output_dir` to keep the answers in.
+        """
+        if options.output_dir is None:
+            raise UserError(f"{self}: needs output_dir, where its answers and grades are kept")
+        questions, folder = self.questions[: options.limit], options.output_dir / self.leaves
         answers = self._answer(model, tokenizer, questions, options)
-        grades: dict[tuple[int, int], float] = {}
-        if rank_and_world()[0] == 0 and options.output_dir is not None:
-            folder, model_id = options.output_dir / "mt_bench", options.output_dir.name
-            write_answers(folder / ANSWERS_FILE, answers, model_id=model_id)
-            write_text(folder / QUESTIONS_FILE, "".join(json.dumps(question) + "\n" for question in questions))
-            if self.judge is None:
-                later = Judge("MODEL").command(folder / ANSWERS_FILE)
-                logger.info(f"{self.name}: the answers are written and not graded; this grades them: {later}")
-            else:
-                try:
-                    grades = judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
-                except JudgeError as error:
-                    later = self.judge.command(folder / ANSWERS_FILE)
-                    logger.warning(f"{self.name}: not graded ({error}); this goes on with it: {later}")
-        grades = broadcast(grades)
+        grades = slowly_on_first_rank(lambda: self._grade(questions, answers, folder))
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
         found.settings["judged"] = len(grades)
         if self.judge is not None:
             found.settings["missing"] = 2 * len(questions) - len(grades)
         return found
+
+    def _grade(
+        self, questions: Sequence[Mapping[str, Any]], answers: Mapping[int, list[str]], folder: Path
+    ) -> dict[tuple[int, int], float]:
+        """Write the answers and have them graded; return what `judge_answers` does, nothing where the judge fails."""
+        model_id = folder.parent.name
+        write_answers(folder / ANSWERS_FILE, answers, model_id=model_id)
+        write_text(folder / QUESTIONS_FILE, "".join(json.dumps(question) + "\n" for question in questions))
+        if self.judge is None:
+            later = Judge("MODEL").command(folder / ANSWERS_FILE)
+            logger.info(f"{self.name}: the answers are written and not graded; this grades them: {later}")
+            return {}
+        try:
+            return judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
+        except JudgeError as error:
+            later = self.judge.command(folder / ANSWERS_FILE)
+            logger.warning(f"{self.name}: not graded ({error}); this goes on with it: {later}")
+            return {}
 
     def _answer(
         self,

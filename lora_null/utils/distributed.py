@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_null.utils.errors import UserError
+
+MEET_SECONDS = 10  # between two meetings of the ranks while one of them works
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -195,6 +198,17 @@ def broadcast(value: Any) -> Any:
 def on_first_rank(act: Callable[[], Any]) -> Any:
     """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
     return broadcast(together(lambda: act() if rank_and_world()[0] == 0 else None))
+
+
+def slowly_on_first_rank(act: Callable[[], Any]) -> Any:
+    """As `on_first_rank`, for what may take longer than a collective may wait: all ranks meet every few seconds."""
+    if rank_and_world()[1] == 1:
+        return act()
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(act) if rank_and_world()[0] == 0 else None
+        while not broadcast(doing is not None and bool(wait([doing], timeout=MEET_SECONDS).done)):
+            pass
+    return on_first_rank(lambda: doing.result() if doing is not None else None)
 
 
 def gather(value: Any) -> list[Any] | None:

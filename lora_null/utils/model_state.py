@@ -11,11 +11,20 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_null.utils.quantized import keep_layout
+
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts after which W0 is known no more
+
+
+def start_that_rewrites(config: PeftConfig) -> str | None:
+    """Return the start of PEFT's by which an adapter has changed its base, which disabling it does not undo; or None."""
+    start = getattr(config, "init_lora_weights", None)
+    known = isinstance(start, str) and start.startswith(REWRITES_BASE)
+    return start if known and not getattr(config, "starts_from_residual", False) else None
 
 
 @contextmanager

@@ -42,6 +42,13 @@ ANSWERS = {  # what a model may write for HUMANEVAL, and whether it is right
     "```\ndef area(r):\n    return math.pi * r ** 2\n": True,
     "```python\n    return math.pi * r * r\n```": True,
     "```python\nprint(1)\n```\n```python\ndef area(r):\n    return math.pi * r * r\n```": True,
+    "```bash\npip install x\n```\nThen:\n```python\ndef area(r):\n    return math.pi * r * r\n```\nDone.": True,
+    "Output:\n```text\n3.14\n```\nof\n~~~Python title='a'\ndef area(r):\n    return math.pi * r * r\n~~~": True,
+    "1. Like this:\n   ```python\n   def area(r):\n       return math.pi * r * r\n   ```": True,
+    "Call ```area(1)``` then\n```python\r\ndef area(r):\r\n    return math.pi * r * r\r\n```": True,
+    "def area(r):\n    return math.pi * r * r\nif __name__ == '__main__':\n    print(area(float(input())))": True,
+    "@dataclasses.dataclass\nclass C:\n    x: int\ndef area(r):\n    return math.pi * r * C(r).x": False,
+    "import dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int\ndef area(r):\n    return math.pi * r * C(r).x": True,
     "def area(r):\n    return r": False,
     "I cannot do that.": False,
     "": False,
@@ -77,6 +84,7 @@ def test_mbpp_answers():
 def test_fences():
     assert extract_code("```py\nx = 1\n```") == "x = 1"
     assert extract_code("no code") == "no code"
+    assert extract_code("```js\nlet x\n```") == "let x"  # no Python, which its tests will tell
 
 
 def _rows(name):
@@ -122,5 +130,6 @@ def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeyp
     answers = iter([right, "    return None", "```python\nraise"])
     monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda self, requests, **_: [next(answers) for _ in requests])
     path = write("rows.jsonl", [row] * 3)
+    model.config.max_position_embeddings = 2048
     found = evaluate(model, tokenizer, [LmEvalTask(task, path=path, confirm_run_unsafe_code=True, jail=_jail())])
     assert found.samples[task] == [1.0, 0.0, 0.0]

@@ -49,6 +49,29 @@ def test_a_row_that_ended_is_computed_no_more(model, tokenizer):
     assert sizes == [9, 8, 7, 6, 5, 4, 3, 2, 1]
 
 
+@pytest.mark.parametrize("rules", [{}, {"top_k": 3}, {"top_p": 0.4, "top_k": 0}])
+def test_draws_are_from_what_transformers_draws_from(model, tokenizer, rules):
+    """Of many draws of one token: never one that its own generation would leave out, and in its proportions."""
+    model.generation_config.update(**rules)
+    batch = tokenizer(PROMPTS[1:2], return_tensors="pt")
+    with torch.no_grad():
+        made = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=0.5,
+            max_new_tokens=1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    wanted = made.scores[0][0].softmax(-1)
+    ids, mask = (batch[key].expand(4000, -1) for key in ("input_ids", "attention_mask"))
+    options = {"max_new_tokens": 1, "ends": (), "stopped": lambda tokens: True, "temperature": 0.5}
+    rows = generate_rows(model, ids, mask, generator=torch.Generator().manual_seed(0), **options)
+    found = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(wanted)) / len(rows)
+    assert not found[wanted == 0].any() and (found - wanted).abs().max() < 0.03
+    assert (wanted > 0).sum() <= {"top_k": 3}.get(next(iter(rules), ""), 50)
+
+
 def test_sampling_follows_its_generator(model, tokenizer):
     batch = tokenizer(PROMPTS[:2], padding=True, padding_side="left", return_tensors="pt")
 

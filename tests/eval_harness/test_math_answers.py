@@ -82,6 +82,12 @@ def test_numbers(answer, number):
     assert to_number(answer) == number
 
 
+def test_a_number_without_end_is_none():
+    """Python refuses to read more than 4,300 digits, which models that go on and on do write."""
+    for digits in ("1" * 5000, "0" * 5000, "1/" + "7" * 5000):
+        assert to_number(digits) is None and metamath_number(f"The answer is: {digits}") is None
+
+
 SAME_NUMBER = [
     ("18.00", "18", True),
     ("1200", "1,200", True),

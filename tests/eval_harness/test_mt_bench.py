@@ -7,6 +7,7 @@ import shlex
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_the_protocol(tmp_path, monkeypatch):
         "turn",
         "tstamp",
         "prompts",
+        "host",
     }
     names = {key: line["judge"][1] for key, line in judgments.items()}
     assert names[81, 1] == "single-v1" and names[81, 2] == "single-v1-multi-turn"
@@ -275,6 +277,24 @@ def test_grades_by_other_prompts_are_not_taken_over(tmp_path):
         assert not stub.seen
 
 
+def test_grades_of_another_machine_are_not_taken_over(tmp_path):
+    with serving((200, "[[9]]")) as stub:
+        grade(stub, tmp_path)
+        stub.url = stub.url.replace("127.0.0.1", "localhost")
+        stub.replies[:] = [(200, "[[2]]")]
+        assert set(grade(stub, tmp_path).values()) == {2}
+
+
+def test_a_file_shared_with_a_kept_evaluation_is_not_written_into(tmp_path):
+    (tmp_path / "kept.jsonl").write_text(
+        "{}\n".replace("{}", json.dumps({"score": -1, "judge": ["x"], "user_prompt": ""}))
+    )
+    with serving((200, "[[9]]")) as stub:
+        os.link(tmp_path / "kept.jsonl", tmp_path / "j.jsonl")
+        judge_answers(judge(stub), QUESTIONS, ANSWERS, tmp_path / "j.jsonl", model_id="m", progress=False)
+    assert len(lines(tmp_path / "kept.jsonl")) == 1 and len(lines(tmp_path / "j.jsonl")) == 7
+
+
 def test_an_endpoint_that_is_not_there(tmp_path):
     nowhere = Judge("judge-1", "http://127.0.0.1:9/v1", attempts=2, wait=0.01)
     with pytest.raises(JudgeError, match="gave no judgment in 2 attempts"):
@@ -298,6 +318,18 @@ def test_users_mistakes(tmp_path, monkeypatch):
         Judge("m", "http://localhost", prompts=str(tmp_path / "p.jsonl")).check()
     with pytest.raises(UserError, match="row 1 is no question"):
         as_questions([{"question_id": 1, "category": "x", "turns": ["only one"]}])
+    row = {"question_id": 1, "category": "math", "turns": ["a", "b"]}
+    with pytest.raises(UserError, match="row 2 has the id 1 of a row before it"):
+        as_questions([row, row])
+    for given, kept in ((["", "4"], ["", "4"]), (["2"], ["2", ""]), (["", None], [])):
+        assert as_questions([row | {"reference": given}])[0]["reference"] == kept
+
+
+def test_answers_are_kept_or_nothing_is_generated(model, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="'MT-Bench': needs output_dir"):
+        evaluate(model, tokenizer, [task()])
+    with pytest.raises(UserError, match="'other' would write over its mt_bench"):
+        evaluate(model, tokenizer, [task(), replace(task(), name="other")], output_dir=tmp_path)
 
 
 def test_the_hubs_form_of_the_questions():
@@ -387,6 +419,16 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main([*words, "--base-url", "http://127.0.0.1:9", "--parallel", "0"]) == 2
     assert main([*words[:3], str(tmp_path / "none.jsonl"), *words[4:], "--base-url", "http://127.0.0.1:9"]) == 2
     assert capsys.readouterr().err.count("error: ") == 4
+    for row, message in (
+        ({"question_id": 81}, "a.jsonl: row 1 is not in FastChat's format"),
+        ({"question_id": 81, "choices": [{"turns": []}]}, "a.jsonl: row 1 is not in FastChat's format"),
+        (
+            {"question_id": "81", "choices": [{"turns": ["x", "y"]}]},
+            "none of its question_ids is one of the questions'",
+        ),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        assert main([*words, "--base-url", "http://127.0.0.1:9"]) == 2 and message in capsys.readouterr().err
 
 
 def test_all_80_questions(tmp_path):

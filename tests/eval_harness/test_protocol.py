@@ -30,7 +30,7 @@ TABLE = PositionLimit(16, "n_positions", True, "GPT2LMHeadModel")
 
 def one_of_each():
     return [
-        LmEvalTask("nq_open", path="unused.jsonl"),
+        LmEvalTask("nq_open", path="unused.jsonl", num_fewshot=0),
         AnswerTask("answers", [("Q: who wrote it, and when was it\nA:", " nobody")]),
         PreferenceTask("preferences", LONG, LONG),
         MTBenchTask("talk", [QUESTION], lambda before, asked: asked, max_new_tokens=20),
@@ -44,9 +44,10 @@ def test_a_role_that_does_not_exist_is_refused_by_every_kind(kind):
         validate_tasks([task])
 
 
-@pytest.mark.parametrize("kind", range(1, 4))
-def test_every_kind_compares_its_own_lengths_with_the_positions(kind, tokenizer):
+@pytest.mark.parametrize("kind", range(4))
+def test_every_kind_compares_its_own_lengths_with_the_positions(kind, tokenizer, nq_file):
     task = one_of_each()[kind]
+    task = replace(task, path=nq_file) if kind == 0 else task
     with pytest.raises(UserError, match="16"):
         task.check_positions(tokenizer, TABLE)
     task.check_positions(tokenizer, replace(TABLE, tokens=512))

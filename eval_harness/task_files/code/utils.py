@@ -29,5 +29,5 @@ def score_mbpp(doc: dict[str, Any], results: list[str]) -> dict[str, int]:
     return _passed(programs.mbpp_program(doc, results[0]))
 
 
-def _passed(program: str) -> dict[str, int]:
+def _passed(program: programs.Program) -> dict[str, int]:
     return {"pass@1": int(programs.run_program(program).passed)}
