@@ -69,7 +69,9 @@ def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, sta
         print(
             f"{dtype} {line.name}: leakage {line.leakage:.3e}, float64 full SVD {ideal:.3e}, energy {line.energy:.2%}"
         )
-        assert line.leakage == pytest.approx(oracle.leak(A, X[line.name]), rel=1e-3)
+        # In bfloat16 what a layer reads is rounded otherwise in batches of another shape: on some processors by percents.
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        assert line.leakage == pytest.approx(oracle.leak(A, X[line.name]), rel=tolerance)
         assert line.leakage <= 1.01 * ideal
         best, found = (oracle.leak(Q.T, X[line.name]) for Q in (U, np.linalg.qr(A.T)[0]))
         assert found <= 1.01 * best  # the space itself, whatever weight T gives to its directions

@@ -1,7 +1,7 @@
 """What a budget keeps, what the dial shows beside retraining, and what is left of tasks in sequence; on SmolLM2.
 
     python tests/benchmarks/budget.py budgets --out runs/budgets     # 20 runs with a budget, and a sweep without
-    python tests/benchmarks/budget.py dial --out runs/budgets        # strengths of that sweep's highest rates against its lower ones
+    python tests/benchmarks/budget.py dial --out runs/budgets        # strengths of the sweep's highest rates against its lower ones
     python tests/benchmarks/budget.py sequence --out runs/sequence   # math, code, instructions
     python tests/benchmarks/budget.py sketch --out runs/sequence     # what a sketch of an earlier task's Grams loses
 
@@ -10,7 +10,7 @@ Each writes ordinary runs below --out, goes on with them where it was broken off
 
 budgets: KL 0.01 on NQ-open. "unseen" is the KL on nq_open_tune.jsonl, rows that neither probe nor check ever saw, and "kept"
 whether it is within the budget by one standard error. "best fixed" is the learning of the best rate of a sweep without a budget
-whose KL there is within it; each method's sweep takes the rates where that is to be expected.
+whose KL there is within it; the sweep takes three methods, each at rates where that is to be expected.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ OVER: list[str] = []  # what the command line lays over every recipe
 TOY = ["training.max_steps=8", "eval.limit=24"]
 RATES = {  # of the sweep without a budget
     "lora": ["3e-5", "1e-4", "3e-4"],
-    "lora-fa": ["3e-5", "1e-4", "3e-4"],
-    "pissa": ["1e-5", "3e-5", "1e-4"],
     "lora-null-v1": ["3e-5", "1e-4", "3e-4"],
     "lora-null-v2": ["1e-3", "3e-3", "1e-2"],
 }
@@ -61,33 +59,39 @@ def run(out: Path, words: list[str], recipe: str = "quickstart") -> Results:
     return load_results(out)
 
 
-def held_and_free(out: Path, methods: str, toy: bool) -> tuple[Results, Results]:
-    """Return the grid of runs with a budget and the sweep without one, whose rates are those that each method may want."""
-    rates = "1e-3,3e-3" if toy else "3e-4,1e-3,3e-3,1e-2"
-    words = [RETENTION, *(TOY if toy else [])]
-    held = ["--sweep", f"training.learning_rate={rates}", "--max-forgetting", str(AT_MOST)]
-    own = ", ".join(
-        f"{name}: {{training.learning_rate: [{', '.join(values[: 2 if toy else None])}]}}"
-        for name, values in RATES.items()
-    )
-    free = ["--method", ",".join(RATES), "--sweep", f"training.learning_rate={rates}", f"grid.per_method={{{own}}}"]
-    return run(out / "held", ["--method", methods, *words, *held]), run(out / "free", [*words, *free])
+def held(out: Path, methods: str, toy: bool) -> Results:
+    """Return the grid of runs with a budget."""
+    rates = "training.learning_rate=" + ("1e-3,3e-3" if toy else "3e-4,1e-3,3e-3,1e-2")
+    words = ["--method", methods, RETENTION, *(TOY if toy else []), "--sweep", rates]
+    return run(out / "held", [*words, "--max-forgetting", str(AT_MOST)])
+
+
+def free(out: Path, toy: bool) -> Results:
+    """Return the sweep without a budget, each method at rates of its own."""
+    cut = 2 if toy else None
+    own = ", ".join(f"{name}: {{training.learning_rate: [{', '.join(rates[:cut])}]}}" for name, rates in RATES.items())
+    sweep = [
+        "--sweep",
+        "training.learning_rate=3e-4",
+        f"grid.per_method={{{own}}}",
+    ]  # which every method's own replaces
+    return run(out / "free", ["--method", ",".join(RATES), RETENTION, *(TOY if toy else []), *sweep])
 
 
 def budgets(out: Path, methods: str, toy: bool) -> None:
     """Print for each method and rate how the budget was kept, and what the best fixed rate would have learned."""
-    held, free = held_and_free(out, methods, toy)
+    runs, sweep = held(out, methods, toy), free(out, toy)
     print(
         f"{'method':14} {'rate':>7} {'strength':>8} {'checked':>16} {'unseen':>17} kept  {LEARNED:>9} {'best fixed':>10} {'at rate':>7}"
     )
     kept = 0
-    for cell in held.grid.cells:
+    for cell in runs.grid.cells:
         if cell.budget is None:
             continue
         unseen = cell.metrics[UNSEEN]
         inside = unseen.value <= AT_MOST + (unseen.stderr or 0)
         kept += inside
-        others = [other for other in free.grid.cells if other.method == cell.method and not other.diverged]
+        others = [other for other in sweep.grid.cells if other.method == cell.method and not other.diverged]
         best = min((o for o in others if o.metrics[UNSEEN].value <= AT_MOST), key=learned, default=None)
         fixed = (float("nan"), float("nan")) if best is None else (learned(best), best.point["training.learning_rate"])
         print(
@@ -95,7 +99,7 @@ def budgets(out: Path, methods: str, toy: bool) -> None:
             f"{cell.budget.value:.4f} ± {cell.budget.stderr or 0:.4f}  {unseen.value:.4f} ± {unseen.stderr or 0:.4f}  "
             f"{'yes' if inside else 'NO ':4} {cell.metrics[LEARNED].value:9.3f} {fixed[0]:10.3f} {fixed[1]:7.0e}"
         )
-    print(f"{kept} of {len(held.grid.cells)} within one standard error; base {free.base.metrics[LEARNED].value:.3f}")
+    print(f"{kept} of {len(runs.grid.cells)} within one standard error; base {sweep.base.metrics[LEARNED].value:.3f}")
 
 
 def learned(run: Any) -> float:
@@ -105,9 +109,9 @@ def learned(run: Any) -> float:
 
 def dial(out: Path, methods: str, toy: bool) -> None:
     """Print for each method the frontier of its highest rate by strength, and that of the trainings at its lower rates."""
-    free = run(out / "free", [])
+    sweep = free(out, toy)
     for method in methods.split(","):
-        cells = [cell for cell in free.grid.cells if cell.method == method and not cell.diverged]
+        cells = [cell for cell in sweep.grid.cells if cell.method == method and not cell.diverged]
         *lower, highest = sorted(cells, key=lambda cell: cell.point["training.learning_rate"])
         folder = out / "free" / highest.folder / method
         if read_dial(folder) is None and commands(
@@ -115,7 +119,7 @@ def dial(out: Path, methods: str, toy: bool) -> None:
         ):
             sys.exit(1)
         found = read_dial(folder)
-        print(f"{method}: base {LEARNED} {learned(free.base):.3f}")
+        print(f"{method}: base {LEARNED} {learned(sweep.base):.3f}")
         for point in found.points:
             print(
                 f"  strength {point.strength:<9g} {learned(point):.3f}  NQ unseen kl {point.metrics[UNSEEN].value:.5f}"
