@@ -159,8 +159,10 @@ def pieces(
     """Return one batch, the `index`-th of all, in pieces of whole rows of at most `most` tokens."""
     inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
     masks = torch.as_tensor(batch["attention_mask"]).cpu().bool()
-    rows = min(len(masks), max(1, most // masks.shape[1])) if most else len(masks)
-    rows = max(1, rows - (rows == masks.shape[1]))  # never square, see `TokenBatch.flat`
+    length = masks.shape[1]
+    largest = min(len(masks), max(1, most // length)) if most else len(masks)
+    fits = (n for n in range(largest, 0, -1) if length not in (n, len(masks) % n))
+    rows = next(fits, 1)  # no piece is square, the last one neither: see `TokenBatch.flat`
     masks = [part.flatten() for part in masks.split(rows)]
     ends = list(itertools.accumulate(int(mask.sum()) for mask in masks))
     runs_on = runs_on or device

@@ -25,7 +25,6 @@ NO_BASIS = (
 # PEFT features that change what an adapter computes; LoRA-Null's equations hold for W0 x + s·B(A x) alone.
 _UNSUPPORTED = {
     "use_dora": "DoRA rescales the whole weight",
-    "lora_bias": "the saved rank-2r adapter has no place for a bias",
     "use_qalora": "QA-LoRA pools the inputs of A",
     "alora_invocation_tokens": "aLoRA adapts only some tokens",
     "layer_replication": "replicated layers share one weight",
@@ -46,12 +45,21 @@ class ResidualLoraConfig(LoraConfig):
     """A `peft.LoraConfig` that puts `LoraNullLinear` on the model, whose base may carry a residual.
 
     What it saves is the config of the plain adapter for the original model: of rank 2r where there is a residual.
+
+    Raises:
+        UserError: for dropout on a residual base, or for a bias of B.
     """
 
     carries_residual = False  # of the model that it is in; no field, so that a new config never has it
     starts_from_residual = True
 
     def __post_init__(self) -> None:
+        if self.starts_from_residual and self.lora_dropout > 0:
+            raise UserError(
+                "lora_dropout: a residual base needs 0, since dropping inputs of B0A0 alone would change the base model"
+            )
+        if self.lora_bias:
+            raise UserError("lora_bias: not supported, the saved rank-2r adapter has no place for a bias")
         super().__post_init__()
         self._register_custom_module({nn.Linear: lora_null_layer, Conv1D: lora_null_layer})
 
@@ -114,10 +122,6 @@ class LoraNullConfig(ResidualLoraConfig):
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 raise UserError(f"lora_alpha: the numerator of the scaling is a number above 0, not {alpha!r}")
-        if self.starts_from_residual and self.lora_dropout > 0:
-            raise UserError(
-                "lora_dropout: a residual base needs 0, since dropping inputs of B0A0 alone would change the base model"
-            )
         if self.init_lora_weights is not True:
             raise UserError(f"init_lora_weights: LoRA-Null sets the weights itself, remove {self.init_lora_weights!r}")
         if self.bias != "none":

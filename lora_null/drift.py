@@ -53,8 +53,8 @@ class DriftMeter(_Meter):
     """Measures how far the adapted weights move the outputs on the calibration inputs.
 
     With ΔW = W* − W0, drift = ‖ΔW X‖_F / ‖W0 X‖_F; the denominator is measured exactly during calibration. Where A is
-    frozen (v2, LoRA-FA) the numerator is exact too, from the r × r matrix A X Xᵀ Aᵀ; elsewhere it is the unbiased
-    estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run. A layer with W0 X = 0, such
+    frozen and Grams were measured (v2) the numerator is exact too, from the r × r matrix A X Xᵀ Aᵀ; elsewhere (LoRA-FA
+    too, which starts without them) it is the unbiased estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run. A layer with W0 X = 0, such
     as one of zeros that was added to a model, has no drift in this sense and is left out.
 
     Args:

@@ -118,15 +118,22 @@ class Earlier:
         Raises:
             UserError: it was not measured.
         """
-        paths = [self.folder / f"{name}.safetensors" for name in modules]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise UserError(f"{self.folder}: holds no Gram of {modules[0]}; the tasks adapt other modules")
-        tensors, tokens = read_safetensors(path)[0], int(read_metadata(path)["tokens"])
+        tensors, tokens = read_safetensors(self._file(modules))[0], self.tokens(modules)
         if "gram" in tensors:
             return tensors["gram"].to(device, torch.float64) / tokens
         factor = tensors["sketch"].to(device, torch.float64)
         return factor @ factor.T / tokens
+
+    def tokens(self, modules: Sequence[str]) -> int:
+        """Return N_j of the input that the modules read; as `mean`."""
+        return int(read_metadata(self._file(modules))["tokens"])
+
+    def _file(self, modules: Sequence[str]) -> Path:
+        paths = [self.folder / f"{name}.safetensors" for name in modules]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise UserError(f"{self.folder}: holds no Gram of {modules[0]}; the tasks adapt other modules")
+        return path
 
 
 class WithEarlier:
@@ -152,7 +159,8 @@ class WithEarlier:
         """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""
         if inputs.gram is None:
             return self.inner.of_input(inputs)
-        total = self.knowledge * inputs.gram
+        tokens = inputs.tokens + sum(task.tokens(inputs.modules) for task in self.earlier)  # the rank is at most this
+        total = tokens * self.knowledge / inputs.tokens * inputs.gram
         for task in self.earlier:
-            total += inputs.tokens * task.weight * task.mean(inputs.modules, total.device)
-        return self.inner.of_input(replace(inputs, gram=total))
+            total += tokens * task.weight * task.mean(inputs.modules, total.device)
+        return self.inner.of_input(replace(inputs, gram=total, tokens=tokens))

@@ -148,12 +148,17 @@ class LayerStats:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; an infinite condition is null."""
-        finite = self.condition is not None and isfinite(self.condition)
-        return {**asdict(self), "condition": self.condition if finite else None}
+        """Return plain JSON values; an infinite condition is null, one that the rule does not tell is left out."""
+        line = asdict(self)
+        if self.condition is None:
+            del line["condition"]
+        elif not isfinite(self.condition):
+            line["condition"] = None
+        return line
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> LayerStats:
-        infinite = line["condition"] is None and line["energy"] is not None
-        condition = float("inf") if infinite else line["condition"]
+        condition = line.get("condition")
+        if "condition" in line and condition is None:
+            condition = float("inf")
         return cls(**{**line, "shape": tuple(line["shape"]), "condition": condition})

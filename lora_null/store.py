@@ -98,7 +98,7 @@ def write_part(folder: Path, name: str, part: LayerResult) -> None:
 
 def read_parts(folder: Path) -> dict[str, LayerResult]:
     """Return all finished parts in the folder, by name; none where there is no folder."""
-    return {path.stem.removeprefix(PREFIX): _read_part(path) for path in sorted(folder.glob(f"{PREFIX}*.safetensors"))}
+    return {path.stem.removeprefix(PREFIX): _read_part(path) for path in parts_in(folder)}
 
 
 def _read_part(path: Path) -> LayerResult:
@@ -127,7 +127,7 @@ def clear_others(folder: Path, key: str) -> None:
     report = folder / REPORT_FILE
     if report.is_file() and read_json(report).get("key") != key:
         report.unlink()
-    for path in folder.glob(f"{PREFIX}*.safetensors"):
+    for path in parts_in(folder):
         if read_metadata(path).get("key") != key:
             path.unlink()
 
@@ -168,10 +168,21 @@ def copy_store(source: Path, target: Path) -> None:
     """Copy a complete folder, by hard links where the file system allows, in place of what lies in the target."""
     if target.exists() and source.samefile(target):
         return
-    for path in [target / REPORT_FILE, *target.glob(f"{PREFIX}*")]:
-        path.unlink(missing_ok=True)
-    for path in [*sorted(source.glob(f"{PREFIX}*")), source / REPORT_FILE]:
+    clear(target)
+    for path in [*parts_in(source), source / REPORT_FILE]:
         link(path, target / path.name)
+
+
+def clear(folder: Path, *, parts: bool = True) -> None:
+    """Remove an initialization from a folder, the report first, and leave what else lies there; `parts` goes with it."""
+    (folder / REPORT_FILE).unlink(missing_ok=True)
+    for path in parts_in(folder) if parts else ():
+        path.unlink()
+
+
+def parts_in(folder: Path) -> list[Path]:
+    """Return the files of all parts in a folder; none where there is no folder."""
+    return sorted(folder.glob(f"{PREFIX}*.safetensors"))
 
 
 def initialization_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from lora_null.recipes.config.load import resume_command
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
@@ -69,8 +71,9 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
         plan: the method's.
         results: the base's row and this method's; None while it trains.
     """
-    state = f"Not finished: `lora-null train {folder.parent / 'recipe.yaml'} --resume` goes on."
-    saved = f"The {plan.saves} is in `{plan.saves}/`; `lora-null export {folder} --out DIR` verifies and copies it."
+    state = f"Not finished: `{resume_command(folder.parent)}` goes on."
+    copied = f"`lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it"
+    saved = f"The {plan.saves} is in `{plan.saves}/`; {copied}."
     name, rank = recipe.model.name_or_path, METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None
     notes, raw = [saved if results else state], recipe.model_dump(mode="json")
     written = RunMethod(folder.parent, plan.name, plan.saves, raw, name, rank, notes)

@@ -17,10 +17,10 @@ from lora_null.utils.distributed import is_first_process, together
 FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer takes about a millisecond for each
 
 
-def dry_run(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
-) -> Job:
-    """Check what the run would check, in the same words, and print its plan; no weights are loaded, nothing is written.
+def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
+    """Check what the run would check but its output folder, in the same words, and print its plan.
+
+    No weights are loaded, nothing is written.
 
     Returns:
         The job, incomplete where the hub did not answer.
@@ -28,7 +28,6 @@ def dry_run(
     Raises:
         UserError: the mistake that the run would end with.
     """
-    output.check(recipe, resume=resume, overwrite=overwrite)
     rows, unreached = _count_rows(recipe), []
     seen = recipe.model_copy(deep=True)
     seen.data.limit = min(recipe.data.limit or FIRST_ROWS, FIRST_ROWS)

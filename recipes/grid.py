@@ -28,7 +28,7 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import forget_other_batch, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.job import Job, check_asked_alike, check_run, inspect_recipe, training_arguments
+from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of, inspect_recipe, training_arguments
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
@@ -119,7 +119,8 @@ def run_grid(
         output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    lock = output.claimed(recipe, space_of_grid(recipe, cells, job), resume=resume, overwrite=overwrite)
+    size, inputs = space_of_grid(recipe, cells, job), functools.partial(inputs_of, job)
+    lock = output.claimed(recipe, size, inputs, resume=resume, overwrite=overwrite)
     first = is_first_process() and processes.is_first_worker()
     with processes.grid_folder(root, lock):
         results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.base_hash import base_fingerprint
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import Task, validate_tasks
 from lora_null.recipes import base_cache
@@ -44,6 +45,7 @@ from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import Unreachable, UserError
+from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 
 TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
@@ -137,8 +139,6 @@ def _check_positive(options: dict[str, Any]) -> None:
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-        if key in counts and value is not None and value != int(value):
-            raise UserError(f"training.{key}: must be a whole number, not {value}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:
@@ -158,6 +158,20 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
 def space_of_run(job: Job) -> int:
     """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
     return sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans) + job.reference_bytes
+
+
+def inputs_of(job: Job) -> dict[str, str]:
+    """Return a hash of what each path of a checked job's recipe holds, by what names it; a hub's data is told by its rows."""
+    examples, limit = job.data.examples if job.data else [], job.recipe.eval.limit
+    rows = [[example.written.text, example.rejected and example.rejected.text] for example in examples]
+    found = {"data.path": hash_of(rows)}
+    found["calibration"] = hash_of([[source.texts, source.prompts] for source in job.sources])
+    for task in job.tasks:
+        asked = task.describe(task.within(limit)).items()
+        found[f"eval.{task.role} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
+    if any(Path(job.model_name).glob("*.safetensors")):
+        found["model.name_or_path"] = base_fingerprint(Path(job.model_name))
+    return found
 
 
 def inspect_recipe(

@@ -7,27 +7,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from lora_null.recipes.config.load import RECIPE_FILE, dump
+from lora_null.recipes.config.load import MARK, RECIPE_FILE, dump, is_of_run, resume_command, whole_of
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import PART, beside, sweep, write_text
+from lora_null.utils.files import PART, beside, read_json, sweep, write_json, write_text
 
 LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
+INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MOST_TOLD = 3
 OWN_FILES = ("base", "cells", "tasks", "report.md", "report.html", "forgetting.png", "magnitude.png", "card.png")
-OWN_FILES += (RESULTS_FILE, RECIPE_FILE, SKIPPED_FILE)
+OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the last says that all is ours
 
 
 def is_finished(folder: Path) -> bool:
@@ -39,16 +40,20 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(
+    recipe: Recipe, size: int, inputs: Callable[[], Mapping[str, str]], *, resume: bool, overwrite: bool
+) -> Iterator[None]:
     """Hold the output folder for as long as a run of all processes lasts: claimed by the first, locked against others.
 
     Args:
         recipe: whose folder.
         size: bytes that the run may write.
+        inputs: returns hashes of what the recipe's paths hold, by what names them.
         resume, overwrite: what may become of an earlier run in the folder.
 
     Raises:
-        UserError: as `claim`; another run is writing there; there is less space; the processes do not share the folder.
+        UserError: as `claim`; another run is writing there; a resumed run's inputs have changed; there is less space; the
+            processes do not share the folder.
     """
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
@@ -59,6 +64,7 @@ def claimed(recipe: Recipe, size: int, *, resume: bool, overwrite: bool) -> Iter
             if not stack.enter_context(locked(folder)):
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
+            _check_inputs(folder, inputs())
             check_space(folder, size)
 
         on_first_rank(claim_and_lock)
@@ -80,6 +86,22 @@ def check_space(folder: Path, size: int) -> int:
     if free < size:
         raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
     return free
+
+
+def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Keep the hashes of a run's inputs; raise a UserError where it goes on with others than it began with."""
+    path = folder / INPUTS_FILE
+    if not path.is_file():
+        write_json(path, dict(inputs))
+        return
+    before = read_json(path)
+    changed = [name for name, found in inputs.items() if before.get(name) != found]
+    if changed:
+        more = f" and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
+        raise UserError(
+            f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MOST_TOLD])}{more}; "
+            "put it back, or begin anew with --overwrite"
+        )
 
 
 def _check_shared(folder: Path) -> None:
@@ -124,26 +146,36 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         UserError: it is in use and neither --resume nor --overwrite fits, or it cannot be written.
     """
     folder = Path(recipe.output_dir)
-    check(recipe, resume=resume, overwrite=overwrite)
+    _check_held(recipe, resume=resume, overwrite=overwrite)
     _check_writable(folder)
     sweep(folder)
     if overwrite:
         _clear(folder)
     if not (folder / RECIPE_FILE).is_file():
-        write_text(folder / RECIPE_FILE, dump(recipe))
+        write_text(folder / RECIPE_FILE, MARK + dump(recipe))
 
 
 def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Raise a UserError unless the folder is free, or what it holds may be continued or replaced."""
+    """Raise a UserError unless the folder is free, or what it holds may be continued or replaced, as a whole."""
+    folder = Path(recipe.output_dir)
+    if (whole := whole_of(folder)) != folder:
+        raise UserError(
+            f"output_dir: {folder} is a part of the run in {whole} and not trained by itself; "
+            f"`{resume_command(whole)}` goes on with all of it"
+        )
+    _check_held(recipe, resume=resume, overwrite=overwrite)
+
+
+def _check_held(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     left_over = {name for name in names if name == LOCK_FILE or (name.startswith(".") and name.endswith(PART))}
     held = [name for name in names if name not in left_over]
-    if not held or overwrite:
+    if not held or (overwrite and is_of_run(folder / RECIPE_FILE)):
         return
-    if RECIPE_FILE not in held:
+    if RECIPE_FILE not in held or overwrite:
         raise UserError(f"output_dir: {folder} holds other files ({held[0]}); choose an empty folder")
     if is_finished(folder):
         raise UserError(
@@ -158,7 +190,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         more = f" and {len(differing) - MOST_TOLD} more" if len(differing) > MOST_TOLD else ""
         raise UserError(
             f"--resume: the run in {folder} has another recipe: {'; '.join(differing[:MOST_TOLD])}{more}; "
-            f"`lora-null train {folder / RECIPE_FILE} --resume` goes on with its own"
+            f"`{resume_command(folder)}` goes on with its own"
         )
 
 
@@ -212,13 +244,15 @@ def _check_writable(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run of this package left, and nothing else."""
-    if not (folder / RECIPE_FILE).is_file():
+    """Remove what a run of this package left in its folder, and nothing else."""
+    if not is_of_run(folder / RECIPE_FILE):
         return
-    before = _read_recipe(folder)
-    for name in (*before.get("method", {}).get("name", []), *OWN_FILES):
+    method = _read_recipe(folder).get("method")
+    names = method.get("name") if isinstance(method, dict) else None
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    for name in (*(name for name in names if name not in ("", "..") and Path(name).name == name), *OWN_FILES):
         path = folder / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

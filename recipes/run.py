@@ -47,7 +47,16 @@ from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import templates_of
-from lora_null.recipes.job import TRAINERS, Job, check_run, check_tokens, space_of_run, total_batch, training_arguments
+from lora_null.recipes.job import (
+    TRAINERS,
+    Job,
+    check_run,
+    check_tokens,
+    inputs_of,
+    space_of_run,
+    total_batch,
+    training_arguments,
+)
 from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
 from lora_null.recipes.models.so_far import after_earlier, model_so_far
@@ -71,7 +80,7 @@ from lora_null.recipes.results import (
 from lora_null.recipes.side_by_side import side_by_side
 from lora_null.recipes.strengths import sweep
 from lora_null.start import InitOptions
-from lora_null.store import REPORT_FILE
+from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
@@ -101,7 +110,8 @@ def run(
     output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
-    with output.claimed(recipe, space_of_run(job), resume=resume, overwrite=overwrite):
+    inputs = functools.partial(inputs_of, job)
+    with output.claimed(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
         if job.data.bad and job.is_main:
             write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
         if not job.tasks and job.is_main:
@@ -253,8 +263,10 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     probe = _probe(job, trainer, folder)
     trackers = Trackers(trainer)
     start = time.perf_counter()
-    _train(trainer, last_checkpoint(folder))
-    train_seconds = time.perf_counter() - start - trainer.init_seconds
+    checkpoint = last_checkpoint(folder)
+    init_before, train_before = _spent_before(job, plan, checkpoint)
+    _train(trainer, checkpoint)
+    train_seconds = train_before + time.perf_counter() - start - trainer.init_seconds
     model = trainer.accelerator.unwrap_model(trainer.model)
     diverged, kept, saved, found = _outcome(job, plan, trainer, probe, folder)
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
@@ -267,7 +279,9 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
         metrics=found.metrics if found else {},
         drift=drift and Drift(**drift),
         magnitude=_magnitude(job, trainer, model) if diverged is None else None,
-        seconds=Seconds(init=trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None),
+        seconds=Seconds(
+            init=init_before + trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None
+        ),
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
         **({"budget": kept} if kept else {}),
@@ -281,6 +295,17 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     del trainer, model
     _free()
     return row
+
+
+def _spent_before(job: Job, plan: MethodPlan, checkpoint: Path | None) -> tuple[float, float]:
+    """Return the seconds of start and training before the checkpoint that a method goes on from; zeros without one."""
+    if checkpoint is None:
+        return 0.0, 0.0
+    folder, step = checkpoint.parent, int(checkpoint.name.rpartition("-")[2])
+    logged = [entry for entry in load_log(folder / LOG_FILE).entries if entry["step"] <= step]
+    own = plan.name not in job.initialized and (folder / "init" / REPORT_FILE).is_file()
+    init = read_report(folder / "init").get("seconds", {}).get("all", 0.0) if own else 0.0
+    return init, max((entry.get("seconds", 0.0) for entry in logged), default=0.0)
 
 
 def _outcome(

@@ -28,7 +28,7 @@ from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.job import Job, check_asked_alike, check_run
+from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
@@ -56,6 +56,7 @@ def run_sequence(
         UserError: a mistake in any task, found before a model loads.
     """
     root = Path(recipe.output_dir)
+    output.check(recipe, resume=resume, overwrite=overwrite)
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
@@ -65,7 +66,11 @@ def run_sequence(
 
     jobs = together(check, what="checking the recipe")
     size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
-    with output.claimed(recipe, size, resume=resume, overwrite=overwrite):
+
+    def inputs() -> dict[str, str]:
+        return {f"{job.recipe.name}: {name}": found for job in jobs for name, found in inputs_of(job).items()}
+
+    with output.claimed(recipe, size, inputs, resume=resume, overwrite=overwrite):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
             if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
@@ -188,6 +193,9 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
             f"sequence: no metric of {lacking} has a value for each question after every task; no transfers"
         )
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
+    rows += [
+        _whole_row(name, found) for name in recipe.method.name if name not in files
+    ]  # diverged before the last task
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
         row.method: {name: [of_method(stage, row.method).metrics.get(name) for stage in found] for name in kept}
@@ -214,10 +222,12 @@ def of_method(results: Results, method: str) -> Row:
 
 
 def _whole_row(method: str, found: Sequence[Results]) -> Row:
-    """Return a method's row after the last task, with the time of all tasks."""
-    rows = [of_method(stage, method) for stage in found]
+    """Return a method's row after the last task that it was trained on, named if it diverged, with the time of all."""
+    stages = [stage for stage in found if any(row.method == method for row in stage.rows)]
+    rows = [of_method(stage, method) for stage in stages]
+    named = {} if rows[-1].diverged is None else {"variant": f"in {stages[-1].recipe}"}
     seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
-    return rows[-1].model_copy(update={"seconds": Seconds(**seconds)})
+    return rows[-1].model_copy(update={"seconds": Seconds(**seconds)} | named)
 
 
 def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics: Sequence[str]) -> Transfer:

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.report.dial_page import DialPoint
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
+
+logger = get_logger(__name__)
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25)
 MOST = 2.0
@@ -50,6 +54,8 @@ def sweep(
 ) -> tuple[list[DialPoint], float]:
     """Evaluate a live adapter at the strengths; return the points, and the seconds that they took.
 
+    A strength at which something is not finite is left out, with a warning.
+
     Args:
         strength: of the model.
         strengths: to measure; 0 and what is `known` are not measured again.
@@ -64,5 +70,9 @@ def sweep(
             with strength.at(value):
                 found = measure()
             seconds += found.seconds
+        bad = next((name for name, m in found.metrics.items() if not math.isfinite(m.value + (m.stderr or 0))), None)
+        if bad is not None:
+            logger.warning(f"strength {value:g} is left out: {bad} is not a finite number there")
+            continue
         points.append(DialPoint(strength=value, metrics=found.metrics))
     return points, seconds

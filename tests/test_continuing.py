@@ -159,6 +159,31 @@ class TestGoingOn:
         with pytest.raises(UserError, match="calibration_dataset: corda needs texts"):
             make(tmp_path / "2", make_method("corda").config(r=4), method=make_method("corda"), calibration=None)
 
+    @pytest.mark.parametrize(
+        "name, config, said",
+        [
+            ("lora", None, "lora cannot train no adapter; give peft_config=method.config"),
+            ("kl-anchor", None, "kl-anchor cannot train no adapter"),
+            ("full", LoraConfig(r=4), "full trains the model itself, without an adapter; leave it out"),
+            ("pissa", LoraConfig(r=4), "pissa cannot train another LoraConfig"),
+            ("pissa", LoraNullConfig(r=4, variant="v1"), "pissa cannot train another LoraNullConfig"),
+            ("mica", LoraConfig(r=4), "mica cannot train another LoraConfig"),
+            ("lora", LoraNullConfig(r=4), "lora cannot train another LoraNullConfig"),
+            ("oft", LoraConfig(r=4), "oft cannot train another LoraConfig"),
+            ("lora-null-v1", LoraNullConfig(r=4, variant="v2"), "lora-null-v1 cannot train another LoraNullConfig"),
+            ("nb-lora", LoraNullConfig(r=4, variant="nb", null_multiple=2), "nb-lora cannot train another"),
+        ],
+    )
+    def test_a_method_on_another_adapter_than_its_own_is_refused(self, tmp_path, name, config, said):
+        with pytest.raises(UserError, match=f"peft_config: {said}"):
+            make(tmp_path, config or "none", method=make_method(name))
+        if config is not None:
+            with pytest.raises(UserError, match=f"peft_config: {said}"):
+                make(tmp_path, "none", model=get_peft_model(tiny_model(), config), method=make_method(name))
+
+    def test_lora_may_be_drawn_in_any_way(self, tmp_path):
+        make(tmp_path, LoraConfig(r=4, init_lora_weights="gaussian"), method=make_method("kl-anchor"))
+
     def test_pissa_needs_no_texts(self, tmp_path):
         method = make_method("pissa")
         trainer = make(tmp_path, method.config(r=4, target_modules="all-linear"), method=method, calibration=None)
@@ -314,6 +339,45 @@ class TestTheStartIsTheCheckpointsOwn:
         resumed = make(tmp_path / "1", CONFIGS["v1"](), max_steps=8)
         with pytest.raises(UserError, match="does not hold what it started from"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-6"))
+
+    def test_nor_is_one_of_a_start_by_the_whole_model(self, tmp_path):
+        method = make_method("lora-ga", {"rows": 8})
+        trainer = make(tmp_path, method.config(r=2, target_modules=["q_proj"]), method=method, calibration=None)
+        with pytest.raises(UserError, match=r"does not hold what it started from \(init/layers.json is missing\)"):
+            trainer._restore_start(tmp_path)
+
+    @pytest.mark.parametrize("left", ["nothing", "parts alone", "all"])
+    def test_a_start_is_reused_where_it_is_finished(self, left, tmp_path):
+        first = make(tmp_path, CONFIGS["v2"]())
+        first._prepare(resuming=False)
+        kept = tmp_path / "init"
+        if left == "nothing":
+            shutil.rmtree(kept)
+        elif left == "parts alone":
+            (kept / "layers.json").unlink()
+        again = make(tmp_path, CONFIGS["v2"](), calibration=OTHER, reuse_init=True)
+        if left == "all":
+            again._prepare(resuming=False)
+            assert far(again.model, first.model) == 0 and again.layer_report.key == first.layer_report.key
+            return
+        with pytest.raises(UserError, match=r"holds no complete initialization \(layers.json is missing\)"):
+            again._prepare(resuming=False)
+
+    def test_two_starts_are_refused(self, tmp_path):
+        for folder, texts in (("1", TEXTS), ("2", OTHER)):
+            make(tmp_path / folder, CONFIGS["v2"](), calibration=texts)._prepare(resuming=False)
+        with pytest.raises(UserError, match="holds another start than"):
+            make(tmp_path / "1", CONFIGS["v2"](), reuse_init=True, init_folder=tmp_path / "2")
+        make(tmp_path / "1", CONFIGS["v2"](), reuse_init=True, init_folder=tmp_path / "1")
+
+    def test_what_else_lies_beside_a_start_stays_there(self, tmp_path):
+        (tmp_path / "init" / "mine").mkdir(parents=True)
+        (tmp_path / "init" / "notes.txt").write_text("mine")
+        whole = make(tmp_path, CONFIGS["v1"](), save_strategy="steps", save_steps=3)
+        whole.train()
+        make(tmp_path, CONFIGS["v1"](), max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert (tmp_path / "init" / "mine").is_dir() and (tmp_path / "init" / "notes.txt").read_text() == "mine"
+        assert not (tmp_path / "checkpoint-3" / "init" / "notes.txt").exists()
 
     def test_of_two_runs_in_one_folder_only_the_second_is_left(self, tmp_path):
         make(tmp_path, CONFIGS["v1"]()).train()

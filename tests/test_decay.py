@@ -103,6 +103,8 @@ def test_decay_alone_leads_back_to_the_original_model(tmp_path):
         ("v2", True, {}, "no residual base"),
         ("v1", True, {"weight_decay": 0.0}, "weight_decay is 0"),
         ("v1", None, {"optim": "adafactor"}, "is defined for AdamW, not for adafactor"),
+        ("v1", None, {"optim": "schedule_free_adamw"}, "is defined for AdamW, not for schedule_free_adamw"),
+        ("v1", None, {"optimizer_class": (torch.optim.SGD, {})}, "is defined for AdamW, not for SGD"),
     ],
 )
 def test_what_means_nothing_is_refused(kind, asked, options, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -12,12 +13,14 @@ from tiny import random_batches, tiny_model
 from torch import nn
 
 from lora_null import LoraNullConfig, UserError
-from lora_null.calibration import measure_inputs
+from lora_null.calibration import InputStats, measure_inputs
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.factors import null_factors
+from lora_null.earlier import Earlier, WithEarlier, keep_grams
+from lora_null.factors import LayerStats, null_factors
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.nullspace import bottom_eigenspace
+from lora_null.solver import NullSpace
 
 BATCHES = random_batches()
 QUIET = InitOptions(min_tokens=1, progress=False)
@@ -109,6 +112,9 @@ def test_a_weight_of_lower_rank_than_r_has_no_condition(tmp_path):
         weight[2:] = weight[:1]
     _, report, _ = started(model, tmp_path, r=8, variant="v1", target_modules=["q_proj"])
     conditions = [line["condition"] for line in json.loads((tmp_path / "layers.json").read_text())["layers"]]
+    read = [LayerStats.from_json(line.to_json()).condition for line in report.layers]
+    assert read == [line.condition for line in report.layers] and read[0] == float("inf")
+    assert LayerStats.from_json(replace(report.layers[0], condition=None).to_json()).condition is None
     assert conditions[0] is None and conditions[1] == report.layers[1].condition < 1e6
 
 
@@ -162,3 +168,13 @@ def test_the_whole_space_and_one_direction(d, r):
     best = np.linalg.svd(X.numpy(), compute_uv=False)[-r:]
     assert torch.linalg.matrix_norm(found.vectors.T @ X).item() <= 1.01 * np.linalg.norm(best)
     assert found.rank == d
+
+
+def test_few_tokens_of_the_knowledge_do_not_bound_the_rank_of_what_came_before(tmp_path):
+    model, name = tiny_model(), "model.layers.0.mlp.down_proj"
+    keep_grams(tmp_path, model, [name], BATCHES, progress=False)
+    X = torch.randn(48, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rule = WithEarlier(NullSpace("eigh"), [Earlier(tmp_path)])
+    found = rule.of_input(InputStats([name], X @ X.T, torch.zeros(48, 1), tokens=7))(torch.ones(32, 48), 4, 1.0)
+    both = [X.numpy(), oracle.capture_inputs(model, [name], BATCHES)[name]]
+    assert found.gram_rank == np.linalg.matrix_rank(np.concatenate(both, axis=1)) > 7

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from transformers import AutoModelForCausalLM
 from world import make_world
 
 from lora_null.__main__ import main
+from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import source
+from lora_null.recipes.report.dial_page import Dial, read_dial, told, write_dial
+from lora_null.recipes.strengths import sweep
 
 PROBE = random_batches(count=1)[0]
 
@@ -161,6 +166,7 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
         (["{world}/out/lora-null-v1", "--base", "{other}"], "trained on another base than"),
         (["{world}/elsewhere", "--base", "{wide}", "--keep", "{world}/facts.jsonl"], "made for another base than"),
         (["{world}/out"], "a run; give one of its methods"),
+        (["{world}/out/lora-null-v1", "--prompt", "q"], "--prompt: says how the rows of --keep and --learn are read"),
         (["{world}/nowhere"], "no such folder"),
     ],
 )
@@ -187,11 +193,41 @@ def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, ca
         (["--max-forgetting", "0"], "must be a number above 0"),
         (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
         (["--max-forgetting", "1e-6"], "leaves nothing of the adapter"),
+        (["--measure", "facts kl"], "--measure: is for what --max-forgetting measures; give that too"),
+        (["--strength", "0.5", "--keep", "x.jsonl"], "--keep: is for what --max-forgetting measures"),
+        (["--limit", "3"], "--limit: is for what --max-forgetting measures"),
     ],
 )
 def test_mistakes_of_an_export(world, tmp_path, capsys, words, message):
     assert main(["export", str(world / "out" / "lora-null-v1"), "--out", str(tmp_path / "x"), *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_two_files_of_one_name(world, tmp_path):
+    for name in ("facts", "numbers"):
+        (tmp_path / name).mkdir()
+        shutil.copy(world / f"{name}.jsonl", tmp_path / name / "test.jsonl")
+    files = ["--keep", str(tmp_path / "facts" / "test.jsonl"), "--learn", str(tmp_path / "numbers" / "test.jsonl")]
+    words = ["--strengths", "1", "--limit", "4", "--out", str(tmp_path)]
+    assert main(["dial", str(world / "elsewhere"), *files, *words]) == 0
+    assert {"kept test kl", "learned test nll"} <= points(tmp_path)[1.0].keys()
+
+
+def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
+    def evaluation(value):
+        found = {
+            "a": Metric(value, 0.1, 4, False, "retention", "nats"),
+            "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
+        }
+        return Evaluation(found, {}, 1.0, {})
+
+    values = iter([0.5, float("nan")])
+    measured = sweep(SimpleNamespace(at=nullcontext), [0.5, 2], evaluation(0.0), lambda: evaluation(next(values)), {})
+    assert [point.strength for point in measured[0]] == [0.0, 0.5] and measured[1] == 2
+    assert "strength 2 is left out: a is not a finite number there" in caplog.text
+    for points in (measured[0], measured[0][:1]):
+        write_dial(tmp_path / "dial", Dial(method="lora", model="m", points=points))
+        assert told(read_dial(tmp_path))
 
 
 def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, capsys):

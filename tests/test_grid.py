@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine_worlds import world
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from scipy import stats
 from tiny import tiny_tokenizer
@@ -25,8 +26,11 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
+from lora_null.recipes.report import write_report
+from lora_null.recipes.report.drawing import svg
+from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
-from lora_null.recipes.results import Row, load_results, parse_results, variant_of
+from lora_null.recipes.results import Row, load_results, parse_results, variant_of, write_results
 from lora_null.utils.errors import UserError
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
@@ -415,6 +419,38 @@ def test_a_diverged_run_leaves_its_frontier_shorter():
     found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "wild": [[(1.5, 0.1), (0, 0)]]}, diverged={("wild", 2)})
     high = equal_learning(found, "q kl", "t nll")[-1]
     assert next(row for row in high.rows if row.name == "wild").value is None
+
+
+def test_a_row_that_lacks_a_metric_is_left_out_of_the_pictures(tmp_path):
+    """A judge that gave no grade for one seed of one method: the row has no mean of it, and the report is written."""
+    found = made({"lora": [[(1.5, 0.1), (1.0, 0.2)]], "pissa": [[(1.4, 0.1), (0.9, 0.2)]]})
+    for kept in ("q kl", "q nll"):
+        rows = [row.model_copy(deep=True) for row in found.rows]
+        for row in rows:
+            row.metrics[kept] = row.metrics["q kl"]
+        results = found.model_copy(update={"rows": rows}, deep=True)
+        for gone in ([-1], [-1, -2], range(1, 5)):
+            for i in gone:
+                results.rows[i].metrics.pop(kept, None)
+                results.rows[i].metrics.pop("t nll", None)
+            write_results(tmp_path, results)
+            write_report(tmp_path)
+            assert (tmp_path / "report.html").is_file()
+            (tmp_path / "report.html").unlink()
+
+
+def test_the_limits_of_panels_hold_every_point():
+    """Also where every value is below zero."""
+    found = Frontiers.of(made({"lora": [[(1.5, -3.0), (1.0, -2.0)]]}))
+    figure = Figure()
+    axes = figure.subplots()
+    found.set_limits(axes)
+    low, high = axes.get_ylim()
+    assert low < -3 and high > 0
+
+
+def test_a_backslash_in_a_drawings_words_stands_for_itself():
+    assert r'aria-label="\1 {} \g"' in svg(Figure(), r"\1 {} \g")
 
 
 def test_questions_and_seeds_both_enter_the_error_at_equal_learning(grid):

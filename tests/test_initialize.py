@@ -61,6 +61,20 @@ def test_every_layer_against_the_full_svd_of_its_inputs(variant):
         assert stats[name].gram_rank == np.linalg.matrix_rank(X[name])
 
 
+@pytest.mark.parametrize("rows, length", [(71, 20), (91, 13), (40, 30), (20, 20)])
+def test_padding_is_left_out_however_a_batch_is_cut(rows, length):
+    """On a CPU pieces of 1,024 tokens; the last one of 71 × 20 would be 20 × 20, which XLNet's layout looks like."""
+    (batch,) = random_batches(1, size=rows, length=length)
+    model = tiny_model().double()
+    name = linears(model)[0]
+    alone = [{key: value[i : i + 1, : int(batch["attention_mask"][i].sum())] for key, value in batch.items()}
+             for i in range(rows)]  # fmt: skip
+    X = oracle.capture_inputs(model, [name], alone)[name]
+    found = measure_inputs(model, {name: model.get_submodule(name)}, [batch], progress=False).inputs[0]
+    assert found.tokens == X.shape[1]
+    np.testing.assert_allclose(found.gram.numpy(), X @ X.T, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 @pytest.mark.parametrize("rslora, alpha", [(False, None), (False, 1), (True, 8)])

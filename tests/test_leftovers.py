@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import save_tiny
 from trl import DPOConfig, SFTConfig
 from world import make_world
 
-from lora_null.recipes import environment, run
+from lora_null.recipes import environment, output, run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.commands.train import _stopped
+from lora_null.recipes.config.load import MARK, dump, load_recipe, resume_command
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.trainer.checkpoints import is_whole
 from lora_null.utils.errors import UserError
@@ -81,6 +84,89 @@ def test_the_recipe_that_a_run_left_goes_on_wherever_the_folder_is(finished, tmp
     assert main([str(moved / "recipe.yaml"), "--resume"]) == 0
     assert (moved / "report.html").is_file()
     assert (moved / "lora" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_recipe_is_a_runs_by_what_it_holds(tmp_path):
+    """Not by its name and its folder's: a user's own keeps its output_dir, a run's stands for its folder, renamed or not."""
+    theirs, renamed, earlier = (tmp_path / name / "recipe.yaml" for name in ("out", "renamed", "old"))
+    for path in (theirs, renamed, earlier):
+        path.parent.mkdir()
+    theirs.write_text("include: quickstart\noutput_dir: elsewhere/out\n")
+    recipe = load_recipe(str(theirs))
+    assert recipe.output_dir == "elsewhere/out"
+    renamed.write_text(MARK + dump(recipe))
+    assert load_recipe(str(renamed)).output_dir == str(renamed.parent)
+    recipe.output_dir = "runs/old"
+    earlier.write_text(dump(recipe))  # as versions without a mark left it
+    assert load_recipe(str(earlier)).output_dir == str(earlier.parent)
+
+
+@pytest.mark.parametrize("names", ["./", "[., /, '', .., ../.., ../kept, {tmp}/kept, 1, base/../..]", "lora"])
+def test_overwrite_removes_what_a_run_left_and_nothing_else(tmp_path, monkeypatch, names):
+    out, removed = tmp_path / "out", []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path))
+    for name in ("out/base", "out/cells", "out/mine", "kept"):
+        (tmp_path / name).mkdir(parents=True)
+    recipe, text = load_recipe("quickstart", output_dir=str(out)), f"method: {{name: {names.format(tmp=tmp_path)}}}\n"
+    (out / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match="holds other files"):
+        output.claim(recipe, resume=False, overwrite=True)
+    assert not removed and (out / "recipe.yaml").read_text() == text
+    for edited in (text, "method: lora\n"):
+        removed.clear()
+        (out / "recipe.yaml").write_text(MARK + edited)
+        output.claim(recipe, resume=False, overwrite=True)
+        assert removed == [out / "base", out / "cells"] and (out / "mine").is_dir()
+
+
+@pytest.mark.parametrize("part", ["tasks/2-code", "cells/learning_rate=0.001/seed=0"])
+def test_a_part_of_a_run_goes_on_with_the_whole_alone(tmp_path, part, capsys):
+    whole = tmp_path / "my runs"
+    recipe = load_recipe("quickstart", output_dir=str(whole))
+    output.claim(recipe, resume=False, overwrite=False)
+    inner = recipe.model_copy(update={"output_dir": str(whole / part)})
+    output.claim(inner, resume=True, overwrite=False)  # as the whole does
+    command = f"lora-null train '{whole / 'recipe.yaml'}' --resume"
+    assert resume_command(whole / part) == command
+    for words in ([], ["--dry-run"]):
+        line = line_of(capsys, str(whole / part / "recipe.yaml"), "--resume", *words)
+        assert "is a part of the run in" in line and f"`{command}`" in line
+
+
+CHANGES = {  # what is changed → what is named
+    "numbers.jsonl": (lambda path: path.write_text(path.read_text().replace("it is", "is it")), "data.path, eval.task (numbers)"),
+    "facts.jsonl": (lambda path: path.write_text(path.read_text().replace("King", "Queen").replace("who", "what")), "calibration, eval.retention (facts)"),
+    "model/model.safetensors": (lambda path: save_tiny(path.parent, seed=1), "model.name_or_path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(run, "run_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    recipe, (change, named) = make_world(tmp_path, method={"name": "lora", "rank": 4}), CHANGES[name]
+    assert main([str(recipe)]) == main([str(recipe), "--resume"]) == 130
+    change(tmp_path / name)
+    assert f"the content has changed of {named}; put it back" in line_of(capsys, str(recipe), "--resume")
+    assert main([str(recipe), "--overwrite"]) == 130
+
+
+@pytest.mark.parametrize("consent, said", [("unsafe", " --allow-code-execution=unsafe"), ("jailed", " --allow-code-execution"), (False, "")])  # fmt: skip
+def test_the_command_that_goes_on_has_the_consent_that_was_given(tmp_path, consent, said):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "recipe.yaml").touch()
+    _, goes_on = _stopped(tmp_path / "a b", SimpleNamespace(allow_code_execution=consent))
+    assert goes_on == f"go on with: lora-null train '{tmp_path}/a b/recipe.yaml' --resume{said}"
+
+
+def test_seconds_before_a_checkpoint_count(tmp_path):
+    job, plan = SimpleNamespace(initialized={}), SimpleNamespace(name="lora")
+    assert run._spent_before(job, plan, None) == (0, 0)
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "layers.json").write_text('{"key": "k", "seconds": {"all": 7.0}}')
+    (tmp_path / "train_log.jsonl").write_text("".join(f'{{"step": {i}, "seconds": {10 * i}}}\n' for i in (1, 2, 3)))
+    assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (7, 20)
+    job.initialized["lora"] = tmp_path  # copied, not computed
+    assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (0, 20)
 
 
 def test_resume_names_what_differs(finished, tmp_path, capsys):

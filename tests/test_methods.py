@@ -2,6 +2,9 @@
 
 import itertools
 import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -11,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from lora_null import UserError
@@ -19,7 +22,7 @@ from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
 from lora_null.trainer.methods import METHODS, Method, check_base, load_method_file, make_method
-from lora_null.trainer.methods.residual import CorDA
+from lora_null.trainer.methods.residual import CorDA, PiSSA
 from lora_null.trainer.methods.roselora import top_mask
 
 TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
@@ -386,6 +389,46 @@ def test_roselora_sensitivity_is_smoothed_by_hand(tmp_path):
     )  # memory: one number a trained parameter, whatever the number of steps
 
 
+def test_roselora_learns_nothing_from_a_step_that_overflowed(tmp_path):
+    trainer = make(tmp_path, "roselora", options={"begin": 0.0, "end": 0.0}, max_steps=2)
+    trainer.train()
+    (prune,) = (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_Prune")
+    before = {key: value.clone() for key, value in prune.sensitivity.items()}
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.full_like(p, torch.inf)
+        p.data.fill_(1.0)  # of which most would be cut
+    skipped = SimpleNamespace(step_was_skipped=True, state={})  # as float16's scaler leaves it
+    prune.on_pre_optimizer_step(None, trainer.state, None, model=trainer.model)
+    prune.on_optimizer_step(None, trainer.state, None, model=trainer.model, optimizer=skipped)
+    assert all(torch.equal(prune.sensitivity[key], value) for key, value in before.items())
+    assert all((p == 1).all() for p in trained)
+
+
+def test_roselora_cuts_nothing_without_having_seen_a_gradient(tmp_path):
+    trainer = make(tmp_path, "roselora", options={"begin": 0.0, "end": 0.0})
+    trainer.add_callback(type("NoGradients", (TrainerCallback,), {"on_pre_optimizer_step": forget_gradients})())
+    trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())
+    with pytest.raises(RuntimeError, match="no gradient was there to be read before a step"):
+        trainer.train()
+
+
+def forget_gradients(self, args, state, control, model, **_):
+    model.zero_grad()  # what DeepSpeed leaves
+
+
+@pytest.mark.parametrize(
+    "name, sharded, said", [("roselora", False, "DeepSpeed leaves none; use DDP"), ("roselora", True, "use DDP for it"),
+                            ("oplora", True, "use DDP or ZeRO-2"), ("oplora", False, None)],
+)  # fmt: skip
+def test_engines_under_which_a_method_cannot_train(tmp_path, monkeypatch, name, sharded, said):
+    trainer = make(tmp_path, name)
+    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(type(trainer), "_zero_stage", 3 if sharded else 2)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        trainer._check_engine()
+
+
 def test_roselora_clamp(tmp_path):
     trainer = make(tmp_path, "roselora", options={"clamp": 3e-3})
     trainer.train()
@@ -394,7 +437,7 @@ def test_roselora_clamp(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"final_fraction": 0}, {"begin": 0.9}, {"decay": 1.0}, {"clamp": -1.0}, {"clmp": 1}]
+    "wrong", [{"final_fraction": 0}, {"begin": 0.9}, {"end": 1.1}, {"decay": 1.0}, {"clamp": -1.0}, {"clmp": 1}]
 )
 def test_roselora_refuses_nonsense(wrong):
     with pytest.raises(UserError, match=r"method\.options\.roselora"):
@@ -448,6 +491,50 @@ def test_a_method_of_ones_own_is_one_file(tmp_path, monkeypatch):
     file.write_text("import nothing_of_the_kind")
     with pytest.raises(UserError, match="cannot be imported"):
         load_method_file(str(file))
+
+
+@pytest.mark.parametrize("name", ["eva", "lora-ga"])
+def test_the_first_rows_of_a_stream_start_what_reads_rows(tmp_path, name, monkeypatch):
+    whole = started(tmp_path / "1", name)
+    monkeypatch.setitem(globals(), "ROWS", ROWS.to_iterable_dataset())
+    streamed = started(tmp_path / "2", name)
+    for (key, a), b in zip(whole.model.state_dict().items(), streamed.model.state_dict().values()):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("name", ["oft", "osf"])
+def test_other_configs_of_peft_take_what_they_have_and_drop_nothing(name):
+    method = make_method(name)
+    assert method.config(r=4, lora_alpha=8).target_modules == "all-linear"
+    with pytest.raises(UserError, match=rf"lora_dropout: {name} takes no such argument"):
+        method.config(lora_dropout=0.1)
+    if name == "oft":
+        taken = {"exclude_modules": ["q_proj"], "layers_to_transform": [1], "modules_to_save": ["lm_head"]}
+        config = method.config(target_modules=["k_proj"], **taken)
+        assert {key: getattr(config, key) for key in taken} == {**taken, "exclude_modules": {"q_proj"}}
+    else:
+        with pytest.raises(UserError, match="modules_to_save: osf takes no such argument"):
+            method.config(modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("name", ["pissa", "lora-ga", "lora-null-v1"])
+def test_no_dropout_on_a_residual_base_and_no_bias_of_b(name):
+    with pytest.raises(UserError, match="lora_dropout: a residual base needs 0"):
+        make_method(name).config(lora_dropout=0.1)
+    with pytest.raises(UserError, match="lora_bias: not supported, the saved rank-2r adapter has no place"):
+        make_method(name).config(lora_bias=True)
+
+
+def test_a_residual_methods_options_are_a_part_of_its_rule():
+    """Another gain is another start, which the cache must not take for the first."""
+
+    @dataclass
+    class Scaled(PiSSA):
+        name = "scaled"
+        gain: float = 1.0
+
+    rules = {PiSSA().rule, Scaled().rule, Scaled(2.0).rule, Scaled(gain=2.0).rule}
+    assert len(rules) == 3 and PiSSA().rule == "pissa"
 
 
 @pytest.mark.parametrize("name", ["pissa", "milora", "corda", "lora-ga"])

@@ -7,8 +7,10 @@ import pytest
 from world import make_world
 
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.config.load import load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.config.known import method_options
+from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
 from lora_null.recipes.job import training_arguments
+from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
 
 PAPER = ("math", "code", "instruct", "ultrafeedback", "roselora", "code-feedback")
@@ -96,12 +98,83 @@ def test_includes(tmp_path):
         ("include: math\neval: {task: [{tsk: gsm8k}]}", "needs one of the keys task, answers, preferences, mt_bench"),
         ("include: math\neval: {judge: {}}", "eval.judge.model is missing"),
         ("include: math\neval: {backend: vlm}", "eval.backend: input should be 'hf' or 'vllm'"),
+        ("include: math\nmethod: {rank: 1}\nmethod: {rank: 2}", "line 3: the key 'method' is given twice"),
+        ("include: math\ntraining: {on: 1}", "line 2: the key 'on' is no text to YAML; put it in quotes"),
+        ("include: math\neval: {task: [{no: 1}]}", "the key 'no' is no text"),
+        ("include: math\ntrainer: dop\ntraining: {beta: 1}", "trainer: input should be 'sft' or 'dpo'$"),
+        ("include: math\ntraining: {max_steps: 2.5}", r"training\.max_steps: must be a whole number, not 2\.5"),
+        ("include: math\ntraining: {max_length: long}", r"training\.max_length: must be a number, not 'long'"),
     ],
 )
 def test_mistakes(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / "me.yaml"))
+
+
+def test_numbers_and_texts_as_they_are_meant(tmp_path):
+    """Quoted digits and 1e3 where TRL takes a number, digits that stay text where a text is meant, nothing for null."""
+    words = ["training.max_steps=1e3", 'training.max_length="512"', "training.total_batch_size=64.0"]
+    words += ["training.per_device_train_batch_size=", "training.run_name=7", "training.weight_decay='0.1'"]
+    words += ["data.subset='2023'", "model.revision='1234567'", "eval.task=[{answers: '2024', path: x.jsonl}]"]
+    recipe = load_recipe("quickstart", words)
+    expected = {"max_steps": 1000, "max_length": 512, "total_batch_size": 64, "run_name": "7", "weight_decay": 0.1}
+    found = {key: recipe.training[key] for key in expected}
+    assert found == expected and [type(v) for v in found.values()] == [type(v) for v in expected.values()]
+    assert (recipe.data.subset, recipe.model.revision, recipe.eval.task[0].answers) == ("2023", "1234567", "2024")
+    assert training_arguments(recipe, tmp_path).per_device_train_batch_size == 8
+
+
+def test_options_over_what_a_file_has():
+    assert load_recipe("quickstart", ["budget="], max_forgetting="1e-2").budget.at_most == 0.01
+    with pytest.raises(UserError, match="--max-forgetting: 'budget' holds a value, not keys"):
+        load_recipe("quickstart", ["budget=0.01"], max_forgetting="0.02")
+    for words in ([], ["grid.per_method=[1]"]):
+        grid = load_recipe("study", words, sweeps=["training.learning_rate=1e-4,1e-3"]).grid
+        assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})
+
+
+def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
+    make_world(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("prompts.jsonl", "start"):
+        (tmp_path / name).touch()
+    (tmp_path / "me.yaml").write_text(
+        "include: tiny.yaml\nmodel: {name_or_path: model}\nmethod: {init: start}\noutput_dir: ~/out\n"
+        "eval: {judge: {model: j, prompts: prompts.jsonl}}\n"
+        "grid: {sweep: {data.path: [numbers.jsonl, facts.jsonl]}, per_method: {lora: {data.path: [facts.jsonl]}}}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "me.yaml"))
+    found = [recipe.model.name_or_path, recipe.method.init, recipe.eval.judge.prompts, *recipe.grid.sweep["data.path"]]
+    found += recipe.grid.per_method["lora"]["data.path"]
+    names = ("model", "start", "prompts.jsonl", "numbers.jsonl", "facts.jsonl", "facts.jsonl")
+    assert found == [str(tmp_path / name) for name in names] and recipe.output_dir == "/home/me/out"
+
+
+def test_texts_to_calibrate_on_have_none_of_the_fields_of_the_rows_before(tmp_path):
+    (tmp_path / "notes.md").write_text("a note")
+    for path, template in (
+        (tmp_path, None),
+        (tmp_path / "notes.md", None),
+        ("rows.jsonl", "Q: {question}?\nA: {answer}"),
+    ):
+        recipe = load_recipe("quickstart", [f"calibration.path={path}"])
+        assert recipe.calibration.template == template and recipe.calibration.samples == 128
+
+
+METHOD = "from lora_null.trainer.methods import Method, method\n@method\nclass Mine(Method):\n    name = 'mine-own'\n"
+
+
+def test_the_file_of_a_method_is_kept_with_its_name(tmp_path):
+    """So that the recipe that a run leaves goes on in another process, which has not read the file."""
+    make_world(tmp_path)
+    (tmp_path / "mine.py").write_text(METHOD)
+    recipe = load_recipe(str(tmp_path / "tiny.yaml"), methods="lora,mine.py")
+    (tmp_path / "dumped.yaml").write_text(dump(recipe))
+    del method_options()["mine-own"], METHODS["mine-own"]
+    again = load_recipe(str(tmp_path / "dumped.yaml"))
+    assert again.method.name == ["lora", "mine-own"] and again.method.files == [str(tmp_path / "mine.py")]
+    del method_options()["mine-own"], METHODS["mine-own"]
 
 
 def test_an_unknown_preset(capsys):

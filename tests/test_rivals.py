@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -9,10 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from test_methods import CUT, ROWS, TEXTS, factors, make, started
-from tiny import tiny_model, tiny_tokenizer
+from test_methods import CUT, OPTIONS, ROWS, TEXTS, factors, make, started
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from world import make_world
 
 from lora_null import UserError
@@ -22,6 +24,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models.quantization import check_pairs
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
+from lora_null.trainer.methods.sc_lora import first_rows
 
 PAIRS = Dataset.from_dict(
     {
@@ -95,6 +98,18 @@ def test_sc_lora_measures_a_model_that_is_no_chain_of_layers_as_a_whole(tmp_path
     for name, layer in adapted_layers(walked.model).items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         torch.testing.assert_close(tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"], B @ A, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_sc_lora_reads_preferences_as_the_collator_cuts_them(mode):
+    pairs = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6, 7], "rejected_ids": [8]},
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    ]
+    cut = DataCollatorForPreference(pad_token_id=0, max_length=5, truncation_mode=mode)(pairs)
+    trainer = SimpleNamespace(train_dataset=pairs, args=SimpleNamespace(max_length=5, truncation_mode=mode))
+    wanted = [ids[mask.bool()].tolist() for ids, mask in zip(cut["input_ids"][:2], cut["attention_mask"][:2])]
+    assert first_rows(trainer, 9) == wanted and len(wanted[0]) == 5
 
 
 # --- terms of the loss ---
@@ -191,21 +206,29 @@ def test_the_anchor_s_texts_follow_each_other_and_enter_every_mth_step(tmp_path)
     assert more.rows_at(0) == [[1], [2, 3]]  # each once
 
 
+@pytest.mark.parametrize("room", [4096, 60])
 @pytest.mark.parametrize(("world", "passes"), [(2, 1), (3, 2), (8, 1), (2, 4)])
-def test_the_anchor_s_texts_are_shared_out_among_processes_and_passes(tmp_path, monkeypatch, world, passes):
-    """The mean over the processes of what they add up to over the passes is what one process finds, 5 texts a step."""
+def test_the_anchor_s_texts_are_shared_out_among_processes_and_passes(tmp_path, monkeypatch, world, passes, room):
+    """The mean over the processes of what they add up to over the passes is what one process finds, 5 texts a step.
+
+    Of longer texts (here: where less room is) a process makes several batches, one of one length more than another.
+    """
     trainer = perturbed(started(tmp_path, "kl-anchor", options={"batch_rows": 5}))
     trainer.model.train()
+    monkeypatch.setattr("lora_null.trainer.calibration_data.TOKENS_PER_BATCH", room)
+    runs = []
+    trainer.model.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def value(rank, world, passes):
         monkeypatch.setattr("lora_null.trainer.methods.kl_anchor.rank_and_world", lambda: (rank, world))
         terms = [trainer.method.extra_loss(trainer, trainer.model, MicroBatch(3, i, passes)) for i in range(passes)]
-        return [term["anchor_kl"].value.item() for term in terms if term]
+        return [term["anchor_kl"].value.item() for term in terms if term], len(runs)
 
     with torch.no_grad():
-        shares = [value(rank, world, passes) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1  # all of them run the model as often
-        assert sum(map(sum, shares)) / world == pytest.approx(sum(value(0, 1, 1)), rel=1e-5)
+        found, ran = zip(*(value(rank, world, passes) for rank in range(world)))
+        shares, ran = list(found), [b - a for a, b in zip((0, *ran), ran)]
+        assert len({len(share) for share in shares}) == len(set(ran)) == 1  # all of them run the model as often
+        assert sum(map(sum, shares)) / world == pytest.approx(sum(value(0, 1, 1)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kl-anchor", "clora"])
@@ -230,15 +253,15 @@ def test_passes_and_batches_of_a_step_come_to_the_same(tmp_path, name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].pairs])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].pairs])
 def test_preferences(tmp_path, name):
-    method = make_method(name, {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}}.get(name))
+    method = make_method(name, {**OPTIONS, "kl-anchor": {}}.get(name))
     arguments = DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=4, logging_steps=1, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none", disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     trainer = LoraNullDPOTrainer(
-        model=tiny_model(), args=arguments, train_dataset=PAIRS, processing_class=tiny_tokenizer(), method=method,
+        model=str(save_tiny(tmp_path / "model")), args=arguments, train_dataset=PAIRS, processing_class=tiny_tokenizer(), method=method,
         peft_config=method.config(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         calibration_dataset=TEXTS, calibration_args=CUT,
     )  # fmt: skip
@@ -387,6 +410,12 @@ def test_oplora_trains_as_with_the_projections_in_the_forward_pass(tmp_path):
     [
         ("sc-lora", {"beta": 1.5}, r"sc-lora\.beta: must be between 0 and 1, not 1\.5"),
         ("sc-lora", {"rows": 0}, r"sc-lora\.rows: must be a whole number of at least 1, not 0"),
+        ("eva", {"batch_rows": 0}, r"eva\.batch_rows: must be a whole number of at least 1, not 0"),
+        ("eva", {"rho": 0.5}, r"eva\.rho: must be a number of at least 1, not 0\.5"),
+        ("eva", {"rho": "x"}, "wrong type"),
+        ("lora-ga", {"rows": 0}, r"lora-ga\.rows: must be a whole number of at least 1, not 0"),
+        ("osf", {"effective_rank": 1.5}, r"osf\.effective_rank: must be a whole number of at least 1, or a fraction"),
+        ("osf", {"effective_rank": 0}, r"osf\.effective_rank: must be a whole number of at least 1"),
         ("kl-anchor", {"weight": 0}, r"kl-anchor\.weight: must be a number above 0, not 0"),
         ("kl-anchor", {"weight": float("nan")}, r"kl-anchor\.weight: must be a number above 0, not nan"),
         ("kl-anchor", {"every": 1.5}, r"kl-anchor\.every: must be a whole number of at least 1, not 1\.5"),

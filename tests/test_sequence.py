@@ -1,6 +1,7 @@
 """Tasks in sequence: starts that leave the earlier tasks alone, one adapter at the end, transfers, interruptions."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes
-from lora_null.recipes.sequence import transfer
+from lora_null.recipes.job import check_run
+from lora_null.recipes.results import Row, Seconds, load_results, write_results
+from lora_null.recipes.sequence import collect, transfer
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
 
@@ -151,6 +154,35 @@ def test_the_matrix_is_what_was_measured_after_every_task(finished):
         assert entry["lost"][0][0] == pytest.approx(two - one, abs=1e-6)
     page = (finished / "out" / "report.html").read_text()
     assert "Task after task" in page and "Backward transfer" in page
+
+
+def test_the_dial_at_the_end_measures_every_task(finished, tmp_path, capsys):
+    assert main(["dial", str(finished / "out" / "lora"), "--strengths", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "dial" / "dial.json").read_text())["points"][1]["metrics"]
+    assert {"facts nll", "numbers nll", "letters nll"} <= found.keys()
+    assert "only one side" not in capsys.readouterr().out
+
+
+def test_a_method_that_diverged_in_an_earlier_task_stays_in_the_results(finished, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    jobs = [check_run(stage, base=tmp_path / "out" / "base") for stage in stage_recipes(recipe)]
+    first, last = (load_results(job.folder) for job in jobs)
+    wild = Row(method="lora", diverged=2, seconds=Seconds(train=1.0))
+    write_results(jobs[0].folder, first.model_copy(update={"rows": [first.rows[0], wild, *first.rows[2:]]}))
+    write_results(jobs[1].folder, last.model_copy(update={"rows": [r for r in last.rows if r.method != "lora"]}))
+    found = collect(recipe, jobs)
+    assert [row.method for row in found.rows] == ["base", "lora-null-v1", "lora-null-v2", "lora"]
+    assert found.labels()[-1] == "LoRA (in numbers)" and found.rows[-1].diverged == 2
+
+
+def test_a_dry_run_looks_at_the_folder_of_the_whole(finished, tmp_path, capsys):
+    (tmp_path / "thesis.tex").touch()
+    words = ["train", str(finished / "a.yaml"), str(finished / "b.yaml"), "--sequence", "--output-dir", str(tmp_path)]
+    assert main([*words, "--dry-run"]) == 2
+    assert "holds other files (thesis.tex)" in capsys.readouterr().err
+    assert main([*words[:-1], str(finished / "out"), *WORDS, "--dry-run"]) == 2
+    assert f"{finished / 'out'} holds a finished run" in capsys.readouterr().err
 
 
 class Blow(TrainerCallback):

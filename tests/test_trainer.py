@@ -30,9 +30,11 @@ def make(
     tokenizer=None,
     method=None,
     init_folder=None,
+    reuse_init=False,
     eval_rows=None,
     decay_to_start=None,
     optimizers=(None, None),
+    optimizer_class=None,
     **options,
 ):
     """A trainer; `config` is "none" where the model is a PeftModel already."""
@@ -59,8 +61,10 @@ def make(
         calibration_args=CUT,
         method=method,
         init_folder=init_folder,
+        reuse_init=reuse_init,
         decay_to_start=decay_to_start,
         optimizers=optimizers,
+        optimizer_cls_and_kwargs=optimizer_class,
         eval_dataset=eval_rows,
     )
 
@@ -163,6 +167,16 @@ def test_a_checkpoint_loads_with_plain_peft_on_the_original_base(tmp_path, varia
         kept = batch["attention_mask"].bool()
         difference = (trainer.model.eval()(**batch).logits - fresh(**batch).logits)[kept].abs().max()
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("epochs, steps", [(1.5, 18), (2, 24), (1.75, 21), (1, 18)])
+def test_a_finished_run_goes_on_to_more_epochs(tmp_path, epochs, steps):
+    """48 rows in batches of 4: 12 steps an epoch; fewer epochs than were trained take none."""
+    options = {"max_steps": -1, "save_strategy": "steps", "save_steps": 18}
+    make(tmp_path, num_train_epochs=1.5, **options).train()
+    resumed = make(tmp_path, num_train_epochs=epochs, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
+    assert resumed.state.global_step == steps
 
 
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):

@@ -14,13 +14,14 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from world import make_world, write_rows
 
-from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.documents import FILE_KINDS, read_documents
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.schema import CalibrationSection, DataSection
+from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, DataSection
 from lora_null.recipes.data.calibration import calibration_texts
 from lora_null.recipes.data.examples import training_data
+from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text
@@ -161,6 +162,25 @@ def test_a_json_file_that_is_one_object(tmp_path, kind):
     whole, rows = WHOLE_FILES[kind]
     (tmp_path / "a.json").write_text(json.dumps(whole, indent=1))
     assert read_documents([tmp_path / "a.json"], "x").rows == rows
+
+
+def test_a_long_line_behind_spaces(tmp_path):
+    (tmp_path / "a.txt").write_text("  " + "x" * 1600 + "\n\n\t\t " + "y" * 1600)
+    texts = [row["text"] for row in read_documents([tmp_path / "a.txt"], "x").rows]
+    assert [len(text) for text in texts] == [1500, 100, 1500, 100]
+
+
+def test_files_of_two_kinds(tmp_path):
+    for name in ("train-1.csv", "train-2.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(
+        UserError, match=r"data\.path: files of two kinds, .*train-1\.csv and train-2\.jsonl; name one"
+    ):
+        load_documents(str(tmp_path), subset=None, split="train", where="data")
+
+
+def test_an_entry_is_data_by_the_kinds_that_are_read():
+    assert set(DATA_FILES) == set(FILE_KINDS)  # named in the schema once more, which does not wait for their readers
 
 
 def test_lists_of_different_lengths(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -57,6 +58,8 @@ def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
         str(out / "lora" / "adapter"),
         str(out / "lora-null-v1" / "adapter"),
     ]
+    assert {options["trust_remote_code"] for options in engine} == {False}
+    assert all(Path(options["tokenizer"]).name == "tokenizer" for options in engine)
     assert {options["pretrained"] for options in engine} == {str(tmp_path / "model")}
     assert [options.get("max_lora_rank") for options in engine] == [None, 8, 8]
     assert {

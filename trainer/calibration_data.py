@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from datasets import DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.utils.chat import adds_bos, conversation_text
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
 STREAM = 16  # texts of a stream that are read for each window, before the draw
 FIELDS = ("text", "messages", "conversations")  # of a row that is no window
-log = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def calibration_windows(
     if not texts:
         raise UserError("calibration: the data set holds no text")
     if len(texts) < len(given):
-        log.warning("calibration: %d of %d rows have no text and are left out", len(given) - len(texts), len(given))
+        logger.warning(f"calibration: {len(given) - len(texts)} of {len(given)} rows have no text and are left out")
     shuffled = random.Random(args.seed).sample(texts, len(texts))
     if args.mode == "separate":
         return [tokenizer(text)["input_ids"][: args.max_length] for text in shuffled[: args.samples]]
@@ -146,7 +146,7 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
         dimensions = batches[-1]["input_ids"].dim()
         windows += len(batches[-1]["input_ids"]) if dimensions == 2 else 1
         if is_stream and windows >= args.samples:
-            log.warning("calibration: the first %d windows of the stream are taken", windows)
+            logger.warning(f"calibration: the first {windows} windows of the stream are taken")
             break
     if dimensions == 2:
         return batches

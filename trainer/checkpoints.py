@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -262,9 +261,10 @@ class SavingMixin(Base):
         ):
             return True
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self.args.max_steps > 0:
-            return saved.global_step >= self.args.max_steps
-        return saved.global_step >= saved.max_steps and saved.num_train_epochs == math.ceil(self.args.num_train_epochs)
+        steps = self.args.max_steps
+        if steps <= 0:
+            *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return saved.global_step >= steps
 
     def _take_trained(self, checkpoint: Path) -> TrainOutput:
         """Restore what a run that was killed after its last step had trained."""

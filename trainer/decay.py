@@ -26,7 +26,9 @@ from lora_null.utils.errors import UserError
 OFF = "decay_to_start=False lets weight decay pull to zero"
 
 
-def decays_to_start(asked: bool | None, model: nn.Module, args: Any, optimizer: Any, *, deepspeed: bool) -> bool:
+def decays_to_start(
+    asked: bool | None, model: nn.Module, args: Any, optimizer: Any, *, deepspeed: bool, kind: type | None = None
+) -> bool:
     """Return whether decay goes to the start: where a residual base and weight decay come together, if it is not asked.
 
     Args:
@@ -35,6 +37,7 @@ def decays_to_start(asked: bool | None, model: nn.Module, args: Any, optimizer: 
         args: the training arguments.
         optimizer: the user's own; None where `args` says which.
         deepspeed: whether DeepSpeed trains.
+        kind: the class of the optimizer that is made, where `args` does not say which.
 
     Raises:
         UserError: it is asked for where it means nothing, or is due where it cannot be done.
@@ -45,8 +48,11 @@ def decays_to_start(asked: bool | None, model: nn.Module, args: Any, optimizer: 
     check_decay_to_start(asked, config, decay)
     if asked is False or not decay or not starts_from_residual(config):
         return False
-    name = type(optimizer).__name__ if optimizer is not None else str(getattr(args.optim, "value", args.optim))
-    if "adamw" not in name.lower():
+    kind = type(optimizer) if optimizer is not None else kind
+    name = kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
+    if (
+        "adamw" not in name.lower() or "schedule" in name.lower()
+    ):  # a schedule-free one decays an average of its weights
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
     if deepspeed:
         raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -33,7 +33,7 @@ from lora_null.start import (
     compute_start,
     load_start,
 )
-from lora_null.store import PREFIX, REPORT_FILE, copy_store, find_initialization
+from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization, read_report
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     SavingMixin,
@@ -41,7 +41,7 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint_or_raise,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
-from lora_null.trainer.methods import Method, MicroBatch, check_base, check_trainer, method_of
+from lora_null.trainer.methods import Method, MicroBatch, check_adapter, check_base, check_trainer, method_of
 from lora_null.trainer.methods.base import starts_in_files
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
@@ -64,7 +64,6 @@ from lora_null.utils.distributed import (
     together,
 )
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import link
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.utils.model_state import release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
@@ -123,10 +122,12 @@ class LoraNullMixin(SavingMixin):
         calibration_args: how windows are cut from texts.
         init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
         init_folder: an initialization to start from instead, written by an earlier run or by `lora-null init`.
-        method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`.
+        method: what else is initialized, frozen, done after a step and saved; see `lora_null.trainer.methods`. It goes
+            with `peft_config=method.config(…)`.
         decay_to_start: let AdamW's weight decay pull A and B to A0 and B0, the original model, instead of to zero; by
             default where the base carries a residual and there is weight decay. See `lora_null.trainer.decay`.
-        reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way.
+        reuse_init: take the initialization that lies in `init_dir`, written by a run that starts in the same way; it has
+            to be finished, and the one of `init_folder` where both are given.
         preflight: what to do with a finding of `lora_null.trainer.preflight`, such as labels that are all masked:
             "error" refuses it before anything is spent, "warn" says it in a line and goes on, "off" does not look.
 
@@ -161,6 +162,7 @@ class LoraNullMixin(SavingMixin):
             check_model(given.get("model"), given.get("args"), preflight)
         if method is not None:
             check_trainer(method, pairs=self.learns_pairs)
+            check_adapter(method, given.get("model"), given.get("peft_config"))
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
@@ -188,8 +190,8 @@ class LoraNullMixin(SavingMixin):
             self.method.prepare(self.model)
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
-        engine = {"deepspeed": self.is_deepspeed_enabled}
-        to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **engine)
+        how = {"deepspeed": self.is_deepspeed_enabled, "kind": (self.optimizer_cls_and_kwargs or [None])[0]}
+        to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **how)
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
@@ -199,6 +201,9 @@ class LoraNullMixin(SavingMixin):
         self._init_options = replace(init_options or defaults, weights=self._weights)
         self._init_folder = init_folder and find_initialization(Path(init_folder))
         self._reuse_init = reuse_init
+        both = [self.init_dir, self._init_folder] if reuse_init and self._init_folder else []
+        if len({read_report(folder)["key"] for folder in both}) > 1:
+            raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
         self._prepared = self._at_start = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
@@ -307,21 +312,22 @@ class LoraNullMixin(SavingMixin):
             raise UserError(
                 "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
             )
+        if not self.method.deepspeed and self.is_deepspeed_enabled:
+            raise UserError(f"method: {self.method.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
         if not self.method.sharded and (plugin is not None or self._zero_stage == 3):
-            raise UserError(
-                f"method: {self.method.name} needs whole weights while it trains; use DDP or ZeRO-2 for it"
-            )
+            able = "DDP or ZeRO-2" if self.method.deepspeed else "DDP"
+            raise UserError(f"method: {self.method.name} needs whole weights while it trains; use {able} for it")
 
     @property
     def _zero_stage(self) -> int:
         plugin = self.accelerator.state.deepspeed_plugin
         return plugin.zero_stage if plugin is not None else 0
 
-    def _prepare(self, *, resuming: str | bool) -> None:
+    def _prepare(self, *, resuming: str | Literal[False]) -> None:
         """Check the data, and put the model at its start, before an engine cuts the weights into pieces.
 
         Args:
-            resuming: the checkpoint to go on from; True for the last one in the output folder.
+            resuming: the checkpoint to go on from.
         """
         windows = self.calibration_texts if self.method.needs_texts else []
         self.train_dataset = self.method.training_data(self, windows)
@@ -332,7 +338,7 @@ class LoraNullMixin(SavingMixin):
         if self._weights is None:
             check_whole(self.model)
         if resuming:
-            self._restore_start(last_checkpoint_or_raise(self.init_dir.parent) if resuming is True else Path(resuming))
+            self._restore_start(Path(resuming))
         elif self._reuse_init:
             self._start_from(self.init_dir)
         elif self._init_folder is not None:
@@ -405,10 +411,7 @@ class LoraNullMixin(SavingMixin):
 
     def _forget_older_start(self) -> None:
         """Remove what an earlier run started from in this folder, but for parts that this one may continue."""
-        kept = [] if self._init_options.cache else [*self.init_dir.glob(f"{PREFIX}*")]
-        for path in self.init_dir.iterdir() if self.init_dir.is_dir() else ():
-            if path not in kept:
-                path.unlink()
+        clear(self.init_dir, parts=self._init_options.cache)
 
     def init_options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
@@ -437,29 +440,36 @@ class LoraNullMixin(SavingMixin):
         return batches
 
     def _keep_start(self, checkpoint: Path) -> None:
-        for path in self.init_dir.iterdir() if self.init_dir.is_dir() else ():
-            link(path, checkpoint / self.init_dir.name / path.name)
+        if (self.init_dir / REPORT_FILE).is_file():
+            copy_store(self.init_dir, checkpoint / self.init_dir.name)
 
     def _restore_start(self, checkpoint: Path) -> None:
         """Start again as the run of a checkpoint did, from the checkpoint's own copy: no other file is read."""
         if self._at_start or not self._measures:
             return
-        kept = checkpoint / self.init_dir.name
-        if not self._goes_on and self.method.rule_for(self._init_options) is not None and not kept.is_dir():
+        kept, found = checkpoint / self.init_dir.name, checkpoint / self.init_dir.name / REPORT_FILE
+        computes = type(self.method).training_batches is not Method.training_batches
+        computes = computes or self.method.rule_for(self._init_options) is not None
+        if computes and not self._goes_on and not found.is_file():
             raise UserError(
-                f"resume: {checkpoint} does not hold what it started from ({self.init_dir.name}/ is missing)"
+                f"resume: {checkpoint} does not hold what it started from ({kept.name}/{found.name} is missing)"
             )
-        self._start_from(kept)
+        self._at_start = True
+        if found.is_file():
+            self._start_from(kept)
         if self.args.should_save:
             self._forget_older_start()
-            for path in kept.iterdir() if kept.is_dir() else ():
-                link(path, self.init_dir / path.name)
+            if found.is_file():
+                copy_store(kept, self.init_dir)
         self.accelerator.wait_for_everyone()
 
     def _start_from(self, folder: Path) -> None:
+        """Start as a finished initialization in a folder says.
+
+        Raises:
+            UserError: there is none, or it does not fit.
+        """
         self._at_start = True
-        if not (folder / REPORT_FILE).is_file():
-            return
         rule = None if self._goes_on else self.method.rule_for(self._init_options)
         self._begin_with(
             load_start(

@@ -25,7 +25,7 @@ from lora_null.initialize import refuse_experts, say_what_is_fused
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
-from lora_null.utils.limits import PositionLimit, position_limit, tokenizer_of, unsupported
+from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported
 from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import unreadable
 
@@ -181,7 +181,7 @@ def check_rows(trainer: Any, mode: Mode) -> None:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     with preserve(trainer.model):  # a collator may draw random numbers, which training has to draw
         for count in (FIRST_LOOK, SECOND_LOOK):
-            look = _Look(_ends(trainer.model, tokenizer), getattr(args, "max_length", None))
+            look = _Look(end_ids(trainer.model, tokenizer), getattr(args, "max_length", None))
             for rows in _batches_of(trainer.train_dataset, count, max(2, args.per_device_train_batch_size)):
                 batch = collate(rows)
                 labels = trainer.labels_of(batch) if isinstance(batch, Mapping) else None
@@ -196,12 +196,6 @@ def check_rows(trainer: Any, mode: Mode) -> None:
     limit = position_limit(trainer.model.config)
     if limit is not None:
         _check_lengths(trainer, limit, look.longest, mode)
-
-
-def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's end token, and those that generation stops at."""
-    ends = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
-    return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 
 def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import position_limit
+from lora_null.utils.limits import end_ids, position_limit
 
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
 
@@ -106,15 +106,9 @@ def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed
             top_p=1.0,
             pad_token_id=pad,
         )
-    texts, ends = [], _ends(model, tokenizer)
+    texts, ends = [], end_ids(model, tokenizer)
     for row, new in zip(rows, found[:, width:].tolist()):
         end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         text = tokenizer.decode(row + new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         texts.append(without_bos(text, tokenizer))
     return texts
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text."""
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id} | (set() if ends is None else {ends} if isinstance(ends, int) else set(ends))

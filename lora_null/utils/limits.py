@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -53,6 +54,12 @@ class PositionLimit:
     def __str__(self) -> str:
         verb = "takes" if self.hard else "was trained on"
         return f"{self.architecture} {verb} {self.tokens} ({self.key})"
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Return the ids that end a text: the tokenizer's end token, and those that generation stops at."""
+    ends = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

@@ -14,8 +14,11 @@ from rich.table import Table
 
 from lora_null.adapters.strength import Strength
 from lora_null.recipes.budget import FEWEST, hold
+from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
+from lora_null.recipes.config.load import RECIPE_FILE
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
+from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.processes import join_processes
@@ -85,8 +88,12 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
     Raises:
         UserError: nothing to measure, or what a recipe may not hold.
     """
-    own = arguments.keep is not None or arguments.learn is not None or arguments.limit is not None
-    raw = _questions(source, arguments) if own or not source.recipe else dict(source.recipe)
+    files = arguments.keep is not None or arguments.learn is not None
+    lost = next((name for name in ("prompt", "response", "template") if getattr(arguments, name) is not None), None)
+    if lost and not files:
+        raise UserError(f"--{lost}: says how the rows of --keep and --learn are read; give one of them too")
+    own = files or arguments.limit is not None
+    raw = _questions(source, arguments) if own or not source.recipe else _of_run(source)
     if arguments.limit is not None:
         raw["eval"] = {**raw["eval"], "limit": arguments.limit}
     raw["model"] = source.base.section.model_dump(mode="json")
@@ -110,6 +117,13 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
         raise UserError(functools.reduce(lambda text, pair: text.replace(*pair), named.items(), str(error))) from None
 
 
+def _of_run(source: Source) -> dict[str, Any]:
+    """Return the recipe of the adapter's run; of a sequence that of its last task, which measures all of them."""
+    if not source.recipe.get("sequence"):
+        return dict(source.recipe)
+    return stage_recipes(parse_recipe(source.recipe, str(source.run / RECIPE_FILE)))[-1].model_dump(mode="json")
+
+
 def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a recipe that measures files of questions; a run's own recipe where only --limit was given."""
     if arguments.keep is None and arguments.learn is None:
@@ -118,20 +132,25 @@ def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{source.folder}: not an adapter of a run, so nothing says what to measure; --keep names a file of "
                 "questions with known answers"
             )
-        return dict(source.recipe)
-    fields = {"prompt": arguments.prompt, "response": arguments.response, "template": arguments.template}
+        return _of_run(source)
+    fields = {key: getattr(arguments, key) or default for key, default in QUESTIONS.items()}
+    stems = [Path(path).stem for path in (arguments.keep, arguments.learn) if path is not None]
 
-    def entry(path: str | None) -> list[dict[str, Any]]:
-        return [] if path is None else [{"answers": Path(path).stem, "path": path, **fields}]
+    def entry(path: str | None, what: str) -> list[dict[str, Any]]:
+        if path is None:
+            return []
+        name = Path(path).stem if len(set(stems)) == len(stems) else f"{what} {Path(path).stem}"
+        return [{"answers": name, "path": path, **fields}]
 
     used = {"path": arguments.keep or arguments.learn}
+    evaluation = {"retention": entry(arguments.keep, "kept"), "task": entry(arguments.learn, "learned")}
     return {
         "name": "dial",
         "model": {},
         "method": {"name": "lora"},
-        "calibration": {**used, "field": arguments.prompt},
+        "calibration": {**used, "field": fields["prompt"]},
         "data": used | fields,
-        "eval": {"retention": entry(arguments.keep), "task": entry(arguments.learn), "batch_size": 8},
+        "eval": evaluation | {"batch_size": 8},
     }
 
 

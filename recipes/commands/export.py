@@ -30,6 +30,7 @@ from lora_null.adapters.truncate import truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import write_card
+from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2
@@ -135,6 +136,10 @@ def _note_base(export: Export) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
+    of_budget = ("measure", "keep", "learn", "limit", *QUESTIONS, "allow_code_execution")
+    idle = next((name for name in of_budget if getattr(arguments, name) not in (None, False)), None)
+    if idle and arguments.max_forgetting is None:
+        raise UserError(f"--{idle.replace('_', '-')}: is for what --max-forgetting measures; give that too")
     if arguments.rank is not None and arguments.form == "merged":
         raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
     if arguments.dtype is not None and arguments.form != "merged":

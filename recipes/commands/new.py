@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,14 +134,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
     if out.exists():
         raise UserError(f"--out: {out} exists already; choose another name")
-    draft = _draft(arguments, out)
+    draft, quoted = _draft(arguments, out), shlex.quote(str(out))
     template = templates_in(Path(__file__).parent).get_template(TEMPLATE)
-    write_text(out, template.render(d=draft, y=_yaml, out=out))
+    write_text(out, template.render(d=draft, y=_yaml, out=quoted))
     for key, note in draft.notes.items():
         print(f"{key:<11} {note}")
     show_samples(load_recipe(str(out)), SHOWN, most=LETTERS)
     print(f"written     {out}; every line says why, change what you know better")
-    print(f"next        lora-null train {out} --dry-run     # the plan, in seconds\n            lora-null train {out}")
+    print(f"next        lora-null train {quoted} --dry-run     # the plan, in seconds")
+    print(f"            lora-null train {quoted}")
 
 
 def _draft(arguments: argparse.Namespace, out: Path) -> Draft:

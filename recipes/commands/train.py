@@ -8,7 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from lora_null.recipes.config.load import dump, load_recipe, shipped
+from lora_null.recipes.commands.arguments import ALLOW, UNSAFE
+from lora_null.recipes.config.load import RECIPE_FILE, dump, load_recipe, resume_command, shipped
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.utils.errors import UserError
@@ -63,6 +64,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.dry_run import dry_run
     from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
+    from lora_null.recipes.output import check
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence
@@ -75,7 +77,10 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        jobs = [dry_run(planned, **options) for planned in (stage_recipes(recipe) if recipe.sequence else [recipe])]
+        check(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+        consent = arguments.allow_code_execution
+        planned = stage_recipes(recipe) if recipe.sequence else [recipe]
+        jobs = [dry_run(each, allow_code_execution=consent) for each in planned]
         if recipe.sequence:
             check_stages(recipe, jobs)
         return
@@ -88,14 +93,14 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
-    from lora_null.recipes.output import RECIPE_FILE, what_is_kept
+    from lora_null.recipes.output import what_is_kept
 
     if not (folder / RECIPE_FILE).is_file():
         return "stopped before anything was begun", "the same command starts it"
     processes = int(os.environ.get("WORLD_SIZE", os.environ.get("LORA_NULL_WORKERS", 1)))
     launcher = "lora-null train" if processes == 1 else f"torchrun --nproc_per_node {processes} -m lora_null.recipes"
-    consent = " --allow-code-execution" if arguments.allow_code_execution else ""
-    return f"stopped; kept {what_is_kept(folder)}", f"go on with: {launcher} {folder / RECIPE_FILE} --resume{consent}"
+    consent = {False: "", UNSAFE: f" {ALLOW}={UNSAFE}"}.get(arguments.allow_code_execution, f" {ALLOW}")
+    return f"stopped; kept {what_is_kept(folder)}", f"go on with: {resume_command(folder, launcher)}{consent}"
 
 
 def _go_offline_without_a_network() -> None:

@@ -16,9 +16,14 @@ METHODS_FOLDER = Path(__file__).parents[2] / "trainer" / "methods"
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 
 
-@cache
 def training_fields(trainer: str) -> frozenset[str]:
     """Return the arguments of TRL's configuration class for a trainer, "sft" or "dpo"."""
+    return frozenset(training_types(trainer))
+
+
+@cache
+def training_types(trainer: str) -> dict[str, str]:
+    """Return the types of these arguments, as they are written there, such as "int | None"."""
     try:
         trl, transformers = (Path(importlib.util.find_spec(name).origin).parent for name in ("trl", "transformers"))
         files = (
@@ -26,11 +31,12 @@ def training_fields(trainer: str) -> frozenset[str]:
             trl / "trainer/base_config.py",
             transformers / "training_args.py",
         )
-        return frozenset(_fields(CONFIGS[trainer], dict(_classes(files))))
+        return dict(_fields(CONFIGS[trainer], dict(_classes(files))))
     except (OSError, KeyError, AttributeError, SyntaxError):  # a TRL that has these classes elsewhere: import it
         import trl
 
-        return frozenset(field.name for field in dataclasses.fields(getattr(trl, CONFIGS[trainer])) if field.init)
+        fields = dataclasses.fields(getattr(trl, CONFIGS[trainer]))
+        return {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields if field.init}
 
 
 @cache
@@ -40,7 +46,7 @@ def method_options() -> dict[str, frozenset[str]]:
     marked = [
         kind for kind in classes.values() if any(getattr(d, "id", None) == "method" for d in kind.decorator_list)
     ]
-    return {_assigned(kind, "name"): frozenset(_fields(kind.name, classes)) for kind in marked}
+    return {_assigned(kind, "name"): frozenset(dict(_fields(kind.name, classes))) for kind in marked}
 
 
 def add_methods(path: str) -> list[str]:
@@ -58,8 +64,8 @@ def _classes(files: Iterable[Path]) -> Iterator[tuple[str, ast.ClassDef]]:
         yield from ((node.name, node) for node in tree.body if isinstance(node, ast.ClassDef))
 
 
-def _fields(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
-    """Yield the arguments of a dataclass and of its bases: annotated names that are no ClassVar nor field(init=False)."""
+def _fields(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
+    """Yield the arguments of a dataclass and of its bases, each with its type: no ClassVar nor field(init=False)."""
     for base in classes[name].bases:
         yield from _fields(base.id, classes)
     for node in classes[name].body:
@@ -67,7 +73,7 @@ def _fields(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
             keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
             hidden = any(k.arg == "init" and getattr(k.value, "value", True) is False for k in keywords)
             if not hidden and "ClassVar" not in ast.unparse(node.annotation):
-                yield node.target.id
+                yield node.target.id, ast.unparse(node.annotation)
 
 
 def _assigned(kind: ast.ClassDef, name: str) -> str:

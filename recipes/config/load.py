@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_null.recipes.config.schema import TASK_FILES, CalibrationSource, Recipe, calibration_entry, parse_recipe
+from lora_null.recipes.config.schema import (
+    DATA_FILES,
+    TASK_FILES,
+    CalibrationSource,
+    Recipe,
+    calibration_entry,
+    one_or_more,
+    parse_recipe,
+)
 from lora_null.utils.errors import UserError, nearest
 
 FOLDER = Path(__file__).parents[1]
-RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe
+RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
+MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
+PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}")
 BATCH = ("total_batch_size", "gradient_accumulation_steps")
 PATH_KEYS = ("path", "fewshot_path", "references", "task")  # of an entry of `eval`; a task may be a YAML
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
@@ -41,6 +54,26 @@ def find(name: str) -> Path:
     raise UserError(f"recipe: none is called {name!r}{nearest(name, recipes)}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last, and one that is no text, as `on` and `no` are."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            where = f"line {key.start_mark.line + 1}: the key {key.value!r}"
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.YAMLError(f"{where} is given twice")
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith((":str", ":merge")):
+                raise yaml.YAMLError(f"{where} is no text to YAML; put it in quotes")
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds; raise a YAMLError for one that is none, or has a key twice or one that is no text."""
+    return yaml.load(text, _Loader)  # which is a safe one
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, safely.
 
@@ -48,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: for text that is no YAML or no mapping.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
@@ -107,16 +140,23 @@ def forget_other_batch(under: dict[str, Any], over: Collection[str]) -> dict[str
 def lay_calibration(under: Any, over: Any) -> Any:
     """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
 
-    Another path keeps what says how its rows are read; anything else takes that away too.
+    Another path keeps what says how its rows are read, unless it is of texts, which have none of the fields; anything
+    else takes that away too.
     """
     under, over = calibration_entry(under), calibration_entry(over)
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
     named = {"path", "source", "self", "sources"}
     if named & set(over):
-        gone = named if "path" in over else named | set(CalibrationSource.model_fields)
+        keeps = "path" in over and not _is_of_texts(Path(str(over["path"])))
+        gone = named if keeps else named | set(CalibrationSource.model_fields)
         under = {key: value for key, value in under.items() if key not in gone}
     return under | over
+
+
+def _is_of_texts(path: Path) -> bool:
+    kinds = {file.suffix.lower() for file in (path.rglob("*") if path.is_dir() else [path])} & set(DATA_FILES)
+    return bool(kinds) and kinds <= {".txt", ".md"}
 
 
 def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -131,9 +171,10 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         if not equals or not key:
             raise UserError(f"argument {assignment!r}: expected key.subkey=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
         put(raw, key, _number(value), f"argument {assignment!r}")
     given = {assignment.partition("=")[0].removeprefix("training.") for assignment in assignments}
     if isinstance(raw.get("training"), dict):
@@ -150,7 +191,9 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     *parents, last = key.split(".")
     target = raw
     for parent in parents:
-        target = target.setdefault(parent, {})
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
         if not isinstance(target, dict):
             raise UserError(f"{where}: {parent!r} holds a value, not keys")
     if key == "calibration":
@@ -162,12 +205,10 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """Read 1e-4 as a number: YAML 1.1 takes it for a string, as no recipe writer ever means it."""
+    """Read 1e-4 and 1e3 as numbers: YAML 1.1 takes them for text, as no recipe writer ever means them."""
     if isinstance(value, str):
-        try:
-            return float(value) if any(digit in value for digit in "0123456789") else value
-        except ValueError:
-            return value
+        number = float(value) if EXPONENT.fullmatch(value) else None
+        return value if number is None else int(number) if number.is_integer() else number
     if isinstance(value, dict):
         return {key: _number(inner) for key, inner in value.items()}
     return [_number(inner) for inner in value] if isinstance(value, list) else value
@@ -183,7 +224,7 @@ def _section_as_meant(name: str, section: Any) -> Any:
     if not isinstance(section, dict):
         return section
     if name in ("training", "grid"):
-        return {k: "no" if k.endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
+        return {k: "no" if str(k).endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
     if name == "method":
         return {k: _number(v) if k == "options" else v for k, v in section.items()}
     if name == "eval":
@@ -225,15 +266,49 @@ def load_recipe(
         put(raw, str(key), _number(value), f"{path}: quick.{key}")
     raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
     if max_forgetting is not None:
-        put(raw, "budget", (raw.get("budget") or {}) | {"at_most": _number(max_forgetting)}, "--max-forgetting")
+        put(raw, "budget.at_most", _number(max_forgetting), "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
+    if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
+        for key in ("name", "files"):
+            if isinstance(given := one_or_more(method.get(key)), list):
+                method[key] = [_meant(v, path.parent) if str(v).endswith(".py") else v for v in given]
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
-    if path.name == RECIPE_FILE and path.absolute().parent.name == Path(recipe.output_dir).name:
-        recipe.output_dir = str(path.parent)  # the one that a run left in its folder, wherever that lies now
+    if is_of_run(path):
+        recipe.output_dir = str(path.parent)  # wherever that lies now
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
+    recipe.output_dir = str(Path(recipe.output_dir).expanduser())
     return _with_paths(recipe, path.parent)
+
+
+def is_of_run(path: Path) -> bool:
+    """Return whether a file is the recipe that a run left in its folder, and not one that a user wrote.
+
+    Runs of earlier versions left no mark: theirs has every key, and lies in the folder that it names.
+    """
+    if path.name != RECIPE_FILE or not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text.startswith(MARK):
+        return True
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    complete = isinstance(raw, dict) and raw.keys() >= Recipe.model_fields.keys()
+    return complete and Path(str(raw["output_dir"])).name == path.absolute().parent.name
+
+
+def whole_of(folder: Path) -> Path:
+    """Return the folder of the sequence or the grid that a run's folder is a part of; a run's own by itself."""
+    wholes = (parent.parent for parent in folder.absolute().parents if parent.name in PARTS)
+    return next((whole for whole in wholes if is_of_run(whole / RECIPE_FILE)), folder)
+
+
+def resume_command(folder: Path, launcher: str = "lora-null train") -> str:
+    """Return the command that goes on with the run, sequence or grid to which a folder belongs."""
+    return f"{launcher} {shlex.quote(str(whole_of(folder) / RECIPE_FILE))} --resume"
 
 
 def dump(recipe: Recipe) -> str:
@@ -244,43 +319,48 @@ def dump(recipe: Recipe) -> str:
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
     if seeds is not None:
         put(raw, "grid.seeds", _number_list(seeds), "--seeds")
-    if sweeps:
-        put(raw, "grid.sweep", {}, "--sweep")
+    for key in ("sweep", "per_method") if sweeps else ():  # what is asked for holds for every method
+        put(raw, f"grid.{key}", {}, "--sweep")
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
             raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
         raw["grid"]["sweep"][key] = _number_list(values)
-        for others in (raw["grid"].get("per_method") or {}).values():  # what was asked for holds for every method
-            others.pop(key, None)
 
 
 def _number_list(text: str) -> list[Any]:
     try:
-        return [_number(yaml.safe_load(value)) for value in text.split(",")]
+        return [_number(parse_yaml(value)) for value in text.split(",")]
     except yaml.YAMLError:
         raise UserError(f"{text!r} is no list of values, such as 1,2") from None
 
 
+def _meant(path: str, folder: Path) -> str:
+    """Return what a path means: what is there; else what lies beside the recipe's YAML; of samples/… the shipped one."""
+    if Path(path).exists():
+        return path
+    folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+    return str(next((beside / path for beside in folders if (beside / path).exists()), path))
+
+
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Let a path that exists beside the recipe's YAML, but not here, mean that file; samples/… also the shipped ones."""
+    """Put what they mean (`_meant`) in the place of all paths of a recipe."""
     probe, entries = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
     for held in (probe.retention, probe.task) if probe else ():
         entries += held if isinstance(held, list) else []
     holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
+    holders += [(recipe.model, "name_or_path"), (recipe.method, "init"), (recipe.eval.judge, "prompts")]
     holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
-
-    def found(path: str) -> str:
-        folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
-        return str(next((beside / path for beside in folders if (beside / path).exists()), path))
-
     for holder, key in holders:
         path = getattr(holder, key, None)
-        if path and not Path(path).exists() and (key != "task" or Path(path).suffix in TASK_FILES):
-            setattr(holder, key, found(path))
+        if path and (key != "task" or Path(path).suffix in TASK_FILES):
+            setattr(holder, key, _meant(path, folder))
+    for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
+        for key in {"data.path", "calibration.path", "method.init"} & sweep.keys():
+            sweep[key] = [_meant(value, folder) if isinstance(value, str) else value for value in sweep[key]]
     for task in recipe.sequence.tasks if recipe.sequence else ():
         entries = (task.get("eval") or {}).get("task") or []
         for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
-            if isinstance(holder, dict) and isinstance(path := holder.get("path"), str) and not Path(path).exists():
-                holder["path"] = found(path)
+            if isinstance(holder, dict) and isinstance(path := holder.get("path"), str):
+                holder["path"] = _meant(path, folder)
     return recipe

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_null.recipes.config.known import add_methods, method_options, training_fields
+from lora_null.recipes.config.known import add_methods, method_options, training_fields, training_types
 from lora_null.recipes.data.templates import check_template
 from lora_null.utils.errors import UserError, nearest
 
@@ -104,7 +104,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
+    """Return names that are given in one text, separated by commas, as a list."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return value
@@ -145,9 +146,11 @@ class ModelSection(Section):
 class MethodSection(Section):
     """What is trained: one or more methods under equal conditions."""
 
-    name: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(
-        min_length=1, description="method names, in a list or separated by commas"
+    name: Annotated[list[str], BeforeValidator(one_or_more)] = Field(
+        min_length=1,
+        description="method names, in a list or separated by commas; mine.py stands for the methods in it",
     )
+    files: list[str] = Field([], description="files of methods of one's own; those among the names come here")
     rank: int = Field(128, ge=1, description="r")
     match: str | None = Field(
         None,
@@ -168,10 +171,24 @@ class MethodSection(Section):
     rank_pattern: dict[str, int] = Field({}, description="module pattern → rank")
     alpha_pattern: dict[str, float] = Field({}, description="module pattern → alpha")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, raw: Any) -> Any:
+        """Load the files of one's own methods, and put the methods of a file among the names in its place."""
+        if not isinstance(raw, dict):
+            return raw
+        names, files = (one_or_more(raw.get(key)) or [] for key in ("name", "files"))
+        if not all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words) for words in (names, files)
+        ):
+            return raw  # which the fields refuse
+        files = list(dict.fromkeys([*files, *(name for name in names if name.endswith(".py"))]))
+        entered = {file: add_methods(file) for file in files}
+        return raw | {"name": [own for name in names for own in entered.get(name, [name])], "files": files}
+
     @field_validator("name")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        names = [known for name in names for known in (add_methods(name) if name.endswith(".py") else [name])]
         for name in names:
             _need_method(name)
         if len(set(names)) != len(names):
@@ -200,6 +217,27 @@ class MethodSection(Section):
 def training_keys(trainer: str) -> frozenset[str]:
     """Return what `training` takes under a trainer, "sft" or "dpo"."""
     return (training_fields(trainer) - REFUSED.keys()) | {"total_batch_size", *TOKENS}
+
+
+def _training_value(key: str, value: Any, kind: str) -> Any:
+    """Return a training argument as its type has it: of quoted digits a number, of 1e3 a whole one, of a number a text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kinds = set(kind.split(" | "))
+    if type(value) in (int, float) and kinds <= {"str", "None"}:
+        return str(value)
+    if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"training.{key}: must be a number, not {value!r}") from None
+    if isinstance(value, float) and "int" in kinds and "float" not in kinds:
+        if not value.is_integer():
+            raise ValueError(f"training.{key}: must be a whole number, not {value}")
+        return int(value)
+    return value
 
 
 def _need_method(name: str) -> None:
@@ -689,22 +727,27 @@ class Recipe(Section):
     sequence: SequenceSection | None = Field(None, description="tasks one after the other")
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
-    output_dir: str = Field("", description="where everything goes; runs/NAME when not given")
+    output_dir: str = Field("", description="where everything goes; when not given runs/ and the file's name")
     seed: int = Field(0, ge=0, description="of data order, windows and what is drawn at random")
 
     @field_validator("training")
     @classmethod
     def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = training_keys(info.data.get("trainer", "sft"))
+        if "trainer" not in info.data:
+            return training  # the trainer is refused
+        known = training_keys(info.data["trainer"])
         for key in training:
             off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED) and training[key] in (False, "no", None)
             if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():
-                other = {"sft": "dpo", "dpo": "sft"}[info.data.get("trainer", "sft")]
+                other = {"sft": "dpo", "dpo": "sft"}[info.data["trainer"]]
                 where = f" under trainer: {info.data['trainer']}" if key in training_keys(other) else hint(key, known)
                 raise ValueError(f"training has no key {key!r}{where}")
-        return {key: value for key, value in training.items() if key not in REFUSED}
+        kinds = {"total_batch_size": "int"} | training_types(info.data["trainer"])
+        given = {key: (value, kinds.get(key, "None")) for key, value in training.items() if key not in REFUSED}
+        # A null where TRL takes none is its default.
+        return {k: _training_value(k, v, kind) for k, (v, kind) in given.items() if v is not None or "None" in kind}
 
     @model_validator(mode="before")
     @classmethod

@@ -92,6 +92,8 @@ def table_rows(dial: Dial) -> list[list[str]]:
 
 def told(dial: Dial, at_most: float | None = None) -> str:
     """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten."""
+    if len(dial.points) == 1:
+        return "nothing but the base was measured"
     found = dial.frontier()
     if found is None:
         return "only one side was measured: a frontier needs eval.retention and eval.task"

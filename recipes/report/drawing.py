@@ -111,8 +111,8 @@ def svg(figure: Figure, alt: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    head = rf'<svg viewBox="\1" role="img" aria-label="{escape(alt)}">'
-    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", head, text)
+    head = '<svg viewBox="{}" role="img" aria-label="{}">'
+    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", lambda found: head.format(found[1], escape(alt)), text)
     text = _own_ids(text)
     text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans)", text)
     return Markup(re.sub(r"#[0-9a-f]{6}\b", lambda match: variable(match[0]), text))

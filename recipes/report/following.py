@@ -157,9 +157,10 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     if found is None:
         return None
     head = ["", "base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
+    units = [found.base[name].unit for name in found.metrics]
     tables = []
     for t in found.transfers:
-        lost, ahead = [*map(_signed, t.lost), ""], ["", *map(_signed, t.ahead)]
+        lost, ahead = [*map(_signed, t.lost, units), ""], ["", *map(_signed, t.ahead, units[1:])]
         rows = [
             [metric_title(name), _cell(found.base[name]), *map(_cell, after), lost[j], ahead[j]]
             for j, (name, after) in enumerate(zip(found.metrics, t.matrix))
@@ -169,9 +170,10 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
         tables.append({"title": DISPLAY.get(t.method, t.method), "rows": rows})
     summary = []
     for t in found.transfers:
-        average = "–" if t.average is None else f"{t.average:.4g}"
-        summary.append([DISPLAY.get(t.method, t.method), _signed(t.backward), _signed(t.forward), average])
-    return {"head": head, "tables": tables, "summary": summary, "metrics": list(map(metric_title, found.metrics))}
+        average = "–" if t.average is None else f"{_scale(units[0]) * t.average:.4g}"
+        changes = (_signed(estimate, units[0]) for estimate in (t.backward, t.forward))  # which are of one unit
+        summary.append([DISPLAY.get(t.method, t.method), *changes, average])
+    return {"head": head, "tables": tables, "summary": summary}
 
 
 def _cell(metric: Any) -> str:
@@ -181,7 +183,14 @@ def _cell(metric: Any) -> str:
     return str(show(Estimate(metric.value, metric.stderr), metric.unit, digits))
 
 
-def _signed(estimate: Estimate | None) -> str:
+def _scale(unit: str | None) -> int:
+    """100 for what is shown as percent, as `show` does."""
+    return 100 if unit == "fraction" else 1
+
+
+def _signed(estimate: Estimate | None, unit: str | None) -> str:
     if estimate is None:
         return "–"
-    return f"{estimate.value:+.3f}" + ("" if estimate.stderr is None else f" ± {estimate.stderr:.3f}")
+    scale, digits = _scale(unit), 1 if unit == "fraction" else 3
+    error = "" if estimate.stderr is None else f" ± {scale * estimate.stderr:.{digits}f}"
+    return f"{scale * estimate.value:+.{digits}f}{error}"

@@ -58,6 +58,9 @@ class Frontiers:
             return None
         colors = colors_of(f.name for f in found)
         paths = [Path(f.name, f.label, colors[f.name], mean_path(results, f, *pair)) for f in found]
+        paths = [path for path in paths if path.points]
+        if not paths:
+            return None
         log = is_wide([y.value for path in paths for _, y in path.points])
         learned = f"learned: {metric_title(pair[1])}, improvement on the base  →"
         return cls(paths, (learned, f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →"), log)
@@ -89,7 +92,11 @@ class Frontiers:
         low, high = min(0, *(e.value for e in x)), max(e.value + (e.stderr or 0) for e in x)
         axes.set_xlim(low - 0.05 * (high - low), high + 0.08 * (high - low))
         low, high = min(e.value for e in y), max(e.value + (e.stderr or 0) for e in y)
-        axes.set_ylim(*((low / 1.6, high * 1.6) if self.log else (min(0, low) - 0.05 * high, 1.08 * high)))
+        if self.log:
+            axes.set_ylim(low / 1.6, high * 1.6)
+        else:
+            low, high = min(0, low), max(0, high)
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
 def frontier_png(results: Results) -> bytes:

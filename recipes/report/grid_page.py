@@ -36,15 +36,13 @@ class Frontier:
     """One method's runs: `points[seed]` are (learned, forgotten) from the base on, in the order of the swept values.
 
     Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
-    `rows` are the rows that average over the seeds, in the same order. `diverged` counts the runs that have no values.
-    `name` is the method's, with the settings of its second and later frontiers, such as "lora, weight_decay 3".
+    `rows` are the rows that average over the seeds, in the same order. `name` is the method's, with the settings of its second and later frontiers, such as "lora, weight_decay 3".
     """
 
     name: str
     points: dict[int, list[tuple[float, float]]]
     parts: dict[int, list[Parts]]
     rows: list[int]
-    diverged: int
 
     @property
     def label(self) -> str:
@@ -139,7 +137,7 @@ def _label(name: str) -> str:
 
 def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
     number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
-    frontier = Frontier(name, {}, {}, [], sum(run.diverged is not None for run in runs))
+    frontier = Frontier(name, {}, {}, [])
 
     def rising(run: Run) -> list[tuple]:
         return [(0, v, "") if isinstance(v, int | float) else (1, 0, str(v)) for v in run.point.values()]
@@ -175,12 +173,18 @@ def _sign(results: Results, name: str) -> int:
 
 
 def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> list[tuple[Estimate, Estimate]]:
-    """Return (learned, forgotten) of a method's rows, means over the seeds, with errors over questions and seeds."""
-    return [(_moved(results, i, task), _moved(results, i, kept)) for i in frontier.rows if results.rows[i].metrics]
+    """Return (learned, forgotten) of a method's rows, means over the seeds, with errors over questions and seeds.
+
+    A row that lacks one of them, as where a judge gave no grade for a seed, is left out.
+    """
+    pairs = ((_moved(results, i, task), _moved(results, i, kept)) for i in frontier.rows)
+    return [(learned, forgotten) for learned, forgotten in pairs if learned and forgotten]
 
 
-def _moved(results: Results, i: int, name: str) -> Estimate:
+def _moved(results: Results, i: int, name: str) -> Estimate | None:
     row, base, gap = results.rows[i].estimate(name), results.base.estimate(name), results.difference(i, 0, name)
+    if row is None or base is None:
+        return None
     return Estimate(_sign(results, name) * (row.value - base.value), gap.stderr if gap else row.stderr)
 
 
@@ -377,11 +381,12 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         return []
 
     def is_safe(i: int) -> bool:
-        return all(_moved(results, i, n).value <= SAFE * abs(results.base.estimate(n).value) for n in judged)
+        pairs = ((_moved(results, i, name), results.base.estimate(name)) for name in judged)
+        return all(moved.value <= SAFE * abs(base.value) for moved, base in pairs if moved and base)
 
     rows = []
     for f in frontiers(results, kept, task):
-        tried = [i for i in f.rows if results.rows[i].metrics]
+        tried = [i for i in f.rows if _moved(results, i, task)]
         safe = [i for i in tried if is_safe(i)]
         best = max(safe, key=lambda i: _moved(results, i, task).value, default=None)
         learned = None if best is None else results.rows[best].estimate(task)

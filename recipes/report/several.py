@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     ours = (out / RESULTS_FILE).is_file() and load_results(out).recipe == "comparison"
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out: {out} holds other files; choose an empty folder")
+    if ours:
+        shutil.rmtree(out / "logs", ignore_errors=True)  # of rows that had other numbers
     rows, first = [], next((r for r in found if r.base.metrics), found[0])
     for name, folder, results in zip(names, folders, found):
         for row in results.rows[1:]:

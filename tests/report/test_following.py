@@ -7,9 +7,9 @@ import pytest
 from lora_null.__main__ import main
 from lora_null.eval_harness import Metric
 from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
-from lora_null.recipes.report.following import next_step
+from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.render import write_report
-from lora_null.recipes.results import Results, Row, TrainLog, write_results, write_row
+from lora_null.recipes.results import Results, Row, Sequence, TrainLog, Transfer, write_results, write_row
 
 
 def metrics(nll, kl, other=None):
@@ -97,6 +97,24 @@ def test_without_curves_nothing_is_claimed(tmp_path):
     assert "lora-null dial RUN/METHOD measures one" in next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
 
 
+def test_a_sequences_fractions_are_percent_everywhere():
+    cell = Metric(0.4, 0.02, 50, True, "task", "fraction")
+    changes = {"lost": [(0.051, 0.02)], "ahead": [(-0.03, None)], "backward": (-0.051, 0.02), "average": 0.4}
+    found = results().model_copy(
+        update={
+            "sequence": Sequence(
+                tasks=["a", "b"],
+                metrics=["a", "b"],
+                base={"a": cell, "b": cell},
+                transfers=[Transfer(method="lora", matrix=[[cell, cell]] * 2, **changes)],
+            )
+        }
+    )
+    shown = sequence_tables(found)
+    assert [row[-2:] for row in shown["tables"][0]["rows"]] == [["+5.1 ± 2.0", ""], ["", "-3.0"]]
+    assert shown["tables"][0]["rows"][0][1] == "40.0 ± 2.0" and shown["summary"] == [["LoRA", "-5.1 ± 2.0", "–", "40"]]
+
+
 def unfinished(folder):
     """A run that has evaluated the base, finished one method and begun another."""
     (folder / "base").mkdir(parents=True)
@@ -134,7 +152,9 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     page = (tmp_path / "page" / "report.md").read_text()
     for row in ("LoRA (a/run)", "PiSSA (a/run, not finished, at step 5)", "LoRA (b/run)"):
         assert f"| {row.replace('_', chr(92) + '_')} |" in page
+    (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
+    assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
     write_results(other, results().model_copy(update={"model": "another"}))
     for words, message in (
         ([str(one), str(other)], "have different bases (m, another)"),

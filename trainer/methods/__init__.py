@@ -23,6 +23,7 @@ Each has a default, plain LoRA's. Options of a method are its dataclass fields: 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import pkgutil
@@ -31,11 +32,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from lora_null.config import LoraNullConfig
-from lora_null.layer import active_adapter
+from lora_null.config import LoraNullConfig, ResidualLoraConfig
+from lora_null.layer import active_adapter, is_started
 from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, method
 from lora_null.utils.errors import UserError, nearest
 
@@ -45,6 +46,7 @@ __all__ = [
     "MicroBatch",
     "Term",
     "adapter_parameters",
+    "check_adapter",
     "check_base",
     "check_trainer",
     "load_method_file",
@@ -52,6 +54,11 @@ __all__ = [
     "method",
     "method_of",
 ]
+
+# What `Method.config` is asked for in a recipe, with any numbers; and the fields that say how an adapter starts and trains.
+ANY_ADAPTER = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ANY_ADAPTER |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+KIND = ("variant", "null_multiple", "null_energy", "start", "init_lora_weights")
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -132,3 +139,36 @@ def check_trainer(method: str | Method, *, pairs: bool) -> None:
     if pairs and not kind.pairs:
         able = sorted(name for name, other in METHODS.items() if other.pairs)
         raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
+
+
+def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None:
+    """Refuse a method on another adapter than the one it makes, of which it would train or save something else.
+
+    An adapter that was trained already goes on as it is, whatever it started as.
+
+    Args:
+        method: the method.
+        model: what it is given: the model or its name, or a PEFT model.
+        config: of the adapter that is put on it; None for no new one.
+
+    Raises:
+        UserError: naming the config that goes with the method.
+    """
+    started = isinstance(model, PeftModel) and is_started(model, active_adapter(model))
+    if isinstance(model, PeftModel):
+        config = model.peft_config[active_adapter(model)]
+    wanted = copy.copy(method).config(**ANY_ADAPTER)  # a copy, as it may note what it is asked for
+    if wanted is None and config is not None:
+        raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")
+    if wanted is None or (config is not None and (started or _is_alike(config, wanted))):
+        return
+    found = "no adapter" if config is None else f"another {type(config).__name__}"
+    raise UserError(f"peft_config: {method.name} cannot train {found}; give peft_config=method.config(r=…)")
+
+
+def _is_alike(config: PeftConfig, wanted: PeftConfig) -> bool:
+    """Return whether a config is of the wanted kind; where that is a plain LoRA's, A and B may be drawn in any way."""
+    ours = all(isinstance(config, kind) == isinstance(wanted, kind) for kind in (LoraNullConfig, ResidualLoraConfig))
+    told = () if type(wanted) is LoraConfig and wanted.init_lora_weights is True else KIND
+    same = all(getattr(config, key, None) == getattr(wanted, key, None) for key in told)
+    return ours and same and isinstance(config, type(wanted))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from lora_null.adapters.plain import save_plain_adapter
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_null.start import InitOptions
 
 METHODS: dict[str, type[Method]] = {}
+RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # of a LoRA alone
 
 
 def method(kind: type[Method]) -> type[Method]:
@@ -78,6 +79,7 @@ class Method:
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
         sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
+        deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
         streams: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         plain: whether the adapter that it saves is a plain LoRA.
@@ -93,6 +95,7 @@ class Method:
     quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
+    deepspeed: ClassVar[bool] = True
     streams: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
     plain: ClassVar[bool] = True
@@ -218,6 +221,32 @@ def need(holds: bool, where: str, what: str, value: Any) -> None:
     """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
     if not holds:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
+
+
+def need_count(holder: Method, *names: str) -> None:
+    """Raise a UserError for an option that is no whole number of at least 1."""
+    for name in names:
+        value = getattr(holder, name)
+        need(type(value) is int and value >= 1, f"{holder.name}.{name}", "a whole number of at least 1", value)
+
+
+def taken_by(kind: type[PeftConfig], name: str, adapter: Mapping[str, Any], *, but: str = "") -> dict[str, Any]:
+    """Return the arguments of `peft.LoraConfig` for another config of PEFT's, which has no rank and scaling of that kind.
+
+    Args:
+        kind: the other config.
+        name: of the method.
+        adapter: the arguments; "all-linear" is adapted where they name nothing.
+        but: an argument that PEFT takes and ignores.
+
+    Raises:
+        UserError: an argument that the other config does not take.
+    """
+    given = {"task_type": "CAUSAL_LM"} | {key: value for key, value in adapter.items() if key not in RANK}
+    known = {field.name for field in fields(kind)} - {but}
+    for key in given.keys() - known:
+        raise UserError(f"{key}: {name} takes no such argument{nearest(key, known)}")
+    return given | {"target_modules": given.get("target_modules") or "all-linear"}
 
 
 def distinct_inputs(layers: Mapping[str, Any]) -> dict[str, Any]:

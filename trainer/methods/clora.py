@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 from lora_null.utils.errors import UserError
 
 
@@ -34,7 +34,7 @@ class CLoRA(Method):
 
     def __post_init__(self) -> None:
         need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
-        need(type(self.k) is int and self.k >= 1, f"{self.name}.k", "a whole number of at least 1", self.k)
+        need_count(self, "k")
         self.bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def check(self, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import active_adapter, adapted_layers, plain_name
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import Method, method
+from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_tensor
@@ -50,10 +51,15 @@ class EVA(Method):
 
     name = "eva"
     quantized_base = False
+    pairs = False  # it reads the labels of answers
 
     rows: int = 128
     batch_rows: int = 16
     rho: float = 2.0
+
+    def __post_init__(self) -> None:
+        need_count(self, "rows", "batch_rows")
+        need(1 <= self.rho < float("inf"), f"{self.name}.rho", "a number of at least 1", self.rho)
 
     def config(self, **adapter: Any) -> PeftConfig:
         return LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho), **adapter)
@@ -98,9 +104,13 @@ class LoRAGA(ResidualMethod):
     """
 
     name = "lora-ga"
+    pairs = False  # its gradient is that of the labels' loss
 
     rows: int = 32
     batch_rows: int = 4
+
+    def __post_init__(self) -> None:
+        need_count(self, "rows", "batch_rows")
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
@@ -159,10 +169,14 @@ class OSF(WeightMethod):
 
     effective_rank: float = 0.5
 
+    def __post_init__(self) -> None:
+        rank = self.effective_rank
+        fits = (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank <= 1)
+        need(fits, f"{self.name}.effective_rank", "a whole number of at least 1, or a fraction of at most 1.0", rank)
+
     def config(self, **adapter: Any) -> PeftConfig:
-        return OSFConfig(
-            target_modules=adapter["target_modules"], effective_rank=self.effective_rank, task_type="CAUSAL_LM"
-        )
+        taken = taken_by(OSFConfig, self.name, adapter, but="modules_to_save")
+        return OSFConfig(**taken, effective_rank=self.effective_rank)
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         return {plain_name(name): x for name, x in model.get_base_model().named_modules() if isinstance(x, OSFLayer)}
@@ -194,8 +208,7 @@ class OSF(WeightMethod):
 
 def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
     """Return the first training rows, tokenized and collated as the trainer does, on the model's device."""
-    data, device = trainer.train_dataset, next(trainer.model.parameters()).device
-    taken = [data[i] for i in range(min(rows, len(data)))]
+    taken, device = list(islice(iter(trainer.train_dataset), rows)), next(trainer.model.parameters()).device
     groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
     whole = [group for group in groups if len(group) == batch_rows] or groups
     return [{key: value.to(device) for key, value in trainer.data_collator(group).items()} for group in whole]

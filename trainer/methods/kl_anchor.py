@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 from lora_null.utils.distributed import rank_and_world
+
+Batch = dict[str, torch.Tensor]
 
 
 @method
@@ -41,9 +43,7 @@ class KLAnchor(Method):
 
     def __post_init__(self) -> None:
         need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
-        for key in ("every", "batch_rows", "tokens"):
-            value = getattr(self, key)
-            need(type(value) is int and value >= 1, f"{self.name}.{key}", "a whole number of at least 1", value)
+        need_count(self, "every", "batch_rows", "tokens")
         self.windows: list[list[int]] = []
 
     def held_bytes(self, model: nn.Module) -> int:
@@ -72,30 +72,36 @@ class KLAnchor(Method):
             return {}
         rank, world = rank_and_world()
         rows = self.rows_at(now.step)
-        if now.index * world >= len(rows):  # nothing is left for this pass, on any process
+        shares = [padded_batches(rows[now.index * world + i :: now.count * world], 0) for i in range(world)]
+        passes = max(map(len, shares))
+        if not passes:  # nothing is left for this pass, on any process
             return {}
-        own = rows[now.index * world + rank :: now.count * world]
-        summed = self._summed_kl(trainer, model, own or rows[:1])  # engines that shard need every process
-        mean = summed * (world if own else 0) / sum(map(len, rows))
-        return {"anchor_kl": Term(mean, self.weight * self.every)}
+        summed = self._summed_kl(trainer, model, shares[rank], passes, padded_batches(rows[:1], 0)[0])
+        return {"anchor_kl": Term(summed * world / sum(map(len, rows)), self.weight * self.every)}
 
-    def _summed_kl(self, trainer: Any, model: nn.Module, rows: list[list[int]]) -> torch.Tensor:
-        """Return the KL summed over the tokens of the rows."""
+    def _summed_kl(
+        self, trainer: Any, model: nn.Module, batches: list[Batch], passes: int, filler: Batch
+    ) -> torch.Tensor:
+        """Return the KL summed over the tokens of the batches.
+
+        Engines that shard need every process in every pass: where there are fewer batches, the filler runs and counts 0.
+        """
         model = trainer.accelerator.unwrap_model(model)
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
-        for batch in padded_batches(rows, 0):
+        for i in range(passes):
+            batch = batches[i] if i < len(batches) else filler
             batch = {key: value.to(device) for key, value in batch.items()}
             with torch.no_grad(), model.disable_adapter():
                 model.eval()  # the base as it answers: without the dropout that it may have
                 base = _log_probabilities(model, batch)
             model.train()
             now = _log_probabilities(model, batch)
-            total = total + nn.functional.kl_div(now, base, log_target=True, reduction="sum")
+            total = total + (i < len(batches)) * nn.functional.kl_div(now, base, log_target=True, reduction="sum")
         return total
 
 
-def _log_probabilities(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _log_probabilities(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the next-token log-probabilities of a batch without its padding, (tokens, vocabulary) float32."""
     logits = model(**batch, use_cache=False).logits
     return logits[batch["attention_mask"].bool()].float().log_softmax(-1)

@@ -18,7 +18,7 @@ from lora_null.adapters.plain import WEIGHTS_FILE
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
 from lora_null.layer import active_adapter, plain_name
-from lora_null.trainer.methods.base import Method, method, need
+from lora_null.trainer.methods.base import Method, method, need, taken_by
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 from lora_null.utils.quantized import weight_of
@@ -50,12 +50,8 @@ class OFT(Method):
         need(type(self.exact) is bool, f"{self.name}.exact", "true or false", self.exact)
 
     def config(self, **adapter: Any) -> PeftConfig:
-        return OFTConfig(
-            target_modules=adapter["target_modules"],
-            oft_block_size=self.block_size,
-            use_cayley_neumann=not self.exact,
-            task_type="CAUSAL_LM",
-        )
+        own = {"oft_block_size": self.block_size, "use_cayley_neumann": not self.exact}
+        return OFTConfig(**taken_by(OFTConfig, self.name, adapter) | own)
 
     def layers(self, model: nn.Module) -> Mapping[str, Any]:
         return {plain_name(name): x for name, x in model.get_base_model().named_modules() if isinstance(x, OFTLinear)}

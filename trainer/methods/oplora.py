@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, method, need
+from lora_null.trainer.methods.base import Method, method, need_count
 from lora_null.trainer.methods.clora import check_columns
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import unreadable, weight_of
@@ -34,7 +34,7 @@ class OPLoRA(Method):
     k: int = 16
 
     def __post_init__(self) -> None:
-        need(type(self.k) is int and self.k >= 1, f"{self.name}.k", "a whole number of at least 1", self.k)
+        need_count(self, "k")
 
     def check(self, model: nn.Module) -> None:
         check_columns(self, model, self.k)

@@ -8,6 +8,7 @@ but rewrites the base for good and saves factors that belong to W0 − s·B0A0 u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class ResidualMethod(Method):
 
     @property
     def rule(self) -> str:
-        return self.name
+        """The method with its options, where it has any: with others it starts elsewhere."""
+        return repr(self) if fields(self) else self.name
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(**adapter)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, adapted_layers, factors_of
-from lora_null.trainer.methods.base import Method, method
-from lora_null.utils.errors import UserError
+from lora_null.trainer.methods.base import Method, method, need
 from lora_null.utils.files import write_safetensors
 
 STATE_FILE = "roselora.safetensors"
@@ -34,6 +34,7 @@ class RoseLoRA(Method):
 
     name = "roselora"
     sharded = False  # entries compete along whole rows and columns
+    deepspeed = False  # its backward pass takes the step too: no gradient is left to be weighed, no moment to be cut
     state_bytes = 4  # the smoothed sensitivity
 
     final_fraction: float = 0.05
@@ -43,15 +44,12 @@ class RoseLoRA(Method):
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        where = "method.options.roselora"
-        if not 0 < self.final_fraction <= 1:
-            raise UserError(f"{where}.final_fraction: must be above 0 and at most 1, not {self.final_fraction}")
-        if not 0 <= self.begin <= self.end <= 1:
-            raise UserError(f"{where}: 0 <= begin <= end <= 1 must hold, not {self.begin} and {self.end}")
-        if not 0 <= self.decay < 1:
-            raise UserError(f"{where}.decay: must be at least 0 and below 1, not {self.decay}")
-        if self.clamp is not None and self.clamp <= 0:
-            raise UserError(f"{where}.clamp: must be above 0, not {self.clamp}")
+        fraction, clamp = self.final_fraction, self.clamp
+        need(0 < fraction <= 1, f"{self.name}.final_fraction", "above 0 and at most 1", fraction)
+        need(0 <= self.begin <= self.end, f"{self.name}.begin", f"at least 0 and at most end ({self.end})", self.begin)
+        need(self.end <= 1, f"{self.name}.end", "at most 1", self.end)
+        need(0 <= self.decay < 1, f"{self.name}.decay", "at least 0 and below 1", self.decay)
+        need(clamp is None or 0 < clamp < float("inf"), f"{self.name}.clamp", "a number above 0, or none", clamp)
 
     def kept_fraction(self, step: int, steps: int) -> float:
         """Return the fraction kept after optimizer step `step` (from 1) of `steps`: 1, a cubic fall, τ."""
@@ -93,11 +91,15 @@ class _Prune(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        """Smooth I = |p · grad|, of the gradients as the optimizer will see them; the first enters whole."""
-        for name, parameter, _dim in _factors(model):
-            if parameter.grad is None:
-                continue
-            now = (parameter * parameter.grad).abs().float()
+        """Smooth I = |p · grad|, of the gradients as the optimizer will see them; the first enters whole.
+
+        Gradients that are not all finite are left out: a float16 step that has overflowed is not taken.
+        """
+        reached = [(name, p, p.grad) for name, p, _dim in _factors(model) if p.grad is not None]
+        if not get_total_norm([gradient for *_, gradient in reached], float("inf")).isfinite():
+            return
+        for name, parameter, gradient in reached:
+            now = (parameter * gradient).abs().float()
             if name in self.sensitivity:
                 past = self.sensitivity[name].to(now.device)
                 self.sensitivity[name] = past.lerp_(now, 1 - self.method.decay)
@@ -108,8 +110,18 @@ class _Prune(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **_: Any
     ) -> None:
-        """Keep the top entries; what is cut loses its moments too, so that the next step does not bring it back."""
+        """Keep the top entries; what is cut loses its moments too, so that the next step does not bring it back.
+
+        Raises:
+            RuntimeError: no gradient has been seen, so nothing tells what to keep.
+        """
+        if getattr(optimizer, "step_was_skipped", False):  # a float16 gradient that overflowed
+            return
         fraction = self.method.kept_fraction(state.global_step + 1, state.max_steps)
+        if fraction < 1 and not self.sensitivity:
+            raise RuntimeError(
+                "roselora: no gradient was there to be read before a step, so nothing tells what to keep"
+            )
         for name, parameter, dim in _factors(model):
             if fraction < 1 and name in self.sensitivity:
                 cut = ~top_mask(self.sensitivity[name], fraction, dim)

@@ -16,7 +16,7 @@ from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods.base import method, need
+from lora_null.trainer.methods.base import method, need, need_count
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_tensor, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -48,7 +48,7 @@ class SCLoRA(ResidualMethod):
 
     def __post_init__(self) -> None:
         need(0 <= self.beta <= 1, f"{self.name}.beta", "between 0 and 1", self.beta)
-        need(type(self.rows) is int and self.rows >= 1, f"{self.name}.rows", "a whole number of at least 1", self.rows)
+        need_count(self, "rows")
 
     def costs(self) -> str:
         return f"before it trains, a forward pass over the first {self.rows} training rows and two over the calibration texts"
@@ -109,7 +109,7 @@ def output_factors(
 
 
 def first_rows(trainer: Any, rows: int) -> list[list[int]]:
-    """Return the token ids of the first training rows; of preferences the prompt with the chosen answer.
+    """Return the token ids of the first training rows; of preferences the prompt with the chosen answer, cut as TRL does.
 
     Raises:
         UserError: the prepared rows hold no token ids.
@@ -118,8 +118,18 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
     for row in islice(iter(trainer.train_dataset), rows):
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
-        found.append(list(row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]))
+        found.append(
+            list(row["input_ids"]) if "input_ids" in row else _cut(row["prompt_ids"] + row["chosen_ids"], trainer)
+        )
     return found
+
+
+def _cut(ids: list[int], trainer: Any) -> list[int]:
+    """Return what TRL's collator leaves of a preference row."""
+    most = getattr(trainer.args, "max_length", None)
+    if most is None:
+        return ids
+    return ids[-most:] if getattr(trainer.args, "truncation_mode", "") == "keep_end" else ids[:most]
 
 
 def _measured_twice(
