@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import tempfile
 import math
 import pickle
 import shutil
@@ -197,9 +198,13 @@ def _evaluate_by_vllm(
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
     section = job.recipe.model
     engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
-    lm = open_vllm(whole, adapter, dtype=section.dtype, revision=section.revision, rank=rank, **engine)
-    found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
-    del lm
+    engine |= {"dtype": section.dtype, "revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch) / "tokenizer"  # with the recipe's own end token
+        job.tokenizer.save_pretrained(tokenizer)
+        lm = open_vllm(whole, adapter, rank=rank, tokenizer=tokenizer, **engine)
+        found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
+        del lm
     _free()
     model.to(device)
     return found

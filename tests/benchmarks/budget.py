@@ -70,11 +70,7 @@ def free(out: Path, toy: bool) -> Results:
     """Return the sweep without a budget, each method at rates of its own."""
     cut = 2 if toy else None
     own = ", ".join(f"{name}: {{training.learning_rate: [{', '.join(rates[:cut])}]}}" for name, rates in RATES.items())
-    sweep = [
-        "--sweep",
-        "training.learning_rate=3e-4",
-        f"grid.per_method={{{own}}}",
-    ]  # which every method's own replaces
+    sweep = ["grid.sweep={training.learning_rate: [3e-4]}", f"grid.per_method={{{own}}}"]  # each own takes its place
     return run(out / "free", ["--method", ",".join(RATES), RETENTION, *(TOY if toy else []), *sweep])
 
 
