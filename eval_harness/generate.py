@@ -74,8 +74,8 @@ def can_generate_rows(model: nn.Module) -> bool:
 def sampling(model: nn.Module, temperature: float) -> LogitsProcessorList:
     """Return what `transformers.generate` does with logits before it draws: temperature, top_k and top_p, the model's own."""
     settings = getattr(getattr(model, "get_base_model", lambda: model)(), "generation_config", None)
-    own = {key: getattr(settings, key, None) for key in ("top_k", "top_p")}
-    top_k, top_p = (given if own[key] is None else own[key] for key, given in (("top_k", TOP_K), ("top_p", TOP_P)))
+    top_k, top_p = getattr(settings, "top_k", None), getattr(settings, "top_p", None)
+    top_k, top_p = TOP_K if top_k is None else top_k, TOP_P if top_p is None else top_p
     rules = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     rules.extend([TopKLogitsWarper(top_k)] if top_k else [])
     rules.extend([TopPLogitsWarper(top_p)] if top_p < 1 else [])

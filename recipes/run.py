@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import tempfile
 import math
 import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -26,14 +26,13 @@ from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported
-from lora_null.utils.model_state import preserve
+from lora_null.utils.model_state import REWRITES_BASE, preserve
 from lora_null.utils.quantized import unreadable
 
 logger = get_logger(__name__)
 
 Mode = Literal["error", "warn", "off"]
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts after which W0 is known no more
 SAMPLED = 4096  # numbers of a tensor that are compared before and after training
 
 

@@ -99,7 +99,7 @@ def longest_answer(member: Any) -> int:
     """Return how many tokens a task of lm-eval generates at most; 0 for one that generates none."""
     if member.OUTPUT_TYPE != "generate_until":
         return 0
-    return normalize_gen_kwargs(member.get_config("generation_kwargs") or {})["max_gen_toks"]
+    return normalize_gen_kwargs(member.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
