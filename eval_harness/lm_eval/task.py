@@ -98,7 +98,7 @@ class LmEvalTask(Task):
 
     @property
     def in_training_template(self) -> bool:
-        return self.task in FRAMED
+        return self.task.removesuffix(CHAT) in FRAMED
 
     @property
     def runs_code(self) -> bool:
@@ -191,7 +191,7 @@ class LmEvalTask(Task):
         """
         tasks, first = self.loaded["tasks"], rank_and_world()[0] == 0
         limit = position_limit(model.config)
-        if limit is not None and options.engine is None:
+        if limit is not None and limit.hard and options.engine is None:
             self.check_positions(tokenizer, limit)
         seed_fewshot(self.loaded, options.seed)
         with bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):
