@@ -134,7 +134,9 @@ run._trainer = with_kill
 from lora_null.recipes.__main__ import main
 main([{str(recipe)!r}])
 """
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, env=CPU)
+    killed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=CPU | {"LORA_NULL_CACHE": str(tmp_path / "cache")}
+    )
     assert killed.returncode == -9 and not (tmp_path / "out" / "results.json").exists()
     assert main([str(recipe), "--resume"]) == 0
     for method in METHODS:
@@ -151,7 +153,9 @@ def test_two_processes_start_alike_and_write_once(finished, tmp_path):
     recipe = make_world(tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["-m", "lora_null.recipes", str(recipe)]
-    done = subprocess.run(launch, capture_output=True, text=True, env=CPU)
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env=CPU | {"LORA_NULL_CACHE": str(tmp_path / "cache")}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("report:") == 1
     for method in METHODS[1:]:
