@@ -163,7 +163,8 @@ def test_two_processes_start_alike_and_write_once(finished, tmp_path):
             load_file(folder / "out" / method / "init" / "factors.model.layers.0.safetensors")
             for folder in (finished, tmp_path)
         )
-        assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+        for key in one:  # two processes add the inputs up in another order
+            assert (one[key] - two[key]).abs().max() <= 1e-4 * one[key].abs().max(), key
     ours, theirs = results(tmp_path), results(finished)
     assert ours["environment"]["processes"] == 2
     for mine, other in zip(ours["rows"], theirs["rows"]):
