@@ -26,7 +26,7 @@ from transformers import (
 
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import PositionLimit, position_limit
+from lora_null.utils.limits import PositionLimit, end_ids, position_limit
 
 NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
 NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
@@ -177,7 +177,7 @@ def generate_texts(
     if limit is not None and check_room(max_new_tokens, limit):
         encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
     share = my_share(range(len(prompts)), model)
-    ends = end_tokens(model) | {tokenizer.eos_token_id}
+    ends = end_ids(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
     autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)

@@ -50,9 +50,8 @@ def decays_to_start(
         return False
     kind = type(optimizer) if optimizer is not None else kind
     name = kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
-    if (
-        "adamw" not in name.lower() or "schedule" in name.lower()
-    ):  # a schedule-free one decays an average of its weights
+    averages = "schedule" in name.lower()  # a schedule-free one decays an average of its weights
+    if "adamw" not in name.lower() or averages:
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
     if deepspeed:
         raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
