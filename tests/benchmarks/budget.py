@@ -10,7 +10,7 @@ Each writes ordinary runs below --out, goes on with them where it was broken off
 
 budgets: KL 0.01 on NQ-open. "unseen" is the KL on nq_open_tune.jsonl, rows that neither probe nor check ever saw, and "kept"
 whether it is within the budget by one standard error. "best fixed" is the learning of the best rate of a sweep without a budget
-whose KL there is within it; the sweep takes three methods, each at rates where that is to be expected.
+whose KL there is within it; the sweep takes four methods, each at rates where that is to be expected.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ RATES = {  # of the sweep without a budget
     "lora": ["3e-5", "1e-4", "3e-4"],
     "lora-null-v1": ["3e-5", "1e-4", "3e-4"],
     "lora-null-v2": ["1e-3", "3e-3", "1e-2"],
+    "nb-lora": ["3e-4", "1e-3", "3e-3"],
 }
 STRENGTHS = "0.2,0.4,0.6,0.8,1,1.25"
 
