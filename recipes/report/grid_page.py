@@ -5,7 +5,8 @@ learning rate to the highest, one for each of its other settings, or through all
 where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches
 it, linearly between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so
 every question's part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
-(`eval_harness/statistics.py`). A method that does not reach a level has no value there, nor has one whose runs all learned
+(`eval_harness/statistics.py`). The level is LoRA's own, of the same questions, and moves with them: an easier set of
+questions raises it and what all methods have learned alike, which leaves their forgetting. A method that does not reach a level has no value there, nor has one whose runs all learned
 more: from the base to a method's first run KL rises with about the square of what is learned, not linearly.
 """
 
@@ -15,10 +16,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
-from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
@@ -29,6 +30,7 @@ RATE = "training.learning_rate"
 FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
 Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
+Level = tuple[float, np.ndarray | None]  # what was learned, and what each question adds to it
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,6 @@ def _label(name: str) -> str:
 
 
 def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
-    number = {(row.method, row.variant): i for i, row in enumerate(results.rows)}
     frontier = Frontier(name, {}, {}, [])
 
     def rising(run: Run) -> list[tuple]:
@@ -146,18 +147,24 @@ def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task:
         point = tuple(change(results, run, metric) for metric in (task, kept))
         if None in point:
             continue
-        i = number.get((run.method, variant_of(run.point)))
-        after, before = (found.get(row, {}).get(run.seed) for row in (i, 0))
         frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        parts = tuple(_part(results, metric, before, after) for metric in (task, kept))
+        parts = tuple(_part(results, run, metric, found) for metric in (task, kept))
         frontier.parts.setdefault(run.seed, [(None, None)]).append(parts)
+        i = _row_of(results, run)
         if i is not None and i not in frontier.rows:
             frontier.rows.append(i)
     return frontier
 
 
-def _part(results: Results, name: str, before: Evaluation | None, after: Evaluation | None) -> np.ndarray | None:
-    """Return what each question adds to `change`, paired with the base; None where that is not known."""
+def _row_of(results: Results, run: Run) -> int | None:
+    """Return the number of the row that averages over a run and those of other seeds."""
+    place = (run.method, variant_of(run.point))
+    return next((i for i, row in enumerate(results.rows) if (row.method, row.variant) == place), None)
+
+
+def _part(results: Results, run: Run, name: str, found: Evaluations) -> np.ndarray | None:
+    """Return what each question adds to a run's `change`, paired with the base; None where that is not known."""
+    after, before = (found.get(i, {}).get(run.seed) for i in (_row_of(results, run), 0))
     if before is None or after is None or not before.samples.get(name) or not after.samples.get(name):
         return None
     gaps = np.array(after.samples[name], dtype=float) - np.array(before.samples[name], dtype=float)
@@ -194,11 +201,17 @@ def change(results: Results, run: Row, name: str) -> float | None:
     return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
 
 
-def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[Parts] = ()) -> Reading | None:
+def reach(
+    path: Sequence[tuple[float, float]],
+    learned: float,
+    parts: Sequence[Parts] = (),
+    of_level: np.ndarray | None = None,
+) -> Reading | None:
     """Return the forgetting where a path first reaches `learned`, None where it never does, or long before its first run.
 
     On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). A change of the
-    ends moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1), which gives each question's part.
+    ends and of the level moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1) + slope d learned, which gives each
+    question's part. `of_level` is what each question adds to `learned`, None where that is a number by itself.
     """
     for k, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(path)):
         if x0 < learned <= x1:
@@ -210,6 +223,8 @@ def reach(path: Sequence[tuple[float, float]], learned: float, parts: Sequence[P
                 [share * factor * part for share, pair in ends if (part := pair[axis]) is not None]
                 for axis, factor in ((1, 1.0), (0, -slope))
             ]
+            if of_level is not None:
+                sets[1].append(slope * of_level)
             return Reading((1 - w) * y0 + w * y1, [np.sum(known, axis=0) for known in sets if known])
     return None
 
@@ -223,10 +238,10 @@ def equal_learning(results: Results, kept: str, task: str, found: Evaluations | 
     every = frontiers(results, kept, task, found)
     lora = next((frontier for frontier in every if frontier.name == "lora"), None)
     targets = []
-    for where, reached in _levels(results, task).items() if lora else ():
-        level = min([float(np.mean(reached)), *(max(x for x, _ in path) for path in lora.points.values())])
+    for where, reached in _levels(results, task, found or {}).items() if lora else ():
+        level, of_level = min([_mean_level(reached), *(_furthest(lora, s) for s in lora.points)], key=itemgetter(0))
         if level > 0:
-            targets.append(Target(level, where, _at(every, lora, level)))
+            targets.append(Target(level, where, _at(every, lora, level, of_level)))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
     targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
     return sorted(targets, key=lambda target: target.learned)
@@ -236,18 +251,33 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _levels(results: Results, task: str) -> dict[str, list[float]]:
+def _levels(results: Results, task: str, found: Evaluations) -> dict[str, list[Level]]:
     """Return what LoRA's seeds learned, by the swept values."""
-    found: dict[str, list[float]] = {}
+    levels: dict[str, list[Level]] = {}
     for run in _by_frontier(results)["lora"]:
         learned = change(results, run, task)
         if learned is not None:
-            found.setdefault(settings_text(run.point), []).append(learned)
-    return found
+            levels.setdefault(settings_text(run.point), []).append((learned, _part(results, run, task, found)))
+    return levels
 
 
-def _at(every: Sequence[Frontier], lora: Frontier, learned: float) -> list[AtEqual]:
-    read = {f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s]))} for f in every}
+def _mean_level(reached: Sequence[Level]) -> Level:
+    parts = [part for _, part in reached if part is not None]
+    return float(np.mean([x for x, _ in reached])), np.mean(parts, axis=0) if len(parts) == len(reached) else None
+
+
+def _furthest(frontier: Frontier, seed: int) -> Level:
+    """Return the most that a seed's runs have learned."""
+    path = frontier.points[seed]
+    k = max(range(len(path)), key=lambda k: path[k][0])
+    return path[k][0], frontier.parts[seed][k][0]
+
+
+def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.ndarray | None) -> list[AtEqual]:
+    read = {
+        f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s], of_level))}
+        for f in every
+    }
     theirs = read[lora.name]
     gaps = {}
     for f in every:
