@@ -17,7 +17,7 @@ from scipy import stats
 from tiny import tiny_tokenizer
 from world import make_world
 
-from lora_null.eval_harness import AnswerTask, Metric, PreferenceTask
+from lora_null.eval_harness import AnswerTask, Evaluation, Metric, PreferenceTask
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
@@ -361,6 +361,51 @@ def test_each_questions_part_is_how_the_reading_follows_it():
             moved[which] += 1e-6 / n * (more - moved[which].mean(1, keepdims=True))
             slope = (read(*moved).value - read(learned, kept).value) / 1e-6
             assert slope == pytest.approx(part[q] / n, rel=1e-3, abs=1e-8)
+
+
+def with_answers(learned, kept):
+    """A grid of methods at two rates, and the answers behind it: {method: [rates, questions]} of losses and KLs."""
+    results = made({m: [list(zip(learned[m].mean(1).tolist(), kept[m].mean(1).tolist()))] for m in learned})
+
+    def asked(losses, distances):
+        samples = {"t nll": list(losses), "q kl": list(distances)}
+        roles = {"t nll": "task", "q kl": "retention"}
+        metrics = {n: Metric(float(np.mean(x)), 0.1, len(x), False, roles[n], "nats") for n, x in samples.items()}
+        return {0: Evaluation(metrics, {}, 0.0, samples)}
+
+    ends = [(learned[method][rate], kept[method][rate]) for method in learned for rate in range(2)]
+    base = (np.full_like(ends[0][0], 2.0), np.zeros_like(ends[0][1]))
+    return results, {i: asked(*end) for i, end in enumerate([base, *ends])}
+
+
+def test_the_level_moves_with_its_questions():
+    """Against a numerical derivative of the whole reading: LoRA's level is of the same questions as what others learned."""
+    generator = np.random.default_rng(1)
+    hard = generator.normal(0, 0.3, 12)
+    learned = {m: np.array(ends)[:, None] + hard + generator.normal(0, 0.02, (2, 12)) for m, ends in
+               (("lora", (1.4, 1.0)), ("mine", (1.5, 0.9)))}  # fmt: skip
+    kept = {m: np.array(ends)[:, None] * generator.uniform(0.5, 1.5, (2, 8)) for m, ends in
+            (("lora", (0.1, 0.4)), ("mine", (0.01, 0.04)))}  # fmt: skip
+    results, found = with_answers(learned, kept)
+    mine = equal_learning(results, "q kl", "t nll", found)[-1].rows[1]
+
+    def read(learned, kept):
+        """mine − lora at what lora has learned at its second rate, of plain numbers."""
+        (x0, x1), (y0, y1) = learned["mine"].mean(1), kept["mine"].mean(1)
+        level = learned["lora"][1].mean()
+        return y0 + (y1 - y0) * (level - x0) / (x1 - x0) - kept["lora"][1].mean()
+
+    assert mine.difference.value == pytest.approx(read(learned, kept))
+    variance = 0.0
+    for which, n in ((learned, 12), (kept, 8)):
+        parts = []
+        for q in range(n):
+            moved = {m: x + 1e-6 / n * (x[:, q : q + 1] - x.mean(1, keepdims=True)) for m, x in which.items()}
+            both = (moved, kept) if which is learned else (learned, moved)
+            parts.append((read(*both) - read(learned, kept)) / 1e-6 * n)
+        variance += np.square(parts).sum() / (n * (n - 1))
+    assert mine.difference.stderr == pytest.approx(variance**0.5, rel=1e-3)
+    assert mine.p < 0.001 and "mine forgot less than LoRA" in grid_headline(results, found)
 
 
 def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():

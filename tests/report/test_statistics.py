@@ -95,6 +95,20 @@ def test_questions_and_seeds_by_hand():
     wild = Spread(np.array(0.3), np.array(questions), np.array(3 * seeds), 20, 3)
     both = t_tests(stack([paired_difference(gaps, np.zeros_like(gaps)), wild]), 4)
     assert both.stderr == pytest.approx(np.sqrt([questions + 2 * seeds, questions + 3 * seeds]))
+    # One that varies with the seed alone counts no more than the median says; that of χ² with two degrees of freedom is 2 log 2.
+    alike = Spread(np.array(0.3), np.array(questions / 1e6), np.array(seeds), 20, 3)
+    three = t_tests(stack([paired_difference(gaps, np.zeros_like(gaps)), wild, alike]), 4)
+    assert three.stderr[0] == pytest.approx(math.sqrt(questions + 3 * seeds / math.log(2)))
+
+
+def test_a_pair_that_answers_nearly_alike_does_not_hide_the_others():
+    """Two settings of one method differ by little: their few differences vary more with the seed than with the question."""
+    generator = np.random.default_rng(0)
+    clear = [Spread(np.array(-0.5), np.array(1e-2), np.array(1e-3 * x), 64, 2) for x in generator.chisquare(1, 6)]
+    alike = Spread(np.array(1e-3), np.array(1e-8), np.array(1e-5), 64, 2)
+    with_it, without = t_tests(stack([*clear, alike]), 8), t_tests(stack(clear), 7)
+    assert with_it.stderr[:-1] == pytest.approx(without.stderr, rel=0.2)
+    assert (with_it.p[:-1] < 0.005).all() and with_it.p[-1] > 0.5
 
 
 def test_nothing_is_claimed_where_nothing_varies():
