@@ -319,11 +319,26 @@ class Results(BaseModel):
     def labels(self) -> list[str]:
         """One distinct name per row, as papers write it: `LoRA-FA (r = 128)` where a method occurs more than once."""
         names = [DISPLAY.get(row.method, row.method) for row in self.rows]
-        names = [f"{name} ({row.variant})" if row.variant else name for name, row in zip(names, self.rows)]
+        names = [f"{name} ({settings})" if settings else name for name, settings in zip(names, self._settings())]
         for describe in (lambda i: f"r = {self.rows[i].rank}", lambda i: f"row {i}"):
             times = Counter(names)
             names = [f"{name} ({describe(i)})" if times[name] > 1 else name for i, name in enumerate(names)]
         return names
+
+    def _settings(self) -> list[str]:
+        """What each row's name says of its settings: of a grid not what one method has alone and all have (weight_decay 0)."""
+        settings = [(row.variant or "").split(", ") for row in self.rows]
+        of_method: dict[str, list[set[str]]] = {}
+        for row, own in zip(self.rows[1:], settings[1:]):
+            of_method.setdefault(row.method, []).append(set(own))
+        everywhere = (
+            set.intersection(*(set.union(*each) for each in of_method.values())) if self.grid and of_method else set()
+        )
+        common = {method: everywhere.intersection(*each) for method, each in of_method.items()}
+        return [
+            ", ".join(part for part in own if part not in common.get(row.method, ()))
+            for row, own in zip(self.rows, settings)
+        ]
 
     def difference(self, row: int, against: int, metric: str) -> Paired | None:
         """Return the comparison of two rows, as row minus against; None where they were not compared."""

@@ -438,6 +438,15 @@ def test_each_setting_has_a_frontier_along_the_rates():
     assert high.rows[0].difference is None and high.rows[1].difference.value == pytest.approx(-0.2)
 
 
+def test_a_setting_that_all_methods_have_is_not_said_of_one_that_has_no_other():
+    decays = {"lora": 0, "lora decayed": 3.0, "mine": 0}
+    points = {method: [[(1.5, 0.1), (1.0, 0.4)]] for method in decays}
+    more = {method: {"training.weight_decay": decay} for method, decay in decays.items()}
+    labels = made(points, more=more).labels()
+    assert labels[1] == "LoRA (lr 1, weight_decay 0)" and labels[3] == "LoRA (lr 1, weight_decay 3)"
+    assert labels[5:] == ["mine (lr 1)", "mine (lr 2)"]
+
+
 def test_nothing_is_read_where_all_runs_learned_more():
     found = made({"lora": [[(1.8, 0.1), (1.0, 0.4)]], "fast": [[(1.0, 0.3), (0.8, 0.5)]]})
     low, high = equal_learning(found, "q kl", "t nll")

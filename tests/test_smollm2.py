@@ -70,11 +70,11 @@ def test_real_activations_leak_no_more_than_the_float64_svd(folder, batches, sta
             f"{dtype} {line.name}: leakage {line.leakage:.3e}, float64 full SVD {ideal:.3e}, energy {line.energy:.2%}"
         )
         # In bfloat16 what a layer reads is rounded otherwise in batches of another shape: on some processors by percents.
-        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        tolerance, more = (1e-3, 1.01) if dtype == torch.float32 else (5e-2, 1.05)
         assert line.leakage == pytest.approx(oracle.leak(A, X[line.name]), rel=tolerance)
-        assert line.leakage <= 1.01 * ideal
+        assert line.leakage <= more * ideal
         best, found = (oracle.leak(Q.T, X[line.name]) for Q in (U, np.linalg.qr(A.T)[0]))
-        assert found <= 1.01 * best  # the space itself, whatever weight T gives to its directions
+        assert found <= more * best  # the space itself, whatever weight T gives to its directions
 
 
 def test_theorem_2_on_real_activations(started):
