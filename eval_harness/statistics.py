@@ -105,14 +105,14 @@ def t_tests(spread: Spread, methods: int) -> Difference:
     certain, and between equal methods something would be claimed in up to half of all tables (Satterthwaite's freedom,
     two seeds). So the spread over seeds is taken relative to that over questions, in the mean of all pairs, or the pair's
     own where that is larger; it has (methods − 1)(seeds − 1) degrees of freedom. Two methods that answer nearly alike can
-    differ a hundred times more with the seed than with the question, and raise the mean for all: it is no more than what the
-    median says of it (over that of χ²).
+    differ a hundred times more with the seed than with the question, which alone would raise the mean for all: it is
+    taken for no more than the median of all pairs says it is.
     """
     variance, freedom = spread.over_questions, spread.questions - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         if spread.seeds > 1:
             ratio = np.where(variance > 0, spread.over_seeds / variance, np.nan)
-            common = _middle(ratio, spread.seeds - 1)
+            common = _shared(ratio, spread.seeds - 1)
             variance = variance + np.maximum(spread.over_seeds, common * variance)
             fewest = (methods - 1) * (spread.seeds - 1)
             freedom = fewest if spread.questions == 0 else min(freedom, fewest)
@@ -121,8 +121,10 @@ def t_tests(spread: Spread, methods: int) -> Difference:
     return Difference(spread.mean, stderr, freedom, p)
 
 
-def _middle(ratio: np.ndarray, freedom: int) -> np.ndarray:
-    """Return the mean of the finite ratios on the last axis, kept, but at most what their median says; 0 where none is."""
+def _shared(ratio: np.ndarray, freedom: int) -> np.ndarray:
+    """Return what all pairs share of their ratios, on the last axis, kept: the mean of those that are finite, but at most what
+    their median says it is (the ratios of equal pairs are as χ² / freedom); 0 where none is finite.
+    """
     known = np.isfinite(ratio)
     ratio = np.where(known, ratio, np.where(known.any(axis=-1, keepdims=True), np.nan, 0.0))
     median = np.nanmedian(ratio, axis=-1, keepdims=True) * freedom / stats.chi2.median(freedom)

@@ -326,14 +326,14 @@ class Results(BaseModel):
         return names
 
     def _settings(self) -> list[str]:
-        """What each row's name says of its settings: of a grid not what one method has alone and all have (weight_decay 0)."""
+        """What each row's name says of its settings: of a grid not what a method always has and every method has somewhere."""
+        if not self.grid or len(self.rows) == 1:
+            return [row.variant or "" for row in self.rows]
         settings = [(row.variant or "").split(", ") for row in self.rows]
         of_method: dict[str, list[set[str]]] = {}
         for row, own in zip(self.rows[1:], settings[1:]):
             of_method.setdefault(row.method, []).append(set(own))
-        everywhere = (
-            set.intersection(*(set.union(*each) for each in of_method.values())) if self.grid and of_method else set()
-        )
+        everywhere = set.intersection(*(set.union(*each) for each in of_method.values()))
         common = {method: everywhere.intersection(*each) for method, each in of_method.items()}
         return [
             ", ".join(part for part in own if part not in common.get(row.method, ()))

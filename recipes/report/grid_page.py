@@ -5,9 +5,10 @@ learning rate to the highest, one for each of its other settings, or through all
 where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches
 it, linearly between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so
 every question's part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
-(`eval_harness/statistics.py`). The level is LoRA's own, of the same questions, and moves with them: an easier set of
-questions raises it and what all methods have learned alike, which leaves their forgetting. A method that does not reach a level has no value there, nor has one whose runs all learned
-more: from the base to a method's first run KL rises with about the square of what is learned, not linearly.
+(`eval_harness/statistics.py`). The level is LoRA's own, of the same questions, and moves with them: easier questions raise it
+as they raise what every method has learned, which is no difference in forgetting. A method that does not reach a level has
+no value there, nor has one whose runs all learned more: from the base to a method's first run KL rises with about the
+square of what is learned, not linearly.
 """
 
 from __future__ import annotations
