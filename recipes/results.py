@@ -390,6 +390,7 @@ DISPLAY = {
     "corda": "CorDA", "roselora": "RoseLoRA", "lora-null-v1": "LoRA-Null-v1", "lora-null-v2": "LoRA-Null-v2",
     "nb-lora": "NB-LoRA", "osf": "OSF", "mica": "MiCA", "eva": "EVA", "lora-ga": "LoRA-GA", "sc-lora": "SC-LoRA",
     "kl-anchor": "KL anchor", "replay": "Replay", "clora": "CLoRA", "oft": "OFT", "oplora": "OPLoRA",
+    "keeplora": "KeepLoRA",
 }  # fmt: skip
 
 

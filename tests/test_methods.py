@@ -31,19 +31,21 @@ ROWS = Dataset.from_dict(
 )
 CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 PAPER = ("full", "lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
-RIVALS = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora")
+RIVALS = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora", "keeplora")
 ALL = (*PAPER, "nb-lora", "osf", "mica", "eva", "lora-ga", *RIVALS)
 TRAINS = dict.fromkeys(ALL, ("lora_A", "lora_B"))
 TRAINS |= {
     "lora-fa": ("lora_B",),
     "lora-null-v2": ("lora_B",),
     "mica": ("lora_A",),
+    "keeplora": ("lora_B",),
     "osf": ("osf_svd_params",),
     "oft": ("oft_R",),
     "full": ("",),
 }
 BATCH = random_batches(1)[0]
 OPTIONS = {"eva": {"rows": 32}, "lora-ga": {"rows": 8}, "sc-lora": {"rows": 32}}
+OPTIONS |= {"keeplora": {"rows": 8, "weight_energy": 0.5, "input_energy": 0.9}}
 OPTIONS |= {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "kl-anchor": {"every": 2}}
 
 

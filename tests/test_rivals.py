@@ -33,7 +33,7 @@ PAIRS = Dataset.from_dict(
         "rejected": [f" {3 * i} or so" for i in range(16)],
     }
 )
-NAMES = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora")
+NAMES = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora", "keeplora")
 
 
 def one_by_one(texts):
@@ -341,6 +341,68 @@ def test_replay_refuses_rows_that_it_cannot_mix(tmp_path):
         trainer.train()
 
 
+# --- KeepLoRA ---
+
+
+@pytest.mark.parametrize("of_weight, of_inputs", [(0.5, 0.9), (0.0, 0.9), (0.5, 0.0)])
+def test_keeplora_starts_from_the_gradient_outside_of_what_is_kept(tmp_path, of_weight, of_inputs):
+    options = {"rows": 8, "weight_energy": of_weight, "input_energy": of_inputs}
+    trainer = started(tmp_path, "keeplora", options=options)
+    base = tiny_model().double()
+    for i in (0, 4):
+        base(**trainer.data_collator([trainer.train_dataset[j] for j in range(i, i + 4)])).loss.backward()
+    layers = adapted_layers(trainer.model)
+    inputs = oracle.capture_inputs(tiny_model(), layers, one_by_one(TEXTS))
+    for key in layers:
+        W, X, G = (
+            base.get_submodule(key).weight.detach().numpy(),
+            inputs[key],
+            base.get_submodule(key).weight.grad.numpy(),
+        )
+        M = oracle_of_kept(W, X, of_weight, of_inputs)
+        A, B, _ = factors(trainer, key)
+        assert not B.any() and 0 < M.shape[1] <= X.shape[0] - 4
+        np.testing.assert_allclose(A @ M, 0, atol=1e-4)  # the captured inputs are float32, as the model is
+        np.testing.assert_allclose(A @ A.T, np.eye(4), atol=1e-5)
+        outside = G - G @ M @ M.T
+        caught, most = np.linalg.norm(outside @ A.T) ** 2, (np.linalg.svd(outside)[1][:4] ** 2).sum()
+        assert caught == pytest.approx(most, rel=1e-4)
+
+
+def oracle_of_kept(W, X, of_weight, of_inputs):
+    """Add directions one at a time while too little is held."""
+    _, S, Vh = np.linalg.svd(W, full_matrices=False)
+    count = 0
+    while (S[: count + 1] ** 2).sum() < of_weight * (S**2).sum():
+        count += 1
+    M = Vh[:count].T
+    while np.linalg.norm(M.T @ X) ** 2 < of_inputs * np.linalg.norm(X) ** 2:
+        left = X - M @ (M.T @ X)
+        M = np.hstack([M, np.linalg.svd(left)[0][:, :1]])
+    return M
+
+
+def test_keeplora_keeps_out_all_through_training(tmp_path):
+    trainer = make(tmp_path / "run", "keeplora", weight_decay=0.1)
+    trainer.train()
+    trainer.method.save(trainer.model, tmp_path / "saved")
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved").merge_and_unload()
+    inputs = oracle.capture_inputs(tiny_model(), adapted_layers(trainer.model), one_by_one(TEXTS))
+    for key, X in inputs.items():
+        W0, W = (model.get_submodule(key).weight.detach().double().numpy() for model in (tiny_model(), merged))
+        moved, M = W - W0, oracle_of_kept(W0, X, 0.5, 0.9)
+        assert np.linalg.norm(moved) > 1e-2 * np.linalg.norm(W0)
+        assert np.linalg.norm(moved @ M) < 1e-5 * np.linalg.norm(moved)
+
+
+def test_keeplora_says_where_too_little_is_free(tmp_path):
+    trainer = make(tmp_path, "keeplora", options={"rows": 8, "weight_energy": 0.0, "input_energy": 0.9999999})
+    with pytest.raises(
+        UserError, match=r"method\.options\.keeplora: \S+ has only \d directions .* r = 4; lower weight_energy"
+    ):
+        trainer.train()
+
+
 # --- OFT, OPLoRA ---
 
 
@@ -426,6 +488,12 @@ def test_oplora_trains_as_with_the_projections_in_the_forward_pass(tmp_path):
         ("clora", {"weigth": 1}, r"no option 'weigth' \(did you mean 'weight'\?\)"),
         ("oft", {"block_size": 1}, r"oft\.block_size: must be a whole number of at least 2, not 1"),
         ("oft", {"exact": "yes"}, r"oft\.exact: must be true or false, not yes"),
+        ("keeplora", {"rows": 0}, r"keeplora\.rows: must be a whole number of at least 1, not 0"),
+        (
+            "keeplora",
+            {"input_energy": 1},
+            r"keeplora\.input_energy: must be a share from 0 to below 1, such as 0\.99, not 1",
+        ),
         ("oplora", {"k": True}, r"oplora\.k: must be a whole number of at least 1, not True"),
     ],
 )
@@ -444,7 +512,7 @@ def test_layers_that_are_too_small(tmp_path):
         make(tmp_path, "oft", options={"block_size": 32})
 
 
-@pytest.mark.parametrize("name", ["sc-lora", "kl-anchor", "replay"])
+@pytest.mark.parametrize("name", ["sc-lora", "kl-anchor", "replay", "keeplora"])
 def test_texts_are_needed(name):
     from trl import SFTConfig
 
@@ -465,7 +533,7 @@ def test_conv1d(tmp_path):
 
     with pytest.raises(UserError, match=r"oft adapts torch\.nn\.Linear alone, and GPT2LMHeadModel has Conv1D"):
         make(tmp_path, "oft", model=gpt2())
-    for name in ("sc-lora", "kl-anchor", "clora", "oplora"):
+    for name in ("sc-lora", "kl-anchor", "clora", "oplora", "keeplora"):
         trainer = make(tmp_path / name, name, model=gpt2(), max_steps=2)
         trainer._prepare(resuming=False)
         ids = torch.arange(10, 20)[None]
@@ -510,6 +578,7 @@ def test_vllm_serves_no_oft(tmp_path):
 
 def test_rivals_by_the_command(tmp_path, capsys):
     options = {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "sc-lora": {"rows": 16}}
+    options["keeplora"] = {"rows": 8, "weight_energy": 0.5, "input_energy": 0.9}
     recipe = make_world(tmp_path, method={"name": ",".join(NAMES), "rank": 4, "options": options})
     assert main([str(recipe), "--dry-run"]) == 0
     plan = " ".join(capsys.readouterr().out.split())

@@ -28,7 +28,7 @@ COLORS = {
     "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
     "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
     "nb-lora": "#0b3c6f", "sc-lora": "#e377c2", "kl-anchor": "#8c2d04", "replay": "#7fbf3f", "clora": "#8073ac",
-    "oft": "#c9a000", "oplora": "#b2182b",
+    "oft": "#c9a000", "oplora": "#b2182b", "keeplora": "#00897b",
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"

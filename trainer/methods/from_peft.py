@@ -129,7 +129,7 @@ class LoRAGA(ResidualMethod):
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
         layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
         with preserve(trainer.model):
-            self._take_gradients(trainer, layers, batches)
+            take_gradients(trainer, layers, batches)
             for name, layer in layers.items():
                 base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
                 original, dtype = base.weight.data.clone(), A.weight.dtype
@@ -141,17 +141,6 @@ class LoRAGA(ResidualMethod):
         for tensor in tensors.values():
             broadcast_tensor(tensor, 0)
         return tensors
-
-    def _take_gradients(
-        self, trainer: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, torch.Tensor]]
-    ) -> None:
-        def train_step() -> None:
-            for batch in batches:
-                trainer.model(**batch).loss.backward()
-
-        bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
-        bases.lora_ga_config = LoraGAConfig()
-        preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
 
 
 @method
@@ -204,6 +193,18 @@ class OSF(WeightMethod):
             )
         base.save_pretrained(directory, state_dict=state)  # which empties it
         return sum(parameter.numel() for name, parameter in base.named_parameters() if "osf_" not in name)
+
+
+def take_gradients(trainer: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, torch.Tensor]]) -> None:
+    """Leave the mean gradient of the loss with respect to W0 in each layer's base, where PEFT's LoRA-GA looks for it."""
+
+    def train_step() -> None:
+        for batch in batches:
+            trainer.model(**batch).loss.backward()
+
+    bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
+    bases.lora_ga_config = LoraGAConfig()
+    preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
 
 
 def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
