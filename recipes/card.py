@@ -202,7 +202,8 @@ def results_table(source: Any, strength: float = 1.0) -> Any:
         point = found.at(strength) if (found := read_dial(source.home)) else None
         if point is None:
             return None
-        rows = [rows[0], Row(method=source.method, variant=f"strength {strength:g}", metrics=point.metrics)]
+        base = Row(method="base", metrics=found.points[0].metrics)  # of the questions that the dial asked
+        rows = [base, Row(method=source.method, variant=f"strength {strength:g}", metrics=point.metrics)]
     return _table_of(results.model_copy(update={"rows": rows}))
 
 

@@ -169,6 +169,8 @@ def inputs_of(job: Job) -> dict[str, str]:
     for task in job.tasks:
         asked = task.describe(task.within(limit)).items()
         found[f"eval.{task.role} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
+    if job.recipe.method.files:
+        found["method.files"] = hash_of([Path(path).read_text(encoding="utf-8") for path in job.recipe.method.files])
     if any(Path(job.model_name).glob("*.safetensors")):
         found["model.name_or_path"] = base_fingerprint(Path(job.model_name))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from lora_null.recipes.config.load import MARK, RECIPE_FILE, dump, is_of_run, resume_command, whole_of
+from lora_null.recipes.config.load import MARK, RECIPE_FILE, dump, is_of_run, resume_command, whole_of, whole_paths
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results
 from lora_null.trainer.checkpoints import last_checkpoint
@@ -28,6 +28,7 @@ LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MOST_TOLD = 3
 OWN_FILES = ("base", "cells", "tasks", "report.md", "report.html", "forgetting.png", "magnitude.png", "card.png")
+OWN_FILES += ("unfinished.md", "unfinished.html", "unfinished.png")
 OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the last says that all is ours
 
 
@@ -152,12 +153,14 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     if overwrite:
         _clear(folder)
     if not (folder / RECIPE_FILE).is_file():
-        write_text(folder / RECIPE_FILE, MARK + dump(recipe))
+        write_text(folder / RECIPE_FILE, MARK + dump(whole_paths(recipe)))
 
 
 def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Raise a UserError unless the folder is free, or what it holds may be continued or replaced, as a whole."""
     folder = Path(recipe.output_dir)
+    if resume and overwrite:
+        raise UserError("--resume: goes on with the run that --overwrite removes; give one of the two")
     if (whole := whole_of(folder)) != folder:
         raise UserError(
             f"output_dir: {folder} is a part of the run in {whole} and not trained by itself; "
@@ -185,7 +188,7 @@ def _check_held(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"output_dir: {folder} holds an unfinished run; --resume continues it, --overwrite replaces it"
         )
-    differing = _differences(_read_recipe(folder), yaml.safe_load(dump(recipe)))
+    differing = _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe))))
     if differing:
         more = f" and {len(differing) - MOST_TOLD} more" if len(differing) > MOST_TOLD else ""
         raise UserError(

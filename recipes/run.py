@@ -328,7 +328,8 @@ def _outcome(
     if isinstance(probe, KeepBudget):
         kept = keep_budget(measurement(job, model), probe, model)
     saved = _save(job, plan, trainer, folder)
-    if hasattr(model, "disable_adapter") and trainer.something_moved and not (kept and kept.strength == 0):
+    back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
+    if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
         assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
     found = _evaluate(job, model, folder, base=False) if job.tasks else None
     if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):

@@ -40,7 +40,7 @@ def check_strength(value: float, where: str) -> float:
     """Return a strength; raise a UserError for one that is no number from 0 to 2."""
     if not 0 <= value <= MOST:
         raise UserError(
-            f"{where}: a strength is a number from 0 (the base) to {MOST:g}, 1 being as trained, not {value}"
+            f"{where}: a strength is a number from 0 (the base) to {MOST:g}, 1 being as saved, not {value}"
         )
     return value
 

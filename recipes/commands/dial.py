@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     source, job = together(check, what="checking the adapter")
     out = folder_for(source, arguments)
-    if job.base.parent == out:  # what an earlier dial measured of other questions
+    if job.base.parent == out and job.base.is_dir():  # what an earlier dial measured of other questions
+        if not (job.base / "eval.json").is_file():
+            raise UserError(f"--out: {job.base} holds other files; choose another folder")
         on_first_rank(lambda: shutil.rmtree(job.base, ignore_errors=True))
     base_row(job)
     model = load_adapted(source)

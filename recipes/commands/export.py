@@ -115,7 +115,7 @@ def _strength(source: Any, arguments: argparse.Namespace) -> tuple[float, str | 
 
         with tempfile.TemporaryDirectory() as scratch:
             value, measured = strength_within(source, arguments, Path(scratch))
-    told = f"Strength {value:.6g}: the change of every weight is {value:.6g} times what training gave, in lora_alpha"
+    told = f"Strength {value:.6g}: the change of every weight is {value:.6g} times that of the saved adapter, in lora_alpha"
     if arguments.form == "merged":
         told = told.removesuffix(", in lora_alpha")
     return value, f"{told}. Measured: {measured}." if measured else f"{told}."

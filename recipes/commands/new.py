@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -163,7 +162,10 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     calibration, retention = _kept(keep, tokenizer, machine, min(length, limit.tokens if limit else LONGEST))
     draft = Draft(
         name=out.stem,
-        model={"name_or_path": _model_path(arguments.model, out), "dtype": model.dtype},
+        model={
+            "name_or_path": _named_from(arguments.model, out) if Path(arguments.model).is_dir() else arguments.model,
+            "dtype": model.dtype,
+        },
         adapter=_adapter(config, model),
         rows=rows,
         data=rows.keys() | data | ({"limit": rows.learned} if rows.learned else {}),
@@ -206,15 +208,14 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     last = max([*documents.numbers, *(row.row for row in documents.bad)])  # as rows are numbered, blank lines too
     can_be_asked = "text" not in form.keys or "ending" in documents.columns
     held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
-    named = os.path.relpath(path, out.parent) if local else path
+    named = _named_from(path, out) if local else path
     alone = Path(path).is_file() or "ending" in documents.columns  # a file, or texts
     return Rows(named, None if alone else split, form, documents, last if local else None, held_out)
 
 
-def _model_path(name: str, out: Path) -> str:
-    """Return a model's name; of a folder the whole path where the recipe lies elsewhere."""
-    here = out.parent.resolve() == Path.cwd()
-    return name if here or not Path(name).is_dir() else str(Path(name).resolve())
+def _named_from(path: str, out: Path) -> str:
+    """Return a path as a recipe is to name it: whole where the recipe lies elsewhere, since what lies here comes first."""
+    return path if out.parent.resolve() == Path.cwd() else str(Path(path).resolve())
 
 
 def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], dict[str, str]]:

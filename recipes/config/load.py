@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def resolve_includes(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]
     """
     raw, merged = read_yaml(path), {}
     names, known = raw.pop("include", None) or [], {"default": PRESETS / "default.yaml", **presets(), **shipped()}
-    for name in [names] if isinstance(names, str) else map(str, names):
+    for name in map(str, names if isinstance(names, list) else [names]):
         included = known.get(name, path.parent / name)
         if not included.is_file():
             raise UserError(f"{path}: include: no file {name!r}{nearest(name, known)}")
@@ -255,6 +255,8 @@ def load_recipe(
     """
     path, known = find(name), presets()
     raw = resolve_includes(path)
+    if is_of_run(path):
+        raw["output_dir"] = str(path.parent)  # wherever that lies now
     if preset is not None:
         if preset not in known:
             raise UserError(f"--model-preset: no preset {preset!r}{nearest(preset, known)}")
@@ -275,11 +277,9 @@ def load_recipe(
                 method[key] = [_meant(v, path.parent) if str(v).endswith(".py") else v for v in given]
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
-    if is_of_run(path):
-        recipe.output_dir = str(path.parent)  # wherever that lies now
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     recipe.output_dir = str(Path(recipe.output_dir).expanduser())
-    return _with_paths(recipe, path.parent)
+    return _with_paths(recipe, lambda given: _meant(given, path.parent))
 
 
 def is_of_run(path: Path) -> bool:
@@ -325,7 +325,7 @@ def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> 
         key, equals, values = sweep.partition("=")
         if not equals or not values:
             raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
-        raw["grid"]["sweep"][key] = _number_list(values)
+        raw["grid"]["sweep"].setdefault(key, []).extend(_number_list(values))
 
 
 def _number_list(text: str) -> list[Any]:
@@ -337,14 +337,23 @@ def _number_list(text: str) -> list[Any]:
 
 def _meant(path: str, folder: Path) -> str:
     """Return what a path means: what is there; else what lies beside the recipe's YAML; of samples/… the shipped one."""
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
     if Path(path).exists():
         return path
     folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
     return str(next((beside / path for beside in folders if (beside / path).exists()), path))
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Put what they mean (`_meant`) in the place of all paths of a recipe."""
+def whole_paths(recipe: Recipe) -> Recipe:
+    """Return a copy whose local paths are whole, so that it means the same from any folder."""
+    return _with_paths(
+        recipe.model_copy(deep=True), lambda path: str(Path(path).absolute()) if Path(path).exists() else path
+    )
+
+
+def _with_paths(recipe: Recipe, meant: Callable[[str], str]) -> Recipe:
+    """Put what they mean in the place of all paths of a recipe."""
     probe, entries = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
     for held in (probe.retention, probe.task) if probe else ():
         entries += held if isinstance(held, list) else []
@@ -354,13 +363,24 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     for holder, key in holders:
         path = getattr(holder, key, None)
         if path and (key != "task" or Path(path).suffix in TASK_FILES):
-            setattr(holder, key, _meant(path, folder))
+            setattr(holder, key, meant(path))
+    recipe.method.files = [meant(path) for path in recipe.method.files]
     for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
         for key in {"data.path", "calibration.path", "method.init"} & sweep.keys():
-            sweep[key] = [_meant(value, folder) if isinstance(value, str) else value for value in sweep[key]]
+            sweep[key] = [meant(value) if isinstance(value, str) else value for value in sweep[key]]
     for task in recipe.sequence.tasks if recipe.sequence else ():
-        entries = (task.get("eval") or {}).get("task") or []
-        for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
-            if isinstance(holder, dict) and isinstance(path := holder.get("path"), str):
-                holder["path"] = _meant(path, folder)
+        _with_paths_of_task(task, meant)
     return recipe
+
+
+def _with_paths_of_task(task: dict[str, Any], meant: Callable[[str], str]) -> None:
+    """Do the same in a task of a sequence, which is checked later and may have any form."""
+    evaluation = task.get("eval")
+    entries = evaluation.get("task") if isinstance(evaluation, dict) else None
+    for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if isinstance(entry, str) and Path(entry).suffix:
+            entries[number] = meant(entry)
+    for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
+        for key in PATH_KEYS if isinstance(holder, dict) else ():
+            if isinstance(path := holder.get(key), str) and (key != "task" or Path(path).suffix in TASK_FILES):
+                holder[key] = meant(path)

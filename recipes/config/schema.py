@@ -219,13 +219,24 @@ def training_keys(trainer: str) -> frozenset[str]:
     return (training_fields(trainer) - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
+TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
 def _training_value(key: str, value: Any, kind: str) -> Any:
-    """Return a training argument as its type has it: of quoted digits a number, of 1e3 a whole one, of a number a text.
+    """Return a training argument as its type has it: of quoted digits a number, of "no" a truth value, of 1e3 a whole number.
 
     Raises:
         ValueError: it is none.
     """
     kinds = set(kind.split(" | "))
+    if isinstance(value, str) and kinds <= {"bool", "None"} and (key, value) != ("bf16", "auto"):
+        if value.lower() not in TRUTHS:
+            raise ValueError(f"training.{key}: must be true or false, not {value!r}")
+        return TRUTHS[value.lower()]
+    if isinstance(value, bool) and kinds & {"int", "float"} and "bool" not in kinds:
+        raise ValueError(f"training.{key}: must be a number, not {str(value).lower()}")
+    if key == "max_steps" and value == 0:
+        raise ValueError("training.max_steps: trains nothing with 0; leave it out to train whole epochs")
     if type(value) in (int, float) and kinds <= {"str", "None"}:
         return str(value)
     if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
@@ -608,7 +619,7 @@ class EvalSection(Section):
     )
     probe: ProbeSection | None = Field(None, description="measured while training too")
     strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
-        [], description="strengths of the trained adapter to evaluate as well, 1 being as trained"
+        [], description="strengths of the adapter to evaluate as well, 1 being as it is saved"
     )
 
     @model_validator(mode="after")

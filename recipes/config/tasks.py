@@ -30,6 +30,7 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
                 names_of_both = f"{first.model.name_or_path!r}, then {recipe.model.name_or_path!r}"
                 told = names_of_both if key == "model" else "the first's"
                 raise UserError(f"--sequence: {recipe.name} changes {key} ({told}); all tasks share one")
+        _check_dropped(first, recipe)
     dumped = [recipe.model_dump(mode="json") for recipe in recipes]
     own = [{key: raw[key] for key in ("name", "data", "training", "trainer")} for raw in dumped]
     tasks = [keys | {"eval": {"task": raw["eval"]["task"]}} for keys, raw in zip(own, dumped)]
@@ -37,6 +38,21 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
     raw = dumped[0] | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}, "training": {}}
     raw["output_dir"] = output_dir or f"runs/{'-'.join(names)}"
     return parse_recipe(raw, "--sequence")
+
+
+def _check_dropped(first: Recipe, recipe: Recipe) -> None:
+    """Raise a UserError for what a later recipe sets and a sequence takes from the first recipe alone."""
+    of_eval = sorted(type(recipe.eval).model_fields.keys() - {"task", "retention"})
+    for section, own, shared, keys in (
+        ("", recipe, first, ("budget", "grid")),
+        ("eval.", recipe.eval, first.eval, of_eval),
+    ):
+        for key in keys:
+            default = type(own).model_fields[key].get_default(call_default_factory=True)
+            if getattr(own, key) not in (default, getattr(shared, key)):
+                raise UserError(
+                    f"--sequence: {recipe.name} sets {section}{key}, which holds for all tasks; set it in {first.name} alone"
+                )
 
 
 def stage_recipes(recipe: Recipe) -> list[Recipe]:

@@ -76,7 +76,7 @@ def markdown(dial: Dial) -> str:
     """Return the table of the points, and the picture's place."""
     rows = table_rows(dial)
     lines = ["# " + f"{DISPLAY.get(dial.method, dial.method)} at several strengths", ""]
-    lines += ["ΔW times the strength; 0 is the base, 1 the adapter as it was trained. ± is one standard error.", ""]
+    lines += ["ΔW times the strength; 0 is the base, 1 the adapter as it was saved. ± is one standard error.", ""]
     lines += ["| " + " | ".join(rows[0]) + " |", "|" + "--:|" * len(rows[0])]
     lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     return "\n".join([*lines, "", "![Learned against forgotten, one point a strength](dial.png)", ""])
