@@ -76,9 +76,20 @@ def test_old_checkpoints_go_by_their_number_when_the_clock_went_backwards(tmp_pa
     make_checkpoint(tmp_path, 5)
     (tmp_path / "checkpoint-5" / "complete.json").unlink()
     (tmp_path / "checkpoint-5" / BEGUN_FILE).write_text("{}")
-    remove_old(tmp_path, keep=2, best=None)
+    remove_old(tmp_path / "checkpoint-3", keep=2, best=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     assert is_whole(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "keep, best, left", [(1, None, [2]), (2, None, [1, 2]), (3, None, [1, 2, 9]), (1, 9, [2, 9]), (2, 8, [2, 8])]
+)
+def test_later_steps_of_an_earlier_run_go_before_what_this_one_has_written(tmp_path, monkeypatch, keep, best, left):
+    for step in (8, 9, 1, 2):
+        newest = make_checkpoint(tmp_path, step)
+    monkeypatch.chdir(tmp_path)
+    remove_old(newest, keep=keep, best=best and f"checkpoint-{best}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in left]
 
 
 def test_checkpoints_of_another_trainer_are_left(tmp_path):
@@ -86,7 +97,7 @@ def test_checkpoints_of_another_trainer_are_left(tmp_path):
     for step in (1, 2):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-1" / "complete.json").unlink()
-    remove_old(tmp_path, keep=None, best=None)
+    remove_old(tmp_path / "checkpoint-2", keep=None, best=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
 

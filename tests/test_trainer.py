@@ -179,6 +179,21 @@ def test_a_finished_run_goes_on_to_more_epochs(tmp_path, epochs, steps):
     assert resumed.state.global_step == steps
 
 
+def test_a_run_that_is_resumed_at_its_end_has_the_best_model_too(tmp_path):
+    def trainer():
+        options = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+        options |= dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+        return make(tmp_path, eval_rows=ROWS.select(range(4)), **options)
+
+    whole, resumed = trainer(), trainer()
+    ended = whole.train()
+    assert whole.state.best_model_checkpoint.endswith("-2")
+    again = resumed.train(resume_from_checkpoint=True)
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert again.metrics.keys() >= ended.metrics.keys() and again.metrics["train_loss"] > 0
+
+
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)

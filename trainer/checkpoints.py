@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed_metrics
 
 from lora_null.adapters.plain import check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
@@ -113,15 +114,30 @@ def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str 
     )
 
 
-def remove_old(folder: Path, keep: int | None, best: str | None) -> None:
-    """Remove what killed runs left half-written, then the oldest by step until `keep` are left; never the best one.
+def remove_old(newest: Path, keep: int | None, best: str | None) -> None:
+    """Remove what killed runs left half-written, then the oldest checkpoints until `keep` are left.
 
-    A checkpoint that another trainer wrote, and which does not say whether it is whole, is left.
+    Those of later steps than the newest are an earlier run's in the same folder, so they are the oldest; the others are
+    as old as their step says. A checkpoint that another trainer wrote, and which does not say whether it is whole, is no
+    half-written one.
+
+    Args:
+        newest: the checkpoint that was just written, which stays.
+        keep: `save_total_limit`; None or 0 for all.
+        best: the best checkpoint, which stays.
     """
-    for path in _checkpoints(folder):
+    for path in _checkpoints(newest.parent):
         if not any(path.iterdir()) or ((path / BEGUN_FILE).is_file() and not is_whole(path)):
             shutil.rmtree(path, ignore_errors=True)
-    rotate_checkpoints(str(folder), save_total_limit=keep, best_model_checkpoint=best)
+    if not keep or keep < 0:
+        return
+    left = _checkpoints(newest.parent)
+    later = left.index(newest) + 1
+    by_age = left[later:] + left[:later]
+    stay = [path for path in left if path == newest or (best is not None and path.resolve() == Path(best).resolve())]
+    removable = [path for path in by_age if path not in stay]
+    for path in removable[: max(0, len(left) - max(keep, len(stay)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -161,7 +177,7 @@ class SavingMixin(Base):
         if self.args.should_save:
             record_processes(checkpoint, *self._processes_and_batch())
             mark_complete(checkpoint)
-            remove_old(folder, keep, self.state.best_model_checkpoint)
+            remove_old(checkpoint, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -267,14 +283,19 @@ class SavingMixin(Base):
         return saved.global_step >= steps
 
     def _take_trained(self, checkpoint: Path) -> TrainOutput:
-        """Restore what a run that was killed after its last step had trained."""
-        self._load_from_checkpoint(str(checkpoint))
+        """Restore what a run that was killed after its last step had trained, as it would have ended: with its best model."""
+        start = time.time()
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         losses = [line["loss"] for line in self.state.log_history if "loss" in line]
-        return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
+        loss = sum(losses) / max(len(losses), 1)
+        metrics = speed_metrics("train", start, num_samples=0, num_steps=0)
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": loss, "epoch": self.state.epoch}
+        return TrainOutput(self.state.global_step, loss, metrics)
 
     def _processes_and_batch(self) -> tuple[int, int]:
         processes = self.accelerator.num_processes
