@@ -245,6 +245,17 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
     assert all(one[key] == other[key] for key in ("metrics", "budget", "drift"))
 
 
+def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
+    words = [str(recipe(tmp_path)), "budget={at_most: 0.0005, then: rewind}", "eval.probe.every=1", *WORDS]
+    assert main(words) == 0
+    out, before = tmp_path / "out", row(tmp_path / "out")
+    assert before["budget"]["step"] == 0 and before["budget"]["reached"]
+    for name in ("lora-null-v1/row.json", "results.json", "report.html"):
+        (out / name).unlink()
+    assert main([*words, "--resume"]) == 0
+    assert all(row(out)[key] == before[key] for key in ("metrics", "budget"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,8 +17,9 @@ from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.card import results_table
 from lora_null.recipes.commands import source
-from lora_null.recipes.report.dial_page import Dial, read_dial, told, write_dial
+from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told, write_dial
 from lora_null.recipes.strengths import sweep
 
 PROBE = random_batches(count=1)[0]
@@ -113,6 +114,24 @@ def test_another_dial_measures_the_base_on_its_own_questions(world, tmp_path):
         assert found[0.0].keys() == found[1.0].keys() == {f"{name} nll", f"{name} kl"}
         assert {metric["n"] for metrics in found.values() for metric in metrics.values()} == {int(limit)}
     assert (tmp_path / "base" / "mine.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_is_no_dials_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "dial" / "base").mkdir(parents=True)
+    (tmp_path / "dial" / "base" / "mine.txt").write_text("years of work")
+    words = ["--keep", str(world / "facts.jsonl"), "--limit", "8", "--out", str(tmp_path)]
+    assert main(["dial", str(world / "elsewhere"), *words]) == 2
+    assert "dial/base holds other files; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "dial" / "base" / "mine.txt").is_file()
+
+
+def test_a_card_compares_answers_to_the_same_questions(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    method = tmp_path / "out" / "lora-null-v1"
+    assert main(["dial", str(method), "--limit", "4", "--strengths", "0.5"]) == 0
+    head, base, _ = table_rows(read_dial(method))
+    shown = {column.heading: str(column.cells[0]) for column in results_table(source.find_source(method), 0.5).columns}
+    assert all(shown[name] == value for name, value in zip(head[1:], base[1:]))
 
 
 def test_exported_within_a_budget_of_the_rows_that_the_run_probed(world, tmp_path, monkeypatch, capsys):

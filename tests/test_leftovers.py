@@ -21,6 +21,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import MARK, dump, load_recipe, resume_command
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
+from lora_null.recipes.job import inputs_of
 from lora_null.trainer.checkpoints import is_whole
 from lora_null.utils.errors import UserError
 
@@ -96,9 +97,43 @@ def test_a_recipe_is_a_runs_by_what_it_holds(tmp_path):
     assert recipe.output_dir == "elsewhere/out"
     renamed.write_text(MARK + dump(recipe))
     assert load_recipe(str(renamed)).output_dir == str(renamed.parent)
+    assert load_recipe(str(renamed), ["output_dir=elsewhere"]).output_dir == "elsewhere"
     recipe.output_dir = "runs/old"
     earlier.write_text(dump(recipe))  # as versions without a mark left it
     assert load_recipe(str(earlier)).output_dir == str(earlier.parent)
+
+
+def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
+    recipe, out = make_world(tmp_path / "here"), str(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "mine.py").touch()
+    words = ["data.path=numbers.jsonl", "eval.task=[numbers.jsonl]", "calibration.path=~/facts.jsonl"]
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    begun = load_recipe(str(recipe), words, output_dir=out)
+    output.claim(begun, resume=False, overwrite=False)
+    assert begun.data.path == "numbers.jsonl"  # as it was given
+    monkeypatch.chdir(tmp_path)
+    output.check(load_recipe(str(recipe), words, output_dir=out), resume=True, overwrite=False)
+    left = load_recipe(f"{out}/recipe.yaml")
+    assert {left.data.path, left.eval.task[0].path} == {str(tmp_path / "here" / "numbers.jsonl")}
+    assert left.calibration.path == str(tmp_path / "here" / "facts.jsonl")
+
+
+def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path):
+    mine = tmp_path / "mine.py"
+    recipe = SimpleNamespace(method=SimpleNamespace(files=[str(mine)]), eval=SimpleNamespace(limit=None))
+    found = []
+    for text in ("gain = 1", "gain = 5"):
+        mine.write_text(text)
+        found.append(inputs_of(SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], model_name="x")))
+    assert found[0]["method.files"] != found[1]["method.files"]
+
+
+@pytest.mark.parametrize(
+    "word, value", [('bf16="no"', False), ('gradient_checkpointing="True"', True), ("bf16=auto", "auto")]
+)
+def test_truth_values_in_quotes(word, value):
+    assert load_recipe("quickstart", [f"training.{word}"]).training[word.partition("=")[0]] == value
 
 
 @pytest.mark.parametrize("names", ["./", "[., /, '', .., ../.., ../kept, {tmp}/kept, 1, base/../..]", "lora"])

@@ -49,6 +49,18 @@ def make(*words, data="rows.jsonl", code=0):
     return load_recipe("rows.yaml") if not code else None
 
 
+def test_a_recipe_elsewhere_names_the_file_that_was_looked_at(world, monkeypatch):
+    for folder in ("here", "."):
+        Path(folder, "data").mkdir(parents=True, exist_ok=True)
+        write_rows(
+            Path(folder, "data", "rows.jsonl"), [{"prompt": f"{folder} {i}", "response": "x"} for i in range(50)]
+        )
+    monkeypatch.chdir("here")
+    assert main(["new", "--model", "../model", "--data", "data/rows.jsonl", "--out", "recipes/r.yaml"]) == 0
+    recipe = load_recipe("recipes/r.yaml")
+    assert {recipe.data.path, recipe.eval.task[0].path} == {str(world / "here" / "data" / "rows.jsonl")}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format(world, capsys, kind):
     row, name, keys, asked = KINDS[kind]

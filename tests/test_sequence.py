@@ -266,6 +266,27 @@ def test_each_task_keeps_its_own_training_and_trainer():
     assert [stage.training for stage in stages] == [one.training, other.training]
 
 
+@pytest.mark.parametrize("word", ["budget.at_most=0.1", "eval.limit=3", "grid.seeds=[0,1]"])
+def test_what_only_the_first_recipe_says_is_not_dropped_from_a_later_one(word):
+    one, other = load_recipe("quickstart"), load_recipe("quickstart", [word])
+    with pytest.raises(
+        UserError, match=f"sets {word.partition('=')[0].removesuffix('.at_most').removesuffix('.seeds')}, which holds"
+    ):
+        join_recipes([one, other], None)
+    join_recipes([other, one], None)
+
+
+def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
+    data, tasks = (
+        finished / "numbers.jsonl",
+        [{"name": "x", "data": {"path": "numbers.jsonl"}, "eval": {"task": ["numbers.jsonl"]}}, {"name": "y"}],
+    )
+    (finished / "tasks.yaml").write_text(yaml.safe_dump({"include": "quickstart", "sequence": {"tasks": tasks}}))
+    monkeypatch.chdir(tmp_path)
+    task = load_recipe(str(finished / "tasks.yaml")).sequence.tasks[0]
+    assert task["data"]["path"] == task["eval"]["task"][0] == str(data)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
