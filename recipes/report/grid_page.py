@@ -22,9 +22,9 @@ from operator import itemgetter
 import numpy as np
 
 from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
-from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.comparisons import Evaluations, compared_means
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
-from lora_null.recipes.report.table import metric_title, reference_row, show_all
+from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
 from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, settings_text, variant_of
 
 RATE = "training.learning_rate"
@@ -441,15 +441,13 @@ def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
     labels = results.labels()
     for i, row in enumerate(results.rows):
         reference = reference_row(results, row.variant)
-        for metric in dict.fromkeys(pair.metric for pair in results.paired or ()) if i and reference != i else ():
-            gap = None if reference is None else results.difference(i, reference, metric)
+        for compared, names in compared_means(results).items() if i and reference != i else ():
+            gap = None if reference is None else results.difference(i, reference, compared)
             if gap is not None:
-                name, settings = DISPLAY.get(row.method, row.method), row.variant
-                text, _, p = gap_text(gap, _unit(results, metric)).rpartition(", ")
-                lines.append((name if settings else labels[i], settings or "–", metric_title(metric), text, p))
+                name, settings, first = DISPLAY.get(row.method, row.method), row.variant, results.metric(names[0])
+                text, _, p = gap_text(gap, first.unit).rpartition(", ")
+                titles = ", ".join(map(metric_title, names))
+                title = f"{compared} ({titles})" if len(names) > 1 else titles
+                metric = f"{title} {ARROWS[first.higher_is_better]}"
+                lines.append((name if settings else labels[i], settings or "–", metric, text, p))
     return lines
-
-
-def _unit(results: Results, metric: str) -> str | None:
-    names = [name for role in ("retention", "task") for name in results.metric_names(role)]
-    return results.metric(metric).unit if metric in names else "fraction"

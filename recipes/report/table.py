@@ -18,6 +18,7 @@ from lora_null.recipes.comparisons import MEANS, averaged
 from lora_null.recipes.results import Estimate, Results, Row
 
 MISSING = "–"
+ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
 WORDS = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
@@ -183,7 +184,7 @@ def _metric_column(results: Results, name: str) -> Column:
         group=metric.role.capitalize(),
         definition=_definition(name, metric.unit) + size + _floor(results, name, metric.unit) + ".",
         cells=_marked_cells(results, estimates, metric.unit, name, metric.higher_is_better),
-        arrow={True: "↑", False: "↓", None: ""}[metric.higher_is_better],
+        arrow=ARROWS[metric.higher_is_better],
     )
     for i, row in enumerate(results.rows):
         if estimates[i] is None and name in row.metrics:

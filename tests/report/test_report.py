@@ -23,6 +23,7 @@ from lora_null.recipes.report.figures import (
     forgetting_png,
     row_colors,
 )
+from lora_null.recipes.report.grid_page import against_reference
 from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.render import escape_markdown
 from lora_null.recipes.report.table import build_table, count, decimals, rank_marks, show, show_all
@@ -391,6 +392,17 @@ def test_forgetting_is_the_mean_loss_of_retention_where_no_kl_was_measured():
     assert forgetting(results).estimates[1].value == pytest.approx(0.07)  # fractions alone: no sum with nats
     assert headline(results).startswith("LoRA-Null-v1 forgot least: mean loss of retention")
     assert "7.00 ± 1.00 points" in headline(results)
+
+
+def test_the_table_of_differences_says_what_a_mean_is_of_its_unit_and_its_better_direction():
+    before = {f"{name} nll": metric(2.0, 0.1, "retention", "nats") for name in ("facts", "trivia")}
+    after = {name: entry | {"value": 2.1} for name, entry in before.items()}
+    gap = {"row": 2, "against": 1, "metric": "mean retention", "mean": 0.1, "stderr": 0.02, "p_adjusted": 0.01}
+    results = parse_results(
+        raw(base=before, lora=before, pissa=after) | {"paired": [gap | {"questions": 9, "seeds": 1}]}
+    )
+    (line,) = against_reference(results)
+    assert line == ("PiSSA", "–", "mean retention (facts NLL, trivia NLL) ↓", "0.100 ± 0.020", "adjusted p = 0.01")
 
 
 def test_retention_without_a_base_is_compared_as_it_is():
