@@ -25,6 +25,9 @@ _QUANTITY = re.compile(rf"({_NUMBER})(?:\s*/\s*(\d[\d,]*)|\s+(\d+)\s*/\s*(\d+))?
 _METAMATH_NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{([\d.,]+)\}|(\d))")
 LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
+_DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
+_BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free
+_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _NOISE = re.compile(r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
@@ -35,12 +38,13 @@ def extract_answer(text: str) -> str | None:
 
     That is what follows the last "The answer is:" (MetaMath), else the last "####" (GSM8K), to the end of its
     sentence or line; else the contents of the last \\boxed{…} (MATH). Of an answer that is boxed, the box's contents.
+    Where nothing follows the marker, the last box counts.
     """
     for marker in (METAMATH, GSM8K):
         parts = marker.split(text)
         if len(parts) > 1:
             answer = _first_statement(parts[-1])
-            return boxed_answer(answer) or answer or None
+            return boxed_answer(answer) or answer or boxed_answer(text)
     return boxed_answer(text)
 
 
@@ -129,14 +133,29 @@ def equivalent(answer: str | None, right: str | None) -> bool:
 
 
 def _first_statement(text: str) -> str:
-    """Return the text up to the end of its sentence or line, without dollar signs around it."""
-    line = next((line for line in text.strip().splitlines() if line.strip()), "")
-    line = re.split(r"\.\s", line, maxsplit=1)[0].strip().removesuffix(".").strip(" :")
-    inside = re.fullmatch(r"\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", line)
-    return next((part for part in inside.groups() if part is not None), line).strip() if inside else line
+    """Return the first line that says something, to the end of its sentence, without bold marks or dollar signs around it.
+
+    Displayed mathematics counts as one line; lines of marks alone ("```") and introductions ("as follows:") say nothing.
+    """
+    text = _BOLD.sub(r"\1", _DISPLAY.sub(lambda display: " ".join(display[0].split()), text))
+    line = next((line for line in map(str.strip, text.splitlines()) if _says_something(line)), "")
+    line = re.split(r"\.\s(?!\\\]|\$\$)", line, maxsplit=1)[0].strip().removesuffix(".").strip(" :*")
+    inside = re.fullmatch(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", line)
+    found = next((part for part in inside.groups() if part is not None), line) if inside else line
+    return found.strip().removesuffix(".")
+
+
+def _says_something(line: str) -> bool:
+    introduces = line.endswith(":") and not re.search(r"\d", line)
+    return not introduces and re.search(r"\w", line) is not None
 
 
 def _plain(answer: str) -> str:
-    """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees."""
+    """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees.
+
+    "100,200" is one number, as it is written; the pair is "100, 200" or "(100,200)".
+    """
     plain = _NOISE.sub("", answer.strip().strip("$"))
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain) if not re.search(r"[(\[{].*,", plain) else plain
+    if re.search(r"[(\[{].*,", plain):
+        return plain
+    return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), plain)
