@@ -51,6 +51,7 @@ from lora_null.recipes.results import (
 from lora_null.recipes.run import base_row, run_job
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import hash_of
 
 # Keys that change how it trains and nothing before the first step: runs that differ in these share their starts.
 STEPS_ONLY = {
@@ -81,6 +82,8 @@ class Cell:
     def folder(self) -> str:
         """Path below the grid's folder, such as "cells/learning_rate=0.0003/seed=1"."""
         values = settings_text(dict(self.point), join="=").replace(", ", ",").replace("/", "_")
+        if len(values.encode()) > 200:  # file systems take 255 bytes
+            values = f"{values[:60]}-{hash_of(values)[:12]}"
         return "/".join(filter(None, ["cells", values, f"seed={self.seed}"]))
 
     def recipe(self, grid: Recipe, root: Path) -> Recipe:

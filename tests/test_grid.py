@@ -519,3 +519,9 @@ def test_questions_and_seeds_both_enter_the_error_at_equal_learning(grid):
         assert row.value.value == alone.value.value
         if row.reached == 2:
             assert row.value.stderr > alone.value.stderr
+
+
+def test_folders_of_long_values_have_names_that_file_systems_take():
+    paths = [f"{'a long folder/' * 20}{name}.jsonl" for name in "ab"]
+    folders = [Cell(0, (("data.path", path),), ("lora",)).folder for path in paths]
+    assert len(set(folders)) == 2 and all(len(part) < 100 for folder in folders for part in folder.split("/"))
