@@ -139,8 +139,7 @@ class TestGoingOn:
         else:
             model = get_peft_model(tiny_model(), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"]))
             before = logits(model)
-            method = make_method("pissa")
-            trainer = make(tmp_path, "none", model=model, method=method, max_steps=1, learning_rate=1e-12)
+            trainer = make(tmp_path, "none", model=model, max_steps=1, learning_rate=1e-12)
             trainer.train()  # goes on instead
             assert (logits(trainer.model) - before).abs().max() < 1e-4
             return
@@ -172,6 +171,13 @@ class TestGoingOn:
             ("oft", LoraConfig(r=4), "oft cannot train another LoraConfig"),
             ("lora-null-v1", LoraNullConfig(r=4, variant="v2"), "lora-null-v1 cannot train another LoraNullConfig"),
             ("nb-lora", LoraNullConfig(r=4, variant="nb", null_multiple=2), "nb-lora cannot train another"),
+            ("lora", LoraConfig(r=4, init_lora_weights="eva"), "lora cannot train another LoraConfig of .*'eva'"),
+            (
+                "lora-fa",
+                LoraConfig(r=4, init_lora_weights="mica"),
+                "lora-fa cannot train another LoraConfig of .*'mica'",
+            ),
+            ("keeplora", LoraConfig(r=4, init_lora_weights="gaussian"), "keeplora cannot train another LoraConfig"),
         ],
     )
     def test_a_method_on_another_adapter_than_its_own_is_refused(self, tmp_path, name, config, said):
@@ -180,6 +186,58 @@ class TestGoingOn:
         if config is not None:
             with pytest.raises(UserError, match=f"peft_config: {said}"):
                 make(tmp_path, "none", model=get_peft_model(tiny_model(), config), method=make_method(name))
+
+    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+    @pytest.mark.parametrize("name", ["lora", "kl-anchor", "lora-fa"])
+    def test_plain_lora_is_refused_on_a_base_that_peft_rewrites(self, tmp_path, name, start):
+        config = LoraConfig(r=4, init_lora_weights=start, target_modules=["q_proj"])
+        with pytest.raises(UserError, match=f"peft_config: {name} cannot train another LoraConfig of .*'{start}'"):
+            make(tmp_path, config, method=make_method(name))
+        with pytest.raises(UserError, match=f"method: {name} would train or save something else"):
+            make(tmp_path, "none", model=get_peft_model(tiny_model(), config), method=make_method(name))
+
+    @pytest.mark.parametrize("name", ["lora-null-v2", "lora-fa"])
+    def test_a_trained_lora_goes_on_under_a_method_that_only_freezes(self, tmp_path, name):
+        first = make(tmp_path / "1", CONFIGS["lora"]())
+        first.train()
+        first.save_model(tmp_path / "saved")
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", is_trainable=True)
+        A = {name: layer.lora_A["default"].weight.clone() for name, layer in adapted_layers(model).items()}
+        second = make(tmp_path / "2", "none", model=model, method=make_method(name))
+        second.train()
+        for key, layer in adapted_layers(second.model).items():
+            assert torch.equal(layer.lora_A["default"].weight, A[key])
+        assert far(second.model, first.model) > 1e-3
+
+    def test_and_under_no_method_that_starts_it_otherwise(self, tmp_path):
+        model = get_peft_model(tiny_model(), CONFIGS["lora"]())
+        torch.nn.init.normal_(next(iter(adapted_layers(model).values())).lora_B["default"].weight)
+        for name in ("lora-null-v1", "nb-lora", "pissa", "milora", "corda", "sc-lora", "mica", "eva", "lora-ga"):
+            with pytest.raises(UserError, match=f"method: {name} would train .* trained already; leave method out"):
+                make(tmp_path, "none", model=model, method=make_method(name))
+
+    @pytest.mark.parametrize("name", ["pissa", "milora", "corda", "sc-lora", "eva", "lora-ga"])
+    def test_an_adapter_that_a_method_starts_needs_the_method(self, tmp_path, name):
+        config = make_method(name).config(r=4, target_modules=["q_proj"])
+        with pytest.raises(UserError, match=r"method: .* is started by a method, and none is given; pass method="):
+            make(tmp_path, config)
+
+    def test_live_ones_too_until_they_are_started(self, tmp_path):
+        method = make_method("pissa")
+        model = get_peft_model(tiny_model(), method.config(r=4, target_modules=["q_proj"]))
+        with pytest.raises(UserError, match=r"such as make_method\('pissa'\)"):
+            make(tmp_path / "1", "none", model=model)
+        first = make(tmp_path / "2", "none", model=model, method=method)
+        first.train()
+        second_stage(first.model, tmp_path / "3").train()
+        second_stage(first.model, tmp_path / "4", method=make_method("pissa")).train()
+
+    def test_an_optimizer_that_eva_would_leave_behind(self, tmp_path):
+        method = make_method("eva")
+        model = get_peft_model(tiny_model(), method.config(r=2, target_modules="all-linear"))
+        own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        with pytest.raises(UserError, match="optimizers: eva gives the layers new factors"):
+            make(tmp_path, "none", model=model, method=method, optimizers=(own, None))
 
     def test_lora_may_be_drawn_in_any_way(self, tmp_path):
         make(tmp_path, LoraConfig(r=4, init_lora_weights="gaussian"), method=make_method("kl-anchor"))

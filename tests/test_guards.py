@@ -22,10 +22,37 @@ from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import load_base, load_tokenizer
-from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.start import InitOptions
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import adapter_parameters, make_method
 
 END = 2
+
+
+@pytest.mark.parametrize("trainer", [LoraNullSFTTrainer, LoraNullDPOTrainer])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"calibration_dataset": TEXTS},
+        {"calibration_args": CUT},
+        {"init_options": InitOptions()},
+        {"init_folder": "somewhere"},
+        {"reuse_init": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_only_an_adapter_needs_is_not_ignored_without_one(trainer, given):
+    with pytest.raises(UserError, match=f"{next(iter(given))}: would not be read, there is no adapter"):
+        trainer(model=tiny_model(), **given)
+
+
+def test_the_drift_of_a_layer_that_is_no_plain_lora_is_not_reported_under_a_method_either(tmp_path, capsys):
+    trainer = make(
+        tmp_path, LoraConfig(r=4, target_modules=TWO, use_dora=True), method=make_method("lora"), max_steps=1
+    )
+    trainer.train()
+    assert "drift_mean" not in trainer.state.log_history[0]
+    assert "no drift is reported" in capsys.readouterr().err
 
 
 def without_pad():

@@ -41,7 +41,16 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint_or_raise,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
-from lora_null.trainer.methods import Method, MicroBatch, check_adapter, check_base, check_trainer, method_of
+from lora_null.trainer.methods import (
+    Method,
+    MicroBatch,
+    adapts_plainly,
+    check_adapter,
+    check_base,
+    check_has_method,
+    check_trainer,
+    method_of,
+)
 from lora_null.trainer.methods.base import starts_in_files
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
@@ -157,16 +166,27 @@ class LoraNullMixin(SavingMixin):
         check_mode(preflight)
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         given = bound.arguments
-        check_peft_config(given.get("peft_config"), calibration_dataset is not None or init_folder is not None)
+        peft_config, optimizers = given.get("peft_config"), given.get("optimizers") or (None, None)
+        check_peft_config(peft_config, calibration_dataset is not None or init_folder is not None)
         if self.learns_next_token and preflight != "off":
             check_model(given.get("model"), given.get("args"), preflight)
         if method is not None:
             check_trainer(method, pairs=self.learns_pairs)
-            check_adapter(method, given.get("model"), given.get("peft_config"))
+            check_adapter(method, given.get("model"), peft_config)
             if isinstance(given.get("model"), nn.Module):
                 method.check_bare(given["model"])
+        elif peft_config is not None or isinstance(given.get("model"), PeftModel):
+            check_has_method(given.get("model"), peft_config)
+        else:
+            told = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
+            told |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
+            for name in (name for name, value in told.items() if value is not None):
+                raise UserError(
+                    f"{name}: would not be read, there is no adapter and every weight trains; give "
+                    "peft_config=LoraNullConfig(r=…), or method=make_method('full') to follow the drift of all weights"
+                )
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
-        in_files = starts_in_files(given.get("peft_config"), method, given.get("args"))
+        in_files = starts_in_files(peft_config, method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
             self._weights, self._in_files = _leave_in_files(given)
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
@@ -190,6 +210,11 @@ class LoraNullMixin(SavingMixin):
             self.method.prepare(self.model)
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
+        elif self.method.new_parameters and optimizers[0] is not None:
+            raise UserError(
+                f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
+                "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
+            )
         how = {"deepspeed": self.is_deepspeed_enabled, "kind": (self.optimizer_cls_and_kwargs or [None])[0]}
         to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **how)
         decay = [DecayToStart()] if to_start else []
@@ -357,7 +382,7 @@ class LoraNullMixin(SavingMixin):
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
-        reason = why_not_measured(self.model, self.adapter_name) if type(self.method) is Method else None
+        reason = why_not_measured(self.model, self.adapter_name) if adapts_plainly(self.method) else None
         if reason is not None:
             logger.warning(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None
@@ -448,8 +473,7 @@ class LoraNullMixin(SavingMixin):
         if self._at_start or not self._measures:
             return
         kept, found = checkpoint / self.init_dir.name, checkpoint / self.init_dir.name / REPORT_FILE
-        computes = type(self.method).training_batches is not Method.training_batches
-        computes = computes or self.method.rule_for(self._init_options) is not None
+        computes = self.method.computes_whole or self.method.rule_for(self._init_options) is not None
         if computes and not self._goes_on and not found.is_file():
             raise UserError(
                 f"resume: {checkpoint} does not hold what it started from ({kept.name}/{found.name} is missing)"

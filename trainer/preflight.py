@@ -26,7 +26,7 @@ from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported
-from lora_null.utils.model_state import REWRITES_BASE, preserve
+from lora_null.utils.model_state import preserve, start_that_rewrites
 from lora_null.utils.quantized import unreadable
 
 logger = get_logger(__name__)
@@ -330,8 +330,7 @@ def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
 def why_not_measured(model: nn.Module, adapter_name: str = "default") -> str | None:
     """Return why the drift of an adapter is no ‖s·BA X‖ / ‖W0 X‖, so that it cannot be followed; None where it is."""
     config = model.peft_config[adapter_name]
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.startswith(REWRITES_BASE):
+    if (start := start_that_rewrites(config)) is not None:
         return f"init_lora_weights={start!r} changes the base"
     layers = adapted_layers(model, adapter_name)
     if not layers:

@@ -39,6 +39,7 @@ from lora_null.config import LoraNullConfig, ResidualLoraConfig
 from lora_null.layer import active_adapter, is_started
 from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, method
 from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.model_state import start_that_rewrites
 
 __all__ = [
     "METHODS",
@@ -46,8 +47,10 @@ __all__ = [
     "MicroBatch",
     "Term",
     "adapter_parameters",
+    "adapts_plainly",
     "check_adapter",
     "check_base",
+    "check_has_method",
     "check_trainer",
     "load_method_file",
     "make_method",
@@ -59,6 +62,7 @@ __all__ = [
 ANY_ADAPTER = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ANY_ADAPTER |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 KIND = ("variant", "null_multiple", "null_energy", "start", "init_lora_weights")
+DRAWN = (True, False, "gaussian", "orthogonal")  # PEFT's random starts, which leave the base as it is
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -141,10 +145,36 @@ def check_trainer(method: str | Method, *, pairs: bool) -> None:
         raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
 
 
+def check_has_method(model: Any, config: PeftConfig | None) -> None:
+    """Refuse, where no method is given, an adapter that only a method starts: it would train as a plain LoRA.
+
+    Args:
+        model: what the trainer is given: the model or its name, or a PEFT model.
+        config: of the adapter that is put on it; None for no new one.
+
+    Raises:
+        UserError: naming the method to give.
+    """
+    if isinstance(model, PeftModel):
+        config = model.peft_config[active_adapter(model)]
+        by_hand = getattr(config, "init_lora_weights", None) == "eva"  # PEFT's own call leaves B = 0
+        if by_hand or is_started(model, active_adapter(model)):
+            return
+    start = getattr(config, "init_lora_weights", None)
+    ours = isinstance(config, ResidualLoraConfig) and not isinstance(config, LoraNullConfig)
+    if start in ("eva", "lora_ga") or ours:
+        name = start.replace("_", "-") if isinstance(start, str) else "pissa"
+        raise UserError(
+            f"method: {type(config).__name__} of init_lora_weights={start!r} is started by a method, and none is given; "
+            f"pass method= too, the one whose method.config(…) made it, such as make_method({name!r})"
+        )
+
+
 def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None:
     """Refuse a method on another adapter than the one it makes, of which it would train or save something else.
 
-    An adapter that was trained already goes on as it is, whatever it started as.
+    A LoRA that was trained already goes on under plain LoRA's methods and those that only freeze; under a method that
+    computes a start, which it would not get any more, only one of its own kind does.
 
     Args:
         method: the method.
@@ -157,18 +187,40 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     started = isinstance(model, PeftModel) and is_started(model, active_adapter(model))
     if isinstance(model, PeftModel):
         config = model.peft_config[active_adapter(model)]
-    wanted = copy.copy(method).config(**ANY_ADAPTER)  # a copy, as it may note what it is asked for
+    wanted = _made_by(method)
     if wanted is None and config is not None:
         raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")
-    if wanted is None or (config is not None and (started or _is_alike(config, wanted))):
+    if wanted is None or (config is not None and _is_alike(config, wanted, method)):
         return
-    found = "no adapter" if config is None else f"another {type(config).__name__}"
+    going_on = started and isinstance(config, LoraConfig)
+    if going_on and (method.goes_on or adapts_plainly(method)) and start_that_rewrites(config) is None:
+        return
+    start = getattr(config, "init_lora_weights", True)
+    of = f" of init_lora_weights={start!r}" if isinstance(start, str) else ""
+    found = "no adapter" if config is None else f"another {type(config).__name__}{of}"
+    if going_on:
+        raise UserError(
+            f"method: {method.name} would train or save something else of {found} that was trained already; leave method "
+            "out to go on with the adapter as it is"
+        )
     raise UserError(f"peft_config: {method.name} cannot train {found}; give peft_config=method.config(r=…)")
 
 
-def _is_alike(config: PeftConfig, wanted: PeftConfig) -> bool:
+def adapts_plainly(method: Method) -> bool:
+    """Return whether a method's adapter is a plain LoRA on the untouched base, whatever it does with it in training."""
+    wanted = _made_by(method)
+    return type(wanted) is LoraConfig and wanted.init_lora_weights is True
+
+
+def _made_by(method: Method) -> PeftConfig | None:
+    return copy.copy(method).config(**ANY_ADAPTER)  # a copy, as it may note what it is asked for
+
+
+def _is_alike(config: PeftConfig, wanted: PeftConfig, method: Method) -> bool:
     """Return whether a config is of the wanted kind; where that is a plain LoRA's, A and B may be drawn in any way."""
     ours = all(isinstance(config, kind) == isinstance(wanted, kind) for kind in (LoraNullConfig, ResidualLoraConfig))
-    told = () if type(wanted) is LoraConfig and wanted.init_lora_weights is True else KIND
+    told = KIND
+    if adapts_plainly(method) and not method.computes_whole and getattr(config, "init_lora_weights", None) in DRAWN:
+        told = ()
     same = all(getattr(config, key, None) == getattr(wanted, key, None) for key in told)
     return ours and same and isinstance(config, type(wanted))

@@ -83,6 +83,8 @@ class Method:
         streams: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         plain: whether the adapter that it saves is a plain LoRA.
+        goes_on: whether freezing is all that it needs to go on with a trained LoRA that another method started.
+        new_parameters: whether its start puts new parameters in the place of the adapter's, as another rank does.
     """
 
     name: ClassVar[str] = "lora"
@@ -99,6 +101,8 @@ class Method:
     streams: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
     plain: ClassVar[bool] = True
+    goes_on: ClassVar[bool] = False
+    new_parameters: ClassVar[bool] = False
 
     def config(self, **adapter: Any) -> PeftConfig | None:
         """Return what PEFT puts on the model, from `peft.LoraConfig`'s arguments; None for no adapter."""
@@ -140,6 +144,11 @@ class Method:
     def training_batches(self, trainer: Trainer) -> list[dict[str, torch.Tensor]] | None:
         """Return the training batches that `compute` looks at; None for a method that computes nothing from them."""
         return None
+
+    @property
+    def computes_whole(self) -> bool:
+        """Whether `compute` starts it, of the model as a whole."""
+        return type(self).training_batches is not Method.training_batches
 
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.

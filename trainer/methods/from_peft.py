@@ -52,6 +52,7 @@ class EVA(Method):
     name = "eva"
     quantized_base = False
     pairs = False  # it reads the labels of answers
+    new_parameters = True  # it deals out the ranks anew
 
     rows: int = 128
     batch_rows: int = 16

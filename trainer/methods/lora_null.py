@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.initialize import check_layers, finish_initialization, rule_of
-from lora_null.layer import active_adapter, keep_in_null_basis
+from lora_null.layer import active_adapter, freeze_factor, keep_in_null_basis
 from lora_null.solver import NullSpace, directions
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, distinct_inputs, method
@@ -51,6 +51,11 @@ class LoRANullV2(LoRANullV1):
     """A0 from the null space, B = 0, base untouched; B trains."""
 
     name = "lora-null-v2"
+    goes_on = True
+
+    def prepare(self, model: nn.Module) -> None:
+        for layer in self.layers(model).values():  # of a trained plain LoRA too
+            freeze_factor(layer, "lora_A", active_adapter(model))
 
     def saved_rank(self, r: int) -> int:
         return r
