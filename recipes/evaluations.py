@@ -148,7 +148,8 @@ def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:
 def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
     where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
     last = None if entry.limit is None else entry.offset + entry.limit
-    keys = entry.model_dump(include=READ | {"rejected"}) | {"template": recipe.data.template, "limit": last}
+    keys = entry.model_dump(include=READ | {"rejected"}) | {"limit": last}
+    keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)

@@ -8,6 +8,9 @@ from world import make_world, write_rows
 
 from lora_null.eval_harness.code.jails import find_jail
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.data.examples import training_data
+from lora_null.recipes.evaluations import eval_tasks
 
 CODE = {
     "task_id": "t/0",
@@ -65,6 +68,17 @@ def test_dpo(tmp_path, precompute):
         assert abs(first["reward_margin"]) < 1e-4 and last["reward_margin"] > 0 and 0 <= last["reward_accuracy"] <= 1
     report = (tmp_path / "out" / "report.md").read_text()
     assert "pairs reward accuracy" in report and "trainer: dpo" in report
+
+
+def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
+    row = {"sys": "be terse", "prompt": "say it", "chosen": "<think>hm</think>yes", "rejected": "no"}
+    path, tokenizer = str(write_rows(tmp_path / "pairs.jsonl", [row] * 12)), tiny_tokenizer()
+    data = {"path": path, "response": "chosen", "template": "qa", "system": "sys", "thinking": "drop"}
+    task = {"preferences": "pairs", "path": path}
+    recipe = load_recipe(str(make_world(tmp_path, trainer="dpo", data=data, eval={"retention": [], "task": [task]})))
+    (held_out,) = eval_tasks(recipe, tokenizer, max_length=None)
+    trained = training_data(recipe.data, tokenizer, preferences=True, max_length=None).rows[0]
+    assert tokenizer.decode(held_out.chosen[0].ids) == trained["prompt"] + trained["chosen"]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])

@@ -450,7 +450,7 @@ class AnswersEntry(Section):
 
 
 class PreferencesEntry(Section):
-    """Held-out pairs: how often the chosen answer has the higher reward, and by how much; the template is data's."""
+    """Held-out pairs, written as training writes them: how often the chosen has the higher reward, and by how much."""
 
     preferences: str = Field(min_length=1, description="a name for the columns")
     path: str = PATH
