@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from lora_null.eval_harness.lm_eval.loading import (
     unreadable,
 )
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
-from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
+from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, replaced
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import get_logger, rank_and_world
@@ -194,9 +195,12 @@ class LmEvalTask(Task):
         if limit is not None and limit.hard and options.engine is None:
             self.check_positions(tokenizer, limit)
         seed_fewshot(self.loaded, options.seed)
-        with bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):
+        lm = options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype)
+        # A chat template writes the start token where there is to be one; the tokenizer adds none, as in training.
+        start = replaced(lm, "add_bos_token", False) if self.chat else nullcontext()
+        with start, bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):
             results: Any = evaluator.evaluate(
-                lm=options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype),
+                lm=lm,
                 task_dict=self.loaded,
                 limit=options.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS if first else 0,

@@ -56,5 +56,18 @@ def test_the_chat_twin_asks_the_same_without_the_frame(name):
     assert opening.startswith("Below is an instruction") and rest == f"{bare}\n\n### Response:"
 
 
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+def test_a_chat_template_alone_writes_the_start_token(make_model, tokenizer, write, monkeypatch, start):
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    tokenizer.chat_template = start + "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    seen, generate = [], lm.ShardedLM._model_generate
+    monkeypatch.setattr(lm.ShardedLM, "_model_generate", lambda self, context, **options: seen.append(context[0]) or generate(self, context, **options))  # fmt: skip
+    task = LmEvalTask("metamath_gsm8k_chat", path=write("g.jsonl", GSM[:1]), chat=True)
+    evaluate(make_model(max_position_embeddings=2048), tokenizer, [task])
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": GSM[0]["question"]}], return_dict=False)
+    assert seen[0].tolist() == expected and seen[0].tolist().count(tokenizer.bos_token_id) == (start != "")
+
+
 def test_the_folder_has_only_tasks_of_its_own():
     assert TASK_FILES.is_dir() and {"metamath_gsm8k", "sandbox_mbpp"} <= set(folder_manager(TASK_FILES).task_index)
