@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -294,6 +294,37 @@ def test_lora_ga_rows_lie_in_the_gradients_leading_directions(tmp_path):
     A, B, _ = factors(trainer, key)
     np.testing.assert_allclose(A.T @ A, Vh[:4].T @ Vh[:4], atol=1e-2)
     assert np.linalg.norm(U[:, 4:8].T @ B) ** 2 > 0.98 * np.linalg.norm(B) ** 2
+
+
+@pytest.mark.parametrize(
+    "name, key, one, other",
+    [
+        ("eva", "eva_config", EvaConfig(whiten=False), EvaConfig(whiten=True)),
+        ("lora-ga", "lora_ga_config", LoraGAConfig(direction="ArB2r"), LoraGAConfig(direction="ArBr")),
+        ("lora-ga", "lora_ga_config", LoraGAConfig(scale="stable"), LoraGAConfig(scale="gd")),
+    ],
+)
+def test_the_adapters_own_options_of_pefts_start_are_used(tmp_path, name, key, one, other):
+    """With one cache for both."""
+    found = []
+    for options in (one, other):
+        trainer = make(tmp_path, name)
+        setattr(trainer.model.peft_config["default"], key, options)
+        trainer._prepare(resuming=False)
+        found.append({n: p for n, p in trainer.model.state_dict().items() if "lora_" in n})
+    assert any(found[0][n].shape != p.shape or not torch.equal(found[0][n], p) for n, p in found[1].items())
+
+
+@pytest.mark.parametrize("rows", [dict(packing=True, max_length=64), dict(padding_free=True, max_length=None)])
+@pytest.mark.parametrize("name", ["eva", "lora-ga", "keeplora"])
+def test_starts_that_read_the_training_rows_read_them_without_padding_too(tmp_path, name, rows):
+    trainer = started(tmp_path, name, **rows)
+    padded = started(tmp_path, name)
+    assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-4
+    if "padding_free" in rows and name != "eva":  # the same rows; EVA does not see where a batch is padded otherwise
+        for key in adapted_layers(trainer.model):
+            A, P = (np.linalg.qr(factors(x, key)[0].T)[0] for x in (trainer, padded))
+            assert np.linalg.norm(A @ A.T - P @ P.T, 2) < 0.05, key
 
 
 def test_osf_keeps_the_leading_space_of_the_weights(tmp_path):

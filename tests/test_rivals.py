@@ -22,7 +22,7 @@ from lora_null.layer import adapted_layers
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models.quantization import check_pairs
-from lora_null.trainer import LoraNullDPOTrainer
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
 from lora_null.trainer.methods.sc_lora import first_rows
 
@@ -304,6 +304,24 @@ def test_an_adapter_that_was_trained_goes_on_with_a_term(tmp_path):
     assert second.state.log_history[0]["anchor_kl"] > 1e-3
 
 
+def test_clora_draws_its_subspaces_from_the_seed_of_each_run(tmp_path):
+    method = make_method("clora", {"k": 8})
+
+    def penalties(seed):
+        arguments = make(tmp_path, "clora", options={"k": 8}, seed=seed, max_steps=2).args
+        trainer = LoraNullSFTTrainer(
+            model=tiny_model(), args=arguments, train_dataset=ROWS, processing_class=tiny_tokenizer(), method=method,
+            peft_config=method.config(r=4, target_modules="all-linear"),
+        )  # fmt: skip
+        trainer.train()
+        A, B = torch.ones(4, 32), torch.ones(32, 4)
+        return method._bases_of("model.layers.0.self_attn.q_proj", A, B, seed)
+
+    one, other, again = penalties(1), penalties(2), penalties(1)
+    for P, Q, R in zip(one, other, again):
+        assert torch.equal(P, R) and np.linalg.norm(P.T @ Q, 2) < 0.99
+
+
 # --- replay ---
 
 
@@ -339,6 +357,12 @@ def test_replay_refuses_rows_that_it_cannot_mix(tmp_path):
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(UserError, match=r"replay mixes texts among tokenized rows .* is a IterableDataset"):
         trainer.train()
+
+
+def test_replay_refuses_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_methods.ROWS", ROWS.to_iterable_dataset())
+    with pytest.raises(UserError, match=r"replay mixes texts among tokenized rows .* is a IterableDataset$"):
+        make(tmp_path, "replay").train()
 
 
 # --- KeepLoRA ---
@@ -515,8 +539,6 @@ def test_layers_that_are_too_small(tmp_path):
 @pytest.mark.parametrize("name", ["sc-lora", "kl-anchor", "replay", "keeplora"])
 def test_texts_are_needed(name):
     from trl import SFTConfig
-
-    from lora_null.trainer import LoraNullSFTTrainer
 
     method = make_method(name)
     with pytest.raises(UserError, match=f"calibration_dataset: {name} needs texts"):

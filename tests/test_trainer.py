@@ -264,6 +264,21 @@ class TestCalibration:
         assert sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1)) == sorted(map(len, windows))
         assert all(batch["input_ids"].numel() <= 4096 for batch in batches)
 
+    @pytest.mark.parametrize(
+        "wrong, said",
+        [
+            ({"mode": "seperate"}, r"mode: no 'seperate' \(did you mean 'separate'\?\)"),
+            ({"samples": 0}, "samples: must be a whole number of at least 1, not 0"),
+            ({"samples": 1.5}, "samples: must be a whole number of at least 1, not 1.5"),
+            ({"max_length": -5}, "max_length: must be a whole number of at least 1, not -5"),
+            ({"max_length": True}, "max_length: must be a whole number of at least 1, not True"),
+            ({"seed": "0"}, "seed: must be a whole number of at least 0, not '0'"),
+        ],
+    )
+    def test_arguments_that_cannot_be(self, wrong, said):
+        with pytest.raises(UserError, match=f"calibration_args.{said}"):
+            CalibrationArgs(**wrong)
+
     @pytest.mark.parametrize("rows", [[], [{"question": "who"}], [" ", ""]])
     def test_unusable_data_is_a_users_mistake(self, rows):
         with pytest.raises(UserError, match="calibration"):

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
 STREAM = 16  # texts of a stream that are read for each window, before the draw
+MODES = ("packed", "separate")
 FIELDS = ("text", "messages", "conversations")  # of a row that is no window
 logger = get_logger(__name__)
 
@@ -35,12 +37,23 @@ class CalibrationArgs:
         mode: "packed" joins the texts by blank lines, in an order drawn with `seed`, and cuts windows of `max_length`
             tokens; "separate" draws `samples` texts and keeps each alone.
         seed: of the draw.
+
+    Raises:
+        UserError: another mode, or a number that cannot be.
     """
 
     samples: int = 256
     max_length: int = 1024
     mode: Literal["packed", "separate"] = "packed"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"calibration_args.mode: no {self.mode!r}{nearest(self.mode, MODES)}")
+        for name, least in (("samples", 1), ("max_length", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise UserError(f"calibration_args.{name}: must be a whole number of at least {least}, not {value!r}")
 
 
 def calibration_windows(

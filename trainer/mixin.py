@@ -406,7 +406,7 @@ class LoraNullMixin(SavingMixin):
         whole = (
             None
             if looked_at is None
-            else WholeModel(repr(self.method), looked_at, lambda: self.method.compute(self, looked_at))
+            else WholeModel(self._rule_of_whole(), looked_at, lambda: self.method.compute(self, looked_at))
         )
         measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
         if not measures and rule is None and whole is None:
@@ -424,6 +424,12 @@ class LoraNullMixin(SavingMixin):
         if self._weights is not None:
             release_freed_memory()
         self.accelerator.wait_for_everyone()
+
+    def _rule_of_whole(self) -> str:
+        """Return what decides a start by the whole model: the method with its options, and those of PEFT's own start."""
+        config = self.model.peft_config[self.adapter_name]
+        options = (getattr(config, key, None) for key in ("eva_config", "lora_ga_config"))
+        return " ".join([repr(self.method), *(repr(given) for given in options if given is not None)])
 
     def _begin_with(self, start: Start) -> None:
         """Make the model what it is before the first step, and follow its drift from there."""

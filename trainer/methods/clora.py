@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
@@ -43,6 +44,9 @@ class CLoRA(Method):
     def held_bytes(self, model: nn.Module) -> int:
         return 4 * self.k * sum(layer.in_features + layer.out_features for layer in self.layers(model).values())
 
+    def callbacks(self) -> list[TrainerCallback]:
+        return [_DrawAnew(self)]
+
     def extra_loss(self, trainer: Any, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
         if now.index:
             return {}
@@ -56,11 +60,22 @@ class CLoRA(Method):
 
     def _bases_of(self, name: str, A: torch.Tensor, B: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         if name not in self.bases:
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            drawn = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(drawn[:4]))  # of a seed the CPU's reads 32 bits
             sizes = (A.shape[1], B.shape[0])
             P, Q = (torch.linalg.qr(torch.randn(d, self.k, generator=generator, dtype=torch.float64)).Q for d in sizes)
             self.bases[name] = (P.to(A), Q.to(B))
         return self.bases[name]
+
+
+class _DrawAnew(TrainerCallback):
+    """Forgets P and Q when a training begins: another may have had another seed or other layers."""
+
+    def __init__(self, method: CLoRA) -> None:
+        self.method = method
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.method.bases.clear()
 
 
 def check_columns(method: Method, model: nn.Module, k: int) -> None:

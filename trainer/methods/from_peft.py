@@ -72,7 +72,8 @@ class EVA(Method):
         return first_batches(trainer, self.rows, self.batch_rows)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        needed = self.rho * trainer.model.peft_config[active_adapter(trainer.model)].r
+        config = trainer.model.peft_config[active_adapter(trainer.model)]
+        needed = config.eva_config.rho * config.r
         answers = [int((batch["labels"] != -100).sum()) for batch in batches]
         if min(answers) < needed:
             raise UserError(
@@ -129,12 +130,13 @@ class LoRAGA(ResidualMethod):
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
         layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
+        how = trainer.model.peft_config[adapter].lora_ga_config or LoraGAConfig()
         with preserve(trainer.model):
             take_gradients(trainer, layers, batches)
             for name, layer in layers.items():
                 base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
                 original, dtype = base.weight.data.clone(), A.weight.dtype
-                layer.lora_ga_init(adapter, LoraGAConfig())
+                layer.lora_ga_init(adapter, how)
                 base.weight.data = original
                 for factor in (A, B):  # PEFT leaves them in the base's dtype
                     factor.weight.data = factor.weight.data.to(dtype)
@@ -213,7 +215,8 @@ def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, to
     taken, device = list(islice(iter(trainer.train_dataset), rows)), next(trainer.model.parameters()).device
     groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
     whole = [group for group in groups if len(group) == batch_rows] or groups
-    return [{key: value.to(device) for key, value in trainer.data_collator(group).items()} for group in whole]
+    batches = (trainer.data_collator(group) for group in whole)  # of rows without padding it gives numbers too
+    return [{key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()} for batch in batches]
 
 
 def check_room(model: nn.Module, times: int) -> None:

@@ -45,10 +45,10 @@ class Replay(Method):
     def training_data(self, trainer: Any, windows: list[list[int]]) -> Dataset:
         rows = trainer.train_dataset
         if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+            columns = getattr(rows, "column_names", None)  # a stream may not know them
             raise UserError(
                 "method: replay mixes texts among tokenized rows (input_ids) of a datasets.Dataset, and the training "
-                f"data is a {type(rows).__name__}"
-                + (f" of {', '.join(rows.column_names)}" if hasattr(rows, "column_names") else "")
+                f"data is a {type(rows).__name__}" + (f" of {', '.join(columns)}" if columns else "")
             )
         count = max(1, round(len(rows) * self.share / (1 - self.share)))
         drawn = random.Random(trainer.args.seed).sample(windows, len(windows))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, adapted_layers, factors_of
 from lora_null.trainer.methods.base import Method, method, need
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 
 STATE_FILE = "roselora.safetensors"
@@ -137,6 +138,8 @@ class _Prune(TrainerCallback):
 
     def load_state(self, checkpoint: Path) -> None:
         """Read it back from the checkpoint that training goes on from, before it does."""
+        if not (checkpoint / STATE_FILE).is_file():
+            raise UserError(f"resume: {checkpoint} is none of roselora, {STATE_FILE} is missing")
         self.sensitivity = load_file(checkpoint / STATE_FILE)
 
 
