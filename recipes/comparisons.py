@@ -13,6 +13,7 @@ import numpy as np
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Role
 from lora_null.eval_harness.statistics import Spread, holm, influence, stack, t_tests, two_level, weighted_mean
+from lora_null.recipes.config.load import whole_of
 from lora_null.recipes.results import Paired, Results, variant_of
 
 EVAL_FILE = "eval.json"
@@ -23,14 +24,15 @@ MEANS: dict[Role, str] = {"retention": "mean retention", "task": "mean task"}
 def read_evaluations(folder: Path, results: Results, *, base: Path | None = None) -> Evaluations:
     """Read the evaluations behind the rows from a run's folder; the base's stands for every seed.
 
-    A method without one (not evaluated, diverged) is not there. `base` is the folder of the base's, where it is shared.
+    A method without one (not evaluated, diverged) is not there. `base` is the folder of the base's; by default that of the
+    run, or of the whole that it is a part of.
     """
     found: dict[int, dict[int, Evaluation]] = {}
     runs = results.grid.cells if results.grid else []
     seeds = results.grid.seeds if results.grid else [results.seed or 0]
     for i, row in enumerate(results.rows):
         if i == 0:
-            files = dict.fromkeys(seeds, (base or folder / "base") / EVAL_FILE)
+            files = dict.fromkeys(seeds, (base or whole_of(folder) / "base") / EVAL_FILE)
         elif not results.grid:
             files = {seeds[0]: folder / row.method / EVAL_FILE}
         else:

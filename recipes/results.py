@@ -316,6 +316,11 @@ class Results(BaseModel):
     def base(self) -> Row:
         return self.rows[0]
 
+    @property
+    def of_several_runs(self) -> bool:
+        """Whether runs are compared, each of which has its adapters in its own folder."""
+        return "runs" in self.environment
+
     def labels(self) -> list[str]:
         """One distinct name per row, as papers write it: `LoRA-FA (r = 128)` where a method occurs more than once."""
         names = [DISPLAY.get(row.method, row.method) for row in self.rows]

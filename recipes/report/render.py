@@ -155,7 +155,7 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
     logs = [load_log(place / LOG_FILE) for place in places]
     curves = [curves_picture(results, logs, key, title) for key, title in (*CURVES, *probe_curves(logs))]
     claims = verdicts(results)
-    adapters = [i for i, row in enumerate(results.rows) if row.adapter_params]
+    adapters = [i for i, row in enumerate(results.rows) if row.adapter_params and not results.of_several_runs]
     best = next((i for verdict in claims for i in verdict.winners if i in adapters), next(iter(adapters), None))
     return shared | {
         "follows": following(results, output_dir, logs),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_null.eval_harness import Evaluation
-from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.load import read_yaml, whole_of
+from lora_null.recipes.config.tasks import FOLDER
 from lora_null.recipes.output import RECIPE_FILE
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
@@ -30,14 +32,28 @@ SO_FAR = "unfinished"  # report.html stands for a finished run
 def report(folder: Path) -> Path:
     """Write the report of a run again, or of one that is not finished what is known of it; return the page.
 
+    For a sequence that goes on stands the page of one of its tasks, see `_standing_for`.
+
     Raises:
         UserError: the folder holds no run, or results that this version does not read.
     """
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         write_report(folder)
         return folder / "report.html"
+    if (task := _standing_for(folder)) != folder:
+        return report(task)
     write_report(folder, results_so_far(folder), SO_FAR)
     return folder / f"{SO_FAR}.html"
+
+
+def _standing_for(folder: Path) -> Path:
+    """Return the folder whose results stand for a run: of a sequence that goes on its last finished task, else its first."""
+    if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+        return folder
+    named = (read_yaml(folder / RECIPE_FILE).get("sequence") or {}).get("tasks", [])
+    tasks = [folder / FOLDER / f"{number}-{task['name']}" for number, task in enumerate(named, 1)]
+    begun = [task for task in tasks[:1] if (task / RECIPE_FILE).is_file()]
+    return [folder, *begun, *(task for task in tasks if (task / RESULTS_FILE).is_file())][-1]
 
 
 def results_so_far(folder: Path) -> Results:
@@ -49,7 +65,7 @@ def results_so_far(folder: Path) -> Results:
         UserError: a damaged file.
     """
     raw = read_yaml(folder / RECIPE_FILE)
-    evaluated = folder / "base" / "eval.json"
+    evaluated = whole_of(folder) / "base" / "eval.json"
     base = Evaluation.read(evaluated).metrics if evaluated.is_file() else {}
     rows = [Row(method="base", metrics=base)]
     for name in raw.get("method", {}).get("name", []):
@@ -78,17 +94,19 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: runs of different bases, measured differently, or `out` holds something else.
     """
-    names = _names(folders)
+    names, folders = _names(folders), list(map(_standing_for, folders))
     found = [load_results(f) if (f / RESULTS_FILE).is_file() else results_so_far(f) for f in folders]
-    for folder, results in zip(folders, found):
-        _check_alike(folders[0], found[0], folder, results)
-    ours = (out / RESULTS_FILE).is_file() and load_results(out).recipe == "comparison"
+    for (one, first), (other, results) in itertools.combinations(zip(folders, found), 2):
+        _check_alike(one, first, other, results)
+    ours = (out / RESULTS_FILE).is_file() and load_results(out).of_several_runs
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out: {out} holds other files; choose an empty folder")
     if ours:
         shutil.rmtree(out / "logs", ignore_errors=True)  # of rows that had other numbers
-    rows, first = [], next((r for r in found if r.base.metrics), found[0])
+    base = next((results.base for results in found if results.base.metrics), found[0].base)
+    rows, of_base = [], {}
     for name, folder, results in zip(names, folders, found):
+        of_base |= results.base.metrics
         for row in results.rows[1:]:
             variant = ", ".join(filter(None, [name, row.variant]))
             own = out / "logs" / f"{len(rows) + 1}" / LOG_FILE
@@ -98,10 +116,10 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     same, differing = shared_and_differing(results.settings for results in found)
     results = Results(
         recipe="comparison",
-        model=first.model,
+        model=found[0].model,
         environment={"runs": ", ".join(names)},
         settings=same | {f"differs: {k}": ", ".join(str(r.settings.get(k)) for r in found) for k in differing},
-        rows=[first.base, *rows],
+        rows=[base.model_copy(update={"metrics": of_base}), *rows],
     )
     write_results(out, results)
     write_report(out)

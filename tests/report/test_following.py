@@ -6,10 +6,20 @@ import pytest
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Metric
+from lora_null.recipes.config.load import MARK
 from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.render import write_report
-from lora_null.recipes.results import Results, Row, Sequence, TrainLog, Transfer, write_results, write_row
+from lora_null.recipes.results import (
+    Results,
+    Row,
+    Sequence,
+    TrainLog,
+    Transfer,
+    load_results,
+    write_results,
+    write_row,
+)
 
 
 def metrics(nll, kl, other=None):
@@ -166,3 +176,44 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     write_results(other, results().model_copy(update={"rows": [Row(method="base", metrics=metrics(2.5, 0.0))]}))
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "new")]) == 2
     assert "measured sums nll differently (the base has 2 on 50, 2.5 on 50)" in capsys.readouterr().err
+
+
+def test_a_page_of_several_runs_has_every_base_and_no_adapter_that_is_not_there(tmp_path):
+    of_run = {"a": ["NQ kl"], "b": ["NQ kl", "sums nll"], "c": ["other nll"]}
+    known = metrics(2.0, 0.0) | {"other nll": Metric(3.0, 0.01, 50, False, "task", "nats")}
+    for run, names in of_run.items():
+        measured = {name: known[name] for name in names}
+        rows = [Row(method="base", metrics=measured), Row(method="lora", adapter_params=9, metrics=measured)]
+        write_results(tmp_path / run, Results(recipe="r", model="m", rows=rows))
+    assert main(["report", *(str(tmp_path / run) for run in of_run), "--out", str(tmp_path / "page")]) == 0
+    assert load_results(tmp_path / "page").base.metrics == known
+    assert "lora/adapter" in (tmp_path / "a" / "report.md").read_text()
+    assert "lora/adapter" not in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
+    for run, measured in {"a": {}, "b": metrics(2.0, 0.0), "c": metrics(2.5, 0.0)}.items():
+        rows = [Row(method="base", metrics=measured), Row(method="lora", metrics=metrics(1.0, 0.1))]
+        write_results(tmp_path / run, Results(recipe="r", model="m", rows=rows))
+    assert main(["report", *(str(tmp_path / run) for run in "abc"), "--out", str(tmp_path / "page")]) == 2
+    assert "b and " in (said := capsys.readouterr().err) and "c measured sums nll differently" in said
+
+
+def test_the_page_of_a_sequence_that_goes_on_is_that_of_its_last_finished_task(tmp_path, capsys):
+    folder, tasks = unfinished(tmp_path / "run"), "{name: one}, {name: two}"
+    text = f"{MARK}{{name: r, model: {{name_or_path: m}}, sequence: {{tasks: [{tasks}]}}, method: {{name: [lora]}}}}"
+    (folder / "recipe.yaml").write_text(text)
+    for number, name in enumerate(("one", "two"), 1):
+        write_row(folder / "tasks" / f"{number}-{name}" / "lora", Row(method="lora", metrics=metrics(1.0, 0.1)))
+    first, second = folder / "tasks" / "1-one", folder / "tasks" / "2-two"
+    (first / "recipe.yaml").write_text(text.replace(tasks, ""))
+
+    def said(page):
+        assert main(["report", str(folder)]) == 0
+        assert capsys.readouterr().out.strip() == str(page)
+        return page.with_suffix(".md").read_text()
+
+    assert "sums NLL 2.000 ± 0.010 before" in said(first / "unfinished.html")
+    write_results(first, results())
+    assert "Only the untouched base" not in said(first / "report.html")
+    assert not (second / "unfinished.html").exists() and not (folder / "unfinished.html").exists()
