@@ -15,6 +15,7 @@ from trl import DPOConfig, RewardConfig, RewardTrainer
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers, residual_of
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullMixin
+from lora_null.trainer.checkpoints import mark_complete
 from lora_null.trainer.methods import make_method
 
 BATCHES = random_batches()
@@ -394,9 +395,58 @@ class TestTheStartIsTheCheckpointsOwn:
         first = make(tmp_path / "1", CONFIGS["v1"](), save_strategy="steps", save_steps=6)
         first.train()
         shutil.rmtree(tmp_path / "1" / "checkpoint-6" / "init")
+        mark_complete(tmp_path / "1" / "checkpoint-6")
         resumed = make(tmp_path / "1", CONFIGS["v1"](), max_steps=8)
         with pytest.raises(UserError, match="does not hold what it started from"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-6"))
+
+    @pytest.mark.parametrize("name", ["kl-anchor", "clora", "oplora", "roselora", "lora-fa", "lora-null-v2"])
+    def test_so_is_one_of_another_method(self, name, tmp_path):
+        first = make(tmp_path / "1", CONFIGS["lora"](), max_steps=2, save_strategy="steps", save_steps=2)
+        first.train()
+        method = make_method(name, {"k": 8} if name in ("clora", "oplora") else {})
+        resumed = make(tmp_path / "2", method.config(r=4, target_modules="all-linear"), method=method)
+        with pytest.raises(UserError, match=f"was trained by lora, this run trains by {name}; give method lora"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-2"))
+
+    def test_roselora_says_what_a_checkpoint_of_another_trainer_lacks(self, tmp_path):
+        (tmp_path / "checkpoint-2").mkdir()
+        method = make_method("roselora")
+        trainer = make(tmp_path, method.config(r=4), method=method)
+        with pytest.raises(UserError, match=r"none of roselora, roselora\.safetensors is missing"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    @pytest.mark.parametrize(
+        "changed, said",
+        [
+            ({"lora_alpha": 64}, "has lora_alpha 8, this run asks for 64"),
+            ({"use_rslora": True}, "has use_rslora False, this run asks for True"),
+            ({"r": 8}, "has r 4, this run asks for 8"),
+            ({"alpha_pattern": {"q_proj": 1}}, "has alpha_pattern {}, this run asks for {'q_proj': 1}"),
+        ],
+    )
+    def test_so_is_another_scaling(self, changed, said, tmp_path):
+        first = make(tmp_path / "1", CONFIGS["lora"](), max_steps=2, save_strategy="steps", save_steps=2)
+        first.train()
+        resumed = make(tmp_path / "2", LoraConfig(**{"r": 4, "target_modules": "all-linear", **changed}))
+        with pytest.raises(UserError, match=f"resume: .*checkpoint-2 {said}"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-2"))
+
+    @pytest.mark.parametrize("damage", ["cut short", "begun", "not there"])
+    def test_so_is_one_that_is_not_whole_by_its_name(self, damage, tmp_path):
+        make(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+        last = tmp_path / "checkpoint-4"
+        if damage == "cut short":
+            (last / "optimizer.pt").write_bytes(b"")
+        elif damage == "begun":
+            (last / "complete.json").rename(last / "begun.json")
+        else:
+            last = tmp_path / "checkpoint-44"
+        said = (
+            "is no folder; take .*checkpoint-4" if damage == "not there" else "was not written .* take .*checkpoint-2"
+        )
+        with pytest.raises(UserError, match=f"resume: {last} {said}$"):
+            make(tmp_path).train(resume_from_checkpoint=str(last))
 
     def test_nor_is_one_of_a_start_by_the_whole_model(self, tmp_path):
         method = make_method("lora-ga", {"rows": 8})

@@ -53,6 +53,18 @@ def test_saved_adapter_on_a_fresh_base_is_the_live_model(tmp_path, variant, case
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_a_bias_of_b_is_scaled_as_b_is(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, alpha_pattern={"v_proj": 32})
+    live = get_peft_model(tiny_model(attention_bias=True), config)
+    torch.manual_seed(1)
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_plain_adapter(live, tmp_path)
+    fresh = PeftModel.from_pretrained(tiny_model(attention_bias=True), tmp_path)
+    assert (logits(fresh) - logits(live)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("variant, rank", [("v1", 8), ("v2", 4)])
 def test_rank_is_2r_for_v1_and_r_for_v2(tmp_path, variant, rank):
     save_plain_adapter(trained(variant), tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file
 from test_dpo import PAIRS
 from test_dpo import make as make_dpo
@@ -209,6 +210,9 @@ KINDS = {
     "bias lora_only": LoraConfig(r=4, target_modules=TWO, bias="lora_only"),
     "rslora": LoraConfig(r=4, target_modules=ALL, use_rslora=True),
     "a bias of B": LoraConfig(r=4, target_modules=TWO, lora_bias=True),
+    "block diagonal": LoraConfig(
+        r=4, target_modules=TWO, use_bdlora=BdLoraConfig(target_modules_bd_a=TWO, target_modules_bd_b=[], nblocks=2)
+    ),
     "one layer": LoraConfig(r=4, target_modules=TWO, layers_to_transform=[1]),
     "parameters": LoraConfig(r=4, target_modules=TWO, target_parameters=["mlp.down_proj.weight"]),
     "embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
@@ -226,7 +230,7 @@ KINDS = {
 }
 # ‖ΔW X‖ of these is not the ‖s·BA X‖ that a drift meter follows.
 UNMEASURED = {"dora", "parameters", "embeddings", "pissa", "ia3", "loha", "lokr", "oft", "vera", "adalora", "norms"}
-UNMEASURED |= {"prompts"}
+UNMEASURED |= {"prompts", "block diagonal"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed_metrics
 
-from lora_null.adapters.plain import check_saved_adapter, copy_into
+from lora_null.adapters.plain import CONFIG_FILE, check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import (
     get_logger,
@@ -36,7 +36,8 @@ from lora_null.utils.files import flush, read_json, write_json
 
 logger = get_logger(__name__)
 
-COMPLETE_FILE, PROCESSES_FILE = "complete.json", "processes.json"
+COMPLETE_FILE, PROCESSES_FILE, METHOD_FILE = "complete.json", "processes.json", "method.json"
+SCALED_BY = ("r", "lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter's config, which its weights go with
 BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
 
 
@@ -73,6 +74,44 @@ def mark_complete(checkpoint: Path) -> None:
         flush(path)
     write_json(checkpoint / COMPLETE_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
     (checkpoint / BEGUN_FILE).unlink(missing_ok=True)
+
+
+def check_whole_checkpoint(checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint that is not there, or is one of ours and not whole.
+
+    Raises:
+        UserError: naming the last whole one beside it.
+    """
+    ours = any((checkpoint / name).is_file() for name in (COMPLETE_FILE, BEGUN_FILE))
+    if checkpoint.is_dir() and (is_whole(checkpoint) or not ours):
+        return
+    what = "was not written to its end, or lacks a file" if ours else "is no folder"
+    beside = last_checkpoint(checkpoint.parent)
+    raise UserError(f"resume: {checkpoint} {what}; " + (f"take {beside}" if beside else "no whole one is beside it"))
+
+
+def record_method(checkpoint: Path, method: str) -> None:
+    """Write down the name of the method that trained."""
+    write_json(checkpoint / METHOD_FILE, {"method": method})
+
+
+def check_method(checkpoint: Path, method: str) -> None:
+    """Refuse to go on from a checkpoint by another method; one that does not say its method is taken (UserError)."""
+    found = read_json(checkpoint / METHOD_FILE)["method"] if (checkpoint / METHOD_FILE).is_file() else method
+    if found != method:
+        raise UserError(
+            f"resume: {checkpoint} was trained by {found}, this run trains by {method}; give method {found}"
+        )
+
+
+def _check_scaling(folder: Path, config: Any) -> None:
+    """Refuse a saved LoRA whose factors go with another rank or scaling than this config's (UserError)."""
+    if not isinstance(config, LoraConfig) or not (folder / CONFIG_FILE).is_file():
+        return
+    saved, live = read_json(folder / CONFIG_FILE), config.to_dict()
+    for key in SCALED_BY:
+        if (saved.get(key) or None) != (live.get(key) or None):
+            raise UserError(f"resume: {folder} has {key} {saved.get(key)}, this run asks for {live.get(key)}")
 
 
 def record_processes(checkpoint: Path, processes: int, batch: int) -> None:
@@ -245,6 +284,7 @@ class SavingMixin(Base):
             inside = _adapter_folder(checkpoint, name)
             if name != self.adapter_name and not inside.is_dir():
                 continue
+            _check_scaling(inside, self.model.peft_config[name])
             if not sharded:
                 self.model.load_adapter(str(inside), name, is_trainable=name == self.adapter_name)
                 continue

@@ -37,8 +37,11 @@ from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization,
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     SavingMixin,
+    check_method,
     check_processes,
+    check_whole_checkpoint,
     last_checkpoint_or_raise,
+    record_method,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import (
@@ -308,6 +311,8 @@ class LoraNullMixin(SavingMixin):
             resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
         self._check_engine()
         if resume_from_checkpoint:
+            check_whole_checkpoint(Path(resume_from_checkpoint))
+            check_method(Path(resume_from_checkpoint), self.method.name)
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
             check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
@@ -471,6 +476,8 @@ class LoraNullMixin(SavingMixin):
         return batches
 
     def _keep_start(self, checkpoint: Path) -> None:
+        if self._measures:
+            record_method(checkpoint, self.method.name)
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
 

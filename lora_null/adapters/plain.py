@@ -46,6 +46,10 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
     scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
     factors, rank, scaling = uniform(factors, scalings)
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) | state_of(factors)
+    for name in layers:
+        bias = f"base_model.model.{name}.lora_B.bias"  # of `lora_bias`; PEFT scales it as it does B
+        if bias in state and scalings[name] != scaling:
+            state[bias] = state[bias] * (scalings[name] / scaling)
     return state, _plain_config(peft_model.peft_config[adapter_name], rank, scaling)
 
 
@@ -152,6 +156,8 @@ def check_saved_adapter(directory: Path, peft_model: PeftModel, *, adapter_name:
 
 
 def _check_whole(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel, adapter_name: str, what: str) -> None:
+    if getattr(peft_model.peft_config[adapter_name], "use_bdlora", None):
+        return  # its factors are blocks, of other shapes
     for name, layer in adapted_layers(peft_model, adapter_name).items():
         if not isinstance(layer.lora_A, nn.ModuleDict) or adapter_name not in layer.lora_A:
             continue  # AdaLoRA and embeddings keep theirs under other names
