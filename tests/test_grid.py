@@ -465,8 +465,17 @@ def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
         ("LoRA", "1 (1 of 2)"), ("mine", "1, 2 (2 of 2)"), ("bad", "none (0 of 1)"),
     ]  # fmt: skip
     assert [cells[1][:4] for _, cells in table["rows"]] == ["1.50", "0.90", "–"]
-    titles = [table["title"] for table in grid_content(made(points), {})["tables"]]
-    assert titles and "Safe learning rates" not in titles  # KL alone does not tell better from worse
+    for kept in ("q kl", "q forgetting"):  # KL does not tell better from worse, and of a base's 0 there is no share
+        titles = [table["title"] for table in grid_content(made(points, kept=kept), {})["tables"]]
+        assert titles and "Safe learning rates" not in titles
+
+
+def test_lora_that_learned_nothing_is_not_said_to_be_missing():
+    said = grid_headline(made({"lora": [[(2.1, 0.1), (2.0, 0.4)]], "mine": [[(1.5, 0.1)]]}), {})
+    assert "LoRA did not learn more than the base knew (t NLL), so there is no equal learning" in said
+    seeds = [[(1.5, 0.1)], [(2.1, 0.1)]]
+    assert "LoRA did not with every seed learn more" in grid_headline(made({"lora": seeds}), {})
+    assert "needs LoRA among them" in grid_headline(made({"mine": seeds}), {})
 
 
 def test_a_diverged_run_leaves_its_frontier_shorter():

@@ -30,6 +30,7 @@ from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, sett
 RATE = "training.learning_rate"
 FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
+FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
 Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
 Level = tuple[float, np.ndarray | None]  # what was learned, and what each question adds to it
 
@@ -318,6 +319,11 @@ def grid_headline(results: Results, found: Evaluations) -> str:
     targets = equal_learning(results, *pair, found) if pair else []
     if pair is None or not targets:
         done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
+        lora = next((f for f in frontiers(results, *pair) if f.name == "lora" and f.points), None) if pair else None
+        if pair and lora:
+            every = " with every seed" if len(lora.points) > 1 else ""
+            above = f"LoRA did not{every} learn more than the base knew ({metric_title(pair[1])})"
+            return f"{done}; {above}, so there is no equal learning at which to compare forgetting."
         return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
     kept, task = pair
     target = targets[len(targets) // 2]
@@ -404,8 +410,9 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
     """One row a frontier: the learning rates at which no retention metric is worse by more than SAFE, and what is learned.
 
     KL is no such metric: it tells that predictions moved, not that they got worse. No table where only KL was measured.
+    Nor is what is counted from the base, which has 0 and no share of it: a rise of the loss is judged as the loss.
     """
-    judged = [name for name in results.directed_names("retention") if name.lower().split()[-1] != "kl"]
+    judged = [name for name in results.directed_names("retention") if name.lower().split()[-1] not in FROM_BASE]
     rates_of = {variant_of(run.point): run.point[RATE] for run in results.grid.cells if RATE in run.point}
     unit = results.metric(task).unit
     if not judged or not rates_of:
