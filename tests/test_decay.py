@@ -113,6 +113,14 @@ def test_what_means_nothing_is_refused(kind, asked, options, message, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["osf", "full"])
+def test_what_trains_whole_weights_is_not_told_that_it_decays_the_change(name, tmp_path):
+    method = make_method(name)
+    config = method.config(r=4, target_modules="all-linear") or "none"
+    with pytest.raises(UserError, match="no residual base to go back to; it is defined for methods that start from one"):
+        make(tmp_path, config, method=method, decay_to_start=True, weight_decay=0.1)
+
+
 def test_deepspeed_is_refused(tmp_path):
     trainer = trainer_of("v1", tmp_path)
     with pytest.raises(UserError, match=r"DeepSpeed keeps weights of its own.*decay_to_start=False"):

@@ -304,6 +304,25 @@ def test_an_adapter_that_was_trained_goes_on_with_a_term(tmp_path):
     assert second.state.log_history[0]["anchor_kl"] > 1e-3
 
 
+def test_a_term_enters_the_first_step_after_one_that_ran_out_of_memory(tmp_path, monkeypatch):
+    trainer = make(tmp_path, "clora", max_steps=2, auto_find_batch_size=True)
+    asked, step, failures = [], trainer.training_step, iter([True])
+    term = trainer.method.extra_loss
+    monkeypatch.setattr(
+        trainer.method, "extra_loss", lambda t, m, now: asked.append((now.step, now.index)) or term(t, m, now)
+    )
+
+    def out_of_memory_once(*args):
+        loss = step(*args)
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    trainer.training_step = out_of_memory_once
+    trainer.train()
+    assert asked == [(0, 0), (0, 0), (1, 0)]
+
+
 def test_clora_draws_its_subspaces_from_the_seed_of_each_run(tmp_path):
     method = make_method("clora", {"k": 8})
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -69,10 +69,9 @@ def check_decay_to_start(asked: bool | None, config: Any, decay: float) -> None:
     if not asked:
         return
     if not starts_from_residual(config):
-        raise UserError(
-            "decay_to_start: there is no residual base to go back to; decay to zero is decay of the change here, leave "
-            "it out"
-        )
+        lora = isinstance(config, LoraConfig)
+        why = "decay to zero is decay of the change here" if lora else "it is defined for methods that start from one"
+        raise UserError(f"decay_to_start: there is no residual base to go back to; {why}, leave it out")
     if not decay:
         raise UserError("decay_to_start: there is no decay, weight_decay is 0")
 

@@ -77,7 +77,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
-from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.model_state import own_precision, release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
@@ -110,13 +110,15 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     return weights, given["model"]
 
 
-class _ReadShards(TrainerCallback):
-    """Reads the weights when FSDP2 has sharded the model, before anything of it runs."""
+class _Begin(TrainerCallback):
+    """Before the first step, of another attempt with smaller batches too: forgets the terms of an earlier one, and reads
+    the weights where FSDP2 has sharded the model."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.forget_terms()
         self.trainer.read_shards()
 
 
@@ -196,7 +198,7 @@ class LoraNullMixin(SavingMixin):
         with on_meta, refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
         self._preflight = preflight
-        self.add_callback(_ReadShards(self))
+        self.add_callback(_Begin(self))
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
         self._measures = method is not None or isinstance(self.model, PeftModel)
@@ -237,8 +239,7 @@ class LoraNullMixin(SavingMixin):
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
         self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
-        self._now: MicroBatch | None = None
-        self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value, since the last log line
+        self.forget_terms()
         if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
             reason = (
                 "the adapter is started already" if self._goes_on else f"{self.method.name} computes no such start"
@@ -268,6 +269,11 @@ class LoraNullMixin(SavingMixin):
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             self._optimized = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         return optimizer
+
+    def forget_terms(self) -> None:
+        """Forget which pass it was, and what the method added to the loss of the steps since the last log line."""
+        self._now: MicroBatch | None = None
+        self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value
 
     def read_shards(self) -> None:
         """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
@@ -320,7 +326,6 @@ class LoraNullMixin(SavingMixin):
             self._prepare(resuming=resume_from_checkpoint or False)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
-        self._now, self._terms = None, {}
         for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(Path(resume_from_checkpoint))
@@ -418,12 +423,13 @@ class LoraNullMixin(SavingMixin):
             return
         batches, layers = self.calibration_batches if measures else None, self.method.layers(self.model)
         place = {"rule": rule, "whole": whole, "adapter_name": self.adapter_name, "folder": self.init_dir}
-        try:
-            start = compute_start(self.model, layers, batches, options, **place)
-        except NotAChain as reason:
-            logger.warning(f"{reason}; every process loads it whole")
-            self._read_whole()
-            start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
+        with own_precision(self.model):  # an evaluation before has put autocast around it
+            try:
+                start = compute_start(self.model, layers, batches, options, **place)
+            except NotAChain as reason:
+                logger.warning(f"{reason}; every process loads it whole")
+                self._read_whole()
+                start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
         self._begin_with(start)
         del start
         if self._weights is not None:
