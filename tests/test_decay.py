@@ -117,7 +117,7 @@ def test_what_means_nothing_is_refused(kind, asked, options, message, tmp_path):
 def test_what_trains_whole_weights_is_not_told_that_it_decays_the_change(name, tmp_path):
     method = make_method(name)
     config = method.config(r=4, target_modules="all-linear") or "none"
-    with pytest.raises(UserError, match="no residual base to go back to; it is defined for methods that start from one"):
+    with pytest.raises(UserError, match=r"no residual base .* it is defined for methods that start from one"):
         make(tmp_path, config, method=method, decay_to_start=True, weight_decay=0.1)
 
 
