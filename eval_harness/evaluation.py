@@ -36,7 +36,7 @@ def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
     """Check everything about `tasks` that needs no model, and return them with plain names turned into `LmEvalTask`s.
 
     Raises:
-        UserError: two tasks of the same name, or what a task's own `check` finds.
+        UserError: two tasks of the same name or with a metric of the same name, or what a task's own `check` finds.
     """
     tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
     keys = [task.key for task in tasks]
@@ -47,8 +47,12 @@ def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
         raise UserError(
             f"{other}: {writers[other.leaves].label!r} would write over its {other.leaves}; evaluate one alone"
         )
+    owners: dict[str, Task] = {}
     for task in tasks:
         task.check()
+        for name in task.found_names:
+            if (other := owners.setdefault(name, task)) is not task:
+                raise UserError(f"{task}: {name!r} is measured by {other.label!r} too; give one of them another name")
     return tasks
 
 

@@ -98,6 +98,11 @@ class Task(ABC):
         return [self.label]
 
     @property
+    def found_names(self) -> list[str]:
+        """The names of all its metrics, none left to the label; known after `check`."""
+        return self.metric_names
+
+    @property
     def reference_file(self) -> str | None:
         """The name of the file with what the base model gave, where it compares with that."""
         return None

@@ -16,7 +16,7 @@ from world import make_world, write_rows
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
-from lora_null.eval_harness import AnswerTask, evaluate
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.initialize import refusing_in_one_line
 from lora_null.layer import adapted_layers
@@ -168,6 +168,13 @@ class TestEvaluation:
         with pytest.raises(UserError, match="max_new_tokens: 64 leave no room for a prompt"):
             generate_texts(gpt2(), tiny_tokenizer(), ["x" * 99], max_new_tokens=64, **options)
         generate_texts(gpt2(), tiny_tokenizer(), ["x" * 99], max_new_tokens=40, **options)
+
+    @pytest.mark.parametrize("takes", ["takes", "was trained on"])
+    def test_answers_of_lm_evals_tasks_leave_room_for_the_prompt(self, tmp_path, takes):
+        model = gpt2(256) if takes == "takes" else tiny_model(max_position_embeddings=256)
+        path = str(write_rows(tmp_path / "g.jsonl", [{"question": "1+1?", "answer": "#### 2"}]))
+        with pytest.raises(UserError, match=f"answers of up to 512 tokens leave no room for a prompt, .* {takes} 256"):
+            evaluate(model, tiny_tokenizer(), [LmEvalTask("metamath_gsm8k", path=path)])
 
     def test_a_processor_in_place_of_a_tokenizer(self):
         model = tiny_model()

@@ -84,6 +84,17 @@ def test_tasks_of_a_folder_run(own, name):
     assert {metric.unit for metric in found.metrics.values()} == {"ll" if name == "mine_class" else "fraction"}
 
 
+@pytest.mark.parametrize("metric, unit", [("points", "points"), ("acc_of_points", "fraction")])
+@pytest.mark.parametrize("points", [1.0, 5.0])
+def test_the_unit_is_that_of_the_metric_whatever_is_found(own, tmp_path, metric, unit, points):
+    (tmp_path / "code.py").write_text(f"def score(doc, results): return {{'{metric}': {points}}}")
+    text = TASK.format(name="mine", data=own / "mine.jsonl", kind="generate_until", metric=metric)
+    text = text.replace("}]", ", aggregation: mean, higher_is_better: true}]")
+    (tmp_path / "mine.yaml").write_text(f"{text}process_results: !function code.score\n")
+    found = evaluate(tiny_model(), tiny_tokenizer(), [LmEvalTask("mine", include_path=str(tmp_path))], limit=1)
+    assert found.metrics["mine"].unit == unit and found.metrics["mine"].value == points
+
+
 @pytest.mark.parametrize("name", ["mine_lls", "mine_all", "mine_class"])
 def test_what_decides_them_is_described(own, tmp_path, name):
     """Rules, code beside them, and local documents: a kept evaluation of the base is of just these."""

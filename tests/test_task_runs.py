@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
 from lora_null.eval_harness.code.jails import find_jail
@@ -134,6 +134,7 @@ def test_code_runs_only_when_allowed(tmp_path, capsys, caplog, monkeypatch):
     data = {"path": str(tmp_path / "numbers.jsonl"), "prompt": "question", "response": "answer"}
     task = {"task": "sandbox_humaneval_completion", "name": "humaneval", "path": path}
     recipe = world(tmp_path, **options, data=data, eval={"task": [task], "batch_size": 4})
+    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     assert main([str(recipe)]) == 2
     assert "runs code that the model writes; consent with --allow-code-execution" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ logger = get_logger(__name__)
 
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
 CHAT = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
+# Words in the names of metrics that are 0 to 1 for a document. The values found do not tell: a base may have 0 in all.
+SHARES = {"acc", "accuracy", "contains", "correct", "em", "exact", "f1", "included", "match", "pass", "precision"}
+SHARES |= {"rate", "recall", "rule", "verify"}
 # This package's tasks that are asked in the training prompt, and have a twin for chat templates.
 FRAMED = tuple(sorted(path.stem.removesuffix(CHAT) for path in TASK_FILES.rglob(f"*{CHAT}.yaml")))
 
@@ -138,13 +142,18 @@ class LmEvalTask(Task):
                 raise UserError(f"{self}: answers of up to {most} tokens leave no room for a prompt, {limit}")
 
     @property
+    def found_names(self) -> list[str]:
+        return self._tried["names"]
+
+    @property
     def loaded(self) -> TaskDict:
         """lm-eval's {"tasks", "groups", …}, ready to run; read and tried once, see `check`."""
         return self._tried["loaded"]
 
     @cached_property
     def _tried(self) -> dict[str, Any]:
-        """`loaded`, after a trial on the first document with a stand-in model, and whether a program ran in the jail there.
+        """`loaded`, after a trial on the first document with a stand-in model, whether a program ran in the jail there, and
+        the names of the results.
 
         The trial finds missing fields and unknown metrics.
 
@@ -167,8 +176,7 @@ class LmEvalTask(Task):
                     told = f"{type(error).__name__}: {first_line(error)}"
                     raise UserError(f"{self} fails on its first document ({told})") from error
                 raise
-        self.result_names(loaded, results)
-        return {"loaded": loaded, "jailed": held.used}
+        return {"loaded": loaded, "jailed": held.used, "names": list(self.result_names(loaded, results))}
 
     @cached_property
     def _rules(self) -> str:
@@ -192,7 +200,7 @@ class LmEvalTask(Task):
         """
         tasks, first = self.loaded["tasks"], rank_and_world()[0] == 0
         limit = position_limit(model.config)
-        if limit is not None and limit.hard and options.engine is None:
+        if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
             self.check_positions(tokenizer, limit)
         seed_fewshot(self.loaded, options.seed)
         lm = options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype)
@@ -216,8 +224,7 @@ class LmEvalTask(Task):
             documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
             values = [document.get(metric) for document in documents]
             known = bool(values) and all(isinstance(value, int | float | np.number) for value in values)
-            inside = not known or 0 <= min(values) <= max(values) <= 1
-            share = tasks[members[0]].aggregation().get(metric) is mean and inside
+            share = tasks[members[0]].aggregation().get(metric) is mean and is_share(metric)
             found.metrics[name] = Metric(
                 float(scores[f"{metric},{filter_}"]),
                 float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
@@ -256,6 +263,11 @@ class LmEvalTask(Task):
                 f"{self}: metric {self.metric!r} names {len(names)} of its results{nearest(self.metric, choices)}"
             )
         return names
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a mean metric is a share of the answers by its name: "acc_norm", "exact_match", "pass@1"."""
+    return not SHARES.isdisjoint(re.split(r"[\W_]+", metric.lower()))
 
 
 def _scores(results: Mapping[str, Any], owner: str) -> Sequence[tuple[str, str]]:

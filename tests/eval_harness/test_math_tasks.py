@@ -25,6 +25,11 @@ def says(monkeypatch):
     return replace
 
 
+@pytest.fixture
+def model(make_model):
+    return make_model(max_position_embeddings=2048)
+
+
 def test_gsm8k(model, tokenizer, write, says):
     says(GSM_ANSWERS)
     found = evaluate(model, tokenizer, [LmEvalTask("metamath_gsm8k", path=write("g.jsonl", GSM), name="gsm8k")])
@@ -57,14 +62,14 @@ def test_the_chat_twin_asks_the_same_without_the_frame(name):
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
-def test_a_chat_template_alone_writes_the_start_token(make_model, tokenizer, write, monkeypatch, start):
+def test_a_chat_template_alone_writes_the_start_token(model, tokenizer, write, monkeypatch, start):
     tokenizer.add_bos_token = True
     tokenizer.update_post_processor()
     tokenizer.chat_template = start + "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     seen, generate = [], lm.ShardedLM._model_generate
     monkeypatch.setattr(lm.ShardedLM, "_model_generate", lambda self, context, **options: seen.append(context[0]) or generate(self, context, **options))  # fmt: skip
     task = LmEvalTask("metamath_gsm8k_chat", path=write("g.jsonl", GSM[:1]), chat=True)
-    evaluate(make_model(max_position_embeddings=2048), tokenizer, [task])
+    evaluate(model, tokenizer, [task])
     expected = tokenizer.apply_chat_template([{"role": "user", "content": GSM[0]["question"]}], return_dict=False)
     assert seen[0].tolist() == expected and seen[0].tolist().count(tokenizer.bos_token_id) == (start != "")
 

@@ -118,12 +118,17 @@ def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):
     named = LmEvalTask("ai2_arc", metric="acc", limit=1, name="arc")
     apart = evaluate(model, tokenizer, [named]).metrics  # other questions: not two rules for the same
     assert set(apart) == {"arc: arc_challenge/acc", "arc: arc_easy/acc"} and all(map(named.measures, apart))
-    found = evaluate(model, tokenizer, [LmEvalTask("ai2_arc", metric="acc", limit=1), "arc_easy"], limit=2)
+    found = evaluate(
+        model, tokenizer, [LmEvalTask("ai2_arc", metric="acc", limit=1), LmEvalTask("arc_easy", name="easy")], limit=2
+    )
     assert {name: metric.n for name, metric in found.metrics.items()} == {
         "arc_challenge/acc": 1,
-        "arc_easy/acc": 2,
-        "arc_easy/acc_norm": 2,
+        "arc_easy/acc": 1,
+        "easy/acc": 2,
+        "easy/acc_norm": 2,
     }
+    with pytest.raises(UserError, match="'arc_easy/acc' is measured by 'ai2_arc' too; give one of them another name"):
+        evaluate(model, tokenizer, [LmEvalTask("ai2_arc", metric="acc"), "arc_easy"])
 
 
 def test_several_metrics_are_told_apart(write):
@@ -209,6 +214,15 @@ def test_files_that_cannot_be_read(tmp_path, name, text, message):
 def test_two_tasks_of_one_name(nq_file):
     with pytest.raises(UserError, match="'nq_open' is listed twice"):
         validate_tasks([LmEvalTask("nq_open", path=nq_file), "nq_open"])
+
+
+def test_two_tasks_with_a_metric_of_one_name(nq_file):
+    with pytest.raises(
+        UserError, match="'nq_open nll' is measured by 'nq_open nll' too; give one of them another name"
+    ):
+        validate_tasks(
+            [LmEvalTask("nq_open", path=nq_file, name="nq_open nll"), AnswerTask("nq_open", [("Q:", " a")])]
+        )
 
 
 def test_an_unreachable_hub(monkeypatch):
