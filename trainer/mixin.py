@@ -77,7 +77,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
-from lora_null.utils.model_state import own_precision, release_freed_memory
+from lora_null.utils.model_state import release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
@@ -423,13 +423,12 @@ class LoraNullMixin(SavingMixin):
             return
         batches, layers = self.calibration_batches if measures else None, self.method.layers(self.model)
         place = {"rule": rule, "whole": whole, "adapter_name": self.adapter_name, "folder": self.init_dir}
-        with own_precision(self.model):  # an evaluation before has put autocast around it
-            try:
-                start = compute_start(self.model, layers, batches, options, **place)
-            except NotAChain as reason:
-                logger.warning(f"{reason}; every process loads it whole")
-                self._read_whole()
-                start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
+        try:
+            start = compute_start(self.model, layers, batches, options, **place)
+        except NotAChain as reason:
+            logger.warning(f"{reason}; every process loads it whole")
+            self._read_whole()
+            start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
         self._begin_with(start)
         del start
         if self._weights is not None:
