@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -192,7 +193,7 @@ def generate_texts(
                 if can_generate_rows(model):
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
                 else:
-                    rows = _generate_by_transformers(model, ids, mask, pad=pad, **options)
+                    rows = _generate_by_transformers(model, ids, mask, ends=ends, stopped=stopped, pad=pad, **options)
                 for i, row in zip(indices, rows):
                     text = tokenizer.decode(row, skip_special_tokens=True)
                     for stop in stops:
@@ -217,12 +218,27 @@ def check_room(max_new_tokens: int, limit: PositionLimit) -> bool:
 
 
 def _generate_by_transformers(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, temperature: float, pad: int
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    stopped: Callable[[Sequence[int]], bool],
+    temperature: float,
+    pad: int,
 ) -> list[list[int]]:
-    """Generate by `transformers.generate`, for models with rules of their own."""
+    """Generate by `transformers.generate`, for models with rules of their own; rows that have ended are padded."""
+
+    def ended(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.tensor([stopped(row) for row in tokens[:, ids.shape[1] :].tolist()], device=tokens.device)
+
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
-    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(ends) or None, **sampling}
+    found = model.generate(
+        input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([ended]), **options
+    )
+    return found[:, ids.shape[1] :].tolist()
 
 
 def _batches(

@@ -424,7 +424,7 @@ class LmEvalEntry(Section):
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
     num_fewshot: int | None = Field(None, ge=0, description="few-shot examples; the task's own number when not given")
     limit: int | None = Field(None, ge=1, description="first documents only")
-    metric: str | None = Field(None, description="the metric to report; the task's first when not given")
+    metric: str | None = Field(None, description="the only metric to report; all of the task's when not given")
 
 
 class AnswersEntry(Section):

@@ -5,7 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows, generate_texts
 from lora_null.eval_harness.lm_eval.model import ShardedLM
 
 PROMPTS = [f"Q: {'why ' * i}?\nA:" for i in range(9)]
@@ -88,6 +88,17 @@ def test_sampling_follows_its_generator(model, tokenizer):
 def test_models_with_rules_of_their_own_are_left_to_transformers(model):
     model.generation_config.repetition_penalty = 1.2
     assert not can_generate_rows(model)
+
+
+def test_transformers_ends_answers_where_we_do(model, tokenizer):
+    """A penalty that changes no choice, so that both ways give the same; the tokenizer's end is not the model's own."""
+    options = {"temperatures": [0.0] * len(PROMPTS), "max_new_tokens": 12}
+    whole = generate_texts(model, tokenizer, PROMPTS, **options)
+    tokenizer.eos_token, stop = whole[1][3], whole[5][3]
+    ours = generate_texts(model, tokenizer, PROMPTS, stops=[stop], **options)
+    model.generation_config.repetition_penalty = 1 + 1e-9
+    assert not can_generate_rows(model)
+    assert generate_texts(model, tokenizer, PROMPTS, stops=[stop], **options) == ours != whole
 
 
 def test_end_tokens(model):
