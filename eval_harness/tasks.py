@@ -71,6 +71,7 @@ class Task(ABC):
         limit: documents, at most, whatever the whole evaluation allows; None for no limit of its own.
         measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
             for all.
+        bounded: whether it cannot go beyond the positions that a rotary model was trained on, as other tasks can.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
         leaves: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
     """
@@ -79,6 +80,7 @@ class Task(ABC):
     role: Role
     limit: int | None = None
     measured_twice: ClassVar[int | None] = 0
+    bounded: ClassVar[bool] = False
     runs_on_engine: ClassVar[bool] = False
     leaves: ClassVar[str] = ""
 

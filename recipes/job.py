@@ -237,12 +237,16 @@ def _read(
     options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
     tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
     job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
+    validate_tasks(job.tasks)  # against each other
     job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
     limit = position_limit(config)
     if job.data is not None:
         check_answers_end(recipe, job.model_name, tokenizer, training, job.data)
         if limit is not None and limit.hard:
-            _check_positions(recipe, tokenizer, training, job.data, job.tasks, limit)
+            _check_rows(recipe, tokenizer, training, job.data, limit)
+    for task in job.tasks if limit is not None else ():
+        if limit.hard or (task.bounded and recipe.eval.backend == "hf"):
+            task.check_positions(tokenizer, limit)
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
     job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
@@ -330,15 +334,14 @@ def read_training_data(
     return data
 
 
-def _check_positions(
+def _check_rows(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     training: SFTConfig | DPOConfig,
     data: TrainingData,
-    tasks: list[Task],
     limit: PositionLimit,
 ) -> None:
-    """Compare rows, as they are cut, held-out pairs and answers with a model's position table, before it loads.
+    """Compare rows, as they are cut, with a model's position table, before it loads.
 
     Raises:
         UserError: something is longer.
@@ -350,8 +353,6 @@ def _check_positions(
     if longest > limit.tokens:
         line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
         tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
-    for task in tasks:
-        task.check_positions(tokenizer, limit)
 
 
 def check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:

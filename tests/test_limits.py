@@ -1,6 +1,7 @@
 """Settings are held against what a model can do, before work: positions, processors, architectures."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ class TestEvaluation:
         path = str(write_rows(tmp_path / "g.jsonl", [{"question": "1+1?", "answer": "#### 2"}]))
         with pytest.raises(UserError, match=f"answers of up to 512 tokens leave no room for a prompt, .* {takes} 256"):
             evaluate(model, tiny_tokenizer(), [LmEvalTask("metamath_gsm8k", path=path)])
+
+    def test_a_recipe_says_so_before_a_model_loads(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("weights were loaded"))
+        recipe = make_world(tmp_path)
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+        write_rows(tmp_path / "g.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+        task = f"eval.task=[{{task: metamath_gsm8k, path: {tmp_path}/g.jsonl}}]"
+        assert main([str(recipe), task]) == 2
+        assert "answers of up to 512 tokens leave no room for a prompt" in capsys.readouterr().err
 
     def test_a_processor_in_place_of_a_tokenizer(self):
         model = tiny_model()

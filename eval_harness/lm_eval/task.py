@@ -74,6 +74,7 @@ class LmEvalTask(Task):
         chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
+    bounded: ClassVar[bool] = True
     runs_on_engine: ClassVar[bool] = True
     measured_twice: ClassVar[int | None] = 64  # generating takes long
 
