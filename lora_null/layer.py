@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.utils.distributed import is_sharded, own_piece, whole_parameters
@@ -54,6 +56,9 @@ class Residual(NamedTuple):
         return (A[:r], B[:, :r]) if same else None
 
 
+_CONFINED: weakref.WeakSet[LoraNullLinear] = weakref.WeakSet()  # all layers that have a basis
+
+
 class NullBasis:
     """N (d_in, k), in whose span A stays; one object for all layers that read the same input.
 
@@ -89,14 +94,32 @@ class NullBasis:
 def keep_in_null_basis(peft_model: nn.Module) -> None:
     """Put A of every adapter that has a basis N back into its span, A ← A N Nᵀ, after an optimizer's step.
 
-    The trainers of this package do so themselves. In a loop of your own the layers see to it before a forward pass and
-    before they are saved, while they are in training mode and whole; otherwise call this, on all ranks together.
+    Every optimizer of PyTorch's kind does so at the end of its step where it holds A itself, whole on this rank. Where an
+    engine holds pieces of A or copies (FSDP2, DeepSpeed) the trainers of this package do it; otherwise call this, on all
+    ranks together.
     """
     for layer in peft_model.modules():
-        if isinstance(layer, LoraNullLinear) and layer.bases:
+        if not isinstance(layer, LoraNullLinear):
+            continue
+        if moved := [name for name in layer.bases if not layer.is_kept(name)]:
             with whole_parameters(layer.lora_A, write=True):
-                for adapter_name in layer.bases:
+                for adapter_name in moved:
                     layer.keep_in_basis(adapter_name)
+        layer.kept_by_step = frozenset()
+
+
+def _keep_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Put every A back that an optimizer has moved; a fused one leaves no trace of that in the version of a tensor."""
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_CONFINED):
+        for name in layer.bases:
+            A = factors_of(layer, name)[0]
+            if id(A) in moved and A.requires_grad and not is_sharded(A):
+                layer.keep_in_basis(name)
+                layer.kept_by_step |= {name}
+
+
+register_optimizer_step_post_hook(_keep_after_step)
 
 
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -176,6 +199,7 @@ class LoraNullLinear(Linear):
     residual_adapters: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
     bases: Mapping[str, NullBasis] = MappingProxyType({})
+    kept_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
     _kept_versions: Mapping[str, int] = MappingProxyType({})
     _base_is_merging = False
 
@@ -206,10 +230,16 @@ class LoraNullLinear(Linear):
         """Keep A out of training; see `freeze_factor`."""
         freeze_factor(self, "lora_A", adapter_name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.bases:  # a copy, or one that was pickled
+            _CONFINED.add(self)
+
     def confine(self, adapter_name: str, basis: NullBasis) -> None:
         """Keep A, which lies in the span of a basis, there from now on."""
         self.bases = {**self.bases, adapter_name: basis}
         self._kept_versions = {}
+        _CONFINED.add(self)
 
     def keep_in_basis(self, adapter_name: str) -> None:
         """Put A, whole on this rank, back into the span of its basis."""
@@ -217,8 +247,13 @@ class LoraNullLinear(Linear):
         self.bases[adapter_name].keep(A)
         self._kept_versions = {**self._kept_versions, adapter_name: A._version}
 
+    def is_kept(self, adapter_name: str) -> bool:
+        """Return whether an optimizer's step has put A back, and nobody has written to it since."""
+        version = factors_of(self, adapter_name)[0]._version
+        return adapter_name in self.kept_by_step and self._kept_versions.get(adapter_name) == version
+
     def _see_to_bases(self) -> None:
-        """Put those A back that a step has moved since, where nobody else has: in a training loop without our trainers.
+        """Put those A back that something else than an optimizer has moved since.
 
         What was written or loaded just now is inside; its very bits stay.
         """

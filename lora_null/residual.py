@@ -12,6 +12,8 @@ from torch import nn
 
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, factors_of, residual_of
+from lora_null.utils.errors import UserError
+from lora_null.utils.quantized import unreadable
 
 
 def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -19,8 +21,15 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
 
     From then on whatever leaves the model (`save_pretrained`, `get_peft_model_state_dict`, a merge, a combination of
     adapters) is the change of the original weights.
+
+    Raises:
+        UserError: a weight that would not keep what is written to it; nothing is changed then.
     """
-    for layer in adapted_layers(peft_model, adapter_name).values():
+    layers = adapted_layers(peft_model, adapter_name)
+    for name, layer in layers.items():
+        if reason := unreadable(layer.get_base_layer()):
+            raise UserError(f"target_modules: {name} {reason}")
+    for layer in layers.values():
         layer.subtract_residual(adapter_name)
         layer.started |= {adapter_name}
     config = copy.copy(peft_model.peft_config[adapter_name])  # the caller's own may serve for a second model

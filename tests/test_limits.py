@@ -184,7 +184,7 @@ class TestEvaluation:
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
         write_rows(tmp_path / "g.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
         task = f"eval.task=[{{task: metamath_gsm8k, path: {tmp_path}/g.jsonl}}]"
-        assert main([str(recipe), task]) == 2
+        assert main([str(recipe), task, "data.template=alpaca"]) == 2
         assert "answers of up to 512 tokens leave no room for a prompt" in capsys.readouterr().err
 
     def test_a_processor_in_place_of_a_tokenizer(self):

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from test_trainer import make
 from tiny import random_batches, tiny_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, keep_in_null_basis
 from lora_null.initialize import InitOptions, load_initialization, start_adapter
@@ -118,23 +119,44 @@ ROUNDED = {"float32": 1e-6, "bfloat16": 0.01}
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_stays_inside_in_a_loop_of_ones_own(dtype, autocast):
+@pytest.mark.parametrize("how", [{}, {"fused": True}, {"foreach": True}])
+def test_a_stays_inside_in_a_loop_of_ones_own(dtype, autocast, how):
     peft_model = started(dtype=getattr(torch, dtype))
     assert outside(peft_model) < ROUNDED[dtype]
-    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2, **how)
     start = {name: factors_of(layer)[0].detach().clone() for name, layer in adapted_layers(peft_model).items()}
     for batch in BATCHES:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             peft_model(**batch, labels=batch["input_ids"]).loss.backward()
-        assert outside(peft_model) < ROUNDED[dtype]
         optimizer.step()
         optimizer.zero_grad()
-    assert outside(peft_model) > 0.01  # a step leaves it
+        assert outside(peft_model) < ROUNDED[dtype]
+    with torch.no_grad():
+        for layer in adapted_layers(peft_model).values():
+            factors_of(layer)[0].add_(0.1)  # as no optimizer does
+    assert outside(peft_model) > 0.01
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         peft_model.state_dict()
     assert outside(peft_model) < ROUNDED[dtype]
     for name, layer in adapted_layers(peft_model).items():
         assert not torch.equal(factors_of(layer)[0], start[name])
+
+
+def test_a_stays_inside_compiled_copied_and_under_transformers_own_trainer(tmp_path):
+    copied = copy.deepcopy(started())
+    compiled = torch.compile(copied, backend="eager")
+    optimizer = torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=1e-2)
+    for batch in BATCHES:
+        compiled(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = started()
+    rows = [{"input_ids": ids, "labels": ids} for batch in BATCHES for ids in batch["input_ids"].tolist()]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    Trainer(plain, args, train_dataset=rows).train()
+    assert outside(copied) < 1e-6 and outside(plain) < 1e-6
 
 
 @pytest.mark.parametrize("start", ["zero", "residual"])

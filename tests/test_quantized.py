@@ -12,7 +12,7 @@ from safetensors import safe_open
 from test_dpo import CUT, PAIRS, TEXTS
 from test_dpo import options as dpo_options
 from test_trainer import make
-from tiny import losses_over, random_batches, save_tiny, tiny_tokenizer
+from tiny import losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
@@ -28,6 +28,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import quantization
 from lora_null.recipes.models.bases import empty_model, load_base
 from lora_null.recipes.models.plan import plan_methods
+from lora_null.residual import subtract_residuals
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.utils.model_state import preserve
@@ -351,6 +352,18 @@ def test_weights_of_unknown_storage_are_refused_by_class():
     assert unreadable(nn.Linear(8, 8)) is None
     with pytest.raises(UserError, match="is a Packed, only plain linears and bitsandbytes' quantized ones"):
         weight_of(layer)
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5)])  # fmt: skip
+def test_a_weight_that_is_computed_anew_is_refused(make):
+    model = tiny_model()
+    make(model.model.layers[1].mlp.up_proj)
+    said = r"layers\.1\.mlp\.up_proj computes its weight anew before each pass"
+    peft_model = get_peft_model(model, LoraNullConfig(r=4, variant="v1"))
+    with pytest.raises(UserError, match=said):
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    with pytest.raises(UserError, match=said):
+        subtract_residuals(peft_model)
 
 
 def test_a_base_that_was_rewritten_for_inference_is_refused(folder):

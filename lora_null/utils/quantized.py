@@ -39,6 +39,8 @@ def unreadable(module: nn.Module) -> str | None:
         rewritten = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
         return "was rewritten by bitsandbytes to infer on this CPU, load the base anew" if rewritten else None
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear | Conv1D) and "weight" not in module._parameters:
+        return "computes its weight anew before each pass (pruning, weight norm); make that permanent first"
     if isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         return f"is a {type(module).__name__}, which gives more than W0 x + b; leave it out (exclude_modules)"
     plain = (
