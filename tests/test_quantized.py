@@ -14,6 +14,7 @@ from test_dpo import options as dpo_options
 from test_trainer import make
 from tiny import losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 from world import make_world
@@ -354,7 +355,7 @@ def test_weights_of_unknown_storage_are_refused_by_class():
         weight_of(layer)
 
 
-@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5)])  # fmt: skip
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])  # fmt: skip
 def test_a_weight_that_is_computed_anew_is_refused(make):
     model = tiny_model()
     make(model.model.layers[1].mlp.up_proj)
