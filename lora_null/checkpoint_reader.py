@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lora_null.layer import LoraNullLinear, plain_name
 from lora_null.utils.distributed import get_logger, own_piece, together
 from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import replaced
 
 logger = get_logger(__name__)
 
@@ -248,11 +249,8 @@ def adapters_in_memory() -> Iterator[None]:
         empty = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
         move(layer, adapter_name, torch.device("cpu") if empty else device)
 
-    nn.Module.to, BaseTunerLayer._move_adapter_to_device_of_base_layer = stay, keep
-    try:
+    with replaced(nn.Module, "to", stay), replaced(BaseTunerLayer, move.__name__, keep):
         yield
-    finally:
-        nn.Module.to, BaseTunerLayer._move_adapter_to_device_of_base_layer = to, move
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -10,23 +10,30 @@ import torch
 
 
 @dataclass(frozen=True)
-class NullFactors:
-    """The factors of T = W0 U Uᵀ, or of its best rank-r approximation, with s·B0A0 = T (method, step 2).
+class LayerStart:
+    """What a rule finds for one layer.
 
     Attributes:
-        A: (r, d_in) float64, rows in the span of U; spanning it where U has r columns (theorem 1).
-        B: (d_out, r) float64.
-        energy: ‖s·B0A0‖²_F / ‖W0‖²_F, the share of the weight's energy that moves into the adapter.
-        condition: largest over smallest singular value of s·B0A0, inf where it has lost rank to float64's rounding.
+        A: (r, d_in), B: (d_out, r), with √s divided out of each, s PEFT's scaling.
+        solver: what found them.
+        energy, condition: see `LayerStats`; None where the rule does not tell.
+        gram_rank: numerical rank of C = X Xᵀ; None where the rule does not tell.
+        kernel: U (d_in, r), where the inputs have nothing along it at all; see `projected_inputs`.
+        basis: N (d_in, k), orthonormal, in whose span A is to stay; None where it is free. Layers that read the same
+            input have the same tensor.
     """
 
     A: torch.Tensor
     B: torch.Tensor
-    energy: float
-    condition: float
+    solver: str = ""
+    energy: float | None = None
+    condition: float | None = None
+    gram_rank: int | None = None
+    kernel: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
 
 
-def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float, r: int | None = None) -> NullFactors:
+def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float, r: int | None = None) -> LayerStart:
     """Factor the part of a weight that reads the null space.
 
     T = W0 U Uᵀ has rank k, and M = W0 U = P S Qᵀ gives T = P S (U Q)ᵀ: one thin SVD, no d_out × d_in product. The r
@@ -58,7 +65,7 @@ def null_factors(weight: torch.Tensor, null_space: torch.Tensor, scaling: float,
     signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
     root = (S / scaling).sqrt()
     lost = S[-1] <= len(S) * eps * S[0]
-    return NullFactors(
+    return LayerStart(
         A=root[:, None] * rows * signs,
         B=Q @ P * signs.T * root,
         energy=(S.square().sum() / energy).item(),
@@ -93,30 +100,6 @@ def leakage(A: torch.Tensor, gram: torch.Tensor, projected: torch.Tensor | None 
     seen = projected_inputs(A, gram) if projected is None else projected
     norm = torch.linalg.matrix_norm(A.detach().to(gram))
     return (torch.linalg.matrix_norm(seen) / (norm * gram.trace().sqrt())).item()
-
-
-@dataclass(frozen=True)
-class LayerStart:
-    """What a rule finds for one layer.
-
-    Attributes:
-        A: (r, d_in), B: (d_out, r), with √s divided out of each, s PEFT's scaling.
-        solver: what found them.
-        energy, condition: see `LayerStats`; None where the rule does not tell.
-        gram_rank: numerical rank of C = X Xᵀ; None where the rule does not tell.
-        kernel: U (d_in, r), where the inputs have nothing along it at all; see `projected_inputs`.
-        basis: N (d_in, k), orthonormal, in whose span A is to stay; None where it is free. Layers that read the same
-            input have the same tensor.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    solver: str
-    energy: float | None = None
-    condition: float | None = None
-    gram_rank: int | None = None
-    kernel: torch.Tensor | None = None
-    basis: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -226,11 +225,17 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
     scaling = layer.scaling[adapter_name]
     if not 0 < scaling < float("inf"):
         raise UserError(f"lora_alpha: {name} has a scaling of {scaling:g}, it has to be above 0")
-    smallest = min(layer.in_features, layer.out_features)
-    if layer.r[adapter_name] > smallest:
-        raise UserError(f"r: {layer.r[adapter_name]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
+    check_fits(name, layer, layer.r[adapter_name])
     if layer.merged or layer.residual is not None:
         raise UserError(f"{name}: its base weight already carries an adapter, start from the original model")
+
+
+def check_fits(name: str, layer: LoraLayer, count: int, what: str = "r", times: int = 1) -> None:
+    """Raise a UserError where a layer has fewer inputs or outputs than `times` as many directions as are asked of it."""
+    smallest = min(layer.in_features, layer.out_features)
+    if times * count > smallest:
+        held = "" if times == 1 else f", and {times} times as many are needed"
+        raise UserError(f"{what}: {count} is larger than {name} allows (min(d_in, d_out) = {smallest}{held})")
 
 
 def check_basis(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -244,15 +249,6 @@ def check_basis(peft_model: PeftModel, adapter_name: str = "default") -> None:
     layers = adapted_layers(peft_model, adapter_name).values()
     if not all(adapter_name in getattr(layer, "bases", {}) for layer in layers):
         raise UserError(NO_BASIS)
-
-
-def factor_checksum(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> str:
-    """Return a SHA-256 over the bytes of every A and B, to compare ranks and runs by."""
-    digest = hashlib.sha256()
-    for layer in layers.values():
-        for factor in (layer.lora_A, layer.lora_B):
-            digest.update(factor[adapter_name].weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

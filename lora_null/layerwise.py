@@ -37,7 +37,7 @@ from lora_null.calibration import (
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.distributed import rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.model_state import release_freed_memory, replaced
 
 CHECK_TOKENS = 16
 WHAT = "initialization"
@@ -251,7 +251,7 @@ def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: Toke
 
     with contextlib.ExitStack() as stack:
         for position, layer in enumerate(layers.values()):
-            stack.enter_context(_instead_of_forward(layer, stub(position)))
+            stack.enter_context(replaced(layer, "forward", stub(position)))
         try:
             backbone(model)(**batch.inputs, use_cache=False)
         except CANNOT_RUN as error:
@@ -259,18 +259,6 @@ def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: Toke
     if len(calls) != len(layers):
         raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
     return calls, first[0]
-
-
-@contextlib.contextmanager
-def _instead_of_forward(layer: nn.Module, forward: Callable) -> Iterator[None]:
-    own = layer.__dict__.get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
 
 
 def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> None:

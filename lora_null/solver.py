@@ -87,13 +87,9 @@ class NullSpace:
                     f"only {space.vectors.shape[1]} directions lie outside the top {self.energy} of its inputs' energy "
                     f"(null_energy), fewer than r = {r}"
                 )
-            found = null_factors(weight, space.vectors, scaling, r)
-            return LayerStart(
-                A=found.A,
-                B=found.B,
+            return replace(
+                null_factors(weight, space.vectors, scaling, r),
                 solver=space.solver,
-                energy=found.energy,
-                condition=found.condition,
                 gram_rank=min(space.rank, inputs.tokens),
                 kernel=space.vectors if space.exact else None,
                 basis=space.vectors if confines else None,

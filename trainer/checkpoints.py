@@ -187,13 +187,15 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 if TYPE_CHECKING:
-    from lora_null.trainer.protocol import TrainerProtocol as Base
+    from transformers import Trainer as Base
 else:
     Base = object  # the Trainer class that the mixin is put before
 
 
 class SavingMixin(Base):
     """Put before a Trainer class: complete checkpoints and adapters, and a resume that takes no step too many."""
+
+    model: Any  # a PeftModel, or a PreTrainedModel where every weight trains
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is either whole or not there for `last_checkpoint`; only then let older ones go."""

@@ -533,9 +533,7 @@ class LoraNullMixin(SavingMixin):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the parent trainer's loss; in training with what the method adds, see `Method.extra_loss`."""
-        found = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.method.terms or not self.model.training:
             return found
         step, before = self.state.global_step, self._now

@@ -13,8 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import nn
 
-from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars, replaced
+from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars
 from lora_null.utils.distributed import merge_shares, my_share, rank_and_world
+from lora_null.utils.model_state import replaced
 
 
 class ShardedLM(RowwiseLM):

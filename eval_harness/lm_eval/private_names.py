@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.utils.model_state import replaced
 
 NO_FORK = "DISABLE_MULTIPROC"  # the environment variable that lm-eval's bootstrap asks
 
@@ -63,20 +64,6 @@ def bootstrap_in_this_process() -> Iterator[None]:
             del os.environ[NO_FORK]
         else:
             os.environ[NO_FORK] = before
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let `owner.name` be `value` for a while."""
-    own, old = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, old)
-        else:
-            delattr(owner, name)
 
 
 class RowwiseLM(HFLM):

@@ -31,12 +31,13 @@ from lora_null.eval_harness.lm_eval.loading import (
     unreadable,
 )
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
-from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, replaced
+from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import get_logger, rank_and_world
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, position_limit
+from lora_null.utils.model_state import replaced
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,19 +67,30 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` for a while."""
+    own, old = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the dtypes that the weights have: without the autocast that accelerate puts around a model it trains.
 
     What was measured before training knew no such wrapper, and the rounding alone would look like forgetting.
     """
-    wrapped = [(module, vars(module)["forward"]) for module in model.modules() if "_original_forward" in vars(module)]
-    for module, _ in wrapped:
-        module.forward = module._original_forward
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if "_original_forward" in vars(module):
+                stack.enter_context(replaced(module, "forward", module._original_forward))
         yield
-    finally:
-        for module, forward in wrapped:
-            module.forward = forward
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.base_hash import same_base
+from lora_null.adapters.inspection import check_layers
 from lora_null.adapters.saved import read_adapter
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.schema import ModelSection, parse_section
@@ -158,17 +158,11 @@ def check_adapter_fits(source: Source) -> None:
     adapter = read_adapter(source.folder)
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
-    pairs, empty = adapter.pairs(), source.base.empty()
-    modules = dict(empty.named_modules())
-    for name, (A, B) in pairs.items():
-        found = modules.get(name)
-        shape = _shape(found)
-        if shape != (B.shape[0], A.shape[1]):
-            there = "has no such linear" if shape is None else f"has {shape[0]} × {shape[1]} there"
-            raise UserError(
-                f"{source.folder}: made for another base than {source.base.name}: {name} is {B.shape[0]} × {A.shape[1]}, "
-                f"the base {there}; --base names the right one"
-            )
+    adapter.pairs()  # refuses what is no A or B
+    if misfit := next(check_layers(adapter, source.base.empty()), None):
+        raise UserError(
+            f"{source.folder}: made for another base than {source.base.name}: {misfit}; --base names the right one"
+        )
     if same_base(adapter.metadata, source.base.folder) is False:
         raise another_base(source)
 
@@ -179,13 +173,6 @@ def another_base(source: Source) -> UserError:
     return UserError(
         f"{source.folder}: trained on another base than {name} (its weights differ); --base names the right one"
     )
-
-
-def _shape(module: Any) -> tuple[int, int] | None:
-    """Return (d_out, d_in) of a linear."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    return (module.out_features, module.in_features) if hasattr(module, "in_features") else None
 
 
 def methods_in(run: Path) -> list[str]:

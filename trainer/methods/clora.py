@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_null.initialize import check_fits
 from lora_null.layer import active_adapter, factors_of
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
-from lora_null.utils.errors import UserError
 
 
 @method
@@ -81,8 +81,4 @@ class _DrawAnew(TrainerCallback):
 def check_columns(method: Method, model: nn.Module, k: int) -> None:
     """Raise a UserError where a layer is smaller than the k directions that a method takes of its inputs and outputs."""
     for name, layer in method.layers(model).items():
-        smallest = min(layer.in_features, layer.out_features)
-        if k > smallest:
-            raise UserError(
-                f"method.options.{method.name}.k: {k} is larger than {name} allows (min(d_in, d_out) = {smallest})"
-            )
+        check_fits(name, layer, k, f"method.options.{method.name}.k")

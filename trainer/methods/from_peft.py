@@ -15,7 +15,8 @@ from peft.tuners.osf import OSFLayer
 from torch import nn
 
 from lora_null.config import ResidualLoraConfig
-from lora_null.layer import active_adapter, adapted_layers, plain_name
+from lora_null.initialize import check_fits
+from lora_null.layer import active_adapter, plain_name
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
 from lora_null.trainer.methods.full import WeightMethod
@@ -36,7 +37,8 @@ class MiCA(Method):
         return LoraConfig(init_lora_weights="mica", **adapter)
 
     def check(self, model: nn.Module) -> None:
-        check_room(model, 1)
+        for name, layer in self.layers(model).items():
+            check_fits(name, layer, layer.r[active_adapter(model)])
 
 
 @method
@@ -107,6 +109,7 @@ class LoRAGA(ResidualMethod):
 
     name = "lora-ga"
     pairs = False  # its gradient is that of the labels' loss
+    room = 2
 
     rows: int = 32
     batch_rows: int = 4
@@ -116,10 +119,6 @@ class LoRAGA(ResidualMethod):
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
-
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
-        check_room(model, 2)
 
     def rule_for(self, options: InitOptions) -> None:
         """Return None: the gradient of the loss needs the whole model."""
@@ -217,13 +216,3 @@ def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, to
     whole = [group for group in groups if len(group) == batch_rows] or groups
     batches = (trainer.data_collator(group) for group in whole)  # of rows without padding it gives numbers too
     return [{key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()} for batch in batches]
-
-
-def check_room(model: nn.Module, times: int) -> None:
-    """Raise a UserError where `times` · r is more than a layer's smaller dimension."""
-    adapter = active_adapter(model)
-    for name, layer in adapted_layers(model, adapter).items():
-        r, smallest = layer.r[adapter], min(layer.in_features, layer.out_features)
-        if times * r > smallest:
-            most = smallest // times
-            raise UserError(f"r: {r} is larger than {name} allows here (at most {most})")

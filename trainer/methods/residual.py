@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -18,7 +18,7 @@ from torch import nn
 from lora_null.calibration import InputStats
 from lora_null.config import ResidualLoraConfig
 from lora_null.factors import LayerStart
-from lora_null.initialize import sharing
+from lora_null.initialize import check_fits, sharing
 from lora_null.layer import active_adapter
 from lora_null.residual import subtract_residuals
 from lora_null.solver import Rule
@@ -31,6 +31,7 @@ class ResidualMethod(Method):
     """What these methods have in common; a subclass computes `factors`."""
 
     quantized_base = False
+    room: ClassVar[int] = 1  # times r that a layer has to have room for
 
     @property
     def rule(self) -> str:
@@ -51,9 +52,7 @@ class ResidualMethod(Method):
                 f"target_modules: {name} shares its weight with {', '.join(others)}, {self.name} needs its own"
             )
         for name, layer in layers.items():
-            smallest = min(layer.in_features, layer.out_features)
-            if layer.r[adapter] > smallest:
-                raise UserError(f"r: {layer.r[adapter]} is larger than {name} allows (min(d_in, d_out) = {smallest})")
+            check_fits(name, layer, layer.r[adapter], times=self.room)
 
     def rule_for(self, options: InitOptions) -> Rule | None:
         return self
