@@ -10,6 +10,7 @@ import torch
 
 # The Krylov solver wins while r is a small part of d. At d / 8 it takes as long at 2,048 wide, and finds no answer at 4,096.
 KRYLOV_MAX_RANK_SHARE = 10
+SOLVERS = ("auto", "eigh", "krylov")
 # Stop when the eigenvalue-weighted squared residual is below this. Measured on SmolLM2's Grams, the energy caught in excess
 # is then at most about four times this. Where eigenvalues lie close together a Krylov space can miss some of them without
 # any residual, so the answer has to pass `_is_complete`: it catches at most EXCESS more energy than the full SVD's, which is
@@ -75,8 +76,8 @@ def bottom_eigenspace(gram: torch.Tensor, r: int, *, solver: str = "auto", seed:
     d = gram.shape[0]
     if not 1 <= r <= d:
         raise ValueError(f"r is {r}, the Gram matrix is {d} wide")
-    if solver not in ("auto", "eigh", "krylov"):
-        raise ValueError(f"solver is {solver!r}, not auto, eigh or krylov")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}, not {', '.join(SOLVERS)}")
     gram = _scaled(gram)
     frame = torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(gram.device)
     if solver == "auto":

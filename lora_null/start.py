@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -31,10 +31,11 @@ from lora_null.calibration import (
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
 from lora_null.factors import LayerStats
 from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
+from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
 logger = get_logger(__name__)
@@ -110,6 +111,9 @@ class InitOptions:
         seed: of the drift sketch and of the choice within a null space larger than r.
         cache: keep the result in the cache folder, and reuse an equal one.
         progress: show progress bars (on rank 0).
+
+    Raises:
+        UserError: another solver or form.
     """
 
     solver: str = "auto"
@@ -120,6 +124,11 @@ class InitOptions:
     seed: int = 0
     cache: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (("solver", SOLVERS), ("form", get_args(Form))):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name}: no {value!r}{nearest(value, known)}")
 
 
 DEFAULTS = InitOptions()

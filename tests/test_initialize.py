@@ -362,3 +362,9 @@ def test_starting_twice_is_refused():
 def test_configurations_that_cannot_be_right_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         LoraNullConfig(**{"r": 4, **config})
+
+
+@pytest.mark.parametrize("wrong, said", [({"solver": "eig"}, "solver: no 'eig' .did you mean 'eigh'"), ({"form": "layerwise"}, "form: no 'layerwise'")])  # fmt: skip
+def test_options_that_are_none_are_refused_before_any_work(wrong, said):
+    with pytest.raises(UserError, match=said):
+        InitOptions(**wrong)

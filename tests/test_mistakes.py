@@ -69,6 +69,7 @@ CASES = [
     (["--method", "lora,lora"], "a method is named twice"),
     (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows (min(d_in, d_out) = 32)"),
     (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
+    (["method.target_modules=[q_proj, lm_head]"], "target_modules: TRL's SFT loss reads the weights of lm_head"),
     (["method.target_modules=[q_proj, v_porj]"], "no module matches 'v_porj' (did you mean 'v_proj'?)"),
     (["data.path=nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
     (["data.prompt=qestion"], "data.prompt: the data has no field 'qestion' (did you mean 'question'?)"),

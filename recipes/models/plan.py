@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -113,6 +114,11 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     model = put_on(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
         check_targets(model, recipe.preflight)
+        if recipe.trainer == "sft" and isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+            raise UserError(
+                "target_modules: TRL's SFT loss reads the weights of lm_head themselves, so that an adapter there would "
+                "not train; leave it out"
+            )
     method.check(model)
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
