@@ -20,7 +20,7 @@ from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import PART, beside, read_json, sweep, write_json, write_text
+from lora_null.utils.files import PART, beside, cache_root, read_json, sweep, write_json, write_text
 
 LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
@@ -62,6 +62,7 @@ def claimed(
         def claim_and_lock() -> None:
             check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
             _check_writable(folder)
+            _check_writable(cache_root(), "LORA_NULL_CACHE")
             if not stack.enter_context(locked(folder)):
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
@@ -77,12 +78,13 @@ def check_space(folder: Path, size: int) -> int:
     """Return the bytes that are free where the folder is, or will be; nothing is written.
 
     Raises:
-        UserError: fewer than `size`, or the folder cannot be made or written.
+        UserError: fewer than `size`, or the folder or the cache cannot be made or written.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
-        raise UserError(f"output_dir: cannot write to {folder} ({why})")
+    for what, place in (("LORA_NULL_CACHE", cache_root()), ("output_dir", folder)):
+        there = next(path for path in (place, *place.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
+            raise UserError(f"{what}: cannot write to {place} ({why})")
     free = shutil.disk_usage(there).free
     if free < size:
         raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
@@ -230,7 +232,7 @@ def what_is_kept(folder: Path) -> str:
     return f"in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path, what: str = "output_dir") -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +245,7 @@ def _check_writable(folder: Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+        raise UserError(f"{what}: cannot write to {folder} ({error.strerror})") from None
 
 
 def _clear(folder: Path) -> None:

@@ -144,6 +144,10 @@ def test_output_folder_in_use(fails, tmp_path):
 def test_output_that_cannot_be_written(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "is a file" in fails("--output-dir", str(tmp_path / "file"))
+    with monkeypatch.context() as patch:
+        patch.setenv("LORA_NULL_CACHE", str(tmp_path / "file" / "cache"))
+        for words in ([], ["--dry-run"]):
+            assert "LORA_NULL_CACHE: cannot write to" in fails(*words)
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "cannot write to" in fails() and "No space left on device" in fails()
 
