@@ -117,6 +117,13 @@ def broadcast_tensor(tensor: torch.Tensor, src: int) -> None:
             dist.broadcast(here, src=src)
 
 
+def broadcast_like(tensor: torch.Tensor | None, like: torch.Tensor, owner: int) -> torch.Tensor:
+    """Return on every rank the owner's tensor, in the shape, dtype and device of `like`; the others have None."""
+    shared = torch.empty_like(like) if tensor is None else tensor.to(like)
+    broadcast_tensor(shared, owner)
+    return shared
+
+
 @contextlib.contextmanager
 def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]:
     """Have the parameters of the modules whole on every rank inside the block; all ranks enter and leave it together.

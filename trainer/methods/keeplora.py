@@ -16,7 +16,7 @@ from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method, need, need_count
 from lora_null.trainer.methods.from_peft import first_batches, take_gradients
-from lora_null.utils.distributed import broadcast_tensor, rank_and_world, together
+from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import weight_of
@@ -89,9 +89,7 @@ class KeepLoRA(Method):
                         )
                         for name in inputs.modules:
                             like = layers[name].lora_A[adapter].weight
-                            A = found[name].to(like) if name in found else torch.empty_like(like)
-                            broadcast_tensor(A, inputs.owner)
-                            tensors[f"{name}.lora_A"] = A
+                            tensors[f"{name}.lora_A"] = broadcast_like(found.get(name), like, inputs.owner)
         return tensors
 
     def _solve(self, inputs: InputStats, layers: Mapping[str, Any], adapter: str) -> dict[str, torch.Tensor]:

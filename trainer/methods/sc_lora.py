@@ -18,7 +18,7 @@ from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import method, need, need_count
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import broadcast_tensor, rank_and_world, together
+from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import weight_of
@@ -71,12 +71,8 @@ class SCLoRA(ResidualMethod):
                 for name, owner in names.items():
                     layer = layers[name]
                     for key, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                        like = factor[adapter].weight
-                        tensor = (
-                            found[f"{name}.{key}"].to(like) if f"{name}.{key}" in found else torch.empty_like(like)
-                        )
-                        broadcast_tensor(tensor, owner)
-                        tensors[f"{name}.{key}"] = tensor
+                        key = f"{name}.{key}"
+                        tensors[key] = broadcast_like(found.get(key), factor[adapter].weight, owner)
         return tensors
 
     def _solve(self, part: list[Measured], layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, torch.Tensor]:
