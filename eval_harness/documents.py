@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -84,7 +84,7 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
                     found.numbers.append(number)
             last += len(entries)
     except (ValueError, OSError, csv.Error, pyarrow.ArrowException) as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{where}: cannot read {path} as {kind} ({reason})") from error
     if found.bad and not keep_bad:
         first = found.bad[0]

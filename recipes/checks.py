@@ -35,7 +35,7 @@ from lora_null.start import InitOptions, LayerReport
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_labels, tell
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.model_state import seed_everything
 
 ADAPTER = "default"
@@ -79,7 +79,7 @@ def _check_trackers(training: SFTConfig | DPOConfig) -> None:
             if isinstance(kind, type):  # "flyte" and others come with settings, already made
                 kind()
         except Exception as error:  # every tracker has exceptions of its own
-            line = str(error).strip().splitlines()[0]
+            line = first_line(error)
             if "install" in line:
                 line = f"{name} is not installed; pip install {name}, or report_to=none"
             raise UserError(f"training.report_to: {line}") from None
@@ -235,7 +235,7 @@ def rehearse(
     except UserError:
         raise
     except Exception as error:  # whatever it is, it would come again with the real model
-        finding = (str(error).strip() or type(error).__name__).splitlines()[0]
+        finding = first_line(error)
     finally:
         seed_everything(recipe.seed)
     if finding is not None:

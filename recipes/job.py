@@ -44,7 +44,7 @@ from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTr
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import is_first_process
-from lora_null.utils.errors import Unreachable, UserError
+from lora_null.utils.errors import Unreachable, UserError, first_line
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
 
@@ -129,7 +129,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     try:
         return TRAINERS[recipe.trainer][1](**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"training: {str(error).splitlines()[0]}") from None
+        raise UserError(f"training: {first_line(error)}") from None
 
 
 def _check_positive(options: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ from lora_null.utils.distributed import (
     on_first_rank,
     together,
 )
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
 
@@ -388,7 +388,7 @@ def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
         if checkpoint is None:
             raise
         raise UserError(
-            f"{checkpoint}: cannot be read ({str(error).splitlines()[0]}); remove it and --resume takes the one before"
+            f"{checkpoint}: cannot be read ({first_line(error)}); remove it and --resume takes the one before"
         ) from None
 
 

@@ -160,6 +160,14 @@ def test_gated_model(fails, monkeypatch):
     assert "gated: ask for access on its hub page" in fails("model.name_or_path=meta-llama/Llama-2-7b-hf")
 
 
+def test_an_exception_that_says_nothing(fails, monkeypatch):
+    def silent(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(bases.AutoConfig, "from_pretrained", silent)
+    assert "(OSError); model.name_or_path= also takes a local folder" in fails()
+
+
 def test_through_the_real_command(recipe):
     command = [sys.executable, "-m", "lora_null.recipes", str(recipe), "--method", "loar"]
     run = subprocess.run(command, capture_output=True, text=True)

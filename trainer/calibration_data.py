@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
@@ -268,7 +268,7 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
         ids = torch.as_tensor(row["input_ids"])
         mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: {first_line(error)}") from None
     expected = (dimensions,) if dimensions else (1, 2)  # as the first row's
     if ids.is_floating_point() or ids.dim() not in expected or mask.shape != ids.shape:
         raise UserError(f"{where}: input_ids {list(ids.shape)}, {ids.dtype}, with a mask {list(mask.shape)}")

@@ -25,7 +25,7 @@ from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.private_names import files_of, full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
-from lora_null.utils.errors import UserError, hub_error
+from lora_null.utils.errors import UserError, first_line, hub_error
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -337,7 +337,3 @@ def unreadable(task: LmEvalTask, error: Exception) -> UserError:
     return UserError(
         f"{task} cannot use {task.path} ({type(error).__name__}: {first_line(error)}); its fields: {', '.join(names)}"
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

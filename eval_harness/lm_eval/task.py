@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import held_by
 from lora_null.eval_harness.lm_eval.loading import (
-    first_line,
     hash_of_rules,
     load,
     longest_answer,
@@ -35,7 +34,7 @@ from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_proce
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import get_logger, rank_and_world
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import replaced
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_null.adapters.base_hash import DTYPE, same_base
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.adapters.saved import FACTOR, SavedAdapter
+from lora_null.utils.errors import first_line
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 VLLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ def check_config(adapter: SavedAdapter) -> Iterator[Finding]:
     try:
         PeftConfig.from_pretrained(str(adapter.folder))
     except Exception as error:
-        yield Finding(CONFIG_FILE, f"PEFT does not accept it ({str(error).splitlines()[0]})")
+        yield Finding(CONFIG_FILE, f"PEFT does not accept it ({first_line(error)})")
     if not config.get("target_modules"):
         yield Finding(CONFIG_FILE, "target_modules is missing, which vLLM asks for")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_null.utils.errors import first_line
 from lora_null.utils.values import Message, as_messages, chat_options
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
@@ -205,7 +206,7 @@ def _render(
             **{**tokenizer.special_tokens_map, "tools": None, **options, **how},
         )
     except Exception as error:  # whatever a template's author lets happen
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"the chat template refuses it: {reason}") from None
     spans: Any = blocks[0] if marked else None  # transformers calls them strings
     return str(texts[0]), spans

@@ -42,6 +42,11 @@ def _nobody_answered(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(wrong: str, valid: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)", or the whole list of `valid` choices when none of them looks like `wrong`."""
     valid = sorted(str(choice) for choice in valid)

@@ -35,7 +35,7 @@ from lora_null.recipes.commands.source import another_base, check_adapter_fits, 
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.strengths import check_strength
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import replacing_folder, write_json, write_safetensors
 
 GGUF_FILE = "adapter.gguf"
@@ -327,5 +327,5 @@ def push(folder: Path, name: str) -> None:
         hub.create_repo(name, private=True, exist_ok=True)
         where = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lora-null")
     except Exception as error:
-        raise UserError(f"--push-to-hub: {name}: {str(error).strip().splitlines()[0]}; {folder} is complete") from None
+        raise UserError(f"--push-to-hub: {name}: {first_line(error)}; {folder} is complete") from None
     print(f"pushed: {where}")

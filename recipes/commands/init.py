@@ -21,7 +21,7 @@ from lora_null.recipes.models.bases import load_base, load_config, load_tokenize
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.limits import fit_windows, position_limit
 
 
@@ -59,7 +59,7 @@ def _device(name: str | None, state: Any) -> Any:
     try:
         return torch.device(name) if name else state.device
     except RuntimeError as error:
-        raise UserError(f"--device: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device: {first_line(error)}") from None
 
 
 def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:

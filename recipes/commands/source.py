@@ -17,7 +17,7 @@ from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
 from lora_null.recipes.output import RECIPE_FILE
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 
 MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
 READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
@@ -47,7 +47,7 @@ class Base:
         try:
             return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=READ))
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
 
     def empty(self) -> Any:

@@ -20,7 +20,7 @@ from lora_null.recipes.config.schema import (
     one_or_more,
     parse_recipe,
 )
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 
 FOLDER = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
     return raw
@@ -173,7 +173,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
         put(raw, key, _number(value), f"argument {assignment!r}")
     given = {assignment.partition("=")[0].removeprefix("training.") for assignment in assignments}

@@ -10,7 +10,7 @@ import datasets
 
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
 from lora_null.recipes.data.templates import fill, split_fields
-from lora_null.utils.errors import UserError, hub_error, nearest
+from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
 
 ABOUT = ("readme", "license", "notice", "citation", "changelog")  # texts about the data beside them
@@ -41,7 +41,7 @@ def load_documents(
     try:
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         line = f"{where}.path: cannot load {path!r} ({reason}); {where}.path= also takes a local file"
         raise hub_error(line, error) from None
     if not len(rows):

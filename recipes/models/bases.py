@@ -35,7 +35,7 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
 from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, shard_layers, together
-from lora_null.utils.errors import UserError, hub_error, nearest
+from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout, weight_of
 
@@ -94,7 +94,7 @@ def _unreachable(name: str, error: Exception) -> UserError:
     if "gated" in text.lower() or "401" in text or "403" in text:
         reason = "gated: ask for access on its hub page, then `hf auth login`"
     elif Path(name).exists():
-        reason = text.splitlines()[0]
+        reason = first_line(error)
     else:
         reason = "not a local folder, and the hub does not give it"
     line = f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"

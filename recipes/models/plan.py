@@ -24,7 +24,7 @@ from lora_null.trainer.decay import check_decay_to_start
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.methods.base import distinct_inputs
 from lora_null.trainer.preflight import check_targets
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 
 GIB = 1024**3
 
@@ -180,7 +180,7 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
             raise UserError(
                 f"method.target_modules: no module matches {targets!r}{nearest(str(targets), linears)}"
             ) from None
-        raise UserError(f"method: {str(error).splitlines()[0]}") from None
+        raise UserError(f"method: {first_line(error)}") from None
 
 
 def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
