@@ -12,23 +12,32 @@ from __future__ import annotations
 import logging
 import math
 import re
+import unicodedata
 from fractions import Fraction
 
 from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-METAMATH = re.compile(r"the answer is:?", re.IGNORECASE)
+METAMATH = re.compile(r"the answer is(:?)", re.IGNORECASE)
 GSM8K = re.compile(r"####")
-_SIGN = r"(?:-\s*\$?|\+\s*|\$\s*-?)?"
-_NUMBER = rf"{_SIGN}\s*(?:\d[\d,]*\.?\d*|\.\d+)"
-_QUANTITY = re.compile(rf"({_NUMBER})(?:\s*/\s*(\d[\d,]*)|\s+(\d+)\s*/\s*(\d+))?")
+_WORDS = re.compile(r"(?=.*[^\W\d_]{2})(?:[^\W\d_]|[\s.,;'’-])+")  # and nothing else: no number, no mathematics, no x
+_SIGN = r"(?:-\s*[$€£]?|\+\s*|[$€£]\s*-?)?"
+_WHOLE = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
+_UNSIGNED = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+_QUANTITY = re.compile(rf"({_SIGN}\s*{_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED})|\s+(\d+)\s*/\s*(\d+))?")
 _METAMATH_NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{([\d.,]+)\}|(\d))")
+_LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{(-?[\d.,]+)\}|(\d))")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))")
+_MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # as hyphens, dashes and the sign of mathematics
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # ½ and its like
+_COMPUTED = re.compile(r".*[\d)}%]\s*=(?=.*\d)", re.DOTALL)  # the left side of "3 * 4 = 12"
 LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
 _DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
-_NOISE = re.compile(r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~")
+_NOISE = re.compile(
+    r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~|(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))"
+)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
 
@@ -38,14 +47,15 @@ def extract_answer(text: str) -> str | None:
 
     That is what follows the last "The answer is:" (MetaMath), else the last "####" (GSM8K), to the end of its
     sentence or line; else the contents of the last \\boxed{…} (MATH). Of an answer that is boxed, the box's contents.
-    Where nothing follows the marker, the last box counts.
+    A marker that nothing follows does not count, and "the answer is" with words alone behind it ("correct") only where
+    there is no other answer.
     """
-    for marker in (METAMATH, GSM8K):
-        parts = marker.split(text)
-        if len(parts) > 1:
-            answer = _first_statement(parts[-1])
-            return boxed_answer(answer) or answer or boxed_answer(text)
-    return boxed_answer(text)
+    _, *found = METAMATH.split(text)
+    stated = [(colon, _first_statement(said)) for colon, said in zip(found[::2], found[1::2])][::-1]
+    sure = [said for colon, said in stated if colon or not _WORDS.fullmatch(said)]
+    sure += [_first_statement(said) for said in reversed(GSM8K.split(text)[1:])]
+    answer = next(filter(None, sure), "")
+    return boxed_answer(answer) or answer or boxed_answer(text) or next((said for _, said in stated if said), None)
 
 
 def boxed_answer(text: str) -> str | None:
@@ -85,26 +95,25 @@ def metamath_number(text: str) -> int | None:
 
 
 def to_number(answer: str | None) -> Fraction | None:
-    """Return the first number in an answer: signs, currency, thousands separators, decimals, fractions, mixed numbers.
+    """Return the first number in an answer: signs, currency, thousands separators, decimals, fractions, mixed numbers, powers
+    of ten.
 
-    Units and percent signs are left aside. None where there is no number.
+    Units and percent signs are left aside, and of "3 * 4 = 12" the left side. None where there is no number.
     """
     if answer is None:
         return None
-    plain = answer.replace("−", "-").replace("–", "-")
+    plain = _VULGAR.sub(lambda m: f" {unicodedata.normalize('NFKC', m[0]).replace('⁄', '/')}", _MINUS.sub("-", answer))
     plain = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", plain)
-    found = _QUANTITY.search(_NOISE.sub("", plain))
-    if found is None or len(found[0]) > LONGEST:
+    plain = _COMPUTED.sub("", _TIMES_TEN.sub(r"e\1\2", _NOISE.sub("", plain)))
+    found = _QUANTITY.search(plain)
+    if found is None or len(found[0]) > LONGEST or re.search(r"[eE]\D?\d{4}", found[0]):
         return None
-    whole, over, top, bottom = (part and re.sub(r"[\s$,+]", "", part) for part in found.groups())
-    if "0" in {digits.strip("0") or "0" for digits in (over, bottom) if digits}:
+    whole, over, top, bottom = (part and Fraction(re.sub(r"[\s$€£,+]", "", part)) for part in found.groups())
+    if 0 in (over, bottom):
         return None
-    value = Fraction(whole.rstrip("."))
-    if over:
-        return value / int(over)
-    if top:
-        return value + (-1 if whole.startswith("-") else 1) * Fraction(int(top), int(bottom))
-    return value
+    if over is not None:
+        return whole / over
+    return whole if top is None else whole + (-1 if found[0].lstrip("$€£ ").startswith("-") else 1) * top / bottom
 
 
 def same_number(answer: str | None, right: str) -> bool:

@@ -36,7 +36,7 @@ def test_gsm8k(model, tokenizer, write, says):
     assert found.samples["gsm8k/exact_match"] == [1.0, 1.0, 1.0, 0.0]
     assert found.samples["gsm8k/metamath_rule"] == [1.0, 1.0, 0.0, 0.0]  # it reads nothing after ####
     assert found.metrics["gsm8k/exact_match"].unit == "fraction"
-    assert found.settings["tasks"]["gsm8k"]["versions"] == {"metamath_gsm8k": 2.0}
+    assert found.settings["tasks"]["gsm8k"]["versions"] == {"metamath_gsm8k": 3.0}
 
 
 def test_math_by_mathematics_and_by_string(model, tokenizer, write, says):
