@@ -25,7 +25,7 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import forget_other_batch, put
+from lora_null.recipes.config.load import forget_below, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of, inspect_recipe, training_arguments
@@ -92,8 +92,7 @@ class Cell:
         put(raw, "method.name", list(self.methods), "grid")
         for key, value in self.point:
             put(raw, key, value, "grid")
-        forget_other_batch(raw["training"], [key.removeprefix("training.") for key, _ in self.point])
-        return parse_recipe(raw, self.title)
+        return parse_recipe(forget_below(raw, dict(self.point)), self.title)
 
 
 def grid_cells(recipe: Recipe) -> list[Cell]:

@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import write_rows
 
 from lora_null.recipes.config.schema import DataSection
-from lora_null.recipes.data.examples import tokenize, training_data
+from lora_null.recipes.data.examples import read_examples, tokenize, training_data
 from lora_null.utils.errors import UserError
 
 CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
@@ -412,6 +412,10 @@ class TestSystemColumn:
                 messages="messages",
                 system="sytem",
             )
+        pairs = write_rows(tmp_path / "pairs.jsonl", [PREFERENCES["explicit prompt"]])
+        section = DataSection(path=str(pairs), response="chosen", system="system")
+        with pytest.raises(UserError, match=r"data\.system, also in eval\.task: the data has no field 'system'"):
+            read_examples(section, chat_tokenizer(), preferences=True, where="eval.task")
 
 
 class TestPlainText:

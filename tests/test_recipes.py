@@ -106,6 +106,12 @@ def test_includes(tmp_path):
         ("include: math\neval: {task: [{no: 1}]}", "the key 'no' is no text"),
         ("include: math\ntrainer: dop\ntraining: {beta: 1}", "trainer: input should be 'sft' or 'dpo'$"),
         ("include: math\ntraining: {max_steps: 2.5}", r"training\.max_steps: must be a whole number, not 2\.5"),
+        ("include: default\ndata: {path: x, messages: m, prompt: p}", "data: takes messages instead of prompt, not both"),
+        ("include: default\ndata: {path: x, text: t, response: a}", "data: takes text instead of response, not both"),
+        (
+            "include: math\neval: {task: [{answers: a, path: p, messages: m, response: r}]}",
+            "0: takes messages instead",
+        ),
         ("include: math\ntraining: {max_length: long}", r"training\.max_length: must be a number, not 'long'"),
     ],
 )
@@ -137,6 +143,28 @@ def test_options_over_what_a_file_has():
         assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "found"),
+    [
+        ("math", ["data.messages=m"], {"messages": "m", "prompt": "prompt", "response": "response"}),
+        ("math", ["data.text=t"], {"text": "t", "prompt": "prompt"}),
+        ("instruct", ["data.prompt=q", "data.response=a"], {"messages": None, "prompt": "q", "response": "a"}),
+        ("instruct", ["data.prompt="], {"messages": "conversations", "prompt": None}),
+    ],
+)
+def test_what_rows_hold_is_said_by_what_is_laid_over(name, words, found):
+    data = load_recipe(name, words).data
+    assert {key: getattr(data, key) for key in found} == found
+
+
+def test_epochs_laid_over_a_number_of_steps(tmp_path):
+    (tmp_path / "me.yaml").write_text("include: math\ntraining: {max_steps: 60}\nquick: {training.max_steps: 2}")
+    for options, steps in (({}, 60), ({"quick": True}, 2)):
+        assert load_recipe(str(tmp_path / "me.yaml"), **options).training["max_steps"] == steps
+        training = load_recipe(str(tmp_path / "me.yaml"), ["training.num_train_epochs=3"], **options).training
+        assert training["num_train_epochs"] == 3 and "max_steps" not in training
+
+
 def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     make_world(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
@@ -152,6 +180,18 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     found += recipe.grid.per_method["lora"]["data.path"]
     names = ("model", "start", "prompts.jsonl", "numbers.jsonl", "facts.jsonl", "facts.jsonl")
     assert found == [str(tmp_path / name) for name in names] and recipe.output_dir == "/home/me/out"
+    (tmp_path / "own.yaml").touch()
+    task = "{name: a, data: {path: numbers.jsonl}, eval: {task: [facts.jsonl, {task: own.yaml, fewshot_path: start}]}}"
+    (tmp_path / "two.yaml").write_text(
+        f"include: tiny.yaml\nsequence: {{tasks: [{task}, {{name: b}}]}}\n"
+        "eval: {include_path: start, probe: {task: [{task: own.yaml, path: start}]}}"
+    )
+    recipe = load_recipe(str(tmp_path / "two.yaml"))
+    first, probed = recipe.sequence.tasks[0], recipe.eval.probe.task[0]
+    found = [first["data"]["path"], first["eval"]["task"][0], *first["eval"]["task"][1].values()]
+    found += [probed.task, probed.path, recipe.eval.include_path]
+    names = ("numbers.jsonl", "facts.jsonl", "own.yaml", "start", "own.yaml", "start", "start")
+    assert found == [str(tmp_path / name) for name in names]
 
 
 def test_texts_to_calibrate_on_have_none_of_the_fields_of_the_rows_before(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,17 @@ RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begin
 MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
 PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}")
-BATCH = ("total_batch_size", "gradient_accumulation_steps")
-PATH_KEYS = ("path", "fewshot_path", "references", "task")  # of an entry of `eval`; a task may be a YAML
+# What a key takes the place of where it is laid over it: another way of saying the same.
+PAIR = ("prompt", "response", "rejected")
+INSTEAD = {
+    "total_batch_size": ("gradient_accumulation_steps",),
+    "gradient_accumulation_steps": ("total_batch_size",),
+    "num_train_epochs": ("max_steps",),
+    "messages": ("text", *PAIR),
+    "text": ("messages", *PAIR),
+    **dict.fromkeys(PAIR, ("messages", "text")),
+}
+PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init"}  # keys that hold one
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
@@ -126,14 +135,14 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
-    return forget_other_batch(merged, over)
+    return forget_others(merged, over)
 
 
-def forget_other_batch(under: dict[str, Any], over: Collection[str]) -> dict[str, Any]:
-    """Of the two ways to give a batch, forget the one below where only the other is laid over it."""
-    for given, other in (BATCH, BATCH[::-1]):
-        if given in over and other not in over:
-            under.pop(other, None)
+def forget_others(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Forget what keys that are laid over a section take the place of, see INSTEAD, unless it is given with them."""
+    given = {key for key, value in over.items() if value is not None}
+    for key in {other for name in given for other in INSTEAD.get(name, ())} - given:
+        under.pop(key, None)
     return under
 
 
@@ -165,7 +174,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
     Raises:
         UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
     """
-    raw = copy.deepcopy(dict(raw))
+    raw, given = copy.deepcopy(dict(raw)), {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -176,9 +185,16 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
             reason = first_line(error)
             raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
         put(raw, key, _number(value), f"argument {assignment!r}")
-    given = {assignment.partition("=")[0].removeprefix("training.") for assignment in assignments}
-    if isinstance(raw.get("training"), dict):
-        forget_other_batch(raw["training"], given)
+        given[key] = value
+    return forget_below(raw, given)
+
+
+def forget_below(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Do as `forget_others` in the sections of a recipe that the given `key.subkey`s belong to."""
+    for name, section in raw.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
+        if isinstance(section, dict) and own:
+            forget_others(section, own)
     return raw
 
 
@@ -266,7 +282,7 @@ def load_recipe(
         raise UserError(f"--quick: {path} has no quick form")
     for key, value in short.items():
         put(raw, str(key), _number(value), f"{path}: quick.{key}")
-    raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    raw = override(forget_below(raw, short), [*assignments, *([] if methods is None else [f"method.name={methods}"])])
     if max_forgetting is not None:
         put(raw, "budget.at_most", _number(max_forgetting), "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
@@ -354,33 +370,36 @@ def whole_paths(recipe: Recipe) -> Recipe:
 
 def _with_paths(recipe: Recipe, meant: Callable[[str], str]) -> Recipe:
     """Put what they mean in the place of all paths of a recipe."""
-    probe, entries = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
+    probe, sections = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
     for held in (probe.retention, probe.task) if probe else ():
-        entries += held if isinstance(held, list) else []
-    holders = [(holder, "path") for holder in (recipe.calibration, *recipe.calibration.sources, recipe.data)]
-    holders += [(recipe.model, "name_or_path"), (recipe.method, "init"), (recipe.eval.judge, "prompts")]
-    holders += [(recipe.eval, "include_path"), *((holder, key) for holder in entries for key in PATH_KEYS)]
-    for holder, key in holders:
-        path = getattr(holder, key, None)
-        if path and (key != "task" or Path(path).suffix in TASK_FILES):
-            setattr(holder, key, meant(path))
+        sections += held if isinstance(held, list) else []
+    sections += [
+        recipe.model,
+        recipe.method,
+        recipe.calibration,
+        *recipe.calibration.sources,
+        recipe.data,
+        recipe.eval,
+    ]
+    for section in (*sections, recipe.eval.judge):
+        _put_paths(vars(section) if section else {}, meant)
     recipe.method.files = [meant(path) for path in recipe.method.files]
     for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
-        for key in {"data.path", "calibration.path", "method.init"} & sweep.keys():
-            sweep[key] = [meant(value) if isinstance(value, str) else value for value in sweep[key]]
-    for task in recipe.sequence.tasks if recipe.sequence else ():
-        _with_paths_of_task(task, meant)
+        for key, values in sweep.items():
+            if key.rpartition(".")[2] in PATHS:
+                sweep[key] = [meant(value) if isinstance(value, str) else value for value in values]
+    for task in recipe.sequence.tasks if recipe.sequence else ():  # which are checked later and may have any form
+        evaluation = task.get("eval")
+        entries = evaluation.get("task") if isinstance(evaluation, dict) else None
+        entries = entries if isinstance(entries, list) else []
+        entries[:] = [meant(e) if isinstance(e, str) and Path(e).suffix else e for e in entries]
+        for section in (task.get("data"), *entries):
+            _put_paths(section if isinstance(section, dict) else {}, meant)
     return recipe
 
 
-def _with_paths_of_task(task: dict[str, Any], meant: Callable[[str], str]) -> None:
-    """Do the same in a task of a sequence, which is checked later and may have any form."""
-    evaluation = task.get("eval")
-    entries = evaluation.get("task") if isinstance(evaluation, dict) else None
-    for number, entry in enumerate(entries if isinstance(entries, list) else ()):
-        if isinstance(entry, str) and Path(entry).suffix:
-            entries[number] = meant(entry)
-    for holder in (task.get("data"), *(entries if isinstance(entries, list) else ())):
-        for key in PATH_KEYS if isinstance(holder, dict) else ():
-            if isinstance(path := holder.get(key), str) and (key != "task" or Path(path).suffix in TASK_FILES):
-                holder[key] = meant(path)
+def _put_paths(values: dict[str, Any], meant: Callable[[str], str]) -> None:
+    """Put what they mean in the place of the paths of a section, or of an entry of `eval`, whose task may be a YAML."""
+    for key, value in values.items():
+        if isinstance(value, str) and value and (key in PATHS or (key == "task" and Path(value).suffix in TASK_FILES)):
+            values[key] = meant(value)

@@ -402,12 +402,21 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _text_alone(self) -> DataSection:
+    def _one_way(self) -> DataSection:
         other = next((key for key in ("messages", "system", "thinking") if getattr(self, key) is not None), None)
         other = other or ("template: chat" if self.template == "chat" else None)
         if self.text is not None and other:
             raise ValueError(f"data.text is learned as it stands, without data.{other}")
+        _need_one_way(self, "messages" if self.text is None else "text")
         return self
+
+
+def _need_one_way(section: BaseModel, alone: str) -> None:
+    """Raise a ValueError where both a field that holds all of a row and those of a prompt and a response are given."""
+    fields = type(section).model_fields
+    pair = [key for key in ("prompt", "response") if getattr(section, key) not in (None, fields[key].default)]
+    if getattr(section, alone) is not None and pair:
+        raise ValueError(f"takes {alone} instead of {' and '.join(pair)}, not both")
 
 
 class LmEvalEntry(Section):
@@ -447,6 +456,11 @@ class AnswersEntry(Section):
     template: Template = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = Field(0, ge=0, description="rows to skip")
     limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AnswersEntry:
+        _need_one_way(self, "messages")
+        return self
 
 
 class PreferencesEntry(Section):

@@ -162,7 +162,8 @@ class RowReader:
         self.data, self.preferences = data, preferences
         self.prompt = None
         if data.system:
-            need_field(columns, data.system, f"{where}.system")
+            of_data = preferences and where != "data"  # an entry of held-out pairs has no such key
+            need_field(columns, data.system, f"data.system, also in {where}" if of_data else f"{where}.system")
         if data.messages or data.text:
             key = "messages" if data.messages else "text"
             need_field(columns, str(getattr(data, key)), f"{where}.{key}")
