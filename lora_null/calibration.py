@@ -7,6 +7,7 @@ per batch and the Grams of all layers at once. `layerwise.walk_layers` is the fo
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import time
 import weakref
@@ -18,15 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from lora_null.gram import Gram
 from lora_null.utils.distributed import for_collective, rank_and_world, together
 from lora_null.utils.errors import UserError
+from lora_null.utils.limits import PositionLimit, is_shifted_by_padding, position_limit
 from lora_null.utils.model_state import full_precision, preserve
 from lora_null.utils.quantized import weight_of
 
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the last may be absent
 CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
 
 
@@ -93,7 +97,8 @@ class TokenBatch:
     Attributes:
         index: the batch's place among all batches.
         first: the batch's row that is the first here.
-        inputs: `input_ids` and `attention_mask`, (batch, length) each, on the device of the model's inputs.
+        inputs: `input_ids`, `attention_mask` and maybe `position_ids`, (batch, length) each, on the device of the
+            model's inputs.
         kept: (tokens,) int64, which of the batch · length positions are no padding; None where all are.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
         draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
@@ -157,7 +162,7 @@ def pieces(
     counted: bool = True,
 ) -> list[TokenBatch]:
     """Return one batch, the `index`-th of all, in pieces of whole rows of at most `most` tokens."""
-    inputs = {key: torch.as_tensor(batch[key]).to(device) for key in ("input_ids", "attention_mask")}
+    inputs = {key: torch.as_tensor(batch[key]).to(device) for key in INPUTS if key in batch}
     masks = torch.as_tensor(batch["attention_mask"]).cpu().bool()
     length = masks.shape[1]
     largest = min(len(masks), max(1, most // length)) if most else len(masks)
@@ -205,18 +210,17 @@ def measure_inputs(
     Args:
         model: called as `model(input_ids=…, attention_mask=…)`, in eval mode without gradients.
         modules: name → linear (or the layer that wraps it), all inside `model`.
-        batches: dicts with `input_ids` and `attention_mask`, (batch, length) each.
+        batches: dicts with `input_ids`, `attention_mask` and maybe `position_ids`, (batch, length) each.
         gram: measure C = X Xᵀ; without it only sketches and output energies are.
         min_tokens: fewest tokens to accept.
         seed: of the sketch's Gaussian.
 
     Raises:
-        UserError: no batches, fewer than `min_tokens` tokens, a module that no batch reaches, an input that is all
-            zero, NaN or infinite.
+        UserError: as `checked_batches`; a module that no batch reaches, an input that is all zero, NaN or infinite.
     """
     start = time.perf_counter()
     check_architecture(model)
-    batches = checked_batches(batches, min_tokens)
+    batches = checked_batches(model, batches, min_tokens)
     own = token_batches(batches, input_device(model), seed)
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
 
@@ -250,19 +254,83 @@ def check_architecture(model: nn.Module) -> None:
         raise UserError(f"model: {kind} reads {reads}, and calibration texts are input_ids; take a language model")
 
 
-def checked_batches(batches: Iterable[Mapping[str, Any]], min_tokens: int) -> list[Mapping[str, Any]]:
-    """Return the batches as a list; raise a UserError for fewer than `min_tokens` tokens, or a batch without mask."""
-    batches = list(batches)
-    if not batches:
-        raise UserError("calibration: there is no batch to measure")
+def checked_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], min_tokens: int
+) -> list[dict[str, torch.Tensor]]:
+    """Return the batches as int64 tensors on the CPU, with positions that padding on the left does not move.
+
+    A model that looks positions up counts them from the first column; where that is padding, the tokens are counted.
+
+    Raises:
+        UserError: fewer than `min_tokens` tokens; what is no batch for this model, by its number, counted from 1.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    config, table = getattr(inner, "config", None), inner.get_input_embeddings()
+    vocabulary = getattr(table, "num_embeddings", None) or len(table.weight)
+    limit = position_limit(config) if isinstance(config, PreTrainedConfig) else None
+    takes = "position_ids" in inspect.signature(backbone(model).forward).parameters
+    counts = takes and isinstance(config, PreTrainedConfig) and is_shifted_by_padding(config)
+    checked = []
     for number, batch in enumerate(batches, start=1):
-        lacking = next((key for key in ("input_ids", "attention_mask") if key not in batch), None)
-        if lacking:
-            raise UserError(f"calibration: batch {number} has no {lacking}; without padding the mask is all ones")
-    tokens = count_tokens(batches)
+        try:
+            checked.append(_checked_batch(batch, vocabulary, limit, counts=counts))
+            if "position_ids" in checked[-1] and not takes:
+                raise ValueError(f"has position_ids, which {type(inner).__name__} does not take; leave them out")
+        except ValueError as reason:
+            raise UserError(f"calibration: batch {number} {reason}") from None
+    if not checked:
+        raise UserError("calibration: there is no batch to measure")
+    tokens = count_tokens(checked)
     if tokens < min_tokens:
         raise UserError(f"calibration: only {tokens} tokens, at least {min_tokens} are needed")
-    return batches
+    return checked
+
+
+def _checked_batch(
+    batch: Any, vocabulary: int, limit: PositionLimit | None, *, counts: bool
+) -> dict[str, torch.Tensor]:
+    """Return what is read of a batch; raise a ValueError that says what is wrong with it."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"is a {type(batch).__name__}, not a dict of input_ids and attention_mask")
+    lacking = next((key for key in INPUTS[:2] if batch.get(key) is None), None)
+    if lacking:
+        raise ValueError(f"has no {lacking}; without padding the mask is all ones")
+    found = {key: _whole_numbers(key, batch[key]) for key in INPUTS if batch.get(key) is not None}
+    ids, mask = found["input_ids"], found["attention_mask"]
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"has input_ids of shape {tuple(ids.shape)}, not (batch, length)")
+    for key, tensor in found.items():
+        if tensor.shape != ids.shape:
+            raise ValueError(f"has {key} of shape {tuple(tensor.shape)}, input_ids of {tuple(ids.shape)}")
+    if ((mask != 0) & (mask != 1)).any():
+        raise ValueError("has an attention_mask that holds other numbers than 0 and 1")
+    if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
+        raise ValueError(
+            f"holds the token {wrong[0]}, the model's vocabulary has {vocabulary} (0 to {vocabulary - 1})"
+        )
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    if counts and "position_ids" not in found and not torch.equal(counted * mask, columns * mask):
+        found["position_ids"] = counted
+    positions = found.get("position_ids", columns)
+    if positions.min() < 0:
+        raise ValueError("has negative position_ids")
+    if limit is not None and limit.hard and positions.max() >= limit.tokens:
+        raise ValueError(f"has {positions.max() + 1} positions, {limit}")
+    return found
+
+
+def _whole_numbers(key: str, value: Any) -> torch.Tensor:
+    """Return a tensor as int64 on the CPU; raise a ValueError for what is no table of whole numbers."""
+    try:
+        tensor = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"has {key} that are no tensor, nor rows of one length") from None
+    whole = tensor.to(torch.int64)
+    other = tensor.is_floating_point() or tensor.dtype == torch.bool
+    if other and (key != "attention_mask" or not torch.equal(whole.to(tensor.dtype), tensor)):
+        raise ValueError(f"has {key} of {str(tensor.dtype).removeprefix('torch.')}, not whole numbers")
+    return whole
 
 
 def count_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
@@ -418,7 +486,7 @@ class InputMeter:
                     position = row if batch.kept is None else int(batch.kept[row])
                     sample = batch.first + position // batch.inputs["input_ids"].shape[1]
                     raise NotFinite(
-                        f"calibration: sample {sample} of batch {batch.index} gives NaN or infinite inputs at {name}"
+                        f"calibration: sample {sample + 1} of batch {batch.index + 1} gives NaN or infinite inputs at {name}"
                     )
 
 

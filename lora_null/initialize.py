@@ -34,11 +34,13 @@ def initialize_lora_null_weights(
 
     v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
     other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
-    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks call this together with the same batches.
+    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks
+    call this together with the same batches.
 
     Args:
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.
-        batches: dicts with `input_ids` and `attention_mask`, (batch, length) each; padding is not measured.
+        batches: dicts with `input_ids` and `attention_mask`, (batch, length) each; padding is not measured. With
+            `position_ids` the model gets them; without, padding on the left moves no position.
         adapter_name: the adapter to start.
         options: those of `InitOptions`.
 

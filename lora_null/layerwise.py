@@ -113,7 +113,7 @@ def walk_layers(
         UserError: as `measure_inputs`.
     """
     check_architecture(model)
-    batches = checked_batches(batches, min_tokens)
+    batches = checked_batches(model, batches, min_tokens)
     tokens = count_tokens(batches)
     layers = decoder_layers(model, modules)
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
@@ -273,7 +273,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     """
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
-    few = _few_tokens(batches, input_device(model))
+    few = _few_tokens(model, batches)
     handle = final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out)))
     try:
         for batch in (*few, few[0]):
@@ -294,7 +294,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
         raise DoesNotFit("its decoder layers alone do not give what the whole decoder gives")
 
 
-def _few_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[TokenBatch]:
+def _few_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[TokenBatch]:
     """Return small batches of tokens that the batches hold: two of one shape, one of another, padded where those are."""
     ids, masks = ([torch.as_tensor(batch[key]).cpu() for batch in batches] for key in ("input_ids", "attention_mask"))
     held = torch.cat([i[m.bool()] for i, m in zip(ids, masks)])[: 2 * CHECK_TOKENS]
@@ -307,8 +307,8 @@ def _few_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device) -> l
         shorter[0, at], mask[0, at] = padding[0][0], 0
     whole = torch.ones_like(held)
     few = [(held, whole), (held.flip(0, 1), whole), (shorter, mask)]
-    found = [{"input_ids": tokens, "attention_mask": kept} for tokens, kept in few]
-    return [piece for batch in found for piece in pieces(batch, 0, device, seed=0)]
+    found = checked_batches(model, [{"input_ids": tokens, "attention_mask": kept} for tokens, kept in few], 1)
+    return [piece for batch in found for piece in pieces(batch, 0, input_device(model), seed=0)]
 
 
 def _difference(batch: TokenBatch, one: torch.Tensor, other: torch.Tensor) -> float:

@@ -194,8 +194,10 @@ def compute_start(
         UserError: calibration data that cannot carry it, a weight that the rule cannot factor, ranks that differ.
     """
     start = time.perf_counter()
-    min_tokens = options.min_tokens if rule is not None and rule.needs_gram else 1
-    batches = together(lambda: [] if batches is None else checked_batches(batches, min_tokens), what=WHAT)
+    needs_gram = rule is not None and rule.needs_gram
+    min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
+    unmeasured = batches is None and not needs_gram
+    batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=WHAT)
     base = fingerprint_of(model, options.weights, layers if rule is not None else {})
     name = rule.rule if rule is not None else ""
     key = _key(base, layers, adapter_name, batches, options, whole, name)

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora_null.calibration import Calibration, InputStats
+from lora_null.calibration import INPUTS, Calibration, InputStats
 from lora_null.factors import LayerStats
 from lora_null.layer import NullBasis
 from lora_null.utils.errors import UserError
@@ -208,7 +208,7 @@ def initialization_key(
             dtype = factors[adapter_name].weight.dtype
             digest.update(f" {layer.r[adapter_name]} {layer.scaling[adapter_name]} {dtype}".encode())
     for batch in batches:
-        for key in ("input_ids", "attention_mask", "labels"):
+        for key in (*INPUTS, "labels"):
             if key in batch:
                 value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
                 digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())

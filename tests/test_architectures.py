@@ -201,6 +201,39 @@ def test_xlnet_with_batches_as_long_as_they_are_wide():
         assert torch.allclose(a.gram, b.gram, rtol=1e-5, atol=1e-6 * float(b.gram.trace()))
 
 
+@pytest.mark.parametrize("form", ["layers", "hooks"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "openai-gpt", "opt", "bert", "roberta", "gptj", "llama"])
+def test_padding_on_the_left_moves_no_position(name, form):
+    model = model_of(name)
+    modules = targets(model)
+    ids = torch.randint(4, 101, (3, 10), generator=torch.Generator().manual_seed(1))
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    fill = {"input_ids": model.config.pad_token_id or 0, "attention_mask": 0}
+    padded = {key: nn.functional.pad(value, (4, 0), value=fill[key]) for key, value in whole.items()}
+    found = []
+    for batch in (whole, padded):
+        walked = walk_layers(model, modules, [batch], progress=False) if form == "layers" else ()
+        parts = [part for _, part in walked] or [measure_inputs(model, modules, [batch], progress=False)]
+        found.append({stats.modules[0]: stats.gram for part in parts for stats in part.inputs})
+    for key, gram in found[0].items():
+        assert torch.allclose(found[1][key], gram, rtol=1e-5, atol=1e-6 * float(gram.trace())), key
+
+
+def test_positions_that_a_batch_gives_are_read():
+    model = model_of("gpt2")
+    ids = torch.arange(20, 32)[None]
+    packed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(12)[None] % 4}
+    expected = []
+    model.transformer.h[0].attn.c_attn.register_forward_pre_hook(lambda _, args: expected.append(args[0][0]))
+    with torch.no_grad():
+        model(**packed)
+    names = ["transformer.h.0.attn.c_attn"]
+    found = measure_inputs(model, {n: model.get_submodule(n) for n in names}, [packed], progress=False).inputs[0]
+    assert torch.allclose(found.gram, expected[0].T @ expected[0])
+    with pytest.raises(UserError, match="batch 1 has position_ids, which BloomForCausalLM does not take"):
+        measure_inputs(model_of("bloom"), {}, [packed])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["apertus", "gpt2", "gemma3"])
 def test_weights_left_in_their_files_give_the_same_bits(name, dtype, tmp_path):

@@ -328,6 +328,38 @@ def test_mistakes_are_said_before_anything_changes(message):
         start("v1", model=model, dtype=torch.float32, **options)
 
 
+IDS, MASK = PROBE["input_ids"], PROBE["attention_mask"]
+
+
+@pytest.mark.parametrize("form", ["auto", "hooks"])
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        ({"input_ids": IDS + 97}, r"holds the token 1\d\d, the model's vocabulary has 101 \(0 to 100\)"),
+        ({"input_ids": IDS - 101}, "holds the token -"),
+        ({"input_ids": IDS.float()}, "has input_ids of float32, not whole numbers"),
+        ({"input_ids": IDS[0]}, r"has input_ids of shape \(12,\), not \(batch, length\)"),
+        ({"input_ids": IDS[:0], "attention_mask": MASK[:0]}, r"has input_ids of shape \(0, 12\)"),
+        ({"input_ids": [[5, 6], [7]]}, "has input_ids that are no tensor, nor rows of one length"),
+        ({"attention_mask": MASK[:, 1:]}, r"has attention_mask of shape \(8, 11\), input_ids of \(8, 12\)"),
+        ({"attention_mask": MASK * 2}, "has an attention_mask that holds other numbers than 0 and 1"),
+        ({"attention_mask": None}, "has no attention_mask"),
+        ({"position_ids": MASK - 1}, "has negative position_ids"),
+        ("text", "is a str, not a dict of input_ids and attention_mask"),
+    ],
+)
+def test_what_is_no_batch_for_the_model_is_named(second, message, form):
+    second = {**PROBE, **second} if isinstance(second, dict) else second
+    with pytest.raises(UserError, match=f"calibration: batch 2 {message}"):
+        initialize_lora_null_weights(wrapped(), [PROBE, second], min_tokens=1, form=form)
+
+
+def test_a_batch_longer_than_the_position_table_is_named():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=1, n_head=4, n_positions=8))
+    with pytest.raises(UserError, match=r"batch 1 has 12 positions, GPT2LMHeadModel takes 8 \(n_positions\)"):
+        initialize_lora_null_weights(wrapped(model=model), BATCHES, min_tokens=1)
+
+
 def test_a_plain_lora_config_is_refused():
     peft_model = get_peft_model(tiny_model(), LoraConfig(r=4))
     with pytest.raises(UserError, match="not a LoraNullConfig"):

@@ -218,6 +218,6 @@ def test_nan_is_named_by_module_batch_and_sample(monkeypatch, tokens):
     ]
     clean[1]["input_ids"][2, 0] = 77
     with pytest.raises(
-        UserError, match=r"sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj"
+        UserError, match=r"sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj"
     ):
         list(walk_layers(model, targets(model), clean, progress=False))

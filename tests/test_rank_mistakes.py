@@ -11,9 +11,9 @@ from engine_worlds import free_port
 
 HERE = Path(__file__).parent
 SAME = {
-    "NaN, layers": "sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj",
-    "NaN, hooks": "sample 2 of batch 1 gives NaN or infinite inputs at model.layers.0",
-    "NaN, drift": "sample 2 of batch 3 gives NaN or infinite inputs at model.layers.0",
+    "NaN, layers": "sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj",
+    "NaN, hooks": "sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0",
+    "NaN, drift": "sample 3 of batch 4 gives NaN or infinite inputs at model.layers.0",
     "rank": "r: 33 is larger than model.layers.0.self_attn.q_proj allows",
     "too few tokens": "there is no batch to measure",
     "other texts": "adapter, calibration batches or settings differ between the processes",

@@ -20,6 +20,7 @@ CHANGES = {
     "fewer texts": dict(batches=BATCHES[:-1]),
     "order of texts": dict(batches=BATCHES[::-1]),
     "mask": dict(batches=[{**b, "attention_mask": torch.ones_like(b["attention_mask"])} for b in BATCHES]),
+    "positions": dict(batches=[{**b, "position_ids": torch.arange(12).expand(8, 12) % 5} for b in BATCHES]),
     "base": dict(model=dict(seed=5)),
     "base's dtype": dict(dtype=torch.bfloat16),
     "rank": dict(config=dict(r=3)),
@@ -56,7 +57,7 @@ def same(one, other):
 
 
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch):
+def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "init"
 
@@ -64,7 +65,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "what, cache", [*((what, False) for what in CHANGES), ("texts", True), ("base", True), ("rope", True)]
 )
-def test_parts_of_another_initialization_are_neither_read_nor_left(what, cache, tmp_path, own_cache, capsys):
+def test_parts_of_another_initialization_are_neither_read_nor_left(what, cache, tmp_path, fresh_cache, capsys):
     start(tmp_path / "init", cache=cache)
     found, report = start(tmp_path / "init", cache=cache, **CHANGES[what])
     assert "reused" not in capsys.readouterr().err
@@ -77,12 +78,12 @@ def test_parts_of_another_initialization_are_neither_read_nor_left(what, cache, 
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_an_equal_one_is_taken_whole_or_in_parts(cache, tmp_path, own_cache, capsys):
+def test_an_equal_one_is_taken_whole_or_in_parts(cache, tmp_path, fresh_cache, capsys):
     found, report = start(tmp_path / "init", cache=cache)
     again, second = start(tmp_path / "init", cache=cache)
     assert "initialization: reused" in capsys.readouterr().err
     assert same(found, again) and report.key == second.key
-    place = own_cache / report.key if cache else tmp_path / "init"
+    place = fresh_cache / report.key if cache else tmp_path / "init"
     (place / "layers.json").unlink()
     (place / "factors.model.layers.1.safetensors").unlink()
     assert same(found, start(tmp_path / "init", cache=cache)[0])
@@ -250,16 +251,16 @@ def test_the_fingerprint_of_any_dtype_and_layout():
         assert store.fingerprint([("x", tensor)]) == digest.hexdigest()[:16]
 
 
-def test_no_folder_in_use_is_pruned(tmp_path, own_cache, monkeypatch):
+def test_no_folder_in_use_is_pruned(tmp_path, fresh_cache, monkeypatch):
     """Nine runs at once, of which the first to end prunes: each still leaves its whole result."""
     monkeypatch.setattr(store, "KEPT", 2)
     left, write = [], store.write_part
 
     def others(*_):
         for i in range(4):
-            (own_cache / f"other{i}").mkdir(parents=True, exist_ok=True)
-        store.prune_cache(own_cache / "other0")
-        left.append(sorted(path.name for path in own_cache.iterdir()))
+            (fresh_cache / f"other{i}").mkdir(parents=True, exist_ok=True)
+        store.prune_cache(fresh_cache / "other0")
+        left.append(sorted(path.name for path in fresh_cache.iterdir()))
 
     monkeypatch.setattr(store, "write_part", lambda folder, name, part: (write(folder, name, part), others()))
     _, report = start(tmp_path / "one", cache=True)

@@ -106,6 +106,15 @@ def position_limit(config: PreTrainedConfig) -> PositionLimit | None:
     return PositionLimit(tokens, text.attribute_map.get(name, name), hard, architecture_of(config))
 
 
+def is_shifted_by_padding(config: PreTrainedConfig) -> bool:
+    """Return whether padding on the left changes the positions that a model sees: it counts columns and does not rotate.
+
+    RoBERTa and its kin count the ids that are no padding themselves.
+    """
+    text = config.get_text_config(decoder=True)
+    return not getattr(text, "rope_parameters", None) and text.model_type not in AFTER_PADDING
+
+
 def unsupported(config: PreTrainedConfig) -> str | None:
     """Return why a model cannot learn to predict the next token here, naming its architecture; None where it can."""
     name = architecture_of(config)
