@@ -3,7 +3,7 @@
 import itertools
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,6 +325,19 @@ def test_starts_that_read_the_training_rows_read_them_without_padding_too(tmp_pa
         for key in adapted_layers(trainer.model):
             A, P = (np.linalg.qr(factors(x, key)[0].T)[0] for x in (trainer, padded))
             assert np.linalg.norm(A @ A.T - P @ P.T, 2) < 0.05, key
+
+
+@pytest.mark.parametrize("name", ["eva", "lora-ga", "keeplora"])
+def test_an_evaluation_before_training_changes_no_start(tmp_path, name):
+    found = []
+    for evaluates in (False, True):
+        trainer = make(tmp_path, name, bf16=True)
+        trainer._init_options = replace(trainer._init_options, cache=False)
+        if evaluates:
+            trainer.evaluate(trainer.train_dataset.select(range(4)))
+        trainer._prepare(resuming=False)
+        found.append(trainer.model.state_dict())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
 
 
 def test_osf_keeps_the_leading_space_of_the_weights(tmp_path):

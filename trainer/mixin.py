@@ -77,7 +77,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
-from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, seed_everything
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
@@ -381,7 +381,8 @@ class LoraNullMixin(SavingMixin):
             if self.args.should_save:
                 copy_store(self._init_folder, self.init_dir)
         else:
-            self._initialize()
+            with own_precision(self.model):  # an evaluation before has put autocast around it
+                self._initialize()
         if self._preflight != "off":
             check_trainable(self.model, self.method.trainable(self.model), self._preflight)
 
@@ -416,7 +417,7 @@ class LoraNullMixin(SavingMixin):
         whole = (
             None
             if looked_at is None
-            else WholeModel(self._rule_of_whole(), looked_at, lambda: self.method.compute(self, looked_at))
+            else WholeModel(self._rule_of_whole(), looked_at, lambda: self._compute_whole(looked_at))
         )
         measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
         if not measures and rule is None and whole is None:
@@ -434,6 +435,12 @@ class LoraNullMixin(SavingMixin):
         if self._weights is not None:
             release_freed_memory()
         self.accelerator.wait_for_everyone()
+
+    def _compute_whole(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the method's start, the same whatever was drawn before, and leave the model as it is."""
+        with preserve(self.model):
+            seed_everything(self._init_options.seed)
+            return self.method.compute(self, batches)
 
     def _rule_of_whole(self) -> str:
         """Return what decides a start by the whole model: the method with its options, and those of PEFT's own start."""

@@ -153,6 +153,8 @@ class Method:
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.
 
+        Random numbers are seeded before; modes, `requires_grad` and random states are put back after it.
+
         Args:
             trainer: the model on its device.
             batches: what `training_batches` returned.

@@ -23,7 +23,6 @@ from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_tensor
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import preserve
 
 
 @method
@@ -82,14 +81,13 @@ class EVA(Method):
                 f"method.options.eva.batch_rows: a batch has only {min(answers)} answer tokens, rho · r = {needed:g} are "
                 "needed; raise batch_rows"
             )
-        with preserve(trainer.model):  # every rank sees the same rows, so nothing is gathered
-            return get_eva_state_dict(
-                trainer.model,
-                batches,
-                adapter_name=active_adapter(trainer.model),
-                gather_distributed_inputs=False,
-                show_progress_bar=not trainer.args.disable_tqdm,
-            )
+        return get_eva_state_dict(  # every rank sees the same rows, so nothing is gathered
+            trainer.model,
+            batches,
+            adapter_name=active_adapter(trainer.model),
+            gather_distributed_inputs=False,
+            show_progress_bar=not trainer.args.disable_tqdm,
+        )
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         initialize_lora_eva_weights(model, eva_state_dict=dict(tensors), adapter_name=active_adapter(model))
@@ -130,16 +128,15 @@ class LoRAGA(ResidualMethod):
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
         layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
         how = trainer.model.peft_config[adapter].lora_ga_config or LoraGAConfig()
-        with preserve(trainer.model):
-            take_gradients(trainer, layers, batches)
-            for name, layer in layers.items():
-                base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
-                original, dtype = base.weight.data.clone(), A.weight.dtype
-                layer.lora_ga_init(adapter, how)
-                base.weight.data = original
-                for factor in (A, B):  # PEFT leaves them in the base's dtype
-                    factor.weight.data = factor.weight.data.to(dtype)
-                tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
+        take_gradients(trainer, layers, batches)
+        for name, layer in layers.items():
+            base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
+            original, dtype = base.weight.data.clone(), A.weight.dtype
+            layer.lora_ga_init(adapter, how)
+            base.weight.data = original
+            for factor in (A, B):  # PEFT leaves them in the base's dtype
+                factor.weight.data = factor.weight.data.to(dtype)
+            tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
         for tensor in tensors.values():
             broadcast_tensor(tensor, 0)
         return tensors

@@ -18,7 +18,6 @@ from lora_null.trainer.methods.base import Method, method, need, need_count
 from lora_null.trainer.methods.from_peft import first_batches, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import weight_of
 
 
@@ -71,25 +70,22 @@ class KeepLoRA(Method):
         model, tensors = trainer.model, {}
         layers, adapter = self.layers(model), active_adapter(model)
         options: InitOptions = trainer.init_options_here()
-        with preserve(model):
-            take_gradients(trainer, layers, batches)
-            parts = measure_in_parts(
-                model,
-                layers,
-                trainer.calibration_batches,
-                device=options.device,
-                seed=options.seed,
-                progress=options.progress,
-            )
-            with torch.no_grad(), contextlib.closing(parts):
-                for part in parts:
-                    for inputs in part.inputs:
-                        found = together(
-                            lambda inputs=inputs: self._solve(inputs, layers, adapter), what="initialization"
-                        )
-                        for name in inputs.modules:
-                            like = layers[name].lora_A[adapter].weight
-                            tensors[f"{name}.lora_A"] = broadcast_like(found.get(name), like, inputs.owner)
+        take_gradients(trainer, layers, batches)
+        parts = measure_in_parts(
+            model,
+            layers,
+            trainer.calibration_batches,
+            device=options.device,
+            seed=options.seed,
+            progress=options.progress,
+        )
+        with torch.no_grad(), contextlib.closing(parts):
+            for part in parts:
+                for inputs in part.inputs:
+                    found = together(lambda inputs=inputs: self._solve(inputs, layers, adapter), what="initialization")
+                    for name in inputs.modules:
+                        like = layers[name].lora_A[adapter].weight
+                        tensors[f"{name}.lora_A"] = broadcast_like(found.get(name), like, inputs.owner)
         return tensors
 
     def _solve(self, inputs: InputStats, layers: Mapping[str, Any], adapter: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from lora_null.trainer.methods.base import method, need, need_count
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import preserve
 from lora_null.utils.quantized import weight_of
 
 Measured = tuple[InputStats, InputStats]  # of one input: on the knowledge, on the task
@@ -64,7 +63,7 @@ class SCLoRA(ResidualMethod):
         model, tensors = trainer.model, {}
         layers, adapter = self.layers(model), active_adapter(model)
         options = trainer.init_options_here()
-        with preserve(model), torch.no_grad():
+        with torch.no_grad():
             for part in _measured_twice(model, layers, trainer.calibration_batches, batches, options):
                 names = {name: knowledge.owner for knowledge, _ in part for name in knowledge.modules}
                 found = together(lambda part=part: self._solve(part, layers, adapter), what="initialization")
