@@ -84,8 +84,9 @@ def compare(results: Results, found: Evaluations) -> list[Paired]:
     for name, names in compared_means(results).items():
         for i, j in itertools.combinations(range(len(results.rows)), 2):
             alike = i == 0 or results.rows[i].variant == results.rows[j].variant
-            if alike and (pair := _pair(results, found, name, names, i, j)):
-                groups.setdefault((name, results.rows[j].variant, pair[0].seeds), []).append(pair)
+            seeds = [seed for seed in found.get(j, {}) if seed in found.get(i, {})]
+            if alike and seeds and (pair := _pair(results, found, name, names, i, j, seeds)):
+                groups.setdefault((name, results.rows[j].variant, frozenset(seeds)), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])
     return [
@@ -95,7 +96,7 @@ def compare(results: Results, found: Evaluations) -> list[Paired]:
 
 
 def _tested(group: Sequence[tuple[Paired, Spread]]) -> Iterator[Paired]:
-    """Yield the comparisons of one metric at one setting with their errors and p-values."""
+    """Yield the comparisons of one metric at one setting and the same seeds with their errors and p-values."""
     methods = {row for pair, _ in group for row in (pair.row, pair.against)} - {0}
     difference = t_tests(stack([spread for _, spread in group]), max(2, len(methods)))
     for (pair, _), stderr, p in zip(group, difference.stderr, difference.p):
@@ -116,13 +117,11 @@ def set_errors(results: Results, found: Evaluations) -> None:
 
 
 def _pair(
-    results: Results, found: Evaluations, name: str, names: Sequence[str], i: int, j: int
+    results: Results, found: Evaluations, name: str, names: Sequence[str], i: int, j: int, seeds: Sequence[int]
 ) -> tuple[Paired, Spread] | None:
-    """Return row j minus row i and its spread, None where they have not been asked the same questions."""
-    theirs, ours = found.get(i, {}), found.get(j, {})
-    seeds = [seed for seed in ours if seed in theirs]
-    sets = list(_gaps([(ours[seed], theirs[seed]) for seed in seeds], names, against_base=i == 0)) if seeds else []
-    if len(sets) < len(names) or not sets:
+    """Return row j minus row i over the seeds and its spread, None where they have not been asked the same questions."""
+    sets = list(_gaps([(found[j][seed], found[i][seed]) for seed in seeds], names, against_base=i == 0))
+    if len(sets) < len(names):
         return None
     fractions = all(results.metric(n).unit == "fraction" for n in names)
     share = 1 / len(names)

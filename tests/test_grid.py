@@ -428,6 +428,16 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert "Not reached by weak" in said and "learning_rate 2" in said
 
 
+def test_methods_of_other_seeds_are_not_tested_together():
+    lora, never = [[(1.0, 0.40)], [(1.0, 0.44)], [(1.0, 0.42)]], [(1.5, 0.01), (1.2, 0.03)]
+    mine = [[(1.6, 0.01), (1.0, 0.04)], [(1.6, 0.02), (1.0, 0.06)], never]
+    other = [never, [(1.6, 0.02), (1.0, 0.06)], [(1.6, 0.01), (1.0, 0.05)]]
+    (target,) = equal_learning(made({"lora": lora, "mine": mine, "other": other}), "q kl", "t nll")
+    alone = [stats.ttest_1samp(gaps, 0).pvalue for gaps in ([-0.36, -0.38], [-0.38, -0.37])]
+    assert [row.reached for row in target.rows] == [3, 2, 2]
+    assert min(row.p for row in target.rows[1:]) == pytest.approx(2 * min(alone))
+
+
 def test_each_setting_has_a_frontier_along_the_rates():
     more = {"lora": {"training.weight_decay": 0}, "lora decayed": {"training.weight_decay": 3.0}}
     found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "lora decayed": [[(1.6, 0.05), (1.0, 0.2)]]}, more=more)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -281,11 +281,14 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.
         for f in every
     }
     theirs = read[lora.name]
-    gaps = {}
+    gaps: dict[str, Spread] = {}
+    together: dict[frozenset[int], list[str]] = {}  # by the seeds that a method shares with LoRA
     for f in every:
         shared = {seed: r - theirs[seed] for seed, r in read[f.name].items() if seed in theirs}
-        gaps |= {f.name: spread_of(shared)} if shared and f is not lora else {}
-    tested = _tested(gaps)
+        if shared and f is not lora:
+            gaps[f.name] = spread_of(shared)
+            together.setdefault(frozenset(shared), []).append(f.name)
+    tested = {name: told for names in together.values() for name, told in _tested(gaps, names)}
     rows = []
     for f in every:
         ours, (stderr, p) = read[f.name], tested.get(f.name, (None, None))
@@ -297,14 +300,10 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.
     return rows
 
 
-def _tested(gaps: Mapping[str, Spread]) -> dict[str, tuple[float | None, float | None]]:
-    """Return each method's (error of its difference from LoRA, p); those of equally many seeds are tested together."""
-    found = {}
-    for seeds in {spread.seeds for spread in gaps.values()}:
-        names = [name for name, spread in gaps.items() if spread.seeds == seeds]
-        difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
-        found |= {n: (_known(e), _known(p)) for n, e, p in zip(names, difference.stderr, difference.p)}
-    return found
+def _tested(gaps: Mapping[str, Spread], names: Sequence[str]) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    """Yield for methods of the same seeds, which are tested together, (error of their difference from LoRA, p)."""
+    difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
+    yield from ((n, (_known(e), _known(p))) for n, e, p in zip(names, difference.stderr, difference.p))
 
 
 def spread_of(readings: Mapping[int, Reading]) -> Spread:

@@ -273,6 +273,26 @@ def test_what_is_not_the_mean_of_its_samples_is_not_compared():
     assert compare(results, found) == []
 
 
+def test_methods_of_other_seeds_are_not_tested_together():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(3, 3, 40)) + generator.normal(size=(3, 3, 1))  # [methods, seeds, questions]
+    seeds = ([0, 1, 2], [0, 1], [1, 2])  # that each method has, of an unfinished grid
+
+    def one(x):
+        return Evaluation({"NLL": Metric(float(x.mean()), 0.1, 40, False, "task", "nats")}, {}, 0.0, {"NLL": list(x)})
+
+    found = {i + 1: {seed: one(values[i, seed]) for seed in own} for i, own in enumerate(seeds)}
+    rows = [
+        {"method": "base"},
+        *({"method": f"m{i}", "metrics": {"NLL": found[i + 1][1].metrics["NLL"].to_dict()}} for i in range(3)),
+    ]
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    for pair in compare(results, found):
+        shared = sorted(set(seeds[pair.row - 1]) & set(seeds[pair.against - 1]))
+        alone = difference(values[pair.row - 1][shared], values[pair.against - 1][shared])
+        assert (pair.seeds, pair.p) == (len(shared), pytest.approx(float(alone.p)))
+
+
 if __name__ == "__main__":
     print(
         "| methods | seeds | questions | gain | something claimed | a best marked | best in a column found | unpaired rule |"
