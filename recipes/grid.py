@@ -199,10 +199,20 @@ def check_grid(
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
         if cell.seed == first and not starts_alike(cell):
-            check_asked_alike(inspect_recipe(own, **options), job, f"grid.sweep, {cell.title}")
+            checked = inspect_recipe(own, **options)
+            check_asked_alike(checked, job, f"grid.sweep, {cell.title}")
+            if unreached is None:
+                job.swept_inputs |= _inputs_of_cell(cell, checked)
         if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
     return job
+
+
+def _inputs_of_cell(cell: Cell, checked: Job) -> dict[str, str]:
+    """Return the hashes of what a run reads in the sections of which keys are swept, named by their values."""
+    swept, settings = {key.partition(".")[0] for key, _ in cell.point}, settings_text(dict(cell.point))
+    found = inputs_of(checked).items()
+    return {f"{name} ({settings})": value for name, value in found if name.partition(".")[0] in swept}
 
 
 def starts_alike(cell: Cell) -> bool:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
-from lora_null.adapters.base_hash import base_fingerprint
+from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import Task, validate_tasks
 from lora_null.recipes import base_cache
@@ -40,6 +40,7 @@ from lora_null.recipes.models.bases import hub_commit, known_shape, load_config,
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.start import MIN_TOKENS
+from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
@@ -74,6 +75,7 @@ class Job:
     bound: Bound | None = None
     initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
     keep_weights: bool = True
+    swept_inputs: dict[str, str] = field(default_factory=dict)  # of a grid: `inputs_of` its runs, in swept sections
     starts: dict[str, Path] = field(default_factory=dict)  # of a task after others: method → METHOD of the task before
     earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
     knowledge: float = 1.0  # weight of the knowledge's Grams beside them
@@ -171,9 +173,12 @@ def inputs_of(job: Job) -> dict[str, str]:
         found[f"eval.{task.role} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
     if job.recipe.method.files:
         found["method.files"] = hash_of([Path(path).read_text(encoding="utf-8") for path in job.recipe.method.files])
-    if any(Path(job.model_name).glob("*.safetensors")):
-        found["model.name_or_path"] = base_fingerprint(Path(job.model_name))
-    return found
+    if job.recipe.method.init is not None:
+        found["method.init"] = read_report(find_initialization(Path(job.recipe.method.init)))["key"]
+    files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
+    if files is not None and any(files.glob("*.safetensors")):
+        found["model.name_or_path"] = base_fingerprint(files)
+    return found | job.swept_inputs
 
 
 def inspect_recipe(

@@ -94,17 +94,15 @@ def check_space(folder: Path, size: int) -> int:
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """Keep the hashes of a run's inputs; raise a UserError where it goes on with others than it began with."""
     path = folder / INPUTS_FILE
-    if not path.is_file():
-        write_json(path, dict(inputs))
-        return
-    before = read_json(path)
-    changed = [name for name, found in inputs.items() if before.get(name) != found]
+    before = read_json(path) if path.is_file() else {}
+    changed = [name for name, found in inputs.items() if before.get(name, found) != found]
     if changed:
         more = f" and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
         raise UserError(
             f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MOST_TOLD])}{more}; "
             "put it back, or begin anew with --overwrite"
         )
+    write_json(path, {**inputs, **before})  # a model of the hub has files only once it was downloaded
 
 
 def _check_shared(folder: Path) -> None:

@@ -125,10 +125,14 @@ def test_a_folder_that_is_no_dials_is_left_alone(world, tmp_path, capsys):
     assert (tmp_path / "dial" / "base" / "mine.txt").is_file()
 
 
-def test_a_card_compares_answers_to_the_same_questions(world, tmp_path):
+def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
     shutil.copytree(world / "out", tmp_path / "out")
     method = tmp_path / "out" / "lora-null-v1"
-    assert main(["dial", str(method), "--limit", "4", "--strengths", "0.5"]) == 0
+    words, before = ["dial", str(method), "--limit", "4", "--strengths", "0.5"], read_dial(method)
+    assert main(words) == 2 and "holds the dial of the run's own questions; --out" in capsys.readouterr().err
+    assert read_dial(method) == before
+    shutil.rmtree(method / "dial")
+    assert main(words) == main(words) == 0  # one of the same questions gives way
     head, base, _ = table_rows(read_dial(method))
     shown = {column.heading: str(column.cells[0]) for column in results_table(source.find_source(method), 0.5).columns}
     assert all(shown[name] == value for name, value in zip(head[1:], base[1:]))

@@ -16,7 +16,8 @@ from tiny import save_tiny
 from trl import DPOConfig, SFTConfig
 from world import make_world
 
-from lora_null.recipes import environment, output, run
+from lora_null.__main__ import main as command
+from lora_null.recipes import environment, grid, output, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import MARK, dump, load_recipe, resume_command
@@ -183,6 +184,36 @@ def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkey
     change(tmp_path / name)
     assert f"the content has changed of {named}; put it back" in line_of(capsys, str(recipe), "--resume")
     assert main([str(recipe), "--overwrite"]) == 130
+
+
+def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_paths(tmp_path, capsys, monkeypatch):
+    for module in (run, grid):
+        monkeypatch.setattr(module, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(grid, "base_row", lambda job: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    recipe, kept = make_world(tmp_path), tmp_path / "hub" / "models--me--tiny"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("c0")
+    shutil.copytree(tmp_path / "model", kept / "snapshots" / "c0")
+    shutil.copy(tmp_path / "numbers.jsonl", tmp_path / "more.jsonl")
+    init = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl"), "--rank", "4"]
+    for samples in ("40", "50"):
+        assert command([*init, "--samples", samples, "--out", str(tmp_path / samples), "--max-length", "32"]) == 0
+    words = [str(recipe), "model.name_or_path=me/tiny", "--method", "lora-null-v2", f"method.init={tmp_path / '40'}"]
+    words += ["--sweep", f"data.path={tmp_path / 'numbers.jsonl'},{tmp_path / 'more.jsonl'}"]
+    assert main(words) == main([*words, "--resume"]) == 130
+    (tmp_path / "more.jsonl").write_text((tmp_path / "more.jsonl").read_text().replace("it is", "is it"))
+    shutil.copytree(tmp_path / "50", tmp_path / "40", dirs_exist_ok=True)
+    save_tiny(kept / "snapshots" / "c0", seed=1)
+    named = f"method.init, model.name_or_path, data.path (path {tmp_path / 'more.jsonl'})"
+    assert f"the content has changed of {named}; put it back" in line_of(capsys, *words, "--resume")
+
+
+def test_what_was_not_known_when_a_run_began_has_not_changed(tmp_path):
+    for known in ({"a": "1"}, {"a": "1", "b": "2"}, {"b": "2"}):
+        output._check_inputs(tmp_path, known)
+    with pytest.raises(UserError, match="changed of b;"):
+        output._check_inputs(tmp_path, {"b": "3"})
 
 
 @pytest.mark.parametrize("consent, said", [("unsafe", " --allow-code-execution=unsafe"), ("jailed", " --allow-code-execution"), (False, "")])  # fmt: skip

@@ -13,16 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_null.adapters.strength import Strength
+from lora_null.eval_harness import Evaluation
 from lora_null.recipes.budget import FEWEST, hold
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
-from lora_null.recipes.config.load import RECIPE_FILE
+from lora_null.recipes.config.load import RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.processes import join_processes
-from lora_null.recipes.report.dial_page import FOLDER, table_rows, told
+from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
 from lora_null.recipes.results import Budget
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, parse_strengths
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     def check() -> tuple[Source, Job]:
         source = find_source(arguments.source, arguments.base)
         check_adapter_fits(source)
+        _check_kept(source, arguments)
         return source, job_for(source, arguments, folder_for(source, arguments))
 
     source, job = together(check, what="checking the adapter")
@@ -70,6 +72,18 @@ def folder_for(source: Source, arguments: argparse.Namespace) -> Path:
     """Return the folder called `dial` that is written: in --out, or in RUN/METHOD."""
     out = arguments.out or source.home
     return out if out.name == FOLDER else out / FOLDER
+
+
+def _check_kept(source: Source, arguments: argparse.Namespace) -> None:
+    """Raise a UserError where the run's own dial would give way, unasked, to one of other questions or fewer."""
+    own = next((name for name in ("keep", "learn", "limit") if getattr(arguments, name) is not None), None)
+    base, found = whole_of(source.run) / "base" / "eval.json", read_dial(source.home)
+    if own is None or arguments.out is not None or found is None or not base.is_file():
+        return
+    if found.points[0].metrics == Evaluation.read(base).metrics:
+        raise UserError(
+            f"--{own}: {source.home / FOLDER} holds the dial of the run's own questions; --out names a folder"
+        )
 
 
 def load_adapted(source: Source) -> Any:
