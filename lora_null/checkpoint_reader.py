@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from lora_null.layer import LoraNullLinear, plain_name
@@ -47,8 +48,8 @@ class Owned(NamedTuple):
     saved: bool
 
 
-def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
-    """Yield the tensors of a base model, or of a part of it called `name`, each once and without what PEFT added to it.
+def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a base model, or of a part of it called `name`, by path, without what PEFT put beside them.
 
     Left out are adapters, trained copies of modules (`modules_to_save`), and of those outside the backbone, such as a head
     drawn at random, the original too: nothing that an adapted layer reads comes from there.
@@ -61,18 +62,35 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
             added += [f"{path}.{leaf}." for leaf in (*module.adapter_layer_names, *module.other_param_names)]
         if isinstance(module, ModulesToSaveWrapper) and not path.startswith(spine):
             added.append(f"{path}.")
-    seen: set[int] = set()
     for path, module in model.named_modules():
+        if not f"{path}.".startswith(tuple(added)):
+            yield path, module
+
+
+def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
+    """Yield the tensors of `base_modules`, each once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model, name):
         for storage, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for leaf, tensor in storage.items():
                 full = f"{path}.{leaf}" if path else leaf
-                if tensor is None or id(tensor) in seen or full.startswith(tuple(added)):
+                if tensor is None or id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
                 saved = is_parameter or leaf not in module._non_persistent_buffers_set
                 yield Owned(
                     in_checkpoint(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
                 )
+
+
+def base_numbers(model: nn.Module) -> dict[str, int | float]:
+    """Return the numbers that the modules of a base model hold themselves, such as multipliers, by name."""
+    found = {}
+    for path, module in base_modules(model):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | _DropoutNd):
+            held = vars(module).items()
+            found |= {in_checkpoint(f"{path}.{leaf}"): x for leaf, x in held if type(x) in (int, float)}
+    return found
 
 
 def in_checkpoint(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from lora_null.calibration import Calibration, check_architecture
 from lora_null.config import MULTIPLE, NO_BASIS, LoraNullConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, is_started
-from lora_null.residual import subtract_residuals
+from lora_null.residual import hooked, subtract_residuals
 from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
 from lora_null.utils.distributed import get_logger, is_sharded, together
@@ -221,8 +221,8 @@ def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list
 
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
     base = layer.get_base_layer()
-    reason = unreadable(base) if isinstance(layer, LoraNullLinear) else f"carries a {type(layer).__name__} of PEFT"
-    if reason:
+    ours = isinstance(layer, LoraNullLinear)
+    if reason := (unreadable(base) or hooked(base)) if ours else f"carries a {type(layer).__name__} of PEFT":
         raise UserError(f"target_modules: {name} {reason}")
     scaling = layer.scaling[adapter_name]
     if not 0 < scaling < float("inf"):

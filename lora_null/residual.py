@@ -13,6 +13,7 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, factors_of, residual_of
 from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import own_code_at
 from lora_null.utils.quantized import unreadable
 
 
@@ -23,11 +24,12 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
     adapters) is the change of the original weights.
 
     Raises:
-        UserError: a weight that would not keep what is written to it; nothing is changed then.
+        UserError: a weight that would not keep what is written to it, or a hook that would see the rest of it alone;
+            nothing is changed then.
     """
     layers = adapted_layers(peft_model, adapter_name)
     for name, layer in layers.items():
-        if reason := unreadable(layer.get_base_layer()):
+        if reason := unreadable(layer.get_base_layer()) or hooked(layer.get_base_layer()):
             raise UserError(f"target_modules: {name} {reason}")
     for layer in layers.values():
         layer.subtract_residual(adapter_name)
@@ -36,6 +38,17 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
     config.carries_residual = True
     peft_model.peft_config[adapter_name] = config
     peft_model.base_model.__class__ = ResidualLoraModel
+
+
+def hooked(base: nn.Module) -> str | None:
+    """Return why a linear under an adapter may read or give something else than W0 x; None where it does not.
+
+    PEFT puts A and B beside the linear: they read what no hook in front of it has changed, and a hook behind it sees
+    what is left of W0.
+    """
+    code = own_code_at(base)
+    where = "put it on the layer once the adapter is there, or leave the module out (exclude_modules)"
+    return code and f"has {code} as a forward hook, which would see its base without the adapter; {where}"
 
 
 class ResidualLoraModel(LoraModel):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -28,14 +29,24 @@ from lora_null.calibration import (
     count_tokens,
     measure_inputs,
 )
-from lora_null.checkpoint_reader import Owned, WeightFiles, base_tensors
+from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.factors import LayerStats
+from lora_null.layer import plain_name
 from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
-from lora_null.utils.distributed import all_gather, get_logger, is_sharded, on_first_rank, rank_and_world, together
+from lora_null.utils.distributed import (
+    all_gather,
+    broadcast,
+    get_logger,
+    is_sharded,
+    on_first_rank,
+    rank_and_world,
+    together,
+)
 from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.model_state import own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
 logger = get_logger(__name__)
@@ -109,7 +120,7 @@ class InitOptions:
         weights: the files to read layers from, for a model without weights (meta device).
         min_tokens: fewest calibration tokens to accept.
         seed: of the drift sketch and of the choice within a null space larger than r.
-        cache: keep the result in the cache folder, and reuse an equal one.
+        cache: keep the result in the cache folder, and reuse an equal one; not of a model with forward hooks of your own.
         progress: show progress bars (on rank 0).
 
     Raises:
@@ -201,6 +212,9 @@ def compute_start(
     base = fingerprint_of(model, options.weights, layers if rule is not None else {})
     name = rule.rule if rule is not None else ""
     key = _key(base, layers, adapter_name, batches, options, whole, name)
+    if hook := _hook_in(model):
+        key, options = broadcast(uuid.uuid4().hex[:24]), replace(options, cache=False)
+        logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
     path = store.cached_folder(key) if options.cache else folder
     with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
         if options.cache and rank_and_world()[0] == 0:
@@ -330,6 +344,13 @@ def _check_parts(
             )
 
 
+def _hook_in(model: nn.Module) -> str | None:
+    """Return the first forward hook of somebody's own, on any rank, and where: what it computes has no fingerprint."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    found = (f"{code} at {plain_name(name)}" for name, x in inner.named_modules() if (code := own_code_at(x)))
+    return next(filter(None, all_gather(next(found, None))), None)
+
+
 def _done(path: Path | None, key: str) -> dict[str, LayerResult]:
     """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
     if path is None:
@@ -370,7 +391,7 @@ def fingerprint_of(
                 yield owned.key, tensor.bfloat16() if tensor.is_floating_point() else tensor
         yield from stored_statistics(model)
 
-    config = store.computation(getattr(model, "config", None))
+    config = store.computation(getattr(model, "config", None), base_numbers(model))
     found = all_gather(together(lambda: store.fingerprint(tensors(), config), what=WHAT))
     if len(set(found)) > 1:
         raise UserError(

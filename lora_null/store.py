@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,9 +46,10 @@ FORMAT = "3"  # a change of what the files mean makes old caches unused
 KEPT = 8
 WORDS = 1 << 16  # of 8 bytes, summed up to one number: their weights stay in a processor's cache
 
-# Entries of a model's config that do not decide what its layers read in eval mode, or that loading and training set.
+# Entries of a model's config, and numbers of its modules, that do not decide what its layers read in eval mode, or that
+# loading, training and forward passes set.
 NOT_COMPUTED = re.compile(
-    r"^_|drop|_loss|_token_ids?$|^output_|^initializer|^summary_|^(architectures|auto_map|dtype|torch_dtype"
+    r"^_|drop|_loss|^padding_idx$|_cached$|_token_ids?$|^output_|^initializer|^summary_|^(architectures|auto_map|dtype|torch_dtype"
     r"|transformers_version|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
     r"|tokenizer_class|return_dict|use_cache|tie_word_embeddings|chunk_size_feed_forward|gradient_checkpointing"
     r"|attn_implementation)$"
@@ -264,10 +266,16 @@ def _is_held(lock: Path) -> bool:
         return True
 
 
-def computation(config: Any) -> str:
-    """Return what of a model's config decides what its layers compute: rotary positions, norms, activations, windows."""
+def computation(config: Any, numbers: Mapping[str, int | float] = MappingProxyType({})) -> str:
+    """Return what, besides weights, decides what a model's layers compute: rotary positions, norms, activations, windows.
+
+    Args:
+        config: the model's.
+        numbers: that its modules hold, by name.
+    """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    return json.dumps(_computed(values), sort_keys=True)
+    held = {name: x for name, x in numbers.items() if not NOT_COMPUTED.search(name.rpartition(".")[2])}
+    return json.dumps([_computed(values), held], sort_keys=True)
 
 
 def _computed(value: Any) -> Any:

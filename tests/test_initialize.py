@@ -366,6 +366,24 @@ def test_a_plain_lora_config_is_refused():
         initialize_lora_null_weights(peft_model, BATCHES)
 
 
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize("where", ["before", "behind", "forward"])
+def test_a_hook_at_a_target_is_refused(variant, where):
+    model = tiny_model()
+    linear = model.model.layers[1].self_attn.q_proj
+    if where == "forward":
+        linear.forward = lambda x, own=linear.forward: own(x) * 2
+    elif where == "before":
+        linear.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    else:
+        linear.register_forward_hook(lambda _, args, out: out * 2)
+    with pytest.raises(UserError, match=r"model.layers.1.self_attn.q_proj has .*lambda.* as a forward hook"):
+        start(variant, model=model)
+    peft_model, _ = start(variant, exclude_modules=["layers.1.self_attn.q_proj"])
+    peft_model.get_base_model().model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, args, out: out * 2)
+    logits(peft_model)
+
+
 def test_starting_twice_is_refused():
     peft_model, _ = start("v1")
     with pytest.raises(UserError, match="started already"):

@@ -90,6 +90,37 @@ def test_an_equal_one_is_taken_whole_or_in_parts(cache, tmp_path, fresh_cache, c
     assert "continued, 7 of 14 modules are there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_nothing_is_reused_of_a_model_with_hooks_of_ones_own(cache, tmp_path, fresh_cache, capsys):
+    def steered(factor):
+        peft_model = wrapped()
+        peft_model.enable_input_require_grads()  # a library's hook: nothing to say of it
+        if factor != 1:
+            layer = peft_model.get_base_model().model.layers[0]
+            layer.register_forward_hook(lambda _, args, out: out * factor)
+        settings = InitOptions(min_tokens=1, progress=False, cache=cache)
+        return factors(peft_model), start_adapter(peft_model, BATCHES, settings, folder=tmp_path / "init")[0]
+
+    plain, _ = steered(1)
+    assert "computed anew" not in capsys.readouterr().err
+    found = []
+    for factor in (2, 3):
+        found.append(steered(factor)[0])
+        said = capsys.readouterr().err
+        assert "computed anew" in said and "at model.layers.0 does" in said
+    name = "model.layers.1.self_attn.q_proj"
+    assert not torch.equal(found[0][name], plain[name]) and not torch.equal(found[0][name], found[1][name])
+    assert same(factors_loaded(tmp_path / "init"), found[1])
+    again, _ = steered(1)
+    assert same(again, plain)
+
+
+def factors_loaded(folder):
+    peft_model = wrapped()
+    load_initialization(folder, peft_model)
+    return factors(peft_model)
+
+
 def test_an_unfinished_start_over_a_finished_one_is_no_initialization(tmp_path, monkeypatch):
     start(tmp_path)
     write, written = store.write_part, []
@@ -153,6 +184,14 @@ def a_buffer(model):
     model.model.layers[0].mlp.register_buffer("shift", torch.ones(3))
 
 
+def multiplied(model):
+    model.model.layers[0].self_attn.scaling *= 2
+
+
+def other_epsilon(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 1.0
+
+
 def frequent(model):
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 77.0}
 
@@ -160,7 +199,7 @@ def frequent(model):
 @pytest.mark.parametrize(
     "change",
     [permuted_rows, permuted_blocks, swapped_layers, swapped_neighbors, signs_of_every_fourth, one_number, positions,
-     a_buffer, frequent],
+     a_buffer, multiplied, other_epsilon, frequent],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whatever_changes_the_inputs_is_another_base(change, dtype):
@@ -189,7 +228,12 @@ def used(model):
     model(**BATCHES[0])
 
 
-@pytest.mark.parametrize("change", [loaded_from_elsewhere, as_trainers_set_it, used])
+def without_dropout(model):
+    model.model.drop = torch.nn.Dropout(0.5)
+    model.model.embed_tokens.padding_idx = None
+
+
+@pytest.mark.parametrize("change", [loaded_from_elsewhere, as_trainers_set_it, used, without_dropout])
 @pytest.mark.parametrize("rope", ["default", "dynamic", "linear"])
 def test_what_loading_and_training_set_is_no_other_base(change, rope):
     scaling = {} if rope == "default" else {"factor": 2.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import random
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,19 @@ from torch import nn
 from lora_null.utils.quantized import keep_layout
 
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts after which W0 is known no more
+
+LIBRARIES = {"torch", "transformers", "peft", "accelerate", "trl", "lora_null"}  # whose hooks leave the numbers alone
+
+
+def own_code_at(module: nn.Module) -> str | None:
+    """Return the name of a forward hook, or of a forward put on this one module, that no library of ours has made."""
+    replaced_forward = [vars(module)["forward"]] if "forward" in vars(module) else []
+    for code in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *replaced_forward):
+        while isinstance(code, functools.partial):
+            code = code.func
+        if code.__module__.partition(".")[0] not in LIBRARIES:
+            return getattr(code, "__qualname__", type(code).__name__)
+    return None
 
 
 def start_that_rewrites(config: PeftConfig) -> str | None:

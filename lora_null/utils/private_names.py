@@ -16,6 +16,9 @@ SEEN = {
     "transformers.PreTrainedModel._from_config": "transformers 5.23.0",
     # Which buffers a checkpoint holds: PyTorch tells it nowhere else.
     "torch.nn.Module()._non_persistent_buffers_set": "torch 2.13.0",
+    # Whether somebody's code runs before or after a module's own.
+    "torch.nn.Module()._forward_hooks": "torch 2.13.0",
+    "torch.nn.Module()._forward_pre_hooks": "torch 2.13.0",
     # Where tensors that an engine keeps in pieces stand in for whole ones for a while.
     "torch.nn.Module()._parameters": "torch 2.13.0",
     # Overridden: a layer whose base lacks a residual takes a state apart before its parts load.
