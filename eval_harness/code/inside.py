@@ -2,8 +2,8 @@
 
 A program and its tests never share a process. The examiner holds the tests; the program's process holds the functions
 that the model wrote, and does what the examiner asks of them. Only plain values come back (numbers, texts, lists, tuples,
-sets, dicts), so that no object of the program decides what a test finds; everything else stays there, and the examiner
-holds a `Remote` for it. Both processes start for every program, so this file imports next to nothing: its own messages
+sets, dicts with their keys and items, decimals, fractions, ranges, dates), so that no object of the program decides what a
+test finds; everything else stays there, and the examiner holds a `Remote` for it. Both processes start for every program, so this file imports next to nothing: its own messages
 take 20 lines, `json` as long to import as Python to start.
 """
 
@@ -13,6 +13,10 @@ import resource
 import sys
 
 KINDS = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
+VIEWS = {"keys": type({}.keys()), "items": type({}.items())}  # of a dict; they equal sets, and have an order
+# The standard library's whose values equal plain ones or each other; they are made again of what `__reduce__` says.
+STANDARD = ("decimal.Decimal", "fractions.Fraction", "builtins.range", "builtins.bytearray", "datetime.date")
+STANDARD += ("datetime.time", "datetime.datetime", "datetime.timedelta", "datetime.timezone")
 LONGEST = 2**26  # bytes of a message
 KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # its system call's number
 JOIN_SESSION_KEYRING = 1
@@ -31,9 +35,9 @@ def encode(value, refer):
         return b"f%s\n" % float.hex(value).encode()
     if isinstance(value, complex):
         return b"j%s %s\n" % (float.hex(value.real).encode(), float.hex(value.imag).encode())
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | memoryview):
         letter, data = (
-            (b"b", bytes(value)) if isinstance(value, bytes) else (b"s", value.encode("utf-8", "surrogatepass"))
+            (b"s", value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else (b"b", bytes(value))
         )
         return b"%s%d\n%s" % (letter, len(data), data)
     if isinstance(value, dict):
@@ -42,6 +46,12 @@ def encode(value, refer):
     for letter, kind in KINDS.items():
         if isinstance(value, kind):
             return b"%s%d\n%s" % (letter, len(value), b"".join([encode(member, refer) for member in value]))
+    for view, kind in VIEWS.items():
+        if isinstance(value, kind):
+            return b"v%s\n%s" % (view.encode(), encode(dict.fromkeys(value) if view == "keys" else dict(value), refer))
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name in STANDARD:
+        return b"m%s\n%s" % (name.encode(), encode(value.__reduce__()[1], refer))
     if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return b"k%s\n" % value.__name__.encode()
     return b"r%s\n" % str(refer(value)).encode()
@@ -51,7 +61,7 @@ def decode(data, resolve, start=0) -> tuple:
     """Return the value that `encode` wrote and where its bytes end; `resolve` gives what a number or name stands for.
 
     Raises:
-        ValueError, TypeError, OverflowError, RecursionError: the bytes are no value.
+        ValueError, TypeError, ArithmeticError, RecursionError: the bytes are no value.
     """
     end = data.index(b"\n", start) + 1
     letter, number = data[start : start + 1], data[start + 1 : end - 1].decode()
@@ -69,6 +79,14 @@ def decode(data, resolve, start=0) -> tuple:
         if not isinstance(kind := getattr(builtins, number, None), type):
             raise ValueError(number)
         return kind, end
+    if letter in (b"v", b"m"):
+        if number not in (VIEWS if letter == b"v" else STANDARD):
+            raise ValueError(number)
+        held, end = decode(data, resolve, end)
+        if letter == b"v":
+            return getattr(dict, number)(held), end
+        module, _, name = number.partition(".")
+        return getattr(__import__(module), name)(*held), end
     size = int(number)
     if letter in (b"s", b"b"):
         text, end = data[end : end + size], end + size
@@ -217,7 +235,7 @@ def ask(operation, *args, **keywords):
             return value
         names, text = found
         known = [getattr(builtins, name, None) for name in names]
-    except (OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (OSError, EOFError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise Ended from None
     for builtin in known:
         if isinstance(builtin, type) and issubclass(builtin, Exception) and builtin is not Exception:

@@ -15,11 +15,12 @@ import re
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from lora_null.eval_harness.code import inside
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, Jail, Limits, find_jail
@@ -31,7 +32,10 @@ PYTHON = ("", "python", "python3", "py")  # what a fence may say of its block
 FENCE = re.compile(
     r"""```[^`\n]+``` |  # code within a line
     (?P<indent>^[ \t]*)?(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n`]*\n
-    (?P<code>.*?)(?:\n?[ \t]*(?P=fence)|\Z)""",
+    (?P<code>(?>  # whole strings and comments at once: a fence within them ends nothing
+        \"\"\"(?:\\.|[^\\])*?\"\"\" | \'\'\'(?:\\.|[^\\])*?\'\'\' |
+        "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | \#[^\n]* | .
+    )*?)(?:\n?[ \t]*(?P=fence)|\Z)""",
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
 
@@ -211,7 +215,7 @@ def run_program(
             if _message(verdicts, START_SECONDS) != "ready":
                 raise ValueError("no answer")
         except (EOFError, ValueError, TimeoutError) as error:
-            raise UserError(f"code execution: the jail did not start ({error or 'no answer'})") from None
+            raise UserError(f"code execution: the jail did not start ({str(error) or 'no answer'})") from None
         try:
             return Outcome(*_message(verdicts, seconds))
         except TimeoutError:
@@ -231,13 +235,19 @@ def _examined(program: Program, jail: Jail, limits: Limits) -> Iterator[int]:
             pipes = {"stdin": subprocess.PIPE, "stdout": to_program, "stderr": subprocess.PIPE}
             examiner = started.enter_context(jail.start("examiner", limits, **pipes))
             assert examiner.stdin and examiner.stderr
-            handed.enter_context(examiner.stdin)
             started.enter_context(examiner.stderr)
             pipes = {"stdin": requests, "stdout": examiner.stdin, "stderr": subprocess.DEVNULL}
             started.enter_context(jail.start("program", limits, **pipes))
-            with contextlib.suppress(BrokenPipeError):  # the examiner did not start; what it wrote says why
-                inside.send(examiner.stdin.fileno(), {**vars(program), "names": list(program.names)})
+            job = {**vars(program), "names": list(program.names)}
+            # Beside the wait for an answer: what is longer than the pipe holds is sent as the examiner reads it, if it does.
+            threading.Thread(target=_hand_over, args=(examiner.stdin, job), daemon=True).start()
         yield examiner.stderr.fileno()
+
+
+def _hand_over(file: IO[bytes], job: dict[str, Any]) -> None:
+    """Send a job and close the file; where the examiner did not start, what it wrote says why."""
+    with file, contextlib.suppress(BrokenPipeError):
+        inside.send(file.fileno(), job)
 
 
 def _message(file: int, seconds: float) -> Any:

@@ -84,6 +84,14 @@ def test_mbpp_answers():
 def test_fences():
     assert extract_code("```py\nx = 1\n```") == "x = 1"
     assert extract_code("no code") == "no code"
+    for body in (
+        "'''\n```\nf(1)\n```\n'''\nx = 1",
+        '"""Use ```f(1)``` so."""',
+        "x = '```'  # don't ```",
+        "# it's\nx = 1",
+    ):
+        assert extract_code(f"Here:\n```python\n{body}\n```\nIt's that.\n```\ny\n```") == body
+    assert extract_code('```python\nx = """a\n```\nb') == 'x = """a'  # a string that does not end
     assert extract_code("```js\nlet x\n```") == "let x"  # no Python, which its tests will tell
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness.code import jails
+from lora_null.eval_harness.code import jails, programs
 from lora_null.eval_harness.code.jails import find_jail
 from lora_null.eval_harness.code.programs import Program, held_by, run_program
 from lora_null.utils.errors import UserError
@@ -116,6 +116,28 @@ def test_plain_values_come_back_as_they_are(value):
     assert run_program(program, jail=find_jail("unsafe")).passed
 
 
+STANDARD = {  # what a program returns, and what equals it
+    "{'b': 1, 'a': 2}.keys()": "{'a', 'b'}",
+    "{'a': [1]}.items()": "{'a': [1]}.items()",
+    "list({'b': 1, 'a': 2}.keys())": "['b', 'a']",
+    "[decimal.Decimal('1.5')]": "[1.5]",
+    "{fractions.Fraction(1, 2): 1}": "{0.5: 1}",
+    "range(1, 7, 2)": "range(1, 6, 2)",
+    "bytearray(b'ab')": "b'ab'",
+    "memoryview(b'ab')": "b'ab'",
+    "datetime.date(2020, 1, 2)": "datetime.date(2020, 1, 2)",
+    "datetime.datetime(2020, 1, 2, tzinfo=datetime.timezone.utc)": "datetime.datetime.fromisoformat('2020-01-02T00:00+00:00')",
+    "datetime.timedelta(1)": "datetime.timedelta(hours=24)",
+}
+
+
+@pytest.mark.parametrize("value", STANDARD)
+def test_values_of_the_standard_library_equal_plain_ones(value):
+    code = f"import datetime, decimal, fractions\ndef f(x): return {value} if x is None else x"
+    tests = f"assert f(None) == {STANDARD[value]} and f({STANDARD[value]}) == {STANDARD[value]} and f(None) != 7\n"
+    assert run_program(Program(code, tests=tests, names=("f",)), jail=find_jail("unsafe")).passed
+
+
 def test_tests_may_hold_objects_of_the_program():
     code = (
         "class Pair:\n    def __init__(self, a, *, b=2): self.a, self.b = a, b\n"
@@ -188,6 +210,11 @@ HOSTILE = {
     "a name for a number": VALUE + b"fnumber\n",
     "a function for a kind": VALUE + b"kexec\n",
     "an unknown kind": VALUE + b"q3\nabc",
+    "a view of no dict": VALUE + b"vkeys\nl0\n",
+    "no view": VALUE + b"vclear\nd0\n",
+    "a class that is not offered": VALUE + b"mos.system\nt1\ns4\nexit",
+    "a fraction by nothing": VALUE + b"mfractions.Fraction\nt2\ni1\ni0\n",
+    "no decimal": VALUE + b"mdecimal.Decimal\nt1\ns1\nx",
     "a negative length": VALUE + b"s-5\nabc",
     "half a text": VALUE + b"s9\nabc",
     "no exception": b"t3\ns6\nraisedi1\ni2\n",
@@ -575,6 +602,13 @@ def test_closing_all_files(run, numbers):
 
 
 # --- choosing a jail -------------------------------------------------------------------------------------------------
+
+
+def test_a_jail_that_hangs_has_a_time_limit_for_a_long_job_too(monkeypatch):
+    monkeypatch.setattr(programs, "START_SECONDS", 0.5)
+    monkeypatch.setattr(jails.LimitsAlone, "command", lambda self, name: ["/bin/sh", "-c", "sleep 60", "sh"])
+    with pytest.raises(UserError, match=r"the jail did not start \(no answer\)"):
+        run_program(Program("x = 1", tests="#" * 2**18), jail=jails.LimitsAlone())
 
 
 def test_where_no_jail_works_nothing_runs(monkeypatch, tmp_path):
