@@ -69,13 +69,22 @@ def start_adapter(
     Args:
         folder: where to leave the result for `load_initialization`; with `options.cache` also in the cache.
     """
-    layers = adapted_layers(peft_model, adapter_name)
+    layers = _layers(peft_model, adapter_name)
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
     say_what_is_fused(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
     finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration
+
+
+def _layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of an adapter; raise a UserError where there is none of this name."""
+    if not isinstance(peft_model, PeftModel):
+        raise UserError(f"peft_model: a {type(peft_model).__name__}, not what peft.get_peft_model returns")
+    if adapter_name not in peft_model.peft_config:
+        raise UserError(f"adapter_name: no {adapter_name!r}{nearest(adapter_name, peft_model.peft_config)}")
+    return adapted_layers(peft_model, adapter_name)
 
 
 def rule_of(config: LoraNullConfig, options: InitOptions = DEFAULTS) -> NullSpace:
@@ -97,7 +106,7 @@ def load_initialization(
     Raises:
         UserError: as `check_layers` and `load_start`.
     """
-    layers = adapted_layers(peft_model, adapter_name)
+    layers = _layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
     rule = rule_of(peft_model.peft_config[adapter_name]).rule
     start = load_start(directory, peft_model, layers, rule=rule, adapter_name=adapter_name)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -45,7 +46,7 @@ from lora_null.utils.distributed import (
     rank_and_world,
     together,
 )
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.model_state import own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
@@ -124,12 +125,12 @@ class InitOptions:
         progress: show progress bars (on rank 0).
 
     Raises:
-        UserError: another solver or form.
+        UserError: a value that is none of its kind.
     """
 
     solver: str = "auto"
     form: Form = "auto"
-    device: torch.device | None = None
+    device: torch.device | str | int | None = None
     weights: WeightFiles | None = None
     min_tokens: int = MIN_TOKENS
     seed: int = 0
@@ -140,6 +141,16 @@ class InitOptions:
         for name, known in (("solver", SOLVERS), ("form", get_args(Form))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name}: no {value!r}{nearest(value, known)}")
+        if self.device is not None:
+            try:
+                object.__setattr__(self, "device", torch.empty(0, device=self.device).device)
+            except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+                raise UserError(f"device: no {self.device!r} here, {first_line(error)}") from None
+        whole, flag = (Integral, "a whole number"), (bool, "True or False")
+        kinds = {"weights": (WeightFiles | None, "WeightFiles"), "min_tokens": whole, "seed": whole}
+        for name, (kind, told) in {**kinds, "cache": flag, "progress": flag}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(f"{name}: takes {told}, not {value!r}")
 
 
 DEFAULTS = InitOptions()

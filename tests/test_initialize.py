@@ -414,7 +414,35 @@ def test_configurations_that_cannot_be_right_are_refused(config, message):
         LoraNullConfig(**{"r": 4, **config})
 
 
-@pytest.mark.parametrize("wrong, said", [({"solver": "eig"}, "solver: no 'eig' .did you mean 'eigh'"), ({"form": "layerwise"}, "form: no 'layerwise'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"solver": "eig"}, "solver: no 'eig' .did you mean 'eigh'"),
+        ({"form": "layerwise"}, "form: no 'layerwise'"),
+        ({"device": "gpu"}, "device: no 'gpu' here, Expected one of cpu, cuda"),
+        ({"device": 1.5}, "device: no 1.5 here"),
+        ({"weights": "folder"}, "weights: takes WeightFiles, not 'folder'"),
+        ({"min_tokens": "256"}, "min_tokens: takes a whole number, not '256'"),
+        ({"seed": None}, "seed: takes a whole number, not None"),
+        ({"cache": "no"}, "cache: takes True or False, not 'no'"),
+    ],
+)
 def test_options_that_are_none_are_refused_before_any_work(wrong, said):
     with pytest.raises(UserError, match=said):
         InitOptions(**wrong)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_device_may_be_given_by_its_name(device):
+    peft_model = wrapped()
+    initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, device=device)
+    assert all(layer.started for layer in adapted_layers(peft_model).values())
+
+
+def test_an_adapter_of_another_name_and_a_model_without_one_are_refused(tmp_path):
+    for start_from in (lambda *given, **name: initialize_lora_null_weights(*given, BATCHES, **name),
+                       lambda *given, **name: load_initialization(tmp_path, *given, **name)):  # fmt: skip
+        with pytest.raises(UserError, match=r"adapter_name: no 'deflaut' .did you mean 'default'"):
+            start_from(wrapped(), adapter_name="deflaut")
+        with pytest.raises(UserError, match=r"peft_model: a LlamaForCausalLM, not what peft.get_peft_model returns"):
+            start_from(tiny_model())
