@@ -1,6 +1,6 @@
 """MT-Bench: answers to 80 two-turn questions in FastChat's format, graded by a judge model.
 
-In an evaluation it is an `MTBenchTask`; `python -m lora_null.eval_harness judge` grades answers that were written before.
+In an evaluation it is an `MTBenchTask`; `lora-null judge` grades answers that were written before.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class MTBenchTask(Task):
     """MT-Bench on a live model.
 
     Both turns are answered, with FastChat's temperature for each category. The answers go to `answers.jsonl`, and are graded
-    if there is a judge; if it fails, they can be graded later by this module's command, and no score is reported.
+    if there is a judge; if it fails, they can be graded later by `lora-null judge`, and no score is reported.
 
     Args:
         name: what to call the results: "NAME", "NAME turn 1", "NAME turn 2".

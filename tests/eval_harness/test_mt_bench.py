@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from lora_null.eval_harness import Metric, MTBenchTask, evaluate, generate
-from lora_null.eval_harness.__main__ import main
 from lora_null.eval_harness.mt_bench.judge import PROMPTS, Judge, JudgeError, judge_answers, parse_grade
 from lora_null.eval_harness.mt_bench.task import as_questions, scores, write_answers
 from lora_null.recipes import commands
@@ -410,25 +409,31 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["judge", str(tmp_path / "a.jsonl"), "--questions", str(tmp_path / "q.jsonl"), "--model", "judge-1"]
     with serving((200, "[[8]]")) as stub:
-        assert main([*words, "--references", str(tmp_path / "r.jsonl"), "--base-url", stub.url]) == 0
+        assert commands.main([*words, "--references", str(tmp_path / "r.jsonl"), "--base-url", stub.url]) == 0
     out = capsys.readouterr().out
     assert "MT-Bench         8.00 (n = 6)" in out and "missing: 0 of 6 grades" in out
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert main(words) == 2
-    assert main([*words[:2], "--model", "judge-1", "--base-url", "http://127.0.0.1:9"]) == 2
-    assert main([*words, "--base-url", "http://127.0.0.1:9", "--parallel", "0"]) == 2
-    assert main([*words[:3], str(tmp_path / "none.jsonl"), *words[4:], "--base-url", "http://127.0.0.1:9"]) == 2
+    assert commands.main(words) == 2
+    assert commands.main([*words[:2], "--model", "judge-1", "--base-url", "http://127.0.0.1:9"]) == 2
+    assert commands.main([*words, "--base-url", "http://127.0.0.1:9", "--parallel", "0"]) == 2
+    assert (
+        commands.main([*words[:3], str(tmp_path / "none.jsonl"), *words[4:], "--base-url", "http://127.0.0.1:9"]) == 2
+    )
     assert capsys.readouterr().err.count("error: ") == 4
     for row, message in (
         ({"question_id": 81}, "a.jsonl: row 1 is not in FastChat's format"),
         ({"question_id": 81, "choices": [{"turns": []}]}, "a.jsonl: row 1 is not in FastChat's format"),
         (
+            {"question_id": 81, "choices": [{"turns": ["x"]}], "twice": True},
+            "a.jsonl: row 2 answers question 81 again",
+        ),
+        (
             {"question_id": "81", "choices": [{"turns": ["x", "y"]}]},
             "none of its question_ids is one of the questions'",
         ),
     ):
-        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-        assert main([*words, "--base-url", "http://127.0.0.1:9"]) == 2 and message in capsys.readouterr().err
+        (tmp_path / "a.jsonl").write_text((json.dumps(row) + "\n") * (2 if row.pop("twice", False) else 1))
+        assert commands.main([*words, "--base-url", "http://127.0.0.1:9"]) == 2 and message in capsys.readouterr().err
 
 
 def test_all_80_questions(tmp_path):
