@@ -1,4 +1,4 @@
-"""The private names of other packages that recipes use, each with the version it was seen in; a test names one that is gone."""
+"""The private names of other packages that recipes use; `tests/test_private_names.py` names one that is gone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 from transformers.integrations import deepspeed
-
-SEEN = {"transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "transformers 5.23.0"}
 
 
 @contextlib.contextmanager

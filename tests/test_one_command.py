@@ -187,16 +187,6 @@ def test_the_readme_holds_every_key_of_the_schema():
     assert len(rows) > 80 and not [row for row in rows if row.endswith("|  |")]  # each says what it is
 
 
-def test_private_names_are_still_there():
-    import importlib
-
-    from lora_null.recipes.private_names import SEEN
-
-    for path, version in SEEN.items():
-        module, _, name = path.rpartition(".")
-        assert hasattr(importlib.import_module(module), name), f"{path} is gone; it was there in {version}"
-
-
 def test_no_other_private_name_of_another_package():
     """Recipes reach into no other package but through private_names.py."""
     pattern = re.compile(r"\b(?!self\b|cls\b)\w+\._[a-z]\w+|import _[a-z]")
