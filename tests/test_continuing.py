@@ -423,14 +423,55 @@ class TestTheStartIsTheCheckpointsOwn:
             ({"use_rslora": True}, "has use_rslora False, this run asks for True"),
             ({"r": 8}, "has r 4, this run asks for 8"),
             ({"alpha_pattern": {"q_proj": 1}}, "has alpha_pattern {}, this run asks for {'q_proj': 1}"),
+            ({"rank_pattern": {"q_proj": 1}}, "has rank_pattern {}, this run asks for {'q_proj': 1}"),
+            ({"bias": "all"}, "has bias none, this run asks for all"),
+            ({"use_dora": True}, "has use_dora False, this run asks for True"),
+            ({"modules_to_save": ["lm_head"]}, r"has modules_to_save None, this run asks for \['lm_head'\]"),
+            ({"exclude_modules": ["q_proj"]}, r"adapts model\.layers\.0\.self_attn\.q_proj, this run does not"),
         ],
     )
-    def test_so_is_another_scaling(self, changed, said, tmp_path):
+    def test_so_is_another_adapter(self, changed, said, tmp_path):
         first = make(tmp_path / "1", CONFIGS["lora"](), max_steps=2, save_strategy="steps", save_steps=2)
         first.train()
         resumed = make(tmp_path / "2", LoraConfig(**{"r": 4, "target_modules": "all-linear", **changed}))
         with pytest.raises(UserError, match=f"resume: .*checkpoint-2 {said}"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-2"))
+
+    @pytest.mark.parametrize(
+        "name, options, changed",
+        [
+            ("sc-lora", {"rows": 8}, {"beta": 0.1}),
+            ("clora", {"k": 8}, {"weight": 2.0}),
+            ("oft", {"block_size": 16}, {"exact": True}),
+        ],
+    )
+    def test_so_is_another_option_of_the_method(self, name, options, changed, tmp_path):
+        methods = [make_method(name, given) for given in (options, options | changed)]
+        for method, steps in zip(methods, (2, 4)):
+            config = method.config(r=4, target_modules="all-linear")
+            trainer = make(tmp_path, config, method=method, max_steps=steps, save_strategy="steps", save_steps=2)
+            if steps == 2:
+                trainer.train()
+        (key,) = changed
+        with pytest.raises(UserError, match=rf"resume: .* has method\.options\.{name}\.{key} .*, this run asks for "):
+            trainer.train(resume_from_checkpoint=True)
+
+    def test_so_are_other_texts_where_they_are_read_in_training(self, tmp_path):
+        for texts in (TEXTS, TEXTS[:40]):
+            method = make_method("kl-anchor")
+            config = method.config(r=4, target_modules="all-linear")
+            options = dict(calibration=texts, max_steps=2, save_strategy="steps", save_steps=2)
+            trainer = make(tmp_path, config, method=method, **options)
+            if texts is TEXTS:
+                trainer.train()
+        with pytest.raises(UserError, match=r"has calibration texts 64 \(.*\), this run asks for 40 \("):
+            trainer.train(resume_from_checkpoint=True)
+
+    def test_but_dropout_and_what_is_logged_may_change(self, tmp_path):
+        make(tmp_path, CONFIGS["lora"](), max_steps=2, save_strategy="steps", save_steps=2).train()
+        again = make(tmp_path, CONFIGS["lora"](lora_dropout=0.1), max_steps=4, logging_steps=2)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 4
 
     @pytest.mark.parametrize("damage", ["cut short", "begun", "not there"])
     def test_so_is_one_that_is_not_whole_by_its_name(self, damage, tmp_path):

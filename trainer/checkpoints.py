@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,18 +90,42 @@ def check_whole_checkpoint(checkpoint: Path) -> None:
     raise UserError(f"resume: {checkpoint} {what}; " + (f"take {beside}" if beside else "no whole one is beside it"))
 
 
-def record_method(checkpoint: Path, method: str) -> None:
-    """Write down the name of the method that trained."""
-    write_json(checkpoint / METHOD_FILE, {"method": method})
+def record_way(checkpoint: Path, way: Mapping[str, Any]) -> None:
+    """Write down what decides how a run starts and trains; see `check_way`."""
+    write_json(checkpoint / METHOD_FILE, way)
 
 
-def check_method(checkpoint: Path, method: str) -> None:
-    """Refuse to go on from a checkpoint by another method; one that does not say its method is taken (UserError)."""
-    found = read_json(checkpoint / METHOD_FILE)["method"] if (checkpoint / METHOD_FILE).is_file() else method
-    if found != method:
-        raise UserError(
-            f"resume: {checkpoint} was trained by {found}, this run trains by {method}; give method {found}"
-        )
+def check_way(checkpoint: Path, way: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that started or trained in another way than this run.
+
+    Args:
+        checkpoint: what it does not say, such as one of another trainer, is not compared.
+        way: by name, as `as_json` gives it: the method, its options, the adapter's config, "modules": what it adapts.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    saved = read_json(checkpoint / METHOD_FILE) if (checkpoint / METHOD_FILE).is_file() else {}
+    for key in (key for key in way if key in saved and (saved[key] or None) != (way[key] or None)):
+        before, now = saved[key], way[key]
+        if key == "method":
+            raise UserError(
+                f"resume: {checkpoint} was trained by {before}, this run trains by {now}; give method {before}"
+            )
+        if key == "modules":
+            name = min({*before} ^ {*now})
+            one, other = ("adapts", "does not") if name in before else ("does not adapt", "does")
+            raise UserError(f"resume: {checkpoint} {one} {name}, this run {other}")
+        raise UserError(f"resume: {checkpoint} has {key} {before}, this run asks for {now}")
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON gives them back; sets as lists, and what it cannot hold by its type alone."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else type(value).__name__
+
+    return json.loads(json.dumps(settings, default=plain))
 
 
 def _check_scaling(folder: Path, config: Any) -> None:

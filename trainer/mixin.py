@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import inspect
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +38,12 @@ from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization,
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     SavingMixin,
-    check_method,
+    as_json,
     check_processes,
+    check_way,
     check_whole_checkpoint,
     last_checkpoint_or_raise,
-    record_method,
+    record_way,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import (
@@ -82,6 +84,17 @@ from lora_null.utils.quantized import keep_layout, quantized_layers
 
 logger = get_logger(__name__)
 
+# Of an adapter's config: what is only told, what a run may change on the way, and what names the modules.
+DECIDES_NOTHING = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+DECIDES_NOTHING += ("runtime_config", "lora_dropout", "module_dropout")
+DECIDES_NOTHING += ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
 
 
@@ -234,6 +247,7 @@ class LoraNullMixin(SavingMixin):
         both = [self.init_dir, self._init_folder] if reuse_init and self._init_folder else []
         if len({read_report(folder)["key"] for folder in both}) > 1:
             raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
+        self._way = self._settings(to_start) if self._measures else {}
         self._prepared = self._at_start = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
@@ -248,6 +262,18 @@ class LoraNullMixin(SavingMixin):
         starts = self.method.needs_gram and not self._goes_on and init_folder is None
         if calibration_dataset is None and (starts or self.method.needs_texts):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
+
+    def _settings(self, decays_to_start: bool) -> dict[str, Any]:
+        """Return what decides the start and what trains, by the names of `check_way`, as a checkpoint keeps it."""
+        name, found = self.method.name, {"method": self.method.name}
+        found |= {f"method.options.{name}.{x.name}": getattr(self.method, x.name) for x in fields(self.method)}
+        if isinstance(self.model, PeftModel):
+            config = self.model.peft_config[self.adapter_name].to_dict()
+            found |= {key: value for key, value in config.items() if key not in DECIDES_NOTHING}
+        found["modules"] = sorted(self.method.layers(self.model))
+        if self.args.weight_decay:
+            found["decay_to_start"] = decays_to_start
+        return as_json(found)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent trainer; now that the engine is known, weights stay in their files only for FSDP2 to shard them."""
@@ -318,7 +344,7 @@ class LoraNullMixin(SavingMixin):
         self._check_engine()
         if resume_from_checkpoint:
             check_whole_checkpoint(Path(resume_from_checkpoint))
-            check_method(Path(resume_from_checkpoint), self.method.name)
+            check_way(Path(resume_from_checkpoint), self._way)
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
             check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
@@ -365,6 +391,12 @@ class LoraNullMixin(SavingMixin):
             resuming: the checkpoint to go on from.
         """
         windows = self.calibration_texts if self.method.needs_texts else []
+        if self.method.needs_texts:
+            self._way |= {
+                "calibration texts": f"{len(windows)} ({hashlib.sha256(repr(windows).encode()).hexdigest()[:8]})"
+            }
+            if resuming:
+                check_way(Path(resuming), self._way)
         self.train_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
@@ -489,7 +521,7 @@ class LoraNullMixin(SavingMixin):
 
     def _keep_start(self, checkpoint: Path) -> None:
         if self._measures:
-            record_method(checkpoint, self.method.name)
+            record_way(checkpoint, self._way)
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
 
