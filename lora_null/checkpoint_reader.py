@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 from lora_null.layer import LoraNullLinear, plain_name
 from lora_null.utils.distributed import get_logger, own_piece, together
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import opened, read_json
 from lora_null.utils.model_state import replaced
 
 logger = get_logger(__name__)
@@ -105,16 +104,19 @@ class WeightFiles:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     Raises:
-        UserError: the folder holds no safetensors.
+        UserError: the folder holds no safetensors, or damaged ones.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
-            self.file_of = json.loads(index.read_text())["weight_map"]
+            found = read_json(index)
+            self.file_of = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(self.file_of, dict):
+                raise UserError(f"{index}: damaged, it has no weight_map")
         elif single.is_file():
-            with safe_open(single, "pt") as file:
+            with opened(single) as file:
                 self.file_of = dict.fromkeys(file.keys(), single.name)
         else:
             raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
@@ -138,7 +140,7 @@ class WeightFiles:
         Raises:
             UserError: it has another shape in the files.
         """
-        with safe_open(self.folder / self.file_of[owned.key], "pt") as file:
+        with opened(self.folder / self.file_of[owned.key]) as file:
             stored = file.get_slice(owned.key)
             if stored.get_shape() != list(owned.tensor.shape):
                 raise UserError(f"{self.folder}: {owned.key} is {stored.get_shape()}, not {list(owned.tensor.shape)}")

@@ -103,6 +103,8 @@ WRONG = {
     "bias": (None, {"bias": "all"}, "bias is 'all': vLLM serves no bias"),
     "DoRA": (None, {"use_dora": True}, "use_dora is set"),
     "other tuner": (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA', must be 'LORA'"),
+    "not targeted": (None, {"target_modules": ["q_proj"]}, "self_attn.k_proj: has A and B, but target_modules does not name"),
+    "no pattern": (None, {"target_modules": "["}, "PEFT does not accept it (unterminated character set"),
     "no targets": (None, {"target_modules": None}, "target_modules is missing"),
     "PEFT refuses": (None, {"layers_pattern": "h", "layers_to_transform": None}, "PEFT does not accept it"),
     "mixed dtypes": (half, {}, "mixes dtypes: float16, float32"),

@@ -7,9 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_batches, tiny_model
 
-from lora_null import LoraNullConfig, initialize_lora_null_weights
-from lora_null.adapters.plain import plain_factors, save_plain_adapter
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null.adapters.base_hash import base_fingerprint
+from lora_null.adapters.merge import write_checkpoint
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_factors, save_plain_adapter
+from lora_null.adapters.saved import read_adapter
 from lora_null.layer import adapted_layers
+from lora_null.utils.files import read_safetensors, write_safetensors
 
 BATCHES = random_batches()
 CASES = {
@@ -114,3 +118,49 @@ torch.save(out, {str(tmp_path / "out.pt")!r})
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
     out = torch.load(tmp_path / "out.pt", weights_only=True)[BATCHES[0]["attention_mask"].bool()]
     assert (out - logits(live)).abs().max() < 1e-4
+
+
+def as_8_bit(A, B):
+    return A.to(torch.int8), B.to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    "change, config, message",
+    [
+        (lambda A, B: (A[:2], B), {}, r"has A \(2, 32\) and B \(32, 4\), not \(4, d_in\) and \(d_out, 4\)"),
+        (lambda A, B: (A.flatten(), B), {}, r"has A \(128,\)"),
+        (lambda A, B: (A, B), {"rank_pattern": {"q_proj": 3}}, r"not \(3, d_in\)"),
+        (lambda A, B: (A / 0, B), {}, "holds NaN or infinite numbers"),
+        (as_8_bit, {}, "is stored as int8"),
+        (None, {"r": 0}, r"not a LoRA config \(r or rank_pattern holds 0\)"),
+        (None, {"lora_alpha": "8"}, r"\(lora_alpha or alpha_pattern holds '8'\)"),
+        (None, {"rank_pattern": {"q_proj": "3"}}, r"\(r or rank_pattern holds '3'\)"),
+    ],
+)
+def test_factors_that_are_none_are_refused_before_they_are_used(tmp_path, change, config, message):
+    save_plain_adapter(trained("v2"), tmp_path)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text()) | config
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
+    if change is not None:
+        tensors, _ = read_safetensors(tmp_path / WEIGHTS_FILE)
+        keys = [f"base_model.model.model.layers.1.self_attn.q_proj.lora_{which}.weight" for which in "AB"]
+        tensors |= zip(keys, change(*(tensors[key] for key in keys)))
+        write_safetensors(tmp_path / WEIGHTS_FILE, tensors, {})
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path).pairs()
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "index", "no map"])
+def test_damaged_files_of_a_base_are_one_line(tmp_path, damage):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    shard, index = tmp_path / "model-00002-of-00003.safetensors", tmp_path / "model.safetensors.index.json"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:300])
+    else:
+        index.write_text("{" if damage == "index" else "{}")
+    for use in (base_fingerprint, lambda folder: write_checkpoint(folder, tmp_path / "out", {}, model)):
+        with pytest.raises(UserError, match=f"{shard if damage in ('cut', 'missing') else index}: damaged"):
+            use(tmp_path)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import opened
 
 FINGERPRINT, DTYPE = "base_fingerprint", "base_dtype"
 ROWS = 16  # of each tensor, evenly spaced: another checkpoint differs everywhere, and 7B hash in a second
@@ -51,11 +51,8 @@ def base_fingerprint(folder: Path) -> str:
         files.setdefault(file, []).append(key)
     found = {}
     for file, keys in files.items():
-        try:
-            with safe_open(folder / file, "pt") as opened:
-                found |= {key: _sample(opened.get_slice(key)) for key in keys}
-        except (OSError, SafetensorError):
-            raise UserError(f"{folder / file}: damaged or missing, not a whole safetensors file") from None
+        with opened(folder / file) as stored:
+            found |= {key: _sample(stored.get_slice(key)) for key in keys}
     for key in sorted(found):
         digest.update(key.encode() + found[key])
     return digest.hexdigest()[:32]

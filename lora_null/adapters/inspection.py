@@ -62,7 +62,9 @@ def check_config(adapter: SavedAdapter) -> Iterator[Finding]:
         yield Finding(CONFIG_FILE, f"peft_type is {config.get('peft_type')!r}, must be 'LORA'")
         return
     try:
-        PeftConfig.from_pretrained(str(adapter.folder))
+        loaded = PeftConfig.from_pretrained(str(adapter.folder))
+        if loaded.target_modules:  # pyright: ignore[reportAttributeAccessIssue]  # as every LORA has
+            check_target_module_exists(loaded, "")  # a pattern may be none
     except Exception as error:
         yield Finding(CONFIG_FILE, f"PEFT does not accept it ({first_line(error)})")
     if not config.get("target_modules"):
@@ -119,8 +121,11 @@ def check_layers(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
             if which in pair and (pair[which].dim() != 2 or pair[which].shape[axis] != size):
                 expected = f"(r, {d_in})" if which == "A" else f"({d_out}, r)"
                 yield Finding(name, f"lora_{which} is {tuple(pair[which].shape)}, the base needs {expected}")
-    for name in sorted(targeted(adapter.config, model) - adapter.factors().keys()):
+    named = targeted(adapter.config, model)
+    for name in sorted(named - adapter.factors().keys()):
         yield Finding(name, "is named by target_modules, but the file has no A and B for it")
+    for name in sorted(adapter.factors().keys() & modules.keys() - named) if named else ():
+        yield Finding(name, "has A and B, but target_modules does not name it: PEFT leaves them out")
 
 
 def targeted(config: dict[str, Any], model: nn.Module) -> set[str]:
@@ -128,7 +133,8 @@ def targeted(config: dict[str, Any], model: nn.Module) -> set[str]:
     fields = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
     try:
         wanted = LoraConfig(**fields, layers_pattern=config.get("layers_pattern"))
-    except (TypeError, ValueError):  # which `check_config` reports
+        check_target_module_exists(wanted, "")
+    except (TypeError, ValueError, re.error):  # which `check_config` reports
         return set()
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if not wanted.target_modules:
@@ -158,7 +164,7 @@ def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
     if len(dtypes) > 1:
         yield Finding(WEIGHTS_FILE, f"mixes dtypes: {', '.join(sorted(map(_short, dtypes)))}")
     for key, tensor in adapter.tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):
             yield Finding(key, "holds NaN or infinite numbers")
     pairs = _moving(adapter)
     if pairs and not any(A and B for A, B in pairs) and not is_untrained(adapter):

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from torch import nn
 
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_json, write_safetensors
+from lora_null.utils.files import opened, write_json, write_safetensors
 
 SHARD_SIZE = "5GB"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -86,10 +85,10 @@ def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> t
     """Return the tensors to write by name, and whether a tied output embedding comes apart."""
     sources = {}
     for file in dict.fromkeys(files.file_of.values()):
-        with safe_open(files.folder / file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(key)
-                dtype = DTYPES.get(part.get_dtype()) or opened.get_tensor(key).dtype
+        with opened(files.folder / file) as stored:
+            for key in stored.keys():  # noqa: SIM118
+                part = stored.get_slice(key)
+                dtype = DTYPES.get(part.get_dtype()) or stored.get_tensor(key).dtype
                 sources[key] = Source(key, dtype, part.get_shape())
     untied = False
     for module, delta in deltas.items():
@@ -122,8 +121,8 @@ def _is_tied_head(module: str, model: nn.Module) -> bool:
 
 def merged(files: WeightFiles, source: Source, dtype: torch.dtype) -> torch.Tensor:
     """Return one tensor as it is written."""
-    with safe_open(files.folder / files.file_of[source.key], "pt") as opened:
-        tensor = opened.get_tensor(source.key)
+    with opened(files.folder / files.file_of[source.key]) as stored:
+        tensor = stored.get_tensor(source.key)
     if source.delta is not None:
         tensor = tensor.float() + source.delta.dense()
     return tensor.to(dtype)

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, read_safetensors
+from lora_null.utils.quantized import PLAIN_DTYPES
 
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 
@@ -49,7 +50,8 @@ class SavedAdapter:
         """Return module name → A (r, d_in) and B (d_out, r).
 
         Raises:
-            UserError: the file holds something else besides, or half a pair.
+            UserError: the file holds something else besides, half a pair, or factors that do not fit together or are no
+                finite numbers.
         """
         factors = self.factors()
         other = next((key for key in self.tensors if not FACTOR.fullmatch(key)), None)
@@ -58,17 +60,33 @@ class SavedAdapter:
         half = next((name for name, pair in factors.items() if len(pair) < 2), None)
         if half is not None or not factors:
             raise UserError(f"{self.folder}: {half or 'no layer'} has both A and B; `lora-null check` says more")
+        for name, pair in factors.items():
+            if wrong := _misfit(pair["A"], pair["B"], self.rank(name)):
+                raise UserError(f"{self.folder}: {name} {wrong}; `lora-null check` says more")
         return {name: (pair["A"], pair["B"]) for name, pair in factors.items()}
 
     def scaling(self, module: str) -> float:
         """Return PEFT's s of a module: alpha/r, or alpha/√r under rslora, each by its pattern."""
-        r, alpha = (
-            (self.config.get(pattern) or {}).get(
-                get_pattern_key((self.config.get(pattern) or {}).keys(), module), self.config[name]
-            )
-            for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
+        r, alpha = self.rank(module), self._of(module, "lora_alpha", "alpha_pattern")
         return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the config gives a module."""
+        return self._of(module, "r", "rank_pattern")
+
+    def _of(self, module: str, name: str, pattern: str) -> Any:
+        own = self.config.get(pattern) or {}
+        return own.get(get_pattern_key(own.keys(), module), self.config[name])
+
+
+def _misfit(A: torch.Tensor, B: torch.Tensor, rank: int) -> str | None:
+    """Return what keeps A and B from being the factors of a linear; None where nothing does."""
+    if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] == rank):
+        return f"has A {tuple(A.shape)} and B {tuple(B.shape)}, not ({rank}, d_in) and (d_out, {rank})"
+    other = next((x.dtype for x in (A, B) if x.dtype not in PLAIN_DTYPES), None)
+    if other is not None:
+        return f"is stored as {str(other).removeprefix('torch.')}"
+    return None if A.isfinite().all() and B.isfinite().all() else "holds NaN or infinite numbers"
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -82,7 +100,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: holds no adapter weights ({WEIGHTS_FILE} is missing)")
     config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or "lora_alpha" not in config:
+    if not isinstance(config, dict) or "r" not in config or "lora_alpha" not in config:
         raise UserError(f"{folder / CONFIG_FILE}: not a LoRA config (r and lora_alpha are missing)")
+    for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
+        own = config.get(pattern) or {}
+        for value in (config[key], *(own.values() if isinstance(own, dict) else [own])):
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 1):
+                raise UserError(f"{folder / CONFIG_FILE}: not a LoRA config ({key} or {pattern} holds {value!r})")
     tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
     return SavedAdapter(folder, config, tensors, metadata)

@@ -137,17 +137,24 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file to read from it.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or not there.
     """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError:
-        raise UserError(f"{path}: damaged, not a whole safetensors file") from None
+            yield file
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: damaged or missing, not a whole safetensors file") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file; as `opened`."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
