@@ -116,13 +116,14 @@ def evaluate(
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
             seed_everything(seed)
-            least = task.within(limit)
-            found = broadcast(task.run(model, tokenizer, replace(options, limit=least)))
+            least, batch = task.within(limit), min(filter(None, (task.largest_batch, batch_size)))
+            own = replace(options, limit=least, batch_size=batch)
+            found = broadcast(task.run(model, tokenizer, own))
             metrics |= found.metrics
             samples |= found.samples
             weights |= found.weights
             if record_reference:
-                noise |= _noise(task, found, model, tokenizer, replace(options, limit=least))
+                noise |= _noise(task, found, model, tokenizer, own)
             described[task.key] = task.describe(least) | found.settings
     settings = {
         "versions": {package: _version(package) for package in PACKAGES},

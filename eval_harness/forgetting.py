@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -16,8 +16,6 @@ from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit
-
-BATCH = 4  # PEFT's; logits are computed at every token
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,9 @@ class ForgettingTask(Task):
     texts: list[str] = field(repr=False)
     max_length: int = 768
     role: Role = "retention"
+
+    measured_twice: ClassVar[int | None] = None
+    largest_batch: ClassVar[int | None] = 4  # PEFT's; logits are computed at every token
 
     @property
     def metric_names(self) -> list[str]:
@@ -73,11 +74,11 @@ class ForgettingTask(Task):
             UserError: a text of one token, or if the base's loss was recorded for other texts.
         """
         pairs = self.tokenized(tokenizer, options.limit)
-        batch, tokens = min(BATCH, options.batch_size), np.array([len(pair.ids) - 1 for pair in pairs])
+        tokens = np.array([len(pair.ids) - 1 for pair in pairs])
         sums = score_answers(
             model,
             pairs,
-            batch_size=batch,
+            batch_size=options.batch_size,
             autocast_dtype=options.autocast_dtype,
             progress=self.name if options.progress else None,
         ).nll

@@ -71,6 +71,7 @@ class Task(ABC):
         limit: documents, at most, whatever the whole evaluation allows; None for no limit of its own.
         measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
             for all.
+        largest_batch: sequences of a forward pass, at most, whatever the whole evaluation takes; None for no limit of its own.
         bounded: whether it cannot go beyond the positions that a rotary model was trained on, as other tasks can.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
         leaves: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
@@ -80,6 +81,7 @@ class Task(ABC):
     role: Role
     limit: int | None = None
     measured_twice: ClassVar[int | None] = 0
+    largest_batch: ClassVar[int | None] = None
     bounded: ClassVar[bool] = False
     runs_on_engine: ClassVar[bool] = False
     leaves: ClassVar[str] = ""

@@ -30,12 +30,15 @@ def plain_losses(model, max_length):
 @pytest.mark.parametrize("max_length", [12, 768])
 def test_it_is_the_rise_of_the_mean_loss_over_all_tokens(model, peft_model, tokenizer, tmp_path, max_length):
     task = ForgettingTask("wiki", TEXTS, max_length)
-    base = evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
+    base = evaluate(model, tokenizer, [task], batch_size=64, reference_dir=tmp_path, record_reference=True)
     found = evaluate(peft_model, tokenizer, [task], batch_size=3, reference_dir=tmp_path)
     before, after = plain_losses(model, max_length), plain_losses(peft_model, max_length)
     rise = np.concatenate(after).mean() - np.concatenate(before).mean()
     assert found.metrics["wiki forgetting"].value == pytest.approx(rise, rel=1e-4)
     assert found.metrics["wiki loss"].value == pytest.approx(np.concatenate(after).mean(), rel=1e-5)
+    again = evaluate(model, tokenizer, [task], batch_size=2, reference_dir=tmp_path)  # PEFT's 4, halved
+    changed = abs(again.metrics["wiki loss"].value - base.metrics["wiki loss"].value)
+    assert base.noise == pytest.approx({"wiki loss": changed, "wiki forgetting": changed}, abs=1e-12)
     assert base.metrics["wiki forgetting"].value == 0 and base.metrics["wiki forgetting"].role == "retention"
     means = [a.mean() - b.mean() for a, b in zip(after, before)]
     assert found.samples["wiki forgetting"] == pytest.approx(means, abs=1e-4)
