@@ -54,6 +54,8 @@ class ResidualLoraConfig(LoraConfig):
     starts_from_residual = True
 
     def __post_init__(self) -> None:
+        if not 0 <= _number(self.lora_dropout) < 1:
+            raise UserError(f"lora_dropout: a share from 0 to below 1, not {self.lora_dropout!r}")
         if self.starts_from_residual and self.lora_dropout > 0:
             raise UserError(
                 "lora_dropout: a residual base needs 0, since dropping inputs of B0A0 alone would change the base model"
@@ -116,11 +118,14 @@ class LoraNullConfig(ResidualLoraConfig):
         if self.variant not in VARIANTS:
             raise UserError(f"variant: {self.variant!r} is not one of {', '.join(VARIANTS)}")
         self._check_null_basis()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise UserError(f"{name}: a dict of module names, not {getattr(self, name)!r}")
         for rank in (self.r, *(self.rank_pattern or {}).values()):
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise UserError(f"r: a rank is a whole number of at least 1, not {rank!r}")
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
-            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+            if not 0 < _number(alpha) < math.inf:
                 raise UserError(f"lora_alpha: the numerator of the scaling is a number above 0, not {alpha!r}")
         if self.init_lora_weights is not True:
             raise UserError(f"init_lora_weights: LoRA-Null sets the weights itself, remove {self.init_lora_weights!r}")

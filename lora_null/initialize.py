@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from lora_null.calibration import Calibration, check_architecture
+from lora_null.checkpoint_reader import base_modules, in_checkpoint
 from lora_null.config import MULTIPLE, NO_BASIS, LoraNullConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, is_started
 from lora_null.residual import hooked, subtract_residuals
@@ -116,10 +117,10 @@ def load_initialization(
 
 def check_named(model: nn.Module, targets: Any) -> None:
     """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches."""
-    names = [name for name, _ in model.named_modules()]
+    modules = {in_checkpoint(name): module for name, module in base_modules(model)}
     for wanted in targets if isinstance(targets, list | tuple | set) else ():
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            leaves = {name.rpartition(".")[2] for name, x in model.named_modules() if hasattr(x, "in_features")}
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+            leaves = {name.rpartition(".")[2] for name, x in modules.items() if hasattr(x, "in_features")}
             raise UserError(f"target_modules: no module matches {wanted!r}{nearest(wanted, leaves)}")
 
 
@@ -135,6 +136,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
+    check_named(peft_model.get_base_model(), config.target_modules)
     refuse_experts(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
@@ -188,6 +190,8 @@ def refusing_in_one_line() -> Iterator[None]:
         if str(error).startswith("Cannot convert PEFT target"):
             raise UserError(f"target_modules: {error}") from None
         raise
+    except re.error as error:
+        raise UserError(f"target_modules: a pattern is no regular expression ({error})") from None
 
 
 def say_what_is_fused(base: nn.Module) -> None:

@@ -384,6 +384,11 @@ def test_a_hook_at_a_target_is_refused(variant, where):
     logits(peft_model)
 
 
+def test_a_target_that_names_nothing_is_refused_though_others_do():
+    with pytest.raises(UserError, match=r"no module matches 'upp_proj' .did you mean 'up_proj'"):
+        start(target_modules=["q_proj", "upp_proj"])
+
+
 def test_starting_twice_is_refused():
     peft_model, _ = start("v1")
     with pytest.raises(UserError, match="started already"):
@@ -407,6 +412,11 @@ def test_starting_twice_is_refused():
         (dict(variant="v2", null_multiple=2), "null_multiple: is of variant 'nb', this one is 'v2'"),
         (dict(variant="v1", start="residual"), "start: is of variant 'nb', this one is 'v1'"),
         (dict(r=0), "a rank is a whole number"),
+        (dict(r=True), "a rank is a whole number"),
+        (dict(rank_pattern=["q_proj"]), "rank_pattern: a dict of module names"),
+        (dict(alpha_pattern={"q_proj": "8"}), "lora_alpha: the numerator of the scaling is a number above 0"),
+        (dict(lora_dropout=-0.1), "lora_dropout: a share from 0 to below 1"),
+        (dict(lora_dropout="0.1"), "lora_dropout: a share from 0 to below 1"),
     ],
 )
 def test_configurations_that_cannot_be_right_are_refused(config, message):
