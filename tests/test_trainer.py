@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -192,6 +193,29 @@ def test_a_run_that_is_resumed_at_its_end_has_the_best_model_too(tmp_path):
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(a, b), name
     assert again.metrics.keys() >= ended.metrics.keys() and again.metrics["train_loss"] > 0
+
+
+@pytest.mark.parametrize("best", ["moved", "gone"])
+@pytest.mark.parametrize("at", [4, 6])
+def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(tmp_path, at, best, caplog):
+    def trainer(folder):
+        options = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+        options |= dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+        return make(folder, eval_rows=ROWS.select(range(4)), **options)
+
+    whole = trainer(tmp_path / "old")
+    whole.train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    if best == "gone":
+        shutil.rmtree(tmp_path / "new" / "checkpoint-2")
+    resumed = trainer(tmp_path / "new")
+    with caplog.at_level("WARNING", logger="lora_null.trainer.checkpoints"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "new" / f"checkpoint-{at}"))
+    assert ("the best checkpoint so far" in caplog.text) == (best == "gone")
+    same = [torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values())]
+    assert all(same) == (best == "moved")
+    if best == "moved":
+        assert resumed.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-2")
 
 
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):

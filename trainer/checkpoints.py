@@ -220,6 +220,7 @@ class SavingMixin(Base):
     """Put before a Trainer class: complete checkpoints and adapters, and a resume that takes no step too many."""
 
     model: Any  # a PeftModel, or a PreTrainedModel where every weight trains
+    resumed_from: Path | None = None  # the checkpoint that the training that is going on went on from
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is either whole or not there for `last_checkpoint`; only then let older ones go."""
@@ -348,10 +349,30 @@ class SavingMixin(Base):
             *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return saved.global_step >= steps
 
+    def find_best(self) -> None:
+        """Take the best checkpoint so far from beside the one gone on from, where both may have been moved to.
+
+        Where it is in neither place a line says so, and the best of what follows is the best.
+        """
+        if self.resumed_from is None or not (self.resumed_from / TRAINER_STATE_NAME).is_file():
+            return
+        named = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
+        places = [self.resumed_from.parent / Path(named).name, Path(named)] if named else []
+        found = next((str(path) for path in places if path.is_dir()), None)
+        if named and found is None:
+            self.state.best_metric = self.state.best_global_step = None
+            logger.warning(
+                f"resume: the best checkpoint so far, {named}, is gone and not beside {self.resumed_from} either; the best "
+                "is that of the steps from here"
+            )
+        self.state.best_model_checkpoint = found
+
     def _take_trained(self, checkpoint: Path) -> TrainOutput:
         """Restore what a run that was killed after its last step had trained, as it would have ended: with its best model."""
         start = time.time()
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.find_best()
+        self.resumed_from = None  # found, for what begins below
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or str(checkpoint))
         self.state.is_world_process_zero = self.is_world_process_zero()

@@ -124,14 +124,15 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
 
 
 class _Begin(TrainerCallback):
-    """Before the first step, of another attempt with smaller batches too: forgets the terms of an earlier one, and reads
-    the weights where FSDP2 has sharded the model."""
+    """Before the first step, of another attempt with smaller batches too: forgets the terms of an earlier one, finds the
+    best checkpoint so far, and reads the weights where FSDP2 has sharded the model."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.forget_terms()
+        self.trainer.find_best()
         self.trainer.read_shards()
 
 
@@ -342,6 +343,7 @@ class LoraNullMixin(SavingMixin):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
         self._check_engine()
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if resume_from_checkpoint:
             check_whole_checkpoint(Path(resume_from_checkpoint))
             check_way(Path(resume_from_checkpoint), self._way)
