@@ -75,7 +75,10 @@ def keep_grams(
         device: where the layers run; where they are, if None.
     """
     modules = {name: model.get_submodule(name) for name in layers}
-
+    if is_first_process():  # what lies there may be of another model
+        for path in [folder / COMPLETE, *folder.glob("*.safetensors")]:
+            path.unlink(missing_ok=True)
+    all_gather(None)
     with closing(measure_in_parts(model, modules, batches, device=device, progress=progress)) as parts:
         for stats in (stats for part in parts for stats in part.inputs):
             if stats.gram is None or stats.owner != rank_and_world()[0]:

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from lora_null.adapters.strength import Strength
+from lora_null.adapters.strength import Strength, beyond_scaling
 from lora_null.eval_harness import AnswerTask, Evaluation, Task
 from lora_null.eval_harness.probe import Point, Probe
 from lora_null.eval_harness.statistics import mean_and_error
@@ -356,7 +356,7 @@ def require_strength(name: str, config: Any) -> None:
     Raises:
         UserError: naming it.
     """
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if not isinstance(config, LoraConfig) or beyond_scaling(config):
         raise UserError(
             f"method: {name} leaves no plain LoRA, which budget and eval.strengths need; leave it out of method.name"
         )

@@ -55,10 +55,30 @@ def test_a_strength_is_the_change_times_it_live_and_saved(tmp_path, variant):
     assert strength.value == 0.0
 
 
-def test_dora_has_no_strength():
-    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True)
-    with pytest.raises(UserError, match="not linear in its scaling"):
-        Strength(get_peft_model(tiny_model(), config))
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3]},
+        {"init_lora_weights": "pissa"},
+    ],
+)
+def test_what_a_scaling_does_not_reach_has_no_strength(option):
+    """At strength 0 the model would not be its base."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **option)
+    with pytest.raises(UserError, match=f"has {next(iter(option))}.*, which its scaling does not reach"):
+        Strength(get_peft_model(tiny_model(attention_bias=True), config))
+
+
+def test_of_two_adapters_at_once_neither_has_a_strength():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UserError, match="default, other are active together"):
+        Strength(model)
 
 
 def test_the_largest_strength_is_found_by_bisection():

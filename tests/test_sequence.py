@@ -119,6 +119,22 @@ def test_grams_are_added_with_their_weights(tmp_path):
         Earlier(tmp_path).key  # noqa: B018
 
 
+def test_grams_kept_over_those_of_another_model_are_the_new_ones_alone(tmp_path, monkeypatch):
+    q, k = ("model.layers.0.self_attn." + name for name in ("q_proj", "k_proj"))
+    batches = random_batches(count=2)
+    keep_grams(tmp_path / "over", tiny_model(seed=5), [q, k], batches, progress=False)
+    for folder in ("over", "alone"):
+        keep_grams(tmp_path / folder, tiny_model(), [k], batches, progress=False)
+    over, alone = (Earlier(tmp_path / folder) for folder in ("over", "alone"))
+    assert over.key == alone.key
+    assert torch.equal(*(task.mean([q, k], torch.device("cpu")) for task in (over, alone)))
+    monkeypatch.setattr("lora_null.earlier.write_safetensors", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        keep_grams(tmp_path / "over", tiny_model(seed=6), [k], batches, progress=False)
+    with pytest.raises(UserError, match="no complete Grams"):
+        over.key  # noqa: B018
+
+
 def test_a_sketch_is_exact_at_the_rank_and_never_more_than_the_gram():
     X = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     C = X @ X.T
