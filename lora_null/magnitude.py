@@ -49,6 +49,8 @@ def weight_changes(
 def _change(layer: nn.Module, name: str, adapter_name: str, original: Callable[[str], torch.Tensor] | None) -> Change:
     if isinstance(layer, LoraLayer):
         weight = layer.get_base_weight() if isinstance(layer, LoraNullLinear) else weight_of(layer)
+        if adapter_name in layer.lora_magnitude_vector:
+            return Change(_norm(_dora_weight(layer, adapter_name, weight) - weight.double()), _norm(weight))
         return Change(abs(layer.scaling[adapter_name]) * _factors_moved(layer, adapter_name), _norm(weight))
     weight = weight_of(layer)
     if isinstance(layer, BaseTunerLayer):
@@ -70,6 +72,14 @@ def _factors_moved(layer: LoraLayer, adapter_name: str) -> float:
         A0, B0 = residual.A.to(A), residual.B.to(B)
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _dora_weight(layer: LoraLayer, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return m · (W0 + s·BA) / ‖W0 + s·BA‖, (d_out, d_in) float64, with the norm of every row."""
+    A, B = (factor.detach().double() for factor in factors_of(layer, adapter_name))
+    whole = weight.double() + layer.scaling[adapter_name] * (B @ A)
+    magnitude = layer.lora_magnitude_vector[adapter_name].weight.double().view(-1, 1)
+    return magnitude * whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True)
 
 
 def delta_of(layer: BaseTunerLayer, adapter_name: str) -> torch.Tensor:

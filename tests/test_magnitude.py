@@ -18,6 +18,7 @@ from lora_null.recipes.results import Magnitude, load_results
 
 CONFIGS = {
     "lora": LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"),
+    "dora": LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", use_dora=True),
     "v1": LoraNullConfig(r=4, lora_alpha=8, variant="v1"),
     "v2": LoraNullConfig(r=4, variant="v2"),
     "oft": OFTConfig(oft_block_size=4, target_modules="all-linear"),
