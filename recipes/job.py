@@ -141,6 +141,9 @@ def _check_positive(options: dict[str, Any]) -> None:
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
+    decay = options.get("weight_decay")
+    if decay is not None and not 0 <= decay < math.inf:
+        raise UserError(f"training.weight_decay: must be a number of at least 0, not {decay}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:

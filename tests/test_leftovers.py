@@ -122,11 +122,14 @@ def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
 
 def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path):
     mine = tmp_path / "mine.py"
-    recipe = SimpleNamespace(method=SimpleNamespace(files=[str(mine)]), eval=SimpleNamespace(limit=None))
+    method, model = SimpleNamespace(files=[str(mine)], init=None), SimpleNamespace(revision=None)
+    recipe = SimpleNamespace(method=method, model=model, eval=SimpleNamespace(limit=None))
     found = []
     for text in ("gain = 1", "gain = 5"):
         mine.write_text(text)
-        found.append(inputs_of(SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], model_name="x")))
+        found.append(
+            inputs_of(SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], model_name="x", swept_inputs={}))
+        )
     assert found[0]["method.files"] != found[1]["method.files"]
 
 

@@ -106,11 +106,34 @@ def test_includes(tmp_path):
         ("include: math\neval: {task: [{no: 1}]}", "the key 'no' is no text"),
         ("include: math\ntrainer: dop\ntraining: {beta: 1}", "trainer: input should be 'sft' or 'dpo'$"),
         ("include: math\ntraining: {max_steps: 2.5}", r"training\.max_steps: must be a whole number, not 2\.5"),
-        ("include: default\ndata: {path: x, messages: m, prompt: p}", "data: takes messages instead of prompt, not both"),
+        (
+            "include: default\ndata: {path: x, messages: m, prompt: p}",
+            "data: takes messages instead of prompt, not both",
+        ),
         ("include: default\ndata: {path: x, text: t, response: a}", "data: takes text instead of response, not both"),
         (
             "include: math\neval: {task: [{answers: a, path: p, messages: m, response: r}]}",
             "0: takes messages instead",
+        ),
+        ("include: math\nseed: yes", "me: seed: must be a number, not true"),
+        ("include: math\neval: {strengths: [on]}", "eval.strengths: must be a number, not true"),
+        ("include: math\nmethod: {rank_pattern: {q_proj: no}}", "rank_pattern: must be a number, not false"),
+        ("include: math\nmethod: {rank_pattern: {q_proj: 0}}", "rank_pattern.q_proj: input should be greater than or"),
+        ("include: math\nmethod: {alpha: .inf}", "method.alpha: input should be a finite number"),
+        ("include: math\ncalibration: [{path: x, weight: .nan}]", "weight: input should be"),
+        ("include: math\ntraining: {max_steps: -5}", "training.max_steps: trains nothing with -5"),
+        ("include: math\ntraining: {max_steps: '0'}", "training.max_steps: trains nothing with 0"),
+        ("include: math\ntraining: {run_name: [a]}", r"training.run_name: takes one value, not \['a'\]"),
+        ("include: math\ntraining: {learning_rate: 1:30}", "learning_rate: must be a number, not '1:30'"),
+        (
+            "include: math\neval: {task: [[gsm8k]]}",
+            r"eval.task.0: an entry is a name, a path, or a mapping, not \['gsm",
+        ),
+        ("include: math\ngrid: {sweep: {method.rank: [4, 4.0]}}", "'method.rank' needs values, each once"),
+        ("include: math\ngrid: {sweep: {data.path: [a/b, a_b]}}", "'data.path' needs values, each once"),
+        (
+            "include: math\ngrid: {sweep: {data.path: [a, null]}}",
+            "data.path.1: a swept value is a finite number, a text",
         ),
         ("include: math\ntraining: {max_length: long}", r"training\.max_length: must be a number, not 'long'"),
     ],
@@ -134,10 +157,26 @@ def test_numbers_and_texts_as_they_are_meant(tmp_path):
     assert training_arguments(recipe, tmp_path).per_device_train_batch_size == 8
 
 
+def test_numbers_and_texts_of_yaml(tmp_path):
+    """What YAML 1.1 takes for text, octal numbers, numbers to the base of 60 and dates; and each again as a run left it."""
+    training = "learning_rate: 1e-4, max_steps: 010, weight_decay: 1_000, run_name: 2024-01-01, max_grad_norm: .inf"
+    (tmp_path / "me.yaml").write_text(
+        f"include: math\nname: 12:30\ndata: {{split: 08, subset: '1e5'}}\ntraining: {{{training}}}"
+    )
+    first = load_recipe(str(tmp_path / "me.yaml"), ["data.limit=1e2"])
+    (tmp_path / "again.yaml").write_text(dump(first))
+    for recipe in (first, load_recipe(str(tmp_path / "again.yaml"))):
+        found = [recipe.training[key] for key in ("learning_rate", "max_steps", "weight_decay", "run_name")]
+        assert found == [1e-4, 10, 1000, "2024-01-01"] and recipe.training["max_grad_norm"] == float("inf")
+        assert (recipe.name, recipe.data.split, recipe.data.subset, recipe.data.limit) == ("12:30", "08", "1e5", 100)
+
+
 def test_options_over_what_a_file_has():
     assert load_recipe("quickstart", ["budget="], max_forgetting="1e-2").budget.at_most == 0.01
     with pytest.raises(UserError, match="--max-forgetting: 'budget' holds a value, not keys"):
         load_recipe("quickstart", ["budget=0.01"], max_forgetting="0.02")
+    with pytest.raises(UserError, match="--output-dir: is empty"):
+        load_recipe("quickstart", output_dir="")
     for words in ([], ["grid.per_method=[1]"]):
         grid = load_recipe("study", words, sweeps=["training.learning_rate=1e-4,1e-3"]).grid
         assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})

@@ -17,7 +17,7 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
-from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import DataSection, ModelSection, Recipe, parse_recipe, parse_section
 from lora_null.recipes.data.examples import Example, RowReader, describe_bad_rows, settle_bad_rows, tokenize
 from lora_null.recipes.data.formats import Format, recognize
@@ -389,7 +389,7 @@ def _fitting(
     return min(tried, key=lambda found: found[0])
 
 
-class _OneLine(yaml.SafeDumper):
+class _OneLine(Dumper):
     """Writes texts of several lines in double quotes."""
 
     def represent_str(self, data: str) -> yaml.Node:

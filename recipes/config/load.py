@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
 MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
 PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}")
+NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 # What a key takes the place of where it is laid over it: another way of saying the same.
 PAIR = ("prompt", "response", "rejected")
 INSTEAD = {
@@ -64,7 +64,16 @@ def find(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last, and one that is no text, as `on` and `no` are."""
+    """Refuses a key that is given twice, of which YAML takes the last, and one that is no text, as `on` and `no` are.
+
+    Numbers are read as they are meant: 1e-4 is one, and 010, 12:30 and 2024-01-01, to YAML 1.1 eight, 750 and a date, are
+    texts.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -76,6 +85,22 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{where} is no text to YAML; put it in quotes")
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> int | float:
+        text = self.construct_scalar(node).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
+        if text.lstrip("+-").isdecimal():
+            return int(text)
+        number = float(text)
+        return int(number) if "e" in text and number.is_integer() else number  # 1e3
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts in quotes also those texts that only a recipe's loader would read as numbers."""
+
+
+for kind in (_Loader, Dumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def parse_yaml(text: str) -> Any:
@@ -184,7 +209,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         except yaml.YAMLError as error:
             reason = first_line(error)
             raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
-        put(raw, key, _number(value), f"argument {assignment!r}")
+        put(raw, key, value, f"argument {assignment!r}")
         given[key] = value
     return forget_below(raw, given)
 
@@ -220,29 +245,17 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         target[last] = value
 
 
-def _number(value: Any) -> Any:
-    """Read 1e-4 and 1e3 as numbers: YAML 1.1 takes them for text, as no recipe writer ever means them."""
-    if isinstance(value, str):
-        number = float(value) if EXPONENT.fullmatch(value) else None
-        return value if number is None else int(number) if number.is_integer() else number
-    if isinstance(value, dict):
-        return {key: _number(inner) for key, inner in value.items()}
-    return [_number(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _section_as_meant(name: str, section: Any) -> Any:
-    """Undo four readings of YAML 1.1 that no recipe writer means; anything that is no section is left to the schema.
+    """Undo three readings of YAML that no recipe writer means; anything that is no section is left to the schema.
 
-    1e-4 is a number, `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
+    `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
     """
     if name == "preflight" and section is False:
         return "off"
     if not isinstance(section, dict):
         return section
-    if name in ("training", "grid"):
-        return {k: "no" if str(k).endswith("_strategy") and v is False else _number(v) for k, v in section.items()}
-    if name == "method":
-        return {k: _number(v) if k == "options" else v for k, v in section.items()}
+    if name == "training":
+        return {k: "no" if str(k).endswith("_strategy") and v is False else v for k, v in section.items()}
     if name == "eval":
         return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
     return section
@@ -281,10 +294,10 @@ def load_recipe(
     if quick and not (isinstance(short, dict) and short):
         raise UserError(f"--quick: {path} has no quick form")
     for key, value in short.items():
-        put(raw, str(key), _number(value), f"{path}: quick.{key}")
+        put(raw, str(key), value, f"{path}: quick.{key}")
     raw = override(forget_below(raw, short), [*assignments, *([] if methods is None else [f"method.name={methods}"])])
     if max_forgetting is not None:
-        put(raw, "budget.at_most", _number(max_forgetting), "--max-forgetting")
+        put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
     if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
@@ -293,6 +306,8 @@ def load_recipe(
                 method[key] = [_meant(v, path.parent) if str(v).endswith(".py") else v for v in given]
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
+    if output_dir == "":
+        raise UserError("--output-dir: is empty, give a folder")
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     recipe.output_dir = str(Path(recipe.output_dir).expanduser())
     return _with_paths(recipe, lambda given: _meant(given, path.parent))
@@ -329,7 +344,7 @@ def resume_command(folder: Path, launcher: str = "lora-null train") -> str:
 
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe, every default written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
@@ -346,7 +361,7 @@ def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> 
 
 def _number_list(text: str) -> list[Any]:
     try:
-        return [_number(parse_yaml(value)) for value in text.split(",")]
+        return [parse_yaml(value) for value in text.split(",")]
     except yaml.YAMLError:
         raise UserError(f"{text!r} is no list of values, such as 1,2") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -85,7 +86,6 @@ DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # w
 TASK_FILES = (".yaml", ".yml")
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
-Scalar = bool | int | float | str
 SWEEPABLE = ("training", "method", "calibration", "data")
 MOST_NAMED = 16  # keys, where none is like the one that was given
 
@@ -101,7 +101,33 @@ Template = Annotated[str, AfterValidator(check_template)]
 class Section(BaseModel):
     """A section of the recipe that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    # Infinity and NaN of `training` are written as they are: null would mean the default of their key.
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, ser_json_inf_nan="constants")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant: YAML reads yes as true, and pydantic that as 1."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        found = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        truth = next((inner for inner in found if isinstance(inner, bool)), None)
+        if truth is not None and (int in kinds or float in kinds) and bool not in kinds:
+            raise ValueError(f"must be a number, not {str(truth).lower()}")
+        return value
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """Return the types that a key's value, and the values in its list or mapping, may have."""
+    return [annotation, *(kind for inner in get_args(annotation) for kind in _kinds(inner))]
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or value in (math.inf, -math.inf) or value != value:
+        raise ValueError(f"a swept value is a finite number, a text, true or false, not {value!r}")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
 def one_or_more(value: Any) -> Any:
@@ -168,8 +194,8 @@ class MethodSection(Section):
         "methods whose base carries a residual",
     )
     use_rslora: bool = Field(False, description="s = alpha / sqrt(r)")
-    rank_pattern: dict[str, int] = Field({}, description="module pattern → rank")
-    alpha_pattern: dict[str, float] = Field({}, description="module pattern → alpha")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="module pattern → rank")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="module pattern → alpha")
 
     @model_validator(mode="before")
     @classmethod
@@ -229,14 +255,14 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
         ValueError: it is none.
     """
     kinds = set(kind.split(" | "))
+    if isinstance(value, dict | list) and kinds <= {"bool", "int", "float", "str", "None"}:
+        raise ValueError(f"training.{key}: takes one value, not {value!r}")
     if isinstance(value, str) and kinds <= {"bool", "None"} and (key, value) != ("bf16", "auto"):
         if value.lower() not in TRUTHS:
             raise ValueError(f"training.{key}: must be true or false, not {value!r}")
         return TRUTHS[value.lower()]
     if isinstance(value, bool) and kinds & {"int", "float"} and "bool" not in kinds:
         raise ValueError(f"training.{key}: must be a number, not {str(value).lower()}")
-    if key == "max_steps" and value == 0:
-        raise ValueError("training.max_steps: trains nothing with 0; leave it out to train whole epochs")
     if type(value) in (int, float) and kinds <= {"str", "None"}:
         return str(value)
     if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
@@ -247,7 +273,9 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
     if isinstance(value, float) and "int" in kinds and "float" not in kinds:
         if not value.is_integer():
             raise ValueError(f"training.{key}: must be a whole number, not {value}")
-        return int(value)
+        value = int(value)
+    if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:  # which is TRL's "not given"
+        raise ValueError(f"training.max_steps: trains nothing with {value}; leave it out to train whole epochs")
     return value
 
 
@@ -385,9 +413,13 @@ class DataSection(Section):
     )
     response: str = Field("response", description="field of the response (DPO: the chosen one)")
     rejected: str = Field("rejected", description="DPO: field of the rejected response")
-    messages: str | None = Field(None, description="field of a conversation, instead of prompt and response")
-    text: str | None = Field(None, description="field of a text that is all learned, instead of prompt and response")
-    system: str | None = Field(None, description="field of a system text, put before the conversation")
+    messages: str | None = Field(
+        None, min_length=1, description="field of a conversation, instead of prompt and response"
+    )
+    text: str | None = Field(
+        None, min_length=1, description="field of a text that is all learned, instead of prompt and response"
+    )
+    system: str | None = Field(None, min_length=1, description="field of a system text, put before the conversation")
     thinking: Literal["keep", "drop"] | None = Field(
         None,
         description="thoughts of the assistant (<think>, reasoning_content): all kept, or dropped; when not given, as the "
@@ -551,6 +583,8 @@ def _task_entry(value: Any) -> Any:
         if kind is None:
             raise ValueError(f"an entry needs one of the keys {', '.join(ENTRIES)}")
         return ENTRIES[kind](**value)
+    if not isinstance(value, tuple(ENTRIES.values())):
+        raise ValueError(f"an entry is a name, a path, or a mapping, not {value!r}")
     return value
 
 
@@ -590,7 +624,6 @@ class BudgetSection(Section):
     )
     at_most: float = Field(
         gt=0,
-        allow_inf_nan=False,
         description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction",
     )
     then: Literal["scale", "stop", "rewind"] = Field(
@@ -632,7 +665,7 @@ class EvalSection(Section):
         "instructions",
     )
     probe: ProbeSection | None = Field(None, description="measured while training too")
-    strengths: list[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]] = Field(
+    strengths: list[Annotated[float, Field(ge=0, le=2)]] = Field(
         [], description="strengths of the adapter to evaluate as well, 1 being as it is saved"
     )
 
@@ -649,7 +682,7 @@ class SequenceSection(Section):
     tasks: list[dict[str, Any]] = Field(
         min_length=2, description="each a `name`, and what it sets for itself of data, trainer, training and eval"
     )
-    knowledge: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the knowledge's inputs")
+    knowledge: float = Field(1.0, ge=0, description="weight of the knowledge's inputs")
     earlier: float | list[float] = Field(1.0, description="weight of each earlier task's inputs, or of each by itself")
     sketch: int | None = Field(
         None,
@@ -668,7 +701,7 @@ class SequenceSection(Section):
     @model_validator(mode="after")
     def _weights(self) -> SequenceSection:
         given = self.earlier if isinstance(self.earlier, list) else [self.earlier]
-        if any(not 0 <= weight < float("inf") for weight in given) or not (self.knowledge or any(given)):
+        if any(weight < 0 for weight in given) or not (self.knowledge or any(given)):
             raise ValueError("weights are numbers of at least 0, and not all 0")
         if isinstance(self.earlier, list) and len(self.earlier) != len(self.tasks) - 1:
             raise ValueError(
@@ -679,6 +712,13 @@ class SequenceSection(Section):
     def weights(self, count: int) -> list[float]:
         """Return the weights of the first `count` tasks."""
         return self.earlier[:count] if isinstance(self.earlier, list) else [self.earlier] * count
+
+
+def _need_distinct(key: str, values: list[Scalar]) -> None:
+    """Raise a ValueError unless the values of a swept key differ also in the names of their runs' folders."""
+    names = {f"{value:g}" if isinstance(value, float) else str(value).replace("/", "_") for value in values}
+    if not values or len(names) < len(values):
+        raise ValueError(f"{key!r} needs values, each once")
 
 
 class GridSection(Section):
@@ -700,8 +740,7 @@ class GridSection(Section):
                 meant = MEANT_BY.get(key.rpartition(".")[2].lower())
                 instead = f" (did you mean {meant!r}?)" if meant else f", only keys of {', '.join(SWEEPABLE)}"
                 raise ValueError(f"{key!r} cannot be swept{instead}")
-            if not values or len(set(map(repr, values))) < len(values):
-                raise ValueError(f"{key!r} needs values, each once")
+            _need_distinct(key, values)
         return sweep
 
     @field_validator("seeds")
@@ -720,8 +759,7 @@ class GridSection(Section):
                     raise ValueError(
                         f"per_method.{name}: grid.sweep lacks {key!r}; give the value that the other methods take"
                     )
-                if not values:
-                    raise ValueError(f"per_method.{name}: {key!r} has no values")
+                _need_distinct(key, values)
         return self
 
     def __bool__(self) -> bool:

@@ -175,7 +175,7 @@ def _reader(
         found = recognize(rows, columns, f"{where}.path")
         return lambda row: _found_text(row, found, columns, tokenizer, section.answers)
     key = f"{where}.{'field' if section.template is None else 'template'}"
-    field = RowText(section.template or str(section.field), columns, key, answer=True)
+    field = RowText(str(section.field if section.template is None else section.template), columns, key, answer=True)
 
     def text_of(row: Mapping[str, Any]) -> str:
         if field.is_field and is_conversation(row.get(field.spec)):

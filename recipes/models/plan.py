@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,8 +171,12 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
     linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
     try:
         check_named(empty, section.target_modules)
-        with refusing_in_one_line():
+        with refusing_in_one_line(), warnings.catch_warnings():
+            warnings.filterwarnings("error", r"The following \w+_pattern keys did not match")
             return get_peft_model(empty, config, low_cpu_mem_usage=True)
+    except RuntimeWarning as unmatched:
+        key, name = re.findall(r"(\w+_pattern) keys.*?\['(.*?)'", str(unmatched))[0]
+        raise UserError(f"method.{key}: {name!r} is the name of no adapted module{nearest(name, linears)}") from None
     except UserError as mistake:
         raise UserError(f"method.{mistake}") from None
     except ValueError as error:
