@@ -191,7 +191,7 @@ class LoraNullLinear(Linear):
     Attributes:
         residual: what is taken out of the base; None where nothing is.
         residual_adapters: the adapters whose factors count from it.
-        started: the adapters that were initialized.
+        started: the adapters that were initialized or loaded.
         bases: adapter → the basis in whose span its A stays.
     """
 
@@ -500,6 +500,7 @@ class LoraNullLinear(Linear):
             if A is not None and A.numel() and A.shape == factors_of(self, name)[0].shape:
                 self._check_inside(name, A, module)
         self._kept_versions = {}
+        self.started |= {name for name in self.lora_A if f"{prefix}lora_A.{name}.weight" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_inside(self, adapter_name: str, A: torch.Tensor, module: str) -> None:

@@ -123,6 +123,19 @@ class TestGoingOn:
             assert torch.equal(layer.lora_A["default"].weight, before[name])
         assert far(second.model, first.model) > 1e-3
 
+    def test_one_that_has_taken_no_step_goes_on_from_its_start_too(self, tmp_path):
+        first = make(tmp_path / "1", CONFIGS["v2"]())
+        first._prepare(resuming=False)
+        first.save_model(tmp_path / "saved")
+        config = LoraNullConfig.from_pretrained(tmp_path / "saved", variant="v2")
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", config=config, is_trainable=True)
+        second = second_stage(model, tmp_path / "2", calibration=None, learning_rate=1e-2)
+        second.train()
+        for name, layer in adapted_layers(second.model).items():
+            assert torch.equal(
+                layer.lora_A["default"].weight, adapted_layers(first.model)[name].lora_A["default"].weight
+            )
+
     @pytest.mark.parametrize("how", ["initialized v1", "initialized v2", "trained", "loaded", "by PEFT"])
     def test_initializing_what_is_started_is_refused(self, how, tmp_path):
         variant = "v1" if "v1" in how else "v2"
