@@ -17,7 +17,7 @@ from torch import nn
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.eval_harness.results import Evaluation, TaskResult
-from lora_null.eval_harness.statistics import weighted_mean
+from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -152,7 +152,7 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     seed_everything(options.seed)
     options = replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
-    both = {name: len(values) for name, values in again.samples.items() if name in first.samples}
+    both = {name: len(values) for name, values in again.samples.items() if is_mean_of_samples(first, name)}
     return {name: abs(float(_head_mean(first, name, n) - _head_mean(again, name, n))) for name, n in both.items()}
 
 

@@ -16,6 +16,7 @@ from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit
+from lora_null.utils.model_state import replaced
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class ForgettingTask(Task):
         Raises:
             UserError: a text of a single token.
         """
-        cut = tokenizer(self.texts[:limit], truncation=True, max_length=self.max_length)["input_ids"]
+        with replaced(tokenizer, "truncation_side", "right"):
+            cut = tokenizer(self.texts[:limit], truncation=True, max_length=self.max_length)["input_ids"]
         short = next((i for i, ids in enumerate(cut) if len(ids) < 2), None)
         if short is not None:
             raise UserError(f"{self}: text {short} has only {len(cut[short])} token, two are needed")

@@ -212,7 +212,8 @@ def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """Return KL(base || model) in nats at each token, from two tensors of log-probabilities [tokens, vocabulary]."""
-    return F.kl_div(model, base, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
+    terms = F.kl_div(model, base, reduction="none", log_target=True)
+    return terms.masked_fill(base == -torch.inf, 0).sum(-1, dtype=torch.float64)  # 0 · log 0 is 0
 
 
 def score_answers(
@@ -339,11 +340,14 @@ def of_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, r
         path: the file that they are written to where `record` is set, and read from.
 
     Raises:
-        UserError: they were recorded for other pairs.
+        UserError: they were recorded for other pairs, or the base gives no numbers.
     """
 
     def read() -> np.ndarray:
         if record:
+            if not np.isfinite(values).all():
+                first = int(np.argmin(np.isfinite(values)))
+                raise UserError(f"{path.name}: the base gives no finite loss on row {first}, but {values[first]}")
             write_json(path, {TOKENS_HASH: hash_pairs(pairs), "values": values.tolist()})
         saved = read_json(path)
         if saved[TOKENS_HASH] != hash_pairs(pairs):

@@ -81,7 +81,7 @@ class PreferenceTask(Task):
         chosen, rejected = np.split(self.beta * (log_probs - base), 2)
         margins, found = chosen - rejected, TaskResult()
         for measure, unit, values in (
-            ("accuracy", "fraction", np.where(margins == 0, 0.5, margins > 0)),
+            ("accuracy", "fraction", np.heaviside(margins, 0.5)),
             ("margin", "nats", margins),
         ):
             metric = Metric(*mean_and_error(values), len(values), True, self.role, unit)

@@ -12,11 +12,15 @@ differences, and its error comes from the differences alone. Leading axes are in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+if TYPE_CHECKING:
+    from lora_null.eval_harness.results import Evaluation, TaskResult
 
 LEVEL = 0.05  # of the familywise error of all claims of one table
 
@@ -49,9 +53,18 @@ class Difference(NamedTuple):
     p: np.ndarray
 
 
-def weighted_mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def weighted_mean(values: np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """Return R over the last axis, [..., questions] → [...]."""
     return np.average(values, axis=-1, weights=weights)
+
+
+def is_mean_of_samples(found: TaskResult | Evaluation, name: str) -> bool:
+    """Return whether a metric's value is the mean of its samples, which a perplexity is not."""
+    samples, metric = found.samples.get(name), found.metrics.get(name)
+    if not samples or metric is None or not np.all(np.isfinite(samples)):
+        return False
+    mean = float(weighted_mean(np.array(samples, dtype=float), found.weights.get(name)))
+    return math.isclose(mean, metric.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def influence(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

@@ -12,7 +12,16 @@ import numpy as np
 
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Role
-from lora_null.eval_harness.statistics import Spread, holm, influence, stack, t_tests, two_level, weighted_mean
+from lora_null.eval_harness.statistics import (
+    Spread,
+    holm,
+    influence,
+    is_mean_of_samples,
+    stack,
+    t_tests,
+    two_level,
+    weighted_mean,
+)
 from lora_null.recipes.config.load import whole_of
 from lora_null.recipes.results import Paired, Results, variant_of
 
@@ -109,7 +118,7 @@ def set_errors(results: Results, found: Evaluations) -> None:
     for i, by_seed in found.items():
         row = results.rows[i]
         for name, metric in row.metrics.items() if i and len(by_seed) > 1 else ():
-            if all(_is_mean_of_samples(evaluation, name) for evaluation in by_seed.values()):
+            if all(is_mean_of_samples(evaluation, name) for evaluation in by_seed.values()):
                 values = np.array([evaluation.samples[name] for evaluation in by_seed.values()])
                 weights = next(iter(by_seed.values())).weights.get(name)
                 error = two_level(weighted_mean(values, weights), [influence(values, weights)]).stderr
@@ -138,7 +147,7 @@ def _gaps(
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Yield for each metric (ours − theirs, [seeds, questions]; weights), where it can be compared question by question."""
     for name in names:
-        if not all(_is_mean_of_samples(evaluation, name) for pair in pairs for evaluation in pair):
+        if not all(is_mean_of_samples(evaluation, name) for pair in pairs for evaluation in pair):
             continue
         ours, theirs = ([pair[k].samples[name] for pair in pairs] for k in (0, 1))
         weights = [evaluation.weights.get(name) for pair in pairs for evaluation in pair]
@@ -148,11 +157,3 @@ def _gaps(
         if against_base and name.lower().endswith(" kl"):
             continue  # a distance from the base: it cannot be negative, and only the noise floor says what is zero
         yield gaps, None if weights[0] is None else np.array(weights[0], dtype=float)
-
-
-def _is_mean_of_samples(evaluation: Evaluation, name: str) -> bool:
-    samples, metric = evaluation.samples.get(name), evaluation.metrics.get(name)
-    if not samples or metric is None or not np.all(np.isfinite(samples)):
-        return False
-    mean = float(weighted_mean(np.array(samples, dtype=float), evaluation.weights.get(name)))
-    return math.isclose(mean, metric.value, rel_tol=1e-6, abs_tol=1e-9)

@@ -76,11 +76,31 @@ class Judge:
         """The machine that judges: of two that know a judge by the same name, each gives grades of its own."""
         return urlsplit(self.base_url).hostname
 
+    def key(self) -> str | None:
+        """Return the key, None where there is none.
+
+        Raises:
+            UserError: it has characters that no request can carry; the errors of others would show it.
+        """
+        key = os.environ.get(self.api_key_env)
+        if key and not re.fullmatch(r"[!-~]+", key):
+            raise UserError(
+                f"judge: the key in the environment variable {self.api_key_env} holds a space, a line break or a letter "
+                "that is not ASCII"
+            )
+        return key
+
     def check(self) -> None:
-        """Raise a UserError for a missing package or key, or prompts that cannot be used."""
+        """Raise a UserError for a missing package or key, an address that is none, or prompts that cannot be used."""
+        try:
+            sound = urlsplit(self.base_url).scheme in ("http", "https") and self.host
+        except ValueError:
+            sound = False
+        if not sound:
+            raise UserError(f"judge.base_url: {self.base_url!r} is no address such as {OPENAI}")
         if importlib.util.find_spec("openai") is None:
             raise UserError("judge: needs the openai package; install it with pip install 'lora-null[judge]'")
-        if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.api_key_env):
+        if self.base_url.rstrip("/") == OPENAI and not self.key():
             raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
         self.read_prompts()
 
@@ -316,7 +336,7 @@ class _Client:
     def __init__(self, judge: Judge) -> None:
         import openai
 
-        key = os.environ.get(judge.api_key_env)
+        key = judge.key()
         self.judge, self.lock, self.next_at = judge, threading.Lock(), 0.0
         self.openai = openai.OpenAI(
             api_key=key or "none",
@@ -378,6 +398,7 @@ class _Client:
         answer = create(model=self.judge.model, messages=messages, **options, extra_headers=self.headers)
         try:  # from the text: local servers do not always name its type, without which the package does not read it
             text = json.loads(answer.http_response.text)["choices"][0]["message"]["content"] or ""
+            text = text if isinstance(text, str) else None
         except (ValueError, LookupError, TypeError):
             text = None
         return text, 1 + answer.retries_taken

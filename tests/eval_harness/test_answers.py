@@ -13,6 +13,7 @@ from lora_null.eval_harness.likelihood import (
     kept_tokens,
     save_reference,
     score_answers,
+    token_kl,
     tokenize_pairs,
 )
 from lora_null.utils.errors import UserError
@@ -114,6 +115,13 @@ def test_kl_of_the_base_with_itself_is_zero(model, tokenizer, pairs, tmp_path):
     assert again.metrics["nq kl"].value == pytest.approx(0.0, abs=1e-9)
     assert again.metrics["nq nll"] == recorded.metrics["nq nll"]
     assert again.metrics["nq kl"].role == "retention" and not again.metrics["nq kl"].higher_is_better
+
+
+def test_tokens_that_the_base_rules_out_add_nothing_to_the_kl():
+    base = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    model = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    found = [token_kl(base, row[None]).item() for row in model]
+    assert found == [pytest.approx(0.5 * np.log(2)), 0, float("inf")]
 
 
 def test_kl_is_missing_without_a_reference(model, tokenizer, pairs, tmp_path):

@@ -48,6 +48,13 @@ def test_it_is_the_rise_of_the_mean_loss_over_all_tokens(model, peft_model, toke
     assert found.metrics["wiki forgetting"].stderr == pytest.approx(stderr, rel=1e-3)
 
 
+def test_a_text_is_cut_at_its_end_whatever_the_tokenizer_does(model, tokenizer):
+    task = ForgettingTask("wiki", TEXTS, 12)
+    expected = evaluate(model, tokenizer, [task]).metrics
+    tokenizer.truncation_side = "left"
+    assert evaluate(model, tokenizer, [task]).metrics == expected and tokenizer.truncation_side == "left"
+
+
 def test_without_the_base_only_the_loss_is_known(peft_model, tokenizer, tmp_path):
     assert set(evaluate(peft_model, tokenizer, [ForgettingTask("w", TEXTS)]).metrics) == {"w loss"}
     evaluate(peft_model, tokenizer, [ForgettingTask("w", TEXTS)], reference_dir=tmp_path, record_reference=True)

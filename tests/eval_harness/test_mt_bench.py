@@ -142,7 +142,8 @@ def test_the_protocol(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "passing", [(429, "", {"Retry-After": "0.3"}), (500, ""), (503, ""), (200, None), (200, "hm")]
+    "passing",
+    [(429, "", {"Retry-After": "0.3"}), (500, ""), (503, ""), (200, None), (200, "hm"), (200, [{"text": "x"}])],
 )
 def test_passing_failures_are_retried(tmp_path, passing):
     with serving(passing, (200, "[[3]]")) as stub:
@@ -312,6 +313,14 @@ def test_users_mistakes(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="needs a key in the environment variable OPENAI_API_KEY"):
         Judge("gpt-4").check()
+    for key in ("sk-é", "sk-a\n", "sk a"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="the key in the environment variable OPENAI_API_KEY holds") as told:
+            Judge("gpt-4").check()
+        assert key not in str(told.value)
+    for url in ("localhost:9/v1", "http://", "http://[::1", ""):
+        with pytest.raises(UserError, match=r"judge\.base_url: .* is no address such as https://"):
+            Judge("m", url).check()
     (tmp_path / "p.jsonl").write_text('{"name": "single-v1", "prompt_template": ""}\n')
     with pytest.raises(UserError, match="has no prompt 'single-v1-multi-turn'"):
         Judge("m", "http://localhost", prompts=str(tmp_path / "p.jsonl")).check()

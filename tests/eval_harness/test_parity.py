@@ -112,6 +112,13 @@ def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, hal
     assert ours["lambada_openai/perplexity"].unit == "perplexity"
 
 
+def test_the_noise_of_a_perplexity_is_none_of_its_documents(model_and_tokenizer, lambada_file, tmp_path):
+    """Its documents have log-likelihoods, in another unit than its value."""
+    task = LmEvalTask("lambada_openai", path=lambada_file)
+    found = evaluate(*model_and_tokenizer, [task], limit=2, reference_dir=tmp_path, record_reference=True)
+    assert set(found.samples) == set(found.metrics) and set(found.noise) == {"lambada_openai/acc"}
+
+
 def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_tokenizer, write):
     """Comments that the model goes on with: harmless until it starts another line, so about half of them pass."""
     try:

@@ -49,3 +49,13 @@ def test_a_reference_of_other_pairs_is_refused(model, tokenizer, task, tmp_path)
     evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
     with pytest.raises(UserError, match="recorded for other texts"):
         evaluate(model, tokenizer, [task], limit=3, reference_dir=tmp_path)
+
+
+def test_what_is_no_number_is_not_counted_as_a_wrong_answer(model, peft_model, tokenizer, task, tmp_path):
+    evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
+    for broken in (peft_model, model):
+        torch.nn.init.constant_(broken.get_output_embeddings().weight, float("nan"))
+    found = evaluate(peft_model, tokenizer, [task], reference_dir=tmp_path).metrics
+    assert np.isnan(found["pairs reward accuracy"].value) and np.isnan(found["pairs reward margin"].value)
+    with pytest.raises(UserError, match=r"pairs preferences.json: the base gives no finite loss on row 0, but nan"):
+        evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)
