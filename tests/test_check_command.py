@@ -104,6 +104,7 @@ WRONG = {
     "DoRA": (None, {"use_dora": True}, "use_dora is set"),
     "other tuner": (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA', must be 'LORA'"),
     "not targeted": (None, {"target_modules": ["q_proj"]}, "self_attn.k_proj: has A and B, but target_modules does not name"),
+    "PiSSA": (None, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so its A and B are no change"),
     "no pattern": (None, {"target_modules": "["}, "PEFT does not accept it (unterminated character set"),
     "no targets": (None, {"target_modules": None}, "target_modules is missing"),
     "PEFT refuses": (None, {"layers_pattern": "h", "layers_to_transform": None}, "PEFT does not accept it"),

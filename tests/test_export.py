@@ -9,6 +9,7 @@ from tiny import random_batches, tiny_model
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.adapters.base_hash import base_fingerprint
+from lora_null.adapters.join import join_onto
 from lora_null.adapters.merge import write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_factors, save_plain_adapter
 from lora_null.adapters.saved import read_adapter
@@ -132,6 +133,7 @@ def as_8_bit(A, B):
         (lambda A, B: (A, B), {"rank_pattern": {"q_proj": 3}}, r"not \(3, d_in\)"),
         (lambda A, B: (A / 0, B), {}, "holds NaN or infinite numbers"),
         (as_8_bit, {}, "is stored as int8"),
+        (None, {"init_lora_weights": "pissa"}, "was started by 'pissa', so its A and B are no change of the original"),
         (None, {"r": 0}, r"not a LoRA config \(r or rank_pattern holds 0\)"),
         (None, {"lora_alpha": "8"}, r"\(lora_alpha or alpha_pattern holds '8'\)"),
         (None, {"rank_pattern": {"q_proj": "3"}}, r"\(r or rank_pattern holds '3'\)"),
@@ -164,3 +166,15 @@ def test_damaged_files_of_a_base_are_one_line(tmp_path, damage):
     for use in (base_fingerprint, lambda folder: write_checkpoint(folder, tmp_path / "out", {}, model)):
         with pytest.raises(UserError, match=f"{shard if damage in ('cut', 'missing') else index}: damaged"):
             use(tmp_path)
+
+
+@pytest.mark.parametrize("others", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [1]}])
+def test_an_adapter_joined_onto_one_of_other_modules_is_both(tmp_path, others):
+    drawn = dict(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    first = get_peft_model(tiny_model(), LoraConfig(**drawn))
+    save_plain_adapter(first, tmp_path / "first")
+    second = get_peft_model(first.merge_and_unload(), LoraConfig(**{**drawn, "r": 2, **others}))
+    save_plain_adapter(second, tmp_path / "second")
+    join_onto(tmp_path / "first", tmp_path / "second")
+    fresh = PeftModel.from_pretrained(tiny_model(), tmp_path / "second")
+    assert (logits(fresh) - logits(second)).abs().max() < 1e-4

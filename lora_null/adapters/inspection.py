@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.base_hash import DTYPE, same_base
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
-from lora_null.adapters.saved import FACTOR, SavedAdapter
+from lora_null.adapters.saved import FACTOR, REWRITTEN, SavedAdapter
 from lora_null.utils.errors import first_line
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
@@ -67,6 +67,8 @@ def check_config(adapter: SavedAdapter) -> Iterator[Finding]:
             check_target_module_exists(loaded, "")  # a pattern may be none
     except Exception as error:
         yield Finding(CONFIG_FILE, f"PEFT does not accept it ({first_line(error)})")
+    if start := adapter.base_is_rewritten():
+        yield Finding(CONFIG_FILE, f"init_lora_weights is {start!r}, {REWRITTEN}")
     if not config.get("target_modules"):
         yield Finding(CONFIG_FILE, "target_modules is missing, which vLLM asks for")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):

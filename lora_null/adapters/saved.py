@@ -14,9 +14,15 @@ from peft.utils.other import get_pattern_key
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, read_safetensors
+from lora_null.utils.model_state import REWRITES_BASE
 from lora_null.utils.quantized import PLAIN_DTYPES
 
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+
+REWRITTEN = (
+    "so its A and B are no change of the original model; PEFT's save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…) writes one"
+)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -51,8 +57,10 @@ class SavedAdapter:
 
         Raises:
             UserError: the file holds something else besides, half a pair, or factors that do not fit together or are no
-                finite numbers.
+                finite numbers; or they are no change of the original weights.
         """
+        if start := self.base_is_rewritten():
+            raise UserError(f"{self.folder}: was started by {start!r}, {REWRITTEN}")
         factors = self.factors()
         other = next((key for key in self.tensors if not FACTOR.fullmatch(key)), None)
         if other is not None:
@@ -64,6 +72,11 @@ class SavedAdapter:
             if wrong := _misfit(pair["A"], pair["B"], self.rank(name)):
                 raise UserError(f"{self.folder}: {name} {wrong}; `lora-null check` says more")
         return {name: (pair["A"], pair["B"]) for name, pair in factors.items()}
+
+    def base_is_rewritten(self) -> str | None:
+        """Return the start of PEFT's that takes A and B out of the base wherever the adapter is loaded; or None."""
+        start = self.config.get("init_lora_weights")
+        return start if isinstance(start, str) and start.startswith(REWRITES_BASE) else None
 
     def scaling(self, module: str) -> float:
         """Return PEFT's s of a module: alpha/r, or alpha/√r under rslora, each by its pattern."""
