@@ -95,7 +95,15 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    return from_arrow(pyarrow.parquet.ParquetFile(path).read().to_pylist())
+    table = pyarrow.parquet.ParquetFile(path).read()
+    _need_distinct(table.column_names)
+    return from_arrow(table.to_pylist())
+
+
+def _need_distinct(names: Sequence[str]) -> None:
+    """Raise a ValueError where two columns have one name, of which the second would hide the first."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns are called {next(name for name in names if names.count(name) > 1)!r}")
 
 
 def from_arrow(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -115,8 +123,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     text = path.read_bytes().decode("utf-8-sig")
     lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(path, text)))
     names, *cells = [line for line in lines if line]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two columns are called {next(name for name in names if names.count(name) > 1)!r}")
+    _need_distinct(names)
     if not cells:
         raise ValueError("a header and no rows")
     complete = [row for row in cells if len(row) == len(names)]

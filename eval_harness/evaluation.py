@@ -152,7 +152,8 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     seed_everything(options.seed)
     options = replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
-    both = {name: len(values) for name, values in again.samples.items() if is_mean_of_samples(first, name)}
+    names = [name for name in again.samples if is_mean_of_samples(first, name) and task.rounds(name)]
+    both = {name: len(again.samples[name]) for name in names}
     return {name: abs(float(_head_mean(first, name, n) - _head_mean(again, name, n))) for name, n in both.items()}
 
 

@@ -45,6 +45,10 @@ class PreferenceTask(Task):
     def metric_names(self) -> list[str]:
         return [f"{self.name} reward accuracy", f"{self.name} reward margin"]
 
+    def rounds(self, metric: str) -> bool:
+        """The base's margins are rounding alone, and its accuracy would be that of their signs."""
+        return not metric.endswith("accuracy")
+
     @property
     def in_training_template(self) -> bool:
         return True

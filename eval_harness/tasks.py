@@ -121,6 +121,10 @@ class Task(ABC):
             self.metric_names == [self.label] and metric.startswith((f"{self.label}/", f"{self.label}: "))
         )
 
+    def rounds(self, metric: str) -> bool:
+        """Return whether measuring a base model again tells by how much rounding changes that metric."""
+        return True
+
     @property
     def in_training_template(self) -> bool:
         """Whether its prompts are framed by the template of the training data."""

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import replaced
 
 NO_FORK = "DISABLE_MULTIPROC"  # the environment variable that lm-eval's bootstrap asks
@@ -91,5 +92,11 @@ class RowwiseLM(HFLM):
         return torch.cat([context, new], dim=1)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        for texts, _, answer in requests:  # lm-eval asserts as much, without a word
+            if not 0 < len(answer) <= self.max_length:
+                said = f" ({texts[1][:40]!r})" if texts else ""
+                raise UserError(
+                    f"an answer of {len(answer)} tokens{said}, the model takes from 1 to {self.max_length}"
+                )
         # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
         return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)

@@ -26,6 +26,7 @@ def log_prob(model, pair):
 def test_rewards_are_counted_from_the_base(model, peft_model, tokenizer, task, tmp_path):
     base = evaluate(model, tokenizer, [task], batch_size=4, reference_dir=tmp_path, record_reference=True)
     assert base.metrics["pairs reward accuracy"].value == 0.5 and base.metrics["pairs reward margin"].value == 0
+    assert set(base.noise) == {"pairs reward margin"}  # the signs of rounding would be an accuracy
     found = evaluate(peft_model, tokenizer, [task], batch_size=4, reference_dir=tmp_path)
     with torch.no_grad():
         rewards = np.array(

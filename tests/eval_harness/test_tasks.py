@@ -6,9 +6,11 @@ import math
 import datasets
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, Metric, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval import loading
+from lora_null.eval_harness.lm_eval.model import ShardedLM
 from lora_null.utils.errors import UserError
 
 
@@ -148,6 +150,15 @@ def test_rolling_likelihood_equals_a_plain_computation(model, tokenizer, write):
     assert word_perplexity.value == pytest.approx(math.exp(nats / 6), rel=1e-4)
     assert word_perplexity.unit == "word_perplexity" and not word_perplexity.higher_is_better
     assert word_perplexity.stderr is None
+
+
+@pytest.mark.parametrize("answer", ["", "x" * 40])
+def test_an_answer_that_the_model_cannot_take_is_one_line(make_model, tokenizer, answer):
+    lm = ShardedLM(make_model(max_position_embeddings=32), tokenizer, 2)
+    request = Instance("loglikelihood", {}, ("one two", answer), 0, ("t", 0, 1))
+    message = rf"an answer of {len(answer)} tokens \('{answer}'\), the model takes from 1 to 32"
+    with pytest.raises(UserError, match=message):
+        lm.loglikelihood([request], disable_tqdm=True)
 
 
 MISTAKES = {
