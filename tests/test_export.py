@@ -58,6 +58,18 @@ def test_saved_adapter_on_a_fresh_base_is_the_live_model(tmp_path, variant, case
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_factors_of_16_bits_lose_nothing_to_another_scaling(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 7}, init_lora_weights=False)
+    live = get_peft_model(tiny_model().bfloat16(), config, autocast_adapter_dtype=False)
+    save_plain_adapter(live, tmp_path)
+    saved = read_adapter(tmp_path)
+    for name, (A, B) in saved.pairs().items():
+        own = adapted_layers(live)[name]
+        exact = own.scaling["default"] * own.lora_B["default"].weight.double() @ own.lora_A["default"].weight.double()
+        found = saved.scaling(name) * B.double() @ A.double()
+        assert torch.dist(found, exact) < 1e-6 * exact.norm()
+
+
 def test_a_bias_of_b_is_scaled_as_b_is(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, alpha_pattern={"v_proj": 32})
     live = get_peft_model(tiny_model(attention_bias=True), config)

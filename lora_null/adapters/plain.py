@@ -56,12 +56,18 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
 def uniform(
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scalings: Mapping[str, float]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int, float]:
-    """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both."""
+    """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both.
+
+    Where scalings differ, factors of 16 bits become float32: what is multiplied into B would be rounded away otherwise.
+    """
     rank = max(len(A) for A, _ in factors.values())
     scaling = next((s for s in scalings.values() if s), 0.0)
+    exact = len(set(scalings.values())) > 1
     made = {}
     for name, (A, B) in factors.items():
         pad = rank - len(A)
+        if exact:
+            A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (A, B))
         B = B if scalings[name] == scaling else B * (scalings[name] / scaling)
         made[name] = (torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad)))
     return made, rank, scaling
