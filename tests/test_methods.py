@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -21,7 +21,7 @@ from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
-from lora_null.trainer.methods import METHODS, Method, check_base, load_method_file, make_method
+from lora_null.trainer.methods import METHODS, Method, check_adapter, check_base, load_method_file, make_method
 from lora_null.trainer.methods.residual import CorDA, PiSSA
 from lora_null.trainer.methods.roselora import top_mask
 
@@ -561,6 +561,36 @@ def test_other_configs_of_peft_take_what_they_have_and_drop_nothing(name):
     else:
         with pytest.raises(UserError, match="modules_to_save: osf takes no such argument"):
             method.config(modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize(
+    "key, value", [("rank_pattern", {"q_proj": 2}), ("alpha_pattern", {"q_proj": 2}), ("use_rslora", True)]
+)
+@pytest.mark.parametrize("name", ["oft", "osf", "full"])
+def test_what_has_no_ranks_takes_no_pattern_of_them(name, key, value):
+    with pytest.raises(UserError, match=f"{key}: {name} has no factors A and B"):
+        make_method(name).config(r=4, lora_alpha=8, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("oft", OFTConfig(oft_block_size=8)),
+        ("osf", OSFConfig(effective_rank=4)),
+        ("eva", LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))),
+    ],
+)
+def test_an_option_that_method_and_adapter_have_both_is_the_same_in_both(name, config):
+    with pytest.raises(
+        UserError, match=rf"peft_config: {name} cannot train another .*; give peft_config=method.config"
+    ):
+        check_adapter(make_method(name), "a model", config)
+
+
+def test_pefts_own_options_of_a_start_go_through_the_method():
+    assert make_method("eva").config(r=4, eva_config=EvaConfig(rho=2.0, tau=0.9)).eva_config.tau == 0.9
+    how = LoraGAConfig(direction="ArB2r")
+    assert make_method("lora-ga").config(r=4, lora_ga_config=how).lora_ga_config is how
 
 
 @pytest.mark.parametrize("name", ["pissa", "lora-ga", "lora-null-v1"])

@@ -24,6 +24,7 @@ Each has a default, plain LoRA's. Options of a method are its dataclass fields: 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -62,6 +63,12 @@ __all__ = [
 ANY_ADAPTER = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ANY_ADAPTER |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 KIND = ("variant", "null_multiple", "null_energy", "start", "init_lora_weights")
+KIND += (
+    "oft_block_size",
+    "use_cayley_neumann",
+    "effective_rank",
+    "eva_config.rho",
+)  # which options of methods say too
 DRAWN = (True, False, "gaussian", "orthogonal")  # PEFT's random starts, which leave the base as it is
 
 for _module in pkgutil.iter_modules(__path__):
@@ -222,5 +229,10 @@ def _is_alike(config: PeftConfig, wanted: PeftConfig, method: Method) -> bool:
     told = KIND
     if adapts_plainly(method) and not method.computes_whole and getattr(config, "init_lora_weights", None) in DRAWN:
         told = ()
-    same = all(getattr(config, key, None) == getattr(wanted, key, None) for key in told)
+    same = all(_read(config, key) == _read(wanted, key) for key in told)
     return ours and same and isinstance(config, type(wanted))
+
+
+def _read(config: PeftConfig, key: str) -> Any:
+    """Return a field, or a field of a field; None where there is none."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), key.split("."), config)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lora_null.start import InitOptions
 
 METHODS: dict[str, type[Method]] = {}
-RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # of a LoRA alone
+# Of a LoRA alone; the first two come with every recipe, the others only where somebody asks for them.
+RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def method(kind: type[Method]) -> type[Method]:
@@ -253,11 +254,18 @@ def taken_by(kind: type[PeftConfig], name: str, adapter: Mapping[str, Any], *, b
     Raises:
         UserError: an argument that the other config does not take.
     """
-    given = {"task_type": "CAUSAL_LM"} | {key: value for key, value in adapter.items() if key not in RANK}
+    check_no_ranks(name, adapter)
+    given = {"task_type": "CAUSAL_LM"} | {k: value for k, value in adapter.items() if k not in RANK + RANK_ASKED}
     known = {field.name for field in fields(kind)} - {but}
     for key in given.keys() - known:
         raise UserError(f"{key}: {name} takes no such argument{nearest(key, known)}")
     return given | {"target_modules": given.get("target_modules") or "all-linear"}
+
+
+def check_no_ranks(name: str, adapter: Mapping[str, Any]) -> None:
+    """Refuse, for a method without A and B, what says more of their ranks and scalings than a recipe always does (UserError)."""
+    for key in (key for key in RANK_ASKED if adapter.get(key)):
+        raise UserError(f"{key}: {name} has no factors A and B whose ranks and scalings it could set, leave it out")
 
 
 def distinct_inputs(layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class EVA(Method):
         need(1 <= self.rho < float("inf"), f"{self.name}.rho", "a number of at least 1", self.rho)
 
     def config(self, **adapter: Any) -> PeftConfig:
-        return LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho), **adapter)
+        return LoraConfig(init_lora_weights="eva", **{"eva_config": EvaConfig(rho=self.rho), **adapter})
 
     def saved_rank(self, r: int) -> int:
         return round(self.rho * r)
@@ -116,7 +116,7 @@ class LoRAGA(ResidualMethod):
         need_count(self, "rows", "batch_rows")
 
     def config(self, **adapter: Any) -> PeftConfig:
-        return ResidualLoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **adapter)
+        return ResidualLoraConfig(init_lora_weights="lora_ga", **{"lora_ga_config": LoraGAConfig(), **adapter})
 
     def rule_for(self, options: InitOptions) -> None:
         """Return None: the gradient of the loss needs the whole model."""

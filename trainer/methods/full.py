@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
 from lora_null.layer import plain_name
-from lora_null.trainer.methods.base import Method, method
+from lora_null.trainer.methods.base import Method, check_no_ranks, method
 
 
 class WeightMethod(Method):
@@ -39,6 +39,7 @@ class Full(WeightMethod):
     target_modules = "all-linear"
 
     def config(self, **adapter: Any) -> None:
+        check_no_ranks(self.name, adapter)
         self.target_modules = adapter.get("target_modules") or "all-linear"
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
