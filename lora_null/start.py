@@ -95,7 +95,11 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> LayerReport:
-        return cls(**{**raw, "layers": [LayerStats.from_json(line) for line in raw["layers"]]})
+        """Return the report of what `to_json` gave; raise a UserError for what another version gave."""
+        try:
+            return cls(**{**raw, "layers": [LayerStats.from_json(line) for line in raw["layers"]]})
+        except (TypeError, KeyError):
+            raise UserError(f"{store.REPORT_FILE}: written by another version of lora-null, initialize anew") from None
 
     def __str__(self) -> str:
         told = f"{len(self.layers)} layers from {self.tokens} tokens in {self.seconds['all']:.1f} s"
