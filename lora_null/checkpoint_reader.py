@@ -112,9 +112,9 @@ class WeightFiles:
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
             found = read_json(index)
-            self.file_of = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(self.file_of, dict):
+            if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
                 raise UserError(f"{index}: damaged, it has no weight_map")
+            self.file_of: dict[str, str] = found["weight_map"]
         elif single.is_file():
             with opened(single) as file:
                 self.file_of = dict.fromkeys(file.keys(), single.name)

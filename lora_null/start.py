@@ -32,7 +32,7 @@ from lora_null.calibration import (
 )
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.factors import LayerStats
-from lora_null.layer import plain_name
+from lora_null.layer import factors_of, plain_name
 from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
@@ -260,7 +260,7 @@ def _solve_layers(
     path: Path | None,
     key: str,
 ) -> dict[str, LayerResult]:
-    """Solve all layers, each part written to the folder as soon as it is there."""
+    """Solve all layers, each part written to the folder as soon as it is there; where that fails, no layer is changed."""
     parts: dict[str, LayerResult] = {}
     a_round = (
         1 if options.weights is not None else solver.layers_a_round()
@@ -273,9 +273,20 @@ def _solve_layers(
             part.key = key
             if path and name not in done and rank_and_world()[0] == 0:
                 store.write_part(path, name, part)
-    except NotFinite as error:
-        raise _with_cause(error, solver.layers) from None
+    except BaseException as error:
+        _empty(solver.layers, solver.adapter_name)
+        if isinstance(error, NotFinite):
+            raise _with_cause(error, solver.layers) from None
+        raise
     return parts
+
+
+def _empty(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Let the adapters of a start that was not finished change nothing, as fresh ones do, so that it can be tried again."""
+    for layer in layers.values():
+        nn.init.zeros_(factors_of(layer, adapter_name)[1])
+        if adapter_name in getattr(layer, "bases", ()):
+            layer.bases = {name: basis for name, basis in layer.bases.items() if name != adapter_name}
 
 
 def _measured_alone(

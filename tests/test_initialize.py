@@ -9,7 +9,7 @@ from tiny import random_batches, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, store
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
 from lora_null.calibration import InputMeter, measure_inputs
 from lora_null.initialize import InitOptions, load_initialization, start_adapter
 from lora_null.layer import adapted_layers
@@ -308,6 +308,29 @@ def test_a_killed_initialization_continues_with_the_same_bits(tmp_path, monkeypa
     start_adapter(killed, BATCHES, QUIET, folder=tmp_path / "killed")
     assert {name.split(".")[2] for name in measured} == {"1"}
     assert same_bits(whole, killed)
+
+
+@pytest.mark.parametrize("form", ["layers", "hooks"])
+@pytest.mark.parametrize("variant", ["v1", "v2", "nb"])
+def test_an_interrupted_start_leaves_the_model_as_it_was_and_can_be_repeated(variant, form, monkeypatch):
+    model = tiny_model()
+    before, peft_model = logits(model), wrapped(variant, model=model)
+    solved = []
+
+    def interrupted(*given, solve=solver.leakage):
+        solved.append(given)
+        if len(solved) == 8:
+            raise KeyboardInterrupt
+        return solve(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(solver, "leakage", interrupted)
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, form=form)
+    assert torch.equal(logits(peft_model), before)
+    initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, form=form)
+    expected = wrapped(variant)
+    initialize_lora_null_weights(expected, BATCHES, min_tokens=1, progress=False, form=form)
+    assert same_bits(peft_model, expected)
 
 
 MISTAKES = {
