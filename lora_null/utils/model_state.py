@@ -30,7 +30,7 @@ def own_code_at(module: nn.Module) -> str | None:
     for code in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *replaced_forward):
         while isinstance(code, functools.partial):
             code = code.func
-        if code.__module__.partition(".")[0] not in LIBRARIES:
+        if str(getattr(code, "__module__", None)).partition(".")[0] not in LIBRARIES:
             return getattr(code, "__qualname__", type(code).__name__)
     return None
 
