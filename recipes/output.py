@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic import RootModel
 
 from lora_null.recipes.config.load import MARK, RECIPE_FILE, dump, is_of_run, resume_command, whole_of, whole_paths
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results
+from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results, validated
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
@@ -74,18 +75,23 @@ def claimed(
         yield
 
 
+def check_place(folder: Path, named: str) -> Path:
+    """Return where a folder is, or will be; raise a UserError where it cannot be made or written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
+        raise UserError(f"{named}: cannot write to {folder} ({why})")
+    return there
+
+
 def check_space(folder: Path, size: int) -> int:
     """Return the bytes that are free where the folder is, or will be; nothing is written.
 
     Raises:
         UserError: fewer than `size`, or the folder or the cache cannot be made or written.
     """
-    for what, place in (("LORA_NULL_CACHE", cache_root()), ("output_dir", folder)):
-        there = next(path for path in (place, *place.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
-            raise UserError(f"{what}: cannot write to {place} ({why})")
-    free = shutil.disk_usage(there).free
+    check_place(cache_root(), "LORA_NULL_CACHE")
+    free = shutil.disk_usage(check_place(folder, "output_dir")).free
     if free < size:
         raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
     return free
@@ -94,7 +100,7 @@ def check_space(folder: Path, size: int) -> int:
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """Keep the hashes of a run's inputs; raise a UserError where it goes on with others than it began with."""
     path = folder / INPUTS_FILE
-    before = read_json(path) if path.is_file() else {}
+    before = validated(RootModel[dict[str, str]], read_json(path), str(path)).root if path.is_file() else {}
     changed = [name for name, found in inputs.items() if before.get(name, found) != found]
     if changed:
         more = f" and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""

@@ -414,7 +414,7 @@ def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
         raise UserError(
             f"{where}: schema {raw.get('schema')!r} needs {needed}; this is {__version__}, which reads schema {SCHEMA}"
         )
-    return _validated(Results, raw, where)
+    return validated(Results, raw, where)
 
 
 def load_results(path: str | Path) -> Results:
@@ -442,7 +442,7 @@ def write_results(folder: Path, results: Results) -> None:
 def read_row(folder: Path) -> Row | None:
     """Return the row of a finished method by its folder, METHOD; None where it is not finished."""
     path = folder / ROW_FILE
-    return _validated(Row, read_json(path), str(path)) if path.is_file() else None
+    return validated(Row, read_json(path), str(path)) if path.is_file() else None
 
 
 def write_row(folder: Path, row: Row) -> None:
@@ -450,7 +450,8 @@ def write_row(folder: Path, row: Row) -> None:
     write_json(folder / ROW_FILE, row.model_dump(exclude_unset=True))
 
 
-def _validated(kind: type[BaseModel], raw: Any, where: str) -> Any:
+def validated(kind: type[BaseModel], raw: Any, where: str) -> Any:
+    """Return what a decoded file holds; raise a UserError of one line that names `where` for anything else."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

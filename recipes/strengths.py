@@ -45,6 +45,12 @@ def check_strength(value: float, where: str) -> float:
     return value
 
 
+def check_at_most(value: float | None) -> None:
+    """Raise a UserError for a --max-forgetting that is no number above 0."""
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"--max-forgetting: must be a number above 0, not {value}")
+
+
 def sweep(
     strength: Strength,
     strengths: Sequence[float],

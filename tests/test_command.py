@@ -139,13 +139,26 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
         (["--device", "gpu"], "--device"),
         (["--model", "/nowhere"], "no folder /nowhere"),
         (["--samples", "1"], "at least 256 are needed"),
+        (["--out", "{tmp}/file"], "--out: cannot write to"),
+        (["--target-modules", ""], "--target-modules: No `target_modules` passed"),
+        (["--target-modules", "q_porj"], "--target-modules: Target modules q_porj not found"),
+        (["--target-modules", "("], "target_modules: a pattern is no regular expression (missing )"),
+        (["--calibration", "self", "--field", "text"], "calibration: 'field' goes with a path"),
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
-    assert init(world, tmp_path / "out", *words) == 2
+    (tmp_path / "file").touch()
+    assert (
+        init(world, tmp_path / "out", *(word.format(tmp=tmp_path) if "tmp" in word else word for word in words)) == 2
+    )
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_each_option_is_named_once(capsys):
+    assert main(["check", "x", "--zzz"]) == 2
+    assert "no option '--zzz' (choose from: --base, --help)" in capsys.readouterr().err
 
 
 def test_an_existing_adapter_is_not_overwritten(world, tmp_path, capsys):

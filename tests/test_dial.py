@@ -21,6 +21,7 @@ from lora_null.recipes.card import results_table
 from lora_null.recipes.commands import source
 from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told, write_dial
 from lora_null.recipes.strengths import sweep
+from lora_null.utils.errors import UserError
 
 PROBE = random_batches(count=1)[0]
 
@@ -191,6 +192,11 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
         (["{world}/out"], "a run; give one of its methods"),
         (["{world}/out/lora-null-v1", "--prompt", "q"], "--prompt: says how the rows of --keep and --learn are read"),
         (["{world}/nowhere"], "no such folder"),
+        (["{world}/out/lora-null-v1", "--out", "{world}/facts.jsonl"], "--out: cannot write to"),
+        (
+            ["{world}/out/lora-null-v1", "--max-forgetting", "nan"],
+            "--max-forgetting: must be a number above 0, not nan",
+        ),
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
@@ -251,6 +257,9 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     for points in (measured[0], measured[0][:1]):
         write_dial(tmp_path / "dial", Dial(method="lora", model="m", points=points))
         assert told(read_dial(tmp_path))
+    (tmp_path / "dial" / "dial.json").write_text("{}")
+    with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):
+        read_dial(tmp_path)
 
 
 def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, capsys):

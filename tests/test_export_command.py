@@ -294,10 +294,11 @@ def test_an_export_that_computes_something_else_is_not_left(world, tmp_path, mon
         (["{world}/out/lora", "--rank", "2", "--form", "merged"], "--rank: a merged model has no rank"),
         (["{world}/out/lora", "--dtype", "float32"], "--dtype: adapters are written as they were trained"),
         (["{world}/out/lora", "--base", "/nowhere"], "no folder /nowhere"),
+        (["{world}/out/lora", "--out", "{world}/tiny.yaml/x"], "--out: cannot write to"),
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
-    assert main(["export", *(word.format(world=world) for word in words), "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", "--out", str(tmp_path / "out"), *(word.format(world=world) for word in words)]) == 2
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

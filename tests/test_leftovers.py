@@ -217,6 +217,9 @@ def test_what_was_not_known_when_a_run_began_has_not_changed(tmp_path):
         output._check_inputs(tmp_path, known)
     with pytest.raises(UserError, match="changed of b;"):
         output._check_inputs(tmp_path, {"b": "3"})
+    (tmp_path / "inputs.json").write_text("[]")
+    with pytest.raises(UserError, match=r"inputs\.json: the whole file: Input should be a valid dictionary"):
+        output._check_inputs(tmp_path, {})
 
 
 @pytest.mark.parametrize("consent, said", [("unsafe", " --allow-code-execution=unsafe"), ("jailed", " --allow-code-execution"), (False, "")])  # fmt: skip

@@ -191,14 +191,15 @@ def test_it_trains(world, monkeypatch, capsys):
 
 
 MISTAKES = {
-    "no file": (["--data", "nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
-    "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "keep.path: no file or folder ./nowhere"),
+    "no file": (["--data", "nowhere.jsonl"], "--data: no file or folder nowhere.jsonl"),
+    "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "--keep: no file or folder ./nowhere"),
     "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "model.name_or_path: no folder ./nowhere"),
     "no format": (["--data", "odd.jsonl"], "--data: the fields a, b, c are no conversation"),
     "no rows": (["--data", "bad.jsonl"], "2 no complete JSON (rows 1, 2)"),
     "no good row": (["--data", "empty.jsonl"], "1 an empty turn of the user (row 1)"),
     "there already": (["--data", "rows.jsonl", "--out", "there.yaml"], "--out: there.yaml exists already"),
     "no YAML": (["--data", "rows.jsonl", "--out", "there.json"], "--out: there.json is no YAML file"),
+    "no folder": (["--data", "rows.jsonl", "--out", "there.yaml/mine.yaml"], "--out: cannot write to there.yaml"),
     "no option": (["--dta", "rows.jsonl"], "no option '--dta' (did you mean '--data'?)"),
 }
 

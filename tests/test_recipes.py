@@ -222,14 +222,14 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").touch()
     task = "{name: a, data: {path: numbers.jsonl}, eval: {task: [facts.jsonl, {task: own.yaml, fewshot_path: start}]}}"
     (tmp_path / "two.yaml").write_text(
-        f"include: tiny.yaml\nsequence: {{tasks: [{task}, {{name: b}}]}}\n"
+        f"include: tiny.yaml\ntraining: {{fsdp_config: own.yaml}}\nsequence: {{tasks: [{task}, {{name: b}}]}}\n"
         "eval: {include_path: start, probe: {task: [{task: own.yaml, path: start}]}}"
     )
     recipe = load_recipe(str(tmp_path / "two.yaml"))
     first, probed = recipe.sequence.tasks[0], recipe.eval.probe.task[0]
     found = [first["data"]["path"], first["eval"]["task"][0], *first["eval"]["task"][1].values()]
-    found += [probed.task, probed.path, recipe.eval.include_path]
-    names = ("numbers.jsonl", "facts.jsonl", "own.yaml", "start", "own.yaml", "start", "start")
+    found += [probed.task, probed.path, recipe.eval.include_path, recipe.training["fsdp_config"]]
+    names = ("numbers.jsonl", "facts.jsonl", "own.yaml", "start", "own.yaml", "start", "start", "own.yaml")
     assert found == [str(tmp_path / name) for name in names]
 
 

@@ -110,6 +110,12 @@ class TestFilesAsTheyWereWritten:
         pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
         assert read_documents([tmp_path / "a.csv"], "x").rows == ROWS
 
+    def test_two_columns_of_one_name_in_a_parquet(self, tmp_path):
+        table = pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 2, names=["a", "a"])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match="two columns are called 'a'"):
+            read_documents([tmp_path / "a.parquet"], "x")
+
     def test_whole_numbers_of_a_csv(self, tmp_path):
         (tmp_path / "a.csv").write_text("n,zip,big\n1,01,12345678901234567890\n-2,10,1\n")
         rows = read_documents([tmp_path / "a.csv"], "x").rows

@@ -29,7 +29,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f"no command {argv[0]!r}{nearest(argv[0], commands)}")
     used = commands.get(argv[0], parser) if argv else parser
-    known = re.findall(r"--[a-z][\w-]*", used.format_help())
+    known = set(re.findall(r"--[a-z][\w-]*", used.format_help()))
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if not any(name.startswith(option) for name in known):
             raise UserError(f"{used.prog}: no option {option!r}{nearest(option, known)}")

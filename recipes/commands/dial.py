@@ -22,11 +22,12 @@ from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.job import Job, evaluation_job
+from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
 from lora_null.recipes.results import Budget
 from lora_null.recipes.run import base_row, dial, measurement
-from lora_null.recipes.strengths import STRENGTHS, parse_strengths
+from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: not an adapter, an adapter for another base, strengths that are no numbers, nothing to measure.
     """
+    check_at_most(arguments.max_forgetting)
     strengths = parse_strengths(arguments.strengths) if arguments.strengths is not None else list(STRENGTHS)
     use_all_cores()
     keep_freed_memory()
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         source = find_source(arguments.source, arguments.base)
         check_adapter_fits(source)
         _check_kept(source, arguments)
+        check_place(folder_for(source, arguments), "--out")
         return source, job_for(source, arguments, folder_for(source, arguments))
 
     source, job = together(check, what="checking the adapter")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import tempfile
@@ -34,7 +33,8 @@ from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.models import smollm2
-from lora_null.recipes.strengths import check_strength
+from lora_null.recipes.output import check_place
+from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import replacing_folder, write_json, write_safetensors
 
@@ -148,8 +148,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--strength: --max-forgetting chooses the strength itself, give one of the two")
     if arguments.strength is not None and not check_strength(arguments.strength, "--strength"):
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
-    if arguments.max_forgetting is not None and not 0 < arguments.max_forgetting < math.inf:
-        raise UserError(f"--max-forgetting: must be a number above 0, not {arguments.max_forgetting}")
+    check_at_most(arguments.max_forgetting)
+    check_place(arguments.out.parent, "--out")
     if arguments.form == "gguf":
         load_gguf()
 

@@ -14,11 +14,18 @@ from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.initialize import InitOptions, check_named, refusing_in_one_line, start_adapter
 from lora_null.recipes import own_texts
-from lora_null.recipes.config.schema import CalibrationSection, ModelSection, calibration_entry, parse_section
+from lora_null.recipes.config.schema import (
+    CalibrationSection,
+    ModelSection,
+    calibration_entry,
+    one_or_more,
+    parse_section,
+)
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
+from lora_null.recipes.output import check_place
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
@@ -41,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.dtype = "bfloat16" if native else "float32"
         if is_first_process():
             print(precision_line(native, ["--dtype"]))
+    check_place(arguments.out, "--out")
     batches = _batches(arguments)
     peft_model, weights = together(lambda: _model(arguments), what="initialization")
     options = InitOptions(
@@ -100,11 +108,11 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     name = resolve_name(section)
     shape = load_config(section, name)
     check_stored(section, shape)
-    targets = arguments.target_modules
+    targets = one_or_more(arguments.target_modules) if "," in arguments.target_modules else arguments.target_modules
     config = LoraNullConfig(
         r=arguments.rank,
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
-        target_modules=[name.strip() for name in targets.split(",")] if "," in targets else targets,
+        target_modules=targets,
         variant=arguments.variant,
         null_multiple=arguments.null_multiple,
         null_energy=arguments.null_energy,
@@ -113,5 +121,10 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     )
     base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
     check_named(base, config.target_modules)
-    with adapters_in_memory(), refusing_in_one_line():
-        return get_peft_model(base, config), weights
+    try:
+        with adapters_in_memory(), refusing_in_one_line():
+            return get_peft_model(base, config), weights
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--target-modules: {first_line(error)}") from None

@@ -26,6 +26,7 @@ from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
+from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
 from lora_null.trainer.preflight import check_architecture
 from lora_null.utils.errors import UserError
@@ -133,6 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
     if out.exists():
         raise UserError(f"--out: {out} exists already; choose another name")
+    check_place(out.parent, "--out")
     draft, quoted = _draft(arguments, out), shlex.quote(str(out))
     template = templates_in(Path(__file__).parent).get_template(TEMPLATE)
     write_text(out, template.render(d=draft, y=_yaml, out=quoted))
@@ -201,7 +203,11 @@ def _machine() -> Machine:
 def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     """Read a data set, find its format, and decide how many of its rows are held out."""
     local = Path(path).exists()
-    documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=LOOKED_AT)
+    try:
+        documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=LOOKED_AT)
+    except UserError as error:  # which names what would be keys of a recipe
+        told = str(error).replace(f"{where}.path=", f"--{where}").replace(f"{where}.path", f"--{where}")
+        raise UserError(told.replace(f"{where}.split", "--split")) from None
     if not documents.rows:
         settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
     form = recognize(documents.rows, documents.columns, f"--{where}")

@@ -37,7 +37,9 @@ INSTEAD = {
     "text": ("messages", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
-PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init"}  # keys that hold one
+# Keys that hold a path; those in the second line may, of `training`.
+PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init"}
+PATHS |= {"deepspeed", "fsdp_config", "accelerator_config"}
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
@@ -398,6 +400,7 @@ def _with_paths(recipe: Recipe, meant: Callable[[str], str]) -> Recipe:
     ]
     for section in (*sections, recipe.eval.judge):
         _put_paths(vars(section) if section else {}, meant)
+    _put_paths(recipe.training, meant)
     recipe.method.files = [meant(path) for path in recipe.method.files]
     for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
         for key, values in sweep.items():
@@ -408,7 +411,7 @@ def _with_paths(recipe: Recipe, meant: Callable[[str], str]) -> Recipe:
         entries = evaluation.get("task") if isinstance(evaluation, dict) else None
         entries = entries if isinstance(entries, list) else []
         entries[:] = [meant(e) if isinstance(e, str) and Path(e).suffix else e for e in entries]
-        for section in (task.get("data"), *entries):
+        for section in (task.get("data"), task.get("training"), *entries):
             _put_paths(section if isinstance(section, dict) else {}, meant)
     return recipe
 

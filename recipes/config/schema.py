@@ -887,7 +887,8 @@ def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> 
     try:
         return kind(**values)
     except ValidationError as error:
-        raise UserError("; ".join(f"{where}.{_explain(problem)}" for problem in error.errors())) from None
+        told = (f"{where}{'.' if problem['loc'] else ': '}{_explain(problem)}" for problem in error.errors())
+        raise UserError("; ".join(told)) from None
 
 
 def _explain(problem: Any) -> str:

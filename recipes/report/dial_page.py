@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Results, Row
+from lora_null.recipes.results import DISPLAY, Results, Row, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 FOLDER, FILE = "dial", "dial.json"
@@ -36,7 +36,7 @@ class Dial(BaseModel):
 
     method: str
     model: str
-    points: list[DialPoint]
+    points: list[DialPoint] = Field(min_length=1)
     seconds: float = 0.0
 
     def results(self) -> Results:
@@ -69,7 +69,7 @@ def write_dial(folder: Path, dial: Dial) -> None:
 def read_dial(method_folder: Path) -> Dial | None:
     """Return what lies in METHOD/dial; None where there is none."""
     path = method_folder / FOLDER / FILE
-    return Dial.model_validate(read_json(path)) if path.is_file() else None
+    return validated(Dial, read_json(path), str(path)) if path.is_file() else None
 
 
 def markdown(dial: Dial) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import read_yaml, whole_of
 from lora_null.recipes.config.tasks import FOLDER
-from lora_null.recipes.output import RECIPE_FILE
+from lora_null.recipes.output import RECIPE_FILE, check_place
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
     LOG_FILE,
@@ -98,6 +98,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     found = [load_results(f) if (f / RESULTS_FILE).is_file() else results_so_far(f) for f in folders]
     for (one, first), (other, results) in itertools.combinations(zip(folders, found), 2):
         _check_alike(one, first, other, results)
+    check_place(out, "--out")
     ours = (out / RESULTS_FILE).is_file() and load_results(out).of_several_runs
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out: {out} holds other files; choose an empty folder")

@@ -165,6 +165,9 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
     assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
+    (tmp_path / "file").touch()
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "file")]) == 2
+    assert "--out: cannot write to" in capsys.readouterr().err
     write_results(other, results().model_copy(update={"model": "another"}))
     for words, message in (
         ([str(one), str(other)], "have different bases (m, another)"),
