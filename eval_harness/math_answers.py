@@ -108,12 +108,17 @@ def to_number(answer: str | None) -> Fraction | None:
     found = _QUANTITY.search(plain)
     if found is None or len(found[0]) > LONGEST or re.search(r"[eE]\D?\d{4}", found[0]):
         return None
-    whole, over, top, bottom = (part and Fraction(re.sub(r"[\s$€£,+]", "", part)) for part in found.groups())
-    if 0 in (over, bottom):
+    whole, over, top, bottom = found.groups()
+    if any(part and not _fraction(part) for part in (over, bottom)):
         return None
-    if over is not None:
-        return whole / over
-    return whole if top is None else whole + (-1 if found[0].lstrip("$€£ ").startswith("-") else 1) * top / bottom
+    if over:
+        return _fraction(whole) / _fraction(over)
+    sign = -1 if "-" in whole else 1
+    return _fraction(whole) + (sign * _fraction(top) / _fraction(bottom) if top else 0)
+
+
+def _fraction(number: str) -> Fraction:
+    return Fraction(re.sub(r"[\s$€£,+]", "", number))
 
 
 def same_number(answer: str | None, right: str) -> bool:
