@@ -314,6 +314,9 @@ def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y}}], earlier: [1, 1]}}"], "have 1 before the last, not 2"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, model: {{}}}}]}}"], "y sets 'model', it changes what all tasks share"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: {{limit: 3}}}}]}}"], "y sets eval.limit"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: 3}}]}}"], "y: eval is a mapping, and its task a list"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: {{task: gsm8k}}}}]}}"], "y: eval is a mapping, and"),
+        (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: null}}]}}"], "y: eval is a mapping, and its task a list"),
     ],
 )  # fmt: skip
 def test_mistakes_of_the_section(finished, tmp_path, capsys, words, message):

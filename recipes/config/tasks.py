@@ -104,6 +104,9 @@ def _check_overlay(task: dict[str, Any]) -> None:
         raise UserError(
             f"sequence.tasks: {task['name']} sets {wrong!r}, it {shared}; a task sets {', '.join(OVERLAID)}"
         )
-    inner = next((key for key in task.get("eval") or {} if key != "task"), None)
+    evaluation = task.get("eval", {})
+    if not isinstance(evaluation, dict) or not isinstance(evaluation.get("task", []), list):
+        raise UserError(f"sequence.tasks: {task['name']}: eval is a mapping, and its task a list of entries")
+    inner = next((key for key in evaluation if key != "task"), None)
     if inner is not None:
         raise UserError(f"sequence.tasks: {task['name']} sets eval.{inner}; a task sets eval.task, the rest is shared")
