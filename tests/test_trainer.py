@@ -218,6 +218,15 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(tmp_path, at, b
         assert resumed.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-2")
 
 
+@pytest.mark.parametrize("only", [True, False])
+def test_a_checkpoint_without_its_optimizer_is_told_of(tmp_path, only, caplog):
+    options = dict(save_strategy="steps", save_steps=1, save_only_model=only)
+    make(tmp_path, max_steps=1, **options).train()
+    with caplog.at_level("WARNING", logger="lora_null.trainer.checkpoints"):
+        make(tmp_path, max_steps=2, **options).train(resume_from_checkpoint=True)
+    assert ("holds no optimizer (save_only_model)" in caplog.text) == only
+
+
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)
@@ -230,6 +239,16 @@ def test_gradient_checkpointing_trains(tmp_path, variant):
     without = make(tmp_path / "b", LoraNullConfig(r=4, variant=variant))
     without.train()
     assert losses(with_it) == pytest.approx(losses(without), rel=1e-4)
+
+
+def test_an_evaluation_that_has_rounded_the_model_is_not_trained_after(tmp_path):
+    trainer = make(tmp_path, bf16_full_eval=True, max_steps=1, eval_rows=ROWS.select(range(4)), eval_strategy="steps")
+    trainer.evaluate()
+    with pytest.raises(
+        UserError, match="bf16_full_eval: an evaluation before training has rounded the model for good"
+    ):
+        trainer.train()
+    make(tmp_path, bf16_full_eval=True, max_steps=1, eval_rows=ROWS.select(range(4)), eval_strategy="steps").train()
 
 
 def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):

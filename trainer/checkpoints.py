@@ -90,6 +90,15 @@ def check_whole_checkpoint(checkpoint: Path) -> None:
     raise UserError(f"resume: {checkpoint} {what}; " + (f"take {beside}" if beside else "no whole one is beside it"))
 
 
+def say_what_is_not_there(checkpoint: Path) -> None:
+    """Say in a line that the optimizer begins anew, from a checkpoint of a run with `save_only_model`."""
+    if not any(path for name in ("optimizer*", "global_step*") for path in checkpoint.glob(name)):
+        logger.warning(
+            f"resume: {checkpoint} holds no optimizer (save_only_model), so its moments and the schedule of the learning rate "
+            "begin anew"
+        )
+
+
 def record_way(checkpoint: Path, way: Mapping[str, Any]) -> None:
     """Write down what decides how a run starts and trains; see `check_way`."""
     write_json(checkpoint / METHOD_FILE, way)

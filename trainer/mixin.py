@@ -44,6 +44,7 @@ from lora_null.trainer.checkpoints import (
     check_whole_checkpoint,
     last_checkpoint_or_raise,
     record_way,
+    say_what_is_not_there,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import (
@@ -249,6 +250,7 @@ class LoraNullMixin(SavingMixin):
         if len({read_report(folder)["key"] for folder in both}) > 1:
             raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
         self._way = self._settings(to_start) if self._measures else {}
+        self._dtypes = self._trained_dtypes()
         self._prepared = self._at_start = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
@@ -343,10 +345,12 @@ class LoraNullMixin(SavingMixin):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
         self._check_engine()
+        self._check_precision()
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if resume_from_checkpoint:
             check_whole_checkpoint(Path(resume_from_checkpoint))
             check_way(Path(resume_from_checkpoint), self._way)
+            say_what_is_not_there(Path(resume_from_checkpoint))
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
             check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
@@ -368,6 +372,15 @@ class LoraNullMixin(SavingMixin):
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
             )
         return output
+
+    def _trained_dtypes(self) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
+
+    def _check_precision(self) -> None:
+        """Refuse to train what an evaluation has rounded for good: it casts the model in place."""
+        name = next((key for key in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, key)), None)
+        if name is not None and self._trained_dtypes() != self._dtypes:
+            raise UserError(f"{name}: an evaluation before training has rounded the model for good; set it to False")
 
     def _check_engine(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
