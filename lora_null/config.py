@@ -110,6 +110,10 @@ class LoraNullConfig(ResidualLoraConfig):
         if self.lora_alpha is None:
             self.lora_alpha = self.r
         if self.target_modules is None:
+            if self.layers_to_transform is not None:
+                raise UserError(
+                    "layers_to_transform: goes with a list of target_modules, such as ['q_proj', 'v_proj']"
+                )
             self.target_modules = "all-linear"
         super().__post_init__()
         self._check()

@@ -51,7 +51,7 @@ def _count_rows(recipe: Recipe) -> int | None:
     if not Path(data.path).is_file():
         return None
     found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
-    return min(len(found.rows), data.limit or len(found.rows))
+    return min(max(0, len(found.rows) - data.offset), data.limit or len(found.rows))
 
 
 def _print_grid(recipe: Recipe) -> None:

@@ -36,7 +36,8 @@ from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
-READ = {"path", "subset", "split", "prompt", "response", "template"}  # what such entries have in common with `data`
+# What entries of rows have in common with `data`.
+READ = {"path", "subset", "split", "prompt", "response", "template", "offset", "limit"}
 STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
 
 
@@ -110,15 +111,11 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     where, thinking = f"eval.{role}", asked.recipe.data.thinking
-    last = None if entry.limit is None else entry.offset + entry.limit
     fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
     if entry.messages is None:
         fields |= _fields_of(entry, where)
-    section = DataSection(**fields, limit=last, thinking=thinking)
+    section = DataSection(**fields, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
-    if not any(example.row > entry.offset for example in (*examples, *bad)):
-        raise UserError(f"{where}.offset: {entry.path} has only {len(examples) + len(bad)} rows")
-    examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
     pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
     special = entry.template != CHAT
@@ -147,11 +144,9 @@ def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:
 
 def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
     where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
-    last = None if entry.limit is None else entry.offset + entry.limit
-    keys = entry.model_dump(include=READ | {"rejected"}) | {"limit": last}
+    keys = entry.model_dump(include=READ | {"rejected"})
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
-    examples, bad = ([row for row in rows if row.row > entry.offset] for rows in (examples, bad))
     settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)

@@ -190,6 +190,18 @@ def test_up_to_one_percent_is_left_out_unasked_and_never_silently(tmp_path, caps
     assert main([*words, "data.on_bad_row=skip"]) == 2
 
 
+def test_the_rows_between_offset_and_limit_are_learned(tmp_path, tokenizer):
+    rows = [{"prompt": f"q{i}", "response": "" if i in (1, 4) else f"a{i}"} for i in range(6)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"preferences": False, "max_length": None}
+    data = training_data(section(path, offset=2, limit=2, on_bad_row="error"), tokenizer, **options)
+    assert [example.row for example in data.examples] == [3, 4] and not data.bad
+    data = training_data(section(path, offset=3, on_bad_row="skip"), tokenizer, **options)
+    assert [example.row for example in data.examples] == [4, 6] and [row.row for row in data.bad] == [5]
+    with pytest.raises(UserError, match=r"^data.offset: .*rows.jsonl has only 6 rows$"):
+        training_data(section(path, offset=6), tokenizer, **options)
+
+
 @pytest.mark.parametrize("said", [[], [("human", "a")], [("gpt", "a"), ("human", "b")], [("human", "a"), ("gpt", "")]])
 def test_conversations_that_cannot_be_learned(tmp_path, tokenizer, said):
     rows = [{"conversations": [{"from": who, "value": text} for who, text in said]}, {"conversations": None}]

@@ -258,6 +258,24 @@ def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):
     assert json.loads((tmp_path / "init" / "layers.json").read_text())["layers"] == []
 
 
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ({"rows": list(ROWS)}, "train_dataset: a list, not a data set"),
+        ({"rows": ROWS.select([])}, "train_dataset: holds no row"),
+        ({"eval_rows": {"a": ROWS, "b": ROWS.select([])}}, r"eval_dataset\['b'\]: holds no row"),
+    ],
+)
+def test_rows_that_are_no_data_set_or_none_are_one_line(rows, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, **rows)
+
+
+def test_layers_without_a_list_of_targets_are_one_line():
+    with pytest.raises(UserError, match="layers_to_transform: goes with a list of target_modules"):
+        LoraNullConfig(r=4, layers_to_transform=[1])
+
+
 def test_no_calibration_data_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="calibration_dataset"):
         make(tmp_path, calibration=None)

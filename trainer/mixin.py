@@ -66,6 +66,7 @@ from lora_null.trainer.preflight import (
     check_model,
     check_peft_config,
     check_rows,
+    check_rows_given,
     check_targets,
     check_trainable,
     check_windows,
@@ -187,6 +188,8 @@ class LoraNullMixin(SavingMixin):
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         given = bound.arguments
         peft_config, optimizers = given.get("peft_config"), given.get("optimizers") or (None, None)
+        for name in ("train_dataset", "eval_dataset"):
+            check_rows_given(name, given.get(name))
         check_peft_config(peft_config, calibration_dataset is not None or init_folder is not None)
         if self.learns_next_token and preflight != "off":
             check_model(given.get("model"), given.get("args"), preflight)

@@ -6,7 +6,7 @@ Every finding here is a `UserError` with `preflight="error"`, a printed line wit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -83,6 +83,21 @@ def check_model(model: Any, args: Any, mode: Mode) -> None:
         check_architecture(config, mode)
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         tell(mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+
+
+def check_rows_given(name: str, rows: Any) -> None:
+    """Raise a UserError, before a model loads, for rows that are no data set, or for none.
+
+    Args:
+        name: of the argument.
+        rows: a data set, or several by name; None where none is given.
+    """
+    for key, one in rows.items() if isinstance(rows, dict) else [("", rows)]:
+        where = f"{name}[{key!r}]" if key else name
+        if isinstance(one, list | tuple):
+            raise UserError(f"{where}: a {type(one).__name__}, not a data set; datasets.Dataset.from_list makes one")
+        if isinstance(one, Sized) and not len(one):
+            raise UserError(f"{where}: holds no row")
 
 
 def check_peft_config(config: PeftConfig | None, calibrated: bool) -> None:

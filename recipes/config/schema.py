@@ -91,6 +91,8 @@ MOST_NAMED = 16  # keys, where none is like the one that was given
 
 
 PATH = Field(min_length=1, description="hub id, local file or folder")
+OFFSET = Field(0, ge=0, description="rows to skip")
+ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
 SUBSET = Field(None, description="configuration of a hub data set")
 SPLIT = "split; a single file is its own"
 
@@ -428,7 +430,8 @@ class DataSection(Section):
     template: Template = Field(
         "alpaca", description="alpaca, chat (the model's own), qa, plain, or a text with {prompt}"
     )
-    limit: int | None = Field(None, ge=1, description="first rows only")
+    offset: int = OFFSET
+    limit: int | None = ROWS_AFTER
     on_bad_row: Literal["error", "skip"] | None = Field(
         None, description="rows that cannot be trained on; when not given, an error only if they are over 1%"
     )
@@ -486,8 +489,8 @@ class AnswersEntry(Section):
     )
     system: str | None = Field(None, description="field of a system text, put before the conversation")
     template: Template = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
-    offset: int = Field(0, ge=0, description="rows to skip")
-    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
+    offset: int = OFFSET
+    limit: int | None = ROWS_AFTER
 
     @model_validator(mode="after")
     def _one_way(self) -> AnswersEntry:
@@ -505,8 +508,8 @@ class PreferencesEntry(Section):
     prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
     rejected: str = Field("rejected", description="field of the rejected response")
-    offset: int = Field(0, ge=0, description="rows to skip")
-    limit: int | None = Field(None, ge=1, description="first rows after `offset` only")
+    offset: int = OFFSET
+    limit: int | None = ROWS_AFTER
 
 
 class MTBenchEntry(Section):

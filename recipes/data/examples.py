@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,23 +119,26 @@ def training_data(
 def read_examples(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, where: str = "data"
 ) -> tuple[list[Example], list[BadRow]]:
-    """Return the good rows, written under the template, and the bad ones.
+    """Return the good rows after the offset and up to the limit, written under the template, and the bad ones.
 
     Raises:
-        UserError: as `load_documents`, a missing field, or a model without the chat template that is asked for.
+        UserError: as `load_documents`, a missing field, an offset that leaves no row, or a model without the chat template
+            that is asked for.
     """
     need_chat_template(data.template, tokenizer)
-    documents = load_documents(
-        data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=data.limit
-    )
-    last = data.limit if data.limit is not None else float("inf")
-    bad, examples = [row for row in documents.bad if row.row <= last], []
+    last = None if data.limit is None else data.offset + data.limit
+    documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=last)
+    numbers = [*documents.numbers, *(row.row for row in documents.bad)]
+    if numbers and max(numbers) <= data.offset:
+        raise UserError(f"{where}.offset: {data.path} has only {len(numbers)} rows")
+    wanted = range(data.offset + 1, sys.maxsize if last is None else last + 1)
+    bad, examples = [row for row in documents.bad if row.row in wanted], []
     if not documents.rows:
         return examples, bad
     reader = RowReader(data, documents.columns, where, preferences=preferences, first=documents.rows[0])
     for number, row in zip(documents.numbers, documents.rows):
-        if number > last:
-            break
+        if number not in wanted:
+            continue
         try:
             examples.append(reader.example(number, row, tokenizer))
         except ValueError as error:
