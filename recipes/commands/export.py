@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +35,7 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.output import check_place
 from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import replacing_folder, write_json, write_safetensors
+from lora_null.utils.files import opened, replacing_folder, write_json, write_safetensors
 
 GGUF_FILE = "adapter.gguf"
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
@@ -236,7 +235,7 @@ def _stored_dtype(export: Export) -> str:
     files = WeightFiles(export.source.base.folder)
     counted: Counter = Counter()
     for name in set(files.file_of.values()):
-        with safe_open(files.folder / name, "pt") as file:
+        with opened(files.folder / name) as file:
             counted.update(DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys())  # noqa: SIM118
     return str(counted.most_common(1)[0][0]).removeprefix("torch.")
 
