@@ -116,10 +116,14 @@ def load_initialization(
 
 
 def check_named(model: nn.Module, targets: Any) -> None:
-    """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches."""
+    """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches.
+
+    Fused experts count, of which `say_what_is_fused` tells.
+    """
     modules = {in_checkpoint(name): module for name, module in base_modules(model)}
+    names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
     for wanted in targets if isinstance(targets, list | tuple | set) else ():
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             leaves = {name.rpartition(".")[2] for name, x in modules.items() if hasattr(x, "in_features")}
             raise UserError(f"target_modules: no module matches {wanted!r}{nearest(wanted, leaves)}")
 

@@ -193,6 +193,7 @@ def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_pa
     for module in (run, grid):
         monkeypatch.setattr(module, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(grid, "base_row", lambda job: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     recipe, kept = make_world(tmp_path), tmp_path / "hub" / "models--me--tiny"
     (kept / "refs").mkdir(parents=True)

@@ -63,8 +63,8 @@ def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):
     with adapters_in_memory():
         in_files = get_peft_model(base, config), files
     for model, weights in (held, in_files):
-        options = InitOptions(device=DEVICE, weights=weights, min_tokens=1, progress=False)
         with Accelerator():
+            options = InitOptions(device=DEVICE, weights=weights, min_tokens=1, progress=False)
             report, _ = start_adapter(model, batches, options)
         for line in report.layers:
             A = adapted_layers(model)[line.name].lora_A["default"].weight
