@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lora_null.recipes.report.grid_page import against_reference, grid_content, 
 from lora_null.recipes.report.headline import headline, verdicts
 from lora_null.recipes.report.paper import paper_table
 from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row
-from lora_null.recipes.results import LOG_FILE, Results, load_log, load_results
+from lora_null.recipes.results import DISPLAY, LOG_FILE, Results, load_log, load_results
 from lora_null.utils.files import replacing
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
@@ -169,10 +170,19 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
     }
 
 
+def _references(results: Results, labels: Sequence[str]) -> str:
+    """Return the methods that others are compared with: of an unfinished grid not the same one at all settings."""
+    found = (reference_row(results, row.variant) for row in results.rows[1:])
+    rows = list(dict.fromkeys(i for i in found if i is not None))
+    names = [DISPLAY.get(results.rows[i].method, results.rows[i].method) if results.grid else labels[i] for i in rows]
+    first, *others = dict.fromkeys(sorted(names, key=lambda name: name != DISPLAY["lora"])) or ("LoRA",)
+    return f"{first} (where it was not run: {', '.join(others)})" if others else first
+
+
 def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str, Any]:
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
     table, colors, labels = build_table(results), row_colors(results), results.labels()
-    reference, recipe = reference_row(results, results.rows[-1].variant), output_dir / RECIPE_FILE
+    recipe = output_dir / RECIPE_FILE
     not_there = {"verdicts": [], "grid": None, "curves": [], "without_log": [], "unreadable": [], "snippet": None}
     return not_there | {
         "results": results,
@@ -188,7 +198,7 @@ def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str,
         "alt": plane_alt(results),
         "noise": _noise(results),
         "distances": [] if results.grid else distances(results),
-        "reference": labels[reference] if reference and not results.grid else "LoRA",
+        "reference": _references(results, labels),
         "paired": against_reference(results),
         "tests": len([pair for pair in results.paired or () if pair.p is not None]),
         "paper": paper_table(results),

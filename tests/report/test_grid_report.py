@@ -131,6 +131,23 @@ def test_a_grids_settings_are_not_marked_best(tmp_path):
     assert load_results(tmp_path).grid.planned == 9
 
 
+def test_what_an_unfinished_grid_compares_with_is_named(tmp_path):
+    raw = paper_run()
+    v2, gap = raw["rows"][1], {"metric": "nq_open", "mean": 0.01, "stderr": 0.01, "p": 0.5, "p_adjusted": 0.5}
+    raw["rows"] = [raw["rows"][0], v2 | {"variant": "a"}, v2 | {"method": "nb-lora", "variant": "a"}]
+    raw["paired"] = [gap | {"row": 2, "against": 1, "questions": 100, "seeds": 1}]
+    raw["grid"] = {"seeds": [0], "planned": 9, "cells": []}
+
+    def page():
+        (tmp_path / "results.json").write_text(json.dumps(raw))
+        write_report(tmp_path)
+        return (tmp_path / "report.md").read_text()
+
+    assert "Each row minus LoRA-Null-v2 at the same settings" in page()
+    raw["rows"].append(v2 | {"method": "lora", "variant": "b"})
+    assert "Each row minus LoRA (where it was not run: LoRA-Null-v2) at the same settings" in page()
+
+
 def test_our_average_by_the_papers_definition_stands_beside_the_papers():
     changes = {"triviaqa": percent(0.5, "retention"), "webqs": percent(0.07, "retention")}
     table = paper_table(parse_results(paper_run(**changes, **{"math/string_match": percent(0.06, "task")})))
