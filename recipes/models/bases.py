@@ -231,7 +231,8 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
 def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tensor]:
     """Return what reads W0 (d_out, d_in) of a base's linear by its name, one weight at a time where its files allow it."""
     try:
-        base, files = open_in_files(functools.partial(load_base, model), name, model.revision)
+        with complete_at_load():
+            base, files = open_in_files(functools.partial(load_base, model), name, model.revision)
     except UserError:
         whole = load_base(model, name)
         return lambda linear: weight_of(whole.get_submodule(linear))
