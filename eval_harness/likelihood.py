@@ -213,7 +213,7 @@ def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """Return KL(base || model) in nats at each token, from two tensors of log-probabilities [tokens, vocabulary]."""
     terms = F.kl_div(model, base, reduction="none", log_target=True)
-    return terms.masked_fill(base == -torch.inf, 0).sum(-1, dtype=torch.float64)  # 0 · log 0 is 0
+    return terms.masked_fill_(base == -torch.inf, 0).sum(-1, dtype=torch.float64)  # 0 · log 0 is 0
 
 
 def score_answers(

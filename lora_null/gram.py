@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lora_null.utils.distributed import get_logger
+from lora_null.utils.errors import first_line
 from lora_null.utils.model_state import full_precision
 
 logger = get_logger(__name__)
@@ -115,6 +116,5 @@ def kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]
         add_gram(total, torch.ones(16, 16, dtype=torch.bfloat16, device=device))
         return add_gram if torch.cuda.get_device_capability(device) >= (8, 0) and total[0, 0] == 16 else None
     except Exception as error:  # a compiler that is missing, a card it does not know: each raises its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning(f"calibration: without the kernel for 16-bit numbers, which takes longer ({reason})")
+        logger.warning(f"calibration: without the kernel for 16-bit numbers, which takes longer ({first_line(error)})")
         return None

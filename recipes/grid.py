@@ -28,7 +28,15 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import forget_below, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of, inspect_recipe, training_arguments
+from lora_null.recipes.job import (
+    Job,
+    check_asked_alike,
+    check_run,
+    inputs_beside_the_base,
+    inputs_of,
+    inspect_recipe,
+    training_arguments,
+)
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
@@ -211,7 +219,7 @@ def check_grid(
 def _inputs_of_cell(cell: Cell, checked: Job) -> dict[str, str]:
     """Return the hashes of what a run reads in the sections of which keys are swept, named by their values."""
     swept, settings = {key.partition(".")[0] for key, _ in cell.point}, settings_text(dict(cell.point))
-    found = inputs_of(checked).items()
+    found = inputs_beside_the_base(checked).items()
     return {f"{name} ({settings})": value for name, value in found if name.partition(".")[0] in swept}
 
 

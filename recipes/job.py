@@ -167,6 +167,15 @@ def space_of_run(job: Job) -> int:
 
 def inputs_of(job: Job) -> dict[str, str]:
     """Return a hash of what each path of a checked job's recipe holds, by what names it; a hub's data is told by its rows."""
+    found = inputs_beside_the_base(job)
+    files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
+    if files is not None and any(files.glob("*.safetensors")):
+        found["model.name_or_path"] = base_fingerprint(files)
+    return found | job.swept_inputs
+
+
+def inputs_beside_the_base(job: Job) -> dict[str, str]:
+    """Return what `inputs_of` does but for the base, which no grid varies and which takes longest to hash."""
     examples, limit = job.data.examples if job.data else [], job.recipe.eval.limit
     rows = [[example.written.text, example.rejected and example.rejected.text] for example in examples]
     found = {"data.path": hash_of(rows)}
@@ -178,10 +187,7 @@ def inputs_of(job: Job) -> dict[str, str]:
         found["method.files"] = hash_of([Path(path).read_text(encoding="utf-8") for path in job.recipe.method.files])
     if job.recipe.method.init is not None:
         found["method.init"] = read_report(find_initialization(Path(job.recipe.method.init)))["key"]
-    files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
-    if files is not None and any(files.glob("*.safetensors")):
-        found["model.name_or_path"] = base_fingerprint(files)
-    return found | job.swept_inputs
+    return found
 
 
 def inspect_recipe(

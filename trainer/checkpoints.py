@@ -90,7 +90,7 @@ def check_whole_checkpoint(checkpoint: Path) -> None:
     raise UserError(f"resume: {checkpoint} {what}; " + (f"take {beside}" if beside else "no whole one is beside it"))
 
 
-def say_what_is_not_there(checkpoint: Path) -> None:
+def warn_without_optimizer(checkpoint: Path) -> None:
     """Say in a line that the optimizer begins anew, from a checkpoint of a run with `save_only_model`."""
     if not any(path for name in ("optimizer*", "global_step*") for path in checkpoint.glob(name)):
         logger.warning(
@@ -99,24 +99,24 @@ def say_what_is_not_there(checkpoint: Path) -> None:
         )
 
 
-def record_way(checkpoint: Path, way: Mapping[str, Any]) -> None:
-    """Write down what decides how a run starts and trains; see `check_way`."""
-    write_json(checkpoint / METHOD_FILE, way)
+def record_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what decides how a run starts and trains; see `check_settings`."""
+    write_json(checkpoint / METHOD_FILE, settings)
 
 
-def check_way(checkpoint: Path, way: Mapping[str, Any]) -> None:
+def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint that started or trained in another way than this run.
 
     Args:
         checkpoint: what it does not say, such as one of another trainer, is not compared.
-        way: by name, as `as_json` gives it: the method, its options, the adapter's config, "modules": what it adapts.
+        settings: by name, as `as_json` gives it: the method, its options, the adapter's config, "modules": what it adapts.
 
     Raises:
         UserError: naming the first difference.
     """
     saved = read_json(checkpoint / METHOD_FILE) if (checkpoint / METHOD_FILE).is_file() else {}
-    for key in (key for key in way if key in saved and (saved[key] or None) != (way[key] or None)):
-        before, now = saved[key], way[key]
+    for key in (key for key in settings if key in saved and (saved[key] or None) != (settings[key] or None)):
+        before, now = saved[key], settings[key]
         if key == "method":
             raise UserError(
                 f"resume: {checkpoint} was trained by {before}, this run trains by {now}; give method {before}"

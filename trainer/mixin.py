@@ -40,11 +40,11 @@ from lora_null.trainer.checkpoints import (
     SavingMixin,
     as_json,
     check_processes,
-    check_way,
+    check_settings,
     check_whole_checkpoint,
     last_checkpoint_or_raise,
-    record_way,
-    say_what_is_not_there,
+    record_settings,
+    warn_without_optimizer,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import (
@@ -252,7 +252,7 @@ class LoraNullMixin(SavingMixin):
         both = [self.init_dir, self._init_folder] if reuse_init and self._init_folder else []
         if len({read_report(folder)["key"] for folder in both}) > 1:
             raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
-        self._way = self._settings(to_start) if self._measures else {}
+        self._recorded = self._settings(to_start) if self._measures else {}
         self._dtypes = self._trained_dtypes()
         self._prepared = self._at_start = False
         self.layer_report: LayerReport | None = None
@@ -270,7 +270,7 @@ class LoraNullMixin(SavingMixin):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
 
     def _settings(self, decays_to_start: bool) -> dict[str, Any]:
-        """Return what decides the start and what trains, by the names of `check_way`, as a checkpoint keeps it."""
+        """Return what decides the start and what trains, by the names of `check_settings`, as a checkpoint keeps it."""
         name, found = self.method.name, {"method": self.method.name}
         found |= {f"method.options.{name}.{x.name}": getattr(self.method, x.name) for x in fields(self.method)}
         if isinstance(self.model, PeftModel):
@@ -352,8 +352,8 @@ class LoraNullMixin(SavingMixin):
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if resume_from_checkpoint:
             check_whole_checkpoint(Path(resume_from_checkpoint))
-            check_way(Path(resume_from_checkpoint), self._way)
-            say_what_is_not_there(Path(resume_from_checkpoint))
+            check_settings(Path(resume_from_checkpoint), self._recorded)
+            warn_without_optimizer(Path(resume_from_checkpoint))
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
             check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
@@ -410,11 +410,11 @@ class LoraNullMixin(SavingMixin):
         """
         windows = self.calibration_texts if self.method.needs_texts else []
         if self.method.needs_texts:
-            self._way |= {
+            self._recorded |= {
                 "calibration texts": f"{len(windows)} ({hashlib.sha256(repr(windows).encode()).hexdigest()[:8]})"
             }
             if resuming:
-                check_way(Path(resuming), self._way)
+                check_settings(Path(resuming), self._recorded)
         self.train_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
@@ -539,7 +539,7 @@ class LoraNullMixin(SavingMixin):
 
     def _keep_start(self, checkpoint: Path) -> None:
         if self._measures:
-            record_way(checkpoint, self._way)
+            record_settings(checkpoint, self._recorded)
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
 

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, read_safetensors
-from lora_null.utils.model_state import REWRITES_BASE
+from lora_null.utils.model_state import rewriting
 from lora_null.utils.quantized import PLAIN_DTYPES
 
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
@@ -75,8 +75,7 @@ class SavedAdapter:
 
     def base_is_rewritten(self) -> str | None:
         """Return the start of PEFT's that takes A and B out of the base wherever the adapter is loaded; or None."""
-        start = self.config.get("init_lora_weights")
-        return start if isinstance(start, str) and start.startswith(REWRITES_BASE) else None
+        return rewriting(self.config.get("init_lora_weights"))
 
     def scaling(self, module: str) -> float:
         """Return PEFT's s of a module: alpha/r, or alpha/√r under rslora, each by its pattern."""

@@ -37,9 +37,16 @@ def own_code_at(module: nn.Module) -> str | None:
 
 def start_that_rewrites(config: PeftConfig) -> str | None:
     """Return the start of PEFT's by which an adapter has changed its base, which disabling it does not undo; or None."""
-    start = getattr(config, "init_lora_weights", None)
-    known = isinstance(start, str) and start.startswith(REWRITES_BASE)
-    return start if known and not getattr(config, "starts_from_residual", False) else None
+    return (
+        None
+        if getattr(config, "starts_from_residual", False)
+        else rewriting(getattr(config, "init_lora_weights", None))
+    )
+
+
+def rewriting(start: Any) -> str | None:
+    """Return an `init_lora_weights` of PEFT's that takes A and B out of the base; None for any other."""
+    return start if isinstance(start, str) and start.startswith(REWRITES_BASE) else None
 
 
 @contextmanager

@@ -63,12 +63,8 @@ __all__ = [
 ANY_ADAPTER = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ANY_ADAPTER |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 KIND = ("variant", "null_multiple", "null_energy", "start", "init_lora_weights")
-KIND += (
-    "oft_block_size",
-    "use_cayley_neumann",
-    "effective_rank",
-    "eva_config.rho",
-)  # which options of methods say too
+# Which options of methods say too.
+KIND += ("oft_block_size", "use_cayley_neumann", "effective_rank", "eva_config.rho")
 DRAWN = (True, False, "gaussian", "orthogonal")  # PEFT's random starts, which leave the base as it is
 
 for _module in pkgutil.iter_modules(__path__):
