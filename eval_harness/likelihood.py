@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lora_null.drift import token_kl
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
@@ -208,12 +208,6 @@ def answer_log_probs(model: nn.Module, batch: Sequence[TokenizedPair]) -> list[t
 def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood in nats of each target: [tokens, vocabulary], [tokens] → float64 [tokens]."""
     return -log_probs.gather(-1, targets[:, None])[:, 0].double()
-
-
-def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return KL(base || model) in nats at each token, from two tensors of log-probabilities [tokens, vocabulary]."""
-    terms = F.kl_div(model, base, reduction="none", log_target=True)
-    return terms.masked_fill_(base == -torch.inf, 0).sum(-1, dtype=torch.float64)  # 0 · log 0 is 0
 
 
 def score_answers(

@@ -1,4 +1,4 @@
-"""Knowledge drift of a live adapter, ‖ΔW X‖_F / ‖W0 X‖_F per layer, without a forward pass."""
+"""How far a model has moved from its base: ‖ΔW X‖_F / ‖W0 X‖_F per layer without a forward pass, and its predictions' KL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +18,15 @@ from lora_null.layer import adapted_layers, residual_of
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
+
+
+def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Return KL(base ‖ model) in nats at each token, (tokens,), from log-probabilities, both (tokens, vocabulary).
+
+    A token that the base rules out adds nothing, whatever the model gives it: 0 · log 0 is 0, also in the gradient.
+    """
+    terms = F.kl_div(model, base, reduction="none", log_target=True)
+    return terms.masked_fill(base == -torch.inf, 0).sum(-1, dtype=torch.float64)
 
 
 @dataclass

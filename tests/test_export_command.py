@@ -20,6 +20,7 @@ import lora_null.adapters.gguf
 from lora_null.__main__ import main
 from lora_null.adapters.base_hash import base_fingerprint
 from lora_null.adapters.merge import deltas_of, write_checkpoint
+from lora_null.adapters.verify import compare
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
@@ -345,3 +346,17 @@ def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)}) == 1
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", **metadata} and file.get_tensor("é").sum() == 3
+
+
+def test_a_token_that_both_models_rule_out_is_no_difference():
+    torch.manual_seed(0)
+    plain = torch.randn(3, 5, 7)
+    ruled_out = plain.clone()
+    plain[..., 3] = -1e4
+    ruled_out[..., 3] = -torch.inf
+    found, expected = (compare([a], [b], [c]) for a, b, c in (ruled_out, plain))
+    assert (found.largest, found.kl, found.of_change) == pytest.approx(
+        (expected.largest, expected.kl, expected.of_change)
+    )
+    ruled_out[1, :, 3] = 0  # the export gives it a chance
+    assert compare(*[[t] for t in ruled_out]).largest == torch.inf

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lora_null.drift import token_kl
 from lora_null.utils.distributed import device_of
 
 TOKENS = 64  # of a text, at most
@@ -61,10 +62,11 @@ def compare(
     totals = torch.zeros(3, dtype=torch.float64)
     largest, kl, same, tokens = 0.0, 0.0, 0, 0
     for expected, got, untouched in zip(reference, found, base, strict=True):
-        error = got.double() - expected.double()
-        totals += torch.stack([error.norm(), expected.double().norm(), (expected - untouched).double().norm()]) ** 2
+        error = _difference(expected, got)
+        finite = expected.double()[expected.isfinite()]
+        totals += torch.stack([error.norm(), finite.norm(), _difference(untouched, expected).norm()]) ** 2
         largest = max(largest, float(error.abs().max()))
-        kl += float(divergence(expected, got))
+        kl += float(token_kl(expected.double().log_softmax(-1), got.double().log_softmax(-1)).sum())
         same += int((expected.argmax(-1) == got.argmax(-1)).sum())
         tokens += len(expected)
     error, size, change = totals.sqrt().tolist()
@@ -72,7 +74,6 @@ def compare(
     return Difference(tokens, largest, error / size, of_change, kl / tokens, same / tokens)
 
 
-def divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """Return the sum over positions of KL(expected ‖ got), float64."""
-    p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum()
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return b - a in float64; 0 for a token that both rule out, with a logit of -inf."""
+    return (b.double() - a.double()).masked_fill(a == b, 0)

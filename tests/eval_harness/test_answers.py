@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lora_null.drift import token_kl
 from lora_null.eval_harness import AnswerTask, evaluate, likelihood
 from lora_null.eval_harness.likelihood import (
     Reference,
@@ -13,7 +14,6 @@ from lora_null.eval_harness.likelihood import (
     kept_tokens,
     save_reference,
     score_answers,
-    token_kl,
     tokenize_pairs,
 )
 from lora_null.utils.errors import UserError
@@ -119,9 +119,11 @@ def test_kl_of_the_base_with_itself_is_zero(model, tokenizer, pairs, tmp_path):
 
 def test_tokens_that_the_base_rules_out_add_nothing_to_the_kl():
     base = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    model = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
-    found = [token_kl(base, row[None]).item() for row in model]
-    assert found == [pytest.approx(0.5 * np.log(2)), 0, float("inf")]
+    model = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log().requires_grad_()
+    found = [token_kl(base, row[None]) for row in model]
+    assert [kl.item() for kl in found] == [pytest.approx(0.5 * np.log(2)), 0, float("inf")]
+    sum(found[:2]).backward()
+    assert model.grad[:2].tolist() == [[-0.5, -0.5, 0.0]] * 2
 
 
 def test_kl_is_missing_without_a_reference(model, tokenizer, pairs, tmp_path):

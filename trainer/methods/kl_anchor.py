@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 from lora_null.utils.distributed import rank_and_world
@@ -97,7 +98,7 @@ class KLAnchor(Method):
                 base = _log_probabilities(model, batch)
             model.train()
             now = _log_probabilities(model, batch)
-            total = total + (i < len(batches)) * nn.functional.kl_div(now, base, log_target=True, reduction="sum")
+            total = total + (i < len(batches)) * token_kl(base, now).sum()
         return total
 
 
