@@ -17,7 +17,6 @@ import datasets
 import lm_eval.tasks
 import pyarrow
 import yaml
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.code.jails import UNSAFE
@@ -93,13 +92,6 @@ def _check_consent(task: LmEvalTask, unsafe: bool | None, entry: Any) -> None:
             f"{task} runs code that the model writes without a jail; take sandbox_humaneval or sandbox_mbpp, or consent "
             f"to that with --allow-code-execution={UNSAFE}"
         )
-
-
-def longest_answer(member: Any) -> int:
-    """Return how many tokens a task of lm-eval generates at most; 0 for one that generates none."""
-    if member.OUTPUT_TYPE != "generate_until":
-        return 0
-    return normalize_gen_kwargs(member.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
 
 
 # --- names ---------------------------------------------------------------------------------------------------------

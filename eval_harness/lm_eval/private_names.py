@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import lm_eval.api.task
 import torch
 import tqdm
+from accelerate.utils import patch_environment
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -46,25 +45,14 @@ def needs_consent(task: Any) -> bool:
     return getattr(task, "UNSAFE_CODE", False)
 
 
-@contextmanager
-def no_document_bars() -> Iterator[None]:
+def no_document_bars() -> AbstractContextManager[None]:
     """Hide the progress bars for building requests, which have no switch of their own."""
-    with replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True)):
-        yield
+    return replaced(lm_eval.api.task, "tqdm", partial(tqdm.tqdm, disable=True))
 
 
-@contextmanager
-def bootstrap_in_this_process() -> Iterator[None]:
+def bootstrap_in_this_process() -> AbstractContextManager[None]:
     """Keep lm-eval's bootstrap from forking: a fork of a process whose threads run PyTorch may hang for ever."""
-    before = os.environ.get(NO_FORK)
-    os.environ[NO_FORK] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NO_FORK]
-        else:
-            os.environ[NO_FORK] = before
+    return patch_environment(**{NO_FORK: "1"})
 
 
 class RowwiseLM(HFLM):

@@ -16,21 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.metrics import mean
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import held_by
-from lora_null.eval_harness.lm_eval.loading import (
-    hash_of_rules,
-    load,
-    longest_answer,
-    needs_consent,
-    seed_fewshot,
-    unreadable,
-)
+from lora_null.eval_harness.lm_eval.loading import hash_of_rules, load, seed_fewshot, unreadable
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
-from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process
+from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 from lora_null.utils.distributed import get_logger, rank_and_world
@@ -138,8 +132,10 @@ class LmEvalTask(Task):
             logger.warning(f"{self}: what the model writes runs without a jail, and may do what this user may")
 
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
-        for member in self.loaded["tasks"].values():
-            if (most := longest_answer(member)) >= limit.tokens:
+        members: list[Any] = list(self.loaded["tasks"].values())
+        for member in (task for task in members if task.OUTPUT_TYPE == "generate_until"):
+            generation = normalize_gen_kwargs(member.get_config("generation_kwargs") or {})
+            if (most := generation.get("max_gen_toks", 0)) >= limit.tokens:
                 raise UserError(f"{self}: answers of up to {most} tokens leave no room for a prompt, {limit}")
 
     @property
