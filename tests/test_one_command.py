@@ -16,7 +16,7 @@ import lora_null
 from lora_null.recipes import __main__ as recipes_main
 from lora_null.recipes.commands import main
 from lora_null.recipes.commands.arguments import build_parser
-from lora_null.recipes.config.known import CONFIGS, method_options, training_fields
+from lora_null.recipes.config.known import CONFIGS, method_options, training_types
 from lora_null.recipes.config.reference import README, describe_keys
 from lora_null.recipes.config.schema import JudgeSection
 from lora_null.trainer.methods import METHODS
@@ -95,7 +95,7 @@ def test_a_typo_is_one_line_and_imports_nothing_slow():
 def test_names_read_from_sources_are_those_of_the_imported_classes():
     for trainer, name in CONFIGS.items():
         imported = {field.name for field in dataclasses.fields(getattr(trl, name)) if field.init}
-        assert training_fields(trainer) == imported, name
+        assert training_types(trainer).keys() == imported, name
     for name, kind in METHODS.items():
         if kind.__module__.startswith("lora_null.trainer.methods."):  # not a test's own
             assert method_options()[name] == {field.name for field in dataclasses.fields(kind)}, name

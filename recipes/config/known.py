@@ -16,14 +16,12 @@ METHODS_FOLDER = Path(__file__).parents[2] / "trainer" / "methods"
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 
 
-def training_fields(trainer: str) -> frozenset[str]:
-    """Return the arguments of TRL's configuration class for a trainer, "sft" or "dpo"."""
-    return frozenset(training_types(trainer))
-
-
 @cache
 def training_types(trainer: str) -> dict[str, str]:
-    """Return the types of these arguments, as they are written there, such as "int | None"."""
+    """Return the arguments of TRL's configuration class for a trainer, "sft" or "dpo", each with its type.
+
+    Types are as they are written there, such as "int | None".
+    """
     try:
         trl, transformers = (Path(importlib.util.find_spec(name).origin).parent for name in ("trl", "transformers"))
         files = (

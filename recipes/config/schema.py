@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_null.recipes.config.known import add_methods, method_options, training_fields, training_types
+from lora_null.recipes.config.known import add_methods, method_options, training_types
 from lora_null.recipes.data.templates import check_template
 from lora_null.utils.errors import UserError, nearest
 
@@ -242,9 +242,9 @@ class MethodSection(Section):
         return options
 
 
-def training_keys(trainer: str) -> frozenset[str]:
+def training_keys(trainer: str) -> set[str]:
     """Return what `training` takes under a trainer, "sft" or "dpo"."""
-    return (training_fields(trainer) - REFUSED.keys()) | {"total_batch_size", *TOKENS}
+    return (training_types(trainer).keys() - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -573,8 +573,10 @@ class VLLMSection(Section):
     memory_share: float = Field(0.9, gt=0, le=1, description="of each GPU's memory, for weights and cache")
 
 
-ENTRIES = {"task": LmEvalEntry, "answers": AnswersEntry, "preferences": PreferencesEntry, "mt_bench": MTBenchEntry}
-ENTRIES |= {"forgetting": ForgettingEntry}
+AnyEntry = LmEvalEntry | AnswersEntry | PreferencesEntry | MTBenchEntry | ForgettingEntry
+ENTRIES = {
+    next(iter(kind.model_fields)): kind for kind in get_args(AnyEntry)
+}  # by the first key, which tells the kind
 
 
 def _task_entry(value: Any) -> Any:
@@ -591,10 +593,7 @@ def _task_entry(value: Any) -> Any:
     return value
 
 
-EvalEntry = Annotated[
-    Union[LmEvalEntry, AnswersEntry, PreferencesEntry, MTBenchEntry, ForgettingEntry],  # noqa: UP007
-    BeforeValidator(_task_entry),
-]
+EvalEntry = Annotated[AnyEntry, BeforeValidator(_task_entry)]
 
 
 def _rows_or_entries(value: Any) -> Any:
