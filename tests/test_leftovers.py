@@ -158,6 +158,17 @@ def test_overwrite_removes_what_a_run_left_and_nothing_else(tmp_path, monkeypatc
         assert removed == [out / "base", out / "cells"] and (out / "mine").is_dir()
 
 
+@pytest.mark.parametrize("edited", ["model: 3", "method:", "data: [x]", "eval: text", "sequence: 3"])
+def test_a_run_whose_recipe_was_edited_into_none_is_told_in_one_line(tmp_path, capsys, edited):
+    run, name = tmp_path / "out", edited.partition(":")[0]
+    (run / "lora" / "adapter").mkdir(parents=True)
+    (run / "lora" / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "recipe.yaml").write_text(f"{MARK}{edited}\n")
+    for words in (["report", run], ["dial", run / "lora"], ["export", run / "lora", "--out", tmp_path / "there"]):
+        assert command(list(map(str, words))) == 2
+        assert f"recipe.yaml: {name} is a mapping of keys, found " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["tasks/2-code", "cells/learning_rate=0.001/seed=0"])
 def test_a_part_of_a_run_goes_on_with_the_whole_alone(tmp_path, part, capsys):
     whole = tmp_path / "my runs"

@@ -25,6 +25,7 @@ from lora_null.utils.errors import UserError, first_line, nearest
 FOLDER = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
 MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
+SECTIONS = ("model", "method", "data", "training", "eval")  # which the recipe of every run has
 PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 # What a key takes the place of where it is laid over it: another way of saying the same.
@@ -114,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, safely.
 
     Raises:
-        UserError: for text that is no YAML or no mapping.
+        UserError: for text that is no YAML or no mapping, or a run's recipe whose sections are no mappings any more.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
@@ -122,6 +123,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
+    if is_of_run(path):  # whose commands read it without the schema, so that older runs can be read
+        sections = {name: raw.get(name, {}) for name in SECTIONS} | {"sequence": raw.get("sequence") or {}}
+        wrong = next((name for name, section in sections.items() if not isinstance(section, dict)), None)
+        if wrong is not None:
+            raise UserError(f"{path}: {wrong} is a mapping of keys, found {sections[wrong]!r}")
     return raw
 
 
