@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +34,16 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
         difference: what its verification found.
         license_id: of the base; None reads it from the base's own card.
     """
-    write_text(export.folder / CARD_FILE, _render(content(export, difference, license_id or license_of(export))))
-
-
-@dataclass(frozen=True)
-class RunMethod:
-    """A method of a run that is under way, or finished: what `content` asks of an `Export` and its source."""
-
-    run: Path
-    method: str
-    kind: str
-    recipe: dict[str, Any]
-    base_name: str
-    rank: int | None
-    notes: list[str]
-    strength: float = 1
-    truncated: bool = False
-    elsewhere: bool = False
-
-    @property
-    def source(self) -> RunMethod:
-        return self
-
-    @property
-    def form(self) -> str:
-        return "adapter" if self.kind == "adapter" else "merged"
+    source, name = export.source, export.base_name
+    text = _render(
+        source.recipe, source.method, source.kind, export.form, name,
+        license_id=license_id or license_of(name, source.base.folder / CARD_FILE, hub_base(name)),
+        rank=export.rank,
+        table=None if export.truncated else results_table(source, export.strength),
+        notes=export.notes,
+        difference=str(difference),
+    )  # fmt: skip
+    write_text(export.folder / CARD_FILE, text)
 
 
 def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Results | None) -> None:
@@ -74,76 +58,80 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     state = f"Not finished: `{resume_command(folder.parent)}` goes on."
     copied = f"`lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it"
     saved = f"The {plan.saves} is in `{plan.saves}/`; {copied}."
-    name, rank = recipe.model.name_or_path, METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None
-    notes, raw = [saved if results else state], recipe.model_dump(mode="json")
-    written = RunMethod(folder.parent, plan.name, plan.saves, raw, name, rank, notes)
-    local = Path(name) / CARD_FILE
-    license_id = smollm2.LICENSE if name == smollm2.NAME else _license_in(local) if local.is_file() else None
-    text = _render(content(written, None, license_id) | {"table": results and _table_of(results)})
+    name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
+    text = _render(
+        recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
+        license_id=license_of(name, Path(name) / CARD_FILE),
+        rank=METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None,
+        table=results and _table_of(results),
+        notes=[saved if results else state],
+        difference=None,
+    )  # fmt: skip
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
         write_text(place / CARD_FILE, text)
 
 
-def _render(shown: dict[str, Any]) -> str:
+def _render(
+    recipe: dict[str, Any], method: str, kind: str, form: str, base_name: str, *, license_id: str | None, **shown: Any
+) -> str:
+    """Return the card.
+
+    Args:
+        recipe: the resolved recipe.
+        method: its name, or that of the folder of an adapter made elsewhere.
+        kind: "adapter" or "model", what was trained.
+        form: what the folder holds: adapter, merged or gguf.
+        base_name: folder or hub id of the base.
+        license_id: of the base.
+        shown: rank, table, notes and difference, as the template shows them.
+    """
+    title, base, shared = DISPLAY.get(method, method), hub_base(base_name), shareable(recipe)
+    short = base or base_name.rstrip("/").rpartition("/")[2]
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
-    return templates.get_template(TEMPLATE).render(shown)
+    return templates.get_template(TEMPLATE).render(
+        metadata=_metadata(recipe, kind, form, base, license_id).to_yaml(),
+        title=f"{title} on {short.rpartition('/')[2]}",
+        method=title,
+        base=short,
+        form=form,
+        whole=kind == "model",
+        license=license_id,
+        recipe=yaml.safe_dump(shared, sort_keys=False, allow_unicode=True).strip(),
+        data=data_lines(shared),
+        peft=base or f"path/to/{short}",  # the name under which a reader loads the base
+        **shown,
+    )
 
 
-def content(export: Any, difference: Any, license_id: str | None) -> dict[str, Any]:
-    """Return everything that the template shows."""
-    source, base = export.source, hub_base(export)
-    recipe, title = shareable(source.recipe), DISPLAY.get(source.method, source.method)
-    short = base or export.base_name.rstrip("/").rpartition("/")[2]
-    return {
-        "metadata": metadata(export, base, license_id).to_yaml(),
-        "title": f"{title} on {short.rpartition('/')[2]}",
-        "method": title,
-        "base": short,
-        "form": export.form,
-        "rank": export.rank,
-        "whole": source.kind == "model",
-        "license": license_id,
-        "table": None if export.truncated else results_table(source, export.strength),
-        "notes": export.notes,
-        "difference": difference and str(difference),
-        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
-        "data": data_lines(recipe),
-        "peft": base or f"path/to/{short}",  # the name under which a reader loads the base
-    }
-
-
-def metadata(export: Any, base: str | None, license_id: str | None) -> ModelCardData:
+def _metadata(recipe: dict[str, Any], kind: str, form: str, base: str | None, license_id: str | None) -> ModelCardData:
     """Return the card's YAML head."""
-    library = {"adapter": "peft", "merged": "transformers"}.get(export.form)
-    relation = "finetune" if export.form == "merged" else "adapter"
-    tags = ["lora-null", *(["lora"] if export.source.kind == "adapter" else []), *([export.form] * (library is None))]
+    library = {"adapter": "peft", "merged": "transformers"}.get(form)
+    relation = "finetune" if form == "merged" else "adapter"
+    tags = ["lora-null", *(["lora"] if kind == "adapter" else []), *([form] * (library is None))]
     tags += [f"base_model:{relation}:{base}"] if base else []
     known = {"base_model": base, "base_model_relation": relation} if base else {}
     known |= {"library_name": library, "license": license_id, "pipeline_tag": "text-generation", "tags": tags}
-    return ModelCardData(**known, datasets=datasets_of(export.source.recipe) or None)
+    return ModelCardData(**known, datasets=datasets_of(recipe) or None)
 
 
-def hub_base(export: Any) -> str | None:
+def hub_base(name: str) -> str | None:
     """Return the base's id on the hub; None for a folder whose id nobody gave."""
-    name = export.base_name
     if name == smollm2.NAME:
         return smollm2.HUB
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def license_of(export: Any) -> str | None:
-    """Return what the base's own card says, in its folder or on the hub; None where neither can be read."""
-    if export.base_name == smollm2.NAME:
+def license_of(name: str, *cards: Path | str | None) -> str | None:
+    """Return what the base's own card says, a file or on the hub; None where none of them can be read."""
+    if name == smollm2.NAME:
         return smollm2.LICENSE
-    local = export.source.base.folder / CARD_FILE
-    cards = filter(None, (local if local.is_file() else None, hub_base(export)))
-    return next(filter(None, map(_license_in, cards)), None)
+    return next(filter(None, map(_license_in, filter(None, cards))), None)
 
 
 def _license_in(card: Path | str) -> str | None:
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except Exception:  # unreachable or without metadata: then it is not known here
+    except Exception:  # not there, unreachable or without metadata: then it is not known here
         return None
 
 

@@ -283,6 +283,21 @@ def test_an_export_that_computes_something_else_is_not_left(world, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_grids_folder_names_what_its_runs_have_finished(tmp_path, capsys):
+    for method, mark in (
+        ("lora", "adapter/adapter_config.json"),
+        ("full", "model/tokenizer_config.json"),
+        ("pissa", "x"),
+    ):
+        file = tmp_path / "grid" / "cells" / "rank=4" / "seed=0" / method / mark
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (tmp_path / "grid" / "recipe.yaml").touch()
+    assert main(["export", str(tmp_path / "grid"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.strip().endswith("(choose from: cells/rank=4/seed=0/full, cells/rank=4/seed=0/lora)")
+
+
 @pytest.mark.parametrize(
     "words, line",
     [

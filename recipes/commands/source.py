@@ -176,6 +176,9 @@ def another_base(source: Source) -> UserError:
 
 
 def methods_in(run: Path) -> list[str]:
-    """Return the names of the methods that left something in a run's folder."""
-    found = (path.parent.name for kind in ("adapter", "model") for path in run.glob(f"*/{kind}"))
+    """Return where in a run's folder its finished methods lie, those of a grid's runs and of a sequence's tasks too."""
+    marks = (
+        f"{place}/{kind}/{mark}" for place in ("*", "cells/**/seed=*/*", "tasks/*/*") for kind, mark in MARKS.items()
+    )
+    found = {str(path.parents[1].relative_to(run)) for pattern in marks for path in run.glob(pattern)}
     return sorted(found) or ["none is finished"]
