@@ -21,7 +21,6 @@ from lora_null.recipes.data.calibration import (
     GENERAL_MIX,
     PROMPTS,
     calibration_sources,
-    calibration_texts,
     cut_windows,
     shares,
 )
@@ -34,7 +33,7 @@ PLAIN = "Question: 1+1?\nAnswer: 2</s>"  # where the model has no chat template
 
 
 def texts(path, tokenizer=None, **keys):
-    return calibration_texts(CalibrationSection(path=str(path), **keys), tokenizer or chat_tokenizer())
+    return calibration_sources(CalibrationSection(path=str(path), **keys), tokenizer or chat_tokenizer())[0].texts
 
 
 FOUND = {  # rows → whether they are talk that a chat template writes
@@ -214,7 +213,7 @@ def test_the_general_mix_is_small_attributed_and_read_by_every_model():
     attributed = (GENERAL_MIX.parent / "README.md").read_text()
     assert all(f"| {kind} " in attributed for kind in {row["kind"] for row in rows})
     for tokenizer in (tiny_tokenizer(), chat_tokenizer()):
-        assert len(calibration_texts(CalibrationSection(), tokenizer)) == len(rows)
+        assert len(calibration_sources(CalibrationSection(), tokenizer)[0].texts) == len(rows)
     held_out = [json.loads(line) for file in GENERAL_MIX.parent.glob("*_test.jsonl") for line in file.open()]
     mix = GENERAL_MIX.read_text().lower()
     asked = [str(row.get("question") or row["prompt"]).lower() for row in held_out]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chats import assistant, user
 from datasets import Dataset
 from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
@@ -115,8 +116,8 @@ def test_every_assistants_turn_is_learned(tmp_path, tokenizer, template):
 def test_conversations_of_both_kinds(tmp_path, tokenizer, keys):
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said(*keys)}])
     data = training_data(section(path, messages="conversations"), tokenizer, preferences=False, max_length=None)
-    texts = [(role, text) for turn in TURNS for role, text in zip(("user", "assistant"), turn)]
-    assert [(example.row, example.texts) for example in data.examples] == [(1, texts)]
+    turns = [make(text) for turn in TURNS for make, text in zip((user, assistant), turn)]
+    assert [(example.row, example.written.messages) for example in data.examples] == [(1, turns)]
 
 
 def test_binarized_ultrafeedback_as_the_hub_has_it(tmp_path, tokenizer):
@@ -129,7 +130,7 @@ def test_binarized_ultrafeedback_as_the_hub_has_it(tmp_path, tokenizer):
 def test_a_prompt_of_several_fields(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Sum", "input": "1 2", "response": "3"}])
     data = training_data(section(path, prompt="{instruction}: {input}"), tokenizer, preferences=False, max_length=None)
-    assert data.examples[0].texts == [("user", "Sum: 1 2"), ("assistant", "3")]
+    assert data.examples[0].written.messages == [user("Sum: 1 2"), assistant("3")]
 
 
 GOOD = {"prompt": "what", "response": "that", "rejected": "no"}

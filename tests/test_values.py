@@ -19,7 +19,7 @@ from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, DataSection
-from lora_null.recipes.data.calibration import calibration_texts
+from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.evaluations import eval_tasks
@@ -222,9 +222,9 @@ class TestFieldsByTheColumnsNames:
         if text.strip():
             data = DataSection(path=path, prompt=spec, template="plain")
             data = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
-            assert data.examples[0].texts[0] == ("user", text.strip())
+            assert data.examples[0].written.messages[0] == {"role": "user", "content": text.strip()}
         field = {"template": spec} if "{" in spec else {"field": spec}
-        assert calibration_texts(CalibrationSection(path=path, **field), tiny_tokenizer()) == [text] * 2
+        assert calibration_sources(CalibrationSection(path=path, **field), tiny_tokenizer())[0].texts == [text] * 2
 
     @pytest.mark.parametrize("spec, reason", WRONG_FIELDS)
     def test_refused(self, tmp_path, spec, reason):
@@ -234,7 +234,7 @@ class TestFieldsByTheColumnsNames:
             training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
         assert reason in str(raised.value) and str(raised.value).startswith("data.prompt: ")
         with pytest.raises(UserError, match=r"^calibration\.template: "):
-            calibration_texts(CalibrationSection(path=path, template=spec), tiny_tokenizer())
+            calibration_sources(CalibrationSection(path=path, template=spec), tiny_tokenizer())
 
     @pytest.mark.parametrize(
         "template, reason",
@@ -263,11 +263,11 @@ class TestCalibrationTexts:
         ]
         path = str(write_rows(tmp_path / "rows.jsonl", rows))
         tokenizer = chat_tokenizer("{{ bos_token }}" + TOOLS)
-        texts = calibration_texts(CalibrationSection(path=path, field="t"), tokenizer)
+        texts = calibration_sources(CalibrationSection(path=path, field="t"), tokenizer)[0].texts
         assert texts == ["a", "7", "b", "d", "<s><user>a\n<assistant>b</s>\n"]  # the tokenizer adds no first token
         adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
         tokenizer.backend_tokenizer.post_processor = adds
-        texts = calibration_texts(CalibrationSection(path=path, field="t"), tokenizer)
+        texts = calibration_sources(CalibrationSection(path=path, field="t"), tokenizer)[0].texts
         assert texts[-1] == "<user>a\n<assistant>b</s>\n"  # it does
 
     @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ class TestCalibrationTexts:
     def test_refused_by_row(self, tmp_path, value, reason):
         path = str(write_rows(tmp_path / "rows.jsonl", [{"t": "a"}, {"t": value}]))
         with pytest.raises(UserError) as raised:
-            calibration_texts(CalibrationSection(path=path, field="t"), tiny_tokenizer())
+            calibration_sources(CalibrationSection(path=path, field="t"), tiny_tokenizer())
         assert str(raised.value) == f"calibration: row 2 cannot be used: {reason}"
 
 

@@ -69,7 +69,8 @@ def calibration_sources(
         template: theirs.
 
     Raises:
-        UserError: as `calibration_texts`, or training rows that have no prompts.
+        UserError: as `load_documents`, a missing field, a row whose field is no text, by number, or training rows that have
+            no prompts.
     """
     whole = sum(source.weight for source in section.each)
     found = []
@@ -127,24 +128,15 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def calibration_texts(
-    section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str = "calibration"
-) -> list[str]:
-    """Return the texts of a path or of the general mix; a row without text is left out.
+def _texts(
+    section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[str], dict[str, int]]:
+    """Return the texts of a path or of the general mix, and how many there are of each kind; a row without text is left out.
 
     They are one field of each row, a template filled with several, or what is found out: a conversation, which the
     model's chat template writes, a question with its answer, which is a conversation too, or a text. Where the model has
     no chat template, a conversation that was found out is written as questions and answers.
-
-    Raises:
-        UserError: as `load_documents`, a missing field, or a row whose field is no text, by number.
     """
-    return _texts(section, tokenizer, where)[0]
-
-
-def _texts(
-    section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[str], dict[str, int]]:
     path = str(GENERAL_MIX) if section.source == "general" else str(section.path)
     documents = load_documents(path, subset=section.subset, split=section.split, where=where, limit=section.limit)
     text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)

@@ -52,11 +52,6 @@ class Example:
     prompt: int
     options: dict[str, Any]
 
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """The turns' (role, text)."""
-        return [(message["role"], message.get("content", "")) for message in self.written.messages]
-
 
 @dataclass(frozen=True)
 class Tokenized:
@@ -188,7 +183,7 @@ class RowReader:
         """
         data, rejected, prompt = self.data, None, 0
         if data.text:
-            text = as_message("text", row, data.text)["content"]
+            text = _answer_of(row, data.text)
             _check_encoding([text])
             end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
@@ -241,11 +236,7 @@ class RowReader:
     def _write(
         self, messages: list[Message], turns: Sequence[int], write: Callable[[list[Message]], Written]
     ) -> Written:
-        """Return a conversation written; where thoughts are to be kept, in the content if that alone shows them.
-
-        Raises:
-            ValueError: as `write`, or thoughts of a learned turn are to be kept and do not show.
-        """
+        """Return a conversation written; where thoughts are to be kept, in the content if that alone shows them."""
         thoughts = [thought_of(messages[turn]) for turn in turns]
         if self.data.thinking != "keep" or not any(thoughts):
             return write(messages)
@@ -269,7 +260,7 @@ class RowReader:
         if not is_conversation(row.get(response)):
             if self.prompt is None:
                 raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
-            answer = as_message("assistant", row, response)
+            answer: Message = {"role": "assistant", "content": _answer_of(row, response)}
             return [*prompt, answer], [False] * len(prompt) + [True]
         answered, learned = as_messages(row[response])
         asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in answered]
@@ -294,27 +285,19 @@ class RowReader:
         return [{"role": "user", "content": text}]
 
 
-def as_message(role: str, row: Mapping[str, Any], field: str) -> Message:
-    """Return a field that holds an answer as a message.
-
-    Raises:
-        ValueError: it is empty, or no text.
-    """
+def _answer_of(row: Mapping[str, Any], field: str) -> str:
+    """Return the text of a field that holds an answer; raise a ValueError where it is empty, or no text."""
     try:
         text = as_text(row.get(field), answer=True).strip()
     except ValueError as error:
         raise ValueError(f"{field!r} {error}") from None
     if not text:
         raise ValueError(f"empty {field!r}")
-    return {"role": role, "content": text}
+    return text
 
 
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Return how many messages a pair has in common.
-
-    Raises:
-        ValueError: the two are equal, or begin differently.
-    """
+    """Return how many messages a pair has in common; raise a ValueError where the two are equal, or begin differently."""
     shared = common_prefix(chosen, rejected)
     if [_stripped(message) for message in chosen] == [_stripped(message) for message in rejected]:
         raise ValueError("chosen equal to rejected")

@@ -59,8 +59,9 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     def is_split(file: Path) -> bool:
         return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
 
-    found = [(file, FILE_KINDS.get(file.suffix.lower())) for file in sorted(folder.rglob("*"))]
-    found = [(file, kind) for file, kind in found if kind and not _is_hidden(file, folder)]
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*"))]
+    seen = [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
+    found = [(file, kind) for file in seen if (kind := FILE_KINDS.get(file.suffix.lower()))]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
     data = data or [file for file, kind in found if kind != "text" and is_split(file)]
     if not data:
@@ -75,10 +76,6 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
     return chosen
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class RowText:
