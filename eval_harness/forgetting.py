@@ -76,21 +76,14 @@ class ForgettingTask(Task):
         """
         pairs = self.tokenized(tokenizer, options.limit)
         tokens = np.array([len(pair.ids) - 1 for pair in pairs])
-        sums = score_answers(
-            model,
-            pairs,
-            batch_size=options.batch_size,
-            autocast_dtype=options.autocast_dtype,
-            progress=self.name if options.progress else None,
-        ).nll
+        sums = score_answers(model, pairs, **options.scoring(self.name)).nll
         found, measures = TaskResult(), {"loss": sums}
         path = options.reference(self.reference_file)
         if path is not None:
             measures["forgetting"] = sums - of_base(path, pairs, sums, record=options.record_reference)
         for measure, values in measures.items():
-            value, stderr = mean_and_error(values / tokens, tokens)
-            name = f"{self.name} {measure}"
-            found.add(name, Metric(value, stderr, len(pairs), False, self.role, "nats"), values / tokens, tokens)
+            metric = Metric(*mean_and_error(values / tokens, tokens), len(pairs), False, self.role, "nats")
+            found.add(f"{self.name} {measure}", metric, values / tokens, tokens)
         return found
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[TokenizedPair]:

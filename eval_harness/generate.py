@@ -62,7 +62,7 @@ class StopWords:
 def can_generate_rows(model: nn.Module) -> bool:
     """Return whether `generate_rows` does for this model what `transformers.generate` would: its forward takes positions
     and gives single logits, its cache can drop rows, and its generation config changes no logits."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     takes = inspect.signature(base.forward).parameters
     settings = getattr(base, "generation_config", None)
     return (
@@ -81,12 +81,6 @@ def sampling(model: nn.Module, temperature: float) -> LogitsProcessorList:
     rules.extend([TopKLogitsWarper(top_k)] if top_k else [])
     rules.extend([TopPLogitsWarper(top_p)] if top_p < 1 else [])
     return rules
-
-
-def end_tokens(model: nn.Module) -> set[int]:
-    """Return the ids that end a generation by the model's own generation config."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 @torch.no_grad()
@@ -233,12 +227,10 @@ def _generate_by_transformers(
     def ended(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor([stopped(row) for row in tokens[:, ids.shape[1] :].tolist()], device=tokens.device)
 
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(ends) or None, **sampling}
-    found = model.generate(
-        input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([ended]), **options
-    )
-    return found[:, ids.shape[1] :].tolist()
+    options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(ends) or None}
+    options |= {"stopping_criteria": StoppingCriteriaList([ended])}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
 
 
 def _batches(

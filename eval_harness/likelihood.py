@@ -105,23 +105,15 @@ class AnswerTask(Task):
         if limit is not None and longest > limit.tokens:
             logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
         reference = options.reference(self.reference_file)
-        scores = score_answers(
-            model,
-            pairs,
-            batch_size=options.batch_size,
-            reference=reference,
-            record=options.record_reference and reference is not None,
-            autocast_dtype=options.autocast_dtype,
-            progress=self.name if options.progress else None,
-        )
+        record = options.record_reference and reference is not None
+        scores = score_answers(model, pairs, reference=reference, record=record, **options.scoring(self.name))
         found = TaskResult(settings={} if scores.kept is None else {"kl_kept_tokens": scores.kept})
         for measure, sums in (("nll", scores.nll), ("kl", scores.kl)):
             if sums is not None:
-                value, stderr = mean_and_error(sums / scores.tokens, scores.tokens)
-                name = f"{self.name} {measure}"
-                lower = None if measure == "kl" and self.role == "task" else False
-                metric = Metric(value, stderr, len(pairs), lower, self.role, "nats")
-                found.add(name, metric, sums / scores.tokens, scores.tokens)
+                values, weights = sums / scores.tokens, scores.tokens
+                higher_is_better = None if measure == "kl" and self.role == "task" else False
+                metric = Metric(*mean_and_error(values, weights), len(pairs), higher_is_better, self.role, "nats")
+                found.add(f"{self.name} {measure}", metric, values, weights)
         return found
 
 
@@ -205,11 +197,6 @@ def answer_log_probs(model: nn.Module, batch: Sequence[TokenizedPair]) -> list[t
     return [logits[row, span].float().log_softmax(-1) for row, span in enumerate(spans)]
 
 
-def token_nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood in nats of each target: [tokens, vocabulary], [tokens] → float64 [tokens]."""
-    return -log_probs.gather(-1, targets[:, None])[:, 0].double()
-
-
 def score_answers(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
@@ -242,7 +229,8 @@ def score_answers(
         for i, log_probs in _forward(model, pairs, share, batch_size, autocast_dtype, progress):
             targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
             kl = 0.0 if known is None else known.kl(i, log_probs)
-            scores[i] = token_nll(log_probs, targets).sum().item(), kl, log_probs.shape[-1]
+            losses = -log_probs.gather(-1, targets[:, None]).double()
+            scores[i] = losses.sum().item(), kl, log_probs.shape[-1]
             if record:
                 recorded.update(reference_tensors(i, log_probs, kept_tokens(pairs, log_probs.shape[-1])))
         return scores
@@ -378,5 +366,5 @@ def _forward(
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     return "logits_to_keep" in inspect.signature(base.forward).parameters

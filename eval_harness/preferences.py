@@ -75,19 +75,15 @@ class PreferenceTask(Task):
             UserError: if the reference was recorded for other pairs.
         """
         pairs = self._pairs(options.limit)
-        scoring = {"batch_size": options.batch_size, "autocast_dtype": options.autocast_dtype}
-        scoring["progress"] = self.name if options.progress else None
-        log_probs = -score_answers(model, pairs, **scoring).nll
+        log_probs = -score_answers(model, pairs, **options.scoring(self.name)).nll
         path = options.reference(self.reference_file)
         if path is None:
             return TaskResult()
         base = of_base(path, pairs, log_probs, record=options.record_reference)
         chosen, rejected = np.split(self.beta * (log_probs - base), 2)
         margins, found = chosen - rejected, TaskResult()
-        for measure, unit, values in (
-            ("accuracy", "fraction", np.heaviside(margins, 0.5)),
-            ("margin", "nats", margins),
-        ):
+        measures = {"accuracy": (np.heaviside(margins, 0.5), "fraction"), "margin": (margins, "nats")}
+        for measure, (values, unit) in measures.items():
             metric = Metric(*mean_and_error(values), len(values), True, self.role, unit)
             found.add(f"{self.name} reward {measure}", metric, values)
         return found

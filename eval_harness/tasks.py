@@ -49,6 +49,11 @@ class RunOptions:
     engine: LM | None = None
     progress: bool = True
 
+    def scoring(self, label: str) -> dict[str, Any]:
+        """Return what `score_answers` takes of these; `label` stands before its bar."""
+        progress = label if self.progress else None
+        return {"batch_size": self.batch_size, "autocast_dtype": self.autocast_dtype, "progress": progress}
+
     def reference(self, file: str | None) -> Path | None:
         """Return the path of a reference file; None if there is no file, no folder, or nothing to read in it."""
         if self.reference_dir is None or file is None:

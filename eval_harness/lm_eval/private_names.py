@@ -17,8 +17,9 @@ from accelerate.utils import patch_environment
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, generate_rows
 from lora_null.utils.errors import UserError
+from lora_null.utils.limits import end_ids
 from lora_null.utils.model_state import replaced
 
 NO_FORK = "DISABLE_MULTIPROC"  # the environment variable that lm-eval's bootstrap asks
@@ -71,7 +72,7 @@ class RowwiseLM(HFLM):
                 context,
                 options["attention_mask"],
                 max_new_tokens=max_length - context.shape[1],
-                ends=end_tokens(self.model),
+                ends=end_ids(self.model, self.tokenizer),
                 stopped=StopWords(self.tokenizer, stop),
             )
         new = context.new_full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
@@ -82,9 +83,9 @@ class RowwiseLM(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         for texts, _, answer in requests:  # lm-eval asserts as much, without a word
             if not 0 < len(answer) <= self.max_length:
-                said = f" ({texts[1][:40]!r})" if texts else ""
+                text = f" ({texts[1][:40]!r})" if texts else ""
                 raise UserError(
-                    f"an answer of {len(answer)} tokens{said}, the model takes from 1 to {self.max_length}"
+                    f"an answer of {len(answer)} tokens{text}, the model takes from 1 to {self.max_length}"
                 )
         # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
         return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)

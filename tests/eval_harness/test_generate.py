@@ -5,8 +5,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lora_null.eval_harness.generate import StopWords, can_generate_rows, end_tokens, generate_rows, generate_texts
+from lora_null.eval_harness.generate import StopWords, can_generate_rows, generate_rows, generate_texts
 from lora_null.eval_harness.lm_eval.model import ShardedLM
+from lora_null.utils.limits import end_ids
 
 PROMPTS = [f"Q: {'why ' * i}?\nA:" for i in range(9)]
 
@@ -101,7 +102,8 @@ def test_transformers_ends_answers_where_we_do(model, tokenizer):
     assert generate_texts(model, tokenizer, PROMPTS, stops=[stop], **options) == ours != whole
 
 
-def test_end_tokens(model):
-    assert end_tokens(model) == {2}
+def test_end_ids(model, tokenizer):
+    tokenizer.eos_token = None
+    assert end_ids(model, tokenizer) == {2}
     model.generation_config.eos_token_id = [2, 7]
-    assert end_tokens(model) == {2, 7}
+    assert end_ids(model, tokenizer) == {2, 7}
