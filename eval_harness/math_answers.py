@@ -34,6 +34,7 @@ _COMPUTED = re.compile(r".*[\d)}%]\s*=(?=.*\d)", re.DOTALL)  # the left side of 
 LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
 _DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free
+_VARIABLE = re.compile(r"(?<=[\d}])([cdghlmost]|ab|bc)\s*$")  # of the last letters that math-verify takes for a unit
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _NOISE = re.compile(
     r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~|(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))"
@@ -135,7 +136,8 @@ def same_string(answer: str | None, right: str | None) -> bool:
 def equivalent(answer: str | None, right: str | None) -> bool:
     """Return whether two answers mean the same: as text by `same_string`, or as mathematics by math-verify.
 
-    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5.
+    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5. A letter that follows a number
+    without a space is a variable: "4t" is not 4, "4 m" is.
     """
     if answer is None or right is None:
         return False
@@ -165,11 +167,12 @@ def _says_something(line: str) -> bool:
 
 
 def _plain(answer: str) -> str:
-    """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees.
+    """Return an answer without what has no mathematical meaning: spacing, separators of thousands, percent, degrees; and
+    with braces around a variable at its end, which would be taken for a unit.
 
     "100,200" is one number, as it is written; the pair is "100, 200" or "(100,200)".
     """
-    plain = _NOISE.sub("", answer.strip().strip("$"))
+    plain = _VARIABLE.sub(r"{\1}", _NOISE.sub("", answer.strip().strip("$")))
     if re.search(r"[(\[{].*,", plain):
         return plain
     return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), plain)
