@@ -146,10 +146,8 @@ class Judge:
             raise UserError(f"judge.prompts: cannot read {path} ({error})") from None
         if missing := [name for name in GRADING if name not in prompts]:
             raise UserError(f"judge.prompts: {path} has no prompt {missing[0]!r}")
-        for name, text in (
-            (name, prompts[name].get(key)) for name in GRADING for key in ("system_prompt", "prompt_template")
-        ):
-            if not isinstance(text, str):
+        for name in GRADING:
+            if not all(isinstance(prompts[name].get(key), str) for key in ("system_prompt", "prompt_template")):
                 raise UserError(f"judge.prompts: {path}: {name!r} needs system_prompt and prompt_template")
         return prompts
 
@@ -175,10 +173,8 @@ class Judge:
         words = ["lora-null", "judge", str(answers), "--model", self.model]
         for field in fields(self):
             if field.name not in ("model", "wait") and (value := getattr(self, field.name)) != field.default:
-                words += [
-                    f"--{field.name.replace('_', '-')}",
-                    f"{value:g}" if isinstance(value, float) else str(value),
-                ]
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                words += [f"--{field.name.replace('_', '-')}", text]
         return shlex.join(words)
 
 
@@ -234,7 +230,7 @@ def judge_answers(
     answered = [question for question in questions if question["question_id"] in answers]
     requests = [r for question in answered for r in _requests(question, answers[question["question_id"]], prompts)]
     digest = judge.digest()
-    known = _read_grades(path, judge, digest)
+    known = _read_grades(path, (judge.model, digest, judge.host))
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,9 +243,11 @@ def judge_answers(
 
         def grade(request: _Request) -> None:
             text, score = client.grade(request)
-            line = request.to_json(judge.model, model_id) | {"judgment": text, "score": score, "tstamp": time.time()}
+            line = {"question_id": request.question_id, "model": model_id, "judge": [judge.model, request.prompt_name]}
+            line |= {"user_prompt": request.user_prompt, "turn": request.turn, "judgment": text, "score": score}
+            line |= {"tstamp": time.time(), "prompts": digest, "host": judge.host}
             with lock:
-                file.write(json.dumps(line | {"prompts": digest, "host": judge.host}) + "\n")
+                file.write(json.dumps(line) + "\n")
                 file.flush()
                 if score != MISSING:
                     grades[request.key] = score
@@ -277,10 +275,6 @@ class _Request:
     def key(self) -> tuple[int, int]:
         return self.question_id, self.turn
 
-    def to_json(self, judge_model: str, model_id: str) -> dict[str, Any]:
-        asked = {"question_id": self.question_id, "model": model_id, "judge": [judge_model, self.prompt_name]}
-        return asked | {"user_prompt": self.user_prompt, "turn": self.turn}
-
 
 def _requests(
     question: Mapping[str, Any], answers: Sequence[str], prompts: Mapping[str, Mapping[str, str]]
@@ -289,28 +283,27 @@ def _requests(
     reference = question.get("reference") or []
     kind = "-math" if question["category"] in NEED_REFERENCE and reference else ""
     turns = question["turns"]
-    fields = {"question": turns[0], "answer": answers[0]}
+    texts = {"question": turns[0], "answer": answers[0]}
     for number, (asked, answered) in enumerate(zip(turns, answers), start=1):
-        fields |= {f"question_{number}": asked, f"answer_{number}": answered}
-    fields |= {f"ref_answer_{number}": text for number, text in enumerate(reference, start=1)}
-    made = []
+        texts |= {f"question_{number}": asked, f"answer_{number}": answered}
+    texts |= {f"ref_answer_{number}": text for number, text in enumerate(reference, start=1)}
+    requests = []
     for turn, suffix in ((1, ""), (2, "-multi-turn"))[: len(answers)]:
         prompt = prompts[f"single{kind}-v1{suffix}"]
-        text = re.sub(r"{(\w+)}", lambda match: str(fields.get(match[1], match[0])), prompt["prompt_template"])
-        made.append(_Request(question["question_id"], turn, prompt["name"], prompt["system_prompt"], text))
-    return made
+        text = re.sub(r"{(\w+)}", lambda match: str(texts.get(match[1], match[0])), prompt["prompt_template"])
+        requests.append(_Request(question["question_id"], turn, prompt["name"], prompt["system_prompt"], text))
+    return requests
 
 
-def _read_grades(path: Path, judge: Judge, digest: str) -> dict[str, float]:
-    """Return {user prompt: grade} of what this judge has graded by these prompts; half a line at the end is left aside."""
-    asked = (judge.model, digest, judge.host)
+def _read_grades(path: Path, judge: tuple[str, str, str | None]) -> dict[str, float]:
+    """Return {user prompt: grade} of what a judge (model, digest of its prompts, host) has graded; half a line is left aside."""
     grades = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["score"] != MISSING and (entry["judge"][0], entry.get("prompts"), entry.get("host")) == asked:
+        if entry["score"] != MISSING and (entry["judge"][0], entry.get("prompts"), entry.get("host")) == judge:
             grades[entry["user_prompt"]] = entry["score"]
     return grades
 
@@ -324,9 +317,10 @@ def parse_grade(judgment: str) -> float:
     return MISSING
 
 
-def _said(error: Any) -> str:
-    """Return what the endpoint says of a refusal, on one line and without an end."""
-    text = " ".join(str((error.body or {}).get("message") or "" if isinstance(error.body, dict) else "").split())
+def _message_of(error: Any) -> str:
+    """Return what the endpoint says of a refusal: its beginning, on one line and in brackets."""
+    body = error.body if isinstance(error.body, dict) else {}
+    text = " ".join(str(body.get("message") or "").split())
     return f" ({text[:200]})" if text else ""
 
 
@@ -370,7 +364,9 @@ class _Client:
                     continue
                 if status not in PASSING and status < 500:
                     hint = f", check the key in {self.judge.api_key_env}" if status in (401, 403) else ""
-                    message = f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}{_said(error)}"
+                    message = (
+                        f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}{_message_of(error)}"
+                    )
                     raise JudgeError(message) from None
                 failure = f"HTTP status {status}"
                 break
@@ -392,8 +388,8 @@ class _Client:
     def _ask(self, request: _Request, attempts: int, options: dict[str, Any]) -> tuple[str | None, int]:
         """Return the judgment, None where the answer holds none, and how many attempts it took."""
         client = self.openai.with_options(max_retries=attempts - 1)
-        said = {"system": request.system_prompt, "user": request.user_prompt}
-        messages = [{"role": role, "content": text} for role, text in said.items()]
+        system = {"role": "system", "content": request.system_prompt}
+        messages: Any = [system, {"role": "user", "content": request.user_prompt}]
         create = client.chat.completions.with_raw_response.create
         answer = create(model=self.judge.model, messages=messages, **options, extra_headers=self.headers)
         try:  # from the text: local servers do not always name its type, without which the package does not read it

@@ -224,8 +224,8 @@ def scores(name: str, role: Role, ids: Sequence[int], grades: Mapping[tuple[int,
         graded = [given for i in ids if (given := [grades[i, turn] for turn in turns if (i, turn) in grades])]
         if graded:
             sums, counts = np.array([sum(given) for given in graded]), np.array([len(given) for given in graded])
-            value, stderr = mean_and_error(sums / counts, counts)
-            found.metrics[label] = Metric(value, stderr, int(counts.sum()), True, role, "score")
+            metric = Metric(*mean_and_error(sums / counts, counts), int(counts.sum()), True, role, "score")
+            found.metrics[label] = metric
             if len(graded) == len(ids):
-                found.samples[label], found.weights[label] = (sums / counts).tolist(), counts.tolist()
+                found.add(label, metric, sums / counts, counts)
     return found
