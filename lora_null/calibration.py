@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from lora_null.gram import Gram
-from lora_null.utils.distributed import for_collective, rank_and_world, together
+from lora_null.utils.distributed import for_collective, is_first_process, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, is_shifted_by_padding, position_limit
-from lora_null.utils.model_state import full_precision, preserve
-from lora_null.utils.quantized import weight_of
+from lora_null.utils.model_state import base_model_of, full_precision, preserve
+from lora_null.utils.quantized import base_layer_of, weight_of
 
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024
@@ -225,7 +225,7 @@ def measure_inputs(
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
 
     def measure() -> Calibration:
-        for batch in tqdm(own, desc="calibrating", unit="batch", disable=not progress or rank_and_world()[0] != 0):
+        for batch in tqdm(own, desc="calibrating", unit="batch", disable=not (progress and is_first_process())):
             meter.begin(batch)
             backbone(model)(**batch.inputs, use_cache=False)
         return meter.result()
@@ -243,7 +243,7 @@ def check_architecture(model: nn.Module) -> None:
     Raises:
         UserError: naming the architecture.
     """
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None) or type(inner).__name__
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UserError(
@@ -264,7 +264,7 @@ def checked_batches(
     Raises:
         UserError: fewer than `min_tokens` tokens; what is no batch for this model, by its number, counted from 1.
     """
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     config, table = getattr(inner, "config", None), inner.get_input_embeddings()
     vocabulary = getattr(table, "num_embeddings", None) or len(table.weight)
     limit = position_limit(config) if isinstance(config, PreTrainedConfig) else None
@@ -349,13 +349,13 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """Return the decoder without its language-model head, whose logits calibration has no use for."""
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     return getattr(inner, getattr(inner, "base_model_prefix", "") or "-", inner)
 
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that the model's token ids belong on."""
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     return inner.get_input_embeddings().weight.device
 
 
@@ -388,8 +388,9 @@ class InputMeter:
         """Measure every forward pass inside this context."""
         with contextlib.ExitStack() as stack:
             for name, module in self.modules.items():
-                base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-                handle = base.register_forward_hook(lambda _, args, out, name=name: self._see(name, args[0], out))
+                handle = base_layer_of(module).register_forward_hook(
+                    lambda _, args, out, name=name: self._on_forward(name, args[0], out)
+                )
                 stack.callback(handle.remove)
             yield
 
@@ -398,7 +399,7 @@ class InputMeter:
         self.batch = batch
         self.recent, self.calls = [], {}
 
-    def _see(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _on_forward(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         flat = self.batch.flat(x)
         if flat is None:
             raise UserError(
@@ -407,21 +408,20 @@ class InputMeter:
         leader = self._leader(name, x)
         if not self.batch.counted:
             return
-        if not (self._has_bias(name) and self.with_gram):
-            clean = self.batch.flat(out) if not self._has_bias(name) else self._without_bias(name, flat)
+        has_bias = self._has_bias(name)
+        if not (has_bias and self.with_gram):
+            clean = (
+                nn.functional.linear(flat, weight_of(self.modules[name]).to(flat))
+                if has_bias
+                else self.batch.flat(out)
+            )
             energy = self.batch.rows(_norms(clean)[:, None]).double().square().sum()
             self.output_energy[name] = self.output_energy.get(name, 0.0) + energy
         if leader == name:
             self._add(name, flat)
 
     def _has_bias(self, name: str) -> bool:
-        module = self.modules[name]
-        return (
-            getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "bias", None) is not None
-        )
-
-    def _without_bias(self, name: str, flat: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(flat, weight_of(self.modules[name]).to(flat))
+        return getattr(base_layer_of(self.modules[name]), "bias", None) is not None
 
     def _leader(self, name: str, x: torch.Tensor) -> str:
         """Return the first module that read this very tensor in this forward pass; remember it at the first batch."""

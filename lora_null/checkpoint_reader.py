@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from lora_null.layer import LoraNullLinear, plain_name
 from lora_null.utils.distributed import get_logger, own_piece, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened, read_json
-from lora_null.utils.model_state import replaced
+from lora_null.utils.model_state import base_model_of, replaced
 
 logger = get_logger(__name__)
 
@@ -164,7 +165,7 @@ class WeightFiles:
             model: a base, or a PEFT model around it, whole or already sharded (FSDP2).
             device: where the numbers go.
         """
-        inner = getattr(model, "get_base_model", lambda: model)()
+        inner = base_model_of(model)
         missing = {id(x.tensor): x for x in base_tensors(inner) if x.saved and x.tensor.is_meta}
         filled: dict[int, torch.Tensor] = {}
         for module in inner.modules():
@@ -181,21 +182,18 @@ class WeightFiles:
             if isinstance(layer, LoraNullLinear) and layer.residual and id(layer.get_base_layer().weight) in new:
                 layer.take_out_residual()
 
-    @contextlib.contextmanager
-    def loaded(self, module: nn.Module, name: str) -> Iterator[None]:
+    def loaded(self, module: nn.Module, name: str) -> AbstractContextManager[None]:
         """Give `module`, called `name` in the checkpoint, its weights; afterwards it is without again."""
-        with self._assigned(base_tensors(module, name)):
-            yield
+        return self._assigned(base_tensors(module, name))
 
-    @contextlib.contextmanager
-    def outside(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    def outside(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Give the model all weights but its decoder layers' and its head's: embeddings, positions, norms."""
-        inner = getattr(model, "get_base_model", lambda: model)()
+        inner = base_model_of(model)
         head = inner.get_output_embeddings()
-        apart = {id(t) for module in (*layers.values(), *([head] if head else [])) for t in _tensors(module)}
+        others = (*layers.values(), *([head] if head else []))
+        apart = {id(t) for module in others for t in (*module.parameters(), *module.buffers())}
         apart -= {id(p) for p in inner.get_input_embeddings().parameters()}  # a tied head
-        with self._assigned(owned for owned in base_tensors(inner) if id(owned.tensor) not in apart):
-            yield
+        return self._assigned(owned for owned in base_tensors(inner) if id(owned.tensor) not in apart)
 
     @contextlib.contextmanager
     def _assigned(self, found: Iterable[Owned]) -> Iterator[None]:
@@ -271,8 +269,3 @@ def adapters_in_memory() -> Iterator[None]:
 
     with replaced(nn.Module, "to", stay), replaced(BaseTunerLayer, move.__name__, keep):
         yield
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

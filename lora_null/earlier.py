@@ -121,7 +121,8 @@ class Earlier:
         Raises:
             UserError: it was not measured.
         """
-        tensors, tokens = read_safetensors(self._file(modules))[0], self.tokens(modules)
+        tensors, metadata = read_safetensors(self._file(modules))
+        tokens = int(metadata["tokens"])
         if "gram" in tensors:
             return tensors["gram"].to(device, torch.float64) / tokens
         factor = tensors["sketch"].to(device, torch.float64)

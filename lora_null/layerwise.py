@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -35,9 +36,9 @@ from lora_null.calibration import (
     token_batches,
 )
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.utils.distributed import rank_and_world, together
+from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import release_freed_memory, replaced
+from lora_null.utils.model_state import base_model_of, release_freed_memory, replaced
 
 CHECK_TOKENS = 16
 WHAT = "initialization"
@@ -58,7 +59,7 @@ class _Call:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
-        args, kwargs = _to((self.args, self.kwargs), device, {})
+        args, kwargs = _to_device((self.args, self.kwargs), device, {})
         return _hidden(layer(hidden.to(device), *args, **kwargs))
 
 
@@ -73,7 +74,7 @@ def decoder_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Mod
     Raises:
         DoesNotFit: no single list holds them.
     """
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     names = list(modules)
     for name, child in inner.named_modules():
         if isinstance(child, nn.ModuleList) and all(module.startswith(f"{name}.") for module in names):
@@ -91,21 +92,20 @@ def walk_layers(
     seed: int = 0,
     device: torch.device | None = None,
     weights: WeightFiles | None = None,
-    skip: Callable[[str], bool] = lambda name: False,
+    skip: Container[str] = (),
     progress: bool = True,
-) -> Iterator[tuple[str, Calibration | None]]:
+) -> Iterator[tuple[str, Calibration]]:
     """Measure the inputs of `modules` layer by layer; yields (layer name, what its modules read) in order.
 
     While a layer is yielded its weights are at hand, and the model is in the state of `measuring`: exhaust the generator
-    or close it. A layer without target modules is not yielded. Under an
-    initialized `torch.distributed` group every rank walks its share of the batches; the sums are everywhere, a Gram on
-    its owner alone.
+    or close it. A layer without target modules is not yielded. Under an initialized `torch.distributed` group every rank
+    walks its share of the batches; the sums are everywhere, a Gram on its owner alone.
 
     Args:
         model, modules, batches, gram, min_tokens, seed: as in `measure_inputs`.
         device: where the layers run; where they are, if None.
         weights: the files to read each layer from, if the model is still without weights (meta device).
-        skip: whether a layer is only to be run, its modules having been measured before; it is yielded with None.
+        skip: names of layers that are only to be run, their modules having been measured before; they are not yielded.
         progress: show a progress bar (on rank 0).
 
     Raises:
@@ -124,29 +124,37 @@ def walk_layers(
         device = torch.device("cpu") if device.type == "meta" else device
         with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
             own = token_batches(batches, input_device(model), seed, runs_on=device)
-            record = lambda: [_record(model, layers, batch, device) for batch in own]  # noqa: E731
-            calls, hidden = zip(*together(record, alike=(UserError, DoesNotFit), what=WHAT))
+            record = partial(_record, model, layers, own, device)
+            calls, hidden = together(record, alike=(UserError, DoesNotFit), what=WHAT)
         states = _HiddenStates(hidden, device, stack)
+        del hidden  # or the first ones would stay in memory beside all later ones
         balance = LoadBalance()
         names = list(layers)[: last + 1]
-        for i, name in enumerate(tqdm(names, desc="initializing", unit="layer", disable=not progress or _rank() != 0)):
-            targets = _inside(name, modules)
+        bar = tqdm(names, desc="initializing", unit="layer", disable=not (progress and is_first_process()))
+        for i, name in enumerate(bar):
+            targets = {} if name in skip else _inside(name, modules)
             with _resident(layers[name], name, states.device, weights):
                 start = time.perf_counter()
-                meter = InputMeter({} if skip(name) else targets, gram=gram, tokens=tokens)
-
-                def measure(layer: nn.Module = layers[name], i: int = i, meter: InputMeter = meter) -> Calibration:
-                    for batch, call, at in zip(own, calls, range(len(own))):
-                        meter.begin(batch)
-                        states[at] = call[i].run(layer, states[at], states.device)
-                    return meter.result()
-
+                meter = InputMeter(targets, gram=gram, tokens=tokens)
+                run = partial(_run_layer, layers[name], own, [of_batch[i] for of_batch in calls], states, meter)
                 with meter.attached():
-                    part = together(measure, what=WHAT)
+                    part = together(run, what=WHAT)
                 if targets:
-                    yield name, None if skip(name) else _finished(part, balance, start)
+                    sum_over_ranks(part, balance)
+                    part.seconds = time.perf_counter() - start
+                    yield name, part
             if weights is not None:
                 release_freed_memory()
+
+
+def _run_layer(
+    layer: nn.Module, batches: Sequence[TokenBatch], calls: Sequence[_Call], states: _HiddenStates, meter: InputMeter
+) -> Calibration:
+    """Run one layer on this rank's batches, whose hidden states become its outputs; return what was measured."""
+    for at, (batch, call) in enumerate(zip(batches, calls)):
+        meter.begin(batch)
+        states[at] = call.run(layer, states[at], states.device)
+    return meter.result()
 
 
 def visit_layers(
@@ -170,7 +178,7 @@ def visit_layers(
     """
     layers = decoder_layers(model, modules)
     found = {name: inside for name in layers if (inside := _inside(name, modules))}
-    for name in tqdm(found, desc="initializing", unit="layer", disable=not progress or _rank() != 0):
+    for name in tqdm(found, desc="initializing", unit="layer", disable=not (progress and is_first_process())):
         with _resident(layers[name], name, device or torch.device("cpu"), weights):
             yield name, found[name]
         release_freed_memory()
@@ -193,32 +201,21 @@ def measure_in_parts(
     """
     try:
         for _, part in walk_layers(model, modules, batches, device=device, **options):
-            yield part  # pyright: ignore[reportReturnType]  # nothing is skipped
+            yield part
     except DoesNotFit:
         part = measure_inputs(model, modules, batches, **options)
         LoadBalance().assign(part.inputs)
         yield part
 
 
-def _rank() -> int:
-    return rank_and_world()[0]
-
-
 def _inside(layer: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name.startswith(f"{layer}.")}
 
 
-def _finished(part: Calibration, balance: LoadBalance, start: float) -> Calibration:
-    sum_over_ranks(part, balance)
-    part.seconds = time.perf_counter() - start
-    return part
-
-
-@torch.no_grad()
 def _record(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch, device: torch.device
-) -> tuple[list[_Call], torch.Tensor]:
-    """Run the decoder with layers that only note how they are called; return the calls and the first hidden states.
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[TokenBatch], device: torch.device
+) -> tuple[list[list[_Call]], list[torch.Tensor]]:
+    """Run the decoder with layers that only note how they are called; return each batch's calls and first hidden states.
 
     Each layer gets its own mask and positions this way, whatever kinds of attention the model mixes; what layers share goes
     to the device once.
@@ -226,15 +223,16 @@ def _record(
     failures = []
     for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):  # some decoders expect a tuple of their layers
         try:
-            calls, hidden = _record_calls(model, layers, batch, wrap)
-            moved: dict[int, torch.Tensor] = {}
-            return [_Call(*_to((call.args, call.kwargs), device, moved)) for call in calls], hidden
+            calls, hidden = zip(*(_record_batch(model, layers, batch, device, wrap) for batch in batches))
+            return list(calls), list(hidden)
         except DoesNotFit as reason:
             failures.append(reason)
     raise failures[0]
 
 
-def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch, wrap: Callable) -> tuple:
+def _record_batch(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: TokenBatch, device: torch.device, wrap: Callable
+) -> tuple[list[_Call], torch.Tensor]:
     calls: list[_Call] = []
     first: list[torch.Tensor] = []
 
@@ -258,7 +256,8 @@ def _record_calls(model: nn.Module, layers: Mapping[str, nn.Module], batch: Toke
             raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
     if len(calls) != len(layers):
         raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
-    return calls, first[0]
+    moved: dict[int, torch.Tensor] = {}
+    return [_Call(*_to_device((call.args, call.kwargs), device, moved)) for call in calls], first[0]
 
 
 def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> None:
@@ -267,9 +266,6 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     The same operations on the same numbers give the same bits; where they do not, the difference has to be as small as
     that of a forward pass run twice. Batches of equal and of other shapes show what a model keeps from one layer's call
     for the next one's.
-
-    Raises:
-        DoesNotFit: they give different hidden states.
     """
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
@@ -281,7 +277,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     finally:
         handle.remove()
     device = next(final.parameters()).device
-    calls, states = (list(column) for column in zip(*(_record(model, layers, batch, device) for batch in few)))
+    calls, states = _record(model, layers, few, device)
     try:
         for i, layer in enumerate(layers.values()):
             for at, call in enumerate(calls):
@@ -326,25 +322,28 @@ class _HiddenStates:
 
     def __init__(self, first: Iterable[torch.Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
         self.device = device
-        self.tensors = list(first)
+        self.tensors, self.in_files = list(first), False
         size = sum(tensor.nbytes for tensor in self.tensors)
         if size <= DEVICE_SHARE * _free_bytes(device):
             self.tensors = [tensor.to(device) for tensor in self.tensors]
         elif size <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
             self.tensors = [tensor.cpu() for tensor in self.tensors]
         else:
+            self.in_files = True
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_null_hidden_"))
-            self.tensors = [_mapped(tensor, f"{folder}/{i}") for i, tensor in enumerate(self.tensors)]
+            for i, tensor in enumerate(self.tensors):
+                mapped = torch.from_file(f"{folder}/{i}", shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                self.tensors[i] = mapped.view(tensor.shape).copy_(tensor)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.tensors[index]
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
         kept = self.tensors[index]
-        if kept.device == hidden.device and not getattr(kept, "is_file", False):
-            self.tensors[index] = hidden
-        else:
+        if self.in_files or kept.device != hidden.device:
             kept.copy_(hidden)
+        else:
+            self.tensors[index] = hidden
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -353,23 +352,16 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _mapped(tensor: torch.Tensor, path: str) -> torch.Tensor:
-    mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    mapped.copy_(tensor)
-    mapped.is_file = True
-    return mapped
-
-
-def _to(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
+def _to_device(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
     """Return a nest of tuples, lists and dicts with its tensors on the device; `moved` remembers them, so each moves once."""
     if isinstance(value, torch.Tensor):
         if id(value) not in moved:
             moved[id(value)] = value.to(device)
         return moved[id(value)]
     if isinstance(value, dict):
-        return {key: _to(item, device, moved) for key, item in value.items()}
+        return {key: _to_device(item, device, moved) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device, moved) for item in value)
+        return type(value)(_to_device(item, device, moved) for item in value)
     return value
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -24,6 +25,8 @@ logger = get_logger(__name__)
 
 NARROW = 2048  # up to this width an input is solved on one thread of a CPU: its steps are too small for several
 MOST_TOGETHER = 8  # layers whose Grams wait for each other
+
+Solved = tuple[LayerStats, torch.Tensor | None]  # of one layer: its line of the report, and its `projected_inputs`
 
 
 class Rule(Protocol):
@@ -79,8 +82,10 @@ class NullSpace:
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
             k = None if self.energy is not None else directions(r, self.multiple or 1)
-            if k not in spaces:
-                spaces[k] = self._space(inputs.gram, k)
+            if k not in spaces and k is None:
+                spaces[k] = outer_eigenspace(inputs.gram, self.energy)
+            elif k not in spaces:
+                spaces[k] = bottom_eigenspace(inputs.gram, k, solver=self.solver, seed=self.seed)
             space = spaces[k]
             if space.vectors.shape[1] < r:
                 raise ValueError(
@@ -96,11 +101,6 @@ class NullSpace:
             )
 
         return start
-
-    def _space(self, gram: torch.Tensor, k: int | None) -> Eigenspace:
-        if k is None:
-            return outer_eigenspace(gram, self.energy)
-        return bottom_eigenspace(gram, k, solver=self.solver, seed=self.seed)
 
 
 def directions(r: int, multiple: float) -> int:
@@ -132,40 +132,37 @@ class LayerSolver:
         threads = min(all_gather(torch.get_num_threads())) if narrow else 1  # the same on every machine
         return rank_and_world()[1] * min(threads, MOST_TOGETHER)
 
-    @torch.no_grad()
-    def solve(self, parts: Sequence[tuple[str, Calibration]]) -> Iterator[tuple[str, LayerResult]]:
-        """Write A0 and B0 of the parts on every rank, drop their Grams, and yield (name, solved part) in order."""
+    def solve(self, parts: Mapping[str, Calibration]) -> dict[str, LayerResult]:
+        """Write A0 and B0 of the parts on every rank and drop their Grams; return the solved parts by name, in order."""
         start = time.perf_counter()
-        stats = together(lambda: self._solve_mine([part for _, part in parts]), what="initialization")
+        inputs = [measured for part in parts.values() for measured in part.inputs]
+        solved = together(partial(self._solve_owned, inputs), what="initialization")
         if rank_and_world()[1] > 1:
-            stats = self._share([part for _, part in parts], stats)
+            solved = self._share(inputs, solved)
         self.seconds += time.perf_counter() - start
-        for name, part in parts:
-            yield name, self._solved_part(part, stats)
+        return {name: self._result(part, solved) for name, part in parts.items()}
 
-    def _solve_mine(self, parts: Sequence[Calibration]) -> dict[str, LayerStats]:
-        """Solve what is this rank's, the widest first; narrow inputs on a CPU side by side, one thread each."""
+    def _solve_owned(self, inputs: Sequence[InputStats]) -> dict[str, Solved]:
+        """Solve what this rank owns, the widest first; narrow inputs on a CPU side by side, one thread each."""
         rank = rank_and_world()[0]
-        own = [(part, measured) for part in parts for measured in part.inputs if measured.owner == rank]
-        own.sort(key=lambda job: -len(job[1].sketch))
-        narrow = [job for job in own if _is_narrow(len(job[1].sketch), job[1].sketch.device)]
-        stats: dict[str, LayerStats] = {}
-        for part, measured in own[: len(own) - len(narrow)]:  # the wide come first
-            stats |= self._solve_input(part, measured)
+        owned = sorted((x for x in inputs if x.owner == rank), key=lambda measured: -len(measured.sketch))
+        narrow = [measured for measured in owned if _is_narrow(len(measured.sketch), measured.sketch.device)]
+        solved: dict[str, Solved] = {}
+        for measured in owned[: len(owned) - len(narrow)]:  # the wide come first
+            solved |= self._solve_input(measured)
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            for found in threads.map(lambda job: self._solve_input(*job), narrow):
-                stats |= found
-        for part in parts:
-            for measured in part.inputs:
-                measured.gram = None
-        return stats
+            for found in threads.map(self._solve_input, narrow):
+                solved |= found
+        for measured in inputs:
+            measured.gram = None
+        return solved
 
     @torch.no_grad()  # which every thread has to say for itself
-    def _solve_input(self, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+    def _solve_input(self, measured: InputStats) -> dict[str, Solved]:
         """Solve one input and let its Gram go; on the CPU where the accelerator's memory is not enough."""
         gram, measured.gram = measured.gram, None
         try:
-            return self._solve_on(gram, part, measured)
+            return self._solve_on(gram, measured)
         except torch.OutOfMemoryError:
             if gram is None:
                 raise
@@ -175,12 +172,12 @@ class LayerSolver:
             )
             gram = gram.cpu()
             torch.cuda.empty_cache()
-            return self._solve_on(gram, part, measured)
+            return self._solve_on(gram, measured)
 
-    def _solve_on(self, gram: torch.Tensor | None, part: Calibration, measured: InputStats) -> dict[str, LayerStats]:
+    def _solve_on(self, gram: torch.Tensor | None, measured: InputStats) -> dict[str, Solved]:
         """Write A0 and B0 into every layer that reads one input."""
         start_of = self.rule.of_input(replace(measured, gram=gram))
-        stats: dict[str, LayerStats] = {}
+        solved: dict[str, Solved] = {}
         bases: dict[int, NullBasis] = {}  # by what the rule gave: one for all layers to which it gives the same
         for name in measured.modules:
             start = time.perf_counter()
@@ -197,50 +194,48 @@ class LayerSolver:
                 basis = bases.setdefault(id(found.basis), NullBasis.for_factor(found.basis, A))
                 layer.confine(self.adapter_name, basis)
                 layer.keep_in_basis(self.adapter_name)  # in its rounding
-            if gram is not None:
-                part.projected[name] = projected_inputs(A, gram, found.kernel)
-            stats[name] = LayerStats(
+            projected = None if gram is None else projected_inputs(A, gram, found.kernel)
+            line = LayerStats(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
                 r=r,
                 tokens=measured.tokens,
                 gram_rank=found.gram_rank,
-                leakage=None if gram is None else leakage(A, gram, part.projected[name]),
+                leakage=None if gram is None else leakage(A, gram, projected),
                 energy=found.energy,
                 condition=found.condition,
                 solver=found.solver,
                 seconds=time.perf_counter() - start,
             )
-        return stats
+            solved[name] = line, projected
+        return solved
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return factors_of(self.layers[name], self.adapter_name)
 
-    def _share(self, parts: Sequence[Calibration], stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
-        """Give every rank the factors and lines of all, from whoever solved them."""
-        for part in parts:
-            for measured in part.inputs:
-                for name in measured.modules:
-                    for factor in self._factors(name):
-                        broadcast_tensor(factor, measured.owner)
-        own = [{name: L.cpu() for name, L in part.projected.items()} for part in parts]
-        gathered = all_gather((stats, own, self._bases(stats)))
-        for index, part in enumerate(parts):
-            for _, projected, _ in gathered:
-                part.projected |= projected[index]
-        for name, basis in ((name, basis) for *_, bases in gathered for name, basis in bases.items()):
-            self.layers[name].confine(self.adapter_name, basis)
-        return {name: line for lines, *_ in gathered for name, line in lines.items()}
+    def _share(self, inputs: Sequence[InputStats], solved: dict[str, Solved]) -> dict[str, Solved]:
+        """Give every rank the factors, bases and lines of all, from whoever solved them."""
+        for measured in inputs:
+            for name in measured.modules:
+                for factor in self._factors(name):
+                    broadcast_tensor(factor, measured.owner)
+        own = {name: (line, None if L is None else L.cpu()) for name, (line, L) in solved.items()}
+        gathered = all_gather((own, self._bases(own)))
+        for _, bases in gathered:
+            for name, basis in bases.items():
+                self.layers[name].confine(self.adapter_name, basis)
+        return {name: found for share, _ in gathered for name, found in share.items()}
 
     def _bases(self, names: Iterable[str]) -> dict[str, NullBasis]:
         bases = {name: getattr(self.layers[name], "bases", {}).get(self.adapter_name) for name in names}
         return {name: basis for name, basis in bases.items() if basis is not None}
 
-    def _solved_part(self, part: Calibration, stats: Mapping[str, LayerStats]) -> LayerResult:
+    def _result(self, part: Calibration, solved: Mapping[str, Solved]) -> LayerResult:
         names = [module for measured in part.inputs for module in measured.modules]
+        part.projected = {name: L for name in names if (L := solved[name][1]) is not None}
         copies = {name: tuple(factor.detach().cpu().clone() for factor in self._factors(name)) for name in names}
         scaling = {name: self.layers[name].scaling[self.adapter_name] for name in names}
-        return LayerResult(copies, scaling, part, [stats[name] for name in names], self._bases(names))
+        return LayerResult(copies, scaling, part, [solved[name][0] for name in names], self._bases(names))
 
 
 def _is_narrow(width: int, device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
@@ -41,13 +42,14 @@ from lora_null.utils.distributed import (
     all_gather,
     broadcast,
     get_logger,
+    is_first_process,
     is_sharded,
     on_first_rank,
-    rank_and_world,
     together,
 )
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.model_state import own_code_at
+from lora_null.utils.files import write_json
+from lora_null.utils.model_state import base_model_of, own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
 logger = get_logger(__name__)
@@ -224,34 +226,35 @@ def compute_start(
     min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
     unmeasured = batches is None and not needs_gram
     batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=WHAT)
-    base = fingerprint_of(model, options.weights, layers if rule is not None else {})
-    name = rule.rule if rule is not None else ""
+    name, adapted = (rule.rule, layers) if rule is not None else ("", {})
+    base = fingerprint_of(model, options.weights, adapted)
     key = _key(base, layers, adapter_name, batches, options, whole, name)
     if hook := _hook_in(model):
         key, options = broadcast(uuid.uuid4().hex[:24]), replace(options, cache=False)
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
     path = store.cached_folder(key) if options.cache else folder
-    with contextlib.ExitStack() as stack:  # generators hold the model's mode: close them here, also on an error
-        if options.cache and rank_and_world()[0] == 0:
-            stack.enter_context(store.in_use(path))
-        done = on_first_rank(lambda: _done(path, key))
+    with store.in_use(path) if options.cache and is_first_process() else contextlib.nullcontext():
+        done = on_first_rank(lambda: _finished_parts(path, key))
         if rule is not None:
             solver = LayerSolver(layers, adapter_name, rule)
             _say_what_is_reused(done, layers, path)
-            parts = _solve_layers(stack, model, batches, options, done, solver, path, key)
+            parts = _solve_layers(model, batches, options, done, solver, path, key)
         else:
             parts = done or {ALL: _measured_alone(model, layers, batches, options, whole, key)}
-            if path and not done and rank_and_world()[0] == 0:
+            if path and not done and is_first_process():
                 store.write_part(path, ALL, parts[ALL])
-        seconds = {"solve": solver.seconds if rule is not None else 0.0, "all": time.perf_counter() - start}
-        report = _report(parts, layers if rule is not None else {}, seconds)
-        report.tokens, report.base, report.key, report.rule = count_tokens(batches), base, key, name
+        lines = {line.name: line for part in parts.values() for line in part.stats}
+        seconds = {
+            "calibrate": sum(part.measured.seconds for part in parts.values()),
+            "solve": solver.seconds if rule is not None else 0.0,
+            "all": time.perf_counter() - start,
+        }
+        report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(batches), base, key, name)
         on_first_rank(lambda: _finish(report, path, folder))
     return _start_of(report, parts)
 
 
 def _solve_layers(
-    stack: contextlib.ExitStack,
     model: nn.Module,
     batches: list[Mapping[str, Any]],
     options: InitOptions,
@@ -261,27 +264,27 @@ def _solve_layers(
     key: str,
 ) -> dict[str, LayerResult]:
     """Solve all layers, each part written to the folder as soon as it is there; where that fails, no layer is changed."""
-    parts: dict[str, LayerResult] = {}
-    a_round = (
-        1 if options.weights is not None else solver.layers_a_round()
-    )  # a layer's weights stay while it is solved
-    measured = _parts(model, solver.layers, batches, options, done, solver.rule.needs_gram)
-    solved = _solved(stack.enter_context(contextlib.closing(measured)), solver, a_round, done)
-    try:
-        for name, part in stack.enter_context(contextlib.closing(solved)):
-            parts[name] = part
-            part.key = key
-            if path and name not in done and rank_and_world()[0] == 0:
-                store.write_part(path, name, part)
-    except BaseException as error:
-        _empty(solver.layers, solver.adapter_name)
-        if isinstance(error, NotFinite):
-            raise _with_cause(error, solver.layers) from None
-        raise
+    layers, parts = solver.layers, dict(done)
+    # Of weights in files only one layer's are at hand, and only while it is yielded.
+    a_round = 1 if options.weights is not None else solver.layers_a_round()
+    with contextlib.closing(_measured(model, layers, batches, options, done, solver.rule.needs_gram)) as measured:
+        try:
+            for part in done.values():
+                _write_factors(part, layers, solver.adapter_name)
+            while some := dict(islice(measured, a_round)):
+                for name, part in solver.solve(some).items():
+                    parts[name], part.key = part, key
+                    if path and is_first_process():
+                        store.write_part(path, name, part)
+        except BaseException as error:
+            _reset(layers, solver.adapter_name)
+            if isinstance(error, NotFinite):
+                raise _with_cause(error, layers) from None
+            raise
     return parts
 
 
-def _empty(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+def _reset(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """Let the adapters of a start that was not finished change nothing, as fresh ones do, so that it can be tried again."""
     for layer in layers.values():
         nn.init.zeros_(factors_of(layer, adapter_name)[1])
@@ -372,12 +375,12 @@ def _check_parts(
 
 def _hook_in(model: nn.Module) -> str | None:
     """Return the first forward hook of somebody's own, on any rank, and where: what it computes has no fingerprint."""
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     found = (f"{code} at {plain_name(name)}" for name, x in inner.named_modules() if (code := own_code_at(x)))
     return next(filter(None, all_gather(next(found, None))), None)
 
 
-def _done(path: Path | None, key: str) -> dict[str, LayerResult]:
+def _finished_parts(path: Path | None, key: str) -> dict[str, LayerResult]:
     """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
     if path is None:
         return {}
@@ -400,7 +403,7 @@ def fingerprint_of(
     """
     if weights is None:
         check_whole(model)
-    model = getattr(model, "get_base_model", lambda: model)()
+    model = base_model_of(model)
     adapted = {f"{name}.weight": name for name, x in nonzero.items() if not is_quantized(x.get_base_layer())}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -412,7 +415,7 @@ def fingerprint_of(
                 raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
             if owned.saved:
                 yield owned.key, tensor
-            elif not _changes(model, owned):
+            elif not _is_rewritten(model, owned):
                 # Computed anew wherever a model is loaded: the last digits differ between devices.
                 yield owned.key, tensor.bfloat16() if tensor.is_floating_point() else tensor
         yield from stored_statistics(model)
@@ -426,7 +429,7 @@ def fingerprint_of(
     return found[0]
 
 
-def _changes(model: nn.Module, owned: Owned) -> bool:
+def _is_rewritten(model: nn.Module, owned: Owned) -> bool:
     """Return whether a buffer is one that rotary positions of changing length rewrite in a forward pass."""
     if not owned.leaf.endswith("inv_freq") or owned.leaf.startswith("original"):
         return False
@@ -486,41 +489,32 @@ def _say_what_is_reused(done: Mapping[str, LayerResult], layers: Mapping[str, Lo
         logger.info(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
 
 
-def _parts(
+def _measured(
     model: nn.Module,
     layers: Mapping[str, LoraLayer],
     batches: list[Mapping[str, Any]],
     options: InitOptions,
     done: Mapping[str, LayerResult],
     gram: bool,
-) -> Iterator[tuple[str, Calibration | None]]:
-    """Yield what is measured, part by part; None for a part that is done."""
+) -> Iterator[tuple[str, Calibration]]:
+    """Yield what is measured, part by part, but for the parts that are done."""
     if sum(len(part.factors) for part in done.values()) == len(layers):
-        yield from ((name, None) for name in done)
         return
     if not batches:
         yield from _unmeasured(model, layers, options, done)
         return
-    common: dict[str, Any] = {"gram": gram, "min_tokens": options.min_tokens, "seed": options.seed}
-    common["progress"] = options.progress
+    measure: dict[str, Any] = {"gram": gram, "min_tokens": options.min_tokens}
+    measure |= {"seed": options.seed, "progress": options.progress}
     if options.form != "hooks":
+        place: dict[str, Any] = {"device": options.device, "weights": options.weights}
         try:
-            walk = walk_layers(
-                model,
-                layers,
-                batches,
-                device=options.device,
-                weights=options.weights,
-                skip=done.__contains__,
-                **common,
-            )
-            yield from walk
+            yield from walk_layers(model, layers, batches, skip=done, **place, **measure)
             return
         except DoesNotFit as reason:
             if options.form == "layers" or options.weights is not None:
                 raise _no_chain(reason) from None
             logger.warning(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
-    part = measure_inputs(model, layers, batches, **common)
+    part = measure_inputs(model, layers, batches, **measure)
     LoadBalance().assign(part.inputs)
     yield ALL, part
 
@@ -531,13 +525,17 @@ def _no_chain(reason: DoesNotFit) -> NotAChain:
 
 def _unmeasured(
     model: nn.Module, layers: Mapping[str, LoraLayer], options: InitOptions, done: Mapping[str, LayerResult]
-) -> Iterator[tuple[str, Calibration | None]]:
+) -> Iterator[tuple[str, Calibration]]:
     """Yield the layers without inputs, for a rule that reads the weights alone: at once, or as they come from the files."""
 
     def part(inside: Mapping[str, nn.Module]) -> Calibration:
-        found = Calibration([_without_input(name, layer) for name, layer in inside.items()])
-        balance.assign(found.inputs)
-        return found
+        inputs = []
+        for name, layer in inside.items():
+            device = layer.get_base_layer().weight.device
+            sketch = torch.zeros(layer.in_features, 0, dtype=torch.float64, device=device)
+            inputs.append(InputStats([name], None, sketch))
+        balance.assign(inputs)
+        return Calibration(inputs)
 
     balance = LoadBalance()
     if options.weights is None:
@@ -547,47 +545,15 @@ def _unmeasured(
         for name, inside in visit_layers(
             model, layers, options.weights, device=options.device, progress=options.progress
         ):
-            yield name, None if name in done else part(inside)
+            if name not in done:
+                yield name, part(inside)
     except DoesNotFit as reason:
         raise _no_chain(reason) from None
 
 
-def _without_input(name: str, layer: LoraLayer) -> InputStats:
-    weight = layer.get_base_layer().weight
-    return InputStats([name], None, torch.zeros(layer.in_features, 0, dtype=torch.float64, device=weight.device))
-
-
-def _solved(
-    measured: Iterable[tuple[str, Calibration | None]],
-    solver: LayerSolver,
-    a_round: int,
-    done: Mapping[str, LayerResult],
-) -> Iterator[tuple[str, LayerResult]]:
-    """Solve the parts in rounds of as many as are worth it; write those that are done into their layers."""
-    waiting: list[tuple[str, Calibration]] = []
-    for name, part in measured:
-        if part is None:
-            _write_factors(done[name], solver.layers, solver.adapter_name)
-            yield name, done[name]
-            continue
-        waiting.append((name, part))
-        if len(waiting) == a_round:
-            yield from solver.solve(waiting)
-            waiting = []
-    yield from solver.solve(waiting)
-
-
-def _report(
-    parts: Mapping[str, LayerResult], layers: Mapping[str, nn.Module], seconds: Mapping[str, float]
-) -> LayerReport:
-    lines = {line.name: line for part in parts.values() for line in part.stats}
-    times = {"calibrate": sum(part.measured.seconds for part in parts.values()), **seconds}
-    return LayerReport([lines[name] for name in layers], times)
-
-
 def _finish(report: LayerReport, path: Path | None, folder: Path | None) -> None:
     if path is not None:
-        store.finish(path, report.to_json())
+        write_json(path / store.REPORT_FILE, report.to_json())  # with it the folder is complete
         store.prune_cache(path)
     if path is not None and folder is not None and path != folder:
         store.copy_store(path, folder)

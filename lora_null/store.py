@@ -36,7 +36,6 @@ from lora_null.utils.files import (
     read_json,
     read_metadata,
     read_safetensors,
-    write_json,
     write_safetensors,
 )
 
@@ -132,11 +131,6 @@ def clear_others(folder: Path, key: str) -> None:
     for path in parts_in(folder):
         if read_metadata(path).get("key") != key:
             path.unlink()
-
-
-def finish(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write the report: the folder is complete."""
-    write_json(folder / REPORT_FILE, report)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import base_model_of
 
 MEET_SECONDS = 10  # between two meetings of the ranks while one of them works
 
@@ -46,7 +47,7 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
         device: of the kind that it is to run on.
     """
     mesh = init_device_mesh(device.type, (rank_and_world()[1],))
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model_of(model)
     lists = [(name, module) for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [(name, x) for name, x in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
@@ -134,7 +135,9 @@ def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]
         modules: whose parameters, those of their submodules too.
         write: keep what is written into the parameters inside, which has to be the same on all ranks.
     """
-    sharded = [(owner, name, p) for owner, name, p in _owned(modules) if is_sharded(p)]
+    owners = [owner for module in modules for owner in module.modules()]
+    named = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if p is not None]
+    sharded = [(owner, name, p) for owner, name, p in named if is_sharded(p)]
     pieces = [(owner, name, p) for owner, name, p in sharded if isinstance(p, DTensor)]
     with _gathered_by_deepspeed([p for _, _, p in sharded if not isinstance(p, DTensor)], write):
         whole = {}
@@ -150,12 +153,6 @@ def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]
         finally:
             for owner, name, p in pieces:
                 owner._parameters[name] = p
-
-
-def _owned(modules: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in modules:
-        for owner in module.modules():
-            yield from ((owner, name, p) for name, p in owner._parameters.items() if p is not None)
 
 
 @contextlib.contextmanager
@@ -185,7 +182,7 @@ class _FirstProcessLogger(logging.LoggerAdapter):
     """Drops every message but the first process's: all processes come to the same ones."""
 
     def isEnabledFor(self, level: int) -> bool:
-        return rank_and_world()[0] == 0 and super().isEnabledFor(level)
+        return is_first_process() and super().isEnabledFor(level)
 
 
 def get_logger(name: str) -> logging.LoggerAdapter:
@@ -204,7 +201,7 @@ def broadcast(value: Any) -> Any:
 
 def on_first_rank(act: Callable[[], Any]) -> Any:
     """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
-    return broadcast(together(lambda: act() if rank_and_world()[0] == 0 else None))
+    return broadcast(together(lambda: act() if is_first_process() else None))
 
 
 def slowly_on_first_rank(act: Callable[[], Any]) -> Any:
@@ -212,7 +209,7 @@ def slowly_on_first_rank(act: Callable[[], Any]) -> Any:
     if rank_and_world()[1] == 1:
         return act()
     with ThreadPoolExecutor(1) as pool:
-        doing = pool.submit(act) if rank_and_world()[0] == 0 else None
+        doing = pool.submit(act) if is_first_process() else None
         while not broadcast(doing is not None and bool(wait([doing], timeout=MEET_SECONDS).done)):
             pass
     return on_first_rank(lambda: doing.result() if doing is not None else None)
@@ -239,8 +236,6 @@ def all_gather(value: Any) -> list[Any]:
 
 def parameters_are_sharded(model: nn.Module) -> bool:
     """Return whether forward passes are collective: FSDP1, FSDP2 or tensor parallel (DTensor), or ZeRO-3."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
     return any(is_sharded(p) for p in model.parameters())

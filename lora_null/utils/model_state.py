@@ -8,7 +8,6 @@ import functools
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,11 @@ REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts
 LIBRARIES = {"torch", "transformers", "peft", "accelerate", "trl", "lora_null"}  # whose hooks leave the numbers alone
 
 
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT has put adapters into, or the model itself where it is no PEFT model."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def own_code_at(module: nn.Module) -> str | None:
     """Return the name of a forward hook, or of a forward put on this one module, that no library of ours has made."""
     replaced_forward = [vars(module)["forward"]] if "forward" in vars(module) else []
@@ -37,11 +41,9 @@ def own_code_at(module: nn.Module) -> str | None:
 
 def start_that_rewrites(config: PeftConfig) -> str | None:
     """Return the start of PEFT's by which an adapter has changed its base, which disabling it does not undo; or None."""
-    return (
-        None
-        if getattr(config, "starts_from_residual", False)
-        else rewriting(getattr(config, "init_lora_weights", None))
-    )
+    if getattr(config, "starts_from_residual", False):
+        return None
+    return rewriting(getattr(config, "init_lora_weights", None))
 
 
 def rewriting(start: Any) -> str | None:
@@ -49,7 +51,7 @@ def rewriting(start: Any) -> str | None:
     return start if isinstance(start, str) and start.startswith(REWRITES_BASE) else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
     """Restore, on the way out, everything about `model` and the process that an evaluation may change.
 
@@ -60,14 +62,12 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
     keep_layout(model)
     modes = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapters = [(m, _adapter_state(m)) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [(x, (x.disable_adapters, list(x.active_adapters), list(x.merged_adapters))) for x in layers]
     active = [(m, m.active_adapter) for m in model.modules() if isinstance(m, PeftModel)]
     config, padding_side = getattr(model, "config", None), getattr(tokenizer, "padding_side", None)
-    use_cache, grad_enabled, random_states = (
-        getattr(config, "use_cache", None),
-        torch.is_grad_enabled(),
-        _random_states(),
-    )
+    use_cache, grad_enabled = getattr(config, "use_cache", None), torch.is_grad_enabled()
+    random_states = _random_states()
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
         _restore_random_states(random_states)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Let `owner.name` be `value` for a while."""
     own, old = name in vars(owner), getattr(owner, name)
@@ -101,7 +101,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the dtypes that the weights have: without the autocast that accelerate puts around a model it trains.
 
@@ -131,10 +131,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _adapter_state(layer: BaseTunerLayer) -> tuple[bool, list[str], list[str]]:
-    return layer.disable_adapters, list(layer.active_adapters), list(layer.merged_adapters)
 
 
 def _restore_adapter(layer: BaseTunerLayer, state: tuple[bool, list[str], list[str]]) -> None:

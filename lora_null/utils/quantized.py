@@ -20,6 +20,11 @@ from lora_null.utils.errors import UserError
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """Return the linear that a PEFT layer wraps, or the module itself where it is no such layer."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Return whether the module is a linear of bitsandbytes that stores 4-bit or 8-bit weights."""
     library = sys.modules.get("bitsandbytes")  # where it was never imported there is no such layer
@@ -38,16 +43,15 @@ def unreadable(module: nn.Module) -> str | None:
     if is_quantized(module):
         rewritten = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
         return "was rewritten by bitsandbytes to infer on this CPU, load the base anew" if rewritten else None
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear | Conv1D) and "weight" not in module._parameters:
-        return "computes its weight anew before each pass (pruning, weight norm); make that permanent first"
-    if isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
-        return f"is a {type(module).__name__}, which gives more than W0 x + b; leave it out (exclude_modules)"
-    plain = (
-        isinstance(module, nn.Linear | Conv1D) and isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
-    )
-    if plain and not type(cast(torch.Tensor, weight).data).__module__.startswith("torchao"):
-        return None
+    if isinstance(module, nn.Linear | Conv1D):
+        if "weight" not in module._parameters:
+            return "computes its weight anew before each pass (pruning, weight norm); make that permanent first"
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            return f"is a {type(module).__name__}, which gives more than W0 x + b; leave it out (exclude_modules)"
+        weight = module.weight
+        plain = isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
+        if plain and not type(weight.data).__module__.startswith("torchao"):
+            return None
     return f"is a {type(module).__name__}, only plain linears and bitsandbytes' quantized ones can be read"
 
 
@@ -63,7 +67,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     Raises:
         UserError: its weight is stored in a form that is not known.
     """
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    base = base_layer_of(module)
     if reason := unreadable(base):
         raise UserError(f"a layer {reason}")
     if is_quantized(base):
