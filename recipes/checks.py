@@ -222,7 +222,7 @@ def rehearse(
         return
     finding = None
     try:
-        with _unheard(), tempfile.TemporaryDirectory() as folder:
+        with _silenced(), tempfile.TemporaryDirectory() as folder:
             trainer = (DPOTrainer if recipe.trainer == "dpo" else SFTTrainer)(
                 model=_stand_in(recipe, tokenizer),
                 args=arguments(Path(folder), **REHEARSAL),
@@ -243,7 +243,7 @@ def rehearse(
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Keep log messages and the bars of data sets off the screen."""
     bars = datasets.is_progress_bar_enabled()
     logging.disable(logging.WARNING)

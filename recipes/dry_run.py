@@ -40,7 +40,8 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     if is_first_process():
         training = training_arguments(recipe, Path(recipe.output_dir))
         print_plan(recipe, job.config, job.plans, training, total_batch(training), rows)
-        _print_grid(recipe)
+        if cells:
+            _print_grid(recipe, sum(len(cell.methods) for cell in cells))
         _print_checks(job, rows, size, free, unreached)
     return job
 
@@ -54,13 +55,11 @@ def _count_rows(recipe: Recipe) -> int | None:
     return min(max(0, len(found.rows) - data.offset), data.limit or len(found.rows))
 
 
-def _print_grid(recipe: Recipe) -> None:
-    if recipe.grid:
-        runs = sum(len(cell.methods) for cell in grid_cells(recipe))
-        seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
-        print(f"grid: {runs} runs, each method for seeds {seeds}; {_values(recipe.grid.sweep) or 'nothing swept'}")
-        for name, sweep in recipe.grid.per_method.items():
-            print(f"      {name}: {_values(sweep)}")
+def _print_grid(recipe: Recipe, runs: int) -> None:
+    seeds = ", ".join(map(str, recipe.grid.seeds or [recipe.seed]))
+    print(f"grid: {runs} runs, each method for seeds {seeds}; {_values(recipe.grid.sweep) or 'nothing swept'}")
+    for name, sweep in recipe.grid.per_method.items():
+        print(f"      {name}: {_values(sweep)}")
 
 
 def _values(sweep: dict[str, list[Any]]) -> str:

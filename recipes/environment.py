@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     state = PartialState()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     packages = [*PACKAGES, *(name for name in OPTIONAL if importlib.util.find_spec(name))]
-    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in packages}
+    versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         "python": platform.python_version(),
         **versions,

@@ -71,7 +71,7 @@ def eval_tasks(
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
     asked = Asked(recipe, tokenizer, max_length, allow_code_execution)
-    tasks = [task for role in get_args(Role) for task in _made(getattr(recipe.eval, role), role, asked)]
+    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(recipe.eval, role), role, asked)]
     names = [task.key for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"eval: {twice!r} is measured twice")
@@ -84,10 +84,10 @@ def probe_tasks(
     """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
     asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution=False), recipe.eval.probe
     entries = {role: getattr(held, role) if held else [] for role in get_args(Role)}
-    return {role: _made(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
+    return {role: _make_tasks(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
 
 
-def _made(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
+def _make_tasks(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
     return [MAKERS[type(entry)](entry, role, asked) for entry in entries]
 
 

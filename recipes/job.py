@@ -224,13 +224,13 @@ def inspect_recipe(
     if job.tokenizer is None:  # without which no row, window or answer is read
         check_task_names(recipe)
         return job
-    _read(job, training, reach, allow_code_execution)
+    _read_inputs(job, training, reach, allow_code_execution)
     if not unreached:
         _plan_measures(job, training.max_length)
     return job
 
 
-def _read(
+def _read_inputs(
     job: Job,
     training: SFTConfig | DPOConfig,
     reach: Callable[[Callable[[], Any]], Any],
@@ -238,11 +238,7 @@ def _read(
 ) -> None:
     """Read training rows, evaluation tasks and calibration windows, and check them against the model.
 
-    Args:
-        job: with its tokenizer.
-        training: TRL's arguments.
-        reach: computes what may lie on a hub; None where that does not answer.
-        allow_code_execution: see `inspect_recipe`.
+    `reach` computes what may lie on a hub, and returns None where that does not answer.
     """
     recipe, tokenizer, config = job.recipe, job.tokenizer, job.config
     job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
@@ -355,11 +351,7 @@ def _check_rows(
     data: TrainingData,
     limit: PositionLimit,
 ) -> None:
-    """Compare rows, as they are cut, with a model's position table, before it loads.
-
-    Raises:
-        UserError: something is longer.
-    """
+    """Refuse rows that, as they are cut, are longer than a model's position table."""
     rows = list(data.rows["input_ids"]) if recipe.trainer == "sft" else []
     for rejected in (False, True) if recipe.trainer == "dpo" else ():
         rows += [t.ids for t in tokenize(data.examples, recipe.data.template, tokenizer, rejected=rejected)]

@@ -112,11 +112,7 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def _check_shared(folder: Path) -> None:
-    """Check that all processes see the folder that the first one has claimed; network file systems need a moment.
-
-    Raises:
-        UserError: one does not: the machines have no such folder in common.
-    """
+    """Check that all processes see the folder that the first one has claimed; network file systems need a moment."""
     end = time.monotonic() + SHARED_SECONDS
     while not (seen := (folder / RECIPE_FILE).is_file()) and time.monotonic() < end:
         time.sleep(0.1)

@@ -253,7 +253,7 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         target[last] = value
 
 
-def _section_as_meant(name: str, section: Any) -> Any:
+def _undo_yaml_readings(name: str, section: Any) -> Any:
     """Undo three readings of YAML that no recipe writer means; anything that is no section is left to the schema.
 
     `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
@@ -307,18 +307,18 @@ def load_recipe(
     if max_forgetting is not None:
         put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
-    raw = {key: _section_as_meant(key, value) for key, value in raw.items()}
+    raw = {key: _undo_yaml_readings(key, value) for key, value in raw.items()}
     if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
         for key in ("name", "files"):
             if isinstance(given := one_or_more(method.get(key)), list):
-                method[key] = [_meant(v, path.parent) if str(v).endswith(".py") else v for v in given]
+                method[key] = [_resolve_path(v, path.parent) if str(v).endswith(".py") else v for v in given]
     recipe = parse_recipe(raw, path.stem)
     recipe.name = recipe.name or path.stem
     if output_dir == "":
         raise UserError("--output-dir: is empty, give a folder")
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     recipe.output_dir = str(Path(recipe.output_dir).expanduser())
-    return _with_paths(recipe, lambda given: _meant(given, path.parent))
+    return _with_paths(recipe, lambda given: _resolve_path(given, path.parent))
 
 
 def is_of_run(path: Path) -> bool:
@@ -357,24 +357,24 @@ def dump(recipe: Recipe) -> str:
 
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
     if seeds is not None:
-        put(raw, "grid.seeds", _number_list(seeds), "--seeds")
+        put(raw, "grid.seeds", _swept_values(seeds), "--seeds")
     for key in ("sweep", "per_method") if sweeps else ():  # what is asked for holds for every method
         put(raw, f"grid.{key}", {}, "--sweep")
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
             raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
-        raw["grid"]["sweep"].setdefault(key, []).extend(_number_list(values))
+        raw["grid"]["sweep"].setdefault(key, []).extend(_swept_values(values))
 
 
-def _number_list(text: str) -> list[Any]:
+def _swept_values(text: str) -> list[Any]:
     try:
         return [parse_yaml(value) for value in text.split(",")]
     except yaml.YAMLError:
         raise UserError(f"{text!r} is no list of values, such as 1,2") from None
 
 
-def _meant(path: str, folder: Path) -> str:
+def _resolve_path(path: str, folder: Path) -> str:
     """Return what a path means: what is there; else what lies beside the recipe's YAML; of samples/… the shipped one."""
     if path.startswith("~"):
         path = str(Path(path).expanduser())
@@ -391,39 +391,32 @@ def whole_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def _with_paths(recipe: Recipe, meant: Callable[[str], str]) -> Recipe:
+def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
     """Put what they mean in the place of all paths of a recipe."""
-    probe, sections = recipe.eval.probe, [*recipe.eval.retention, *recipe.eval.task]
+    probe, calibration = recipe.eval.probe, recipe.calibration
+    sections = [recipe.model, recipe.method, calibration, *calibration.sources, recipe.data, recipe.eval]
+    sections += [*recipe.eval.retention, *recipe.eval.task, *([recipe.eval.judge] if recipe.eval.judge else [])]
     for held in (probe.retention, probe.task) if probe else ():
         sections += held if isinstance(held, list) else []
-    sections += [
-        recipe.model,
-        recipe.method,
-        recipe.calibration,
-        *recipe.calibration.sources,
-        recipe.data,
-        recipe.eval,
-    ]
-    for section in (*sections, recipe.eval.judge):
-        _put_paths(vars(section) if section else {}, meant)
-    _put_paths(recipe.training, meant)
-    recipe.method.files = [meant(path) for path in recipe.method.files]
+    for values in (*map(vars, sections), recipe.training):
+        _put_paths(values, resolve)
+    recipe.method.files = [resolve(path) for path in recipe.method.files]
     for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
         for key, values in sweep.items():
             if key.rpartition(".")[2] in PATHS:
-                sweep[key] = [meant(value) if isinstance(value, str) else value for value in values]
+                sweep[key] = [resolve(value) if isinstance(value, str) else value for value in values]
     for task in recipe.sequence.tasks if recipe.sequence else ():  # which are checked later and may have any form
         evaluation = task.get("eval")
         entries = evaluation.get("task") if isinstance(evaluation, dict) else None
         entries = entries if isinstance(entries, list) else []
-        entries[:] = [meant(e) if isinstance(e, str) and Path(e).suffix else e for e in entries]
+        entries[:] = [resolve(e) if isinstance(e, str) and Path(e).suffix else e for e in entries]
         for section in (task.get("data"), task.get("training"), *entries):
-            _put_paths(section if isinstance(section, dict) else {}, meant)
+            _put_paths(section if isinstance(section, dict) else {}, resolve)
     return recipe
 
 
-def _put_paths(values: dict[str, Any], meant: Callable[[str], str]) -> None:
+def _put_paths(values: dict[str, Any], resolve: Callable[[str], str]) -> None:
     """Put what they mean in the place of the paths of a section, or of an entry of `eval`, whose task may be a YAML."""
     for key, value in values.items():
         if isinstance(value, str) and value and (key in PATHS or (key == "task" and Path(value).suffix in TASK_FILES)):
-            values[key] = meant(value)
+            values[key] = resolve(value)

@@ -40,15 +40,9 @@ def describe_keys() -> str:
     }
     plain = {name: field for name, field in Recipe.model_fields.items() if name not in sections}
     tables = [_table("", "At the top of the file", plain)]
+    sections |= {"eval.judge": JudgeSection, "eval.vllm": VLLMSection, "eval.code": CodeSection}
+    sections |= {"eval.probe": ProbeSection, "budget": BudgetSection, "sequence": SequenceSection}
     tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in sections.items()]
-    inner = {
-        "eval.judge": JudgeSection,
-        "eval.vllm": VLLMSection,
-        "eval.code": CodeSection,
-        "eval.probe": ProbeSection,
-    }
-    inner |= {"budget": BudgetSection, "sequence": SequenceSection}
-    tables += [_table(f"{name}.", f"`{name}`: {_summary(kind)}", kind.model_fields) for name, kind in inner.items()]
     title = f"An entry of `calibration.sources`: {_summary(WeightedSource)}"
     tables.append(_table("", title, WeightedSource.model_fields))
     for name, kind in ENTRIES.items():

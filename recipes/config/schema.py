@@ -108,7 +108,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number is meant: YAML reads yes as true, and pydantic that as 1."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         found = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
@@ -165,7 +165,7 @@ class ModelSection(Section):
 
     @field_validator("quantization")
     @classmethod
-    def _known(cls, quantization: str | None) -> str | None:
+    def _check_quantization(cls, quantization: str | None) -> str | None:
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"no quantization {quantization!r}{nearest(quantization, QUANTIZATIONS)}")
         return quantization
@@ -201,7 +201,7 @@ class MethodSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own(cls, raw: Any) -> Any:
+    def _load_method_files(cls, raw: Any) -> Any:
         """Load the files of one's own methods, and put the methods of a file among the names in its place."""
         if not isinstance(raw, dict):
             return raw
@@ -216,7 +216,7 @@ class MethodSection(Section):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
+    def _check_names(cls, names: list[str]) -> list[str]:
         for name in names:
             _need_method(name)
         if len(set(names)) != len(names):
@@ -225,14 +225,14 @@ class MethodSection(Section):
 
     @field_validator("match", mode="before")
     @classmethod
-    def _budget(cls, match: Any) -> str | None:
+    def _check_match(cls, match: Any) -> str | None:
         if match is not None and match != "lora":
             parse_count(match)
         return None if match is None else str(match)
 
     @field_validator("options")
     @classmethod
-    def _options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _check_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, chosen in options.items():
             _need_method(name)
             known = method_options()[name]
@@ -251,11 +251,7 @@ TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def _training_value(key: str, value: Any, kind: str) -> Any:
-    """Return a training argument as its type has it: of quoted digits a number, of "no" a truth value, of 1e3 a whole number.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return a training argument as its type has it: of quoted digits a number, of "no" a truth value, of 1e3 a whole number."""
     kinds = set(kind.split(" | "))
     if isinstance(value, dict | list) and kinds <= {"bool", "int", "float", "str", "None"}:
         raise ValueError(f"training.{key}: takes one value, not {value!r}")
@@ -330,7 +326,7 @@ class CalibrationSource(Section):
     limit: int | None = Field(None, ge=1, description="first rows only, so that later ones can be measured")
 
     @model_validator(mode="after")
-    def _one_source(self) -> CalibrationSource:
+    def _check_source(self) -> CalibrationSource:
         if self.self is not None and self.source is None:
             self.source = "self"
         if self.source == "self" and self.self is None:
@@ -557,7 +553,7 @@ class CodeSection(Section):
     image: str = Field("python:3.11-slim", min_length=1, description="podman and docker: an image with python3")
 
     @model_validator(mode="after")
-    def _used(self) -> CodeSection:
+    def _check_image(self) -> CodeSection:
         if self.jail == "bwrap" and self.image != type(self).model_fields["image"].default:
             raise ValueError("image is for jail: podman or docker")
         return self
@@ -672,7 +668,7 @@ class EvalSection(Section):
     )
 
     @model_validator(mode="after")
-    def _used(self) -> EvalSection:
+    def _check_engine(self) -> EvalSection:
         if self.backend != "vllm" and self.vllm is not None:
             raise ValueError("vllm is for backend: vllm")
         return self
@@ -694,14 +690,14 @@ class SequenceSection(Section):
 
     @field_validator("tasks")
     @classmethod
-    def _named(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _check_tasks(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for task in tasks:
             if not isinstance(task.get("name"), str) or not task["name"] or "/" in task["name"]:
                 raise ValueError("each task needs a name, without slashes")
         return tasks
 
     @model_validator(mode="after")
-    def _weights(self) -> SequenceSection:
+    def _check_weights(self) -> SequenceSection:
         given = self.earlier if isinstance(self.earlier, list) else [self.earlier]
         if any(weight < 0 for weight in given) or not (self.knowledge or any(given)):
             raise ValueError("weights are numbers of at least 0, and not all 0")
@@ -736,7 +732,7 @@ class GridSection(Section):
 
     @field_validator("sweep")
     @classmethod
-    def _sweepable(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
+    def _check_sweep(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
         for key, values in sweep.items():
             if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
                 meant = MEANT_BY.get(key.rpartition(".")[2].lower())
@@ -747,13 +743,13 @@ class GridSection(Section):
 
     @field_validator("seeds")
     @classmethod
-    def _once(cls, seeds: list[int]) -> list[int]:
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
             raise ValueError("a seed is named twice")
         return seeds
 
     @model_validator(mode="after")
-    def _known_methods(self) -> GridSection:
+    def _check_per_method(self) -> GridSection:
         for name, sweep in self.per_method.items():
             _need_method(name)
             for key, values in sweep.items():
@@ -797,7 +793,7 @@ class Recipe(Section):
 
     @field_validator("training")
     @classmethod
-    def _known_keys(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _check_training(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "trainer" not in info.data:
             return training  # the trainer is refused
         known = training_keys(info.data["trainer"])
@@ -816,7 +812,7 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _tokens(cls, raw: Any) -> Any:
+    def _move_tokens(cls, raw: Any) -> Any:
         """Take `training.eos_token` and `pad_token` for the model's, which they are to TRL."""
         training, model = (raw.get(key) if isinstance(raw, dict) else None for key in ("training", "model"))
         if not isinstance(training, dict) or not isinstance(model, dict) or not set(TOKENS) & training.keys():
@@ -829,7 +825,7 @@ class Recipe(Section):
         return raw | {"training": training, "model": model | given}
 
     @model_validator(mode="after")
-    def _fields(self) -> Recipe:
+    def _check_sections(self) -> Recipe:
         for key in self.grid.sweep:
             section, name = key.split(".")[:2]
             known = type(getattr(self, section)).model_fields if section != "training" else training_keys(self.trainer)
