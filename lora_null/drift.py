@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_null.calibration import Calibration, numbers
 from lora_null.factors import projected_inputs
-from lora_null.layer import adapted_layers, residual_of
+from lora_null.layer import adapted_layers, factors_of, residual_of
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
@@ -64,8 +64,9 @@ class DriftMeter(_Meter):
 
     With ΔW = W* − W0, drift = ‖ΔW X‖_F / ‖W0 X‖_F; the denominator is measured exactly during calibration. Where A is
     frozen and Grams were measured (v2) the numerator is exact too, from the r × r matrix A X Xᵀ Aᵀ; elsewhere (LoRA-FA
-    too, which starts without them) it is the unbiased estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns for every method of a run. A layer with W0 X = 0, such
-    as one of zeros that was added to a model, has no drift in this sense and is left out.
+    too, which starts without them) it is the unbiased estimate ‖ΔW S‖²_F from a sketch of 64 columns, the same columns
+    for every method of a run. A layer with W0 X = 0, such as one of zeros that was added to a model, has no drift in
+    this sense and is left out.
 
     Args:
         peft_model: the model whose adapter is followed.
@@ -89,7 +90,7 @@ class DriftMeter(_Meter):
         return dict(zip(found, numbers(found.values())))
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
-        A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        A, B = factors_of(layer, self.adapter_name)
         self.inputs[probe.inputs] = self.inputs[probe.inputs].to(A.device)
         inputs = self.inputs[probe.inputs].to(A.dtype)
         moved = B @ (inputs if probe.projected else A @ inputs)

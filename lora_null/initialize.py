@@ -17,7 +17,7 @@ from torch import nn
 from lora_null.calibration import Calibration, check_architecture
 from lora_null.checkpoint_reader import base_modules, in_checkpoint
 from lora_null.config import MULTIPLE, NO_BASIS, LoraNullConfig
-from lora_null.layer import LoraNullLinear, adapted_layers, is_started
+from lora_null.layer import LoraNullLinear, adapted_layers, freeze_factor, is_started
 from lora_null.residual import hooked, subtract_residuals
 from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
@@ -70,7 +70,7 @@ def start_adapter(
     Args:
         folder: where to leave the result for `load_initialization`; with `options.cache` also in the cache.
     """
-    layers = _layers(peft_model, adapter_name)
+    layers = _checked_layers(peft_model, adapter_name)
     together(lambda: check_layers(peft_model, layers, adapter_name), what=WHAT)
     say_what_is_fused(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
@@ -79,7 +79,7 @@ def start_adapter(
     return start.report, start.calibration
 
 
-def _layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+def _checked_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of an adapter; raise a UserError where there is none of this name."""
     if not isinstance(peft_model, PeftModel):
         raise UserError(f"peft_model: a {type(peft_model).__name__}, not what peft.get_peft_model returns")
@@ -107,7 +107,7 @@ def load_initialization(
     Raises:
         UserError: as `check_layers` and `load_start`.
     """
-    layers = _layers(peft_model, adapter_name)
+    layers = _checked_layers(peft_model, adapter_name)
     check_layers(peft_model, layers, adapter_name)
     rule = rule_of(peft_model.peft_config[adapter_name]).rule
     start = load_start(directory, peft_model, layers, rule=rule, adapter_name=adapter_name)
@@ -280,5 +280,5 @@ def finish_initialization(peft_model: PeftModel, adapter_name: str) -> None:
     for layer in adapted_layers(peft_model, adapter_name).values():
         nn.init.zeros_(layer.lora_B[adapter_name].weight)
         if config.variant == "v2":
-            layer.freeze_A(adapter_name)
+            freeze_factor(layer, "lora_A", adapter_name)
         layer.started |= {adapter_name}

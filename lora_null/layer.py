@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -19,15 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.utils.distributed import is_sharded, own_piece, whole_parameters
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import full_precision
+from lora_null.utils.model_state import full_precision, replaced
 from lora_null.utils.quantized import is_quantized, weight_of
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
-RUNTIME_WRAPPERS = (
-    "_checkpoint_wrapped_module",
-    "_orig_mod",
-)  # in names, of activation checkpointing and torch.compile
+# In names of modules, of activation checkpointing and torch.compile.
+RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 
 
@@ -216,19 +213,15 @@ class LoraNullLinear(Linear):
             raise UserError(
                 f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one"
             )
-        self._let_go(adapter_name)  # PEFT draws an adapter of this name anew
+        self._forget(adapter_name)  # PEFT draws an adapter of this name anew
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
-            self.freeze_A(adapter_name)
+            freeze_factor(self, "lora_A", adapter_name)
         if counts_from_residual:
             with torch.no_grad():
                 for factor, start in zip(factors_of(self, adapter_name), (self._start.A, self._start.B)):
                     factor.copy_(start)
             self.residual_adapters |= {adapter_name}
-
-    def freeze_A(self, adapter_name: str) -> None:
-        """Keep A out of training; see `freeze_factor`."""
-        freeze_factor(self, "lora_A", adapter_name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -252,7 +245,7 @@ class LoraNullLinear(Linear):
         version = factors_of(self, adapter_name)[0]._version
         return adapter_name in self.kept_by_step and self._kept_versions.get(adapter_name) == version
 
-    def _see_to_bases(self) -> None:
+    def _keep_in_bases(self) -> None:
         """Put those A back that something else than an optimizer has moved since.
 
         What was written or loaded just now is inside; its very bits stay.
@@ -272,9 +265,8 @@ class LoraNullLinear(Linear):
         """
         if self.residual is not None:
             raise RuntimeError(f"the base already carries the residual of {', '.join(sorted(self.residual_adapters))}")
-        A, B = (
-            factor.detach().clone() for factor in factors_of(self, adapter_name)
-        )  # copies: A and B go on to be trained
+        # Copies: A and B go on to be trained.
+        A, B = (factor.detach().clone() for factor in factors_of(self, adapter_name))
         self.residual = self._take_out(Residual(A, B, self.scaling[adapter_name]))
         self.residual_adapters = frozenset({adapter_name})
 
@@ -288,16 +280,13 @@ class LoraNullLinear(Linear):
     def restore_base(self) -> None:
         """Put s·B0A0 back into the base: W0 to the rounding of its dtype. Without a residual, do nothing."""
         if self.residual is not None:
-            self._put_back(self.residual)
+            self._add_to_base(self.residual, 1)
             self.residual, self.residual_adapters = None, frozenset()
 
     def _take_out(self, residual: Residual) -> Residual:
         residual = residual._replace(A=residual.A.cpu(), B=residual.B.cpu())
         self._add_to_base(residual, -1)
         return residual
-
-    def _put_back(self, residual: Residual) -> None:
-        self._add_to_base(residual, 1)
 
     def take_out_residual(self) -> None:
         """Take s·B0A0 out of a base that lacked its numbers when the adapter started, and has just been given W0."""
@@ -324,16 +313,16 @@ class LoraNullLinear(Linear):
         if self.disable_adapters or self.merged:
             return 0.0 if self._residual_is_merged() else self.residual.scaling
         active = [name for name in self.active_adapters if name in self.residual_adapters]
-        replaced = next((name for name in active if len(self.lora_A[name].weight) != len(self.residual.A)), None)
-        if replaced is not None and not is_sharded(self.lora_A[replaced].weight):
+        swapped = next((name for name in active if len(self.lora_A[name].weight) != len(self.residual.A)), None)
+        if swapped is not None and not is_sharded(self.lora_A[swapped].weight):
             raise UserError(
-                f"adapter {replaced!r}: its factors were replaced from outside (a hot swap?), but its base carries the "
+                f"adapter {swapped!r}: its factors were replaced from outside (a hot swap?), but its base carries the "
                 "residual of its own; load the new adapter under another name"
             )
         return self.residual.scaling - sum(self.scaling[name] for name in active)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._see_to_bases()
+        self._keep_in_bases()
         if self._has_one_adapter(args, kwargs) and not self._missing():
             return self._plain_forward(x)
         if self.residual is not None and kwargs.get("adapter_names"):
@@ -392,27 +381,19 @@ class LoraNullLinear(Linear):
             delta = (delta.to(exact) + (start.T if self.fan_in_fan_out else start)).to(delta.dtype)
         return delta
 
-    @contextlib.contextmanager
-    def _merging(self) -> Iterator[None]:
-        self._base_is_merging = True
-        try:
-            yield
-        finally:
-            self._base_is_merging = False
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with self._merging():
+        with replaced(self, "_base_is_merging", True):
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
-        with self._merging():
+        with replaced(self, "_base_is_merging", True):
             super().unmerge()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._let_go(adapter_name)
+        self._forget(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def _let_go(self, adapter_name: str) -> None:
+    def _forget(self, adapter_name: str) -> None:
         """Forget how an adapter was started; put back what the last one that counts from a residual took out."""
         if self.residual_adapters == {adapter_name}:
             if self._residual_is_merged():
@@ -455,7 +436,7 @@ class LoraNullLinear(Linear):
 
         The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
         """
-        self._see_to_bases()
+        self._keep_in_bases()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.residual is None:
             return state
@@ -525,7 +506,7 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     def _take_out(self, residual: Residual) -> Residual:
         return residual
 
-    def _put_back(self, residual: Residual) -> None:
+    def _add_to_base(self, residual: Residual, sign: int) -> None:
         """Leave the stored weight alone: nothing was taken out of it."""
 
     def get_base_weight(self) -> torch.Tensor:
@@ -535,7 +516,7 @@ class LoraNullQuantizedLinear(LoraNullLinear):
         return super()._missing() - (0.0 if self.residual is None else self.residual.scaling)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._see_to_bases()
+        self._keep_in_bases()
         if self._has_one_adapter(args, kwargs) and self.active_adapters[0] in self.residual_adapters:
             return self._offset_forward(x)
         return super().forward(x, *args, **kwargs)

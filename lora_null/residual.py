@@ -77,15 +77,15 @@ class ResidualLoraModel(LoraModel):
         try:
             for layer, residual, A, B in live:
                 plain = residual.joined(A.detach(), B.detach())
-                _put(layer, adapter_name, *(nn.Parameter(factor, requires_grad=False) for factor in plain))
+                _set_factors(layer, adapter_name, *(nn.Parameter(factor, requires_grad=False) for factor in plain))
                 layer.residual_adapters -= {adapter_name}
             yield
         finally:
             for layer, _, A, B in live:
-                _put(layer, adapter_name, A, B)
+                _set_factors(layer, adapter_name, A, B)
                 layer.residual_adapters |= {adapter_name}
             self.peft_config[adapter_name] = config
 
 
-def _put(layer: LoraNullLinear, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
+def _set_factors(layer: LoraNullLinear, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
     layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight = A, B
