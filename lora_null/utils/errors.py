@@ -6,7 +6,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -28,18 +28,20 @@ class Unreachable(UserError):
 
 def hub_error(message: str, error: BaseException) -> UserError:
     """Return the mistake behind a failed request to the hub, as `Unreachable` where nobody answered."""
-    return (Unreachable if _nobody_answered(error) else UserError)(message)
+    return (Unreachable if any(map(_is_unanswered, _causes(error))) else UserError)(message)
 
 
-def _nobody_answered(error: BaseException | None) -> bool:
+def _is_unanswered(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    unanswered = names & {"ConnectError", "TimeoutException", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
+    return bool(unanswered) or isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in str(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those behind it."""
     while error is not None:
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if names & {"ConnectError", "TimeoutException", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
-            return True
-        if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def first_line(error: BaseException) -> str:
@@ -69,7 +71,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         _tell("\n".join(map(str, interrupt.args)) or "stopped", head="")
         return INTERRUPTED
     except Exception as error:
-        if not _disk_is_full(error):
+        if not any(map(_is_full_disk, _causes(error))):
             raise
         _tell("no space left on the disk; the last checkpoint and all that was finished are whole, --resume goes on")
         return 1
@@ -80,10 +82,6 @@ def _tell(message: str, head: str = "error: ") -> None:
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Return whether a full disk or quota is behind an exception; torch and safetensors wrap it in their own."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_full_disk(error: BaseException) -> bool:
+    """Return whether an exception tells of a full disk or quota; torch and safetensors wrap it in their own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
