@@ -70,7 +70,7 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     if few is None:
         raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")
     used = frozenset(probe.rows.get(task.key, ()))
-    _check_rows(recipe, task, few, used, section.at_most)
+    _check_rows(recipe, task, few, used)
     return Bound(section, measure, task, few, used)
 
 
@@ -88,7 +88,7 @@ def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]
     raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
 
 
-def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int], at_most: float) -> None:
+def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int]) -> None:
     if not isinstance(task, AnswerTask):
         return  # how many documents there are is known when the base has been evaluated
     total = len(task.pairs[: recipe.eval.limit])
@@ -284,14 +284,14 @@ def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high:
     return low
 
 
-def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, int, Estimate | None]:
+def hold(measured: Measurement, strength: Strength) -> Budget:
     """Set the largest strength at which a budget is kept: by bisection on the probed rows, then on all others.
 
     Returns:
-        The strength; what is forgotten at it on the rows that no probe used, and their number; and what the first check
-        of these rows gave where it was beyond the budget and the strength had to be lowered further.
+        What became of the budget, of a state that is at no step of a training.
     """
-    at_most = measured.bound.section.at_most
+    section = measured.bound.section
+    at_most = section.at_most
 
     def forgets(value: float) -> Estimate:
         with strength.at(value):
@@ -307,7 +307,19 @@ def hold(measured: Measurement, strength: Strength) -> tuple[float, Estimate, in
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= SMALLEST else 0.0)
         checked, rows = measured.on_rest()
-    return strength.value, checked, rows, first
+    return Budget(
+        measure=measured.bound.measure,
+        at_most=at_most,
+        then=section.then,
+        strength=strength.value,
+        step=0,
+        steps=0,
+        value=checked.value,
+        stderr=checked.stderr,
+        n=rows,
+        kept=within(checked, at_most),
+        first_check=first and first.value,
+    )
 
 
 def keep_budget(measured: Measurement, callback: KeepBudget, model: Any) -> Budget:
@@ -315,24 +327,15 @@ def keep_budget(measured: Measurement, callback: KeepBudget, model: Any) -> Budg
     trained_to, planned = callback.trainer.state.global_step, callback.trainer.state.max_steps
     before = measured.evaluate(measured.learning) if measured.learning else None
     rewound = callback.rewind()
-    strength = Strength(model)
-    value, checked, rows, first = hold(measured, strength)
+    held = hold(measured, Strength(model))
     after = measured.evaluate(measured.learning) if measured.learning else None
-    return Budget(
-        measure=measured.bound.measure,
-        at_most=measured.bound.section.at_most,
-        then=measured.bound.section.then,
-        strength=value,
-        step=callback.last_within if rewound and callback.last_within is not None else trained_to,
-        reached=trained_to if callback.reached else None,
-        steps=planned,
-        value=checked.value,
-        stderr=checked.stderr,
-        n=rows,
-        kept=within(checked, measured.bound.section.at_most),
-        first_check=None if first is None else first.value,
-        learned=_given_up(measured, before, after) if before and after else {},
-    )
+    of_training = {
+        "step": callback.last_within if rewound else trained_to,
+        "reached": trained_to if callback.reached else None,
+        "steps": planned,
+        "learned": _given_up(measured, before, after) if before and after else {},
+    }
+    return held.model_copy(update=of_training)
 
 
 def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> dict[str, GivenUp]:

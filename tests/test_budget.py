@@ -166,18 +166,14 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
     bound = Bound(section, "facts kl", task, few, frozenset(range(8)))
     model = Fake(worse)
     zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
-    value, checked, rows, first = hold(Measurement(model.evaluate, bound, zero, zeros), model)
-    assert (
-        rows == 16
-        and model.value == value
-        and checked.value <= 0.09
-        and checked.value == pytest.approx(value**2 * worse)
-    )
-    assert (first is not None) == again
+    held = hold(Measurement(model.evaluate, bound, zero, zeros), model)
+    assert held.n == 16 and held.kept and model.value == held.strength
+    assert held.value <= 0.09 and held.value == pytest.approx(held.strength**2 * worse)
+    assert (held.first_check is not None) == again
     if worse == 1e9:
-        assert value == 0.0
+        assert held.strength == 0.0
     else:
-        assert checked.value > 0.09 * 0.85  # no more is given up than needed
+        assert held.value > 0.09 * 0.85  # no more is given up than needed
 
 
 def recipe(folder, **changes):

@@ -25,7 +25,6 @@ from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
-from lora_null.recipes.results import Budget
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
@@ -112,11 +111,11 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
     if lost and not files:
         raise UserError(f"--{lost}: says how the rows of --keep and --learn are read; give one of them too")
     own = files or arguments.limit is not None
-    raw = _questions(source, arguments) if own or not source.recipe else _of_run(source)
+    raw = _questions(source, arguments)
     if arguments.limit is not None:
         raw["eval"] = {**raw["eval"], "limit": arguments.limit}
     raw["model"] = source.base.section.model_dump(mode="json")
-    before = source.recipe.get("eval", {}) if source.recipe else {}
+    before = source.recipe.get("eval", {})
     shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
     shared = shared and (source.run / "base" / "eval.json").is_file()
     probe = before.get("probe") if shared else None  # whose rows of the base are known
@@ -144,7 +143,7 @@ def _of_run(source: Source) -> dict[str, Any]:
 
 
 def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return a recipe that measures files of questions; a run's own recipe where only --limit was given."""
+    """Return a recipe that measures files of questions; a run's own recipe where none is given."""
     if arguments.keep is None and arguments.learn is None:
         if not source.recipe:
             raise UserError(
@@ -178,18 +177,14 @@ def strength_within(source: Source, arguments: argparse.Namespace, scratch: Path
 
     As in a run's budget: sought on the probed rows, checked on the others.
     """
-    section = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure)
-    job = together(lambda: job_for(source, arguments, scratch, section.model_dump()), what="checking the adapter")
+    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure).model_dump()
+    job = together(lambda: job_for(source, arguments, scratch, budget), what="checking the adapter")
     base_row(job)
     model = load_adapted(source)
-    measured, strength = measurement(job, model), Strength(model)
-    value, checked, rows, first = hold(measured, strength)
-    if value == 0:
+    held = hold(measurement(job, model), Strength(model))
+    if held.strength == 0:
         raise UserError(
             f"--max-forgetting: {arguments.max_forgetting:g} leaves nothing of the adapter; at the smallest strength "
-            f"{measured.bound.measure} is beyond it"
+            f"{held.measure} is beyond it"
         )
-    at_most = {"measure": measured.bound.measure, "at_most": section.at_most, "then": "scale"}
-    found = {"strength": value, "step": 0, "steps": 0, "kept": True, "first_check": first and first.value}
-    described = Budget(**at_most, **found, value=checked.value, stderr=checked.stderr, n=rows)
-    return value, described.sentence()
+    return held.strength, held.sentence()
