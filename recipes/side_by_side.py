@@ -40,21 +40,21 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
         found: the evaluations behind them, on the first process.
     """
     task = next((t for t in job.tasks if isinstance(t, AnswerTask) and t.role == "retention"), None)
-    rows = [i for i in range(len(results.rows)) if i == 0 or _weights(job, results, i) is not None]
-    if task is None or len(rows) < 2:
+    weights = {i: folder for i, row in enumerate(results.rows) if i and (folder := _weights(job.folder / row.method))}
+    if task is None or not weights:
         return None
     chosen = on_first_rank(lambda: choose(results, found, task.name, job.recipe.eval.examples))
     if not chosen:
         return None
     metric, questions = chosen
     prompts = [task.pairs[i][0] for i, _, _ in questions]
-    texts = _answer(job, results, rows, prompts, task.special_tokens)
+    texts = _answer(job, list(weights.values()), prompts, task.special_tokens)
     labels = results.labels()
     asked = [
         Answered(question=prompt.strip(), right=task.pairs[i][1].strip(), change=change, why=why, answers=list(each))
         for prompt, (i, change, why), each in zip(prompts, questions, zip(*texts))
     ]
-    return Answers(task=task.name, metric=metric, labels=[labels[i] for i in rows], questions=asked)
+    return Answers(task=task.name, metric=metric, labels=[labels[i] for i in (0, *weights)], questions=asked)
 
 
 def choose(
@@ -90,35 +90,31 @@ def _largest_and_median(change: np.ndarray, number: int) -> list[tuple[int, floa
     return [(i, float(change[i]), why) for i, why in chosen]
 
 
-def _weights(job: Job, results: Results, i: int) -> Path | None:
-    """Return the folder of what row `i` trained; None where it was not kept."""
-    folder = job.folder / results.rows[i].method
+def _weights(folder: Path) -> Path | None:
+    """Return the folder of what a method trained; None where it was not kept."""
     return next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
 
 
-def _answer(
-    job: Job, results: Results, rows: Sequence[int], prompts: Sequence[str], special_tokens: bool
-) -> list[list[str]]:
-    """Return every row's answers, the base's first; one model is held at a time.
+def _answer(job: Job, folders: Sequence[Path], prompts: Sequence[str], special_tokens: bool) -> list[list[str]]:
+    """Return the answers of the base and of every method; one model is held at a time.
 
     Args:
-        job, results: of the run.
-        rows: numbers of the results' rows.
+        job: of the run.
+        folders: of the methods' weights.
         prompts: as the task asks them.
         special_tokens: whether the tokenizer puts its own into the prompts; not where these hold them.
     """
     device, section = PartialState().device, job.recipe.model
     base: Any = base_to_run(section, job.model_name)
     texts = [_generate(job, base, prompts, special_tokens)]
-    for i in rows[1:]:
-        weights = _weights(job, results, i)
-        if weights.name == "adapter":
-            model = PeftModel.from_pretrained(base, str(weights))
+    for folder in folders:
+        if folder.name == "adapter":
+            model = PeftModel.from_pretrained(base, str(folder))
             texts.append(_generate(job, model, prompts, special_tokens))
             base = model.unload()
         else:
             base.to("cpu")
-            model = load_base(section, str(weights)).to(device)
+            model = load_base(section, str(folder)).to(device)
             texts.append(_generate(job, model, prompts, special_tokens))
             del model
             base.to(device)

@@ -88,9 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_adapter_fits(source)
     strength, note = _strength(source, arguments)
     with replacing_folder(arguments.out) as folder:
-        export = Export(source, arguments.form, folder, arguments.base_name or source.base.section.name_or_path)
-        export.strength = strength
-        export.notes += [note] if note else []
+        name = arguments.base_name or source.base.section.name_or_path
+        export = Export(source, arguments.form, folder, name, [note] if note else [], strength=strength)
         _note_base(export)
         _write(export, arguments)
         difference = verify(export)

@@ -49,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         if is_first_process():
             print(precision_line(native, ["--dtype"]))
     check_place(arguments.out, "--out")
-    batches = _batches(arguments)
-    peft_model, weights = together(lambda: _model(arguments), what="initialization")
+    keys = ("revision", "dtype", "quantization")
+    given = {key: getattr(arguments, key) for key in keys} | {"name_or_path": arguments.model}
+    section = parse_section(ModelSection, "model", given)
+    batches = _batches(section, arguments)
+    peft_model, weights = together(lambda: _model(section, arguments), what="initialization")
     options = InitOptions(
         device=_device(arguments.device, state), weights=weights, seed=arguments.seed, cache=not arguments.no_cache
     )
@@ -70,17 +73,11 @@ def _device(name: str | None, state: Any) -> Any:
         raise UserError(f"--device: {first_line(error)}") from None
 
 
-def _sections(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the options as a recipe's sections `model` and `calibration`."""
+def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     given = vars(arguments)
-    model = {key: given[key] for key in ("revision", "dtype", "quantization")} | {"name_or_path": given["model"]}
     keys = ("split", "field", "template", "samples", "max_length", "mode")
-    calibration = {key: given[key] for key in keys} | calibration_entry(given["calibration"])
-    return (parse_section(ModelSection, "model", model), parse_section(CalibrationSection, "calibration", calibration))
-
-
-def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    model, calibration = _sections(arguments)
+    entry = {key: given[key] for key in keys} | calibration_entry(given["calibration"])
+    calibration = parse_section(CalibrationSection, "calibration", entry)
 
     def check() -> tuple[Any, ...]:
         name = resolve_name(model)
@@ -102,9 +99,8 @@ def _batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return padded_batches(windows.ids, tokenizer.pad_token_id)
 
 
-def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the PEFT model, and the files that its weights are still in, or None."""
-    section, _ = _sections(arguments)
     name = resolve_name(section)
     shape = load_config(section, name)
     check_stored(section, shape)

@@ -153,7 +153,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     config = load_config(model, name)
     check_architecture(config, "error", "--model")
     tokenizer = load_tokenizer(model, name)
-    size = sum(p.numel() for p in empty_model(config, model).parameters())
+    empty = empty_model(config, model)
+    size = sum(p.numel() for p in empty.parameters())
     model.dtype = "float32" if machine.on_cpu and 4 * size < machine.memory / 3 else "bfloat16"
     rows = _rows(arguments.data, arguments.split, "data", out)
     data, examples, notes = _data(rows, tokenizer)
@@ -161,14 +162,14 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     limit = position_limit(config)
     length = _max_length(lengths, LONGEST if limit is None else min(limit.tokens, LONGEST))
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention = _kept(keep, tokenizer, machine, min(length, limit.tokens if limit else LONGEST))
+    calibration, retention = _kept(keep, tokenizer, machine, length)
     draft = Draft(
         name=out.stem,
         model={
             "name_or_path": _named_from(arguments.model, out) if Path(arguments.model).is_dir() else arguments.model,
             "dtype": model.dtype,
         },
-        adapter=_adapter(config, model),
+        adapter=_adapter(config, empty),
         rows=rows,
         data=rows.keys() | data | ({"limit": rows.learned} if rows.learned else {}),
         training={"max_length": length},
@@ -280,12 +281,11 @@ def _max_length(lengths: Sequence[int], limit: int) -> int:
     return min(limit, max(16, 16 * math.ceil((longest if longest <= 2 * most else most) / 16)))
 
 
-def _adapter(config: Any, model: ModelSection) -> dict[str, Any]:
+def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     """Return the rank, 64 or a power of two that is at most a quarter of the narrowest layer's width, and where it goes.
 
     Linears far narrower than the model, such as the gate of a shared expert, one wide, are left out.
     """
-    empty = empty_model(config, model)
     least = config.get_text_config(decoder=True).hidden_size // NARROW
     widths: dict[str, int] = {}
     for name, module in empty.named_modules():
@@ -305,7 +305,7 @@ def _kept(
     cut = {"samples": samples, "max_length": max(128, min(length, 512)), "mode": "separate"}
     chat = "chat" if tokenizer.chat_template else "alpaca"
     retention = [
-        {"answers": name, "path": path, **{"template": chat}, **keys, "limit": limit} for name, path, keys in SHIPPED
+        {"answers": name, "path": path, "template": chat, **keys, "limit": limit} for name, path, keys in SHIPPED
     ]
     if keep is None:
         return {"source": "general", **cut}, retention

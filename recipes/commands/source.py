@@ -43,7 +43,6 @@ class Base:
         """The folder of its files, downloaded where the hub has them."""
         if Path(self.name).is_dir():
             return Path(self.name)
-
         try:
             return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=READ))
         except Exception as error:
@@ -56,11 +55,10 @@ class Base:
 
     def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
         """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
-        section = self.section.model_copy(update={"dtype": dtype or self.section.dtype})
-        if name is not None:
-            section = section.model_copy(update={"revision": None})
-        if not quantized:
-            section = section.model_copy(update={"quantization": None})
+        changes = {"dtype": dtype} if dtype else {}
+        changes |= {"revision": None} if name is not None else {}
+        changes |= {} if quantized else {"quantization": None}
+        section = self.section.model_copy(update=changes)
         return load_base(section, str(name or self.name)).to(PartialState().device)
 
 
