@@ -17,7 +17,7 @@ from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
 from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Results, Row, load_results
+from lora_null.recipes.results import Results, Row, display_name, load_results
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import write_text
 
@@ -85,7 +85,7 @@ def _render(
         license_id: of the base.
         shown: rank, table, notes and difference, as the template shows them.
     """
-    title, base, shared = DISPLAY.get(method, method), hub_base(base_name), shareable(recipe)
+    title, base, shared = display_name(method), hub_base(base_name), shareable(recipe)
     short = base or base_name.rstrip("/").rpartition("/")[2]
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
     return templates.get_template(TEMPLATE).render(

@@ -18,6 +18,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json
 
 SCHEMA = 1
+LARGEST = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
 
 
@@ -160,17 +161,17 @@ class Row(BaseModel):
     budget: Budget | None = None
 
     def estimate(self, name: str) -> Estimate | None:
-        """The metric `name`, or None where it is missing or not a finite number (a run that diverged).
+        """The metric `name`, or None where it is missing or no number of a usable size (a run that diverged).
 
         None or all of n answers right leaves no spread to take an error from, and yet is not known exactly: there the
         error is that of one right and one wrong answer more.
         """
         metric = self.metrics.get(name)
-        if metric is None or not math.isfinite(metric.value):
+        if metric is None or not abs(metric.value) < LARGEST:
             return None
         if metric.unit == "fraction" and metric.value in (0, 1) and metric.stderr == 0 and metric.n:
             return Estimate(metric.value, math.sqrt((metric.n + 1) / metric.n) / (metric.n + 2))
-        known = metric.stderr is not None and math.isfinite(metric.stderr)
+        known = metric.stderr is not None and metric.stderr < LARGEST
         return Estimate(metric.value, metric.stderr if known else None)
 
 
@@ -323,7 +324,7 @@ class Results(BaseModel):
 
     def labels(self) -> list[str]:
         """One distinct name per row, as papers write it: `LoRA-FA (r = 128)` where a method occurs more than once."""
-        names = [DISPLAY.get(row.method, row.method) for row in self.rows]
+        names = [display_name(row.method) for row in self.rows]
         names = [f"{name} ({settings})" if settings else name for name, settings in zip(names, self._settings())]
         for describe in (lambda i: f"r = {self.rows[i].rank}", lambda i: f"row {i}"):
             times = Counter(names)
@@ -399,6 +400,11 @@ DISPLAY = {
 }  # fmt: skip
 
 
+def display_name(method: str) -> str:
+    """Return a method's name as papers write it; one that is not ours is left as it is."""
+    return DISPLAY.get(method, method)
+
+
 def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
     """Validate a decoded `results.json`.
 
@@ -406,8 +412,6 @@ def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:
         UserError: naming `where`: a schema that this version does not read, and the version that does; or the first wrong
             entry and how many more there are.
     """
-    if isinstance(raw, Results):
-        return raw
     if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
         writer = (raw.get("environment") or {}).get("lora_null") if isinstance(raw.get("environment"), dict) else None
         needed = f"lora-null {writer}, which wrote it" if writer else "the version of lora-null that wrote it"

@@ -462,8 +462,8 @@ def test_nothing_is_read_where_all_runs_learned_more():
     low, high = equal_learning(found, "q kl", "t nll")
     assert low.rows[-1].value is None and low.rows[-1].passed and high.rows[-1].value.value == pytest.approx(0.3)
     first, second = grid_content(found, {})["tables"][:2]
-    assert [label for label, _ in first["rows"]] == ["LoRA"] and first["note"] == "In all its runs fast learned more."
-    assert dict(second["rows"])["fast"][0].startswith("0.300") and second["note"] == ""
+    assert [label for label, *_ in first["rows"]] == ["LoRA"] and first["note"] == "In all its runs fast learned more."
+    assert dict(row[:2] for row in second["rows"])["fast"].startswith("0.300") and second["note"] == ""
 
 
 def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
@@ -471,10 +471,10 @@ def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
     found = made(points, base=(2.0, 1.0), kept="q nll")
     table = grid_content(found, {})["tables"][-1]
     assert table["title"] == "Safe learning rates" and "over 2% worse" in table["columns"][0]
-    assert [(label, cells[0]) for label, cells in table["rows"]] == [
+    assert [(label, rates) for label, rates, _ in table["rows"]] == [
         ("LoRA", "1 (1 of 2)"), ("mine", "1, 2 (2 of 2)"), ("bad", "none (0 of 1)"),
     ]  # fmt: skip
-    assert [cells[1][:4] for _, cells in table["rows"]] == ["1.50", "0.90", "–"]
+    assert [learned[:4] for *_, learned in table["rows"]] == ["1.50", "0.90", "–"]
     for kept in ("q kl", "q forgetting"):  # KL does not tell better from worse, and of a base's 0 there is no share
         titles = [table["title"] for table in grid_content(made(points, kept=kept), {})["tables"]]
         assert titles and "Safe learning rates" not in titles

@@ -10,7 +10,7 @@ from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import DISPLAY, Results, Row, validated
+from lora_null.recipes.results import Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 FOLDER, FILE = "dial", "dial.json"
@@ -42,7 +42,7 @@ class Dial(BaseModel):
     def results(self) -> Results:
         """Return the points as rows of a comparison, so that one table and one choice of measures serve both."""
         base, *rest = self.points
-        label = DISPLAY.get(self.method, self.method)
+        label = display_name(self.method)
         rows = [Row(method=label, variant=f"strength {p.strength:g}", metrics=p.metrics) for p in rest]
         return Results(recipe="dial", model=self.model, rows=[Row(method="base", metrics=base.metrics), *rows])
 
@@ -52,6 +52,30 @@ class Dial(BaseModel):
         kept, learned = forgetting(results), learning(results)
         return (kept, learned) if kept and learned else None
 
+    def shares(self) -> list[tuple[int, float, float]]:
+        """Return (number, share of the learning, share of the forgetting) of the points between the base and the adapter.
+
+        Shares are of what the adapter has as it was saved; none where it learned or forgot nothing.
+        """
+        pair, full = self.frontier(), self.full
+        if pair is None or full is None:
+            return []
+        kept, learned = pair
+        gained, lost = learned.toward(full, learned=True), kept.toward(full, learned=False)
+        if not gained or not lost or gained < 0 or lost < 0:
+            return []
+        found = []
+        for i, point in enumerate(self.points):
+            change, forgot = learned.toward(i, learned=True), kept.toward(i, learned=False)
+            if 0 < point.strength < 1 and change is not None and forgot is not None:
+                found.append((i, change / gained, forgot / lost))
+        return found
+
+    @property
+    def full(self) -> int | None:
+        """The number of the point at strength 1."""
+        return next((i for i, point in enumerate(self.points) if point.strength == 1), None)
+
     def at(self, strength: float) -> DialPoint | None:
         """Return the point that was measured at a strength."""
         return next((point for point in self.points if abs(point.strength - strength) < 1e-9), None)
@@ -59,7 +83,7 @@ class Dial(BaseModel):
 
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
-    label = DISPLAY.get(dial.method, dial.method)
+    label = display_name(dial.method)
     with replacing(folder / "dial.png") as temporary:
         temporary.write_bytes(dial_png(dial.frontier(), [point.strength for point in dial.points], label))
     write_text(folder / "dial.md", markdown(dial))
@@ -75,7 +99,7 @@ def read_dial(method_folder: Path) -> Dial | None:
 def markdown(dial: Dial) -> str:
     """Return the table of the points, and the picture's place."""
     rows = table_rows(dial)
-    lines = ["# " + f"{DISPLAY.get(dial.method, dial.method)} at several strengths", ""]
+    lines = [f"# {display_name(dial.method)} at several strengths", ""]
     lines += ["ΔW times the strength; 0 is the base, 1 the adapter as it was saved. ± is one standard error.", ""]
     lines += ["| " + " | ".join(rows[0]) + " |", "|" + "--:|" * len(rows[0])]
     lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
@@ -98,7 +122,6 @@ def told(dial: Dial, at_most: float | None = None) -> str:
     if found is None:
         return "only one side was measured: a frontier needs eval.retention and eval.task"
     kept, learned = found
-    full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None)
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
     inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
     if at_most is not None and not inside:
@@ -106,14 +129,8 @@ def told(dial: Dial, at_most: float | None = None) -> str:
     if inside:
         best = max(inside, key=lambda i: dial.points[i].strength)
         return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}, {learned.title} {learned.text(best)}"
-    gained = learned.toward(full, learned=True) if full is not None else None
-    lost = kept.toward(full, learned=False) if full is not None else None
-    if not gained or not lost or gained < 0 or lost < 0:  # nothing of which there could be a share
-        return f"{kept.title} from {kept.text(1)} to {kept.text(len(dial.points) - 1)}"
-    lines = []
-    for i, point in enumerate(dial.points):
-        change, forgot = learned.toward(i, learned=True), kept.toward(i, learned=False)
-        if 0 < point.strength < 1 and change is not None and forgot is not None:
-            shares = f"{change / gained:.0%} of the learning, {forgot / lost:.0%} of the forgetting"
-            lines.append(f"{point.strength:g}: {shares}")
-    return "; ".join(lines)
+    lines = [
+        f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
+        for i, change, forgot in dial.shares()
+    ]
+    return "; ".join(lines) or f"{kept.title} from {kept.text(1)} to {kept.text(len(dial.points) - 1)}"

@@ -34,7 +34,7 @@ from lora_null.recipes.report.drawing import (
 )
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.headline import Measure, forgetting, learning, times
-from lora_null.recipes.report.table import reference_row
+from lora_null.recipes.report.table import reference_row, scale_of
 from lora_null.recipes.results import Results, TrainLog
 
 NAMED = 5  # the most points that are named in the picture
@@ -260,12 +260,12 @@ def _draw_plane(axes: Axes, results: Results, kept: Measure, learned: Measure, *
 def _scaled(kept: Measure, learned: Measure) -> dict[int, tuple[float, float]]:
     """Return `plane_points` in the axes' units, where fractions are percent."""
     points = plane_points(kept, learned)
-    return {i: (_scale(learned) * x, _scale(kept) * y) for i, (x, y) in points.items()}
+    return {i: (scale_of(learned.unit) * x, scale_of(kept.unit) * y) for i, (x, y) in points.items()}
 
 
 def _errors(kept: Measure, learned: Measure, i: int) -> dict[str, float]:
     """Return the error bars of row `i`, in the axes' units."""
-    return {k: _scale(m) * (m.estimates[i].stderr or 0) for k, m in (("xerr", learned), ("yerr", kept))}
+    return {k: scale_of(m.unit) * (m.estimates[i].stderr or 0) for k, m in (("xerr", learned), ("yerr", kept))}
 
 
 def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "", scale: str = "") -> None:
@@ -299,17 +299,13 @@ def _draw_distance(axes: Axes, results: Results, kept: Measure, points: Mapping[
         return
     (x, low), high = points[best], points[reference][1]
     axes.plot([x, x], [low, high], ":", color=INK, linewidth=1.2, zorder=2)
-    if low > _scale(kept) * kept.floor:
+    if low > scale_of(kept.unit) * kept.floor:
         middle = (low * high) ** 0.5 if axes.get_yscale() == "log" else (low + high) / 2
         right = x < np.mean(axes.get_xlim())
         axes.annotate(
             f"{times(high / low)} less", (x, middle), (6 if right else -6, 0), color=INK,
             textcoords="offset points", ha="left" if right else "right", va="center", fontsize=9, zorder=5,
         )  # fmt: skip
-
-
-def _scale(measure: Measure) -> int:
-    return 100 if measure.unit in ("fraction", "points") else 1
 
 
 def _plane_limits(
@@ -350,7 +346,7 @@ def _strips(results: Results, measures: list[Measure], *, narrow: bool = False) 
     figure, panels = new_figure(width, height, size=9 if narrow else 10, **shape)
     colors, markers, labels = row_colors(results), row_markers(results), results.labels()
     for axes, measure in zip(np.atleast_1d(panels), measures):
-        scale = _scale(measure)
+        scale = scale_of(measure.unit)
         for height, i in enumerate(reversed(rows)):
             if i in measure.measured:
                 estimate = measure.estimates[i]

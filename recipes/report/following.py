@@ -11,13 +11,14 @@ from typing import Any
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.report.dial_page import FOLDER, Dial, read_dial, table_rows, told
-from lora_null.recipes.report.table import metric_title, show
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, TrainLog, settings_text
+from lora_null.recipes.report.table import metric_title, scale_of, show
+from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
 LESS = 0.6  # of the forgetting that it may have
 STILL = 0.1  # of all the fall that lies in a curve's last quarter, and the curve still falls
+TRANSFERS = ["Backward transfer", "Forward transfer", "Mean at the end"]
 ELSEWHERE = 3.0  # times the forgetting in the form that was calibrated on
 
 
@@ -33,7 +34,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
     for row in results.rows[1:] if not results.grid else []:
         found = read_dial(output_dir / row.method)
         if found is not None:
-            picture, title = output_dir / row.method / FOLDER / "dial.png", DISPLAY.get(row.method, row.method)
+            picture, title = output_dir / row.method / FOLDER / "dial.png", display_name(row.method)
             data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
             shown = {"title": title, "picture": data and f"data:image/png;base64,{data}", "told": told(found)}
             head, *rows = table_rows(found)
@@ -51,7 +52,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
 def _named(row: Row) -> str:
     """Return a method's name; of a grid's run with its settings and seed."""
     words = [settings_text(row.point), f"seed {row.seed}"] if isinstance(row, Run) else [row.variant or ""]
-    return ", ".join(filter(None, [DISPLAY.get(row.method, row.method), *words]))
+    return ", ".join(filter(None, [display_name(row.method), *words]))
 
 
 @dataclass(frozen=True)
@@ -82,33 +83,19 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
 
 def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
     """A lower strength that keeps most of the learning and little of the forgetting."""
-    pair = dial.frontier() if dial else None
-    full = next((i for i, p in enumerate(dial.points) if p.strength == 1), None) if dial else None
-    if dial is None or pair is None or full is None:
-        return []
-    kept, learned = pair
-    gained, forgot = learned.toward(full, learned=True), kept.toward(full, learned=False)
-    if not gained or not forgot or gained < 0 or forgot < 0:
-        return []
     options = []
-    for i, point in enumerate(dial.points):
-        change, lost = learned.toward(i, learned=True), kept.toward(i, learned=False)
-        apart = _apart(kept.estimates[i], kept.estimates[full])
-        if not 0 < point.strength < 1 or change is None or lost is None or not apart:
-            continue
-        left, share = change / gained, lost / forgot
-        if left >= MOST_LEFT and share <= LESS:
+    for i, left, share in dial.shares() if dial else ():
+        kept, strength = dial.frontier()[0].estimates, dial.points[i].strength
+        if left >= MOST_LEFT and share <= LESS and _differ(kept[i], kept[dial.full]):
             options.append(
-                Advice(left - share, f"Take strength {point.strength:g} of {label}: it keeps {left:.0%} of the learning at "
-                f"{share:.0%} of the forgetting (lora-null export RUN/{row.method} --strength {point.strength:g}).")
+                Advice(left - share, f"Take strength {strength:g} of {label}: it keeps {left:.0%} of the learning at "
+                f"{share:.0%} of the forgetting (lora-null export RUN/{row.method} --strength {strength:g}).")
             )  # fmt: skip
     return sorted(options, key=lambda advice: -advice.gain)[:1]
 
 
-def _apart(one: Estimate | None, other: Estimate | None) -> bool:
+def _differ(one: Estimate, other: Estimate) -> bool:
     """Return whether two strengths differ by more than twice their errors: more than enough, as both answer the same."""
-    if one is None or other is None:
-        return False
     return abs(one.value - other.value) > 2 * math.hypot(one.stderr or 0, other.stderr or 0)
 
 
@@ -156,7 +143,7 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     found = results.sequence
     if found is None:
         return None
-    head = ["", "base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
+    head = ["base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
     units = [found.base[name].unit for name in found.metrics]
     tables = []
     for t in found.transfers:
@@ -167,13 +154,13 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
         ]
         for name, values in found.knowledge.get(t.method, {}).items():
             rows.append([metric_title(name), _cell(results.base.metrics.get(name)), *map(_cell, values), "", ""])
-        tables.append({"title": DISPLAY.get(t.method, t.method), "rows": rows})
+        tables.append({"title": display_name(t.method), "rows": rows})
     summary = []
     for t in found.transfers:
-        average = "–" if t.average is None else f"{_scale(units[0]) * t.average:.4g}"
+        average = "–" if t.average is None else f"{scale_of(units[0]) * t.average:.4g}"
         changes = (_signed(estimate, units[0]) for estimate in (t.backward, t.forward))  # which are of one unit
-        summary.append([DISPLAY.get(t.method, t.method), *changes, average])
-    return {"head": head, "tables": tables, "summary": summary}
+        summary.append([display_name(t.method), *changes, average])
+    return {"head": head, "tables": tables, "transfers": TRANSFERS, "summary": summary}
 
 
 def _cell(metric: Any) -> str:
@@ -183,14 +170,9 @@ def _cell(metric: Any) -> str:
     return str(show(Estimate(metric.value, metric.stderr), metric.unit, digits))
 
 
-def _scale(unit: str | None) -> int:
-    """100 for what is shown as percent, as `show` does."""
-    return 100 if unit == "fraction" else 1
-
-
 def _signed(estimate: Estimate | None, unit: str | None) -> str:
     if estimate is None:
         return "–"
-    scale, digits = _scale(unit), 1 if unit == "fraction" else 3
+    scale, digits = scale_of(unit), 1 if unit == "fraction" else 3
     error = "" if estimate.stderr is None else f" ± {scale * estimate.stderr:.{digits}f}"
     return f"{scale * estimate.value:+.{digits}f}{error}"

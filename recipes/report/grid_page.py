@@ -25,7 +25,7 @@ from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, st
 from lora_null.recipes.comparisons import Evaluations, compared_means
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
-from lora_null.recipes.results import DISPLAY, Estimate, Results, Row, Run, settings_text, variant_of
+from lora_null.recipes.results import Estimate, Results, Row, Run, display_name, settings_text, variant_of
 
 RATE = "training.learning_rate"
 FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL
@@ -136,7 +136,7 @@ def _by_frontier(results: Results) -> dict[str, list[Run]]:
 
 def _label(name: str) -> str:
     method, bracket, settings = name.partition(" (")
-    return DISPLAY.get(method, method) + bracket + settings
+    return display_name(method) + bracket + settings
 
 
 def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
@@ -191,10 +191,8 @@ def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> lis
 
 
 def _moved(results: Results, i: int, name: str) -> Estimate | None:
-    row, base, gap = results.rows[i].estimate(name), results.base.estimate(name), results.difference(i, 0, name)
-    if row is None or base is None:
-        return None
-    return Estimate(_sign(results, name) * (row.value - base.value), gap.stderr if gap else row.stderr)
+    row, moved, gap = results.rows[i], change(results, results.rows[i], name), results.difference(i, 0, name)
+    return None if moved is None else Estimate(moved, gap.stderr if gap else row.estimate(name).stderr)
 
 
 def change(results: Results, run: Row, name: str) -> float | None:
@@ -384,7 +382,7 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
             *(_safe_table(results, *pair) if pair else ()),
         ],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
-        "diverged": [f"{DISPLAY.get(r.method, r.method)} in {r.folder} at step {r.diverged}" for r in diverged],
+        "diverged": [f"{display_name(r.method)} in {r.folder} at step {r.diverged}" for r in diverged],
     }
 
 
@@ -398,7 +396,7 @@ def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evalu
             {
                 "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA, {targets[0].where})",
                 "columns": [metric_title(name) for name in kept],
-                "rows": [(m[0].label, [_equal_text(row) for row in m]) for m in methods if m[0].value],
+                "rows": [[m[0].label, *map(_equal_text, m)] for m in methods if m[0].value],
                 "note": " ".join(_not_read(targets[0])),
             }
         )
@@ -428,7 +426,7 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         best = max(safe, key=lambda i: _moved(results, i, task).value, default=None)
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
-        rows.append((f.label, [f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))]))
+        rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))])
     columns = [f"nothing kept, by NLL or accuracy, over {SAFE:.0%} worse", f"best {metric_title(task)} among them"]
     return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": ""}]
 
@@ -450,7 +448,7 @@ def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
         for compared, names in compared_means(results).items() if i and reference != i else ():
             gap = None if reference is None else results.difference(i, reference, compared)
             if gap is not None:
-                name, settings, first = DISPLAY.get(row.method, row.method), row.variant, results.metric(names[0])
+                name, settings, first = display_name(row.method), row.variant, results.metric(names[0])
                 text, _, p = gap_text(gap, first.unit).rpartition(", ")
                 titles = ", ".join(map(metric_title, names))
                 title = f"{compared} ({titles})" if len(names) > 1 else titles

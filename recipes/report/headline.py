@@ -46,15 +46,12 @@ class Measure:
         cell = show_all(self.estimates, self.unit)[i]
         return f"{cell}{ {'fraction': '%', 'points': ' points'}.get(self.unit, '') }"
 
-    def change(self, i: int) -> float | None:
-        """By how much row `i` exceeds the base, or None where either is missing."""
-        both = self.estimates[0] and self.estimates[i]
-        return self.estimates[i].value - self.estimates[0].value if both else None
-
     def toward(self, i: int, *, learned: bool) -> float | None:
         """By how much row `i` has learned, or forgotten, more than the base; None where either is missing."""
-        change = self.change(i)
-        return change if change is None or self.higher_is_better == learned else -change
+        base, row = self.estimates[0], self.estimates[i]
+        if base is None or row is None:
+            return None
+        return row.value - base.value if self.higher_is_better == learned else base.value - row.value
 
     def gap(self, i: int, j: int) -> Paired | None:
         """Row i minus row j, paired; None where they were not compared."""
@@ -148,8 +145,8 @@ def verdicts(results: Results) -> list[Verdict]:
     """One verdict on forgetting and one on learning; empty where fewer than two methods can be compared."""
     kept, learned = forgetting(results), learning(results)
     found = [
-        _verdict(results, kept, ("Forgot least", "forgot least", "forgetting"), learned),
-        _verdict(results, learned, ("Learned most", "learned most", "learning"), None),
+        _verdict(results, kept, "Forgot least", "forgetting", learned),
+        _verdict(results, learned, "Learned most", "learning", None),
     ]
     return [verdict for verdict in found if verdict]
 
@@ -186,9 +183,8 @@ def _loss(results: Results, i: int, names: Sequence[str], compared: str) -> Esti
 
 
 def _verdict(
-    results: Results, measure: Measure | None, words: tuple[str, str, str], other: Measure | None
+    results: Results, measure: Measure | None, title: str, noun: str, other: Measure | None
 ) -> Verdict | None:
-    title, claim, noun = words
     if measure is None or len(measure.measured) < 2:
         return None
     labels, ranked = results.labels(), measure.measured
@@ -211,7 +207,7 @@ def _verdict(
     against = next((i for i in beaten if results.rows[i].method == "lora"), beaten[0])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
     detail += _times_less(measure, best, against)
-    sentence = f"{labels[best]} {claim}: {detail}{_meanwhile(other, best, against)}."
+    sentence = f"{labels[best]} {title.lower()}: {detail}{_meanwhile(other, best, against)}."
     detail += f"; paired difference {gap_text(measure.gap(best, against), measure.unit)}"
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""

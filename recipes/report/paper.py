@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lora_null.recipes.results import DISPLAY, Results, Row
+from lora_null.recipes.report.table import scale_of
+from lora_null.recipes.results import Results, Row, display_name
 
 TABLES = Path(__file__).parent / "paper_tables.csv"
 MODELS = {
@@ -150,13 +151,13 @@ def geometric_mean(values: Mapping[str, float], task_group: str) -> float | None
 
 @dataclass(frozen=True)
 class PaperTable:
-    """The paper's rows beside ours, as text: `titles` of the columns, and for each row its label and cells.
+    """The paper's rows beside ours, as text: `titles` of the columns, and for each row its label, then its cells.
 
     A cell is "paper / ours", either of which may be "–"; "?" marks a figure of a row that was not read exactly.
     """
 
     titles: list[str]
-    rows: list[tuple[str, list[str]]]
+    rows: list[list[str]]
     notes: list[str]
 
 
@@ -176,7 +177,7 @@ def paper_table(results: Results) -> PaperTable | None:
     bases = {row.task_group: row.metrics for row in rows if row.method == "base"}
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
-        label = f"{DISPLAY.get(row.method, row.method)}{rank}, table {row.table}"
+        label = f"{display_name(row.method)}{rank}, table {row.table}"
         matching = [r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)]
         ours = matching[0] if len(matching) == 1 else None
         if len(matching) > 1:
@@ -186,7 +187,7 @@ def paper_table(results: Results) -> PaperTable | None:
         cells.append(f"{_text(row.average, mark)} / {_text(paper_average(values, row.task_group))}")
         theirs = _aaai(row.metrics, bases.get(row.task_group, {}), row.task_group, mark)
         own = _aaai(values, _values(results.base, names), row.task_group)
-        table.append((label, cells + [f"{a} / {b}" for a, b in zip(theirs, own)]))
+        table.append([label, *cells, *(f"{a} / {b}" for a, b in zip(theirs, own))])
         if row.doubtful:
             notes.append(f"{label}: {row.reading}; {row.note}")
     return PaperTable([*titles, "Avg", "Avg1 (Per)", "GM"], table, notes)
@@ -198,7 +199,7 @@ def _values(row: Row, names: Mapping[str, str | None]) -> dict[str, float]:
     for name, title in names.items():
         found = row.estimate(name)
         if title and found and title not in values:
-            values[title] = found.value * (100 if row.metrics[name].unit == "fraction" else 1)
+            values[title] = found.value * scale_of(row.metrics[name].unit)
     return values
 
 

@@ -30,8 +30,8 @@ from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png
 from lora_null.recipes.report.grid_page import against_reference, grid_content, grid_headline
 from lora_null.recipes.report.headline import headline, verdicts
 from lora_null.recipes.report.paper import paper_table
-from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row
-from lora_null.recipes.results import DISPLAY, LOG_FILE, Results, load_log, load_results
+from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row, scale_of
+from lora_null.recipes.results import DISPLAY, LOG_FILE, Results, display_name, load_log, load_results
 from lora_null.utils.files import replacing
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
@@ -174,7 +174,7 @@ def _references(results: Results, labels: Sequence[str]) -> str:
     """Return the methods that others are compared with: of an unfinished grid not the same one at all settings."""
     found = (reference_row(results, row.variant) for row in results.rows[1:])
     rows = list(dict.fromkeys(i for i in found if i is not None))
-    names = [DISPLAY.get(results.rows[i].method, results.rows[i].method) if results.grid else labels[i] for i in rows]
+    names = [display_name(results.rows[i].method) if results.grid else labels[i] for i in rows]
     first, *others = dict.fromkeys(sorted(names, key=lambda name: name != DISPLAY["lora"])) or ("LoRA",)
     return f"{first} (where it was not run: {', '.join(others)})" if others else first
 
@@ -213,8 +213,7 @@ def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str,
 def _noise(results: Results) -> list[tuple[str, str]]:
     """What the base differs from itself by, in other batches: (metric, value) of the retention metrics."""
     names = [name for name in results.metric_names("retention") if name in results.noise]
-    scale = {name: 100 if results.metric(name).unit == "fraction" else 1 for name in names}
-    return [(metric_title(name), f"{scale[name] * results.noise[name]:.1g}") for name in names]
+    return [(metric_title(n), f"{scale_of(results.metric(n).unit) * results.noise[n]:.1g}") for n in names]
 
 
 def peft_snippet(model: str, adapter: str) -> str:

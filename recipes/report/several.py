@@ -37,11 +37,10 @@ def report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no run, or results that this version does not read.
     """
+    folder = _standing_for(folder)
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         write_report(folder)
         return folder / "report.html"
-    if (task := _standing_for(folder)) != folder:
-        return report(task)
     write_report(folder, results_so_far(folder), SO_FAR)
     return folder / f"{SO_FAR}.html"
 

@@ -145,12 +145,17 @@ def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
     return min(6, max(3, -math.floor(math.log10(2 * min(errors))))) if errors else 3
 
 
+def scale_of(unit: str | None) -> int:
+    """100 for what is shown as percent, fractions and differences of fractions ("points"); else 1."""
+    return 100 if unit in ("fraction", "points") else 1
+
+
 def show(estimate: Estimate, unit: str | None, digits: int) -> Cell:
     """`estimate` as text; fractions and differences of fractions ("points") as percent, without the sign.
 
     An error of exactly zero is not shown: the value is known by definition, as the base's KL to itself.
     """
-    scale = 100 if unit in ("fraction", "points") else 1
+    scale = scale_of(unit)
     error = f"{scale * estimate.stderr:.{digits}f}" if estimate.stderr else ""
     text = f"{scale * estimate.value:.{digits}f}"
     return Cell(text.removeprefix("-") if float(text) == 0 else text, error)
@@ -217,8 +222,7 @@ def _floor(results: Results, name: str, unit: str | None) -> str:
     noise = results.noise.get(name)
     if noise is None:
         return ""
-    scale, sign = (100, " points") if unit == "fraction" else (1, "")
-    return f"; noise floor {'0' if noise == 0 else f'{scale * noise:.1g}'}{sign}"
+    return f"; noise floor {scale_of(unit) * noise:.1g}{' points' if unit == 'fraction' else ''}"
 
 
 def _mean_column(results: Results, role: Role) -> list[Column]:

@@ -20,6 +20,10 @@ def paper_run(model=LLAMA, **changes):
     return {"schema": 1, "recipe": "math", "model": model, "rows": rows}
 
 
+def cells_of(table):
+    return {label: cells for label, *cells in table.rows}
+
+
 def test_every_row_of_the_paper_is_read():
     rows = paper_rows()
     assert len(rows) == 116 and {row.reading for row in rows} == {"exact", "reconstructed", "unreadable"}
@@ -51,14 +55,14 @@ def test_of_several_settings_none_is_ours():
     found.rows.append(v2.model_copy(update={"variant": "lr 0.001"}))
     table = paper_table(found)
     label = "LoRA-Null-v2 (r = 128), table 1a"
-    assert dict(table.rows)[label][0] == "9.78 / –" and any("ours has 2 settings" in note for note in table.notes)
+    assert cells_of(table)[label][0] == "9.78 / –" and any("ours has 2 settings" in note for note in table.notes)
 
 
 def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_path):
     found = parse_results(paper_run())
     table = paper_table(found)
     assert table.titles == ["NQ open", "GSM8K", "Avg", "Avg1 (Per)", "GM"]
-    cells = dict(table.rows)
+    cells = cells_of(table)
     assert cells["LoRA-Null-v2 (r = 128), table 1a"] == [
         "9.78 / 9.99",
         "39.65 / 40.00",
@@ -73,7 +77,7 @@ def test_the_papers_figures_stand_beside_ours_and_doubtful_ones_are_marked(tmp_p
         "22.61 (87.8%) / –",
         "24.08 / –",
     ]
-    other = dict(paper_table(parse_results(paper_run("meta-llama/Meta-Llama-3-8B"))).rows)
+    other = cells_of(paper_table(parse_results(paper_run("meta-llama/Meta-Llama-3-8B"))))
     assert other["LoRA (r = 128), table 2a"][1] == "72.86? / –"
     (tmp_path / "results.json").write_text(json.dumps(paper_run()))
     write_report(tmp_path)
@@ -90,7 +94,7 @@ def test_the_columns_of_the_aaai_version():
     for row, scale in ((raw["rows"][0], 1.25), (raw["rows"][1], 1.0)):
         row["metrics"] |= {name: percent(value * scale, "retention") for name, value in ours.items()}
         row["metrics"] |= {"math/string_match": percent(0.05 / scale, "task")}
-    cells = dict(paper_table(parse_results(raw)).rows)
+    cells = cells_of(paper_table(parse_results(raw)))
     theirs = next(r for r in paper_rows() if (r.table, r.method, r.rank) == ("1a", "lora-null-v2", 128)).metrics
     base = next(r for r in paper_rows() if (r.table, r.method) == ("1a", "base")).metrics
     kept, before = (fmean([row[name] for name in ("TriviaQA", "NQ open", "WebQS")]) for row in (theirs, base))
@@ -153,4 +157,4 @@ def test_our_average_by_the_papers_definition_stands_beside_the_papers():
     table = paper_table(parse_results(paper_run(**changes, **{"math/string_match": percent(0.06, "task")})))
     ours = (9.99 + 50 + 7 + 40 + 6) / 5
     column = table.titles.index("Avg")
-    assert dict(table.rows)["LoRA-Null-v2 (r = 128), table 1a"][column].endswith(f" / {ours:.2f}")
+    assert cells_of(table)["LoRA-Null-v2 (r = 128), table 1a"][column].endswith(f" / {ours:.2f}")

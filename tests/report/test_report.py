@@ -360,7 +360,7 @@ def test_nobody_learned_most_when_none_is_above_the_base():
 def test_ratios_go_no_further_than_the_measurement():
     assert "(370 × less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))
     assert "(100% less)" in say(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0, 0.0))
-    results = parse_results(parsed(raw(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003))))
+    results = parsed(raw(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003)))
     results.noise = {"nq kl": 0.001}
     assert "(no more than the noise of the measurement)" in headline(results)
 
@@ -708,6 +708,11 @@ def test_what_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         write_row(tmp_path, Row(method="lora", tokens_per_second=float("nan")))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_beyond_any_measurement_does_not_break_the_pictures(tmp_path):
+    _, text = write(tmp_path, measured(pissa=kl(1e300, 1e300) | nll(0.9)))
+    assert "| PiSSA | 9.8M | not finite | 0.900 ± 0.010 |" in text
 
 
 def test_a_metric_without_a_direction_is_shown_and_not_ranked(tmp_path):
