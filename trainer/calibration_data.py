@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pandas
 import torch
 from datasets import DatasetDict, IterableDatasetDict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.utils.chat import adds_bos, conversation_text
@@ -105,7 +106,13 @@ def padded_batches(windows: Iterable[Sequence[int]], pad_token_id: int) -> list[
     Returns:
         Dicts of `input_ids` and `attention_mask`, (batch, length) int64.
     """
-    return [_pad(group, pad_token_id) for group in _groups(sorted(windows, key=len))]
+    batches = []
+    for group in _groups(sorted(windows, key=len)):
+        rows = [torch.tensor(window) for window in group]
+        masks = [torch.ones_like(row) for row in rows]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        batches.append({"input_ids": input_ids, "attention_mask": pad_sequence(masks, batch_first=True)})
+    return batches
 
 
 def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -117,13 +124,6 @@ def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         group.append(window)
     if group:
         yield group
-
-
-def _pad(windows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    lengths = torch.tensor([len(window) for window in windows])
-    rows = [torch.tensor(window) for window in windows]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-    return {"input_ids": input_ids, "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long()}
 
 
 def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[dict[str, Any]]:
@@ -144,11 +144,11 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
     """
     source, is_stream = _rows(dataset)
     rows = iter(source)
-    head = list(zip(range(1), rows))
+    head = list(islice(rows, 1))
     if not head:
         raise UserError("calibration: the data set is empty")
-    first = head[0][1]
-    rows = chain([first], rows)
+    first = head[0]
+    rows = chain(head, rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if not isinstance(first, Mapping) or "input_ids" not in first:
         rows = _enough(rows, tokenizer, args) if is_stream else rows
@@ -168,11 +168,7 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
 
 
 def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
-    """Return the rows of what a user passed, and whether it is a stream.
-
-    Raises:
-        UserError: a type that has no rows, or a path.
-    """
+    """Return the rows of what a user passed, and whether it is a stream."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = list(dataset)
         if len(splits) != 1 and "train" not in splits:
@@ -234,11 +230,7 @@ def _enough(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, args: Calib
 
 
 def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of a row; a conversation by the model's chat template.
-
-    Raises:
-        UserError: it is none, with its number from 1.
-    """
+    """Return the text of a row; a conversation by the model's chat template. A mistake names the row, from 1."""
     value, name = row, ""
     if isinstance(row, Mapping) and not is_conversation(row):
         field = next((field for field in FIELDS if field in row), None)
@@ -255,11 +247,7 @@ def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str, torch.Tensor]:
-    """Return the ids and the mask of a window or a batch; a mask of ones where there is none and no padding is seen.
-
-    Raises:
-        UserError: no ids, another mask than these need, or padding without a mask.
-    """
+    """Return the ids and the mask of a window or a batch; a mask of ones where there is none and no padding is seen."""
     where = f"calibration: row {number}"
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise UserError(f"{where} has no input_ids, as the first has")

@@ -38,7 +38,7 @@ from torch import nn
 
 from lora_null.config import LoraNullConfig, ResidualLoraConfig
 from lora_null.layer import active_adapter, is_started
-from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, method
+from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, is_plain_lora, method
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.model_state import start_that_rewrites
 
@@ -190,7 +190,7 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     started = isinstance(model, PeftModel) and is_started(model, active_adapter(model))
     if isinstance(model, PeftModel):
         config = model.peft_config[active_adapter(model)]
-    wanted = _made_by(method)
+    wanted = _expected_config(method)
     if wanted is None and config is not None:
         raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")
     if wanted is None or (config is not None and _is_alike(config, wanted, method)):
@@ -211,11 +211,10 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
 
 def adapts_plainly(method: Method) -> bool:
     """Return whether a method's adapter is a plain LoRA on the untouched base, whatever it does with it in training."""
-    wanted = _made_by(method)
-    return type(wanted) is LoraConfig and wanted.init_lora_weights is True
+    return is_plain_lora(_expected_config(method))
 
 
-def _made_by(method: Method) -> PeftConfig | None:
+def _expected_config(method: Method) -> PeftConfig | None:
     return copy.copy(method).config(**ANY_ADAPTER)  # a copy, as it may note what it is asked for
 
 

@@ -219,14 +219,17 @@ def starts_in_files(config: PeftConfig | None, method: Method | None = None, arg
         return False
     if config is None:
         return method is not None and method.streams
-    if not isinstance(config, LoraConfig) or not (method.streams if method else _is_plain(config)):
+    if not isinstance(config, LoraConfig):
+        return False
+    if not (method.streams if method is not None else isinstance(config, LoraNullConfig) or is_plain_lora(config)):
         return False
     options = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora")
     return config.bias == "none" and not any(getattr(config, option, None) for option in options)
 
 
-def _is_plain(config: LoraConfig) -> bool:
-    return isinstance(config, LoraNullConfig) or (type(config) is LoraConfig and config.init_lora_weights is True)
+def is_plain_lora(config: PeftConfig | None) -> bool:
+    """Return whether a config is PEFT's own LoRA with its default start, on the untouched base."""
+    return type(config) is LoraConfig and config.init_lora_weights is True
 
 
 def need(holds: bool, where: str, what: str, value: Any) -> None:
@@ -283,8 +286,8 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[s
     PEFT's own layers and wrappers say where they keep them: factors, magnitudes, gates, modules_to_save, trainable
     tokens, virtual tokens; those left out that it records as frozen. `bias` of the config adds biases of the base.
     """
-    parts = {name for name, module in model.named_modules() for name in _kept_by(name, module, adapter_name)}
-    names = {name for name, _ in model.named_parameters() if _lies_in(name, parts)}
+    prefixes = {prefix for name, x in model.named_modules() for prefix in _parameter_prefixes(name, x, adapter_name)}
+    names = {name for name, _ in model.named_parameters() if _has_prefix(name, prefixes)}
     bias = getattr(getattr(model, "peft_config", {}).get(adapter_name), "bias", "none")
     if bias == "all":
         names |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
@@ -295,7 +298,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[s
     return names
 
 
-def _kept_by(name: str, module: nn.Module, adapter_name: str) -> list[str]:
+def _parameter_prefixes(name: str, module: nn.Module, adapter_name: str) -> list[str]:
     """Return where a module of PEFT keeps what it trains for an adapter, as parameter name prefixes."""
     if isinstance(module, PeftModel):
         return (
@@ -307,5 +310,5 @@ def _kept_by(name: str, module: nn.Module, adapter_name: str) -> list[str]:
     return [f"{name}.{part}.{adapter_name}" for part in module.adapter_layer_names if part not in frozen]
 
 
-def _lies_in(name: str, parts: set[str]) -> bool:
-    return name in parts or any(name[:i] in parts for i, letter in enumerate(name) if letter == ".")
+def _has_prefix(name: str, prefixes: set[str]) -> bool:
+    return name in prefixes or any(name[:i] in prefixes for i, letter in enumerate(name) if letter == ".")

@@ -17,7 +17,6 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.initialize import check_fits
 from lora_null.layer import active_adapter, plain_name
-from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
@@ -117,9 +116,6 @@ class LoRAGA(ResidualMethod):
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(init_lora_weights="lora_ga", **{"lora_ga_config": LoraGAConfig(), **adapter})
-
-    def rule_for(self, options: InitOptions) -> None:
-        """Return None: the gradient of the loss needs the whole model."""
 
     def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
         return first_batches(trainer, self.rows, self.batch_rows)

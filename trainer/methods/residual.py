@@ -55,7 +55,7 @@ class ResidualMethod(Method):
             check_fits(name, layer, layer.r[adapter], times=self.room)
 
     def rule_for(self, options: InitOptions) -> Rule | None:
-        return self
+        return None if self.computes_whole else self
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""

@@ -126,7 +126,8 @@ class _Prune(TrainerCallback):
         for name, parameter, dim in _factors(model):
             if fraction < 1 and name in self.sensitivity:
                 cut = ~top_mask(self.sensitivity[name], fraction, dim)
-                moments = [x for x in optimizer.state.get(parameter, {}).values() if _is_moment(x, parameter)]
+                kept = optimizer.state.get(parameter, {}).values()
+                moments = [x for x in kept if torch.is_tensor(x) and x.shape == parameter.shape]
                 for tensor in (parameter, *moments):
                     tensor.masked_fill_(cut, 0)
             if self.method.clamp is not None:
@@ -141,10 +142,6 @@ class _Prune(TrainerCallback):
         if not (checkpoint / STATE_FILE).is_file():
             raise UserError(f"resume: {checkpoint} is none of roselora, {STATE_FILE} is missing")
         self.sensitivity = load_file(checkpoint / STATE_FILE)
-
-
-def _is_moment(value: Any, parameter: nn.Parameter) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
 def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:

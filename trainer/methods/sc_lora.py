@@ -52,9 +52,6 @@ class SCLoRA(ResidualMethod):
     def costs(self) -> str:
         return f"before it trains, a forward pass over the first {self.rows} training rows and two over the calibration texts"
 
-    def rule_for(self, options: InitOptions) -> None:
-        """Return None: a rule sees one Gram matrix of an input, not two."""
-
     def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
         return padded_batches(first_rows(trainer, self.rows), 0)
 
@@ -114,12 +111,14 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
         found.append(
-            list(row["input_ids"]) if "input_ids" in row else _cut(row["prompt_ids"] + row["chosen_ids"], trainer)
+            list(row["input_ids"])
+            if "input_ids" in row
+            else _truncated(row["prompt_ids"] + row["chosen_ids"], trainer)
         )
     return found
 
 
-def _cut(ids: list[int], trainer: Any) -> list[int]:
+def _truncated(ids: list[int], trainer: Any) -> list[int]:
     """Return what TRL's collator leaves of a preference row."""
     most = getattr(trainer.args, "max_length", None)
     if most is None:
@@ -138,9 +137,5 @@ def _measured_twice(
             for batches in (knowledge, task)
         ]
         for first, second in zip(*measured):
-            yield _paired(first.inputs, second.inputs)
-
-
-def _paired(knowledge: list[InputStats], task: list[InputStats]) -> list[Measured]:
-    of_task = {name: stats for stats in task for name in stats.modules}
-    return [(stats, of_task[stats.modules[0]]) for stats in knowledge]
+            of_task = {name: stats for stats in second.inputs for name in stats.modules}
+            yield [(stats, of_task[stats.modules[0]]) for stats in first.inputs]
