@@ -506,7 +506,7 @@ class TestTheStartIsTheCheckpointsOwn:
         method = make_method("lora-ga", {"rows": 8})
         trainer = make(tmp_path, method.config(r=2, target_modules=["q_proj"]), method=method, calibration=None)
         with pytest.raises(UserError, match=r"does not hold what it started from \(init/layers.json is missing\)"):
-            trainer._restore_start(tmp_path)
+            trainer._finished_start(tmp_path)
 
     @pytest.mark.parametrize("left", ["nothing", "parts alone", "all"])
     def test_a_start_is_reused_where_it_is_finished(self, left, tmp_path):

@@ -10,6 +10,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin
+from lora_null.trainer.methods import make_method
 
 TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
 PAIRS = Dataset.from_dict(
@@ -120,6 +121,15 @@ def test_it_is_trls_trainer(tmp_path):
 
 class LoraNullGRPOTrainer(LoraNullMixin, GRPOTrainer):
     """The three lines that put the initialization on another TRL trainer."""
+
+
+def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_path):
+    given = {"train_dataset": PAIRS, "processing_class": tiny_tokenizer(), "method": make_method("full")}
+    given |= {"calibration_dataset": TEXTS, "calibration_args": CUT}
+    with pytest.raises(UserError, match=r"^ref_model: every weight trains, and .* give ref_model=copy.deepcopy"):
+        LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**options(tmp_path)), **given)
+    arguments = DPOConfig(**options(tmp_path, max_steps=1))
+    LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
 
 
 def test_the_mixin_on_one_more_trainer(tmp_path):

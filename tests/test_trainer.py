@@ -297,7 +297,6 @@ class TestPreflight:
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(False)
         with pytest.raises(RuntimeError, match="no parameter"):
-            trainer._initialize = lambda: None
             trainer.train()
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, load_peft_weights
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -44,18 +43,6 @@ BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint with the highest step in a trainer's output folder, or None."""
     return next((path for path in reversed(_checkpoints(folder)) if is_whole(path)), None)
-
-
-def last_checkpoint_or_raise(folder: Path) -> Path:
-    """Return `last_checkpoint(folder)`.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = last_checkpoint(folder)
-    if found is None:
-        raise UserError(f"resume: no whole checkpoint in {folder}")
-    return found
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -99,17 +86,13 @@ def warn_without_optimizer(checkpoint: Path) -> None:
         )
 
 
-def record_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what decides how a run starts and trains; see `check_settings`."""
-    write_json(checkpoint / METHOD_FILE, settings)
-
-
 def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint that started or trained in another way than this run.
 
     Args:
         checkpoint: what it does not say, such as one of another trainer, is not compared.
         settings: by name, as `as_json` gives it: the method, its options, the adapter's config, "modules": what it adapts.
+            A checkpoint has them in `method.json`.
 
     Raises:
         UserError: naming the first difference.
@@ -245,9 +228,9 @@ class SavingMixin(Base):
             self.args.save_total_limit = keep
         if self.args.should_save:
             self._keep_start(checkpoint)
-        for callback in self.callback_handler.callbacks if self.args.should_save else ():
-            if hasattr(callback, "save_state"):  # `on_save` would come after it is marked as complete
-                callback.save_state(checkpoint)
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "save_state"):  # `on_save` would come after it is marked as complete
+                    callback.save_state(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             record_processes(checkpoint, *self._processes_and_batch())
@@ -264,7 +247,8 @@ class SavingMixin(Base):
                 self._save(output_dir)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        if self.args.should_save and self._lora_layers():
+        adapted = isinstance(self.model, PeftModel) and adapted_layers(self.model, self.adapter_name)
+        if self.args.should_save and adapted:
             folder = _adapter_folder(Path(output_dir or self.args.output_dir), self.adapter_name)
             check_saved_adapter(folder, self.model, adapter_name=self.adapter_name)
 
@@ -300,9 +284,6 @@ class SavingMixin(Base):
         """The adapter that trains; "default" where TRL made it."""
         return active_adapter(self.model)
 
-    def _lora_layers(self) -> dict[str, LoraLayer]:
-        return adapted_layers(self.model, self.adapter_name) if isinstance(self.model, PeftModel) else {}
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, never read
@@ -311,7 +292,6 @@ class SavingMixin(Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load what trains, as PEFT saved it; from an engine that shards too, whose own file of it is not used."""
         checkpoint = Path(resume_from_checkpoint)
-        self._restore_start(checkpoint)
         if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -336,10 +316,7 @@ class SavingMixin(Base):
             super()._load_best_model()
 
     def _keep_start(self, checkpoint: Path) -> None:
-        """Leave in a checkpoint what `_restore_start` needs, so that it resumes in any folder and on any machine."""
-
-    def _restore_start(self, checkpoint: Path) -> None:
-        """Put the model where the run of a checkpoint started, before what was trained is loaded."""
+        """Leave in a checkpoint what resuming needs of the start, so that it resumes in any folder and on any machine."""
 
     def _has_reached_its_end(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint is that of the last step; the trainer itself would take one step more.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import create_model_from_path
 
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
+from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
@@ -37,13 +38,13 @@ from lora_null.start import (
 from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization, read_report
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
+    METHOD_FILE,
     SavingMixin,
     as_json,
     check_processes,
     check_settings,
     check_whole_checkpoint,
-    last_checkpoint_or_raise,
-    record_settings,
+    last_checkpoint,
     warn_without_optimizer,
 )
 from lora_null.trainer.decay import DecayToStart, decays_to_start
@@ -64,7 +65,7 @@ from lora_null.trainer.preflight import (
     TrainingWatch,
     check_mode,
     check_model,
-    check_peft_config,
+    check_reference,
     check_rows,
     check_rows_given,
     check_targets,
@@ -80,9 +81,13 @@ from lora_null.utils.distributed import (
     together,
 )
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_json
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
 from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, seed_everything
 from lora_null.utils.quantized import keep_layout, quantized_layers
+
+if TYPE_CHECKING:
+    from lora_null.solver import Rule
 
 logger = get_logger(__name__)
 
@@ -187,19 +192,20 @@ class LoraNullMixin(SavingMixin):
         check_mode(preflight)
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         given = bound.arguments
-        peft_config, optimizers = given.get("peft_config"), given.get("optimizers") or (None, None)
+        model, peft_config = given.get("model"), given.get("peft_config")
         for name in ("train_dataset", "eval_dataset"):
             check_rows_given(name, given.get(name))
-        check_peft_config(peft_config, calibration_dataset is not None or init_folder is not None)
+        if isinstance(peft_config, LoraNullConfig) and calibration_dataset is None and init_folder is None:
+            raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
         if self.learns_next_token and preflight != "off":
-            check_model(given.get("model"), given.get("args"), preflight)
+            check_model(model, given.get("args"), preflight)
         if method is not None:
             check_trainer(method, pairs=self.learns_pairs)
-            check_adapter(method, given.get("model"), peft_config)
-            if isinstance(given.get("model"), nn.Module):
-                method.check_bare(given["model"])
-        elif peft_config is not None or isinstance(given.get("model"), PeftModel):
-            check_has_method(given.get("model"), peft_config)
+            check_adapter(method, model, peft_config)
+            if isinstance(model, nn.Module):
+                method.check_bare(model)
+        elif peft_config is not None or isinstance(model, PeftModel):
+            check_has_method(model, peft_config)
         else:
             told = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
             told |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
@@ -208,7 +214,9 @@ class LoraNullMixin(SavingMixin):
                     f"{name}: would not be read, there is no adapter and every weight trains; give "
                     "peft_config=LoraNullConfig(r=…), or method=make_method('full') to follow the drift of all weights"
                 )
-        self._weights, self._in_files = init_options and init_options.weights, given.get("model")
+        if self.learns_pairs:
+            check_reference(given)
+        self._weights, self._in_files = init_options and init_options.weights, model
         in_files = starts_in_files(peft_config, method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
             self._weights, self._in_files = _leave_in_files(given)
@@ -233,7 +241,7 @@ class LoraNullMixin(SavingMixin):
             self.method.prepare(self.model)
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
-        elif self.method.new_parameters and optimizers[0] is not None:
+        elif self.method.new_parameters and (given.get("optimizers") or (None,))[0] is not None:
             raise UserError(
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
@@ -247,14 +255,14 @@ class LoraNullMixin(SavingMixin):
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
         self._init_options = replace(init_options or defaults, weights=self._weights)
-        self._init_folder = init_folder and find_initialization(Path(init_folder))
+        self._init_folder = None if init_folder is None else find_initialization(Path(init_folder))
         self._reuse_init = reuse_init
         both = [self.init_dir, self._init_folder] if reuse_init and self._init_folder else []
         if len({read_report(folder)["key"] for folder in both}) > 1:
             raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
         self._recorded = self._settings(to_start) if self._measures else {}
         self._dtypes = self._trained_dtypes()
-        self._prepared = self._at_start = False
+        self._prepared = False
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
@@ -345,31 +353,33 @@ class LoraNullMixin(SavingMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint_or_raise(Path(self.args.output_dir)))
+        folder = Path(self.args.output_dir)
+        wanted = last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint is True and wanted is None:
+            raise UserError(f"resume: no whole checkpoint in {folder}")
+        checkpoint = Path(wanted) if wanted else None
         self._check_engine()
         self._check_precision()
-        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if resume_from_checkpoint:
-            check_whole_checkpoint(Path(resume_from_checkpoint))
-            check_settings(Path(resume_from_checkpoint), self._recorded)
-            warn_without_optimizer(Path(resume_from_checkpoint))
+        self.resumed_from = checkpoint
+        if checkpoint is not None:
+            check_whole_checkpoint(checkpoint)
+            check_settings(checkpoint, self._recorded)
+            warn_without_optimizer(checkpoint)
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
-            check_processes(Path(resume_from_checkpoint), *self._processes_and_batch(), fixed=fixed)
+            check_processes(checkpoint, *self._processes_and_batch(), fixed=fixed)
         if not self._prepared:
             start = time.perf_counter()
-            self._prepare(resuming=resume_from_checkpoint or False)
+            self._prepare(resuming=checkpoint)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
-        for callback in self.callback_handler.callbacks if resume_from_checkpoint else ():
+        for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             if hasattr(callback, "load_state"):
-                callback.load_state(Path(resume_from_checkpoint))
-        if resume_from_checkpoint and self._has_reached_its_end(Path(resume_from_checkpoint)):
+                callback.load_state(checkpoint)
+        if checkpoint is not None and self._has_reached_its_end(checkpoint):
             if self._weights is not None and not parameters_are_sharded(self.model):
                 shard_layers(self.model, self.accelerator.device)
-                self.read_shards()
-            return self._take_trained(Path(resume_from_checkpoint))
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return self._take_trained(checkpoint)
+        output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
             logger.warning(
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
@@ -393,48 +403,110 @@ class LoraNullMixin(SavingMixin):
             )
         if not self.method.deepspeed and self.is_deepspeed_enabled:
             raise UserError(f"method: {self.method.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
-        if not self.method.sharded and (plugin is not None or self._zero_stage == 3):
+        zero = self.accelerator.state.deepspeed_plugin
+        if not self.method.sharded and (plugin is not None or (zero is not None and zero.zero_stage == 3)):
             able = "DDP or ZeRO-2" if self.method.deepspeed else "DDP"
             raise UserError(f"method: {self.method.name} needs whole weights while it trains; use {able} for it")
 
-    @property
-    def _zero_stage(self) -> int:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin.zero_stage if plugin is not None else 0
-
-    def _prepare(self, *, resuming: str | Literal[False]) -> None:
+    def _prepare(self, *, resuming: Path | None) -> None:
         """Check the data, and put the model at its start, before an engine cuts the weights into pieces.
 
         Args:
             resuming: the checkpoint to go on from.
         """
-        windows = self.calibration_texts if self.method.needs_texts else []
-        if self.method.needs_texts:
-            self._recorded |= {
-                "calibration texts": f"{len(windows)} ({hashlib.sha256(repr(windows).encode()).hexdigest()[:8]})"
-            }
-            if resuming:
-                check_settings(Path(resuming), self._recorded)
-        self.train_dataset = self.method.training_data(self, windows)
-        if self._preflight != "off":
-            check_rows(self, self._preflight)
+        self._prepare_rows(resuming)
         if not self._measures:
             return
         if self._weights is None:
             check_whole(self.model)
-        if resuming:
-            self._restore_start(Path(resuming))
-        elif self._reuse_init:
-            self._start_from(self.init_dir)
-        elif self._init_folder is not None:
-            self._start_from(self._init_folder)
+        options, layers, start = self.init_options_here(), self.method.layers(self.model), None
+        rule = None if self._goes_on else self.method.rule_for(options)
+        finished = self._finished_start(resuming)
+        if finished is not None:
+            expected = {"rule": rule.rule if rule is not None else "", "adapter_name": self.adapter_name}
+            start = load_start(finished, self.model, layers, weights=self._weights, **expected)
             if self.args.should_save:
-                copy_store(self._init_folder, self.init_dir)
-        else:
+                copy_store(finished, self.init_dir)
+        elif self.args.should_save:  # what an earlier run started from goes, but for parts that this one may continue
+            clear(self.init_dir, parts=options.cache)
+        self.accelerator.wait_for_everyone()
+        asked = self._what_to_compute(rule) if finished is None and not resuming else None
+        if asked is not None:
             with own_precision(self.model):  # an evaluation before has put autocast around it
-                self._initialize()
+                try:
+                    start = compute_start(self.model, layers, options=options, **asked)
+                except NotAChain as reason:
+                    logger.warning(f"{reason}; every process loads it whole")
+                    self._read_whole()
+                    start = compute_start(self.model, layers, options=replace(options, weights=None), **asked)
+        if start is not None:
+            self._begin_with(start)
+        del start
+        if self._weights is not None:
+            release_freed_memory()
+        self.accelerator.wait_for_everyone()
         if self._preflight != "off":
             check_trainable(self.model, self.method.trainable(self.model), self._preflight)
+
+    def _prepare_rows(self, resuming: Path | None) -> None:
+        """Let the method change the rows to train on, and look at them."""
+        windows = self.calibration_texts if self.method.needs_texts else []
+        if self.method.needs_texts:
+            digest = hashlib.sha256(repr(windows).encode()).hexdigest()[:8]
+            self._recorded |= {"calibration texts": f"{len(windows)} ({digest})"}
+            if resuming:
+                check_settings(resuming, self._recorded)
+        self.train_dataset = self.method.training_data(self, windows)
+        if self._preflight != "off":
+            check_rows(self, self._preflight)
+
+    def _finished_start(self, resuming: Path | None) -> Path | None:
+        """Return the folder of the start to take: of a checkpoint its own copy, so that no other file is read."""
+        if not resuming:
+            return self.init_dir if self._reuse_init else self._init_folder
+        kept = resuming / self.init_dir.name
+        if (kept / REPORT_FILE).is_file():
+            return kept
+        if not self._goes_on and (self.method.computes_whole or self.method.rule_for(self._init_options) is not None):
+            raise UserError(
+                f"resume: {resuming} does not hold what it started from ({kept.name}/{REPORT_FILE} is missing)"
+            )
+        return None
+
+    def _what_to_compute(self, rule: Rule | None) -> dict[str, Any] | None:
+        """Return what `compute_start` is asked to measure and compute; None for nothing."""
+        whole = None if self._goes_on else self._whole_model()
+        measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
+        if not measures and rule is None and whole is None:
+            return None
+        batches = self.calibration_batches if measures else None
+        place = {"adapter_name": self.adapter_name, "folder": self.init_dir}
+        return {"batches": batches, "rule": rule, "whole": whole, **place}
+
+    def _whole_model(self) -> WholeModel | None:
+        """Return what the method computes of the model as a whole, the same whatever was drawn before; None for nothing."""
+        looked_at = self.method.training_batches(self)
+        if looked_at is None:
+            return None
+        config = self.model.peft_config[self.adapter_name]
+        options = (getattr(config, key, None) for key in ("eva_config", "lora_ga_config"))
+        rule = " ".join([repr(self.method), *(repr(given) for given in options if given is not None)])
+
+        def compute() -> dict[str, torch.Tensor]:
+            with preserve(self.model):
+                seed_everything(self._init_options.seed)
+                return self.method.compute(self, looked_at)
+
+        return WholeModel(rule, looked_at, compute)
+
+    def _begin_with(self, start: Start) -> None:
+        """Make the model what it is before the first step, and follow its drift from there."""
+        if not self._goes_on:
+            self.method.apply(self.model, start.tensors)
+        if start.report.layers:
+            self.layer_report = start.report
+        if start.calibration.output_energy:
+            self.drift_meter = self.method.drift_meter(self.model, start.calibration)
 
     def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return what a collated batch teaches, (rows, length), −100 where nothing; None where it has no such labels."""
@@ -455,61 +527,6 @@ class LoraNullMixin(SavingMixin):
             calibration_args.max_length, CalibrationArgs.max_length, limit, "calibration_args.max_length"
         )
         return replace(calibration_args, max_length=length)
-
-    def _initialize(self) -> None:
-        if self.args.should_save:
-            self._forget_older_start()
-        self.accelerator.wait_for_everyone()
-        self._at_start = True
-        options = self.init_options_here()
-        rule = None if self._goes_on else self.method.rule_for(options)
-        looked_at = None if self._goes_on else self.method.training_batches(self)
-        whole = (
-            None
-            if looked_at is None
-            else WholeModel(self._rule_of_whole(), looked_at, lambda: self._compute_whole(looked_at))
-        )
-        measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
-        if not measures and rule is None and whole is None:
-            return
-        batches, layers = self.calibration_batches if measures else None, self.method.layers(self.model)
-        place = {"rule": rule, "whole": whole, "adapter_name": self.adapter_name, "folder": self.init_dir}
-        try:
-            start = compute_start(self.model, layers, batches, options, **place)
-        except NotAChain as reason:
-            logger.warning(f"{reason}; every process loads it whole")
-            self._read_whole()
-            start = compute_start(self.model, layers, batches, replace(options, weights=None), **place)
-        self._begin_with(start)
-        del start
-        if self._weights is not None:
-            release_freed_memory()
-        self.accelerator.wait_for_everyone()
-
-    def _compute_whole(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return the method's start, the same whatever was drawn before, and leave the model as it is."""
-        with preserve(self.model):
-            seed_everything(self._init_options.seed)
-            return self.method.compute(self, batches)
-
-    def _rule_of_whole(self) -> str:
-        """Return what decides a start by the whole model: the method with its options, and those of PEFT's own start."""
-        config = self.model.peft_config[self.adapter_name]
-        options = (getattr(config, key, None) for key in ("eva_config", "lora_ga_config"))
-        return " ".join([repr(self.method), *(repr(given) for given in options if given is not None)])
-
-    def _begin_with(self, start: Start) -> None:
-        """Make the model what it is before the first step, and follow its drift from there."""
-        if not self._goes_on:
-            self.method.apply(self.model, start.tensors)
-        if start.report.layers:
-            self.layer_report = start.report
-        if start.calibration.output_energy:
-            self.drift_meter = self.method.drift_meter(self.model, start.calibration)
-
-    def _forget_older_start(self) -> None:
-        """Remove what an earlier run started from in this folder, but for parts that this one may continue."""
-        clear(self.init_dir, parts=self._init_options.cache)
 
     def init_options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""
@@ -539,47 +556,9 @@ class LoraNullMixin(SavingMixin):
 
     def _keep_start(self, checkpoint: Path) -> None:
         if self._measures:
-            record_settings(checkpoint, self._recorded)
+            write_json(checkpoint / METHOD_FILE, self._recorded)
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
-
-    def _restore_start(self, checkpoint: Path) -> None:
-        """Start again as the run of a checkpoint did, from the checkpoint's own copy: no other file is read."""
-        if self._at_start or not self._measures:
-            return
-        kept, found = checkpoint / self.init_dir.name, checkpoint / self.init_dir.name / REPORT_FILE
-        computes = self.method.computes_whole or self.method.rule_for(self._init_options) is not None
-        if computes and not self._goes_on and not found.is_file():
-            raise UserError(
-                f"resume: {checkpoint} does not hold what it started from ({kept.name}/{found.name} is missing)"
-            )
-        self._at_start = True
-        if found.is_file():
-            self._start_from(kept)
-        if self.args.should_save:
-            self._forget_older_start()
-            if found.is_file():
-                copy_store(kept, self.init_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _start_from(self, folder: Path) -> None:
-        """Start as a finished initialization in a folder says.
-
-        Raises:
-            UserError: there is none, or it does not fit.
-        """
-        self._at_start = True
-        rule = None if self._goes_on else self.method.rule_for(self._init_options)
-        self._begin_with(
-            load_start(
-                folder,
-                self.model,
-                self.method.layers(self.model),
-                rule=rule.rule if rule is not None else "",
-                adapter_name=self.adapter_name,
-                weights=self._weights,
-            )
-        )
 
     @property
     def something_moved(self) -> bool:

@@ -14,13 +14,12 @@ from typing import Any, Literal, get_args
 import datasets
 import pyarrow.compute as pc
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from lora_null.config import LoraNullConfig
 from lora_null.initialize import refuse_experts, say_what_is_fused
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
@@ -100,10 +99,19 @@ def check_rows_given(name: str, rows: Any) -> None:
             raise UserError(f"{where}: holds no row")
 
 
-def check_peft_config(config: PeftConfig | None, calibrated: bool) -> None:
-    """Raise a UserError, before a model loads, for a LoRA-Null that has nothing to start from."""
-    if isinstance(config, LoraNullConfig) and not calibrated:
-        raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
+def check_reference(given: Mapping[str, Any]) -> None:
+    """Raise a UserError where TRL would load DPO's reference by the name of a model that has none.
+
+    Args:
+        given: the trainer's arguments, by name.
+    """
+    model, without_reference = given.get("model"), given.get("peft_config") is None and given.get("ref_model") is None
+    ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
+    if isinstance(model, PreTrainedModel) and without_reference and not ahead and not model.config.name_or_path:
+        raise UserError(
+            "ref_model: every weight trains, and the model was loaded from no path that would give the reference; give "
+            "ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
+        )
 
 
 def check_targets(model: PeftModel, mode: Mode) -> None:
@@ -138,7 +146,7 @@ def _language_model(base: PreTrainedModel) -> str:
 
 
 @dataclass
-class _Look:
+class _LabelStats:
     """What the collated batches that were looked at have to learn from.
 
     Attributes:
@@ -195,7 +203,7 @@ def check_rows(trainer: Any, mode: Mode) -> None:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     with preserve(trainer.model):  # a collator may draw random numbers, which training has to draw
         for count in (FIRST_LOOK, SECOND_LOOK):
-            look = _Look(end_ids(trainer.model, tokenizer), getattr(args, "max_length", None))
+            look = _LabelStats(end_ids(trainer.model, tokenizer), getattr(args, "max_length", None))
             for rows in _batches_of(trainer.train_dataset, count, max(2, args.per_device_train_batch_size)):
                 batch = collate(rows)
                 labels = trainer.labels_of(batch) if isinstance(batch, Mapping) else None
@@ -236,7 +244,7 @@ def check_labels(
         max_length: where rows are cut; None where they are not.
         mode: what to do with a finding.
     """
-    look = _Look(ends, max_length)
+    look = _LabelStats(ends, max_length)
     for ids, labels in rows:
         look.add({"input_ids": torch.tensor([ids])}, torch.tensor([labels]))
         if look.is_fine:
@@ -244,7 +252,7 @@ def check_labels(
     _judge(look, eos_token, "every label is masked", mode)
 
 
-def _judge(look: _Look, eos_token: str, nothing_learned: str, mode: Mode) -> None:
+def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) -> None:
     seen = f"in the {look.rows} rows looked at"
     if not look.rows:
         tell(mode, "training data: no row is left to train on")
@@ -380,7 +388,7 @@ class TrainingWatch(TrainerCallback):
         if not self.pushed:
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
             self.reached |= bool(gradients)
-            self.pushed = any(bool(_own(gradient).any()) for gradient in gradients)
+            self.pushed = any(bool(_local(gradient).any()) for gradient in gradients)
 
     def moved(self, model: nn.Module) -> bool:
         """Return whether anything that trains differs from its start; also where no step was seen, or only empty shards."""
@@ -401,9 +409,9 @@ class TrainingWatch(TrainerCallback):
 @torch.no_grad()
 def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return some numbers of everything that trains, copied; of what is sharded this rank's own."""
-    tensors = {name: _own(p.detach()).flatten() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: _local(p.detach()).flatten() for name, p in model.named_parameters() if p.requires_grad}
     return {name: flat[:: max(1, len(flat) // SAMPLED)].clone() for name, flat in tensors.items() if len(flat)}
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
