@@ -25,9 +25,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
+from lora_null.utils.distributed import device_of, is_first_process, merge_shares, my_share
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit
+from lora_null.utils.model_state import base_model_of
 
 NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
 NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
@@ -62,7 +63,7 @@ class StopWords:
 def can_generate_rows(model: nn.Module) -> bool:
     """Return whether `generate_rows` does for this model what `transformers.generate` would: its forward takes positions
     and gives single logits, its cache can drop rows, and its generation config changes no logits."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_model_of(model)
     takes = inspect.signature(base.forward).parameters
     settings = getattr(base, "generation_config", None)
     return (
@@ -74,7 +75,7 @@ def can_generate_rows(model: nn.Module) -> bool:
 
 def sampling(model: nn.Module, temperature: float) -> LogitsProcessorList:
     """Return what `transformers.generate` does with logits before it draws: temperature, top_k and top_p, the model's own."""
-    settings = getattr(getattr(model, "get_base_model", lambda: model)(), "generation_config", None)
+    settings = getattr(base_model_of(model), "generation_config", None)
     top_k, top_p = getattr(settings, "top_k", None), getattr(settings, "top_p", None)
     top_k, top_p = TOP_K if top_k is None else top_k, TOP_P if top_p is None else top_p
     rules = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
@@ -110,7 +111,7 @@ def generate_rows(
     Returns:
         The new tokens of each row, its end token included.
     """
-    cache = DynamicCache(config=getattr(model, "get_base_model", lambda: model)().config)
+    cache = DynamicCache(config=base_model_of(model).config)
     rows, found = list(range(len(ids))), [[] for _ in ids]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     rules = sampling(model, temperature) if temperature else None
@@ -179,7 +180,7 @@ def generate_texts(
 
     def compute() -> dict[int, str]:
         texts = {}
-        bar = tqdm(total=len(share), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
+        bar = tqdm(total=len(share), desc=progress, disable=progress is None or not is_first_process())
         with bar, autocast:
             for indices in _batches(share, encoded, temperatures, batch_size):
                 ids, mask = _pad_left([encoded[i] for i in indices], pad, device_of(model))

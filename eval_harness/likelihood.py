@@ -29,14 +29,15 @@ from lora_null.utils.distributed import (
     device_of,
     gather,
     get_logger,
+    is_first_process,
     merge_shares,
     my_share,
     on_first_rank,
-    rank_and_world,
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
+from lora_null.utils.model_state import base_model_of
 
 logger = get_logger(__name__)
 
@@ -354,7 +355,7 @@ def _forward(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
     order = sorted(share, key=lambda i: -len(pairs[i].ids))
-    bar = tqdm(total=len(order), desc=progress, disable=progress is None or rank_and_world()[0] != 0)
+    bar = tqdm(total=len(order), desc=progress, disable=progress is None or not is_first_process())
     autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
     with bar, torch.no_grad():
         for begin in range(0, len(order), batch_size):
@@ -366,5 +367,5 @@ def _forward(
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_model_of(model)
     return "logits_to_keep" in inspect.signature(base.forward).parameters
