@@ -116,15 +116,15 @@ def evaluate(
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
             seed_everything(seed)
-            least, batch = task.within(limit), min(filter(None, (task.largest_batch, batch_size)))
-            own = replace(options, limit=least, batch_size=batch)
-            found = broadcast(task.run(model, tokenizer, own))
+            batch = min(filter(None, (task.largest_batch, batch_size)))
+            task_options = replace(options, limit=task.within(limit), batch_size=batch)
+            found = broadcast(task.run(model, tokenizer, task_options))
             metrics |= found.metrics
             samples |= found.samples
             weights |= found.weights
             if record_reference:
-                noise |= _noise(task, found, model, tokenizer, own)
-            described[task.key] = task.describe(least) | found.settings
+                noise |= _noise(task, found, model, tokenizer, task_options)
+            described[task.key] = task.describe(task_options.limit) | found.settings
     settings = {
         "versions": {package: _version(package) for package in PACKAGES},
         "dtype": str(model.dtype),
@@ -147,10 +147,9 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     """
     if task.measured_twice == 0 or (options.engine is not None and task.runs_on_engine):
         return {}
-    limits = [limit for limit in (task.measured_twice, options.limit) if limit is not None]
-    other = options.batch_size // 2 or 2
+    limit = min(filter(None, (task.measured_twice, options.limit)), default=None)
     seed_everything(options.seed)
-    options = replace(options, limit=min(limits, default=None), batch_size=other, record_reference=False)
+    options = replace(options, limit=limit, batch_size=options.batch_size // 2 or 2, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
     names = [name for name in again.samples if is_mean_of_samples(first, name) and task.rounds(name)]
     both = {name: len(again.samples[name]) for name in names}

@@ -181,16 +181,8 @@ class Probe(TrainerCallback):
             )
 
     def _record_reference(self) -> None:
-        """Record the base's predictions for the tasks that need them and have none.
-
-        Raises:
-            UserError: the adapter has changed the base, so that the model does not hold it any more.
-        """
-        files = {
-            task.key: reference_path(self.reference_dir, task.reference_file)
-            for task in self.tasks
-            if task.reference_file
-        }
+        """Record the base's predictions for the tasks that need them and have none."""
+        files = {t.key: reference_path(self.reference_dir, t.reference_file) for t in self.tasks if t.reference_file}
         missing = on_first_rank(lambda: [key for key, path in files.items() if self.records or not path.is_file()])
         if not missing:
             return
@@ -199,10 +191,9 @@ class Probe(TrainerCallback):
             raise UserError(
                 f"probe: init_lora_weights={start!r} has changed the base; give reference_dir, a folder of its predictions"
             )
-        disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        tasks = [task for task in self.tasks if task.key in missing]
         recording = {"reference_dir": self.reference_dir, "record_reference": True}
-        with disabled:
-            tasks = [task for task in self.tasks if task.key in missing]
+        with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
             evaluate(self.model, self.tokenizer, tasks, **recording, **self.options)
 
     def _measure(self, state: Any, control: Any) -> None:
@@ -259,13 +250,10 @@ def _point(raw: dict[str, Any]) -> Point:
 
 
 def record_base(model: Any, tokenizer: Any, tasks: Sequence[Task], folder: Path, **options: Any) -> Evaluation:
-    """Measure the untouched base, record its predictions in the folder, and measure its noise; return the evaluation.
+    """Measure the untouched base and record its predictions in the folder; return the evaluation.
 
-    The noise is what the same weights give when they are measured again, one row at a time: other shapes round otherwise.
-    `settings["noise"]` holds by metric the KL, or the difference, of the two measurements.
+    `settings["noise"]` is `Evaluation.noise`, where a budget looks for it.
     """
     found = evaluate(model, tokenizer, tasks, reference_dir=folder, record_reference=True, **options)
-    again = evaluate(model, tokenizer, tasks, reference_dir=folder, **{**options, "batch_size": 1})
-    gaps = {name: again.metrics[name].value - metric.value for name, metric in found.metrics.items()}
-    found.settings["noise"] = {name: abs(gap) for name, gap in gaps.items()}
+    found.settings["noise"] = found.noise
     return found
