@@ -121,7 +121,9 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     """Return the rows of a csv, every cell as its text, or what is wrong with one; whole columns of integers as those."""
     csv.field_size_limit(sys.maxsize)
     text = path.read_bytes().decode("utf-8-sig")
-    lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(path, text)))
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else next((mark for mark in DELIMITERS if mark in header), ",")
+    lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
     names, *cells = [line for line in lines if line]
     _need_distinct(names)
     if not cells:
@@ -134,11 +136,6 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
         else f"{len(row)} cells under {len(names)} columns"
         for row in cells
     ]
-
-
-def _delimiter(path: Path, text: str) -> str:
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    return "\t" if path.suffix.lower() == ".tsv" else next((mark for mark in DELIMITERS if mark in header), ",")
 
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:
@@ -189,11 +186,7 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
 
 
 def _rows_of_object(value: dict[str, Any]) -> list[Any]:
-    """Return the rows of a file that is one object: rows under one key, columns (lists, or pandas' dicts by index), or a row.
-
-    Raises:
-        ValueError: lists of different lengths, which are neither columns nor a row.
-    """
+    """Return the rows of a file that is one object: rows under one key, columns (lists, or pandas' dicts by index), or a row."""
     columns = list(value.values())
     if len(columns) == 1 and isinstance(columns[0], list) and columns[0]:
         inner = columns[0]

@@ -125,7 +125,7 @@ def t_tests(spread: Spread, methods: int) -> Difference:
     with np.errstate(divide="ignore", invalid="ignore"):
         if spread.seeds > 1:
             ratio = np.where(variance > 0, spread.over_seeds / variance, np.nan)
-            common = _shared(ratio, spread.seeds - 1)
+            common = _common_ratio(ratio, spread.seeds - 1)
             variance = variance + np.maximum(spread.over_seeds, common * variance)
             fewest = (methods - 1) * (spread.seeds - 1)
             freedom = fewest if spread.questions == 0 else min(freedom, fewest)
@@ -134,7 +134,7 @@ def t_tests(spread: Spread, methods: int) -> Difference:
     return Difference(spread.mean, stderr, freedom, p)
 
 
-def _shared(ratio: np.ndarray, freedom: int) -> np.ndarray:
+def _common_ratio(ratio: np.ndarray, freedom: int) -> np.ndarray:
     """Return what all pairs share of their ratios, on the last axis, kept: the mean of those that are finite, but at most what
     their median says it is (the ratios of equal pairs are as χ² / freedom); 0 where none is finite.
     """

@@ -262,11 +262,7 @@ def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
     documents = dict.fromkeys(splits, _read(task, task.path))
     if task.fewshot_path is not None:
         documents["fewshot examples"] = _read(task, task.fewshot_path)
-
-    def read(**_: Any) -> dict[str, datasets.Dataset]:
-        return documents
-
-    return config | {"task": task.task, "custom_dataset": read, "dataset_kwargs": None}
+    return config | {"task": task.task, "custom_dataset": lambda **_: documents, "dataset_kwargs": None}
 
 
 def _single_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from torch import nn
 
 from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars
-from lora_null.utils.distributed import merge_shares, my_share, rank_and_world
+from lora_null.utils.distributed import is_first_process, merge_shares, my_share
 from lora_null.utils.model_state import replaced
 
 
@@ -57,7 +57,7 @@ class ShardedLM(RowwiseLM):
     def _shared(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
         # By document, not by request: the choices of one question stay together and share their forward pass.
         share = my_share((request.doc_id for request in requests), self.model)
-        hidden = disable_tqdm or rank_and_world()[0] != 0
+        hidden = disable_tqdm or not is_first_process()
 
         def compute() -> dict[int, object]:
             answers = method([requests[i] for i in share], disable_tqdm=hidden) if share else []

@@ -27,7 +27,7 @@ from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
-from lora_null.utils.distributed import get_logger, rank_and_world
+from lora_null.utils.distributed import get_logger, is_first_process
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import replaced
@@ -153,9 +153,6 @@ class LmEvalTask(Task):
         the names of the results.
 
         The trial finds missing fields and unknown metrics.
-
-        Raises:
-            UserError: see `check`.
         """
         with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
             loaded = load(self)
@@ -170,8 +167,8 @@ class LmEvalTask(Task):
                 if self.path is not None:
                     raise unreadable(self, error) from error
                 if self.include_path is not None:
-                    told = f"{type(error).__name__}: {first_line(error)}"
-                    raise UserError(f"{self} fails on its first document ({told})") from error
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    raise UserError(f"{self} fails on its first document ({reason})") from error
                 raise
         return {"loaded": loaded, "jailed": held.used, "names": list(self.result_names(loaded, results))}
 
@@ -195,7 +192,7 @@ class LmEvalTask(Task):
 
         Programs that the model writes are run by rank 0, whose results count.
         """
-        tasks, first = self.loaded["tasks"], rank_and_world()[0] == 0
+        tasks, first = self.loaded["tasks"], is_first_process()
         limit = position_limit(model.config)
         if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
             self.check_positions(tokenizer, limit)
