@@ -89,7 +89,7 @@ class ReleaseMemory(TrainerCallback):
 class WriteLog(TrainerCallback):
     """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats."""
 
-    def __init__(self, path: Path, terms: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, terms: tuple[str, ...]) -> None:
         self.path = path
         self.logged = LOGGED | {name: name for name in terms}  # of the loss, see `Method.terms`
         self.seconds_before = 0.0

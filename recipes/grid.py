@@ -125,13 +125,13 @@ def run_grid(
         UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
     root, cells = Path(recipe.output_dir), grid_cells(recipe)
-    if is_first_process() and processes.is_first_worker():
+    first = is_first_process() and processes.is_first_worker()
+    if first:
         output.check(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
     job = together(check, what="checking the recipe")
     size, inputs = space_of_grid(recipe, cells, job), functools.partial(inputs_of, job)
     lock = output.claimed(recipe, size, inputs, resume=resume, overwrite=overwrite)
-    first = is_first_process() and processes.is_first_worker()
     with processes.grid_folder(root, lock):
         results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)
         if first:
@@ -139,17 +139,12 @@ def run_grid(
             write_report(root)
     if first:
         print_table(results, found=read_evaluations(root, results))
-        if lacking := sorted(_lacking(results)):
+        ended = [run for run in results.grid.cells if run.metrics and not run.diverged]
+        if lacking := sorted({name for run in ended for name in results.base.metrics.keys() - run.metrics.keys()}):
             print(f"missing in some of the runs, and left out of their means: {', '.join(lacking)}")
         print(f"report: {root / 'report.html'}")
     PartialState().wait_for_everyone()
     return root
-
-
-def _lacking(results: Results) -> set[str]:
-    """Return the metrics of the base that a run which ended well does not have."""
-    runs = [run for run in results.grid.cells if not run.diverged] if results.grid else []
-    return {name for run in runs if run.metrics for name in results.base.metrics.keys() - run.metrics.keys()}
 
 
 def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_code_execution: bool | str) -> Results:

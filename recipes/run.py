@@ -67,7 +67,6 @@ from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
 from lora_null.recipes.report.dial_page import Dial, write_dial
 from lora_null.recipes.results import (
     LOG_FILE,
-    Budget,
     Drift,
     Magnitude,
     Results,
@@ -135,6 +134,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         if job.is_main and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
         rows.append(_method_row(job, plan, rows[0]))
+        _free()  # the trainer, which nothing refers to any more
         if job.is_main:
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
@@ -270,35 +270,23 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     start = time.perf_counter()
     checkpoint = last_checkpoint(folder)
     init_before, train_before = _spent_before(job, plan, checkpoint)
-    _train(trainer, checkpoint)
-    train_seconds = train_before + time.perf_counter() - start - trainer.init_seconds
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    diverged, kept, saved, found = _outcome(job, plan, trainer, probe, folder)
-    drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
-    row = Row(
-        method=plan.name,
-        rank=plan.rank,
-        trainable_params=sum(count(p) for p in model.parameters() if p.requires_grad),
-        adapter_params=saved if plan.saves == "adapter" else None,
-        diverged=diverged,
-        metrics=found.metrics if found else {},
-        drift=drift and Drift(**drift),
-        magnitude=_magnitude(job, trainer, model) if diverged is None else None,
-        seconds=Seconds(
-            init=init_before + trainer.init_seconds, train=train_seconds, eval=found.seconds if found else None
-        ),
-        tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
-        peak_memory_bytes=peak_memory_bytes(),
-        **({"budget": kept} if kept else {}),
-    )
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except (pickle.UnpicklingError, SafetensorError) as error:  # pickled code in a checkpoint is never run
+        if checkpoint is None:
+            raise
+        raise UserError(
+            f"{checkpoint}: cannot be read ({first_line(error)}); remove it and --resume takes the one before"
+        ) from None
+    train = train_before + time.perf_counter() - start - trainer.init_seconds
+    seconds = Seconds(init=init_before + trainer.init_seconds, train=train, eval=None)
+    row = _outcome(job, plan, trainer, probe, seconds)
     trackers.finish(base, row)
     if job.is_main:
-        if kept:
-            print(f"{plan.name}: {kept.sentence()}")
+        if row.budget is not None:
+            print(f"{plan.name}: {row.budget.sentence()}")
         write_row(folder, row)
     PartialState().wait_for_everyone()
-    del trainer, model
-    _free()
     return row
 
 
@@ -313,30 +301,39 @@ def _spent_before(job: Job, plan: MethodPlan, checkpoint: Path | None) -> tuple[
     return init, max((entry.get("seconds", 0.0) for entry in logged), default=0.0)
 
 
-def _outcome(
-    job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, folder: Path
-) -> tuple[int | None, Budget | None, int | None, Evaluation | None]:
-    """Hold a trained method to its budget, save and evaluate it.
-
-    Returns:
-        The step at which it diverged, how the budget was kept, the parameters saved, and the evaluation; each None where
-        there is none.
-    """
-    model, diverged, kept = trainer.accelerator.unwrap_model(trainer.model), diverged_at(trainer), None
-    if diverged is not None:
-        return diverged, None, None, None
-    if isinstance(probe, KeepBudget):
-        kept = keep_budget(measurement(job, model), probe, model)
-    saved = _save(job, plan, trainer, folder)
-    back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
-    if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
-        assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
-    found = _evaluate(job, model, folder, base=False) if job.tasks else None
+def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, seconds: Seconds) -> Row:
+    """Hold a trained method to its budget, save and evaluate it, and return its row; one that diverged is not saved."""
+    folder, model = job.folder / plan.name, trainer.accelerator.unwrap_model(trainer.model)
+    diverged, kept, saved, found = diverged_at(trainer), None, None, None
+    if diverged is None:
+        if isinstance(probe, KeepBudget):
+            kept = keep_budget(measurement(job, model), probe, model)
+        saved = _save(job, plan, trainer, folder)
+        back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
+        if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
+            assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
+        found = _evaluate(job, model, folder, base=False) if job.tasks else None
     if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
-        return trainer.state.global_step, kept, saved, None  # finite weights that overflow on other texts
+        diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     if found and job.recipe.eval.strengths:
         dial(job, plan.name, model, folder, {1.0: found})
-    return None, kept, saved, found
+    if found:
+        seconds.eval = found.seconds
+    drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
+    return Row(
+        method=plan.name,
+        rank=plan.rank,
+        trainable_params=sum(count(p) for p in model.parameters() if p.requires_grad),
+        adapter_params=saved if plan.saves == "adapter" else None,
+        diverged=diverged,
+        metrics=found.metrics if found else {},
+        drift=drift and Drift(**drift),
+        magnitude=_magnitude(job, trainer, model) if diverged is None else None,
+        seconds=seconds,
+        tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
+        peak_memory_bytes=peak_memory_bytes(),
+        **({"budget": kept} if kept else {}),
+    )
 
 
 def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
@@ -374,22 +371,6 @@ def dial(
         write_dial(folder / DIAL_FOLDER, found)
     PartialState().wait_for_everyone()
     return found
-
-
-def _train(trainer: AnyTrainer, checkpoint: Path | None) -> None:
-    """Train from the start or from a complete checkpoint.
-
-    Raises:
-        UserError: the checkpoint is complete and yet cannot be read; pickled code in it is such a case and is never run.
-    """
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        if checkpoint is None:
-            raise
-        raise UserError(
-            f"{checkpoint}: cannot be read ({first_line(error)}); remove it and --resume takes the one before"
-        ) from None
 
 
 def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:

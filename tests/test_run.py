@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from world import make_world
 
 from lora_null.eval_harness import AnswerTask, evaluate
+from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import shipped
 
@@ -93,6 +95,20 @@ def test_training_under_autocast_does_not_look_like_forgetting(tmp_path):
         assert row["metrics"]["facts kl"]["value"] < 1e-7, row["method"]
     again, said = score_again(tmp_path, "lora-null-v1")
     assert again == pytest.approx(said, rel=1e-6)
+
+
+def test_a_methods_model_is_gone_before_the_next_one_loads(tmp_path, monkeypatch):
+    original, models = run._trainer, weakref.WeakSet()
+
+    def watched(job, plan, folder):
+        assert not models
+        trainer = original(job, plan, folder)
+        models.add(trainer.model)
+        return trainer
+
+    monkeypatch.setattr(run, "_trainer", watched)
+    words = ["--method", "lora,full,lora-null-v2", "training.max_steps=1", "training.save_strategy=no"]
+    assert main([str(make_world(tmp_path)), *words, "eval.retention=[]", "eval.task=[]"]) == 0
 
 
 def test_all_methods_see_the_same_data(finished):

@@ -111,11 +111,7 @@ def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
 
 
 def _class_of(config: Any) -> Any:
-    """Return the class that loads a language model, also one that reads images as well.
-
-    Raises:
-        UserError: naming an architecture that is none.
-    """
+    """Return the class that loads a language model, also one that reads images as well."""
     for kind, known in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -232,7 +228,7 @@ def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tenso
     """Return what reads W0 (d_out, d_in) of a base's linear by its name, one weight at a time where its files allow it."""
     try:
         with complete_at_load():
-            base, files = open_in_files(functools.partial(load_base, model), name, model.revision)
+            base, files = open_base(model, name)
     except UserError:
         whole = load_base(model, name)
         return lambda linear: weight_of(whole.get_submodule(linear))
