@@ -10,7 +10,7 @@ from lora_null.eval_harness import Task, few_rows
 from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
-ROWS, HALF = 32, "half"
+ROWS = 32  # of a task, unless that is more than half of them
 FOLDER = "probe"  # of the base's folder: its predictions on the probed rows
 
 
@@ -46,14 +46,14 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
     probed, rows = [], {}
     for role in ("retention", "task"):
         wanted = getattr(section, role)
-        wanted = HALF if wanted is None else wanted
         if isinstance(wanted, list):
             probed += own[role]
             rows |= {task.key: _same_rows(task, own[role]) for task in tasks if task.role == role}
             continue
-        for task in tasks if wanted else ():
+        for task in tasks if wanted != 0 else ():
             if task.role == role:
-                few, numbers = few_rows(task, wanted if wanted != HALF else _half(task, recipe), recipe.eval.limit)
+                count = _rows_unasked(task, recipe) if wanted is None else wanted
+                few, numbers = few_rows(task, count, recipe.eval.limit)
                 probed.append(few)
                 rows[task.key] = numbers
     if not probed:
@@ -61,7 +61,7 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
     return ProbePlan(section, probed, rows)
 
 
-def _half(task: Task, recipe: Recipe) -> int:
+def _rows_unasked(task: Task, recipe: Recipe) -> int:
     """Return as many rows as are probed unasked: the others are there to check a budget on."""
     rows = getattr(task, "pairs", None)
     return ROWS if rows is None else max(1, min(ROWS, len(rows[: recipe.eval.limit]) // 2))

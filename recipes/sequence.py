@@ -111,7 +111,6 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
             f"sequence: no method is left after {before[-1].recipe.name}, all have diverged; lower the rate"
         )
     method = job.recipe.method.model_copy(update={"name": [n for n in job.recipe.method.name if n in alive]})
-    job = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"method": method}))
     weighted = [(other, weight) for other, weight in zip(before, weights) if weight]
     earlier = {
         plan.name: [Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in weighted]
@@ -119,9 +118,9 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         if _rule(recipe, plan.name) is not None
     }
     rows = [ids for other in before for ids in rows_of(other)]
-    return dataclasses.replace(
-        job, starts=starts, earlier=earlier, knowledge=recipe.sequence.knowledge, earlier_rows=rows
-    )
+    own = job.recipe.model_copy(update={"method": method})
+    knowledge = recipe.sequence.knowledge
+    return dataclasses.replace(job, recipe=own, starts=starts, earlier=earlier, knowledge=knowledge, earlier_rows=rows)
 
 
 def _rule(recipe: Recipe, name: str) -> Any:
@@ -193,9 +192,8 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
             f"sequence: no metric of {lacking} has a value for each question after every task; no transfers"
         )
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
-    rows += [
-        _whole_row(name, found) for name in recipe.method.name if name not in files
-    ]  # diverged before the last task
+    gone = [name for name in recipe.method.name if name not in files]  # diverged before the last task
+    rows += [_whole_row(name, found) for name in gone]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {
         row.method: {name: [of_method(stage, row.method).metrics.get(name) for stage in found] for name in kept}
