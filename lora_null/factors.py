@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, d_in) and B (d_out, r)
+
 
 @dataclass(frozen=True)
 class LayerStart:

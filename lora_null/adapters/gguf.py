@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import replacing
 
@@ -23,8 +24,6 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "GEMMA2",
     "Phi3ForCausalLM": "PHI3",
 }
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def load_gguf() -> Any:

@@ -94,7 +94,7 @@ def check_keys(adapter: SavedAdapter) -> Iterator[Finding]:
     """Yield tensors that are no A or B under PEFT's names, and halves of pairs."""
     for key in adapter.tensors:
         if not FACTOR.fullmatch(key):
-            yield Finding(key, f"is not named base_model.model.MODULE.lora_A.weight or lora_B{_why(key)}")
+            yield Finding(key, f"is not named base_model.model.MODULE.lora_A.weight or lora_B{_naming_hint(key)}")
     for module, pair in adapter.factors().items():
         for which in {"A", "B"} - pair.keys():
             yield Finding(module, f"has no lora_{which}")
@@ -102,7 +102,7 @@ def check_keys(adapter: SavedAdapter) -> Iterator[Finding]:
         yield Finding(WEIGHTS_FILE, "holds no A and no B")
 
 
-def _why(key: str) -> str:
+def _naming_hint(key: str) -> str:
     if re.search(r"lora_[AB]\.\w+\.weight$", key):
         return "; the adapter's name does not belong in the file"
     if "lora_" in key and not key.startswith("base_model.model."):
@@ -162,41 +162,40 @@ def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
     """Yield dtypes that are not served, more than one of them, numbers that are not finite, an adapter without effect."""
     dtypes = {tensor.dtype for tensor in adapter.tensors.values()}
     for dtype in dtypes - set(VLLM_DTYPES):
-        yield Finding(WEIGHTS_FILE, f"holds {_short(dtype)}, not float32, bfloat16 or float16")
+        yield Finding(WEIGHTS_FILE, f"holds {_dtype_name(dtype)}, not float32, bfloat16 or float16")
     if len(dtypes) > 1:
-        yield Finding(WEIGHTS_FILE, f"mixes dtypes: {', '.join(sorted(map(_short, dtypes)))}")
+        yield Finding(WEIGHTS_FILE, f"mixes dtypes: {', '.join(sorted(map(_dtype_name, dtypes)))}")
     for key, tensor in adapter.tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             yield Finding(key, "holds NaN or infinite numbers")
-    pairs = _moving(adapter)
+    pairs = _nonzero_factors(adapter)
     if pairs and not any(A and B for A, B in pairs) and not is_untrained(adapter):
         yield Finding(WEIGHTS_FILE, "changes nothing: every A or B is zero")
 
 
 def is_untrained(adapter: SavedAdapter) -> bool:
     """Say whether every B is zero and no A: the adapter is an initialization and changes nothing yet."""
-    pairs = _moving(adapter)
+    pairs = _nonzero_factors(adapter)
     return bool(pairs) and all(A and not B for A, B in pairs)
 
 
-def _moving(adapter: SavedAdapter) -> list[tuple[bool, bool]]:
+def _nonzero_factors(adapter: SavedAdapter) -> list[tuple[bool, bool]]:
     """Return of every pair whether its A, and whether its B, is other than zero."""
     pairs = [pair for pair in adapter.factors().values() if len(pair) == 2]
     return [(bool(pair["A"].any()), bool(pair["B"].any())) for pair in pairs]
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def describe(adapter: SavedAdapter) -> str:
     """Return one line that says what an adapter is."""
-    dtypes = {_short(tensor.dtype) for tensor in adapter.tensors.values()}
-    scaling = adapter.config["lora_alpha"] / adapter.config["r"]
-    if adapter.config.get("use_rslora"):
-        scaling = adapter.config["lora_alpha"] / adapter.config["r"] ** 0.5
+    dtypes = {_dtype_name(tensor.dtype) for tensor in adapter.tensors.values()}
+    rank = adapter.config["r"]
+    scaling = adapter.config["lora_alpha"] / (rank**0.5 if adapter.config.get("use_rslora") else rank)
     return (
-        f"{len(adapter.factors())} modules, rank {adapter.config['r']}, scaling {scaling:g}, "
+        f"{len(adapter.factors())} modules, rank {rank}, scaling {scaling:g}, "
         f"{', '.join(sorted(dtypes))}, {sum(t.numel() for t in adapter.tensors.values()) / 1e6:.1f}M parameters"
     )
 

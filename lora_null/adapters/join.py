@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.merge import deltas_of
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
-from lora_null.adapters.saved import Pair, SavedAdapter, read_adapter
+from lora_null.adapters.saved import SavedAdapter, read_adapter
+from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json, write_safetensors
 

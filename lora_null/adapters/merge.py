@@ -11,6 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from lora_null.checkpoint_reader import WeightFiles
+from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened, write_json, write_safetensors
 
@@ -70,7 +71,10 @@ def write_checkpoint(
     """
     files = WeightFiles(base)
     sources, untied = plan(files, deltas, model)
-    skeleton = {name: torch.empty(s.shape, dtype=_cast(s.dtype, dtype), device="meta") for name, s in sources.items()}
+    skeleton = {}
+    for name, source in sources.items():
+        written = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+        skeleton[name] = torch.empty(source.shape, dtype=written, device="meta")
     split = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():
         shard = {name: merged(files, sources[name], skeleton[name].dtype) for name in names}
@@ -128,14 +132,8 @@ def merged(files: WeightFiles, source: Source, dtype: torch.dtype) -> torch.Tens
     return tensor.to(dtype)
 
 
-def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and own.is_floating_point else own
-
-
 def deltas_of(
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    scaling: Callable[[str], float],
-    transposed: Callable[[str], bool],
+    pairs: Mapping[str, Pair], scaling: Callable[[str], float], transposed: Callable[[str], bool]
 ) -> dict[str, Delta]:
     """Return module name → its change."""
     return {name: Delta(A, B, scaling(name), transposed(name)) for name, (A, B) in pairs.items()}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora_null.adapters.base_hash import identity_of
+from lora_null.factors import Pair
 from lora_null.layer import adapted_layers, factors_of, residual_of
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import replacing, write_safetensors
@@ -21,7 +22,7 @@ from lora_null.utils.files import replacing, write_safetensors
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+def plain_factors(layer: LoraLayer, adapter_name: str = "default") -> Pair:
     """Return A and B with s·BA = W* − W0, the change of the *original* weight.
 
     Where the adapter counts from a residual that is the exact rank-2r form A = [A; A0], B = [B, −B0]: only copies, no
@@ -50,12 +51,12 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
         bias = f"base_model.model.{name}.lora_B.bias"  # of `lora_bias`; PEFT scales it as it does B
         if bias in state and scalings[name] != scaling:
             state[bias] = state[bias] * (scalings[name] / scaling)
-    return state, _plain_config(peft_model.peft_config[adapter_name], rank, scaling)
+    fields = copy.deepcopy(peft_model.peft_config[adapter_name]).to_dict() | plain_fields(rank, scaling)
+    fields |= dict.fromkeys(("eva_config", "lora_ga_config"))  # how it started is no part of what it is
+    return state, LoraConfig(**fields)
 
 
-def uniform(
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scalings: Mapping[str, float]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int, float]:
+def uniform(factors: Mapping[str, Pair], scalings: Mapping[str, float]) -> tuple[dict[str, Pair], int, float]:
     """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both.
 
     Where scalings differ, factors of 16 bits become float32: what is multiplied into B would be rounded away otherwise.
@@ -73,17 +74,10 @@ def uniform(
     return made, rank, scaling
 
 
-def state_of(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def state_of(factors: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
     """Return module name → (A, B) under PEFT's names."""
     state = {f"base_model.model.{name}.lora_A.weight": A for name, (A, _) in factors.items()}
     return state | {f"base_model.model.{name}.lora_B.weight": B for name, (_, B) in factors.items()}
-
-
-def _plain_config(config: LoraConfig, rank: int, scaling: float) -> LoraConfig:
-    fields = copy.deepcopy(config).to_dict()
-    fields |= plain_fields(rank, scaling)
-    fields |= dict.fromkeys(("eva_config", "lora_ga_config"))  # how it started is no part of what it is
-    return LoraConfig(**fields)
 
 
 def plain_fields(rank: int, scaling: float) -> dict[str, Any]:
@@ -127,9 +121,8 @@ def copy_into(peft_model: PeftModel, state: Mapping[str, torch.Tensor], adapter_
     Raises:
         UserError: it holds other tensors, or counts from another residual.
     """
-    live = get_peft_model_state_dict(
-        peft_model, adapter_name=adapter_name
-    )  # the parameters themselves, but for joined
+    # The parameters themselves, but for those that are joined.
+    live = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     differing = sorted(live.keys() ^ state.keys())
     if differing:
         raise UserError(f"adapter {adapter_name!r}: {differing[0]} is on one side only, of the model and of the file")

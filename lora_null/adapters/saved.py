@@ -12,6 +12,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
+from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, read_safetensors
 from lora_null.utils.model_state import rewriting
@@ -23,8 +24,6 @@ REWRITTEN = (
     "so its A and B are no change of the original model; PEFT's save_pretrained(…, "
     "path_initial_model_for_weight_conversion=…) writes one"
 )
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -79,14 +78,14 @@ class SavedAdapter:
 
     def scaling(self, module: str) -> float:
         """Return PEFT's s of a module: alpha/r, or alpha/√r under rslora, each by its pattern."""
-        r, alpha = self.rank(module), self._of(module, "lora_alpha", "alpha_pattern")
+        r, alpha = self.rank(module), self._by_pattern(module, "lora_alpha", "alpha_pattern")
         return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def rank(self, module: str) -> int:
         """Return the rank that the config gives a module."""
-        return self._of(module, "r", "rank_pattern")
+        return self._by_pattern(module, "r", "rank_pattern")
 
-    def _of(self, module: str, name: str, pattern: str) -> Any:
+    def _by_pattern(self, module: str, name: str, pattern: str) -> Any:
         own = self.config.get(pattern) or {}
         return own.get(get_pattern_key(own.keys(), module), self.config[name])
 

@@ -35,7 +35,7 @@ class Strength:
         if option := beyond_scaling(model.peft_config[self.adapter]):
             raise UserError(f"strength: the adapter has {option}, which its scaling does not reach")
         for name, layer in self.layers.items():
-            if reason := _why_not(layer, self.adapter):
+            if reason := _not_scalable(layer, self.adapter):
                 raise UserError(f"strength: {name} {reason}")
         self.trained = {name: layer.scaling[self.adapter] for name, layer in self.layers.items()}
         self.value = 1.0
@@ -66,7 +66,7 @@ def beyond_scaling(config: PeftConfig) -> str | None:
     return next(iter(given), None)
 
 
-def _why_not(layer: LoraLayer, adapter: str) -> str | None:
+def _not_scalable(layer: LoraLayer, adapter: str) -> str | None:
     if layer.merged:
         return "is merged into its base"
     if adapter in getattr(layer, "lora_variant", {}):

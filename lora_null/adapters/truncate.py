@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 
 
@@ -37,9 +38,7 @@ def _rows(factor: torch.Tensor, k: int) -> torch.Tensor:
     return torch.nn.functional.pad(factor, (0, 0, 0, k - len(factor)))
 
 
-def truncate_all(
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], k: int
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, float]]:
+def truncate_all(pairs: Mapping[str, Pair], k: int) -> tuple[dict[str, Pair], dict[str, float]]:
     """Truncate every pair to rank k; return them, and each module's ‖ΔW − ΔW_k‖ / ‖ΔW‖.
 
     Raises:
