@@ -33,7 +33,8 @@ COLORS = {
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
 
-MARKERS = "osD^vP"
+GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
+MARKERS = tuple(GLYPHS)
 LOG_FROM = 30  # a span of values beyond this factor is drawn on a logarithmic axis
 
 
@@ -114,7 +115,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     head = '<svg viewBox="{}" role="img" aria-label="{}">'
     text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", lambda found: head.format(found[1], escape(alt)), text)
     text = _own_ids(text)
-    text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans)", text)
+    text = re.sub(r"(font: [^;\"]*?|font-family: )'DejaVu Sans'[^;\"]*", r"\1var(--sans)", text)
     return Markup(re.sub(r"#[0-9a-f]{6}\b", lambda match: variable(match[0]), text))
 
 

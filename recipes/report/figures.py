@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from lora_null.recipes.report.drawing import (
     COLORS,
     FAINT,
+    GLYPHS,
     GOOD,
     INK,
     MARKERS,
@@ -40,7 +41,6 @@ from lora_null.recipes.results import Results, TrainLog
 NAMED = 5  # the most points that are named in the picture
 BASE = {"marker": "o", "linestyle": "", "label": "base", "color": "white", "markeredgecolor": COLORS["base"]}
 BASE |= {"markeredgewidth": 2, "markersize": 9, "zorder": 4}
-GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
 
 
 def row_colors(results: Results) -> list[str]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lora_null.recipes.report.drawing import (
     COLORS,
     FAINT,
+    GLYPHS,
     INK,
     MARKERS,
     Picture,
@@ -89,7 +89,8 @@ class Frontiers:
     def set_limits(self, axes: Axes) -> None:
         """Set the same limits in panels that are drawn apart."""
         x, y = zip(*(point for path in self.paths for point in path.points))
-        low, high = min(0, *(e.value for e in x)), max(e.value + (e.stderr or 0) for e in x)
+        low, high = min(e.value - (e.stderr or 0) for e in x), max(e.value + (e.stderr or 0) for e in x)
+        low = low if self.log else min(0, low)  # the base, at zero, is below a logarithmic picture
         axes.set_xlim(low - 0.05 * (high - low), high + 0.08 * (high - low))
         low, high = min(e.value for e in y), max(e.value + (e.stderr or 0) for e in y)
         if self.log:
@@ -139,49 +140,88 @@ def frontier_picture(results: Results) -> Picture:
     return Picture(drawings, caption, panels=True, legend=found.legend)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What each method has learned and forgotten, and by how much it has changed the weights.
+
+    Attributes:
+        points: method → (learned, forgotten, ‖ΔW‖ / ‖W0‖ in %) of its settings.
+        styles: method → color and marker.
+        titles: of the three.
+        log: whether forgetting has a logarithmic axis.
+    """
+
+    points: dict[str, list[tuple[float, float, float]]]
+    styles: dict[str, tuple[str, str]]
+    titles: tuple[str, str, str]
+    log: bool
+
+    @classmethod
+    def of(cls, results: Results) -> Sizes | None:
+        """Return the sizes of a grid's changes; None where no run has both metrics and a size."""
+        pair = metric_pair(results)
+        points: dict[str, list[tuple[float, float, float]]] = {}
+        for row in results.rows[1:] if pair else ():
+            learned, forgotten = change(results, row, pair[1]), change(results, row, pair[0])
+            if learned is not None and forgotten is not None and row.magnitude:
+                points.setdefault(row.method, []).append((learned, forgotten, 100 * row.magnitude.total))
+        if pair is None or not points:
+            return None
+        colors, log = colors_of(points), is_wide([y for of_method in points.values() for _, y, _ in of_method])
+        titles = (
+            f"learned: {metric_title(pair[1])}, improvement on the base  →",
+            f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →",
+            "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic  →",
+        )
+        styles = {name: (colors[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(points)}
+        return cls(points, styles, titles, log)
+
+    def draw_panel(self, axes: Axes, across: int) -> None:
+        """Draw forgetting against learning (`across` 0) or against size (2)."""
+        for method, points in self.points.items():
+            color, marker = self.styles[method]
+            x, y = [point[across] for point in points], [point[1] for point in points]
+            label = DISPLAY.get(method, method)
+            axes.plot(x, y, marker, markersize=6, markeredgecolor="white", color=color, label=label)
+        if self.log:
+            axes.set_yscale("log")
+        if across == 2:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def magnitude_png(results: Results) -> bytes | None:
     """Forgetting against learning, and against the size of the change beside it; None where one is not known.
 
     Where methods lie on one curve at the right, size alone explains what they forget; where they lie apart, its
     directions do.
     """
-    figure = _magnitudes(results)
-    return figure and png(figure)
+    found = Sizes.of(results)
+    if found is None:
+        return None
+    figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
+    for axes, across in zip(panels, (0, 2)):
+        found.draw_panel(axes, across)
+        axes.set_xlabel(found.titles[across].replace(", ", ",\n", 1))
+    panels[0].set_ylabel(found.titles[1])
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    return png(figure)
 
 
 def magnitude_picture(results: Results) -> Picture | None:
-    """The same for the page."""
-    alt = "Forgetting against learning at the left, against the size of the change of the weights at the right."
-    figure = _magnitudes(results)
-    return figure and Picture([("", svg(figure, alt))])
-
-
-def _magnitudes(results: Results) -> Figure | None:
-    pair = metric_pair(results)
-    points: dict[
-        str, list[tuple[float, float, float]]
-    ] = {}  # method → (learned, forgotten, ‖ΔW‖/‖W0‖) of its settings
-    for row in results.rows[1:] if pair else ():
-        point = (change(results, row, pair[1]), change(results, row, pair[0]), row.magnitude and row.magnitude.total)
-        if None not in point:
-            points.setdefault(row.method, []).append(point)
-    if pair is None or not points:
+    """The same for the page, one drawing a panel."""
+    found = Sizes.of(results)
+    if found is None:
         return None
-    figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
-    colors, log = colors_of(points), is_wide([y for of_method in points.values() for _, y, _ in of_method])
-    for index, (method, of_method) in enumerate(points.items()):
-        learned, y, size = zip(*of_method)
-        style = {"color": colors[method], "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
-        for axes, x in zip(panels, (learned, [100 * value for value in size])):
-            axes.plot(x, y, markersize=6, markeredgecolor="white", label=DISPLAY.get(method, method), **style)
-    panels[1].set_xscale("log")
-    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[1].xaxis.set_minor_formatter(NullFormatter())
-    if log:
-        panels[0].set_yscale("log")
-    panels[0].set_xlabel(f"learned: {metric_title(pair[1])},\nimprovement on the base  →")
-    panels[1].set_xlabel("size of the change: ‖ΔW‖ / ‖W₀‖, %,\nlogarithmic  →")
-    panels[0].set_ylabel(f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →")
-    panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
-    return figure
+    drawings = []
+    for across in (0, 2):
+        figure, axes = new_figure(2.3, 1.9, size=8)
+        found.draw_panel(axes, across)
+        name = f"Across, {found.titles[across].replace('  →', '')}"
+        drawings.append((name, svg(figure, f"{name}: the numbers are in the table of results.")))
+    legend = [(color, GLYPHS[marker], DISPLAY.get(name, name)) for name, (color, marker) in found.styles.items()]
+    return Picture(
+        drawings, f"Up, {found.titles[1].replace('  →', '')}; one point a setting.", panels=True, legend=legend
+    )

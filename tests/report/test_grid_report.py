@@ -1,12 +1,16 @@
 """The parts of the report that only a grid, or only one of the paper's models, has."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 from statistics import fmean, geometric_mean
 
 from lora_null.recipes.report import load_results, paper, write_report
 from lora_null.recipes.report.paper import comparable, paper_average, paper_name, paper_rows, paper_table
 from lora_null.recipes.results import parse_results
 
+STUDY = Path(__file__).parents[1] / "benchmarks/study"
 LLAMA = "meta-llama/Llama-2-7b-hf"
 
 
@@ -158,3 +162,17 @@ def test_our_average_by_the_papers_definition_stands_beside_the_papers():
     ours = (9.99 + 50 + 7 + 40 + 6) / 5
     column = table.titles.index("Avg")
     assert cells_of(table)["LoRA-Null-v2 (r = 128), table 1a"][column].endswith(f" / {ours:.2f}")
+
+
+def test_the_letters_of_every_drawing_follow_the_page(tmp_path):
+    """matplotlib leaves black out and has a second way of naming a font, so that letters stayed dark on the dark page."""
+    shutil.copy(STUDY / "rivals.json", tmp_path / "results.json")
+    write_report(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    drawings = re.findall(r"<svg viewBox.*?</svg>", html, re.DOTALL)
+    letters = [style for drawing in drawings for style in re.findall(r'<text style="([^"]*)"', drawing)]
+    assert len(letters) > 50 and all("var(--sans)" in style for style in letters) and "DejaVu" not in html
+    assert "figure svg text { fill: var(--ink); }" in html
+    assert all("fill: var(--" in style for style in letters if "fill" in style)
+    for title in ("Across, learned: GSM8K NLL, improvement on the base", "Across, size of the change: ‖ΔW‖ / ‖W₀‖, %"):
+        assert html.count(f'<p class="panel">{title}') == 1
