@@ -308,12 +308,15 @@ def test_two_processes_run_every_kind_of_method(tmp_path):
 # --- what the report computes ---
 
 
-def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None):
+def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None, of_kept=()):
     """A grid's results by hand: points[method][seed] = [(task nll, kl), …] for rates 1, 2, …; `more` of a method's settings."""
 
     def metrics(task, kl):
         kind = {"stderr": 0.01, "n": 9, "higher_is_better": False, "unit": "nats"}
-        return {kept: {"value": kl, "role": "retention", **kind}, "t nll": {"value": task, "role": "task", **kind}}
+        return {
+            kept: {"value": kl, "role": "retention", **kind, **dict(of_kept)},
+            "t nll": {"value": task, "role": "task", **kind},
+        }
 
     cells = [
         {"method": method, "folder": "f", "seed": seed,
@@ -426,6 +429,15 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     said = grid_headline(found, {})
     assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers: p = 0.037 alone
     assert "Not reached by weak" in said and "learning_rate 2" in said
+
+
+def test_forgetting_of_an_accuracy_is_in_points():
+    accuracy = {"unit": "fraction", "higher_is_better": True}
+    paths = {"lora": [[(1.0, 0.30)], [(1.0, 0.31)]], "mine": [[(1.0, 0.48)], [(1.0, 0.485)]]}
+    found = made(paths, base=(2.0, 0.5), kept="q acc", of_kept=accuracy)
+    assert "q acc 1.75 ± 0.25 points against 19.50 ± 0.50 points, 11 × less" in grid_headline(found, {})
+    (table, _) = grid_content(found, {})["tables"]
+    assert table["rows"][1][1].startswith("1.75 ± 0.25 points, adjusted p")
 
 
 def test_methods_of_other_seeds_are_not_tested_together():

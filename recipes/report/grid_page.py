@@ -330,7 +330,7 @@ def grid_headline(results: Results, found: Evaluations) -> str:
     lora = next((row for row in rows if row.name == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
-    return f"{level}, {_against(rows, lora, metric_title(kept))}{never}"
+    return f"{level}, {_against(rows, lora, metric_title(kept), results.metric(kept).unit)}{never}"
 
 
 def _not_read(target: Target) -> list[str]:
@@ -340,15 +340,16 @@ def _not_read(target: Target) -> list[str]:
     return said + ([f"In all its runs {listed(passed)} learned more."] if passed else [])
 
 
-def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str) -> str:
+def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | None) -> str:
     less, more, same = ([row for row in rows if row is not lora and row.sense == sense] for sense in (-1, 1, 0))
     if not less:
-        said = f"no method forgot distinguishably less than LoRA ({title} {_pm(lora.value)})."
+        said = f"no method forgot distinguishably less than LoRA ({title} {_forgotten(lora.value, unit)})."
     else:
         best = less[0]
         ratio = lora.value.value / best.value.value if best.value.value > 0 else math.nan
         share = f", {times(ratio)} less" if ratio >= 1.1 else ""
-        said = f"{best.label} forgot less than LoRA: {title} {_pm(best.value)} against {_pm(lora.value)}{share} ({p_text(best.p)})."
+        values = f"{_forgotten(best.value, unit)} against {_forgotten(lora.value, unit)}"
+        said = f"{best.label} forgot less than LoRA: {title} {values}{share} ({p_text(best.p)})."
         said += f" So did {listed([row.label for row in less[1:]])}." if less[1:] else ""
     if more:
         said += f" {listed([row.label for row in more])} forgot more than LoRA."
@@ -364,8 +365,8 @@ def level_text(results: Results, task: str, target: Target) -> str:
     return f"{100 * value:.1f}%" if results.metric(task).unit == "fraction" else f"{value:.3f}"
 
 
-def _pm(estimate: Estimate) -> str:
-    return str(show_all([estimate], "nats")[0])
+def _forgotten(estimate: Estimate, unit: str | None) -> str:
+    return f"{show_all([estimate], unit)[0]}{' points' * (unit == 'fraction')}"
 
 
 def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
@@ -389,6 +390,7 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
 def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evaluations) -> list[dict[str, object]]:
     """A table for each level of learning, one row a method, its forgetting of every kind; who is not read there is listed."""
     each = [equal_learning(results, name, task, found) for name in kept]
+    units = [results.metric(name).unit for name in kept]
     tables = []
     for targets in zip(*each):
         methods = list(zip(*(target.rows for target in targets)))
@@ -396,7 +398,7 @@ def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evalu
             {
                 "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA, {targets[0].where})",
                 "columns": [metric_title(name) for name in kept],
-                "rows": [[m[0].label, *map(_equal_text, m)] for m in methods if m[0].value],
+                "rows": [[m[0].label, *map(_equal_text, m, units)] for m in methods if m[0].value],
                 "note": " ".join(_not_read(targets[0])),
             }
         )
@@ -431,12 +433,12 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
     return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": ""}]
 
 
-def _equal_text(row: AtEqual) -> str:
+def _equal_text(row: AtEqual, unit: str | None) -> str:
     if row.value is None:
         return "–"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
     test = f", {p_text(row.p)}" if row.p is not None else ""
-    return f"{_pm(row.value)}{some}{test}"
+    return f"{_forgotten(row.value, unit)}{some}{test}"
 
 
 def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
