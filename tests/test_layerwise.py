@@ -1,5 +1,8 @@
 """The walk through the decoder layers gives what plain forward passes with hooks give, on every shape of model."""
 
+import contextlib
+import weakref
+
 import oracle
 import pytest
 import torch
@@ -8,7 +11,7 @@ from peft import get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
 
-from lora_null import LoraNullConfig, UserError, calibration
+from lora_null import LoraNullConfig, UserError, calibration, layerwise
 from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
@@ -221,3 +224,17 @@ def test_nan_is_named_by_module_batch_and_sample(monkeypatch, tokens):
         UserError, match=r"sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj"
     ):
         list(walk_layers(model, targets(model), clean, progress=False))
+
+
+def test_the_first_hidden_states_go_when_a_layer_has_made_others(monkeypatch):
+    first, kept_by = [], layerwise._HiddenStates
+
+    def watched(hidden, *rest):
+        first.extend(weakref.ref(tensor) for tensor in hidden)
+        return kept_by(hidden, *rest)
+
+    monkeypatch.setattr(layerwise, "_HiddenStates", watched)
+    model = tiny_model()
+    with contextlib.closing(walk_layers(model, targets(model), BATCHES, progress=False)) as walk:
+        next(walk), next(walk)
+        assert first and not any(tensor() is not None for tensor in first)
