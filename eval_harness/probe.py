@@ -24,7 +24,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lora_null.eval_harness.evaluation import evaluate, validate_tasks
-from lora_null.eval_harness.results import Evaluation, Metric
+from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.tasks import Task, reference_path
 from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_rank
 from lora_null.utils.errors import UserError
@@ -247,13 +247,3 @@ def _point(raw: dict[str, Any]) -> Point:
     metrics = {name: Metric.from_dict({**m, "value": known(m["value"])}) for name, m in raw["metrics"].items()}
     samples = {name: list(map(known, values)) for name, values in raw["samples"].items()}
     return Point(raw["step"], metrics, samples, raw["seconds"])
-
-
-def record_base(model: Any, tokenizer: Any, tasks: Sequence[Task], folder: Path, **options: Any) -> Evaluation:
-    """Measure the untouched base and record its predictions in the folder; return the evaluation.
-
-    `settings["noise"]` is `Evaluation.noise`, where a budget looks for it.
-    """
-    found = evaluate(model, tokenizer, tasks, reference_dir=folder, record_reference=True, **options)
-    found.settings["noise"] = found.noise
-    return found

@@ -116,7 +116,7 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
         raise UserError(f"budget.measure: the run has no {measure!r}{nearest(measure, whole.metrics)}")
     if measure not in whole.samples or whole.metrics[measure].higher_is_better is None:
         raise UserError(f"budget.measure: {measure!r} has no value for each question, or no known direction")
-    noise = (probed.settings.get("noise") or {}).get(measure, 0.0)
+    noise = probed.noise.get(measure, 0.0)
     if noise >= at_most:
         raise UserError(
             f"budget.at_most: {at_most:g} is not above the base's own noise: measured twice, {measure} of the same "

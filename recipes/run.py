@@ -26,7 +26,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
-from lora_null.eval_harness.probe import Probe, record_base
+from lora_null.eval_harness.probe import Probe
 from lora_null.layer import active_adapter
 from lora_null.magnitude import weight_changes
 from lora_null.recipes import base_cache, output, own_texts
@@ -251,7 +251,8 @@ def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Eval
 def _record_probe(job: Job, model: Any) -> Evaluation:
     """Measure the base on the probed rows, with its noise, and write it down."""
     folder = probe_folder(job.base)
-    found = record_base(model, job.tokenizer, job.probe.tasks, folder, **job.computing, progress=False)
+    options = {"reference_dir": folder, "record_reference": True, "progress": False}
+    found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     PartialState().wait_for_everyone()

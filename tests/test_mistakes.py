@@ -103,6 +103,7 @@ CASES = [
     (["rank"], "argument 'rank': expected key.subkey=value"),
     (["data.limit=[1"], "the value is not valid YAML"),
     (["seed=1", "seed.x=1"], "holds a value, not keys"),
+    (["eval.task=[gsm8k]", "eval.task.0.limit=5"], "'task' is a list: give all of it"),
 ]
 
 

@@ -244,7 +244,8 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise UserError(f"{where}: {parent!r} holds a value, not keys")
+            what = "is a list: give all of it" if isinstance(target, list) else "holds a value, not keys"
+            raise UserError(f"{where}: {parent!r} {what}")
     if key == "calibration":
         raw[key] = lay_calibration(raw.get(key), value)
     elif parents == ["calibration"]:
