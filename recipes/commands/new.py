@@ -358,7 +358,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
         recipe, config, machine, size, draft.training["max_length"], min(total, 16)
     )
     draft.training |= {
-        "learning_rate": 5e-6 if preferences else 2e-4,
+        "learning_rate": 5e-6 if preferences else 3e-4,
         "num_train_epochs": epochs,
         "total_batch_size": total,
         "per_device_train_batch_size": batch,
