@@ -14,7 +14,8 @@ from accelerate import PartialState
 from peft import get_peft_model
 from tiny import random_batches, tiny_model
 
-from lora_null import LoraNullConfig, UserError, store
+import lora_null.start
+from lora_null import LoraNullConfig, UserError
 from lora_null.calibration import measure_inputs
 from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
@@ -91,7 +92,7 @@ def damaged(folder):
 
 
 def cannot_write(folder):
-    with broken(store, "finish", 0):
+    with broken(lora_null.start, "write_json", 0):
         start(folder=folder / "finish")
 
 

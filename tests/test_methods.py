@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -470,7 +471,9 @@ def forget_gradients(self, args, state, control, model, **_):
 def test_engines_under_which_a_method_cannot_train(tmp_path, monkeypatch, name, sharded, said):
     trainer = make(tmp_path, name)
     trainer.is_deepspeed_enabled = True
-    monkeypatch.setattr(type(trainer), "_zero_stage", 3 if sharded else 2)
+    monkeypatch.setattr(
+        AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=3 if sharded else 2), raising=False
+    )
     with pytest.raises(UserError, match=said) if said else nullcontext():
         trainer._check_engine()
 
