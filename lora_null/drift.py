@@ -26,7 +26,7 @@ def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     A token that the base rules out adds nothing, whatever the model gives it: 0 · log 0 is 0, also in the gradient.
     """
     terms = F.kl_div(model, base, reduction="none", log_target=True)
-    return terms.masked_fill(base == -torch.inf, 0).sum(-1, dtype=torch.float64)
+    return terms.masked_fill_(base == -torch.inf, 0).sum(-1, dtype=torch.float64)
 
 
 @dataclass

@@ -82,10 +82,12 @@ class NullSpace:
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
             k = None if self.energy is not None else directions(r, self.multiple or 1)
-            if k not in spaces and k is None:
-                spaces[k] = outer_eigenspace(inputs.gram, self.energy)
-            elif k not in spaces:
-                spaces[k] = bottom_eigenspace(inputs.gram, k, solver=self.solver, seed=self.seed)
+            if k not in spaces:
+                spaces[k] = (
+                    outer_eigenspace(inputs.gram, self.energy)
+                    if k is None
+                    else bottom_eigenspace(inputs.gram, k, solver=self.solver, seed=self.seed)
+                )
             space = spaces[k]
             if space.vectors.shape[1] < r:
                 raise ValueError(

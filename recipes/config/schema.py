@@ -572,7 +572,7 @@ class VLLMSection(Section):
 AnyEntry = LmEvalEntry | AnswersEntry | PreferencesEntry | MTBenchEntry | ForgettingEntry
 ENTRIES = {
     next(iter(kind.model_fields)): kind for kind in get_args(AnyEntry)
-}  # by the first key, which tells the kind
+}  # by its first key, which tells the kind
 
 
 def _task_entry(value: Any) -> Any:

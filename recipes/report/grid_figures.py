@@ -26,7 +26,7 @@ from lora_null.recipes.report.drawing import (
 )
 from lora_null.recipes.report.grid_page import change, frontiers, mean_path, metric_pair
 from lora_null.recipes.report.table import metric_title
-from lora_null.recipes.results import DISPLAY, Estimate, Results
+from lora_null.recipes.results import Estimate, Results, display_name
 
 NOTHING = "No runs of the grid have both a retention and a task metric yet."
 
@@ -169,9 +169,9 @@ class Sizes:
             return None
         colors, log = colors_of(points), is_wide([y for of_method in points.values() for _, y, _ in of_method])
         titles = (
-            f"learned: {metric_title(pair[1])}, improvement on the base  →",
-            f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →",
-            "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic  →",
+            f"learned: {metric_title(pair[1])}, improvement on the base",
+            f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}",
+            "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic",
         )
         styles = {name: (colors[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(points)}
         return cls(points, styles, titles, log)
@@ -181,7 +181,7 @@ class Sizes:
         for method, points in self.points.items():
             color, marker = self.styles[method]
             x, y = [point[across] for point in points], [point[1] for point in points]
-            label = DISPLAY.get(method, method)
+            label = display_name(method)
             axes.plot(x, y, marker, markersize=6, markeredgecolor="white", color=color, label=label)
         if self.log:
             axes.set_yscale("log")
@@ -204,8 +204,8 @@ def magnitude_png(results: Results) -> bytes | None:
     figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
     for axes, across in zip(panels, (0, 2)):
         found.draw_panel(axes, across)
-        axes.set_xlabel(found.titles[across].replace(", ", ",\n", 1))
-    panels[0].set_ylabel(found.titles[1])
+        axes.set_xlabel(found.titles[across].replace(", ", ",\n", 1) + "  →")
+    panels[0].set_ylabel(f"{found.titles[1]}  →")
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return png(figure)
 
@@ -219,9 +219,7 @@ def magnitude_picture(results: Results) -> Picture | None:
     for across in (0, 2):
         figure, axes = new_figure(2.3, 1.9, size=8)
         found.draw_panel(axes, across)
-        name = f"Across, {found.titles[across].replace('  →', '')}"
+        name = f"Across, {found.titles[across]}"
         drawings.append((name, svg(figure, f"{name}: the numbers are in the table of results.")))
-    legend = [(color, GLYPHS[marker], DISPLAY.get(name, name)) for name, (color, marker) in found.styles.items()]
-    return Picture(
-        drawings, f"Up, {found.titles[1].replace('  →', '')}; one point a setting.", panels=True, legend=legend
-    )
+    legend = [(color, GLYPHS[marker], display_name(name)) for name, (color, marker) in found.styles.items()]
+    return Picture(drawings, f"Up, {found.titles[1]}; one point a setting.", panels=True, legend=legend)

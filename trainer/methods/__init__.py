@@ -63,7 +63,7 @@ __all__ = [
 ANY_ADAPTER = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ANY_ADAPTER |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 KIND = ("variant", "null_multiple", "null_energy", "start", "init_lora_weights")
-# Which options of methods say too.
+# And those that an option of the method sets.
 KIND += ("oft_block_size", "use_cayley_neumann", "effective_rank", "eva_config.rho")
 DRAWN = (True, False, "gaussian", "orthogonal")  # PEFT's random starts, which leave the base as it is
 
