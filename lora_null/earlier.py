@@ -84,9 +84,8 @@ def keep_grams(
             if stats.gram is None or stats.owner != rank_and_world()[0]:
                 continue
             kept = {"gram": stats.gram} if sketch is None else {"sketch": sketch_of(stats.gram, sketch)}
-            facts = {"tokens": str(stats.tokens), "energy": repr(float(stats.gram.trace()))}
             tensors = {name: tensor.float().contiguous().cpu() for name, tensor in kept.items()}
-            write_safetensors(folder / f"{stats.modules[0]}.safetensors", tensors, facts)
+            write_safetensors(folder / f"{stats.modules[0]}.safetensors", tensors, {"tokens": str(stats.tokens)})
             stats.gram = None
     all_gather(None)  # every rank has written
     if is_first_process():

@@ -196,7 +196,11 @@ class TestInARecipe:
         )
         starts = [tiny_tokenizer().decode(window)[0] for window in found.ids]
         assert starts == ["a"] * 12 + ["b"] * 4
-        assert found.covered == [f"{given[0]['path']}: 12 windows, 96 tokens", f"{given[1]}: 4 windows, 32 tokens"]
+        ends = (
+            "12 windows, 96 tokens, 12 of them up to max_length",
+            "4 windows, 32 tokens, 4 of them up to max_length",
+        )
+        assert found.covered == [f"{given[0]['path']}: {ends[0]}", f"{given[1]}: {ends[1]}"]
 
     def test_a_source_with_too_few_texts_is_told(self, tmp_path):
         write_rows(tmp_path / "a.jsonl", [{"text": "a town"}] * 3)

@@ -123,6 +123,23 @@ def test_what_to_keep(world):
     assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == ("kept", "facts.jsonl", 90, 10, "chat")
 
 
+def test_what_is_kept_is_not_cut_to_the_length_of_what_is_learned(world, capsys):
+    write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}] * 20)
+    Path("notes").mkdir()
+    Path("notes/town.md").write_text("\n\n".join("The mill was built in 1832. " * 50 for _ in range(4)))
+    recipe = make("--keep", "notes")
+    assert recipe.training["max_length"] < 64 and recipe.calibration.max_length == 512  # all that the model takes
+    windows = "max_length 512 cuts"
+    assert windows in capsys.readouterr().out and windows in Path("rows.yaml").read_text()
+
+
+def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
+    write_rows(Path("facts.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
+    make("--keep", "facts.jsonl", code=2)
+    assert "--keep: row 4 cannot be used" in capsys.readouterr().err
+
+
 def test_lengths_and_batch(world, capsys):
     write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a" * (300 if i == 7 else 40)} for i in range(200)])
     recipe = make()

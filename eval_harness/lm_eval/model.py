@@ -12,6 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars
 from lora_null.utils.distributed import is_first_process, merge_shares, my_share
@@ -31,9 +32,18 @@ class ShardedLM(RowwiseLM):
         tokenizer: its tokenizer.
         batch_size: requests in a forward pass, on each rank.
         autocast_dtype: the dtype of `torch.autocast`; None computes in the model's own dtype.
+        progress: show lm-eval's bars on rank 0.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, batch_size: int, autocast_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.progress = progress
         with quiet(logging.ERROR), replaced(model, "tie_weights", lambda *args, **kwargs: None):
             super().__init__(
                 pretrained=model,
@@ -57,7 +67,7 @@ class ShardedLM(RowwiseLM):
     def _shared(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
         # By document, not by request: the choices of one question stay together and share their forward pass.
         share = my_share((request.doc_id for request in requests), self.model)
-        hidden = disable_tqdm or not is_first_process()
+        hidden = disable_tqdm or not self.progress or not is_first_process()
 
         def compute() -> dict[int, object]:
             answers = method([requests[i] for i in share], disable_tqdm=hidden) if share else []

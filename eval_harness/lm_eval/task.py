@@ -197,7 +197,9 @@ class LmEvalTask(Task):
         if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
             self.check_positions(tokenizer, limit)
         seed_fewshot(self.loaded, options.seed)
-        lm = options.engine or ShardedLM(model, tokenizer, options.batch_size, options.autocast_dtype)
+        lm = options.engine or ShardedLM(
+            model, tokenizer, options.batch_size, options.autocast_dtype, options.progress
+        )
         # A chat template writes the start token where there is to be one; the tokenizer adds none, as in training.
         start = replaced(lm, "add_bos_token", False) if self.chat else nullcontext()
         with start, bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):

@@ -141,7 +141,7 @@ class MTBenchTask(Task):
             raise UserError(f"{self}: needs output_dir, where its answers and grades are kept")
         questions, folder = self.questions[: options.limit], options.output_dir / self.leaves
         answers = self._answer(model, tokenizer, questions, options)
-        grades = slowly_on_first_rank(lambda: self._grade(questions, answers, folder))
+        grades = slowly_on_first_rank(lambda: self._grade(questions, answers, folder, options.progress))
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
         found.settings["judged"] = len(grades)
         if self.judge is not None:
@@ -149,7 +149,7 @@ class MTBenchTask(Task):
         return found
 
     def _grade(
-        self, questions: Sequence[Mapping[str, Any]], answers: Mapping[int, list[str]], folder: Path
+        self, questions: Sequence[Mapping[str, Any]], answers: Mapping[int, list[str]], folder: Path, progress: bool
     ) -> dict[tuple[int, int], float]:
         """Write the answers and have them graded; return what `judge_answers` does, nothing where the judge fails."""
         model_id = folder.parent.name
@@ -160,7 +160,8 @@ class MTBenchTask(Task):
             logger.info(f"{self.name}: the answers are written and not graded; this grades them: {later}")
             return {}
         try:
-            return judge_answers(self.judge, questions, answers, folder / JUDGMENTS_FILE, model_id=model_id)
+            path = folder / JUDGMENTS_FILE
+            return judge_answers(self.judge, questions, answers, path, model_id=model_id, progress=progress)
         except JudgeError as error:
             later = self.judge.command(folder / ANSWERS_FILE)
             logger.warning(f"{self.name}: not graded ({error}); this goes on with it: {later}")
@@ -188,7 +189,7 @@ class MTBenchTask(Task):
                 batch_size=options.batch_size,
                 autocast_dtype=options.autocast_dtype,
                 seed=options.seed + turn,
-                progress=f"{self.name} turn {turn + 1}",
+                progress=f"{self.name} turn {turn + 1}" if options.progress else None,
             )
             for question, text in zip(questions, texts):
                 answers[question["question_id"]].append(text.strip())

@@ -18,7 +18,15 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
 from lora_null.recipes.config.load import Dumper, load_recipe
-from lora_null.recipes.config.schema import DataSection, ModelSection, Recipe, parse_recipe, parse_section
+from lora_null.recipes.config.schema import (
+    CalibrationSection,
+    DataSection,
+    ModelSection,
+    Recipe,
+    parse_recipe,
+    parse_section,
+)
+from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import Example, RowReader, describe_bad_rows, settle_bad_rows, tokenize
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
@@ -40,7 +48,7 @@ LOOKED_AT = 2000  # rows whose lengths are counted
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
 STEPS = 60  # optimizer steps that a run should have at least, if the rows allow it
 USED = 0.8  # of the memory there is, at most
-LONGEST = 4096  # tokens of a sequence, unless the user asks for more
+LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
@@ -118,6 +126,7 @@ class Draft:
             "data.template": "the model's own" if value == "chat" else "",
             "data.thinking": "thoughts of earlier turns, which the template leaves out" if value == "drop" else "",
             "calibration.source": "the shipped mix of facts, prose, code, instructions; self: what the model writes itself",
+            "calibration.max_length": self.notes["windows"],
             "calibration.mode": "one text a window",
         }
         return f"   # {comments[key]}" if comments.get(key) else ""
@@ -160,9 +169,12 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     data, examples, notes = _data(rows, tokenizer)
     lengths = _lengths(examples, data["template"], tokenizer, rows.format.preferences)
     limit = position_limit(config)
-    length = _max_length(lengths, LONGEST if limit is None else min(limit.tokens, LONGEST))
+    room = LONGEST if limit is None else min(limit.tokens, LONGEST)
+    length = _max_length(lengths, room)
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention = _kept(keep, tokenizer, machine, length)
+    calibration, retention = _kept(keep, tokenizer, machine)
+    windows = _window_lengths(calibration, tokenizer)
+    calibration |= {"max_length": _max_length(windows, min(room, WINDOW)), "mode": "separate"}
     draft = Draft(
         name=out.stem,
         model={
@@ -178,14 +190,12 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         task=_task(rows, data, machine),
     )
     _fit(draft, config, machine, size)
-    cut = sum(n > length for n in lengths)
-    half, most, longest = (_quantile(lengths, q) for q in (0.5, 0.95, 1.0))
     count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
     draft.notes = {
         "data": f"{arguments.data}: {count} rows, {rows.format.name}",
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
-        "lengths": f"half of the rows have at most {half:,} tokens, 95% {most:,}, the longest {longest:,}; "
-        f"max_length {length:,}" + (f" cuts {cut:,} of {len(lengths):,}" if cut else " cuts none"),
+        "lengths": _what_is_cut("rows", lengths, length),
+        "windows": _what_is_cut("texts", windows, calibration["max_length"]),
         **notes,
         **draft.notes,
     }
@@ -281,6 +291,15 @@ def _max_length(lengths: Sequence[int], limit: int) -> int:
     return min(limit, max(16, 16 * math.ceil((longest if longest <= 2 * most else most) / 16)))
 
 
+def _what_is_cut(name: str, lengths: Sequence[int], length: int) -> str:
+    half, most, longest = (_quantile(lengths, q) for q in (0.5, 0.95, 1.0))
+    cut = sum(n > length for n in lengths)
+    return (
+        f"half of the {name} have at most {half:,} tokens, 95% {most:,}, the longest {longest:,}; "
+        f"max_length {length:,} cuts {f'{cut:,} of {len(lengths):,}' if cut else 'none'}"
+    )
+
+
 def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     """Return the rank, 64 or a power of two that is at most a quarter of the narrowest layer's width, and where it goes.
 
@@ -297,24 +316,38 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
 
-def _kept(
-    keep: Rows | None, tokenizer: Any, machine: Machine, length: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _kept(keep: Rows | None, tokenizer: Any, machine: Machine) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the sections `calibration` and `eval.retention`: what the user names, and the general mix beside it."""
     samples, limit = (128, 32) if machine.on_cpu else (256, 64)
-    cut = {"samples": samples, "max_length": max(128, min(length, 512)), "mode": "separate"}
     chat = "chat" if tokenizer.chat_template else "alpaca"
     retention = [
         {"answers": name, "path": path, "template": chat, **keys, "limit": limit} for name, path, keys in SHIPPED
     ]
     if keep is None:
-        return {"source": "general", **cut}, retention
+        return {"source": "general", "samples": samples}, retention
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
     asked = _asked(keep, chat)
     if asked and keep.learned:
         measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
         retention.insert(0, measured | {"limit": min(limit, keep.held_out)})
-    return {"sources": [own, {"source": "general", "weight": 1}], **cut}, retention
+    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention
+
+
+def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Return how many tokens the texts to calibrate on have, of many rows the first, sorted.
+
+    Raises:
+        UserError: a row without a text.
+    """
+    section = parse_section(CalibrationSection, "calibration", calibration)
+    for source in section.sources:
+        if source.path is not None:
+            source.limit = min(source.limit or LOOKED_AT, LOOKED_AT)
+    try:
+        texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
+    except UserError as error:  # which names what would be a key of the recipe
+        raise UserError(str(error).replace("calibration.sources.0", "--keep")) from None
+    return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
 
 
 def _asked(rows: Rows, template: str) -> dict[str, Any] | None:

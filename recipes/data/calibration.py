@@ -113,7 +113,11 @@ def cut_windows(
         kinds = ", ".join(f"{n} {kind}" for kind, n in source.kinds.items())
         tokens = sum(map(len, cut))
         missing = "" if len(cut) == count else f" of {count}"
-        covered.append(f"{source.title}: {len(cut)}{missing} windows, {tokens:,} tokens" + f" ({kinds})" * bool(kinds))
+        full = sum(len(ids) == args.max_length for ids in cut) if mode == "separate" else 0
+        long = f", {full} of them up to max_length" if full else ""
+        covered.append(
+            f"{source.title}: {len(cut)}{missing} windows, {tokens:,} tokens{long}" + f" ({kinds})" * bool(kinds)
+        )
         windows += cut
     return Windows(windows, covered)
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
@@ -104,7 +105,7 @@ def _unreachable(name: str, error: Exception) -> UserError:
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
     kind = _class_of(config)
-    with complete_at_load(), init_empty_weights():
+    with complete_at_load(), init_empty_weights(), no_init_weights():
         empty = kind.from_config(config, dtype=getattr(torch, model.dtype))
     empty.tie_weights()
     return empty

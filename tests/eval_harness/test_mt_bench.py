@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness import Metric, MTBenchTask, evaluate, generate
+from lora_null.eval_harness import AnswerTask, LmEvalTask, Metric, MTBenchTask, evaluate, generate
 from lora_null.eval_harness.mt_bench.judge import PROMPTS, Judge, JudgeError, judge_answers, parse_grade
 from lora_null.eval_harness.mt_bench.task import as_questions, scores, write_answers
 from lora_null.recipes import commands
@@ -458,3 +458,19 @@ def test_all_80_questions(tmp_path):
     assert len(grades) == 160
     used = [line["judge"][1] for line in lines(tmp_path / "j.jsonl")]
     assert used.count("single-math-v1") == used.count("single-math-v1-multi-turn") == 30
+
+
+def test_no_bar_of_any_task_is_shown_where_none_is_wanted(model, tokenizer, tmp_path, nq_file, sciq_file, capfd):
+    with serving((200, "[[4]]")) as stub:
+        graded = task(judge=judge(stub))
+        asked = [AnswerTask("facts", [("a b", "c")] * 3), LmEvalTask("nq_open", path=nq_file, limit=2)]
+        asked += [LmEvalTask("sciq", path=sciq_file, limit=2), graded]
+        shown = {}
+        for progress in (True, False):
+            capfd.readouterr()
+            evaluate(model, tokenizer, asked, output_dir=tmp_path / str(progress), progress=progress)
+            shown[progress] = capfd.readouterr().err
+    assert all(
+        name in shown[True] for name in ("facts", "judging", "MT-Bench turn 1", "loglikelihood", "generate_until")
+    )
+    assert "it/s" not in shown[False] and "%|" not in shown[False]
