@@ -96,7 +96,7 @@ def test_no_share_of_a_learning_that_was_none(tmp_path):
 def test_other_texts_to_calibrate_on(tmp_path):
     said = next_step(results("lora-null-v2", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)])
     assert said.startswith(
-        "Calibrate LoRA-Null-v2 on texts in the form of NQ other form too: it forgets 20 times as much"
+        "Calibrate LoRA-Null-v2 on more texts like those of NQ other form: it forgets 20 times as much"
     )
     assert "nothing is to be gained" in next_step(
         results("lora", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)]
