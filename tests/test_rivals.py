@@ -421,7 +421,7 @@ def oracle_of_kept(W, X, of_weight, of_inputs):
     M = Vh[:count].T
     while np.linalg.norm(M.T @ X) ** 2 < of_inputs * np.linalg.norm(X) ** 2:
         left = X - M @ (M.T @ X)
-        M = np.hstack([M, np.linalg.svd(left)[0][:, :1]])
+        M = np.hstack([M, np.linalg.svd(left, full_matrices=False)[0][:, :1]])
     return M
 
 
