@@ -138,6 +138,40 @@ def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
     write_rows(Path("facts.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
     make("--keep", "facts.jsonl", code=2)
     assert "--keep: row 4 cannot be used" in capsys.readouterr().err
+    Path("facts.jsonl").write_text('{"question": "q", "answer": "a"}\n{broken\n')
+    make("--keep", "facts.jsonl", code=2)
+    assert "--keep: cannot read facts.jsonl as json (row 2" in capsys.readouterr().err
+
+
+ODD = {  # rows of which some cannot be used, or named so that they are mistaken for something else
+    "a prompt too long for the model": [{"prompt": "x" * (600 if i == 3 else 9), "response": "a"} for i in range(60)],
+    "a text with an ending": [{"text": f"the mill of town {i}", "ending": "burned"} for i in range(60)],
+    "a field of two lines": [{"Frage\n(kurz)": f"was ist {i}", "Antwort": "x"} for i in range(60)],
+}
+
+
+@pytest.mark.parametrize("rows", ODD.values(), ids=ODD)
+def test_what_it_writes_passes(world, rows):
+    write_rows(Path("rows.jsonl"), rows)
+    make()
+    assert main(["train", "rows.yaml", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("asked", [1, 0])
+def test_rows_to_keep_that_cannot_be_asked(world, capsys, asked):
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(60)))
+    bare = [{"messages": [user(f"q {i}")]} for i in range(10)]
+    write_rows(
+        Path("facts.jsonl"),
+        [*map(KINDS["messages"][0], range(90)), *bare[asked:], {"messages": [user("q"), assistant("a")]}][:100],
+    )
+    recipe = make("--keep", "facts.jsonl")
+    said = capsys.readouterr().out
+    assert (recipe.eval.retention[0].answers == "kept") == bool(asked) != ("no row of it is held out" in said)
+    assert recipe.data.on_bad_row == ("skip" if asked else None)
+    assert ("of those to keep 9 a conversation without a turn of the assistant" in said) == bool(asked)
+    assert recipe.calibration.sources[0].limit == (90 if asked else None)
+    assert main(["train", "rows.yaml", "--dry-run"]) == 0
 
 
 def test_lengths_and_batch(world, capsys):

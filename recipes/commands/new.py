@@ -27,7 +27,15 @@ from lora_null.recipes.config.schema import (
     parse_section,
 )
 from lora_null.recipes.data.calibration import calibration_sources
-from lora_null.recipes.data.examples import Example, RowReader, describe_bad_rows, settle_bad_rows, tokenize
+from lora_null.recipes.data.examples import (
+    Example,
+    RowReader,
+    Tokenized,
+    cut_before_the_answer,
+    describe_bad_rows,
+    settle_bad_rows,
+    tokenize,
+)
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
@@ -49,6 +57,7 @@ BATCHES = (64, 32, 16, 8, 4, 2, 1)
 STEPS = 60  # optimizer steps that a run should have at least, if the rows allow it
 USED = 0.8  # of the memory there is, at most
 LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
+TEXT_FIELDS = ["text", "beginning", "ending", "file"]  # of rows that are pieces of texts
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
@@ -92,6 +101,11 @@ class Rows:
     def learned(self) -> int | None:
         """The first rows that are not held out; None for all."""
         return self.count - self.held_out if self.count and self.held_out else None
+
+    @property
+    def is_of_texts(self) -> bool:
+        """Whether the rows are pieces of texts, whose ends can be asked for."""
+        return self.documents.columns == TEXT_FIELDS
 
     def keys(self) -> dict[str, Any]:
         """Return what the recipe names the data by."""
@@ -166,13 +180,18 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     size = sum(p.numel() for p in empty.parameters())
     model.dtype = "float32" if machine.on_cpu and 4 * size < machine.memory / 3 else "bfloat16"
     rows = _rows(arguments.data, arguments.split, "data", out)
-    data, examples, notes = _data(rows, tokenizer)
-    lengths = _lengths(examples, data["template"], tokenizer, rows.format.preferences)
+    data, examples, bad = _data(rows, tokenizer)
+    sides = _tokenized(examples, data["template"], tokenizer, rows.format.preferences)
+    lengths = sorted(max(len(tokens.ids) for tokens in row) for row in zip(*sides))
     limit = position_limit(config)
     room = LONGEST if limit is None else min(limit.tokens, LONGEST)
     length = _max_length(lengths, room)
+    too_long = cut_before_the_answer(examples, sides[0], length)
+    bad += too_long
+    _check_usable(bad, len(examples) - len(too_long))
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention = _kept(keep, tokenizer, machine)
+    calibration, retention, unasked = _kept(keep, tokenizer, machine, data.get("thinking"))
+    data |= {"on_bad_row": "skip"} if bad or unasked else {}
     windows = _window_lengths(calibration, tokenizer)
     calibration |= {"max_length": _max_length(windows, min(room, WINDOW)), "mode": "separate"}
     draft = Draft(
@@ -196,7 +215,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
         "lengths": _what_is_cut("rows", lengths, length),
         "windows": _what_is_cut("texts", windows, calibration["max_length"]),
-        **notes,
+        **({"left out": left_out} if (left_out := _what_is_left_out(bad, unasked)) else {}),
         **draft.notes,
     }
     return draft
@@ -223,11 +242,12 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
         settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
     form = recognize(documents.rows, documents.columns, f"--{where}")
     last = max([*documents.numbers, *(row.row for row in documents.bad)])  # as rows are numbered, blank lines too
-    can_be_asked = "text" not in form.keys or "ending" in documents.columns
-    held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
     named = _named_from(path, out) if local else path
-    alone = Path(path).is_file() or "ending" in documents.columns  # a file, or texts
-    return Rows(named, None if alone else split, form, documents, last if local else None, held_out)
+    found = Rows(named, split, form, documents, last if local else None, 0)
+    can_be_asked = "text" not in form.keys or found.is_of_texts
+    found.held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
+    found.split = None if Path(path).is_file() or found.is_of_texts else split
+    return found
 
 
 def _named_from(path: str, out: Path) -> str:
@@ -235,8 +255,8 @@ def _named_from(path: str, out: Path) -> str:
     return path if out.parent.resolve() == Path.cwd() else str(Path(path).resolve())
 
 
-def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], dict[str, str]]:
-    """Return the section `data`, rows written under it, and what there is to say about the rows.
+def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], list[BadRow]]:
+    """Return the section `data`, rows written under it, and those that cannot be.
 
     Raises:
         UserError: hardly a row can be used.
@@ -249,24 +269,27 @@ def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], di
         if not tries[-1][2]:
             break
     keys, examples, bad = min(tries, key=lambda found: len(found[2]))  # the first of equals
-    if len(bad) >= len(examples):
-        settle_bad_rows(bad, len(bad) + len(examples), "error")
-    notes = {"left out": describe_bad_rows(bad)} if bad else {}
-    return keys | ({"on_bad_row": "skip"} if bad else {}), examples, notes
+    _check_usable(bad, len(examples))
+    return keys, examples, bad
 
 
-def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any) -> tuple[list[Example], list[BadRow]]:
-    """Write the first rows, and those that are held out, as the recipe will; return the good and the bad ones."""
+def _check_usable(bad: Sequence[BadRow], good: int) -> None:
+    if len(bad) >= good:
+        settle_bad_rows(bad, len(bad) + good, "error")
+
+
+def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any, after: int = 0) -> tuple[list[Example], list[BadRow]]:
+    """Write the first rows behind number `after`, and those that are held out, as the recipe will; return good and bad ones."""
     documents = rows.documents
     reader = RowReader(
         DataSection(path=rows.path, **keys),
         documents.columns,
         "data",
-        preferences=rows.format.preferences,
+        preferences="rejected" in keys,
         first=documents.rows[0],
     )
-    examples, bad = [], list(documents.bad)
-    numbered = list(zip(documents.numbers, documents.rows))
+    examples, bad = [], [row for row in documents.bad if row.row > after]
+    numbered = [(number, row) for number, row in zip(documents.numbers, documents.rows) if number > after]
     for number, row in numbered[:LOOKED_AT] + numbered[max(LOOKED_AT, len(numbered) - HELD_OUT) :]:
         try:
             examples.append(reader.example(number, row, tokenizer))
@@ -275,10 +298,9 @@ def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any) -> tuple[list[Exa
     return examples, bad
 
 
-def _lengths(examples: Sequence[Example], template: str, tokenizer: Any, preferences: bool) -> list[int]:
+def _tokenized(examples: Sequence[Example], template: str, tokenizer: Any, preferences: bool) -> list[list[Tokenized]]:
     rejected = (False, True) if preferences else (False,)
-    sides = [tokenize(examples, template, tokenizer, rejected=side) for side in rejected]
-    return sorted(max(len(tokens.ids) for tokens in row) for row in zip(*sides))
+    return [tokenize(examples, template, tokenizer, rejected=side) for side in rejected]
 
 
 def _quantile(lengths: Sequence[int], share: float) -> int:
@@ -316,21 +338,30 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
 
-def _kept(keep: Rows | None, tokenizer: Any, machine: Machine) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the sections `calibration` and `eval.retention`: what the user names, and the general mix beside it."""
+def _kept(
+    keep: Rows | None, tokenizer: Any, machine: Machine, thinking: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[BadRow]]:
+    """Return the sections `calibration` and `eval.retention`, and the held-out rows that cannot be asked.
+
+    They are what the user names, and the general mix beside it. Where no row can be asked, all are calibrated on.
+    """
     samples, limit = (128, 32) if machine.on_cpu else (256, 64)
     chat = "chat" if tokenizer.chat_template else "alpaca"
     retention = [
         {"answers": name, "path": path, "template": chat, **keys, "limit": limit} for name, path, keys in SHIPPED
     ]
     if keep is None:
-        return {"source": "general", "samples": samples}, retention
+        return {"source": "general", "samples": samples}, retention, []
+    asked, unasked = _asked(keep, chat), []
+    if asked and keep.learned:
+        found, unasked = _written(keep, asked | {"thinking": thinking}, tokenizer, after=keep.learned)
+        if not found:
+            keep.held_out, unasked = 0, []
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
-    asked = _asked(keep, chat)
     if asked and keep.learned:
         measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
         retention.insert(0, measured | {"limit": min(limit, keep.held_out)})
-    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention
+    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unasked
 
 
 def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -346,16 +377,21 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
     try:
         texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
     except UserError as error:  # which names what would be a key of the recipe
-        raise UserError(str(error).replace("calibration.sources.0", "--keep")) from None
+        told = str(error).replace("calibration.sources.0.path", "--keep")
+        raise UserError(told.replace("calibration.sources.0", "--keep")) from None
     return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
+
+
+def _what_is_left_out(bad: Sequence[BadRow], unasked: Sequence[BadRow]) -> str:
+    kept = f"of those to keep {describe_bad_rows(unasked)}" if unasked else ""
+    return "; ".join(filter(None, [describe_bad_rows(bad), kept]))
 
 
 def _asked(rows: Rows, template: str) -> dict[str, Any] | None:
     """Return how rows are asked as an entry `answers`; None for texts that have no end to ask for."""
     keys = {key: value for key, value in rows.format.keys.items() if key != "rejected"}
     if "text" in keys:
-        ends = "ending" in rows.documents.columns
-        return {"prompt": "beginning", "response": "ending", "template": "plain"} if ends else None
+        return {"prompt": "beginning", "response": "ending", "template": "plain"} if rows.is_of_texts else None
     if keys.get("prompt", "") is None:  # pairs of conversations that hold their prompt
         keys = {key: value for key, value in keys.items() if key == "system"} | {"messages": keys["response"]}
     return keys | {"template": template}

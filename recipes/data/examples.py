@@ -93,13 +93,10 @@ def training_data(
     examples, bad = read_examples(data, tokenizer, preferences=preferences)
     total = len(examples) + len(bad)
     tokenized = tokenize(examples, data.template, tokenizer)
-    kept = []
-    for example, tokens in zip(examples, tokenized):
-        if all(label == -100 for label in tokens.labels[:max_length]):
-            bad.append(BadRow(example.row, f"prompt longer than max_length ({max_length} tokens)"))
-        else:
-            kept.append((example, tokens))
-    bad.sort(key=lambda row: row.row)
+    too_long = cut_before_the_answer(examples, tokenized, max_length)
+    numbers = {row.row for row in too_long}
+    kept = [(example, tokens) for example, tokens in zip(examples, tokenized) if example.row not in numbers]
+    bad = sorted([*bad, *too_long], key=lambda row: row.row)
     settle_bad_rows(bad, total, data.on_bad_row)
     examples = [example for example, _ in kept]
     if preferences:
@@ -109,6 +106,15 @@ def training_data(
         columns = {"input_ids": [ids for ids, _ in cut], "labels": [labels for _, labels in cut]}
         rows = datasets.Dataset.from_dict(columns)
     return TrainingData(rows, examples, bad)
+
+
+def cut_before_the_answer(
+    examples: Sequence[Example], tokenized: Sequence[Tokenized], max_length: int | None
+) -> list[BadRow]:
+    """Return the rows of which nothing that is learned is left within `max_length` tokens."""
+    reason = f"prompt longer than max_length ({max_length} tokens)"
+    lost = (all(label == -100 for label in tokens.labels[:max_length]) for tokens in tokenized)
+    return [BadRow(example.row, reason) for example, is_lost in zip(examples, lost) if is_lost]
 
 
 def read_examples(

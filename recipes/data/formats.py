@@ -61,10 +61,14 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
             f"{where}: the fields {', '.join(columns)} are no conversation, prompt and response, or text that is known; "
             "rename them, or name them in a recipe (data.prompt, data.response)"
         )
-    system = _first(SYSTEMS, fields)
-    if system is not None and "text" not in found.keys:
-        return Format(f"{found.name}, with system texts", {**found.keys, "system": system}, found.preferences)
-    return found
+    name, keys, system = (
+        " ".join(found.name.split()),
+        found.keys,
+        _first(SYSTEMS, fields),
+    )  # a field's name may break lines
+    if system is not None and "text" not in keys:
+        name, keys = f"{name}, with system texts", {**keys, "system": system}
+    return Format(name, keys, found.preferences)
 
 
 def _first(names: Sequence[str], fields: Mapping[str, str]) -> str | None:
