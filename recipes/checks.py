@@ -125,6 +125,15 @@ def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
     return getattr(training, "packing", False) or training.truncation_mode == "keep_end"
 
 
+def check_batches(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
+    """Raise a UserError where the rows do not fill the one batch without which `dataloader_drop_last` leaves nothing."""
+    batch = training.per_device_train_batch_size * PartialState().num_processes
+    if training.dataloader_drop_last and len(data.rows) < batch:
+        raise UserError(
+            f"training.dataloader_drop_last: {len(data.rows)} rows fill no batch of {batch}, so that none is left to train on"
+        )
+
+
 def check_answers_end(
     recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, training: Any, data: TrainingData
 ) -> None:

@@ -22,6 +22,7 @@ from lora_null.recipes import base_cache
 from lora_null.recipes.budget import Bound, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
+    check_batches,
     check_judge,
     check_packages,
     check_start,
@@ -251,6 +252,7 @@ def _read_inputs(
     job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
     limit = position_limit(config)
     if job.data is not None:
+        check_batches(training, job.data)
         check_answers_end(recipe, job.model_name, tokenizer, training, job.data)
         if limit is not None and limit.hard:
             _check_rows(recipe, tokenizer, training, job.data, limit)

@@ -144,6 +144,8 @@ WRONG = {
     "no key 'calibration.sources.0.wieght' (did you mean 'weight'?)": {"sources": [{"path": "a", "wieght": 2}]},
     "calibration.sources.0.weight: input should be greater than 0": {"sources": [{"path": "a", "weight": 0}]},
     "'answers: false' goes with rows": {"self": "data", "answers": False},
+    "'split' goes with a path": {"source": "general", "split": "test"},
+    "'answers' goes with a path, inside of sources": {"sources": ["a", "general"], "answers": False},
 }
 
 

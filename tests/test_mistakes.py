@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from world import make_world
+from world import make_world, write_rows
 
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
@@ -71,6 +71,7 @@ CASES = [
     (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
     (["method.target_modules=[q_proj, lm_head]"], "target_modules: TRL's SFT loss reads the weights of lm_head"),
     (["method.target_modules=[q_proj, v_porj]"], "no module matches 'v_porj' (did you mean 'v_proj'?)"),
+    (["method.target_modules=q_proj,v_porj"], "no module matches 'v_porj' (did you mean 'v_proj'?)"),
     (["method.target_modules='('"], "method.target_modules: a pattern is no regular expression (missing )"),
     (
         ["method.rank_pattern={q_porj: 2}"],
@@ -88,6 +89,14 @@ CASES = [
     (["calibration.path=./empty.jsonl"], "calibration.path: no file or folder ./empty.jsonl"),
     (["eval.task=[gsm9k]"], "gsm9k"),
     (["eval.task=[{answers: n, path: nowhere.jsonl}]"], "eval.task.path: no file or folder nowhere.jsonl"),
+    (["data.path={0}/sets"], "sets holds 'train' in main and socratic; name one of these folders"),
+    (["data.path={0}/sets", "data.subset=man"], "data.subset: no folder 'man' in {0}/sets (did you mean 'main'?)"),
+    (["data.path={0}/paragraphs.jsonl", "data.text=text"], "2 'text' is a list of several texts, not one (rows 1, 2)"),
+    (["training.save_strategy=best"], "training.save_strategy: 'best' has no rows to evaluate while it trains"),
+    (
+        ["training.dataloader_drop_last=true", "data.limit=1"],
+        "training.dataloader_drop_last: 1 rows fill no batch of 2, so that none is left to train on",
+    ),
     (["training.total_batch_size=3"], "total_batch_size: 3 is not a multiple of per_device_train_batch_size"),
     (["training.optim=sdg"], "training: "),
     (["training.learning_rate=-1"], "training.learning_rate: must be a number greater than 0, not -1"),
@@ -110,8 +119,22 @@ CASES = [
 @pytest.mark.parametrize("words, message", CASES, ids=[" ".join(words) for words, _ in CASES])
 def test_said_in_one_line_before_a_model_loads(fails, tmp_path, monkeypatch, words, message):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))  # before retrying
-    assert message in fails(*words)
+    write_rows(tmp_path / "paragraphs.jsonl", [{"text": ["a", "b"]}] * 2)
+    for name in ("main", "socratic"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        write_rows(tmp_path / "sets" / name / "train-0.jsonl", [{"question": name, "answer": "a"}] * 8)
+    assert message.replace("{0}", str(tmp_path)) in fails(*(word.replace("{0}", str(tmp_path)) for word in words))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_subset_of_a_folder_is_the_folder_in_it(recipe, tmp_path, capsys):
+    for name in ("main", "socratic"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        write_rows(tmp_path / "sets" / name / "train-0.jsonl", [{"question": name, "answer": "a"}] * 8)
+    words = [f"data.path={tmp_path / 'sets'}", "data.subset=socratic", "method.target_modules=q_proj, up_proj"]
+    assert main([str(recipe), *words, "--show-samples", "20"]) == 0
+    assert "main" not in (shown := capsys.readouterr().out) and shown.count("Question: socratic") == 8
+    assert main([str(recipe), *words, "--method", "lora", "--dry-run"]) == 0  # of modules a list, separated by commas
 
 
 def test_unknown_recipe(fails):

@@ -18,7 +18,7 @@ from lora_null.recipes.config.schema import (
     CalibrationSection,
     ModelSection,
     calibration_entry,
-    one_or_more,
+    module_names,
     parse_section,
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
@@ -104,11 +104,10 @@ def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, A
     name = resolve_name(section)
     shape = load_config(section, name)
     check_stored(section, shape)
-    targets = one_or_more(arguments.target_modules) if "," in arguments.target_modules else arguments.target_modules
     config = LoraNullConfig(
         r=arguments.rank,
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
-        target_modules=targets,
+        target_modules=module_names(arguments.target_modules),
         variant=arguments.variant,
         null_multiple=arguments.null_multiple,
         null_energy=arguments.null_energy,

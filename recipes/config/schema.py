@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -93,7 +94,7 @@ MOST_NAMED = 16  # keys, where none is like the one that was given
 PATH = Field(min_length=1, description="hub id, local file or folder")
 OFFSET = Field(0, ge=0, description="rows to skip")
 ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
-SUBSET = Field(None, description="configuration of a hub data set")
+SUBSET = Field(None, description="configuration of a hub data set, or the folder of it in a local one")
 SPLIT = "split; a single file is its own"
 
 
@@ -137,6 +138,13 @@ def one_or_more(value: Any) -> Any:
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return value
+
+
+def module_names(value: Any) -> Any:
+    """Return a text of nothing but names of modules, separated by commas, as a list; all else is a regex or all-linear."""
+    names = one_or_more(value)
+    are_names = isinstance(value, str) and all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
+    return names if are_names else value
 
 
 class ModelSection(Section):
@@ -189,7 +197,9 @@ class MethodSection(Section):
         None, description="folder of an earlier initialization (a run's METHOD, or `lora-null init`'s) for LoRA-Null"
     )
     alpha: float | None = Field(None, gt=0, description="numerator of the scaling; rank when not given (s = 1)")
-    target_modules: str | list[str] = Field("all-linear", description="list of names, a regex, or all-linear")
+    target_modules: Annotated[str | list[str], BeforeValidator(module_names)] = Field(
+        "all-linear", description="names, in a list or separated by commas, a regex, or all-linear"
+    )
     decay_to_start: bool | None = Field(
         None,
         description="let training.weight_decay pull to the start (A0, B0) instead of to zero; when not given, for those "
@@ -272,6 +282,8 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
         if not value.is_integer():
             raise ValueError(f"training.{key}: must be a whole number, not {value}")
         value = int(value)
+    if (key, value) == ("save_strategy", "best"):
+        raise ValueError(f"training.save_strategy: 'best' {_UNEVALUATED}")
     if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:  # which is TRL's "not given"
         raise ValueError(f"training.max_steps: trains nothing with {value}; leave it out to train whole epochs")
     return value
@@ -338,10 +350,12 @@ class CalibrationSource(Section):
             raise ValueError(f"takes one of path, source and sources, not {' and '.join(sorted(named))}")
         if not named:
             self.source = "general"
-        idle = ("subset", "field", "template", "limit") if self.path is None else ()
-        given = next((key for key in idle if getattr(self, key) is not None), None)
+        idle = ("subset", "split", "field", "template", "limit") if self.path is None else ()
+        idle += ("answers",) if getattr(self, "sources", None) else ()
+        fields = CalibrationSource.model_fields
+        given = next((key for key in idle if getattr(self, key) != fields[key].default), None)
         if given:
-            raise ValueError(f"{given!r} goes with a path")
+            raise ValueError(f"{given!r} goes with a path{', inside of sources' if 'sources' in named else ''}")
         if not self.answers and (self.source == "self" or self.template):
             raise ValueError("'answers: false' goes with rows whose answers are found out")
         return self

@@ -189,7 +189,7 @@ class RowReader:
         """
         data, rejected, prompt = self.data, None, 0
         if data.text:
-            text = _answer_of(row, data.text)
+            text = _text_of(row, data.text, answer=False)
             _check_encoding([text])
             end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
@@ -266,7 +266,7 @@ class RowReader:
         if not is_conversation(row.get(response)):
             if self.prompt is None:
                 raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
-            answer: Message = {"role": "assistant", "content": _answer_of(row, response)}
+            answer: Message = {"role": "assistant", "content": _text_of(row, response, answer=True)}
             return [*prompt, answer], [False] * len(prompt) + [True]
         answered, learned = as_messages(row[response])
         asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in answered]
@@ -291,10 +291,10 @@ class RowReader:
         return [{"role": "user", "content": text}]
 
 
-def _answer_of(row: Mapping[str, Any], field: str) -> str:
-    """Return the text of a field that holds an answer; raise a ValueError where it is empty, or no text."""
+def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:
+    """Return the text of a field, see `as_text`; raise a ValueError where it is empty, or no text."""
     try:
-        text = as_text(row.get(field), answer=True).strip()
+        text = as_text(row.get(field), answer=answer).strip()
     except ValueError as error:
         raise ValueError(f"{field!r} {error}") from None
     if not text:

@@ -23,7 +23,7 @@ def load_documents(
 
     Args:
         path: a local file (json, jsonl, csv, parquet: its own split), a folder of such files, or a hub id.
-        subset: configuration of a hub data set.
+        subset: configuration of a hub data set, and of a folder the folder in it.
         split: name of the split.
         where: the recipe key, for messages.
         keep_bad: list unreadable rows instead of refusing the file.
@@ -33,6 +33,13 @@ def load_documents(
         UserError: nothing there, unknown split, unreadable, unreachable, or empty.
     """
     local = Path(path)
+    if local.is_dir() and subset is not None:
+        if not (local / subset).is_dir():
+            folders = [folder.name for folder in local.iterdir() if folder.is_dir()]
+            raise UserError(
+                f"{where}.subset: no folder {subset!r} in {path}{nearest(subset, folders) if folders else ''}"
+            )
+        local /= subset
     if local.is_file() or local.is_dir():
         files = [local] if local.is_file() else _files_of(local, split, where)
         return read_documents(files, f"{where}.path", keep_bad=keep_bad)
@@ -64,6 +71,11 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     found = [(file, kind) for file in seen if (kind := FILE_KINDS.get(file.suffix.lower()))]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
     data = data or [file for file, kind in found if kind != "text" and is_split(file)]
+    several = sorted({str(file.parent.relative_to(folder)) for file in data})
+    if len(several) > 1:
+        raise UserError(
+            f"{where}.path: {folder} holds {split!r} in {' and '.join(several)}; name one of these folders"
+        )
     if not data:
         texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
         if not texts:
