@@ -168,7 +168,7 @@ class WholeModel:
 
     Attributes:
         rule: its name and settings, a part of what an initialization is known by.
-        batches: the training batches that it looks at; they decide the result.
+        batches: what it looks at, which decides the result: training batches, and calibration batches where it reads them.
         compute: returns the tensors that start the model again in the same bits.
     """
 

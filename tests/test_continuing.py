@@ -480,6 +480,15 @@ class TestTheStartIsTheCheckpointsOwn:
         with pytest.raises(UserError, match=r"has calibration texts 64 \(.*\), this run asks for 40 \("):
             trainer.train(resume_from_checkpoint=True)
 
+    @pytest.mark.parametrize("name", ["clora", "kl-anchor", "replay"])
+    def test_so_is_another_seed_where_it_is_drawn_from_in_training(self, name, tmp_path):
+        method = make_method(name, {"k": 8} if name == "clora" else None)
+        config = method.config(r=4, target_modules="all-linear")
+        options = dict(method=method, max_steps=1, save_strategy="steps", save_steps=1)
+        make(tmp_path, config, **options).train()
+        with pytest.raises(UserError, match="has seed 42, this run asks for 5"):
+            make(tmp_path, config, **options, seed=5).train(resume_from_checkpoint=True)
+
     def test_but_dropout_and_what_is_logged_may_change(self, tmp_path):
         make(tmp_path, CONFIGS["lora"](), max_steps=2, save_strategy="steps", save_steps=2).train()
         again = make(tmp_path, CONFIGS["lora"](lora_dropout=0.1), max_steps=4, logging_steps=2)

@@ -79,6 +79,21 @@ def test_resumed_it_ends_in_the_same_bits(kind, tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_what_no_gradient_reaches_stays_as_it_is(tmp_path):
+    class Unreached(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **_):
+            layer, *_ = adapted_layers(model).values()  # as an expert that no token was sent to
+            for factor in factors_of(layer):
+                factor.grad = None
+
+    trainer = trainer_of("v1", tmp_path)
+    trainer.add_callback(Unreached())
+    trainer.train()
+    layer, *_ = adapted_layers(trainer.model).values()
+    for factor, start in zip(factors_of(layer), residual_of(layer)):
+        assert torch.equal(factor, start)
+
+
 def test_decay_alone_leads_back_to_the_original_model(tmp_path):
     trainer = trainer_of("v1", tmp_path, learning_rate=1e-2, weight_decay=50.0, lr_scheduler_type="constant")
     trainer._prepare(resuming=False)

@@ -575,6 +575,17 @@ def test_what_has_no_ranks_takes_no_pattern_of_them(name, key, value):
         make_method(name).config(r=4, lora_alpha=8, **{key: value})
 
 
+def test_full_fine_tuning_takes_nothing_that_it_would_not_read(tmp_path):
+    with pytest.raises(UserError, match="exclude_modules: full trains every weight of the model itself"):
+        make_method("full").config(exclude_modules=["q_proj"])
+    for targets, said in (
+        (["q_proj", "v_porj"], "no module matches 'v_porj' .did you mean 'v_proj'"),
+        (".*q", "no linear"),
+    ):
+        with pytest.raises(UserError, match=f"target_modules: {said}"):
+            make(tmp_path, "full", adapter={"target_modules": targets})
+
+
 @pytest.mark.parametrize(
     "name, config",
     [

@@ -18,11 +18,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from world import make_world
 
 from lora_null import UserError
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models.quantization import check_pairs
-from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer, mixin
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
 from lora_null.trainer.methods.sc_lora import first_rows
 
@@ -364,6 +364,18 @@ def test_replay_mixes_whole_texts_evenly_among_all_rows(tmp_path, caplog):
     assert list(again.train_dataset) == rows
 
 
+def test_replay_mixes_once_where_an_attempt_was_broken_off(tmp_path, monkeypatch):
+    def broken_off(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = make(tmp_path, "replay", max_steps=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mixin, "compute_start", broken_off)
+        trainer.train()
+    trainer.train()
+    assert len(trainer.train_dataset) == 60
+
+
 def test_replay_takes_texts_again_cuts_them_and_makes_epochs_longer(tmp_path):
     trainer = make(tmp_path, "replay", options={"share": 0.75}, max_length=12, max_steps=-1, num_train_epochs=1)
     trainer.train()
@@ -444,6 +456,24 @@ def test_keeplora_says_where_too_little_is_free(tmp_path):
         UserError, match=r"method\.options\.keeplora: \S+ has only \d directions .* r = 4; lower weight_energy"
     ):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ["sc-lora", "keeplora"])
+def test_too_few_tokens_to_keep_are_refused(tmp_path, name):
+    trainer = make(tmp_path, name)
+    trainer._calibration_dataset = TEXTS[:4]
+    with pytest.raises(UserError, match=r"calibration: only \d+ tokens, at least 256 are needed"):
+        trainer.train()
+
+
+def test_keeplora_is_computed_anew_for_other_texts_where_no_drift_is_measured_of_them(tmp_path):
+    found = []
+    for texts in (TEXTS, [text[::-1] for text in TEXTS]):
+        trainer = make(tmp_path, "keeplora", adapter={"use_dora": True})
+        trainer._calibration_dataset = texts
+        trainer._prepare(resuming=None)
+        found.append(torch.cat([A.flatten() for A, _ in map(factors_of, adapted_layers(trainer.model).values())]))
+    assert not torch.equal(*found)
 
 
 # --- OFT, OPLoRA ---

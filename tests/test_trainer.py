@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers
-from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
+from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 
 TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
@@ -296,7 +296,7 @@ class TestPreflight:
         trainer = make(tmp_path)
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(False)
-        with pytest.raises(RuntimeError, match="no parameter"):
+        with pytest.raises(UserError, match="no parameter trains"):
             trainer.train()
 
 
@@ -343,6 +343,14 @@ class TestCalibration:
     def test_unusable_data_is_a_users_mistake(self, rows):
         with pytest.raises(UserError, match="calibration"):
             as_batches(rows, tiny_tokenizer(), CUT)
+
+
+def test_a_model_writes_by_its_own_distribution_whatever_its_generation_settings():
+    model, asked = tiny_model(), dict(count=4, max_tokens=24)
+    expected = own_texts(model, tiny_tokenizer(), **asked)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=2, min_p=0.2)
+    assert own_texts(model, tiny_tokenizer(), **asked) == expected
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_two_trainers_from_one_seed_start_equal(tmp_path):

@@ -85,10 +85,12 @@ class DecayToStart(TrainerCallback):
     ) -> None:
         if getattr(optimizer, "step_was_skipped", False):  # a float16 gradient that overflowed
             return
-        groups = [
-            (p, group["lr"] * group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
-        ]
-        shares, adapter = {id(p): float(share) for p, share in groups}, active_adapter(model)
+        adapter, shares = active_adapter(model), {}
+        for group in optimizer.param_groups:
+            share = float(group["lr"] * group["weight_decay"])
+            shares |= {
+                id(p): share for p in group["params"] if p.grad is not None
+            }  # an unused expert's is not decayed
         for layer in adapted_layers(model, adapter).values():
             residual = residual_of(layer, adapter)
             own = [shares.get(id(factor), 0.0) for factor in factors_of(layer, adapter)]

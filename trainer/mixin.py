@@ -20,12 +20,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback
 from trl.trainer.utils import create_model_from_path
 
+from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
 from lora_null.start import (
+    WHAT,
     InitOptions,
     LayerReport,
     NotAChain,
@@ -262,7 +264,7 @@ class LoraNullMixin(SavingMixin):
             raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
         self._recorded = self._settings(to_start) if self._measures else {}
         self._dtypes = self._trained_dtypes()
-        self._prepared = False
+        self._prepared, self._rows = False, object()
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
@@ -285,6 +287,8 @@ class LoraNullMixin(SavingMixin):
             config = self.model.peft_config[self.adapter_name].to_dict()
             found |= {key: value for key, value in config.items() if key not in DECIDES_NOTHING}
         found["modules"] = sorted(self.method.layers(self.model))
+        if self.method.terms or self.method.needs_texts:  # what it adds, or in which order, is drawn with the seed
+            found["seed"] = self.args.seed
         if self.args.weight_decay:
             found["decay_to_start"] = decays_to_start
         return as_json(found)
@@ -456,7 +460,8 @@ class LoraNullMixin(SavingMixin):
             self._recorded |= {"calibration texts": f"{len(windows)} ({digest})"}
             if resuming:
                 check_settings(resuming, self._recorded)
-        self.train_dataset = self.method.training_data(self, windows)
+        if self.train_dataset is not self._rows:  # or an attempt that was broken off has changed them already
+            self.train_dataset = self._rows = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
 
@@ -497,7 +502,11 @@ class LoraNullMixin(SavingMixin):
                 seed_everything(self._init_options.seed)
                 return self.method.compute(self, looked_at)
 
-        return WholeModel(rule, looked_at, compute)
+        knowledge = []
+        if self.method.needs_gram:
+            fewest = self._init_options.min_tokens
+            knowledge = together(lambda: checked_batches(self.model, self.calibration_batches, fewest), what=WHAT)
+        return WholeModel(rule, [*looked_at, *knowledge], compute)
 
     def _begin_with(self, start: Start) -> None:
         """Make the model what it is before the first step, and follow its drift from there."""

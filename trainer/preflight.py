@@ -336,12 +336,14 @@ def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
         mode: what to do with a finding.
 
     Raises:
-        RuntimeError: nothing trains at all.
+        UserError: nothing trains at all, whatever the mode.
     """
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing, extra = sorted(expected - found), sorted(found - expected) if expected else []
     if not found:
-        raise RuntimeError("no parameter of the model trains")
+        raise UserError(
+            "model: no parameter trains; an adapter from disk trains with PeftModel.from_pretrained(…, is_trainable=True)"
+        )
     if extra:
         tell(mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it")
     elif missing:

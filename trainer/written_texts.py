@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import end_ids, position_limit
+from lora_null.utils.model_state import base_model_of, replaced
 
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
 
@@ -94,19 +95,14 @@ def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed
     pad = tokenizer.eos_token_id if pad is None else pad
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    texts, ends = [], end_ids(model, tokenizer)
+    # What a model's own generation settings say beside these, such as a penalty on repetition, would bend the distribution.
+    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad)
+    plain.eos_token_id = sorted(ends) or None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max(longest - width, 1),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=pad,
-        )
-    texts, ends = [], end_ids(model, tokenizer)
+        with replaced(base_model_of(model), "generation_config", plain):
+            found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(longest - width, 1))
     for row, new in zip(rows, found[:, width:].tolist()):
         end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         text = tokenizer.decode(row + new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)

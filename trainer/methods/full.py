@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
+from lora_null.initialize import check_named
 from lora_null.layer import plain_name
-from lora_null.trainer.methods.base import Method, check_no_ranks, method
+from lora_null.trainer.methods.base import RANK, RANK_ASKED, Method, check_no_ranks, method
+from lora_null.utils.errors import UserError
 
 
 class WeightMethod(Method):
@@ -40,6 +42,8 @@ class Full(WeightMethod):
 
     def config(self, **adapter: Any) -> None:
         check_no_ranks(self.name, adapter)
+        for key in adapter.keys() - {*RANK, *RANK_ASKED, "target_modules", "task_type"}:
+            raise UserError(f"{key}: {self.name} trains every weight of the model itself, leave it out")
         self.target_modules = adapter.get("target_modules") or "all-linear"
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -49,6 +53,11 @@ class Full(WeightMethod):
             return {name: linear for name, linear in linears.items() if linear is not head}
         wanted = LoraConfig(target_modules=self.target_modules)
         return {name: linear for name, linear in linears.items() if check_target_module_exists(wanted, name)}
+
+    def check(self, model: nn.Module) -> None:
+        check_named(model, self.target_modules)
+        if not self.layers(model):
+            raise UserError(f"target_modules: no linear of the model matches {self.target_modules!r}")
 
     def prepare(self, model: nn.Module) -> None:
         model.float()  # in place
