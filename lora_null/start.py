@@ -219,9 +219,11 @@ def compute_start(
         folder: where to leave the result for `load_start`; with `options.cache` also in the cache.
 
     Raises:
-        UserError: calibration data that cannot carry it, a weight that the rule cannot factor, ranks that differ.
+        UserError: calibration data that cannot carry it, a weight that the rule cannot factor, ranks that differ, a
+            device without float64.
     """
     start = time.perf_counter()
+    _check_device(options.device or next(model.parameters()).device)
     needs_gram = rule is not None and rule.needs_gram
     min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
     unmeasured = batches is None and not needs_gram
@@ -252,6 +254,17 @@ def compute_start(
         report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(batches), base, key, name)
         on_first_rank(lambda: _finish(report, path, folder))
     return _start_of(report, parts)
+
+
+def _check_device(device: torch.device) -> None:
+    """Refuse a device without float64, such as Apple's mps (UserError)."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        raise UserError(
+            f"device: {device.type} has no float64, in which starts and drifts are computed; take the CPU "
+            "(use_cpu=True in the training arguments, or ACCELERATE_USE_CPU=1 before a command)"
+        ) from None
 
 
 def _solve_layers(

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
@@ -470,6 +471,18 @@ def test_a_device_may_be_given_by_its_name(device):
     peft_model = wrapped()
     initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, device=device)
     assert all(layer.started for layer in adapted_layers(peft_model).values())
+
+
+def test_a_device_without_float64_is_one_line():
+    class NoFloat64(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if (kwargs or {}).get("dtype") == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")  # as torch does there
+            return function(*args, **(kwargs or {}))
+
+    peft_model = wrapped()
+    with NoFloat64(), pytest.raises(UserError, match=r"device: cpu has no float64, .*; take the CPU \(use_cpu=True"):
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
 
 
 def test_an_adapter_of_another_name_and_a_model_without_one_are_refused(tmp_path):
