@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_null.recipes.config.load import resume_command
-from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe
+from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe, parse_section
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
@@ -154,7 +154,8 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
     evaluation = recipe.get("eval", {})
     lines = [f"Trained on {recipe['data']['path']}."] if recipe.get("data", {}).get("path") else []
     if "calibration" in recipe:
-        lines.append(f"The knowledge to keep was measured on {CalibrationSection(**recipe['calibration']).title}.")
+        section = parse_section(CalibrationSection, "calibration", recipe["calibration"])
+        lines.append(f"The knowledge to keep was measured on {section.title}.")
     for role, word in (("retention", "Retention"), ("task", "Learning")):
         names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in evaluation.get(role) or []]
         lines += [f"{word} was measured by {', '.join(names)}."] if names else []

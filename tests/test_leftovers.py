@@ -20,7 +20,7 @@ from lora_null.__main__ import main as command
 from lora_null.recipes import environment, grid, output, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
-from lora_null.recipes.config.load import MARK, dump, load_recipe, resume_command
+from lora_null.recipes.config.load import MARK, dump, load_recipe, read_yaml, resume_command
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
 from lora_null.trainer.checkpoints import is_whole
@@ -167,6 +167,25 @@ def test_a_run_whose_recipe_was_edited_into_none_is_told_in_one_line(tmp_path, c
     for words in (["report", run], ["dial", run / "lora"], ["export", run / "lora", "--out", tmp_path / "there"]):
         assert command(list(map(str, words))) == 2
         assert f"recipe.yaml: {name} is a mapping of keys, found " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "edited, told",
+    {
+        "eval: {probe: 5}": "eval.probe: input should be a valid dictionary",
+        "eval: {retention: 3}": "eval.retention: input should be a valid list",
+        "calibration: 3": "calibration: input should be a valid dictionary",
+        "calibration: {sources: 3}": "calibration.sources: input should be a valid list",
+    }.items(),
+)
+def test_and_what_is_no_section_or_list_below(tmp_path, edited, told):
+    (tmp_path / "recipe.yaml").write_text(f"{MARK}{edited}\n")
+    with pytest.raises(UserError, match=f"recipe.yaml: {told}"):
+        read_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(
+        f"{MARK}eval: {{probe: {{of_old: 1}}, retention: [of_old]}}\ncalibration: {{of_old: 1}}\n"
+    )
+    assert read_yaml(tmp_path / "recipe.yaml")["calibration"] == {"of_old": 1}  # keys of another version
 
 
 @pytest.mark.parametrize("part", ["tasks/2-code", "cells/learning_rate=0.001/seed=0"])

@@ -110,6 +110,8 @@ CASES = [
     (["eval=3"], "eval: input should be a valid dictionary"),
     (["method=lora", "--method", "lora"], "'method' holds a value, not keys"),
     (["rank"], "argument 'rank': expected key.subkey=value"),
+    (["eval.probe.every=often"], "eval.probe.every: input should be a valid integer"),
+    (["method.target_modules=3"], "method.target_modules: input should be a valid list"),
     (["data.limit=[1"], "the value is not valid YAML"),
     (["seed=1", "seed.x=1"], "holds a value, not keys"),
     (["eval.task=[gsm8k]", "eval.task.0.limit=5"], "'task' is a list: give all of it"),

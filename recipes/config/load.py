@@ -17,6 +17,7 @@ from lora_null.recipes.config.schema import (
     CalibrationSource,
     Recipe,
     calibration_entry,
+    misshapen,
     one_or_more,
     parse_recipe,
 )
@@ -128,6 +129,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         wrong = next((name for name, section in sections.items() if not isinstance(section, dict)), None)
         if wrong is not None:
             raise UserError(f"{path}: {wrong} is a mapping of keys, found {sections[wrong]!r}")
+        if (told := misshapen(raw)) is not None:
+            raise UserError(f"{path}: {told}")
     return raw
 
 

@@ -903,6 +903,28 @@ def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> 
         raise UserError("; ".join(told)) from None
 
 
+def misshapen(raw: dict[str, Any]) -> str | None:
+    """Return what a section of a run's recipe that is read without the schema holds where a list or keys are meant.
+
+    Keys and values that this version does not know are those of another one.
+    """
+    for name, kind in (("calibration", CalibrationSection), ("eval", EvalSection)):
+        try:
+            kind.model_validate(raw.get(name, {}))
+        except ValidationError as error:
+            wrong = (
+                problem for problem in error.errors() if problem["type"] in ("list_type", "dict_type", "model_type")
+            )
+            if (problem := next(wrong, None)) is not None:
+                return _explain({**problem, "loc": (name, *problem["loc"])})
+    return None
+
+
+KINDS = re.compile(
+    r"str|int|float|bool|constrained-\w+|.*[\[(].*"
+)  # what pydantic calls a key's kinds, behind its name
+
+
 def _explain(problem: Any) -> str:
     path = [str(key) for key in problem["loc"]]
     if problem["type"] == "extra_forbidden":
@@ -911,6 +933,7 @@ def _explain(problem: Any) -> str:
             parent = parent if key.isdigit() else _section(parent, key)
         known = parent.model_fields if parent else ()
         return f"no key {'.'.join(path)!r}{hint(path[-1], known)}" if known else f"no key {'.'.join(path)!r}"
+    path = [key for key in path if not KINDS.fullmatch(key)]
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
