@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -20,7 +21,7 @@ from trl import SFTConfig
 
 from lora_null import UserError
 from lora_null.calibration import InputStats
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, factors_of
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
 from lora_null.trainer.methods import METHODS, Method, check_adapter, check_base, load_method_file, make_method
 from lora_null.trainer.methods.residual import CorDA, PiSSA
@@ -573,6 +574,32 @@ def test_other_configs_of_peft_take_what_they_have_and_drop_nothing(name):
 def test_what_has_no_ranks_takes_no_pattern_of_them(name, key, value):
     with pytest.raises(UserError, match=f"{key}: {name} has no factors A and B"):
         make_method(name).config(r=4, lora_alpha=8, **{key: value})
+
+
+@pytest.mark.parametrize("owner, call, at", [(torch.Tensor, "backward", 1), (LoraLayer, "lora_ga_init", 3)])
+def test_lora_ga_starts_the_same_after_an_attempt_that_was_broken_off(tmp_path, monkeypatch, owner, call, at):
+    inner, done = getattr(owner, call), []
+
+    def broken_off(*given):
+        inner(*given)
+        done.append(given)
+        if len(done) == at:
+            raise KeyboardInterrupt
+
+    expected, trainer = (make(tmp_path / name, "lora-ga", max_steps=1) for name in "12")
+    for each in (expected, trainer):
+        each._init_options = replace(each._init_options, cache=False)
+    expected._prepare(resuming=None)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, call, broken_off)
+        trainer.train()
+    assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-6
+    trainer._prepare(resuming=None)
+    for name, layer in adapted_layers(trainer.model).items():
+        for one, other in zip(factors_of(layer), factors_of(adapted_layers(expected.model)[name])):
+            assert torch.equal(one, other), name
+    trainer._prepared = True
+    trainer.train()
 
 
 def test_full_fine_tuning_takes_nothing_that_it_would_not_read(tmp_path):

@@ -341,6 +341,12 @@ def test_clora_draws_its_subspaces_from_the_seed_of_each_run(tmp_path):
         assert torch.equal(P, R) and np.linalg.norm(P.T @ Q, 2) < 0.99
 
 
+def test_the_anchor_reads_its_texts_without_the_noise_that_the_rows_get(tmp_path):
+    trainer = make(tmp_path, "kl-anchor", options={"every": 1}, neftune_noise_alpha=5.0, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["anchor_kl"] == pytest.approx(0, abs=1e-5)  # B is 0
+
+
 # --- replay ---
 
 

@@ -128,11 +128,14 @@ class LoRAGA(ResidualMethod):
         for name, layer in layers.items():
             base, A, B = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
             original, dtype = base.weight.data.clone(), A.weight.dtype
-            layer.lora_ga_init(adapter, how)
-            base.weight.data = original
-            for factor in (A, B):  # PEFT leaves them in the base's dtype
-                factor.weight.data = factor.weight.data.to(dtype)
-            tensors |= {f"{name}.lora_A": A.weight.data.clone(), f"{name}.lora_B": B.weight.data.clone()}
+            try:
+                layer.lora_ga_init(adapter, how)
+                tensors |= {f"{name}.lora_{x}": f.weight.data.to(dtype, copy=True) for x, f in (("A", A), ("B", B))}
+            finally:  # what is broken off can be tried again: from W0, where gradients are to be taken
+                base.weight.data = original
+                for factor in (A, B):  # PEFT leaves them in the base's dtype
+                    factor.weight.data = factor.weight.data.to(dtype)
+                nn.init.zeros_(B.weight)
         for tensor in tensors.values():
             broadcast_tensor(tensor, 0)
         return tensors
@@ -199,7 +202,15 @@ def take_gradients(trainer: Any, layers: Mapping[str, nn.Module], batches: list[
 
     bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
     bases.lora_ga_config = LoraGAConfig()
-    preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
+    hooks = [(layer.get_base_layer(), layer.get_base_layer()._backward_hooks.copy()) for layer in layers.values()]
+    try:
+        preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
+    except BaseException:  # PEFT leaves gradients and hooks behind, which another attempt would count as its own
+        for linear, before in hooks:
+            linear.weight.grad = None
+            linear._backward_hooks.clear()
+            linear._backward_hooks.update(before)
+        raise
 
 
 def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:

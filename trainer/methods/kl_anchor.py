@@ -12,6 +12,7 @@ from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.model_state import replaced
 
 Batch = dict[str, torch.Tensor]
 
@@ -97,7 +98,8 @@ class KLAnchor(Method):
                 model.eval()  # the base as it answers: without the dropout that it may have
                 base = _log_probabilities(model, batch)
             model.train()
-            now = _log_probabilities(model, batch)
+            with replaced(model.get_input_embeddings(), "training", False):  # NEFTune's noise is for the rows
+                now = _log_probabilities(model, batch)
             total = total + (i < len(batches)) * token_kl(base, now).sum()
         return total
 
