@@ -49,6 +49,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import write_json
+from lora_null.utils.limits import has_float64
 from lora_null.utils.model_state import base_model_of, own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
@@ -258,13 +259,11 @@ def compute_start(
 
 def _check_device(device: torch.device) -> None:
     """Refuse a device without float64, such as Apple's mps (UserError)."""
-    try:
-        torch.empty(0, dtype=torch.float64, device=device)
-    except TypeError:
+    if not has_float64(device):
         raise UserError(
             f"device: {device.type} has no float64, in which starts and drifts are computed; take the CPU "
-            "(use_cpu=True in the training arguments, or ACCELERATE_USE_CPU=1 before a command)"
-        ) from None
+            "(use_cpu=True in the training arguments)"
+        )
 
 
 def _solve_layers(

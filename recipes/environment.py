@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from lora_null import __version__
 from lora_null.recipes.config.schema import Recipe
+from lora_null.utils.limits import has_float64
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
 OPTIONAL = ("bitsandbytes",)
@@ -67,8 +69,22 @@ def _git_state() -> str | None:
 
 
 def accelerator() -> torch.device | None:
-    """Return the accelerator that is here, None where there is none, whatever PyTorch was built for."""
-    return torch.accelerator.current_accelerator(check_available=True)
+    """Return the accelerator that is here; None where there is none, whatever PyTorch was built for, or one without float64."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device if device is None or has_float64(device) else None
+
+
+def choose_device() -> None:
+    """Take the CPU where the accelerator has no float64, as a Mac's; call it before accelerate takes a device.
+
+    Starts and forgetting are computed in float64.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or accelerator() is not None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"device      the CPU: {device.type} has no float64, in which forgetting is measured")
 
 
 def computes_bf16() -> bool:
@@ -120,7 +136,7 @@ def use_all_cores() -> None:
     `accelerate launch` without a config file sets OMP_NUM_THREADS=1, which is meant for processes that feed a GPU; on a
     CPU it would leave all cores but one idle. Any other value of OMP_NUM_THREADS is a user's wish and is kept.
     """
-    if torch.accelerator.is_available() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    if accelerator() is not None or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -133,7 +149,7 @@ def keep_freed_memory() -> None:
     step can go there. The largest, logits, are mapped all the same: of lengths that vary they would leave holes, and a run
     took 14.8 GiB that needed 9.
     """
-    if torch.accelerator.is_available() or not sys.platform.startswith("linux"):
+    if accelerator() is not None or not sys.platform.startswith("linux"):
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from glibc's malloc.h
     with contextlib.suppress(OSError, AttributeError):

@@ -35,7 +35,7 @@ from lora_null.recipes.checks import (
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.environment import choose_precision
+from lora_null.recipes.environment import accelerator, choose_precision
 from lora_null.recipes.evaluations import eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
@@ -105,7 +105,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     choose_precision(recipe)
-    options = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", **recipe.training}
+    options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)
     total = options.pop("total_batch_size", None)

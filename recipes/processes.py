@@ -23,6 +23,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistNetworkError
 from tqdm import tqdm
 
+from lora_null.recipes.environment import choose_device
 from lora_null.recipes.output import locked
 from lora_null.utils.errors import WORKER, UserError
 
@@ -32,12 +33,13 @@ WORKERS = "LORA_NULL_WORKERS"
 
 
 def join_processes() -> None:
-    """Join the other processes of this run, if there are any.
+    """Join the other processes of this run, if there are any, on the device that it computes on.
 
     Raises:
         UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
     """
     port = os.environ.get("MASTER_PORT")
+    choose_device()
     try:
         PartialState()
     except ImportError as error:

@@ -385,3 +385,18 @@ def test_auto_asks_a_gpu_itself(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert environment.computes_bf16() is native
+
+
+def test_a_mac_computes_on_its_cpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as accelerate's launcher sets it there
+    for _ in range(2):
+        environment.choose_device()
+    assert capsys.readouterr().out == "device      the CPU: mps has no float64, in which forgetting is measured\n"
+    assert os.environ["ACCELERATE_USE_CPU"] == "true" and environment.accelerator() is None
+    assert run.training_arguments(load_recipe("quickstart"), tmp_path).use_cpu
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    environment.choose_device()
+    assert os.environ["ACCELERATE_USE_CPU"] == "False" and environment.accelerator() == torch.device("cuda")

@@ -1,10 +1,11 @@
-"""What a model is able to do, told from its configuration alone: how many positions it takes, and what does not train it."""
+"""What a model is able to do, told from its configuration alone: how many positions it takes, what does not train it; and a device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.modeling_auto import (
@@ -150,3 +151,13 @@ def fit_windows(asked: int, default: int, limit: PositionLimit | None, key: str)
         raise UserError(f"{key}: {asked} tokens are too long, {limit}; at most {limit.tokens}")
     logger.warning(f"{key}: {limit.tokens} tokens instead of {asked}, {limit}")
     return limit.tokens
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64; Apple's (mps) does not, nor do some of Intel's (xpu)."""
+    if device.type == "cuda":  # asking would open a context on the first GPU
+        return True
+    try:
+        return bool(torch.zeros(1, dtype=torch.float64, device=device).add(1).numel())
+    except (TypeError, RuntimeError):
+        return False

@@ -31,6 +31,7 @@ from lora_null.recipes.card import write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
+from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.output import check_place
 from lora_null.recipes.strengths import check_at_most, check_strength
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
             fit together.
     """
     _check_options(arguments)
+    choose_device()
     source = find_source(arguments.source, arguments.base)
     if source.kind == "model" and arguments.form != "merged":
         raise UserError(

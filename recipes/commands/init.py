@@ -22,7 +22,7 @@ from lora_null.recipes.config.schema import (
     parse_section,
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
-from lora_null.recipes.environment import computes_bf16, precision_line
+from lora_null.recipes.environment import choose_device, computes_bf16, precision_line
 from lora_null.recipes.models.bases import load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--quantization: not with --low-memory, which reads the weights as they are")
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
+    choose_device()
     state = PartialState(cpu=arguments.device == "cpu")
     if arguments.dtype == "auto":
         native = computes_bf16()
