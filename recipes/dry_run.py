@@ -74,6 +74,8 @@ def _print_checks(job: Job, rows: int | None, size: int, free: int, unreached: l
         more = seen >= FIRST_ROWS and rows != seen
         looked_at.append(f"the first {seen:,} training rows" if more else f"{seen:,} training rows")
     if job.windows:
+        for line in job.windows.covered:
+            print(f"covers      {line}")
         looked_at.append(f"{len(job.windows.ids)} calibration windows of {sum(map(len, job.windows.ids)):,} tokens")
     looked_at += [f"{len(job.tasks)} evaluation tasks", f"{size / 1e9:.1f} GB of {free / 1e9:.1f} free on the disk"]
     if job.tokenizer is None:

@@ -1,6 +1,7 @@
 """A dry run tells every mistake that the run would end with: one line, exit status 2, no weights, nothing written."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -157,6 +158,7 @@ def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
     assert main([str(base / "tiny.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "checked: 40 training rows, 60 calibration windows" in out and "one training step of a stand-in" in out
+    assert re.search(r"covers      \S+facts.jsonl: 60 windows, [0-9,]+ tokens", out), out
     assert sorted(base.rglob("*")) == before
 
 
