@@ -41,6 +41,12 @@ WARM_STEPS = 3  # after which a step's time is known
 ROWS = ("pairs", "texts", "chosen", "rejected")  # fields of a task that hold its rows
 
 
+def rows_of(task: Task, limit: int | None = None) -> list[tuple[Any, ...]] | None:
+    """Return the first `limit` rows that a task holds itself; None of a task that reads its documents."""
+    held = [name for name in ROWS if hasattr(task, name)]
+    return list(zip(*(getattr(task, name) for name in held)))[:limit] if held else None
+
+
 def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[int]]:
     """Return a task of n of another's rows, and their numbers there.
 
@@ -55,14 +61,12 @@ def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[i
     Raises:
         UserError: a kind of task that cannot be cut to rows.
     """
-    known = {entry.name for entry in fields(task)}  # pyright: ignore[reportArgumentType]
-    held = [name for name in ROWS if name in known]
-    if held:
-        total = len(getattr(task, held[0])[:limit])
-        n = min(n, total)
-        rows = sorted(random.Random(0).sample(range(total), n))
-        return replace(task, **{name: [getattr(task, name)[i] for i in rows] for name in held}), rows  # pyright: ignore
-    if "limit" not in known:
+    held = rows_of(task, limit)
+    if held is not None:
+        rows = sorted(random.Random(0).sample(range(len(held)), min(n, len(held))))
+        columns = {name: [getattr(task, name)[i] for i in rows] for name in ROWS if hasattr(task, name)}
+        return replace(task, **columns), rows  # pyright: ignore[reportArgumentType]
+    if "limit" not in {entry.name for entry in fields(task)}:  # pyright: ignore[reportArgumentType]
         raise UserError(f"{task}: cannot be probed, it has no rows to choose from")
     n = min(filter(None, (n, task.limit, limit)))
     return replace(task, limit=n), list(range(n))  # pyright: ignore[reportArgumentType]

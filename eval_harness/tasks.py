@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_null.utils.limits import PositionLimit
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+LONGEST_NAME = 180  # characters of a file's name, which a temporary one is longer than: file systems take 255
 TASK_FILES = Path(__file__).parent / "task_files"  # this package's own tasks, in lm-eval's format
 
 
@@ -64,7 +66,10 @@ class RunOptions:
 
 def reference_path(folder: Path, file: str) -> Path:
     """Return where a task's reference file lies, whatever the task is called."""
-    return folder / quote(file, safe=" ")
+    name = quote(file, safe=" ")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:60]}-{hashlib.sha256(file.encode()).hexdigest()[:12]}{Path(file).suffix}"
+    return folder / name
 
 
 class Task(ABC):

@@ -29,19 +29,20 @@ def folder() -> Path:
     return cache_root() / "base_evaluations"
 
 
-def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Task]) -> str:
-    """Return a hash over all that a base model's results depend on.
+def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Task], limit: int | None) -> str:
+    """Return a hash over all that a base model's results depend on, where the tasks are evaluated up to `limit` documents.
 
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
     limits and template; batch size, device, number of processes; versions, and this package's own evaluation code.
     """
     model, section = recipe.model, recipe.eval
     packages = PACKAGES if model.quantization is None else (*PACKAGES, "bitsandbytes")
+    engine = None if section.vllm is None else section.vllm.model_dump()
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
-    asked = [{"label": t.label, "role": t.role} | t.describe(t.within(section.limit)) for t in tasks]
+    asked = [{"label": t.label, "role": t.role} | t.describe(t.within(limit)) for t in tasks]
     parts = {
         "model": identity_of(model_name, model.revision, commit),
-        "compute": [*compute, *filter(None, [model.eos_token])],
+        "compute": [*compute, *filter(None, [model.eos_token, engine])],
         "tasks": asked,
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],

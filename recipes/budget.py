@@ -21,7 +21,7 @@ from torch import nn
 
 from lora_null.adapters.strength import Strength, beyond_scaling
 from lora_null.eval_harness import AnswerTask, Evaluation, Task
-from lora_null.eval_harness.probe import Point, Probe
+from lora_null.eval_harness.probe import Point, Probe, rows_of
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
@@ -54,6 +54,10 @@ class Bound:
     few: Task
     used: frozenset[int]
 
+    def left(self, rows: int) -> int:
+        """Return how many of the whole task's rows no probe uses."""
+        return len(set(range(rows)) - self.used)
+
 
 def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) -> Bound | None:
     """Return the budget of a recipe, checked against what the run measures; None where it sets none.
@@ -69,9 +73,11 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     few = next((few for few in probe.tasks if few.role == "retention" and few.key == task.key), None)
     if few is None:
         raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")
-    used = frozenset(probe.rows.get(task.key, ()))
-    _check_rows(recipe, task, few, used)
-    return Bound(section, measure, task, few, used)
+    bound = Bound(section, measure, task, few, frozenset(probe.rows.get(task.key, ())))
+    rows, probed = rows_of(task, recipe.eval.limit), rows_of(few)
+    if rows is not None:  # how many documents there are else is known when the base has been evaluated
+        _check_rows(bound, len(rows), len(probed or ()))
+    return bound
 
 
 def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]:
@@ -80,23 +86,21 @@ def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
     if wanted is None:
         task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
-        return task, task.metric_names[0]
+        return task, task.found_names[0]
     for task in kept:
-        if task.measures(wanted):
+        if wanted in task.found_names:
             return task, wanted
-    choices = [name for task in kept for name in task.metric_names]
+    choices = [name for task in kept for name in task.found_names]
     raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
 
 
-def _check_rows(recipe: Recipe, task: Task, few: Task, used: frozenset[int]) -> None:
-    if not isinstance(task, AnswerTask):
-        return  # how many documents there are is known when the base has been evaluated
-    total = len(task.pairs[: recipe.eval.limit])
-    probed = len(few.pairs) if isinstance(few, AnswerTask) else 0
-    if probed < FEWEST or total - len(used) < FEWEST:
+def _check_rows(bound: Bound, total: int, probed: int) -> None:
+    """Raise a UserError where too few rows are probed, or too few of all are left for the check."""
+    left = bound.left(total)
+    if probed < FEWEST or left < FEWEST:
         raise UserError(
-            f"budget: {task.label} has {total} rows, {len(used)} of them probed; at least {FEWEST} are needed for the "
-            f"probe (eval.probe.retention) and {FEWEST} others for the check"
+            f"budget: {bound.task.label} has {total} rows, {total - left} of them probed; at least {FEWEST} are needed for "
+            f"the probe (eval.probe.retention) and {FEWEST} others for the check"
         )
 
 
@@ -108,8 +112,8 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
         probed, whole: the base's evaluations, of the probed rows with its noise, and of everything.
 
     Raises:
-        UserError: the budget is not above the base's own noise, is finer than one answer of the rows, or counts a metric
-            without a value for each question.
+        UserError: the budget is not above the base's own noise, is finer than one answer of the rows, counts a metric
+            without a value for each question, or there are too few of these.
     """
     at_most, measure = bound.section.at_most, bound.measure
     if measure not in whole.metrics or measure not in probed.metrics:
@@ -122,7 +126,8 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
             f"budget.at_most: {at_most:g} is not above the base's own noise: measured twice, {measure} of the same "
             f"weights differs by {noise:.2g}"
         )
-    rows = len(whole.samples[measure]) - len(bound.used)
+    _check_rows(bound, len(whole.samples[measure]), len(probed.samples[measure]))
+    rows = bound.left(len(whole.samples[measure]))
     if whole.metrics[measure].unit == "fraction" and at_most * rows < 1:
         raise UserError(
             f"budget.at_most: {at_most:g} is less than one of the {rows} answers that {measure} is checked on; give more "
@@ -260,7 +265,7 @@ class Measurement:
     def on_rest(self) -> tuple[Estimate, int]:
         """Return what is forgotten on the rows that no probe has used, and how many they are."""
         found = self.evaluate([self.bound.task])
-        left = len(found.samples[self.bound.measure]) - len(self.bound.used)
+        left = self.bound.left(len(found.samples[self.bound.measure]))
         return forgotten(self.bound.measure, found, self.whole, self.bound.used), left
 
 

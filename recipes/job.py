@@ -319,8 +319,8 @@ def _plan_measures(job: Job, max_length: int | None) -> None:
         require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
     if recipe.eval.cache:
         commit = hub_commit(recipe.model, name)
-        job.base_key = base_cache.key_of(recipe, name, commit, tasks)
-        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks)
+        job.base_key = base_cache.key_of(recipe, name, commit, tasks, recipe.eval.limit)
+        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks, None)
 
 
 def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:

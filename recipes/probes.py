@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from lora_null.eval_harness import Task, few_rows
+from lora_null.eval_harness import LmEvalTask, Task, few_rows
+from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
@@ -48,7 +50,8 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
         wanted = getattr(section, role)
         if isinstance(wanted, list):
             probed += own[role]
-            rows |= {task.key: _same_rows(task, own[role]) for task in tasks if task.role == role}
+            kept = (task for task in tasks if task.role == role)
+            rows |= {task.key: _same_rows(task, own[role], recipe.eval.limit) for task in kept}
             continue
         for task in tasks if wanted != 0 else ():
             if task.role == role:
@@ -63,14 +66,23 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
 
 def _rows_unasked(task: Task, recipe: Recipe) -> int:
     """Return as many rows as are probed unasked: the others are there to check a budget on."""
-    rows = getattr(task, "pairs", None)
-    return ROWS if rows is None else max(1, min(ROWS, len(rows[: recipe.eval.limit]) // 2))
+    rows = rows_of(task, recipe.eval.limit)
+    most = task.within(recipe.eval.limit) if rows is None else len(rows)
+    return ROWS if most is None else max(1, min(ROWS, most // 2))
 
 
-def _same_rows(task: Task, probed: Sequence[Task]) -> list[int]:
-    """Return the numbers of a task's rows that tasks of files of their own hold as well."""
-    held = {pair for few in probed for pair in getattr(few, "pairs", ())}
-    return [i for i, pair in enumerate(getattr(task, "pairs", ())) if pair in held]
+def _same_rows(task: Task, probed: Sequence[Task], limit: int | None) -> list[int]:
+    """Return the numbers of a task's rows that tasks of files of their own ask as well."""
+    asked = {row for few in probed for _, row in _asked(few, None)}
+    return sorted({i for i, row in _asked(task, limit) if row in asked})
+
+
+def _asked(task: Task, limit: int | None) -> list[tuple[int, Hashable]]:
+    """Return (number, row) of what a task asks: the rows that it holds, or the documents of lm-eval's tasks."""
+    if isinstance(task, LmEvalTask):
+        members = (islice(member.eval_docs, task.within(limit)) for member in task.loaded["tasks"].values())
+        return [(i, repr(document)) for documents in members for i, document in enumerate(documents)]
+    return list(enumerate(rows_of(task, limit) or ()))
 
 
 def probe_folder(base: Path) -> Path:

@@ -481,7 +481,8 @@ class TrainLog(NamedTuple):
     def tokens_per_second(self) -> float | None:
         """The training's tokens a second, probes left out, which go on over a resumed run."""
         last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
-        seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in self.entries)
+        before = (entry for entry in self.entries if entry["step"] <= last.get("step", 0))
+        seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in before)
         return last["tokens"] / seconds if last.get("tokens") is not None and seconds > 0 else None
 
 

@@ -364,12 +364,16 @@ def dial(
         strengths: instead of the recipe's.
     """
     section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
-    measure = functools.partial(evaluate, model, job.tokenizer, job.tasks, reference_dir=job.base, **options)
+    options["reference_dir"], own = job.base, folder / DIAL_FOLDER
+
+    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
+        return evaluate(model, job.tokenizer, job.tasks, output_dir=own / f"strength={strength:g}", **options)
+
     base = Evaluation.read(job.base / "eval.json")
     points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
     if job.is_main:
-        write_dial(folder / DIAL_FOLDER, found)
+        write_dial(own, found)
     PartialState().wait_for_everyone()
     return found
 

@@ -55,7 +55,7 @@ def sweep(
     strength: Strength,
     strengths: Sequence[float],
     base: Evaluation,
-    measure: Callable[[], Evaluation],
+    measure: Callable[[float], Evaluation],
     known: Mapping[float, Evaluation],
 ) -> tuple[list[DialPoint], float]:
     """Evaluate a live adapter at the strengths; return the points, and the seconds that they took.
@@ -66,7 +66,7 @@ def sweep(
         strength: of the model.
         strengths: to measure; 0 and what is `known` are not measured again.
         base: the base's evaluation.
-        measure: returns the evaluation of the model as it is.
+        measure: strength → the evaluation of the model, which has it.
         known: strength → evaluation.
     """
     points, seconds = [], 0.0
@@ -74,7 +74,7 @@ def sweep(
         found = base if value == 0 else known.get(value)
         if found is None:
             with strength.at(value):
-                found = measure()
+                found = measure(value)
             seconds += found.seconds
         bad = next((name for name, m in found.metrics.items() if not math.isfinite(m.value + (m.stderr or 0))), None)
         if bad is not None:

@@ -56,15 +56,28 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
 def key(recipe, *changes):
     recipe = load_recipe(str(recipe), changes)
     tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
-    return base_cache.key_of(recipe, recipe.model.name_or_path, None, tasks)
+    return base_cache.key_of(recipe, recipe.model.name_or_path, None, tasks, recipe.eval.limit)
 
 
 @pytest.mark.parametrize(
-    "change", ["eval.batch_size=2", "eval.limit=5", "model.dtype=bfloat16", "eval.retention=[]", "eval.bf16=true"]
-)
+    "change", ["eval.batch_size=2", "eval.limit=5", "model.dtype=bfloat16", "eval.retention=[]", "eval.bf16=true",
+     "eval.vllm={max_model_len: 64}"],
+)  # fmt: skip
 def test_other_settings_are_others(tmp_path, change):
     recipe = make_world(tmp_path)
-    assert key(recipe) == key(recipe) != key(recipe, change)
+    engine = ["eval.backend=vllm"] if "vllm" in change else []
+    assert key(recipe, *engine) == key(recipe, *engine) != key(recipe, *engine, change)
+
+
+def test_probes_of_rows_beyond_the_limit_are_not_taken_for_the_whole(tmp_path):
+    """A probe's own rows are measured all, whatever `eval.limit` says, and it finds nothing of fewer rows in the cache."""
+    own = f"[{{answers: facts, path: {tmp_path / 'facts.jsonl'}}}]"
+    words = ["eval.limit=10", "eval.task=[]", f"eval.probe={{every: 1, task: 0, retention: {own}}}"]
+    assert main([str(make_world(tmp_path)), *OPTIONS, *words]) == 0
+    whole, probed = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("base/eval.json", "base/probe/eval.json")
+    )
+    assert [found["metrics"]["facts kl"]["n"] for found in (whole, probed)] == [10, 60]
 
 
 @pytest.mark.parametrize("change", ["training.learning_rate=1", "method.rank=2", "seed=7", "calibration.samples=9"])

@@ -283,6 +283,7 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
         (["--max-forgetting", "0.1", "eval.retention=[]"], "eval.retention is empty"),
         (["--max-forgetting", "0.1", "eval.before=false"], "counted from the base"),
         (["--max-forgetting", "0.1", "eval.probe.retention=36"], "at least 8 are needed for the probe"),
+        (["--max-forgetting", "0.1", "eval.probe=null", "eval.retention=[{forgetting: web, path: facts.jsonl, field: question, limit: 14}]"], "web has 14 rows, 7 of them probed"),
         (["--max-forgetting", "0.1", "eval.probe.retention=0"], "not measured by eval.probe.retention"),
         (["--max-forgetting", "0.1", "--method", "full"], "full leaves no plain LoRA"),
         (["eval.strengths=[0.5,half]"], "eval.strengths.1: input should be a valid number"),
@@ -307,11 +308,38 @@ def test_a_budget_below_the_bases_own_noise_is_refused_before_training(tmp_path,
     assert "is not above the base's own noise: measured twice, facts kl of the same weights" in capsys.readouterr().err
 
 
-def test_the_probe_may_have_rows_of_its_own_and_common_ones_are_not_checked(tmp_path):
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: 0
+doc_to_choice: ["it is", "no"]
+output_type: multiple_choice
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "measure", "limit", "left"),
+    [
+        ("{{answers: facts, path: {0}/{1}.jsonl}}", "facts kl", 40, 30),
+        ("{{answers: facts, path: {0}/{1}.jsonl}}", "facts kl", 35, 30),
+        ("{{forgetting: web, path: {0}/{1}.jsonl, field: question}}", "web forgetting", 40, 30),
+        ("{{task: {0}/{1}/mine.yaml}}", "mine/acc", 40, 30),
+    ],
+)
+def test_the_probe_may_have_rows_of_its_own_and_common_ones_are_not_checked(tmp_path, entry, measure, limit, left):
     path = recipe(tmp_path)
     facts = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "few.jsonl", facts[30:50])
-    own = f"eval.probe.retention=[{{answers: facts, path: {tmp_path / 'few.jsonl'}}}]"
-    words = [own, "--max-forgetting", "0.05", "training.max_steps=2", "training.save_strategy=no"]
+    for name in ("few", "facts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(TASK.replace("ROWS", str(tmp_path / f"{name}.jsonl")))
+    whole, own = (entry.format(tmp_path, name) for name in ("facts", "few"))
+    words = [f"eval.retention=[{whole}]", f"eval.probe.retention=[{own}]", f"eval.limit={limit}"]
+    words += ["--max-forgetting", "0.5", "training.max_steps=2", "training.save_strategy=no"]
     assert main([str(path), *words]) == 0
-    assert row(tmp_path / "out")["budget"]["n"] == 30  # rows 31 to 40 of the whole set were probed
+    kept = row(tmp_path / "out")["budget"]
+    assert kept["measure"] == measure and kept["n"] == left  # rows 31 to 40 of the whole set were probed

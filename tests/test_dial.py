@@ -251,7 +251,9 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
         return Evaluation(found, {}, 1.0, {})
 
     values = iter([0.5, float("nan")])
-    measured = sweep(SimpleNamespace(at=nullcontext), [0.5, 2], evaluation(0.0), lambda: evaluation(next(values)), {})
+    measured = sweep(
+        SimpleNamespace(at=nullcontext), [0.5, 2], evaluation(0.0), lambda _: evaluation(next(values)), {}
+    )
     assert [point.strength for point in measured[0]] == [0.0, 0.5] and measured[1] == 2
     assert "strength 2 is left out: a is not a finite number there" in caplog.text
     for points in (measured[0], measured[0][:1]):

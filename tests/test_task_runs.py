@@ -119,8 +119,8 @@ def test_conversations_with_generated_answers(tmp_path, template):
         .read_text()
         .replace('"max_position_embeddings": 512', '"max_position_embeddings": 2048')
     )
-    assert main([str(recipe)]) == 0
-    for folder in ("base", "lora-null-v2"):
+    assert main([str(recipe), "eval.strengths=[0.5]"]) == 0
+    for folder in ("base", "lora-null-v2", "lora-null-v2/dial/strength=0.5"):
         answers = (tmp_path / "out" / folder / "mt_bench" / "answers.jsonl").read_text().splitlines()
         assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers] == [2, 2, 2]
     assert results(tmp_path)["rows"][1]["metrics"]["gsm8k/exact_match"]["n"] == 2

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import read_yaml, whole_of
@@ -26,6 +27,8 @@ from lora_null.recipes.results import (
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 
+# What two evaluations of a task of one name must have in common, by its name in eval.json.
+DECISIVE = {"pairs_sha256": "rows", "texts_sha256": "texts", "questions_sha256": "questions", "beta": "beta"}
 SO_FAR = "unfinished"  # report.html stands for a finished run
 
 
@@ -136,8 +139,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise UserError(f"report: {folders[0]} is named twice")
 
 
+def _tasks_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return how a run's evaluation describes its tasks; nothing where the base was not evaluated."""
+    file = whole_of(folder) / "base" / "eval.json"
+    return Evaluation.read(file).settings.get("tasks", {}) if file.is_file() else {}
+
+
 def _check_alike(one: Path, first: Results, other: Path, results: Results) -> None:
-    """Compare two runs' bases: a number of the base that differs was measured on other rows or of another model."""
+    """Compare two runs' bases: a number of the base that differs was measured on other rows or of another model.
+
+    What is counted from the base has the same number on any rows, so how it was measured is compared too.
+    """
     if first.model != results.model:
         raise UserError(f"report: {one} and {other} have different bases ({first.model}, {results.model})")
     for name, metric in first.base.metrics.items():
@@ -150,3 +162,9 @@ def _check_alike(one: Path, first: Results, other: Path, results: Results) -> No
                 f"report: {one} and {other} measured {name} differently (the base has {metric.value:.4g} on {metric.n}, "
                 f"{other_metric.value:.4g} on {other_metric.n})"
             )
+    ours, theirs = _tasks_of(one), _tasks_of(other)
+    for name in ours.keys() & theirs.keys():
+        for key, what in DECISIVE.items():
+            if ours[name].get(key) != theirs[name].get(key):
+                values = f" ({ours[name].get(key)}, {theirs[name].get(key)})" if key == what else ""
+                raise UserError(f"report: {one} and {other} measured {name} differently, with other {what}{values}")

@@ -91,6 +91,13 @@ def recorded(model, tokenized, path):
     return path
 
 
+def test_a_name_may_be_longer_than_a_files(model, tokenizer, pairs, tmp_path):
+    tasks = [AnswerTask("知识" * 40 + end, pairs, kl=True) for end in "ab"]
+    for record in (True, False):
+        found = evaluate(model, tokenizer, tasks, reference_dir=tmp_path, record_reference=record).metrics
+    assert len(found) == 4 and len(list(tmp_path.iterdir())) == 2
+
+
 def test_kl_on_the_new_task_is_neither_better_nor_worse(model, peft_model, tokenizer, pairs, tmp_path):
     task = AnswerTask("new", pairs, kl=True, role="task")
     evaluate(model, tokenizer, [task], reference_dir=tmp_path, record_reference=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_null.__main__ import main
-from lora_null.eval_harness import Metric
+from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes.config.load import MARK
 from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
@@ -200,6 +200,21 @@ def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
         write_results(tmp_path / run, Results(recipe="r", model="m", rows=rows))
     assert main(["report", *(str(tmp_path / run) for run in "abc"), "--out", str(tmp_path / "page")]) == 2
     assert "b and " in (said := capsys.readouterr().err) and "c measured sums nll differently" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("pairs_sha256", "with other rows"), ("beta", "with other beta (0.1, 0.5)"), ("limit", "")]
+)
+def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(tmp_path, capsys, key, message):
+    measured = {"P reward margin": Metric(0.0, 0.0, 50, True, "task", "nats")}
+    for run, value in (("a", 0.1), ("b", 0.5)):
+        rows = [Row(method="base", metrics=measured), Row(method="lora", metrics=measured)]
+        write_results(tmp_path / run, Results(recipe="r", model="m", rows=rows))
+        (tmp_path / run / "base").mkdir()
+        evaluation = Evaluation(measured, {"tasks": {"P": {key: value}}}, 1.0)
+        (tmp_path / run / "base" / "eval.json").write_text(evaluation.to_json())
+    said = main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page")])
+    assert said == (2 if message else 0) and message in capsys.readouterr().err
 
 
 def test_the_page_of_a_sequence_that_goes_on_is_that_of_its_last_finished_task(tmp_path, capsys):

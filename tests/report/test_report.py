@@ -619,6 +619,12 @@ def test_log_of_a_killed_and_resumed_run(tmp_path):
     assert load_log(tmp_path / "missing.jsonl").entries == []
 
 
+def test_the_speed_leaves_out_the_probes_before_the_last_count_of_tokens(tmp_path):
+    probes = [{"step": step, "probe/seconds": 5.0} for step in (0, 10, 25)]
+    write_log(tmp_path, [*probes, {"step": 10, "tokens": 300}, {"step": 20, "tokens": 600, "seconds": 40.0}])
+    assert load_log(tmp_path / "train_log.jsonl").tokens_per_second == 600 / (40 - 2 * 5)
+
+
 def test_curves_are_drawn_for_those_who_have_a_log(tmp_path):
     results = parsed(measured())
     write_log(tmp_path / "lora", [{"step": step, "loss": 1.0} for step in range(40)])
