@@ -139,6 +139,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise UserError(f"report: {folders[0]} is named twice")
 
 
+def _base_of(folder: Path) -> str | None:
+    """Return the base's name in a run's recipe; results have the folder that it was loaded from. None without a recipe."""
+    recipe = folder / RECIPE_FILE
+    return read_yaml(recipe).get("model", {}).get("name_or_path") if recipe.is_file() else None
+
+
 def _tasks_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return how a run's evaluation describes its tasks; nothing where the base was not evaluated."""
     file = whole_of(folder) / "base" / "eval.json"
@@ -150,8 +156,9 @@ def _check_alike(one: Path, first: Results, other: Path, results: Results) -> No
 
     What is counted from the base has the same number on any rows, so how it was measured is compared too.
     """
-    if first.model != results.model:
-        raise UserError(f"report: {one} and {other} have different bases ({first.model}, {results.model})")
+    ours, theirs = _base_of(one) or first.model, _base_of(other) or results.model
+    if ours != theirs:
+        raise UserError(f"report: {one} and {other} have different bases ({ours}, {theirs})")
     for name, metric in first.base.metrics.items():
         other_metric = results.base.metrics.get(name)
         if other_metric is None:

@@ -165,6 +165,11 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
     assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
+    (other / "recipe.yaml").write_text("model: {name_or_path: m}")
+    write_results(other, results(nll=0.9, kl=0.2).model_copy(update={"model": "the/folder/of/m"}))
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0
+    (other / "recipe.yaml").unlink()
+    write_results(other, results(nll=0.9, kl=0.2))
     (tmp_path / "file").touch()
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "file")]) == 2
     assert "--out: cannot write to" in capsys.readouterr().err
