@@ -12,7 +12,7 @@ from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
-ROWS = 32  # of a task, unless that is more than half of them
+ROWS = {"retention": 32, "task": 8}  # of an entry, unless asked otherwise
 FOLDER = "probe"  # of the base's folder: its predictions on the probed rows
 
 
@@ -55,8 +55,13 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
             continue
         for task in tasks if wanted != 0 else ():
             if task.role == role:
-                count = _rows_unasked(task, recipe) if wanted is None else wanted
-                few, numbers = few_rows(task, count, recipe.eval.limit)
+                try:
+                    count = _rows_unasked(task, recipe) if wanted is None else wanted
+                    few, numbers = few_rows(task, count, recipe.eval.limit)
+                except UserError:
+                    if wanted is None and role == "task":  # MT-Bench is learned from all its answers
+                        continue
+                    raise
                 probed.append(few)
                 rows[task.key] = numbers
     if not probed:
@@ -65,10 +70,12 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
 
 
 def _rows_unasked(task: Task, recipe: Recipe) -> int:
-    """Return as many rows as are probed unasked: the others are there to check a budget on."""
+    """Return as many rows as are probed unasked: of what is to be kept at most half, the others are there to check a budget on."""
     rows = rows_of(task, recipe.eval.limit)
     most = task.within(recipe.eval.limit) if rows is None else len(rows)
-    return ROWS if most is None else max(1, min(ROWS, most // 2))
+    if task.role == "task" or most is None:
+        return ROWS[task.role]
+    return max(1, min(ROWS["retention"], most // 2))
 
 
 def _same_rows(task: Task, probed: Sequence[Task], limit: int | None) -> list[int]:

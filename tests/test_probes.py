@@ -11,9 +11,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from lora_null.eval_harness import AnswerTask, Metric, Probe, few_rows
+from lora_null.eval_harness import AnswerTask, Metric, MTBenchTask, Probe, few_rows
 from lora_null.eval_harness.likelihood import tokenize_pairs
 from lora_null.eval_harness.probe import Point, nice_number
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.probes import plan_probes
 from lora_null.utils.errors import UserError
 
 FACTS = [(f"Q: who was king {i}\nA:", f" k{i} of {'the' * (i % 3)} land") for i in range(30)]
@@ -131,6 +133,15 @@ def test_rows_are_drawn_once_for_all_and_not_by_their_order():
     assert few.pairs == [FACTS[i] for i in rows] and few.kl and few.role == "retention"
     assert len({b - a for a, b in itertools.pairwise(rows)}) > 1  # a period of the file is not met
     assert few_rows(TASKS[1], 100)[1] == list(range(12)) and few_rows(TASKS[1], 100, limit=5)[1] == list(range(5))
+
+
+def test_a_task_without_rows_is_probed_only_where_that_is_asked():
+    tasks = [AnswerTask("facts", [("a", f"{i}") for i in range(100)], role="retention", kl=True)]
+    tasks += [AnswerTask("sums", [("1", f"{i}") for i in range(100)]), MTBenchTask("MT-Bench", [], str)]
+    plan = plan_probes(load_recipe("quickstart", ["budget.at_most=0.01"]), tasks, {})
+    assert [(task.label, len(plan.rows[task.key])) for task in plan.tasks] == [("facts", 32), ("sums", 8)]
+    with pytest.raises(UserError, match="'MT-Bench': cannot be probed, it has no rows to choose from"):
+        plan_probes(load_recipe("quickstart", ["eval.probe.task=4"]), tasks, {})
 
 
 def test_a_checkpoint_holds_the_points_also_of_a_diverged_run(tmp_path):

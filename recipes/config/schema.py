@@ -624,7 +624,9 @@ class ProbeSection(Section):
     retention: Probed | None = Field(
         None, description="rows of each entry of eval.retention (32, at most half), or entries of its own"
     )
-    task: Probed = Field(8, description="rows of each entry of eval.task, or entries of its own")
+    task: Probed | None = Field(
+        None, description="rows of each entry of eval.task (8, where it has any), or entries of its own"
+    )
     share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
 
 
