@@ -181,9 +181,10 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
     rows = [[example.written.text, example.rejected and example.rejected.text] for example in examples]
     found = {"data.path": hash_of(rows)}
     found["calibration"] = hash_of([[source.texts, source.prompts] for source in job.sources])
-    for task in job.tasks:
-        asked = task.describe(task.within(limit)).items()
-        found[f"eval.{task.role} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
+    probed = [("eval.probe", task, None) for task in job.probe.tasks] if job.probe else []
+    for where, task, most in [*((f"eval.{task.role}", task, limit) for task in job.tasks), *probed]:
+        asked = task.describe(task.within(most)).items()
+        found[f"{where} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
     if job.recipe.method.files:
         found["method.files"] = hash_of([Path(path).read_text(encoding="utf-8") for path in job.recipe.method.files])
     if job.recipe.method.init is not None:

@@ -205,6 +205,7 @@ def test_a_part_of_a_run_goes_on_with_the_whole_alone(tmp_path, part, capsys):
 CHANGES = {  # what is changed → what is named
     "numbers.jsonl": (lambda path: path.write_text(path.read_text().replace("it is", "is it")), "data.path, eval.task (numbers)"),
     "facts.jsonl": (lambda path: path.write_text(path.read_text().replace("King", "Queen").replace("who", "what")), "calibration, eval.retention (facts)"),
+    "probed.jsonl": (lambda path: path.write_text(path.read_text().replace("who", "what")), "eval.probe (probed)"),
     "model/model.safetensors": (lambda path: save_tiny(path.parent, seed=1), "model.name_or_path"),
 }  # fmt: skip
 
@@ -213,10 +214,15 @@ CHANGES = {  # what is changed → what is named
 def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(run, "run_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     recipe, (change, named) = make_world(tmp_path, method={"name": "lora", "rank": 4}), CHANGES[name]
-    assert main([str(recipe)]) == main([str(recipe), "--resume"]) == 130
+    shutil.copy(tmp_path / "facts.jsonl", tmp_path / "probed.jsonl")
+    words = [
+        str(recipe),
+        f"eval.probe={{retention: [{{answers: probed, path: {tmp_path / 'probed.jsonl'}}}], task: 0}}",
+    ]
+    assert main(words) == main([*words, "--resume"]) == 130
     change(tmp_path / name)
-    assert f"the content has changed of {named}; put it back" in line_of(capsys, str(recipe), "--resume")
-    assert main([str(recipe), "--overwrite"]) == 130
+    assert f"the content has changed of {named}; put it back" in line_of(capsys, *words, "--resume")
+    assert main([*words, "--overwrite"]) == 130
 
 
 def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_paths(tmp_path, capsys, monkeypatch):
