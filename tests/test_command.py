@@ -141,7 +141,7 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
         (["--samples", "1"], "at least 256 are needed"),
         (["--out", "{tmp}/file"], "--out: cannot write to"),
         (["--target-modules", ""], "--target-modules: No `target_modules` passed"),
-        (["--target-modules", "q_porj"], "--target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        (["--target-modules", "q_porj"], "target_modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
         (["--target-modules", "("], "target_modules: a pattern is no regular expression (missing )"),
         (["--calibration", "self", "--field", "text"], "calibration: 'field' goes with a path"),
     ],

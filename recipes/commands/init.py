@@ -120,7 +120,7 @@ def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, A
     try:
         with adapters_in_memory(), refusing_in_one_line():
             return get_peft_model(base, config), weights
-    except UserError as mistake:
-        raise UserError(str(mistake).replace("target_modules:", "--target-modules:", 1)) from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"--target-modules: {first_line(error)}") from None
