@@ -124,12 +124,11 @@ def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path):
     mine = tmp_path / "mine.py"
     method, model = SimpleNamespace(files=[str(mine)], init=None), SimpleNamespace(revision=None)
     recipe = SimpleNamespace(method=method, model=model, eval=SimpleNamespace(limit=None))
+    job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model_name="x", swept_inputs={})
     found = []
     for text in ("gain = 1", "gain = 5"):
         mine.write_text(text)
-        found.append(
-            inputs_of(SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], model_name="x", swept_inputs={}))
-        )
+        found.append(inputs_of(job))
     assert found[0]["method.files"] != found[1]["method.files"]
 
 
