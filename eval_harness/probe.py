@@ -47,6 +47,11 @@ def rows_of(task: Task, limit: int | None = None) -> list[tuple[Any, ...]] | Non
     return list(zip(*(getattr(task, name) for name in held)))[:limit] if held else None
 
 
+def can_be_probed(task: Task) -> bool:
+    """Return whether a task holds rows to choose from, or reads no more of its documents than a `limit` says."""
+    return any(entry.name in (*ROWS, "limit") for entry in fields(task))  # pyright: ignore[reportArgumentType]
+
+
 def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[int]]:
     """Return a task of n of another's rows, and their numbers there.
 
@@ -61,13 +66,13 @@ def few_rows(task: Task, n: int, limit: int | None = None) -> tuple[Task, list[i
     Raises:
         UserError: a kind of task that cannot be cut to rows.
     """
+    if not can_be_probed(task):
+        raise UserError(f"{task}: cannot be probed, it has no rows to choose from")
     held = rows_of(task, limit)
     if held is not None:
         rows = sorted(random.Random(0).sample(range(len(held)), min(n, len(held))))
         columns = {name: [getattr(task, name)[i] for i in rows] for name in ROWS if hasattr(task, name)}
         return replace(task, **columns), rows  # pyright: ignore[reportArgumentType]
-    if "limit" not in {entry.name for entry in fields(task)}:  # pyright: ignore[reportArgumentType]
-        raise UserError(f"{task}: cannot be probed, it has no rows to choose from")
     n = min(filter(None, (n, task.limit, limit)))
     return replace(task, limit=n), list(range(n))  # pyright: ignore[reportArgumentType]
 

@@ -80,7 +80,7 @@ def choose_device() -> None:
     Starts and forgetting are computed in float64.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None or accelerator() is not None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if device is None or has_float64(device) or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_null.eval_harness import LmEvalTask, Task, few_rows
-from lora_null.eval_harness.probe import rows_of
+from lora_null.eval_harness.probe import can_be_probed, rows_of
 from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
@@ -54,16 +54,11 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
             rows |= {task.key: _same_rows(task, own[role], recipe.eval.limit) for task in kept}
             continue
         for task in tasks if wanted != 0 else ():
-            if task.role == role:
-                try:
-                    count = _rows_unasked(task, recipe) if wanted is None else wanted
-                    few, numbers = few_rows(task, count, recipe.eval.limit)
-                except UserError:
-                    if wanted is None and role == "task":  # MT-Bench is learned from all its answers
-                        continue
-                    raise
-                probed.append(few)
-                rows[task.key] = numbers
+            unasked = wanted is None
+            if task.role != role or (unasked and role == "task" and not can_be_probed(task)):
+                continue
+            few, rows[task.key] = few_rows(task, _rows_unasked(task, recipe) if unasked else wanted, recipe.eval.limit)
+            probed.append(few)
     if not probed:
         raise UserError("eval.probe: measures nothing; eval.retention and eval.task are empty, or no row is wanted")
     return ProbePlan(section, probed, rows)

@@ -88,9 +88,8 @@ class DecayToStart(TrainerCallback):
         adapter, shares = active_adapter(model), {}
         for group in optimizer.param_groups:
             share = float(group["lr"] * group["weight_decay"])
-            shares |= {
-                id(p): share for p in group["params"] if p.grad is not None
-            }  # an unused expert's is not decayed
+            # Without a gradient, as an unused expert's, AdamW has not decayed it.
+            shares |= {id(p): share for p in group["params"] if p.grad is not None}
         for layer in adapted_layers(model, adapter).values():
             residual = residual_of(layer, adapter)
             own = [shares.get(id(factor), 0.0) for factor in factors_of(layer, adapter)]

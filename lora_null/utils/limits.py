@@ -1,4 +1,4 @@
-"""What a model is able to do, told from its configuration alone: how many positions it takes, what does not train it; and a device."""
+"""What a model can do, by its configuration alone (how many positions it takes, what does not train it), and a device."""
 
 from __future__ import annotations
 

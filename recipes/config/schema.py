@@ -584,9 +584,8 @@ class VLLMSection(Section):
 
 
 AnyEntry = LmEvalEntry | AnswersEntry | PreferencesEntry | MTBenchEntry | ForgettingEntry
-ENTRIES = {
-    next(iter(kind.model_fields)): kind for kind in get_args(AnyEntry)
-}  # by its first key, which tells the kind
+# By its first key, which tells the kind.
+ENTRIES = {next(iter(kind.model_fields)): kind for kind in get_args(AnyEntry)}
 
 
 def _task_entry(value: Any) -> Any:
@@ -914,17 +913,14 @@ def misshapen(raw: dict[str, Any]) -> str | None:
         try:
             kind.model_validate(raw.get(name, {}))
         except ValidationError as error:
-            wrong = (
-                problem for problem in error.errors() if problem["type"] in ("list_type", "dict_type", "model_type")
-            )
-            if (problem := next(wrong, None)) is not None:
-                return _explain({**problem, "loc": (name, *problem["loc"])})
+            for problem in error.errors():
+                if problem["type"] in ("list_type", "dict_type", "model_type"):
+                    return _explain({**problem, "loc": (name, *problem["loc"])})
     return None
 
 
-KINDS = re.compile(
-    r"str|int|float|bool|constrained-\w+|.*[\[(].*"
-)  # what pydantic calls a key's kinds, behind its name
+# What pydantic calls the kinds of a key, behind its name.
+KINDS = re.compile(r"str|int|float|bool|constrained-\w+|.*[\[(].*")
 
 
 def _explain(problem: Any) -> str:

@@ -61,11 +61,8 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
             f"{where}: the fields {', '.join(columns)} are no conversation, prompt and response, or text that is known; "
             "rename them, or name them in a recipe (data.prompt, data.response)"
         )
-    name, keys, system = (
-        " ".join(found.name.split()),
-        found.keys,
-        _first(SYSTEMS, fields),
-    )  # a field's name may break lines
+    keys, system = found.keys, _first(SYSTEMS, fields)
+    name = " ".join(found.name.split())  # a field's name may hold line breaks
     if system is not None and "text" not in keys:
         name, keys = f"{name}, with system texts", {**keys, "system": system}
     return Format(name, keys, found.preferences)
