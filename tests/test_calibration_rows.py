@@ -67,6 +67,20 @@ class TestMasksOfReadyRowsCount:
         assert [len(batch["input_ids"]) for batch in as_batches(batches, tiny_tokenizer(), CUT)] == [8] * 5
         assert same(DataLoader(Dataset.from_list(rows).with_format("torch"), batch_size=8)) == sorted(map(tuple, IDS))
 
+    @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+    def test_positions_are_kept(self, kind):
+        """Of packed rows; padding is cut off with its positions, and what has none is padded as ever."""
+        rows = [{key: kind(x) for key, x in row.items()} for row in padded("left")[:3]]
+        rows[1]["position_ids"] = kind([0] * (40 - len(IDS[1])) + [i % 4 for i in range(len(IDS[1]))])
+        placed, others = as_batches(rows, tiny_tokenizer(), CUT)
+        assert placed["input_ids"].tolist() == [IDS[1]] and placed["attention_mask"].tolist() == [[1] * len(IDS[1])]
+        assert placed["position_ids"].tolist() == [[i % 4 for i in range(len(IDS[1]))]]
+        assert tokens([others]) == sorted(tuple(IDS[i]) for i in (0, 2))
+        batch = {key: torch.as_tensor(rows[1][key])[None] for key in rows[1]}
+        assert as_batches([batch], tiny_tokenizer(), CUT)[0]["position_ids"].tolist() == [
+            list(rows[1]["position_ids"])
+        ]
+
     def test_what_a_tokenizer_gives(self):
         encoded = tiny_tokenizer()(TEXTS, padding=True)
         assert (
@@ -91,6 +105,7 @@ class TestMasksOfReadyRowsCount:
             ({"input_ids": ["a"]}, "row 2: "),
             ({"input_ids": [0.5]}, "row 2: "),
             ({"input_ids": None}, "row 2: "),
+            ({"input_ids": [5, 6], "position_ids": [0]}, r"row 2: input_ids \[2\] with position_ids \[1\]"),
             ({"input_ids": [[5, 6]]}, "row 2: "),
             ({"text": "a"}, "row 2 has no input_ids"),
             ("a", "row 2 has no input_ids"),

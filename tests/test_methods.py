@@ -628,6 +628,11 @@ def test_an_option_that_method_and_adapter_have_both_is_the_same_in_both(name, c
         check_adapter(make_method(name), "a model", config)
 
 
+def test_eva_takes_no_ranks_that_it_would_not_keep():
+    with pytest.raises(UserError, match="rank_pattern: eva deals out the ranks itself"):
+        make_method("eva").config(r=4, rank_pattern={"q_proj": 2})
+
+
 def test_pefts_own_options_of_a_start_go_through_the_method():
     assert make_method("eva").config(r=4, eva_config=EvaConfig(rho=2.0, tau=0.9)).eva_config.tau == 0.9
     how = LoraGAConfig(direction="ArB2r")

@@ -131,8 +131,8 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
 
     Args:
         dataset: rows of one kind: texts; conversations (lists of messages), which the model's chat template writes; dicts
-            with one of either in a field `text`, `messages` or `conversations`; windows, dicts with `input_ids` and, where
-            they are padded, `attention_mask`; or batches of windows, (batch, length) each. In a list, a data set (of a
+            with one of either in a field `text`, `messages` or `conversations`; windows, dicts with `input_ids`, where
+            they are padded `attention_mask`, and maybe `position_ids`; or batches of windows, (batch, length) each. In a list, a data set (of a
             `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that can be iterated.
             A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
             windows; or 16 texts for each, from which they are drawn, and more only until these fill them.
@@ -163,8 +163,9 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
             break
     if dimensions == 2:
         return batches
-    kept = [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in batches]
-    return padded_batches(kept, pad)
+    unpadded = [{key: x[batch["attention_mask"].bool()] for key, x in batch.items()} for batch in batches]
+    placed = [{key: x[None] for key, x in window.items()} for window in unpadded if "position_ids" in window]
+    return placed + padded_batches([x["input_ids"].tolist() for x in unpadded if "position_ids" not in x], pad)
 
 
 def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
@@ -247,7 +248,7 @@ def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str, torch.Tensor]:
-    """Return the ids and the mask of a window or a batch; a mask of ones where there is none and no padding is seen."""
+    """Return ids, mask and positions of a window or a batch; a mask of ones where there is none and no padding is seen."""
     where = f"calibration: row {number}"
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise UserError(f"{where} has no input_ids, as the first has")
@@ -255,6 +256,7 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
     try:
         ids = torch.as_tensor(row["input_ids"])
         mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
+        own = {} if row.get("position_ids") is None else {"position_ids": torch.as_tensor(row["position_ids"])}
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from None
     expected = (dimensions,) if dimensions else (1, 2)  # as the first row's
@@ -266,4 +268,7 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
             raise UserError(f"{where} is padded (token {pad}) and has no attention_mask, so padding would be measured")
     if not mask.any():
         raise UserError(f"{where} has no tokens")
-    return {"input_ids": ids, "attention_mask": mask}
+    for key, positions in own.items():
+        if positions.shape != ids.shape:
+            raise UserError(f"{where}: input_ids {list(ids.shape)} with {key} {list(positions.shape)}")
+    return {"input_ids": ids, "attention_mask": mask} | own

@@ -63,6 +63,8 @@ class EVA(Method):
         need(1 <= self.rho < float("inf"), f"{self.name}.rho", "a number of at least 1", self.rho)
 
     def config(self, **adapter: Any) -> PeftConfig:
+        if adapter.get("rank_pattern"):
+            raise UserError(f"rank_pattern: {self.name} deals out the ranks itself, leave it out; its rho bounds them")
         return LoraConfig(init_lora_weights="eva", **{"eva_config": EvaConfig(rho=self.rho), **adapter})
 
     def saved_rank(self, r: int) -> int:
