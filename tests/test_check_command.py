@@ -136,6 +136,13 @@ def test_a_sound_adapter_and_its_serve_command(adapter, base, capsys):
     )
 
 
+def test_the_serve_command_of_the_folder_one_stands_in(adapter, capsys, monkeypatch):
+    named = adapter.rename(adapter.parent / "my adapter")
+    monkeypatch.chdir(named)
+    assert main(["check", "."]) == 0
+    assert capsys.readouterr().out.strip().endswith("--lora-modules 'my adapter=.'")
+
+
 def test_an_initialization_is_sound_and_said_to_be_untrained(adapter, capsys):
     change_tensors(adapter, silence("B"))
     assert main(["check", str(adapter)]) == 0

@@ -117,6 +117,13 @@ def test_another_dial_measures_the_base_on_its_own_questions(world, tmp_path):
     assert (tmp_path / "base" / "mine.txt").read_text() == "years of work"
 
 
+def test_a_files_name_is_no_markup(world, tmp_path, capsys):
+    shutil.copy(world / "facts.jsonl", tmp_path / "facts [old].jsonl")
+    words = ["--keep", str(tmp_path / "facts [old].jsonl"), "--strengths", "1", "--limit", "2"]
+    assert main(["dial", str(world / "elsewhere"), *words, "--out", str(tmp_path / "out")]) == 0
+    assert "[old]" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_no_dials_is_left_alone(world, tmp_path, capsys):
     (tmp_path / "dial" / "base").mkdir(parents=True)
     (tmp_path / "dial" / "base" / "mine.txt").write_text("years of work")

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -147,6 +148,7 @@ def as_8_bit(A, B):
         (as_8_bit, {}, "is stored as int8"),
         (None, {"init_lora_weights": "pissa"}, "was started by 'pissa', so its A and B are no change of the original"),
         (None, {"r": 0}, r"not a LoRA config \(r or rank_pattern holds 0\)"),
+        (None, {"lora_alpha": math.inf}, r"\(lora_alpha or alpha_pattern holds inf\)"),
         (None, {"lora_alpha": "8"}, r"\(lora_alpha or alpha_pattern holds '8'\)"),
         (None, {"rank_pattern": {"q_proj": "3"}}, r"\(r or rank_pattern holds '3'\)"),
     ],

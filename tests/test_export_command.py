@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import random_batches, save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from world import make_world
 
 import lora_null.adapters.gguf
@@ -22,6 +22,7 @@ from lora_null.adapters.base_hash import base_fingerprint
 from lora_null.adapters.merge import deltas_of, write_checkpoint
 from lora_null.adapters.verify import compare
 from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.commands import export as command
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 
@@ -217,9 +218,14 @@ def test_merged_in_float32_and_cast_once_over_shards(tmp_path):
         assert (tensor == exact.bfloat16()).double().mean() > 0.999  # float32 and float64 may part at a tie
 
 
-def test_a_tied_head_that_was_adapted_comes_apart(tmp_path):
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_a_tied_head_that_was_adapted_comes_apart(tmp_path, stored_twice):
     model = tiny_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model")
+    if stored_twice:
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     live = get_peft_model(tiny_model(tie_word_embeddings=True), config)
     layer = live.get_base_model().lm_head
@@ -265,6 +271,59 @@ def test_the_same_base_in_other_shards_has_the_same_fingerprint_and_no_other_has
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     one, shards, bf16, other = (base_fingerprint(tmp_path / name) for name in ("one", "shards", "bf16", "other"))
     assert one == shards and len({one, bf16, other}) == 3
+
+
+def test_quantized_weights_are_not_merged_into(tmp_path):
+    model, name = tiny_model(), "model.layers.0.self_attn.q_proj"
+    model.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights[f"{name}.weight"] = torch.zeros(512, 1, dtype=torch.uint8)
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    deltas = deltas_of({name: (torch.ones(4, 32), torch.ones(32, 4))}, lambda name: 1.0, lambda name: False)
+    with pytest.raises(
+        UserError, match=r"q_proj.weight is stored as uint8, quantized; --base names the plain weights"
+    ):
+        write_checkpoint(tmp_path / "model", tmp_path / "out", deltas, model)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """An adapter as PEFT saves it, and its base."""
+    live = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model"), dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    live.save_pretrained(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_of_an_adapter_made_elsewhere_nothing_else_is_taken_along(elsewhere, tmp_path):
+    """A trainer leaves its state beside it; a whole model has the base's tokenizer where there is no other."""
+    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "notes.csv"):
+        (elsewhere / name).write_text("mine")
+    own = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert main(["export", str(elsewhere), "--out", str(tmp_path / "a")]) == 0
+    assert {path.name for path in (tmp_path / "a").iterdir()} == own
+    assert main(["export", str(elsewhere), "--out", str(tmp_path / "m"), "--form", "merged"]) == 0
+    texts = [AutoTokenizer.from_pretrained(tmp_path / name)("x = 1")["input_ids"] for name in ("m", "model")]
+    assert texts[0] == texts[1] and not (tmp_path / "m" / "notes.csv").exists()
+
+
+def test_an_adapter_that_gives_no_numbers_is_one_line(elsewhere, tmp_path, capsys):
+    config = json.loads((elsewhere / "adapter_config.json").read_text())
+    (elsewhere / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e300}))
+    assert main(["export", str(elsewhere), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "gives NaN for logits" in said and said.count("\n") == 1
+
+
+def test_no_error_is_accepted_that_is_no_number(elsewhere, tmp_path, monkeypatch):
+    def broken(pairs, rank):
+        return {name: (A[:rank] / 0, B[:, :rank]) for name, (A, B) in pairs.items()}, {"": 0.0}
+
+    monkeypatch.setattr(command, "truncate_all", broken)
+    with pytest.raises(RuntimeError, match="does not compute what"):
+        main(["export", str(elsewhere), "--out", str(tmp_path / "out"), "--rank", "3"])
 
 
 def test_another_base_is_refused(world, tmp_path, capsys):

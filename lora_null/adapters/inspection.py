@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,5 +206,6 @@ def serve_command(adapter: SavedAdapter, base: str) -> str:
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(vllm_rank(adapter.config["r"]))]
     if adapter.metadata.get(DTYPE):
         words += ["--dtype", adapter.metadata[DTYPE]]
-    name = adapter.folder.name if adapter.folder.name != "adapter" else adapter.folder.parent.name
-    return " ".join([*words, "--lora-modules", f"{name}={adapter.folder}"])
+    folder = adapter.folder.resolve()
+    name = folder.name if folder.name != "adapter" else folder.parent.name
+    return shlex.join([*words, "--lora-modules", f"{name}={adapter.folder}"])

@@ -14,6 +14,7 @@ from lora_null.checkpoint_reader import WeightFiles
 from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened, write_json, write_safetensors
+from lora_null.utils.quantized import PLAIN_DTYPES
 
 SHARD_SIZE = "5GB"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -64,10 +65,10 @@ def write_checkpoint(
         shard_size: of a file, at most.
 
     Returns:
-        Whether a tied output embedding had to be written apart from the input embedding, since only it changed.
+        Whether a tied output embedding is written apart from the input embedding, since only it changed.
 
     Raises:
-        UserError: the base's files have no weight that an adapted module names.
+        UserError: the base's files have no weight that an adapted module names, or a quantized one.
     """
     files = WeightFiles(base)
     sources, untied = plan(files, deltas, model)
@@ -97,12 +98,17 @@ def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> t
     untied = False
     for module, delta in deltas.items():
         key = _key_of(module, sources, model)
-        if key is None and _is_tied_head(module, model):
+        tied = _is_tied_head(module, model)
+        untied = untied or tied
+        if key is None and tied:
             twin = _key_of(_name_of(model, model.get_input_embeddings()), sources, model)
-            key, untied = f"{module}.weight", True
+            key = f"{module}.weight"
             sources[key] = Source(twin, sources[twin].dtype, sources[twin].shape)
         if key is None:
             raise UserError(f"{files.folder}: its files have no weight {module + '.weight'!r} to merge into")
+        if sources[key].dtype not in PLAIN_DTYPES:
+            dtype = str(sources[key].dtype).removeprefix("torch.")
+            raise UserError(f"{files.folder}: {key} is stored as {dtype}, quantized; --base names the plain weights")
         sources[key].delta = delta
     return sources, untied
 

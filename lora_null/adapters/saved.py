@@ -116,7 +116,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
     for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
         own = config.get(pattern) or {}
         for value in (config[key], *(own.values() if isinstance(own, dict) else [own])):
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 1):
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+                or (kind is int and value < 1)
+            ):
                 raise UserError(f"{folder / CONFIG_FILE}: not a LoRA config ({key} or {pattern} holds {value!r})")
     tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
     return SavedAdapter(folder, config, tensors, metadata)

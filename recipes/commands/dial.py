@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table(*head, show_edge=False, header_style="")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names of files are no markup
     print(told(found, arguments.max_forgetting))
     print(f"written: {out}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -29,7 +30,7 @@ from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.commands.source import another_base, check_adapter_fits, find_source
+from lora_null.recipes.commands.source import TOKENIZER, another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
@@ -54,7 +55,7 @@ class Export:
         notes: lines for the card and the terminal.
         strength: ΔW is written times this.
         truncated: whether the rank is lower than what was trained and measured.
-        bound: largest relative error that is accepted; None where the error is what was asked for.
+        bound: relative error at which it is refused; infinite where the error is what was asked for.
     """
 
     source: Any
@@ -65,7 +66,7 @@ class Export:
     rank: int | None = None
     strength: float = 1.0
     truncated: bool = False
-    bound: float | None = EXACT
+    bound: float = EXACT
 
     def __post_init__(self) -> None:
         if self.source.base.section.dtype != "float32":
@@ -187,7 +188,7 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"Truncated from rank {full} to {rank} by SVD: ‖ΔW − ΔW_k‖ / ‖ΔW‖ is {mean:.2g} in the mean of the layers, "
             f"{largest:.2g} at most."
         )
-        export.truncated, export.bound = True, None
+        export.truncated, export.bound = True, math.inf
     return pairs, scaling * export.strength
 
 
@@ -225,7 +226,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     config.save_pretrained(export.folder)
     _copy_tokenizer(export)
     if base.section.quantization:
-        export.bound = None  # what differs is mostly the base
+        export.bound = math.inf  # what differs is mostly the base
     elif config.dtype != torch.float32:
         export.bound = ROUNDED
     export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
@@ -242,11 +243,11 @@ def _stored_dtype(export: Export) -> str:
 
 
 def _copy_tokenizer(export: Export) -> None:
-    """Copy the tokenizer and the chat template that the run saved beside its result, and the base's settings."""
-    kept = ("adapter_", "model", "config.json", "generation_config.json", "README", ".", "pytorch_model")
-    for path in sorted(export.source.folder.iterdir()):
-        if path.is_file() and not path.name.startswith(kept):
-            shutil.copy2(path, export.folder / path.name)
+    """Copy the tokenizer and the chat template that lie beside what was trained; to a whole model at least the base's."""
+    places = [export.source.folder] + [export.source.base.folder] * (export.form == "merged")
+    place = next((folder for folder in places if (folder / "tokenizer_config.json").is_file()), places[0])
+    for path in sorted({path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()}):
+        shutil.copy2(path, export.folder / path.name)
     settings = export.source.base.folder / "generation_config.json"
     if export.form == "merged" and settings.is_file():
         shutil.copy2(settings, export.folder / settings.name)
@@ -259,15 +260,17 @@ def verify(export: Export) -> Any:
         `lora_null.adapters.verify.Difference`.
 
     Raises:
-        UserError: a 16-bit merge loses too much.
+        UserError: a 16-bit merge loses too much, or what was trained gives no numbers.
         RuntimeError: anything else differs by more than rounding.
     """
     texts = verification_texts(export)
     base, reference = _reference_logits(export, texts)
+    if any(logits.isnan().any() for logits in reference):
+        raise UserError(f"{export.source.folder}: gives NaN for logits; its change is too large for its base's dtype")
     found = logits_of(_load(export), texts)
     difference = compare(reference, found, base)
-    if export.bound is not None and not difference.relative <= export.bound:
-        if export.form == "merged" and export.bound == ROUNDED:
+    if not difference.relative < export.bound:
+        if export.form == "merged" and export.bound >= ROUNDED:
             raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
         raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
     return difference

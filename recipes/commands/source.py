@@ -20,7 +20,9 @@ from lora_null.recipes.output import RECIPE_FILE
 from lora_null.utils.errors import UserError, first_line, nearest
 
 MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
-READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+TOKENIZER += ["chat_template*", "*processor*.json"]
+READ = ["*.safetensors", "*.json", *TOKENIZER]
 
 
 @dataclass
