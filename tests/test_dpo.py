@@ -1,5 +1,7 @@
 """DPO: the reference is the original model, and the mixin fits other trainers too."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from datasets import Dataset
@@ -30,9 +32,9 @@ def options(folder, **changes):
     return {**fixed, "gradient_checkpointing": False, **changes}
 
 
-def make(folder, config, *, pairs=PAIRS, **changes):
+def make(folder, config, *, pairs=PAIRS, model=None, **changes):
     return LoraNullDPOTrainer(
-        model=tiny_model(),
+        model=model or tiny_model(),
         args=DPOConfig(**options(folder, **changes)),
         train_dataset=pairs,
         processing_class=tiny_tokenizer(),
@@ -130,6 +132,16 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
         LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**options(tmp_path)), **given)
     arguments = DPOConfig(**options(tmp_path, max_steps=1))
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
+
+
+@pytest.mark.parametrize(
+    ("biased", "given", "refused"),
+    [(True, {}, True), (True, {"precompute_ref_log_probs": True}, False), (False, {}, False)],
+)
+def test_a_reference_whose_biases_would_train_is_refused(tmp_path, biased, given, refused):
+    config = LoraConfig(r=4, bias="lora_only", target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"^bias: biases of the base would train") if refused else nullcontext():
+        make(tmp_path, config, model=tiny_model(attention_bias=biased), **given)
 
 
 def test_the_mixin_on_one_more_trainer(tmp_path):

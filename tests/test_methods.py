@@ -25,7 +25,7 @@ from lora_null.layer import adapted_layers, factors_of
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
 from lora_null.trainer.methods import METHODS, Method, check_adapter, check_base, load_method_file, make_method
 from lora_null.trainer.methods.residual import CorDA, PiSSA
-from lora_null.trainer.methods.roselora import top_mask
+from lora_null.trainer.methods.roselora import _cut_moments, top_mask
 
 TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
 ROWS = Dataset.from_dict(
@@ -413,6 +413,23 @@ def test_roselora_cut_entries_do_not_come_back_through_the_moments(tmp_path):
     trainer.train()
     still_cut, moved = step_without_gradient()
     assert still_cut and moved
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "Lion8bit", "AdEMAMix", "AdEMAMix8bit"])
+def test_roselora_cuts_moments_that_are_kept_in_codes_or_stacked(kind):
+    optimizers = pytest.importorskip("bitsandbytes").optim
+    torch.manual_seed(0)
+    parameter, cut = torch.nn.Parameter(torch.randn(8, 512)), torch.rand(8, 512) < 0.8
+    options = {"min_8bit_size": 16} if kind != "AdEMAMix" else {}
+    optimizer = getattr(optimizers, kind)([parameter], lr=0.1, weight_decay=0.0, **options)
+    for scale in (1, 1, 0):
+        parameter.grad = scale * torch.randn(8, 512)
+        optimizer.step()
+        if scale:
+            parameter.data.masked_fill_(cut, 0)
+            _cut_moments(optimizer.state[parameter], cut)
+            before = parameter.detach().clone()
+    assert not parameter[cut].any() and (parameter != before)[~cut].any()
 
 
 def test_roselora_sensitivity_is_smoothed_by_hand(tmp_path):

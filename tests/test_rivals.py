@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -345,6 +346,12 @@ def test_the_anchor_reads_its_texts_without_the_noise_that_the_rows_get(tmp_path
     trainer = make(tmp_path, "kl-anchor", options={"every": 1}, neftune_noise_alpha=5.0, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["anchor_kl"] == pytest.approx(0, abs=1e-5)  # B is 0
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_anchor_is_the_base_and_so_its_biases_must_not_train(tmp_path, biased):
+    with pytest.raises(UserError, match=r"^bias: kl-anchor compares with") if biased else nullcontext():
+        make(tmp_path, "kl-anchor", adapter={"bias": "lora_only"}, model=tiny_model(attention_bias=biased))
 
 
 # --- replay ---

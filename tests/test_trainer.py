@@ -227,6 +227,20 @@ def test_a_checkpoint_without_its_optimizer_is_told_of(tmp_path, only, caplog):
     assert ("holds no optimizer (save_only_model)" in caplog.text) == only
 
 
+def test_what_the_optimizer_of_a_checkpoint_holds_is_told_where_something_else_is_asked(tmp_path, caplog):
+    make(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    for asked in ({}, {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.99}):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="lora_null.trainer.checkpoints"):
+            resumed = make(tmp_path, max_steps=2, **asked)
+            resumed.train(resume_from_checkpoint=True)
+        told = [line for line in caplog.messages if "the optimizer goes on with" in line]
+        assert [line.split(" with ")[1].split(",")[0] for line in told] == (
+            ["adam_beta1 and adam_beta2 (0.9", "learning_rate 0.01", "weight_decay 0.0"] if asked else []
+        )
+        assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {1e-2}
+
+
 def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)

@@ -38,6 +38,13 @@ logger = get_logger(__name__)
 COMPLETE_FILE, PROCESSES_FILE, METHOD_FILE = "complete.json", "processes.json", "method.json"
 SCALED_BY = ("r", "lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter's config, which its weights go with
 BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
+# Of an optimizer's group: what a checkpoint holds in the place of what the training arguments ask for.
+KEPT_BY_OPTIMIZER = {
+    "initial_lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1 and adam_beta2",
+}
+KEPT_BY_OPTIMIZER |= {"eps": "adam_epsilon", "momentum": "momentum"}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -308,6 +315,20 @@ class SavingMixin(Base):
                 copy_into(self.model, load_peft_weights(str(inside), device="cpu"), name)
         if dist.is_initialized():
             dist.barrier()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the parent trainer; a rate or decay of the checkpoint's that is not what is asked for now is told in a line."""
+        groups = getattr(self.optimizer, "param_groups", ())
+        asked = [{key: group.get(key) for key in KEPT_BY_OPTIMIZER} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        told = set()
+        for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):
+            told |= {(key, group.get(key), value) for key, value in wanted.items() if group.get(key) != value}
+        for key, held, value in sorted(told, key=str):
+            logger.warning(
+                f"resume: the optimizer goes on with {KEPT_BY_OPTIMIZER[key]} {held}, which {checkpoint} holds, not with "
+                f"{value}; to change it, give its adapter or model to a new trainer"
+            )
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:

@@ -68,6 +68,7 @@ from lora_null.trainer.preflight import (
     check_mode,
     check_model,
     check_reference,
+    check_reference_stays,
     check_rows,
     check_rows_given,
     check_targets,
@@ -225,6 +226,8 @@ class LoraNullMixin(SavingMixin):
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
+        if self.learns_pairs:
+            check_reference_stays(self.model, given)
         self._preflight = preflight
         self.add_callback(_Begin(self))
         self._watch = TrainingWatch()

@@ -25,7 +25,7 @@ from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported
-from lora_null.utils.model_state import preserve, start_that_rewrites
+from lora_null.utils.model_state import preserve, start_that_rewrites, trains_biases
 from lora_null.utils.quantized import unreadable
 
 logger = get_logger(__name__)
@@ -111,6 +111,21 @@ def check_reference(given: Mapping[str, Any]) -> None:
         raise UserError(
             "ref_model: every weight trains, and the model was loaded from no path that would give the reference; give "
             "ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
+        )
+
+
+def check_reference_stays(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raise a UserError where DPO's reference, the model without its adapter, would train too.
+
+    Args:
+        model: with its adapter.
+        given: the trainer's arguments, by name.
+    """
+    ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
+    if given.get("ref_model") is None and not ahead and trains_biases(model):
+        raise UserError(
+            "bias: biases of the base would train, and with them the reference, which is the model without its adapter; "
+            "set it to 'none', or give precompute_ref_log_probs=True"
         )
 
 

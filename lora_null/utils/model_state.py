@@ -51,6 +51,13 @@ def rewriting(start: Any) -> str | None:
     return start if isinstance(start, str) and start.startswith(REWRITES_BASE) else None
 
 
+def trains_biases(model: nn.Module) -> bool:
+    """Return whether biases of the base train beside a PEFT model's adapter, which disabling it does not put back."""
+    if not isinstance(model, PeftModel) or getattr(model.active_peft_config, "bias", "none") == "none":
+        return False
+    return any(name.endswith(".bias") and parameter.requires_grad for name, parameter in model.named_parameters())
+
+
 @contextlib.contextmanager
 def preserve(model: nn.Module, tokenizer=None) -> Iterator[None]:
     """Restore, on the way out, everything about `model` and the process that an evaluation may change.

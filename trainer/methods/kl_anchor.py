@@ -12,7 +12,8 @@ from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 from lora_null.utils.distributed import rank_and_world
-from lora_null.utils.model_state import replaced
+from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import replaced, trains_biases
 
 Batch = dict[str, torch.Tensor]
 
@@ -47,6 +48,12 @@ class KLAnchor(Method):
         need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
         need_count(self, "every", "batch_rows", "tokens")
         self.windows: list[list[int]] = []
+
+    def prepare(self, model: nn.Module) -> None:
+        if trains_biases(model):
+            raise UserError(
+                f"bias: {self.name} compares with the model without its adapter, of which biases would train; set it to 'none'"
+            )
 
     def held_bytes(self, model: nn.Module) -> int:
         """Return the bytes of both models' logits and log-probabilities, float32."""

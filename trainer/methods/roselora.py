@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,8 @@ class _Prune(TrainerCallback):
         for name, parameter, dim in _factors(model):
             if fraction < 1 and name in self.sensitivity:
                 cut = ~top_mask(self.sensitivity[name], fraction, dim)
-                kept = optimizer.state.get(parameter, {}).values()
-                moments = [x for x in kept if torch.is_tensor(x) and x.shape == parameter.shape]
-                for tensor in (parameter, *moments):
-                    tensor.masked_fill_(cut, 0)
+                parameter.masked_fill_(cut, 0)
+                _cut_moments(optimizer.state.get(parameter, {}), cut)
             if self.method.clamp is not None:
                 parameter.clamp_(-self.method.clamp, self.method.clamp)
 
@@ -142,6 +141,17 @@ class _Prune(TrainerCallback):
         if not (checkpoint / STATE_FILE).is_file():
             raise UserError(f"resume: {checkpoint} is none of roselora, {STATE_FILE} is missing")
         self.sensitivity = load_file(checkpoint / STATE_FILE)
+
+
+def _cut_moments(state: Mapping[str, Any], cut: torch.Tensor) -> None:
+    """Set an optimizer's moments of what is cut to 0: each of the factor's shape, or several of them stacked.
+
+    The 8-bit moments of bitsandbytes, `state1` and `state2`, are codes of numbers in `qmap1` and `qmap2`.
+    """
+    for name, moment in state.items():
+        if torch.is_tensor(moment) and moment.shape[-cut.ndim :] == cut.shape:
+            exact = moment.is_floating_point()
+            moment.masked_fill_(cut, 0 if exact else int(state[name.replace("state", "qmap")].abs().argmin()))
 
 
 def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
