@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import Calibration, check_architecture
 from lora_null.checkpoint_reader import base_modules, in_checkpoint
 from lora_null.config import MULTIPLE, NO_BASIS, LoraNullConfig
@@ -23,6 +24,7 @@ from lora_null.solver import NullSpace, directions
 from lora_null.start import DEFAULTS, WHAT, InitOptions, LayerReport, compute_start, load_start
 from lora_null.utils.distributed import get_logger, is_sharded, together
 from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.model_state import base_model_of
 from lora_null.utils.quantized import unreadable
 
 logger = get_logger(__name__)
@@ -115,6 +117,23 @@ def load_initialization(
     return start.report, start.calibration
 
 
+def check_unadapted(model: Any) -> None:
+    """Raise a UserError for a model into which transformers has loaded an adapter, as it does for the path of one.
+
+    PEFT would write its own over it, and what trains whole weights would be saved as the adapter alone.
+
+    Args:
+        model: the model or its name; a PEFT model around it too.
+    """
+    adapter = isinstance(model, str) and (Path(model) / CONFIG_FILE).is_file()
+    if adapter or getattr(base_model_of(model), "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model: {f'{model} is an adapter' if adapter else 'transformers has loaded an adapter into it'}; load its base "
+            "with AutoModelForCausalLM, then PeftModel.from_pretrained(base, ADAPTER, is_trainable=True) goes on with it, and "
+            "merge_and_unload() of that gives a model to start from"
+        )
+
+
 def check_named(model: nn.Module, targets: Any) -> None:
     """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches.
 
@@ -135,6 +154,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         UserError: one line that names the module and the reason.
     """
     check_architecture(peft_model)
+    check_unadapted(peft_model)
     config = peft_model.peft_config[adapter_name]
     if not isinstance(config, LoraNullConfig):
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from test_dpo import PAIRS
 from test_dpo import make as make_dpo
 from test_trainer import CUT, ROWS, TEXTS, losses, make
-from tiny import tiny_model, tiny_tokenizer
-from transformers import DataCollatorForLanguageModeling
+from tiny import random_batches, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 from trl import SFTTrainer
 from world import make_world
 
-from lora_null import LoraNullConfig, UserError
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
@@ -45,6 +45,25 @@ END = 2
 def test_what_only_an_adapter_needs_is_not_ignored_without_one(trainer, given):
     with pytest.raises(UserError, match=f"{next(iter(given))}: would not be read, there is no adapter"):
         trainer(model=tiny_model(), **given)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "lora-null-v2"])
+def test_an_adapter_that_transformers_has_loaded_is_not_written_over_and_nothing_is_saved_without_it(tmp_path, name):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    method, integrated = make_method(name), AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    config = method.config(r=4, target_modules=["down_proj"])
+    for model, said in (
+        (integrated, "transformers has loaded an adapter into it"),
+        (str(tmp_path / "adapter"), "is an"),
+    ):
+        with pytest.raises(UserError, match=rf"^model: .*{said}.*; load its base with AutoModelForCausalLM"):
+            make(tmp_path, config or "none", method=method, model=model)
+    if name == "lora-null-v2":
+        with pytest.raises(UserError, match=r"^model: transformers has loaded an adapter"):
+            initialize_lora_null_weights(get_peft_model(integrated, config), random_batches())
 
 
 def test_the_drift_of_a_layer_that_is_no_plain_lora_is_not_reported_under_a_method_either(tmp_path, capsys):

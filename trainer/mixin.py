@@ -24,7 +24,7 @@ from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import check_basis, refusing_in_one_line, say_what_is_fused
+from lora_null.initialize import check_basis, check_unadapted, refusing_in_one_line, say_what_is_fused
 from lora_null.layer import is_started
 from lora_null.start import (
     WHAT,
@@ -196,6 +196,7 @@ class LoraNullMixin(SavingMixin):
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         given = bound.arguments
         model, peft_config = given.get("model"), given.get("peft_config")
+        check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
             check_rows_given(name, given.get(name))
         if isinstance(peft_config, LoraNullConfig) and calibration_dataset is None and init_folder is None:
@@ -226,6 +227,7 @@ class LoraNullMixin(SavingMixin):
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
+        check_unadapted(self.model)  # of a name on the hub it is known only now
         if self.learns_pairs:
             check_reference_stays(self.model, given)
         self._preflight = preflight
