@@ -138,7 +138,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
 def _check_positive(options: dict[str, Any]) -> None:
     """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
     counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-    for key in ("learning_rate", "num_train_epochs", *counts):
+    for key in ("learning_rate", "num_train_epochs", "beta", *counts):
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")

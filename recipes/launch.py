@@ -9,7 +9,6 @@ It reads what Slurm, SkyPilot or Kubeflow (or NNODES, NODE_RANK and MASTER_ADDR)
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_null.recipes.commands.arguments import Parser
 from lora_null.utils.errors import UserError, exit_status
 
 CONFIGURATIONS = Path(__file__).parent / "accelerate"
@@ -37,18 +37,28 @@ def machines(environment: Mapping[str, str]) -> tuple[int, int, str]:
     """Return (number of machines, this one's number, the first one's address).
 
     Raises:
-        UserError: there are several, and where the first one is, or which this one is, is not said.
+        UserError: there are several, and where the first one is, or which this one is, is not said, or no such number.
     """
     for count, number, address in VARIABLES:
-        if count not in environment:
+        if not environment.get(count):
             continue
-        several = int(environment[count]) > 1
-        lacking = [name for name in (number, address) if not environment.get(name)]
-        if several and lacking:
-            raise UserError(f"{count} is {environment[count]}, and {lacking[0]} is not set")
-        if several:
-            return int(environment[count]), int(environment[number]), environment[address].split()[0]
+        several = _whole_number(environment, count)
+        if several <= 1:
+            continue
+        lacking = [name for name in (number, address) if not environment.get(name, "").strip()]
+        if lacking:
+            raise UserError(f"{count} is {several}, and {lacking[0]} is not set")
+        own = _whole_number(environment, number)
+        if own >= several:
+            raise UserError(f"{number} is {own}, and of {several} machines ({count}) the last is {several - 1}")
+        return several, own, environment[address].split()[0]
     return 1, 0, "localhost"
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int:
+    if not environment[name].isdecimal():
+        raise UserError(f"{name} is {environment[name]!r}, not a whole number")
+    return int(environment[name])
 
 
 def command(words: Sequence[str], environment: Mapping[str, str], gpus: int) -> list[str]:
@@ -60,9 +70,9 @@ def command(words: Sequence[str], environment: Mapping[str, str], gpus: int) -> 
         gpus: of this machine; all machines have as many.
 
     Raises:
-        UserError: as `machines`; --overwrite, which would begin anew after every interruption.
+        UserError: as `machines`; another engine; --overwrite, which would begin anew after every interruption.
     """
-    parser = argparse.ArgumentParser(prog="python -m lora_null.recipes.launch", allow_abbrev=False)
+    parser = Parser(prog="python -m lora_null.recipes.launch", allow_abbrev=False)
     parser.add_argument("--engine", choices=ENGINES, default="ddp", help="how several GPUs share the work")
     given, rest = parser.parse_known_args(words)
     if "--overwrite" in rest:

@@ -352,6 +352,11 @@ def test_pairs_of_some_rows_without_an_input(tmp_path):
     assert len(texts(write_rows(tmp_path / "rows.jsonl", rows))) == 2
 
 
+def test_a_template_of_empty_fields_is_no_text(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": "who", "a": None}, {"q": "", "a": None}, {"other": 1}])
+    assert texts(rows, template="Q: {q}? A: {a}") == ["Q: who? A: "]
+
+
 def test_own_texts_are_known_by_the_end_they_were_written_to():
     section = ModelSection(name_or_path="m")
     source, cut = SimpleNamespace(prompts=["a"]), CalibrationArgs()

@@ -131,6 +131,10 @@ def test_a_prompt_of_several_fields(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Sum", "input": "1 2", "response": "3"}])
     data = training_data(section(path, prompt="{instruction}: {input}"), tokenizer, preferences=False, max_length=None)
     assert data.examples[0].written.messages == [user("Sum: 1 2"), assistant("3")]
+    rows = [{"instruction": "Sum", "input": "", "response": "3"}, {"instruction": " ", "response": "3"}]
+    asked = section(write_rows(tmp_path / "rows.jsonl", rows), prompt="{instruction}: {input}", on_bad_row="skip")
+    data = training_data(asked, tokenizer, preferences=False, max_length=None)
+    assert [row.reason for row in data.bad] == ["empty '{instruction}: {input}'"]  # of which the colon is no question
 
 
 GOOD = {"prompt": "what", "response": "that", "rejected": "no"}
@@ -230,6 +234,12 @@ def test_the_preview_colors_what_is_learned(tmp_path, capsys):
     assert "\x1b[1;32m: it is 0</s>\x1b[0m" in shown(recipe, force_terminal=True, color_system="standard")
     assert main([str(recipe), "--show-samples", "0"]) == 2
     assert "--show-samples: a whole number of at least 1, not 0" in capsys.readouterr().err
+    write_rows(tmp_path / "letters.jsonl", [{"question": "what is a", "answer": "a letter"}])
+    tasks = "[{name: x}, {name: y, data: {path: letters.jsonl}}]"
+    words = [str(recipe), f"sequence.tasks={tasks}", "--show-samples", "1"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "numbers.jsonl, template qa" in out and "letters.jsonl, template qa" in out and out.count("⟦:") == 2
 
 
 def test_the_preview_of_preferences_and_of_what_is_cut(tmp_path):

@@ -162,6 +162,18 @@ def test_what_cannot_start_is_told_in_a_line():
         launch.command(["math", "--overwrite"], {}, gpus=1)
     with pytest.raises(UserError, match="SLURM_NNODES is 2, and MASTER_ADDR is not set"):
         launch.command(["math"], {"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, gpus=8)
+    two = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "node"}
+    for wrong, message in (
+        ({"PET_NNODES": "1:2"}, "PET_NNODES is '1:2', not a whole number"),
+        ({"PET_NODE_RANK": "-1"}, "PET_NODE_RANK is '-1', not a whole number"),
+        ({"PET_NODE_RANK": "2"}, r"PET_NODE_RANK is 2, and of 2 machines \(PET_NNODES\) the last is 1"),
+        ({"PET_MASTER_ADDR": " "}, "PET_NNODES is 2, and PET_MASTER_ADDR is not set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch.machines(two | wrong)
+    assert launch.machines(two | {"PET_NNODES": "", "PET_NODE_RANK": ""}) == (1, 0, "localhost")
+    with pytest.raises(UserError, match="--engine: invalid choice: 'fsdp'"):
+        launch.command(["--engine", "fsdp", "math"], {}, gpus=1)
 
 
 def preempted(command, folder, log):

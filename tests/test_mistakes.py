@@ -100,6 +100,7 @@ CASES = [
     (["training.total_batch_size=3"], "total_batch_size: 3 is not a multiple of per_device_train_batch_size"),
     (["training.optim=sdg"], "training: "),
     (["training.learning_rate=-1"], "training.learning_rate: must be a number greater than 0, not -1"),
+    (["trainer=dpo", "training.beta=0"], "training.beta: must be a number greater than 0, not 0"),
     (["model.name_or_path=./nomodel"], "model.name_or_path: no folder ./nomodel"),
     (["model.name_or_path=some/model"], "not a local folder, and the hub does not give it"),
     (['training.bf16="perhaps"'], "training.bf16: must be true or false, not 'perhaps'"),

@@ -10,6 +10,8 @@ from lora_null.recipes import output
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.known import method_options
 from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.grid import grid_cells
 from lora_null.recipes.job import training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
@@ -119,6 +121,20 @@ def test_includes(tmp_path):
             "0: takes messages instead",
         ),
         ("include: math\nseed: yes", "me: seed: must be a number, not true"),
+        ("include: math\nseed: 4294967296", "me: seed: input should be less than 4294967296"),
+        ("include: math\ngrid: {seeds: [0, 4294967296]}", "grid.seeds.1: input should be less than 4294967296"),
+        (
+            "include: math\ngrid: {sweep: {training.eos_token: [a]}}",
+            r"'eos_token' \(did you mean 'model.eos_token'\?\)",
+        ),
+        (
+            "include: math\neval: {task: [{answers: a, path: p, system: ''}]}",
+            "0.system: string should have at least 1",
+        ),
+        (
+            "include: math\neval: {task: [{answers: a, path: p, prompt: ''}]}",
+            "0.prompt: string should have at least 1",
+        ),
         ("include: math\neval: {strengths: [on]}", "eval.strengths: must be a number, not true"),
         ("include: math\nmethod: {rank_pattern: {q_proj: no}}", "rank_pattern: must be a number, not false"),
         ("include: math\nmethod: {rank_pattern: {q_proj: 0}}", "rank_pattern.q_proj: input should be greater than or"),
@@ -197,6 +213,29 @@ def test_options_over_what_a_file_has():
 def test_what_rows_hold_is_said_by_what_is_laid_over(name, words, found):
     data = load_recipe(name, words).data
     assert {key: getattr(data, key) for key in found} == found
+
+
+def test_a_whole_section_is_laid_over_the_files(tmp_path):
+    (tmp_path / "me.yaml").write_text("include: quickstart\nquick: {training: {max_steps: 2}}\ncalibration:\n")
+    path = str(tmp_path / "me.yaml")
+    for recipe in (load_recipe(path, quick=True), load_recipe(path, ["training={max_steps: 2}"])):
+        assert (recipe.training["max_steps"], recipe.training["learning_rate"]) == (2, 3e-4)
+    assert (load_recipe(path).calibration.path, load_recipe(path).calibration.source) == (None, "general")
+    assert load_recipe("quickstart", ["calibration="]).calibration.source == "general"
+    assert load_recipe("study", ["grid={seeds: [5]}"]).grid.per_method
+    assert not load_recipe("study", ["grid={}"]).grid
+
+
+def test_no_is_a_strategy_and_off_is_not_false(tmp_path):
+    """As YAML reads them: also in a sequence's tasks and a grid's runs."""
+    tasks = "[{name: x, training: {save_strategy: no}, eval: {task: [gsm8k]}}, {name: y, eval: {task: [webqs]}}]"
+    (tmp_path / "me.yaml").write_text(
+        f"include: math\npreflight: off\nsequence: {{tasks: {tasks}}}\neval: {{retention: }}\n"
+    )
+    stage = stage_recipes(load_recipe(str(tmp_path / "me.yaml")))[0]
+    assert (stage.training["save_strategy"], stage.preflight, stage.eval.retention) == ("no", "off", [])
+    grid = load_recipe("math", ["grid.sweep={training.save_strategy: [no]}"])
+    assert grid_cells(grid)[0].recipe(grid, tmp_path).training["save_strategy"] == "no"
 
 
 def test_epochs_laid_over_a_number_of_steps(tmp_path):

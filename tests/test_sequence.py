@@ -292,6 +292,12 @@ def test_what_only_the_first_recipe_says_is_not_dropped_from_a_later_one(word):
     join_recipes([other, one], None)
 
 
+def test_what_only_a_later_recipe_keeps_is_not_dropped():
+    recipes = [load_recipe("quickstart"), load_recipe("quickstart", ["eval.retention=[webqs]"])]
+    with pytest.raises(UserError, match=r"sets eval\.retention, which holds for all tasks"):
+        join_recipes(recipes, None)
+
+
 def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
     data, tasks = (
         finished / "numbers.jsonl",
@@ -309,6 +315,7 @@ def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
         (["{a}", "--sequence"], "takes two recipes or more"),
         (["{a}", "{b}", "--sequence", "--seeds", "0,1"], "takes no grid"),
         (["{a}", "{b}", "--sequence", "eval.strengths=[0.5]"], "strength 0 of a later task is not the base"),
+        (["{a}", "sequence", "--sequence"], "sequence is a sequence itself"),
         (["{a}", "sequence={{tasks: [{{name: x}}]}}"], "at least 2 items"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{nam: y}}]}}"], "each task needs a name"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y}}], earlier: [1, 1]}}"], "have 1 before the last, not 2"),

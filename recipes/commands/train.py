@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.show_samples is not None:
         from lora_null.recipes.data.preview import show_samples
 
-        show_samples(recipe, arguments.show_samples)
+        for each in stage_recipes(recipe) if recipe.sequence else [recipe]:
+            show_samples(each, arguments.show_samples)
     else:
         _start(recipe, arguments)
 

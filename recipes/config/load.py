@@ -186,8 +186,10 @@ def lay_calibration(under: Any, over: Any) -> Any:
     """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
 
     Another path keeps what says how its rows are read, unless it is of texts, which have none of the fields; anything
-    else takes that away too.
+    else takes that away too. None stands for the default, whatever lies below.
     """
+    if over is None:
+        return None
     under, over = calibration_entry(under), calibration_entry(over)
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
@@ -249,28 +251,12 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         if not isinstance(target, dict):
             what = "is a list: give all of it" if isinstance(target, list) else "holds a value, not keys"
             raise UserError(f"{where}: {parent!r} {what}")
-    if key == "calibration":
-        raw[key] = lay_calibration(raw.get(key), value)
+    if not parents:  # a section is laid over the recipe's, as those of a file are; an empty one empties it
+        raw[key] = merge(raw, {key: value})[key] if value else value
     elif parents == ["calibration"]:
         raw["calibration"] = lay_calibration(target, {last: value})
     else:
         target[last] = value
-
-
-def _undo_yaml_readings(name: str, section: Any) -> Any:
-    """Undo three readings of YAML that no recipe writer means; anything that is no section is left to the schema.
-
-    `preflight: off` and `save_strategy: no` are not false, and an empty list of tasks is not null.
-    """
-    if name == "preflight" and section is False:
-        return "off"
-    if not isinstance(section, dict):
-        return section
-    if name == "training":
-        return {k: "no" if str(k).endswith("_strategy") and v is False else v for k, v in section.items()}
-    if name == "eval":
-        return {k: [] if v is None and k in ("retention", "task") else v for k, v in section.items()}
-    return section
 
 
 def load_recipe(
@@ -311,7 +297,6 @@ def load_recipe(
     if max_forgetting is not None:
         put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
-    raw = {key: _undo_yaml_readings(key, value) for key, value in raw.items()}
     if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
         for key in ("name", "files"):
             if isinstance(given := one_or_more(method.get(key)), list):

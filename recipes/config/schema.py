@@ -99,6 +99,7 @@ SPLIT = "split; a single file is its own"
 
 
 Template = Annotated[str, AfterValidator(check_template)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes them
 
 
 class Section(BaseModel):
@@ -263,6 +264,8 @@ TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 def _training_value(key: str, value: Any, kind: str) -> Any:
     """Return a training argument as its type has it: of quoted digits a number, of "no" a truth value, of 1e3 a whole number."""
     kinds = set(kind.split(" | "))
+    if key.endswith("_strategy") and value is False:  # YAML's reading of no
+        return "no"
     if isinstance(value, dict | list) and kinds <= {"bool", "int", "float", "str", "None"}:
         raise ValueError(f"training.{key}: takes one value, not {value!r}")
     if isinstance(value, str) and kinds <= {"bool", "None"} and (key, value) != ("bf16", "auto"):
@@ -489,15 +492,21 @@ class AnswersEntry(Section):
     subset: str | None = SUBSET
     split: str = Field("test", description=SPLIT)
     prompt: str | None = Field(
-        None, description="field of the prompt, or a text made of {field}s; found by its name when not given"
+        None,
+        min_length=1,
+        description="field of the prompt, or a text made of {field}s; found by its name when not given",
     )
     response: str | None = Field(
-        None, description="field of the answer, of several accepted ones the first; found by its name when not given"
+        None,
+        min_length=1,
+        description="field of the answer, of several accepted ones the first; found by its name when not given",
     )
     messages: str | None = Field(
-        None, description="field of a conversation whose last learned answer counts, instead of prompt and response"
+        None,
+        min_length=1,
+        description="field of a conversation whose last learned answer counts, instead of prompt and response",
     )
-    system: str | None = Field(None, description="field of a system text, put before the conversation")
+    system: str | None = Field(None, min_length=1, description="field of a system text, put before the conversation")
     template: Template = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
     offset: int = OFFSET
     limit: int | None = ROWS_AFTER
@@ -682,6 +691,11 @@ class EvalSection(Section):
         [], description="strengths of the adapter to evaluate as well, 1 being as it is saved"
     )
 
+    @field_validator("retention", "task", mode="before")
+    @classmethod
+    def _take_null_for_no_tasks(cls, entries: Any) -> Any:
+        return [] if entries is None else entries
+
     @model_validator(mode="after")
     def _check_engine(self) -> EvalSection:
         if self.backend != "vllm" and self.vllm is not None:
@@ -737,7 +751,7 @@ def _need_distinct(key: str, values: list[Scalar]) -> None:
 class GridSection(Section):
     """Several runs that differ in what is named here alone; empty for a single run."""
 
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([], description="one run for each seed")
+    seeds: list[Seed] = Field([], description="one run for each seed")
     sweep: dict[str, list[Scalar]] = Field({}, description="recipe key → its values, every combination")
     per_method: dict[str, dict[str, list[Scalar]]] = Field(
         {}, description="method → recipe key → other values, where `sweep`'s do not suit it"
@@ -804,7 +818,12 @@ class Recipe(Section):
     grid: GridSection = GridSection()
     quick: dict[str, Any] = Field({}, description="what --quick sets, as key.subkey: value")
     output_dir: str = Field("", description="where everything goes; when not given runs/ and the file's name")
-    seed: int = Field(0, ge=0, description="of data order, windows and what is drawn at random")
+    seed: Seed = Field(0, description="of data order, windows and what is drawn at random")
+
+    @field_validator("preflight", mode="before")
+    @classmethod
+    def _take_false_for_off(cls, preflight: Any) -> Any:
+        return "off" if preflight is False else preflight  # YAML's reading of off
 
     @field_validator("training")
     @classmethod
@@ -843,7 +862,8 @@ class Recipe(Section):
     def _check_sections(self) -> Recipe:
         for key in self.grid.sweep:
             section, name = key.split(".")[:2]
-            known = type(getattr(self, section)).model_fields if section != "training" else training_keys(self.trainer)
+            of_training = training_keys(self.trainer) - set(TOKENS)  # those are the model's
+            known = type(getattr(self, section)).model_fields if section != "training" else of_training
             if name not in known:
                 raise ValueError(f"grid.sweep: {section} has no key {name!r}{hint(name, known)}")
         for name, chosen in self.method.options.items():
@@ -876,7 +896,10 @@ def _paths() -> list[str]:
     """Return every key of a recipe, as it is given on a command line."""
     sections = {name: _section(Recipe, name) for name in Recipe.model_fields}
     paths = [f"{name}.{key}" for name, kind in sections.items() if kind for key in kind.model_fields]
-    return [*paths, *(f"training.{key}" for key in sorted(training_keys("sft") | training_keys("dpo")))]
+    return [
+        *paths,
+        *(f"training.{key}" for key in sorted((training_keys("sft") | training_keys("dpo")) - set(TOKENS))),
+    ]
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:

@@ -24,6 +24,8 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
     first, names = recipes[0], [recipe.name for recipe in recipes]
     if len(recipes) < 2:
         raise UserError("--sequence: takes two recipes or more, one a task")
+    if inner := next((recipe for recipe in recipes if recipe.sequence), None):
+        raise UserError(f"--sequence: {inner.name} is a sequence itself; give the recipes of its tasks")
     for recipe in recipes[1:]:
         for key in FROM_FIRST:
             if getattr(recipe, key) != getattr(first, key):
@@ -42,7 +44,7 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
 
 def _check_dropped(first: Recipe, recipe: Recipe) -> None:
     """Raise a UserError for what a later recipe sets and a sequence takes from the first recipe alone."""
-    of_eval = sorted(type(recipe.eval).model_fields.keys() - {"task", "retention"})
+    of_eval = sorted(type(recipe.eval).model_fields.keys() - {"task"})
     for section, own, shared, keys in (
         ("", recipe, first, ("budget", "grid")),
         ("eval.", recipe.eval, first.eval, of_eval),

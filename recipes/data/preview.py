@@ -32,7 +32,7 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
         return
     console = console or Console(soft_wrap=True)
     marks = "" if console.is_terminal else " (between ⟦ and ⟧ where there is no color)"
-    console.print(Text(f"template {recipe.data.template}; trained tokens are green{marks}"))
+    console.print(Text(f"{recipe.data.path}, template {recipe.data.template}; trained tokens are green{marks}"))
     sides = {"chosen": False, "rejected": True} if recipe.trainer == "dpo" else {"": False}
     for side, rejected in sides.items():
         for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):

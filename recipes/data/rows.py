@@ -115,14 +115,15 @@ class RowText:
             need_field(columns, name, where)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the text of a row.
+        """Return the text of a row; the empty text where every field in it is empty.
 
         Raises:
             ValueError: a field that is no text, and why.
         """
-        return (
-            self._text(row, self.spec) if self.is_field else fill(self.spec, self.where, lambda n: self._text(row, n))
-        )
+        found = {name: self._text(row, name) for name in self.names}
+        if self.is_field or not any(map(str.strip, found.values())):
+            return found[self.spec] if self.is_field else ""
+        return fill(self.spec, self.where, found.__getitem__)
 
     def _text(self, row: Mapping[str, Any], name: str) -> str:
         try:
