@@ -389,6 +389,15 @@ def test_replay_mixes_once_where_an_attempt_was_broken_off(tmp_path, monkeypatch
     assert len(trainer.train_dataset) == 60
 
 
+def test_replay_mixes_among_the_rows_of_a_second_training_too(tmp_path):
+    trainer = make(tmp_path, "replay", max_steps=1)
+    rows = trainer.train_dataset
+    for given, mixed in ((rows, 60), (None, 60), (rows.select(range(24)), 30)):
+        trainer.train_dataset = given or trainer.train_dataset
+        trainer.train()
+        assert len(trainer.train_dataset) == mixed
+
+
 def test_replay_takes_texts_again_cuts_them_and_makes_epochs_longer(tmp_path):
     trainer = make(tmp_path, "replay", options={"share": 0.75}, max_length=12, max_steps=-1, num_train_epochs=1)
     trainer.train()

@@ -381,6 +381,8 @@ class LoraNullMixin(SavingMixin):
             self._prepare(resuming=checkpoint)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
+        elif self.train_dataset is not self._rows:  # other rows than those of the training before
+            self._prepare_rows(checkpoint)
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(checkpoint)
