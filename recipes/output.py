@@ -15,7 +15,16 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import RootModel
 
-from lora_null.recipes.config.load import MARK, RECIPE_FILE, dump, is_of_run, resume_command, whole_of, whole_paths
+from lora_null.recipes.config.load import (
+    MARK,
+    RECIPE_FILE,
+    dump,
+    is_of_run,
+    paths_here,
+    resume_command,
+    whole_of,
+    whole_paths,
+)
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results, validated
 from lora_null.trainer.checkpoints import last_checkpoint
@@ -178,7 +187,15 @@ def _check_held(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     left_over = {name for name in names if name == LOCK_FILE or (name.startswith(".") and name.endswith(PART))}
     held = [name for name in names if name not in left_over]
-    if not held or (overwrite and is_of_run(folder / RECIPE_FILE)):
+    if not held:
+        return
+    if overwrite and is_of_run(folder / RECIPE_FILE):
+        removed = [path.resolve() for path in _own(folder)]
+        for needed in paths_here(recipe):
+            if any(needed.resolve().is_relative_to(path) for path in removed):
+                raise UserError(
+                    f"--overwrite: would remove {needed}, which this run reads; choose another --output-dir"
+                )
         return
     if RECIPE_FILE not in held or overwrite:
         raise UserError(f"output_dir: {folder} holds other files ({held[0]}); choose an empty folder")
@@ -250,14 +267,17 @@ def _check_writable(folder: Path, what: str = "output_dir") -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a run of this package left in its folder, and nothing else."""
-    if not is_of_run(folder / RECIPE_FILE):
-        return
-    method = _read_recipe(folder).get("method")
-    names = method.get("name") if isinstance(method, dict) else None
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    for name in (*(name for name in names if name not in ("", "..") and Path(name).name == name), *OWN_FILES):
-        path = folder / name
+    for path in _own(folder) if is_of_run(folder / RECIPE_FILE) else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _own(folder: Path) -> list[Path]:
+    """Return what the run in a folder may have written there; the file that says that all is ours comes last."""
+    method = _read_recipe(folder).get("method")
+    names = method.get("name") if isinstance(method, dict) else None
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    methods = (name for name in names if name not in ("", "..") and Path(name).name == name)
+    return [folder / name for name in (*methods, *OWN_FILES)]

@@ -157,6 +157,19 @@ def test_overwrite_removes_what_a_run_left_and_nothing_else(tmp_path, monkeypatc
         assert removed == [out / "base", out / "cells"] and (out / "mine").is_dir()
 
 
+@pytest.mark.parametrize(
+    "key, named", [("method.init", "lora"), ("model.name_or_path", "lora/merged"), ("data.path", "base/rows.jsonl")]
+)
+def test_overwrite_removes_nothing_that_the_run_reads(tmp_path, key, named):
+    needed = tmp_path / named
+    needed.mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(f"{MARK}method: {{name: [lora]}}\n")
+    recipe = load_recipe("quickstart", [f"{key}={needed}"], output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"--overwrite: would remove {needed}, which this run reads"):
+        output.check(recipe, resume=False, overwrite=True)
+    assert needed.is_dir()
+
+
 @pytest.mark.parametrize("edited", ["model: 3", "method:", "data: [x]", "eval: text", "sequence: 3"])
 def test_a_run_whose_recipe_was_edited_into_none_is_told_in_one_line(tmp_path, capsys, edited):
     run, name = tmp_path / "out", edited.partition(":")[0]

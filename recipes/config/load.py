@@ -380,6 +380,13 @@ def whole_paths(recipe: Recipe) -> Recipe:
     )
 
 
+def paths_here(recipe: Recipe) -> list[Path]:
+    """Return the files and folders that a recipe names and that are there."""
+    found = []
+    _with_paths(recipe.model_copy(deep=True), lambda path: found.append(Path(path)) or path)
+    return [path for path in found if path.exists()]
+
+
 def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
     """Put what they mean in the place of all paths of a recipe."""
     probe, calibration = recipe.eval.probe, recipe.calibration
