@@ -264,8 +264,8 @@ def _scaled(kept: Measure, learned: Measure) -> dict[int, tuple[float, float]]:
 
 
 def _errors(kept: Measure, learned: Measure, i: int) -> dict[str, float]:
-    """Return the error bars of row `i`, in the axes' units."""
-    return {k: scale_of(m.unit) * (m.estimates[i].stderr or 0) for k, m in (("xerr", learned), ("yerr", kept))}
+    """Return the error bars of what row `i` has changed, in the axes' units."""
+    return {k: scale_of(m.unit) * (m.error(i) or 0) for k, m in (("xerr", learned), ("yerr", kept))}
 
 
 def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "", scale: str = "") -> None:

@@ -73,12 +73,14 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
         found += [*_by_dial(dial, row, label), *_by_curve(results, log, label), *_by_form(results, row, label)]
     if found:
         return max(found, key=lambda advice: advice.gain).sentence
-    if not any(dials) and not any(probe_curves([log]) for log in logs):
+    judged = ["another rate or an earlier end"] if any(_learned(results, log) for log in logs) else []
+    judged += ["a lower strength"] if any(dial.shares() for dial in dials if dial) else []
+    if not judged:
         return (
             "No curve was measured that tells what to do next: lora-null dial RUN/METHOD measures one of what was trained "
             "here, eval.probe and eval.strengths do in the next run."
         )
-    return "By the measured curves nothing is to be gained by another rate, an earlier end, or a lower strength."
+    return f"By the measured curves nothing is to be gained by {', nor by '.join(judged)}."
 
 
 def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
@@ -100,26 +102,29 @@ def _differ(one: Estimate, other: Estimate) -> bool:
 
 
 def _by_curve(results: Results, log: TrainLog, label: str) -> list[Advice]:
-    """An earlier end where the task's loss has turned, a higher rate or more steps where it still falls."""
-    learned = results.directed_names("task")
-    for key, title in probe_curves([log]):
-        if not key.endswith(" nll") or key.removeprefix(PREFIX) not in learned:
-            continue
-        steps, values = log.series(key)
-        if len(values) < 4:
-            continue
+    """Another rate where the task's loss never fell, an earlier end where it has turned, more steps where it still falls."""
+    for title, steps, values in _learned(results, log):
         lowest = min(range(len(values)), key=values.__getitem__)
         fall, last = values[0] - values[lowest], values[-1]
         if fall <= 0:
-            continue
+            word = "Lower" if last > values[0] else "Raise"
+            sentence = f"{word} the learning rate of {label}: {title} was never below its {values[0]:.3g} of step {steps[0]:g} and is {last:.3g} at step {steps[-1]:g}."
+            return [Advice(1.0, sentence)]
         if lowest < len(values) - 1 and last > RISEN * values[lowest]:
-            sentence = f"Stop {label} earlier: {title.removeprefix('Probe: ')} was lowest at step {steps[lowest]:g} ({values[lowest]:.3g}) and has risen to {last:.3g} by step {steps[-1]:g}."
+            sentence = f"Stop {label} earlier: {title} was lowest at step {steps[lowest]:g} ({values[lowest]:.3g}) and has risen to {last:.3g} by step {steps[-1]:g}."
             return [Advice((last - values[lowest]) / fall, sentence)]
         quarter = values[-max(2, len(values) // 4) - 1]
         if (quarter - last) / fall > STILL and lowest == len(values) - 1:
-            sentence = f"Raise the learning rate of {label}, or train longer: {title.removeprefix('Probe: ')} still falls, by {quarter - last:.3g} in the last quarter of {fall:.3g} in all."
+            sentence = f"Raise the learning rate of {label}, or train longer: {title} still falls, by {quarter - last:.3g} in the last quarter of {fall:.3g} in all."
             return [Advice((quarter - last) / fall, sentence)]
     return []
+
+
+def _learned(results: Results, log: TrainLog) -> list[tuple[str, list[float], list[float]]]:
+    """The probed losses of the task that are long enough to judge: title, steps and values."""
+    names = [f"{PREFIX}{name}" for name in results.directed_names("task") if name.endswith(" nll")]
+    curves = [(title.removeprefix("Probe: "), *log.series(key)) for key, title in probe_curves([log]) if key in names]
+    return [curve for curve in curves if len(curve[2]) >= 4]
 
 
 def _by_form(results: Results, row: Row, label: str) -> list[Advice]:

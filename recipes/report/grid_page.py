@@ -24,7 +24,7 @@ import numpy as np
 from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
 from lora_null.recipes.comparisons import Evaluations, compared_means
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
-from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
+from lora_null.recipes.report.table import ARROWS, change_error, metric_title, reference_row, show_all
 from lora_null.recipes.results import Estimate, Results, Row, Run, display_name, settings_text, variant_of
 
 RATE = "training.learning_rate"
@@ -191,8 +191,10 @@ def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> lis
 
 
 def _moved(results: Results, i: int, name: str) -> Estimate | None:
-    row, moved, gap = results.rows[i], change(results, results.rows[i], name), results.difference(i, 0, name)
-    return None if moved is None else Estimate(moved, gap.stderr if gap else row.estimate(name).stderr)
+    moved, (before, after) = change(results, results.rows[i], name), (results.rows[k].estimate(name) for k in (0, i))
+    if moved is None or before is None or after is None:
+        return None
+    return Estimate(moved, change_error(before, after, results.difference(i, 0, name)))
 
 
 def change(results: Results, run: Row, name: str) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.report.table import mean, metric_title, show_all
+from lora_null.recipes.report.table import change_error, mean, metric_title, show_all
 from lora_null.recipes.results import Estimate, Paired, Results
 
 
@@ -52,6 +52,11 @@ class Measure:
         if base is None or row is None:
             return None
         return row.value - base.value if self.higher_is_better == learned else base.value - row.value
+
+    def error(self, i: int) -> float | None:
+        """The standard error of `toward`."""
+        base, row = self.estimates[0], self.estimates[i]
+        return None if base is None or row is None else change_error(base, row, self.gap(i, 0))
 
     def gap(self, i: int, j: int) -> Paired | None:
         """Row i minus row j, paired; None where they were not compared."""
@@ -108,7 +113,7 @@ def forgetting(results: Results) -> Measure | None:
         return None
     first, several = results.metric(names[0]), len(names) > 1
     compared = MEANS["retention"] if several else names[0]
-    losses = [_loss(results, i, names, compared) for i in range(len(results.rows))]
+    losses = [Estimate(0.0, 0.0), *(_loss(results, i, names, compared) for i in range(1, len(results.rows)))]
     if any(losses[1:]):
         title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
         unit = "points" if first.unit == "fraction" else first.unit
@@ -174,12 +179,12 @@ def _sentences(found: list[Verdict], results: Results) -> list[str]:
 
 
 def _loss(results: Results, i: int, names: Sequence[str], compared: str) -> Estimate | None:
-    """How much worse row `i` is than the base in the mean, with the error of the paired difference where it is known."""
+    """How much worse row `i` is than the base in the mean, with the error of that change."""
     before, after = (mean([row.estimate(name) for name in names]) for row in (results.base, results.rows[i]))
     if before is None or after is None:
         return None
     sign, gap = (1 if results.metric(names[0]).higher_is_better else -1), results.difference(i, 0, compared)
-    return Estimate(sign * (before.value - after.value), gap.stderr if gap else after.stderr)
+    return Estimate(sign * (before.value - after.value), change_error(before, after, gap))
 
 
 def _verdict(

@@ -15,7 +15,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row
+from lora_null.recipes.results import Estimate, Paired, Results, Row
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
@@ -127,6 +127,14 @@ def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
     errors = [estimate.stderr for estimate in estimates]
     error = None if None in errors else math.hypot(*errors) / len(errors)
     return Estimate(sum(estimate.value for estimate in estimates) / len(estimates), error)
+
+
+def change_error(before: Estimate, after: Estimate, gap: Paired | None) -> float | None:
+    """The standard error of a change: of the paired difference; where there is none, of two estimates apart."""
+    if gap is not None:
+        return gap.stderr
+    errors = [before.stderr, after.stderr]
+    return None if None in errors else math.hypot(*errors)
 
 
 def metric_title(name: str) -> str:

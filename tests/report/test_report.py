@@ -29,6 +29,7 @@ from lora_null.recipes.report.render import escape_markdown
 from lora_null.recipes.report.table import build_table, count, decimals, rank_marks, show, show_all
 from lora_null.recipes.results import (
     Estimate,
+    Paired,
     Row,
     Seconds,
     load_log,
@@ -391,7 +392,18 @@ def test_forgetting_is_the_mean_loss_of_retention_where_no_kl_was_measured():
     results = parsed(raw(base=before, lora=after, lora_null_v1=before))
     assert forgetting(results).estimates[1].value == pytest.approx(0.07)  # fractions alone: no sum with nats
     assert headline(results).startswith("LoRA-Null-v1 forgot least: mean loss of retention")
-    assert "7.00 ± 1.00 points" in headline(results)
+    assert "7.0 ± 1.0 points" in headline(results)
+
+
+def test_a_change_has_the_error_of_the_difference_or_of_both_where_it_was_not_paired():
+    before = share("nq_open", 0.2, 0.03) | nll(2.0, 0.3)
+    after = share("nq_open", 0.1, 0.04) | nll(1.0, 0.4)
+    apart = parse_results(raw(base=before, lora=after, pissa=after) | {"paired": []})
+    kept, learned = forgetting(apart), learning(apart)
+    assert kept.estimates[1].stderr == pytest.approx(0.05) and kept.error(1) == pytest.approx(0.05)
+    assert learned.error(1) == pytest.approx(0.5)
+    gap = {"row": 1, "against": 0, "metric": "gsm8k nll", "mean": -1.0, "stderr": 0.01, "questions": 9, "seeds": 1}
+    assert learning(apart.model_copy(update={"paired": [Paired(**gap)]})).error(1) == 0.01
 
 
 def test_the_table_of_differences_says_what_a_mean_is_of_its_unit_and_its_better_direction():
