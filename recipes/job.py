@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,9 +143,15 @@ def _check_positive(options: dict[str, Any]) -> None:
         value = options.get(key)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-    decay = options.get("weight_decay")
-    if decay is not None and not 0 <= decay < math.inf:
-        raise UserError(f"training.weight_decay: must be a number of at least 0, not {decay}")
+    for key, most in (
+        ("weight_decay", sys.float_info.max),
+        ("max_grad_norm", math.inf),
+        ("label_smoothing_factor", 1),
+    ):
+        value = options.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= most):
+            said = "between 0 and 1" if most == 1 else "of at least 0"
+            raise UserError(f"training.{key}: must be a number {said}, not {value}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:

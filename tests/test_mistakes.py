@@ -79,6 +79,11 @@ CASES = [
     ),
     (["training.weight_decay=-1"], "training.weight_decay: must be a number of at least 0, not -1"),
     (["training.weight_decay=.nan"], "training.weight_decay: must be a number of at least 0, not nan"),
+    (["training.max_grad_norm=.nan"], "training.max_grad_norm: must be a number of at least 0, not nan"),
+    (
+        ["training.label_smoothing_factor=5"],
+        "training.label_smoothing_factor: must be a number between 0 and 1, not 5",
+    ),
     (["calibration.template=''"], "calibration.template: the data has no field ''"),
     (["data.system=''"], "data.system: string should have at least 1 character"),
     (["data.path=nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
