@@ -122,6 +122,7 @@ def test_a_files_name_is_no_markup(world, tmp_path, capsys):
     words = ["--keep", str(tmp_path / "facts [old].jsonl"), "--strengths", "1", "--limit", "2"]
     assert main(["dial", str(world / "elsewhere"), *words, "--out", str(tmp_path / "out")]) == 0
     assert "[old]" in capsys.readouterr().out
+    assert r"facts \[old\] NLL" in (tmp_path / "out" / "dial" / "dial.md").read_text()
 
 
 def test_a_folder_that_is_no_dials_is_left_alone(world, tmp_path, capsys):

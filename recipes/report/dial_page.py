@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
-from lora_null.recipes.report.table import build_table
+from lora_null.recipes.report.table import build_table, escape_markdown
 from lora_null.recipes.results import Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
@@ -98,8 +98,8 @@ def read_dial(method_folder: Path) -> Dial | None:
 
 def markdown(dial: Dial) -> str:
     """Return the table of the points, and the picture's place."""
-    rows = table_rows(dial)
-    lines = [f"# {display_name(dial.method)} at several strengths", ""]
+    rows = [[escape_markdown(cell) for cell in row] for row in table_rows(dial)]
+    lines = [f"# {escape_markdown(display_name(dial.method))} at several strengths", ""]
     lines += ["ΔW times the strength; 0 is the base, 1 the adapter as it was saved. ± is one standard error.", ""]
     lines += ["| " + " | ".join(rows[0]) + " |", "|" + "--:|" * len(rows[0])]
     lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]

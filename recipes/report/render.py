@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,15 @@ from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png
 from lora_null.recipes.report.grid_page import against_reference, grid_content, grid_headline
 from lora_null.recipes.report.headline import headline, verdicts
 from lora_null.recipes.report.paper import paper_table
-from lora_null.recipes.report.table import Column, Table, build_table, metric_title, reference_row, scale_of
+from lora_null.recipes.report.table import (
+    Column,
+    Table,
+    build_table,
+    escape_markdown,
+    metric_title,
+    reference_row,
+    scale_of,
+)
 from lora_null.recipes.results import DISPLAY, LOG_FILE, Results, display_name, load_log, load_results
 from lora_null.utils.files import replacing
 
@@ -114,11 +121,6 @@ def print_table(results: Results, console: Console | None = None, *, found: Eval
 
 def _headline(results: Results, found: Evaluations) -> str:
     return grid_headline(results, found) if results.grid else headline(results)
-
-
-def escape_markdown(text: object) -> str:
-    """`text` as literal Markdown on one line, safe inside a table cell."""
-    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
 
 
 def _name_width(table: Table) -> int:

@@ -137,6 +137,11 @@ def change_error(before: Estimate, after: Estimate, gap: Paired | None) -> float
     return None if None in errors else math.hypot(*errors)
 
 
+def escape_markdown(text: object) -> str:
+    """`text` as literal Markdown on one line, safe inside a table cell."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
+
+
 def metric_title(name: str) -> str:
     """`gsm8k/strict-match` as a reader would write it: `GSM8K strict-match`."""
     return " ".join(WORDS.get(word.lower(), word) for word in re.split(r"[ /]+", name))
