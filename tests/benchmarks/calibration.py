@@ -13,6 +13,7 @@ ratio of 0.1 is a tenth of LoRA's forgetting at equal learning; "–" where no L
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def one_run(
     raw = recipe.model_dump(mode="json") | {"calibration": cut | calibration, "seed": seed}
     raw["training"] |= steps
     raw["eval"] |= {"retention": MEASURED, "limit": options.limit}
-    path = folder.with_suffix(".yaml")
+    path = Path(f"{folder}.yaml")  # a rate has a point too
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, raw)  # JSON is YAML
     if not is_finished(folder):
