@@ -319,11 +319,12 @@ class SavingMixin(Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent trainer; a rate or decay of the checkpoint's that is not what is asked for now is told in a line."""
         groups = getattr(self.optimizer, "param_groups", ())
-        asked = [{key: group.get(key) for key in KEPT_BY_OPTIMIZER} for group in groups]
+        asked = [_kept_settings(group) for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         told = set()
         for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):
-            told |= {(key, group.get(key), value) for key, value in wanted.items() if group.get(key) != value}
+            held = _kept_settings(group)
+            told |= {(key, held[key], value) for key, value in wanted.items() if held[key] != value}
         for key, held, value in sorted(told, key=str):
             logger.warning(
                 f"resume: the optimizer goes on with {KEPT_BY_OPTIMIZER[key]} {held}, which {checkpoint} holds, not with "
@@ -394,6 +395,12 @@ class SavingMixin(Base):
     def _processes_and_batch(self) -> tuple[int, int]:
         processes = self.accelerator.num_processes
         return processes, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
+
+
+def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint decides of an optimizer's group; betas as a tuple, which FSDP2's checkpoints hold as a list."""
+    found = {key: group.get(key) for key in KEPT_BY_OPTIMIZER}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
 def _adapter_folder(folder: Path, adapter_name: str) -> Path:
