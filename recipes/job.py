@@ -145,7 +145,7 @@ def _check_positive(options: dict[str, Any]) -> None:
             raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
     for key, most in (
         ("weight_decay", sys.float_info.max),
-        ("max_grad_norm", math.inf),
+        ("max_grad_norm", math.inf),  # which clips nothing
         ("label_smoothing_factor", 1),
     ):
         value = options.get(key)

@@ -132,9 +132,9 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
     Args:
         dataset: rows of one kind: texts; conversations (lists of messages), which the model's chat template writes; dicts
             with one of either in a field `text`, `messages` or `conversations`; windows, dicts with `input_ids`, where
-            they are padded `attention_mask`, and maybe `position_ids`; or batches of windows, (batch, length) each. In a list, a data set (of a
-            `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that can be iterated.
-            A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
+            they are padded `attention_mask`, and maybe `position_ids`; or batches of windows, (batch, length) each. In a
+            list, a data set (of a `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that
+            can be iterated. A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
             windows; or 16 texts for each, from which they are drawn, and more only until these fill them.
         tokenizer: for texts, and for its padding token.
         args: how windows are cut from texts. Ready windows are used as they are, without their padding.
@@ -252,11 +252,11 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
     where = f"calibration: row {number}"
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise UserError(f"{where} has no input_ids, as the first has")
-    given = row.get("attention_mask")
+    given, positions = row.get("attention_mask"), row.get("position_ids")
     try:
         ids = torch.as_tensor(row["input_ids"])
         mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
-        own = {} if row.get("position_ids") is None else {"position_ids": torch.as_tensor(row["position_ids"])}
+        positions = None if positions is None else torch.as_tensor(positions)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from None
     expected = (dimensions,) if dimensions else (1, 2)  # as the first row's
@@ -268,7 +268,9 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
             raise UserError(f"{where} is padded (token {pad}) and has no attention_mask, so padding would be measured")
     if not mask.any():
         raise UserError(f"{where} has no tokens")
-    for key, positions in own.items():
-        if positions.shape != ids.shape:
-            raise UserError(f"{where}: input_ids {list(ids.shape)} with {key} {list(positions.shape)}")
-    return {"input_ids": ids, "attention_mask": mask} | own
+    found = {"input_ids": ids, "attention_mask": mask}
+    if positions is None:
+        return found
+    if positions.shape != ids.shape:
+        raise UserError(f"{where}: input_ids {list(ids.shape)} with position_ids {list(positions.shape)}")
+    return found | {"position_ids": positions}

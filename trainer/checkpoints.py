@@ -43,8 +43,9 @@ KEPT_BY_OPTIMIZER = {
     "initial_lr": "learning_rate",
     "weight_decay": "weight_decay",
     "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "momentum": "momentum",
 }
-KEPT_BY_OPTIMIZER |= {"eps": "adam_epsilon", "momentum": "momentum"}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -323,8 +324,8 @@ class SavingMixin(Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         told = set()
         for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):
-            held = _kept_settings(group)
-            told |= {(key, held[key], value) for key, value in wanted.items() if held[key] != value}
+            kept = _kept_settings(group)
+            told |= {(key, kept[key], value) for key, value in wanted.items() if kept[key] != value}
         for key, held, value in sorted(told, key=str):
             logger.warning(
                 f"resume: the optimizer goes on with {KEPT_BY_OPTIMIZER[key]} {held}, which {checkpoint} holds, not with "

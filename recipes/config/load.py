@@ -383,7 +383,12 @@ def whole_paths(recipe: Recipe) -> Recipe:
 def paths_here(recipe: Recipe) -> list[Path]:
     """Return the files and folders that a recipe names and that are there."""
     found = []
-    _with_paths(recipe.model_copy(deep=True), lambda path: found.append(Path(path)) or path)
+
+    def note(path: str) -> str:
+        found.append(Path(path))
+        return path
+
+    _with_paths(recipe.model_copy(deep=True), note)
     return [path for path in found if path.exists()]
 
 

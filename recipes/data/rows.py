@@ -120,10 +120,10 @@ class RowText:
         Raises:
             ValueError: a field that is no text, and why.
         """
+        if self.is_field:
+            return self._text(row, self.spec)
         found = {name: self._text(row, name) for name in self.names}
-        if self.is_field or not any(map(str.strip, found.values())):
-            return found[self.spec] if self.is_field else ""
-        return fill(self.spec, self.where, found.__getitem__)
+        return fill(self.spec, self.where, found.__getitem__) if any(map(str.strip, found.values())) else ""
 
     def _text(self, row: Mapping[str, Any], name: str) -> str:
         try:

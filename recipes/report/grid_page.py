@@ -191,7 +191,8 @@ def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> lis
 
 
 def _moved(results: Results, i: int, name: str) -> Estimate | None:
-    moved, (before, after) = change(results, results.rows[i], name), (results.rows[k].estimate(name) for k in (0, i))
+    moved = change(results, results.rows[i], name)
+    before, after = (results.rows[k].estimate(name) for k in (0, i))
     if moved is None or before is None or after is None:
         return None
     return Estimate(moved, change_error(before, after, results.difference(i, 0, name)))
