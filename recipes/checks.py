@@ -26,7 +26,7 @@ from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
-from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, Recipe
+from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.models.bases import attention
 from lora_null.recipes.models.plan import MethodPlan, put_on
@@ -35,8 +35,11 @@ from lora_null.start import InitOptions, LayerReport
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_labels, tell
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.model_state import seed_everything
+
+logger = get_logger(__name__)
 
 ADAPTER = "default"
 LOOKED_AT, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
@@ -203,8 +206,11 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
     return size
 
 
-def check_judge(tasks: Sequence[Task]) -> None:
+def check_judge(recipe: Recipe, tasks: Sequence[Task]) -> None:
     """Ask the judge's endpoint once whether it is there and knows the key and the model; no grade is asked for."""
+    asked = (*recipe.eval.retention, *recipe.eval.task)
+    if recipe.eval.judge is not None and not any(isinstance(entry, MTBenchEntry) for entry in asked):
+        logger.warning("eval.judge: has nothing to grade, since no evaluation is MT-Bench")
     for judge in {task.judge for task in tasks if isinstance(task, MTBenchTask) and task.judge is not None}:
         judge.reach()
 

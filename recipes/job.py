@@ -162,7 +162,7 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
 def check_run(recipe: Recipe, **options: Any) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
     job = inspect_recipe(recipe, **options)
-    check_judge(job.tasks)
+    check_judge(recipe, job.tasks)
     if not options.get("unreached"):
         rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
     return job

@@ -15,7 +15,7 @@ from lora_null.eval_harness.documents import PIECE, pieces
 from lora_null.recipes import own_texts as kept_texts
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands import main as command
-from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.load import MARK, load_recipe
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection
 from lora_null.recipes.data.calibration import (
     GENERAL_MIX,
@@ -120,6 +120,9 @@ class TestTextFiles:
         (notes / "deep" / "c.md").write_bytes("\ufeffÉtang".encode())
         (notes / "empty.txt").write_text("")
         (notes / ".git" / "d.txt").write_text("not a note")
+        (notes / "run").mkdir()  # such as `lora-null train` leaves where its user keeps notes
+        (notes / "run" / "recipe.yaml").write_text(MARK)
+        (notes / "run" / "report.md").write_text("not a note either")
         found = texts(notes)
         assert found == ["The mill was built in 1832.\n\nIt burned down.", "# Bakery\n\nBread at six.", "Étang"]
         assert texts(notes / "a.txt") == found[:1]

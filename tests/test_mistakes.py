@@ -121,10 +121,15 @@ CASES = [
     (["data.limit=[1"], "the value is not valid YAML"),
     (["seed=1", "seed.x=1"], "holds a value, not keys"),
     (["eval.task=[gsm8k]", "eval.task.0.limit=5"], "'task' is a list: give all of it"),
+    ([f"method.alpha={'9' * 400}"], "(line 1: 99999999999999999999 is beyond what a number may be, 2^63)"),
+    (["method.alpha=-1e300"], "(line 1: -1e300 is beyond what a number may be, 2^63)"),
+    (["--dry-run", "--output-dir", "none/" + "x" * 300], f"output_dir: a name of 300 bytes in none/{'x' * 300}, and"),
+    (["data.path=" + "x" * 300], f"no file or folder has a name as long as {'x' * 300}"),
+    (["model.name_or_path=" + "x" * 300], f"no file or folder has a name as long as {'x' * 300}"),
 ]
 
 
-@pytest.mark.parametrize("words, message", CASES, ids=[" ".join(words) for words, _ in CASES])
+@pytest.mark.parametrize("words, message", CASES, ids=[" ".join(words)[:80] for words, _ in CASES])
 def test_said_in_one_line_before_a_model_loads(fails, tmp_path, monkeypatch, words, message):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))  # before retrying
     write_rows(tmp_path / "paragraphs.jsonl", [{"text": ["a", "b"]}] * 2)

@@ -318,6 +318,7 @@ def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
         (["{a}", "sequence", "--sequence"], "sequence is a sequence itself"),
         (["{a}", "sequence={{tasks: [{{name: x}}]}}"], "at least 2 items"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{nam: y}}]}}"], "each task needs a name"),
+        (["{a}", f"sequence={{{{tasks: [{{{{name: x}}}}, {{{{name: {'y' * 201}}}}}]}}}}"], "of 200 bytes at most"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y}}], earlier: [1, 1]}}"], "have 1 before the last, not 2"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, model: {{}}}}]}}"], "y sets 'model', it changes what all tasks share"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{name: y, eval: {{limit: 3}}}}]}}"], "y sets eval.limit"),

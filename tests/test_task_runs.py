@@ -173,3 +173,9 @@ def test_a_judge_without_a_key(tmp_path, capsys, monkeypatch):
     )
     assert main([str(recipe), "eval.judge.model=gpt-4"]) == 2
     assert "needs a key in the environment variable OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_a_judge_with_nothing_to_grade_is_said(tmp_path, capsys):
+    command = [str(world(tmp_path)), "--dry-run", "eval.judge.model=gpt-4"]
+    assert main(command) == 0
+    assert "eval.judge: has nothing to grade, since no evaluation is MT-Bench" in capsys.readouterr().err

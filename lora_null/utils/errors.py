@@ -71,6 +71,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
         _tell("\n".join(map(str, interrupt.args)) or "stopped", head="")
         return INTERRUPTED
     except Exception as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            _tell(f"no file or folder has a name as long as {error.filename}")  # pyright: ignore[reportAttributeAccessIssue]
+            return 2
         if not any(map(_is_full_disk, _causes(error))):
             raise
         _tell("no space left on the disk; the last checkpoint and all that was finished are whole, --resume goes on")

@@ -29,6 +29,7 @@ MARK = "# Written by a run of lora-null: every default is written out, and this 
 SECTIONS = ("model", "method", "data", "training", "eval")  # which the recipe of every run has
 PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+LARGEST = 2.0**63  # beyond which PyTorch takes no whole number
 # What a key takes the place of where it is laid over it: another way of saying the same.
 PAIR = ("prompt", "response", "rejected")
 INSTEAD = {
@@ -92,9 +93,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: Any) -> int | float:
         text = self.construct_scalar(node).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
+        number = float(text)
+        if abs(number) >= LARGEST and "inf" not in text:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {text[:20]} is beyond what a number may be, 2^63")
         if text.lstrip("+-").isdecimal():
             return int(text)
-        number = float(text)
         return int(number) if "e" in text and number.is_integer() else number  # 1e3
 
 
@@ -202,7 +205,7 @@ def lay_calibration(under: Any, over: Any) -> Any:
 
 
 def _is_of_texts(path: Path) -> bool:
-    kinds = {file.suffix.lower() for file in (path.rglob("*") if path.is_dir() else [path])} & set(DATA_FILES)
+    kinds = {file.suffix.lower() for file in (files_below(path) if path.is_dir() else [path])} & set(DATA_FILES)
     return bool(kinds) and kinds <= {".txt", ".md"}
 
 
@@ -326,6 +329,13 @@ def is_of_run(path: Path) -> bool:
         return False
     complete = isinstance(raw, dict) and raw.keys() >= Recipe.model_fields.keys()
     return complete and Path(str(raw["output_dir"])).name == path.absolute().parent.name
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return what lies in a folder and its folders, sorted; nothing hidden, and nothing of a run whose folder is among them."""
+    runs = {path.parent for path in folder.rglob(RECIPE_FILE) if is_of_run(path)} - {folder}
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if runs.isdisjoint((path, *path.parents))]
+    return [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def whole_of(folder: Path) -> Path:

@@ -85,6 +85,7 @@ MEANT = {
 MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
 DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # what `eval_harness.documents` reads
 TASK_FILES = (".yaml", ".yml")
+LONGEST_NAME = 200  # bytes of a name that a folder takes, where a file system takes 255
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 SWEEPABLE = ("training", "method", "calibration", "data")
@@ -721,8 +722,9 @@ class SequenceSection(Section):
     @classmethod
     def _check_tasks(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for task in tasks:
-            if not isinstance(task.get("name"), str) or not task["name"] or "/" in task["name"]:
-                raise ValueError("each task needs a name, without slashes")
+            name = task.get("name")
+            if not isinstance(name, str) or not name or "/" in name or len(name.encode()) > LONGEST_NAME:
+                raise ValueError(f"each task needs a name, without slashes and of {LONGEST_NAME} bytes at most")
         return tasks
 
     @model_validator(mode="after")

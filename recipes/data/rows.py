@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
+from lora_null.recipes.config.load import files_below
 from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
@@ -66,9 +67,7 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     def is_split(file: Path) -> bool:
         return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
 
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*"))]
-    seen = [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
-    found = [(file, kind) for file in seen if (kind := FILE_KINDS.get(file.suffix.lower()))]
+    found = [(file, kind) for file in files_below(folder) if (kind := FILE_KINDS.get(file.suffix.lower()))]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
     data = data or [file for file, kind in found if kind != "text" and is_split(file)]
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
