@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from lora_null.recipes.checks import (
     reference_bytes,
     rehearse,
 )
+from lora_null.recipes.config.load import CONFIGURATIONS
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
@@ -192,8 +194,13 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
     for where, task, most in [*((f"eval.{task.role}", task, limit) for task in job.tasks), *probed]:
         asked = task.describe(task.within(most)).items()
         found[f"{where} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
-    if job.recipe.method.files:
-        found["method.files"] = hash_of([Path(path).read_text(encoding="utf-8") for path in job.recipe.method.files])
+    judge = job.recipe.eval.judge
+    read = {"method.files": job.recipe.method.files, "eval.judge.prompts": [judge and judge.prompts]}
+    read |= {f"training.{key}": [job.recipe.training.get(key)] for key in CONFIGURATIONS}
+    for where, paths in read.items():
+        files = [Path(path) for path in paths if isinstance(path, str) and os.path.isfile(path)]
+        if files:
+            found[where] = hash_of([file.read_text(encoding="utf-8") for file in files])
     if job.recipe.method.init is not None:
         found["method.init"] = read_report(find_initialization(Path(job.recipe.method.init)))["key"]
     return found

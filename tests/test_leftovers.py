@@ -123,7 +123,7 @@ def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
 def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path):
     mine = tmp_path / "mine.py"
     method, model = SimpleNamespace(files=[str(mine)], init=None), SimpleNamespace(revision=None)
-    recipe = SimpleNamespace(method=method, model=model, eval=SimpleNamespace(limit=None))
+    recipe = SimpleNamespace(method=method, model=model, training={}, eval=SimpleNamespace(limit=None, judge=None))
     job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model_name="x", swept_inputs={})
     found = []
     for text in ("gain = 1", "gain = 5"):
@@ -218,6 +218,7 @@ CHANGES = {  # what is changed → what is named
     "numbers.jsonl": (lambda path: path.write_text(path.read_text().replace("it is", "is it")), "data.path, eval.task (numbers)"),
     "facts.jsonl": (lambda path: path.write_text(path.read_text().replace("King", "Queen").replace("who", "what")), "calibration, eval.retention (facts)"),
     "probed.jsonl": (lambda path: path.write_text(path.read_text().replace("who", "what")), "eval.probe (probed)"),
+    "accelerator.json": (lambda path: path.write_text('{"even_batches": false}'), "training.accelerator_config"),
     "model/model.safetensors": (lambda path: save_tiny(path.parent, seed=1), "model.name_or_path"),
 }  # fmt: skip
 
@@ -227,8 +228,10 @@ def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkey
     monkeypatch.setattr(run, "run_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     recipe, (change, named) = make_world(tmp_path, method={"name": "lora", "rank": 4}), CHANGES[name]
     shutil.copy(tmp_path / "facts.jsonl", tmp_path / "probed.jsonl")
+    (tmp_path / "accelerator.json").write_text("{}")
     words = [
         str(recipe),
+        f"training.accelerator_config={tmp_path / 'accelerator.json'}",
         f"eval.probe={{retention: [{{answers: probed, path: {tmp_path / 'probed.jsonl'}}}], task: 0}}",
     ]
     assert main(words) == main([*words, "--resume"]) == 130

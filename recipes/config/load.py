@@ -40,9 +40,8 @@ INSTEAD = {
     "text": ("messages", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
-# Keys that hold a path; those in the second line may, of `training`.
-PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init"}
-PATHS |= {"deepspeed", "fsdp_config", "accelerator_config"}
+CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
+PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATIONS}
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
 
 
