@@ -71,6 +71,12 @@ def _factors_moved(layer: LoraLayer, adapter_name: str) -> float:
     if residual is not None:
         A0, B0 = residual.A.to(A), residual.B.to(B)
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    return norm_of_product(A, B)
+
+
+def norm_of_product(A: torch.Tensor, B: torch.Tensor) -> float:
+    """Return ‖BA‖_F in float64, from products of r × r: A is (r, d_in), B is (d_out, r)."""
+    A, B = A.double(), B.double()
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 
 

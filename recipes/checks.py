@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ from lora_null.recipes.models.plan import MethodPlan, put_on
 from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.start import InitOptions, LayerReport
 from lora_null.store import find_initialization, read_report
-from lora_null.trainer.methods import make_method
+from lora_null.trainer.methods import check_engine, make_method
 from lora_null.trainer.preflight import check_labels, tell
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
@@ -92,6 +93,19 @@ def _check_trackers(training: SFTConfig | DPOConfig) -> None:
             if not wandb.api.api_key:
                 told = "nobody is logged in to wandb; `wandb login`, or WANDB_MODE=offline"
                 raise UserError(f"training.report_to: {told}")
+
+
+def check_engines(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
+    """Check that each method trains under the engine that accelerate's launcher asks for, which takes FSDP for GPUs alone.
+
+    Raises:
+        UserError: as `check_engine`.
+    """
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and not training.use_cpu
+    version = int(os.environ.get("FSDP_VERSION", "1")) if fsdp else None
+    plugin = training.deepspeed_plugin
+    for name in recipe.method.name:
+        check_engine(name, fsdp=version, zero=plugin and plugin.zero_stage)
 
 
 def check_weights(model: ModelSection, name: str) -> None:

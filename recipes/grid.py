@@ -37,6 +37,7 @@ from lora_null.recipes.job import (
     inspect_recipe,
     training_arguments,
 )
+from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     RESULTS_FILE,
@@ -206,6 +207,8 @@ def check_grid(
             check_asked_alike(checked, job, f"grid.sweep, {cell.title}")
             if unreached is None:
                 job.swept_inputs |= _inputs_of_cell(cell, checked)
+        elif cell.seed == first and "training.weight_decay" in dict(cell.point):
+            plan_methods(own, job.config)  # which ask where decay pulls to
         if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
     return job
@@ -230,8 +233,10 @@ def cell_job(
     own = cell.recipe(recipe, root)
     on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
     if before is None or not starts_alike(cell):
-        method = own.method.model_copy(update={"name": recipe.method.name})  # one job serves every run of a seed
-        every = own.model_copy(update={"method": method})
+        names = (
+            recipe.method.name if starts_alike(cell) else own.method.name
+        )  # one job for a seed's runs that start alike
+        every = own.model_copy(update={"method": own.method.model_copy(update={"name": names})})
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
         before = together(lambda: inspect_recipe(every, **options), what="checking the recipe")
     started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}

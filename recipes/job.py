@@ -25,6 +25,7 @@ from lora_null.recipes.budget import Bound, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
     check_batches,
+    check_engines,
     check_judge,
     check_packages,
     check_start,
@@ -225,6 +226,7 @@ def inspect_recipe(
     set_seed(recipe.seed)
     training = training_arguments(recipe, Path(recipe.output_dir))
     check_packages(recipe, training)
+    check_engines(recipe, training)
     name, reach = resolve_name(recipe.model), functools.partial(_reach, unreached)
     config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
     if config is None:
@@ -277,9 +279,10 @@ def _read_inputs(
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
     job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
+    windows = cut_windows(job.sources, tokenizer, job.cut)
     if sources and all(source.texts is not None for source in sources):
-        job.windows = cut_windows(sources, tokenizer, job.cut)
-        check_tokens(job.windows.ids, job.plans)
+        job.windows = windows
+        check_tokens(windows.ids, job.plans)
 
 
 def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:

@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from lora_null.adapters.join import join_onto
+from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
 from lora_null.eval_harness.probe import Probe
 from lora_null.layer import active_adapter
-from lora_null.magnitude import weight_changes
+from lora_null.magnitude import norm_of_product, weight_changes
 from lora_null.recipes import base_cache, output, own_texts
 from lora_null.recipes.budget import KeepBudget, Measurement, check_base, keep_budget
 from lora_null.recipes.callbacks import (
@@ -329,7 +330,7 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
         diverged=diverged,
         metrics=found.metrics if found else {},
         drift=drift and Drift(**drift),
-        magnitude=_magnitude(job, trainer, model) if diverged is None else None,
+        magnitude=_magnitude(job, plan, trainer, model) if diverged is None else None,
         seconds=seconds,
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
@@ -337,11 +338,21 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
     )
 
 
-def _magnitude(job: Job, trainer: AnyTrainer, model: Any) -> Magnitude | None:
-    """Return how far the weights of the method's layers moved; without an adapter, from the base's as they are read anew."""
-    alone = job.is_main and not isinstance(model, PeftModel)
-    original = weight_reader(job.recipe.model, job.model_name) if alone else None
-    changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
+def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> Magnitude | None:
+    """Return how far the weights of the method's layers are from the base's, read anew where the live model has others.
+
+    In a sequence these hold the tasks before, and the saved adapter is the change of them all.
+    """
+    adapted = isinstance(model, PeftModel)
+    goes_on = adapted and plan.name in job.starts
+    original = weight_reader(job.recipe.model, job.model_name) if job.is_main and (goes_on or not adapted) else None
+    changes = {}
+    if not goes_on:
+        changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
+    elif original is not None:
+        saved = read_adapter(job.folder / plan.name / "adapter")
+        moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
+        changes = {name: (size, float(original(name).double().norm())) for name, size in moved.items()}
     return Magnitude.of(changes) if job.is_main else None
 
 

@@ -37,7 +37,7 @@ from lora_null.recipes.results import Sequence as Tasks
 from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods import make_method
+from lora_null.trainer.methods import METHODS, make_method
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
@@ -87,8 +87,14 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """Check what the tasks are to each other.
 
     Raises:
-        UserError: a task whose evaluations would be asked otherwise after another task, or that nothing follows.
+        UserError: a method upon which no task can go on, or a task whose evaluations would be asked otherwise after another
+            task, or that nothing follows.
     """
+    for plan in jobs[0].plans:
+        if plan.saves == "adapter" and not METHODS[plan.name].plain:
+            raise UserError(
+                f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
+            )
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):
@@ -173,10 +179,9 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     base = Evaluation.read(jobs[0].base / "eval.json")
     by_task = _tasks_by_stage(recipe, jobs[-1])
     names = [job.recipe.name for job in jobs]
-    files = {row.method: [job.folder / row.method / "eval.json" for job in jobs] for row in last.rows[1:]}
-    after = {
-        name: [Evaluation.read(f) for f in each] for name, each in files.items() if all(f.is_file() for f in each)
-    }
+    reached = [row.method for row in last.rows[1:]]
+    whole = [name for name in reached if all(of_method(stage, name).diverged is None for stage in found)]
+    after = {name: [Evaluation.read(job.folder / name / "eval.json") for job in jobs] for name in whole}
     # Each task is followed by the first metric of its first evaluation that has a direction and a value a question.
     every = [base, *(found for evaluations in after.values() for found in evaluations)]
     directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]
@@ -192,7 +197,7 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
             f"sequence: no metric of {lacking} has a value for each question after every task; no transfers"
         )
     rows = [last.rows[0], *(_whole_row(row.method, found) for row in last.rows[1:])]
-    gone = [name for name in recipe.method.name if name not in files]  # diverged before the last task
+    gone = [name for name in recipe.method.name if name not in reached]  # diverged before the last task
     rows += [_whole_row(name, found) for name in gone]
     kept = [name for name, metric in base.metrics.items() if metric.role == "retention"]
     knowledge = {

@@ -226,9 +226,27 @@ class TestGoingOn:
     def test_and_under_no_method_that_starts_it_otherwise(self, tmp_path):
         model = get_peft_model(tiny_model(), CONFIGS["lora"]())
         torch.nn.init.normal_(next(iter(adapted_layers(model).values())).lora_B["default"].weight)
-        for name in ("lora-null-v1", "nb-lora", "pissa", "milora", "corda", "sc-lora", "mica", "eva", "lora-ga"):
+        for name in (
+            "lora-null-v1",
+            "nb-lora",
+            "pissa",
+            "milora",
+            "corda",
+            "sc-lora",
+            "mica",
+            "eva",
+            "lora-ga",
+            "keeplora",
+        ):
             with pytest.raises(UserError, match=f"method: {name} would train .* trained already; leave method out"):
                 make(tmp_path, "none", model=model, method=make_method(name))
+
+    @pytest.mark.parametrize("name", ["clora", "oplora", "roselora"])
+    def test_and_on_a_residual_base_under_no_method_that_takes_its_product_for_the_change(self, tmp_path, name):
+        first = make(tmp_path, CONFIGS["v1"]())
+        first.train()
+        with pytest.raises(UserError, match=f"method: {name} would train .* trained already; leave method out"):
+            make(tmp_path, "none", model=first.model, method=make_method(name, {"k": 2} if name != "roselora" else {}))
 
     @pytest.mark.parametrize("name", ["pissa", "milora", "corda", "sc-lora", "eva", "lora-ga"])
     def test_an_adapter_that_a_method_starts_needs_the_method(self, tmp_path, name):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import losses_over, random_batches, save_tiny
@@ -19,6 +20,7 @@ from lora_null.recipes import run
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.commands import source
+from lora_null.recipes.config.load import MARK
 from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told, write_dial
 from lora_null.recipes.strengths import sweep
 from lora_null.utils.errors import UserError
@@ -115,6 +117,16 @@ def test_another_dial_measures_the_base_on_its_own_questions(world, tmp_path):
         assert found[0.0].keys() == found[1.0].keys() == {f"{name} nll", f"{name} kl"}
         assert {metric["n"] for metrics in found.values() for metric in metrics.values()} == {int(limit)}
     assert (tmp_path / "base" / "mine.txt").read_text() == "years of work"
+
+
+def test_a_run_that_vllm_evaluated_is_measured_on_the_live_model(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    path = tmp_path / "out" / "recipe.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw["eval"] |= {"backend": "vllm", "vllm": {"tensor_parallel": 2}}
+    path.write_text(MARK + yaml.safe_dump(raw))
+    method = tmp_path / "out" / "lora-null-v1"
+    assert main(["dial", str(method), "--strengths", "1", "--limit", "4", "--out", str(tmp_path / "found")]) == 0
 
 
 def test_a_files_name_is_no_markup(world, tmp_path, capsys):

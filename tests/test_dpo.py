@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
@@ -132,6 +132,14 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
         LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**options(tmp_path)), **given)
     arguments = DPOConfig(**options(tmp_path, max_steps=1))
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
+
+
+def test_the_reference_is_of_the_adapter_that_trains(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(
+        UserError, match="model: TRL takes the adapter 'default' for DPO's reference, and 'mine' trains"
+    ):
+        make(tmp_path, None, model=model)
 
 
 @pytest.mark.parametrize(

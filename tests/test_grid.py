@@ -206,6 +206,14 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
     assert shapes == [(2, 32), (4, 32)]
 
 
+def test_a_rank_of_one_methods_own_need_not_suit_the_others(tmp_path):
+    own = {"sweep": {"method.rank": [4]}, "per_method": {"full": {"method.rank": [64]}}}  # more than a layer's width
+    recipe = make_world(tmp_path, grid=own)
+    words = ["--method", "lora,full", "training.max_steps=1", "eval.limit=4", "training.save_strategy=no"]
+    assert main([str(recipe), *words]) == 0
+    assert sorted(row["method"] for row in results(tmp_path)["rows"]) == ["base", "full", "lora"]
+
+
 def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
     path = str(make_world(tmp_path, quick={"training.max_steps": 1, "grid.seeds": [7], "eval.limit": 3}))
     recipe = load_recipe(path, ["eval.limit=5"], quick=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_null import UserError
 from lora_null.calibration import InputStats
@@ -662,6 +663,20 @@ def test_no_dropout_on_a_residual_base_and_no_bias_of_b(name):
         make_method(name).config(lora_dropout=0.1)
     with pytest.raises(UserError, match="lora_bias: not supported, the saved rank-2r adapter has no place"):
         make_method(name).config(lora_bias=True)
+    with pytest.raises(UserError, match=r"alora_invocation_tokens: not .*, aLoRA adapts only some tokens"):
+        make_method(name).config(alora_invocation_tokens=[1, 2])
+
+
+@pytest.mark.parametrize("name", ["eva", "lora-ga"])
+def test_a_start_of_rows_that_a_collator_of_ones_own_cannot_take_whole(tmp_path, name):
+    def collate(rows):  # as those of transformers, which refuse a column of text
+        assert not any(isinstance(value, str) for row in rows for value in row.values())
+        return DataCollatorForLanguageModeling(pad_token_id=0)(rows)
+
+    trainer = make(tmp_path, name, max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.add_column("note", ["a text"] * len(trainer.train_dataset))
+    trainer.args.remove_unused_columns, trainer.data_collator = True, collate
+    trainer.train()
 
 
 def test_a_residual_methods_options_are_a_part_of_its_rule():

@@ -491,7 +491,8 @@ def test_too_few_tokens_to_keep_are_refused(tmp_path, name):
 def test_keeplora_is_computed_anew_for_other_texts_where_no_drift_is_measured_of_them(tmp_path):
     found = []
     for texts in (TEXTS, [text[::-1] for text in TEXTS]):
-        trainer = make(tmp_path, "keeplora", adapter={"use_dora": True})
+        trainer = make(tmp_path, "keeplora")
+        trainer._drift_is_measurable = lambda: False
         trainer._calibration_dataset = texts
         trainer._prepare(resuming=None)
         found.append(torch.cat([A.flatten() for A, _ in map(factors_of, adapted_layers(trainer.model).values())]))
@@ -499,6 +500,12 @@ def test_keeplora_is_computed_anew_for_other_texts_where_no_drift_is_measured_of
 
 
 # --- OFT, OPLoRA ---
+
+
+@pytest.mark.parametrize("name", ["oplora", "keeplora"])
+def test_dora_would_move_the_directions_that_are_kept(tmp_path, name):
+    with pytest.raises(UserError, match=f"use_dora: {name} keeps directions of W0"):
+        make(tmp_path, name, adapter={"use_dora": True}, options={"k": 4} if name == "oplora" else {})
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -1,7 +1,9 @@
 """Tasks in sequence: starts that leave the earlier tasks alone, one adapter at the end, transfers, interruptions."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +194,45 @@ def test_a_method_that_diverged_in_an_earlier_task_stays_in_the_results(finished
     assert found.labels()[-1] == "LoRA (in numbers)" and found.rows[-1].diverged == 2
 
 
+def test_a_method_whose_last_evaluation_overflowed_stays_in_the_results(finished, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    jobs = [check_run(stage, base=tmp_path / "out" / "base") for stage in stage_recipes(recipe)]
+    last = load_results(jobs[1].folder)
+    wild = Row(method="lora", diverged=3, seconds=Seconds(train=1.0))
+    write_results(jobs[1].folder, last.model_copy(update={"rows": [last.rows[0], wild, *last.rows[2:]]}))
+    evaluation = jobs[1].folder / "lora" / "eval.json"
+    found = Evaluation.read(evaluation)
+    found.samples["numbers nll"] = [math.nan] * len(found.samples["numbers nll"])
+    evaluation.write_text(found.to_json())
+    found = collect(recipe, jobs)
+    assert [row.method for row in found.rows] == ["base", "lora", "lora-null-v1", "lora-null-v2"]
+    assert found.rows[1].diverged == 3 and [t.method for t in found.sequence.transfers] == [
+        "lora-null-v1",
+        "lora-null-v2",
+    ]
+
+
+def test_the_change_is_that_of_all_tasks_against_the_base(finished):
+    """By the weights of the whole, in float64."""
+    out = finished / "out"
+    for method in METHODS.split(","):
+        row = next(row for row in load_results(out).rows if row.method == method)
+        model = PeftModel.from_pretrained(base(finished).double(), out / method / "adapter")
+        merged, W = model.merge_and_unload().state_dict(), base(finished).double().state_dict()
+        for name, ratio in row.magnitude.layers.items():
+            start = W[f"{name}.weight"]
+            moved = torch.dist(merged[f"{name}.weight"], start) / torch.linalg.vector_norm(start)
+            assert ratio == pytest.approx(float(moved), rel=1e-4)
+
+
+def test_a_sequence_goes_where_all_of_its_recipes_go(finished):
+    recipes = [load_recipe(path, ["output_dir=~/here"]) for path in (str(finished / f"{name}.yaml") for name in "ab")]
+    assert join_recipes(recipes).output_dir == str(Path.home() / "here")
+    recipes[1].output_dir = "elsewhere"
+    assert join_recipes(recipes).output_dir == "runs/numbers-letters"
+
+
 def test_a_dry_run_looks_at_the_folder_of_the_whole(finished, tmp_path, capsys):
     (tmp_path / "thesis.tex").touch()
     words = ["train", str(finished / "a.yaml"), str(finished / "b.yaml"), "--sequence", "--output-dir", str(tmp_path)]
@@ -277,7 +318,7 @@ def test_each_task_keeps_its_own_training_and_trainer():
         "training.num_train_epochs=3",
     ]
     other = load_recipe("quickstart", words)
-    stages = stage_recipes(join_recipes([one, other], None))
+    stages = stage_recipes(join_recipes([one, other]))
     assert [stage.trainer for stage in stages] == ["sft", "dpo"]
     assert [stage.training for stage in stages] == [one.training, other.training]
 
@@ -288,14 +329,14 @@ def test_what_only_the_first_recipe_says_is_not_dropped_from_a_later_one(word):
     with pytest.raises(
         UserError, match=f"sets {word.partition('=')[0].removesuffix('.at_most').removesuffix('.seeds')}, which holds"
     ):
-        join_recipes([one, other], None)
-    join_recipes([other, one], None)
+        join_recipes([one, other])
+    join_recipes([other, one])
 
 
 def test_what_only_a_later_recipe_keeps_is_not_dropped():
     recipes = [load_recipe("quickstart"), load_recipe("quickstart", ["eval.retention=[webqs]"])]
     with pytest.raises(UserError, match=r"sets eval\.retention, which holds for all tasks"):
-        join_recipes(recipes, None)
+        join_recipes(recipes)
 
 
 def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
@@ -315,6 +356,8 @@ def test_paths_of_tasks_lie_beside_the_recipe(finished, tmp_path, monkeypatch):
         (["{a}", "--sequence"], "takes two recipes or more"),
         (["{a}", "{b}", "--sequence", "--seeds", "0,1"], "takes no grid"),
         (["{a}", "{b}", "--sequence", "eval.strengths=[0.5]"], "strength 0 of a later task is not the base"),
+        (["{a}", "{b}", "--sequence", "eval.before=false"], "counted from the base; leave it at true"),
+        (["{a}", "{b}", "--sequence", "--method", "lora,oft", "method.options.oft.block_size=16"], "oft leaves no plain LoRA, upon which a later task"),
         (["{a}", "sequence", "--sequence"], "sequence is a sequence itself"),
         (["{a}", "sequence={{tasks: [{{name: x}}]}}"], "at least 2 items"),
         (["{a}", "sequence={{tasks: [{{name: x}}, {{nam: y}}]}}"], "each task needs a name"),

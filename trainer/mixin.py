@@ -56,6 +56,7 @@ from lora_null.trainer.methods import (
     adapts_plainly,
     check_adapter,
     check_base,
+    check_engine,
     check_has_method,
     check_trainer,
     method_of,
@@ -65,6 +66,7 @@ from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
+    check_linears,
     check_mode,
     check_model,
     check_reference,
@@ -240,6 +242,8 @@ class LoraNullMixin(SavingMixin):
         if self._measures:
             self._keep_quantized_base()
             if not self._goes_on:
+                if method is not None:
+                    check_linears(method, self.model)
                 if self.method.needs_gram or self.method.terms:
                     check_targets(self.model, preflight)
                 elif isinstance(self.model, PeftModel):
@@ -367,7 +371,8 @@ class LoraNullMixin(SavingMixin):
         if resume_from_checkpoint is True and wanted is None:
             raise UserError(f"resume: no whole checkpoint in {folder}")
         checkpoint = Path(wanted) if wanted else None
-        self._check_engine()
+        fsdp, zero = (getattr(self.accelerator.state, f"{engine}_plugin", None) for engine in ("fsdp", "deepspeed"))
+        check_engine(self.method, fsdp=fsdp and fsdp.fsdp_version, zero=zero and zero.zero_stage)
         self._check_precision()
         self.resumed_from = checkpoint
         if checkpoint is not None:
@@ -405,19 +410,6 @@ class LoraNullMixin(SavingMixin):
         name = next((key for key in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, key)), None)
         if name is not None and self._trained_dtypes() != self._dtypes:
             raise UserError(f"{name}: an evaluation before training has rounded the model for good; set it to False")
-
-    def _check_engine(self) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version == 1:
-            raise UserError(
-                "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
-            )
-        if not self.method.deepspeed and self.is_deepspeed_enabled:
-            raise UserError(f"method: {self.method.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
-        zero = self.accelerator.state.deepspeed_plugin
-        if not self.method.sharded and (plugin is not None or (zero is not None and zero.zero_stage == 3)):
-            able = "DDP or ZeRO-2" if self.method.deepspeed else "DDP"
-            raise UserError(f"method: {self.method.name} needs whole weights while it trains; use {able} for it")
 
     def _prepare(self, *, resuming: Path | None) -> None:
         """Check the data, and put the model at its start, before an engine cuts the weights into pieces.

@@ -100,12 +100,18 @@ def check_rows_given(name: str, rows: Any) -> None:
 
 
 def check_reference(given: Mapping[str, Any]) -> None:
-    """Raise a UserError where TRL would load DPO's reference by the name of a model that has none.
+    """Raise a UserError where TRL would load DPO's reference by the name of a model that has none, or take another adapter.
 
     Args:
         given: the trainer's arguments, by name.
     """
-    model, without_reference = given.get("model"), given.get("peft_config") is None and given.get("ref_model") is None
+    model = given.get("model")
+    trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
+    if trained != "default" and given.get("ref_model") is None:
+        raise UserError(
+            f"model: TRL takes the adapter 'default' for DPO's reference, and {trained!r} trains; name that one so"
+        )
+    without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
     if isinstance(model, PreTrainedModel) and without_reference and not ahead and not model.config.name_or_path:
         raise UserError(
@@ -127,6 +133,13 @@ def check_reference_stays(model: nn.Module, given: Mapping[str, Any]) -> None:
             "bias: biases of the base would train, and with them the reference, which is the model without its adapter; "
             "set it to 'none', or give precompute_ref_log_probs=True"
         )
+
+
+def check_linears(method: Any, model: PeftModel) -> None:
+    """Raise a UserError where PEFT adapts what has no A and B that the method could start, train and save: an embedding."""
+    for name, layer in method.layers(model).items():
+        if isinstance(layer, LoraLayer) and active_adapter(model) not in layer.lora_A:
+            raise UserError(f"target_modules: {name} is no linear, and {method.name} is for those; leave it out")
 
 
 def check_targets(model: PeftModel, mode: Mode) -> None:

@@ -50,7 +50,7 @@ def own_texts(
     Raises:
         UserError: no token to begin with, or prompts of which none leaves room to write.
     """
-    starts: Any = _starts(tokenizer, prompts, max_tokens)
+    starts: Any = beginnings(tokenizer, prompts, max_tokens)
     limit = position_limit(model.config)
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
@@ -76,7 +76,8 @@ def own_texts(
     return [texts[i] for i in range(count)]
 
 
-def _starts(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+def beginnings(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Return the token ids after which a model writes; raise a UserError where there are none, as `own_texts`."""
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:

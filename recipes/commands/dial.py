@@ -122,7 +122,7 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
     rows = probe.get("retention") if probe else None
     if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept
         shared, probe = False, None
-    engine = {"backend": "hf", "strengths": [], "before": True, "probe": probe}
+    engine = {"backend": "hf", "vllm": None, "strengths": [], "before": True, "probe": probe}
     raw |= {"method": {"name": "lora"}, "grid": {}, "budget": budget, "eval": {**raw.get("eval", {}), **engine}}
     recipe = parse_recipe(raw, str(source.folder))
     if not recipe.eval.retention and not recipe.eval.task:

@@ -86,13 +86,12 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
         length = fit_windows(calibration.max_length, CalibrationArgs.max_length, limit, "--max-length")
         cut = CalibrationArgs(calibration.samples, length, calibration.mode, arguments.seed)
         sources = calibration_sources(calibration, tokenizer)
-        writes = any(source.texts is None for source in sources)
-        if writes and arguments.low_memory:
+        if arguments.low_memory and any(source.texts is None for source in sources):
             raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")
-        return name, tokenizer, cut, sources, None if writes else cut_windows(sources, tokenizer, cut)
+        return name, tokenizer, cut, sources, cut_windows(sources, tokenizer, cut)
 
     name, tokenizer, cut, sources, windows = together(check, what="calibration")
-    if windows is None:
+    if any(source.texts is None for source in sources):
         with own_texts.writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
             windows = cut_windows(sources, tokenizer, cut, write)
     if is_first_process():

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.sequence:
         names = [word for word in words if "=" not in word]
         recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]
-        recipe = join_recipes(recipes, arguments.output_dir)
+        recipe = join_recipes(recipes)
     else:
         recipe = load_recipe(words[0], words[1:], **options)
     if arguments.print_config:

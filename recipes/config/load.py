@@ -93,11 +93,12 @@ class _Loader(yaml.SafeLoader):
     def construct_number(self, node: Any) -> int | float:
         text = self.construct_scalar(node).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
         number = float(text)
-        if abs(number) >= LARGEST and "inf" not in text:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {text[:20]} is beyond what a number may be, 2^63")
+        small = abs(number) < LARGEST
         if text.lstrip("+-").isdecimal():
+            if not small:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {text[:20]} is beyond 2^63")
             return int(text)
-        return int(number) if "e" in text and number.is_integer() else number  # 1e3
+        return int(number) if "e" in text and small and number.is_integer() else number  # 1e3
 
 
 class Dumper(yaml.SafeDumper):

@@ -15,8 +15,10 @@ OVERLAID = ("data", "training", "eval", "trainer")  # what a task may set for it
 FROM_FIRST = ("model", "method", "calibration", "seed", "preflight")  # what all recipes of a sequence share
 
 
-def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
+def join_recipes(recipes: Sequence[Recipe]) -> Recipe:
     """Return the recipe of a sequence from the recipes of its tasks; what is kept is what the first one keeps.
+
+    It goes to the folder that all of them name, as the command line lets them, or to one that is called after them.
 
     Raises:
         UserError: a grid, one task alone, two of the same name, or a recipe that changes base, method or calibration.
@@ -38,7 +40,8 @@ def join_recipes(recipes: Sequence[Recipe], output_dir: str | None) -> Recipe:
     tasks = [keys | {"eval": {"task": raw["eval"]["task"]}} for keys, raw in zip(own, dumped)]
     # No `training` beside the tasks': a key of the first recipe's would hold for a task that does not set it.
     raw = dumped[0] | {"name": "-".join(names), "sequence": {"tasks": tasks}, "quick": {}, "training": {}}
-    raw["output_dir"] = output_dir or f"runs/{'-'.join(names)}"
+    given = {recipe.output_dir for recipe in recipes}
+    raw["output_dir"] = given.pop() if len(given) == 1 else f"runs/{'-'.join(names)}"
     return parse_recipe(raw, "--sequence")
 
 
@@ -72,6 +75,8 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         )
     if recipe.method.init is not None:
         raise UserError("sequence: method.init is one start, and each task computes its own; leave it out")
+    if not recipe.eval.before:
+        raise UserError("eval.before: what a sequence carries over is counted from the base; leave it at true")
     if recipe.eval.strengths:
         raise UserError(
             "eval.strengths: strength 0 of a later task is not the base but the tasks before it; leave it out, and dial "

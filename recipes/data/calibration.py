@@ -18,6 +18,7 @@ from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.trainer import CalibrationArgs, calibration_windows
+from lora_null.trainer.written_texts import beginnings
 from lora_null.utils.chat import conversation_text, without_bos
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
@@ -91,25 +92,28 @@ def cut_windows(
     args: CalibrationArgs,
     write: Callable[[Source, int], list[str]] | None = None,
 ) -> Windows:
-    """Cut every source's share of the windows from its texts; what the model writes is never packed.
+    """Cut every source's share of the windows from its texts; what the model writes is never packed, or is left out.
 
     Args:
         sources: where from.
         tokenizer: the model's.
         args: how the windows of all sources together are cut.
-        write: returns texts that the model writes itself, as many as are asked for; see `own_texts`.
+        write: returns texts that the model writes itself, as many as are asked for; see `own_texts`. None leaves them out.
 
     Raises:
-        UserError: as `calibration_windows`.
+        UserError: as `calibration_windows`; a source without a share, or with nothing to write after.
     """
     windows, covered = [], []
     for source, count in zip(sources, shares([source.share for source in sources], args.samples)):
         if not count:
             raise UserError(f"calibration.samples: {args.samples} windows leave none for {source.title}")
         texts, mode = source.texts, args.mode
-        if texts is None and write is not None:
+        if texts is None:
+            if write is None:
+                beginnings(tokenizer, source.prompts, args.max_length)
+                continue
             texts, mode = write(source, count), "separate"
-        cut = calibration_windows(texts or [], tokenizer, CalibrationArgs(count, args.max_length, mode, args.seed))
+        cut = calibration_windows(texts, tokenizer, CalibrationArgs(count, args.max_length, mode, args.seed))
         kinds = ", ".join(f"{n} {kind}" for kind, n in source.kinds.items())
         tokens = sum(map(len, cut))
         missing = "" if len(cut) == count else f" of {count}"

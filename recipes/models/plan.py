@@ -21,10 +21,10 @@ from lora_null.initialize import check_named, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
-from lora_null.trainer.decay import check_decay_to_start
+from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.methods.base import distinct_inputs
-from lora_null.trainer.preflight import check_targets
+from lora_null.trainer.preflight import check_linears, check_targets
 from lora_null.utils.errors import UserError, first_line, nearest
 
 GIB = 1024**3
@@ -114,6 +114,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
     model = put_on(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
+        check_linears(method, model)
         check_targets(model, recipe.preflight)
         if recipe.trainer == "sft" and isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise UserError(
@@ -155,6 +156,8 @@ def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) 
     decay = float(recipe.training.get("weight_decay") or 0)
     try:
         check_decay_to_start(recipe.method.decay_to_start, config, decay)
+        if decay and recipe.method.decay_to_start is not False and starts_from_residual(config):
+            check_optimizer(str(recipe.training.get("optim") or "adamw"))
     except UserError as mistake:
         raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:

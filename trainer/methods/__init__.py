@@ -51,6 +51,7 @@ __all__ = [
     "adapts_plainly",
     "check_adapter",
     "check_base",
+    "check_engine",
     "check_has_method",
     "check_trainer",
     "load_method_file",
@@ -148,6 +149,29 @@ def check_trainer(method: str | Method, *, pairs: bool) -> None:
         raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
 
 
+def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None) -> None:
+    """Refuse an engine that cuts across the layers of an adapter, or under which a method cannot train.
+
+    Args:
+        method: the method, or its name.
+        fsdp: the version of FSDP that shards; None for none.
+        zero: the stage of DeepSpeed's ZeRO; None where DeepSpeed does not train.
+
+    Raises:
+        UserError: naming the engine to use.
+    """
+    kind = METHODS[method] if isinstance(method, str) else method
+    if fsdp == 1:
+        raise UserError(
+            "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    if zero is not None and not kind.deepspeed:
+        raise UserError(f"method: {kind.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
+    if not kind.sharded and (fsdp is not None or zero == 3):
+        able = "DDP or ZeRO-2" if kind.deepspeed else "DDP"
+        raise UserError(f"method: {kind.name} needs whole weights while it trains; use {able} for it")
+
+
 def check_has_method(model: Any, config: PeftConfig | None) -> None:
     """Refuse, where no method is given, an adapter that only a method starts: it would train as a plain LoRA.
 
@@ -177,7 +201,8 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     """Refuse a method on another adapter than the one it makes, of which it would train or save something else.
 
     A LoRA that was trained already goes on under plain LoRA's methods and those that only freeze; under a method that
-    computes a start, which it would not get any more, only one of its own kind does.
+    computes a start, which it would not get any more, only one of its own kind does; and on a residual base none does under
+    a method that shapes s·BA, which is not the whole change there.
 
     Args:
         method: the method.
@@ -193,10 +218,13 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     wanted = _expected_config(method)
     if wanted is None and config is not None:
         raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")
-    if wanted is None or (config is not None and _is_alike(config, wanted, method)):
-        return
     going_on = started and isinstance(config, LoraConfig)
-    if going_on and (method.goes_on or adapts_plainly(method)) and start_that_rewrites(config) is None:
+    on_residual = method.shapes_change and getattr(config, "carries_residual", False)
+    untrue = going_on and adapts_plainly(method) and (method.computes_whole or on_residual)
+    if wanted is None or (config is not None and not untrue and _is_alike(config, wanted, method)):
+        return
+    plainly = adapts_plainly(method) and not untrue
+    if going_on and (method.goes_on or plainly) and start_that_rewrites(config) is None:
         return
     start = getattr(config, "init_lora_weights", True)
     of = f" of init_lora_weights={start!r}" if isinstance(start, str) else ""

@@ -85,6 +85,7 @@ class Method:
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         plain: whether the adapter that it saves is a plain LoRA.
         goes_on: whether freezing is all that it needs to go on with a trained LoRA that another method started.
+        shapes_change: whether it takes s·BA for the whole change, which it projects, penalizes or prunes.
         new_parameters: whether its start puts new parameters in the place of the adapter's, as another rank does.
     """
 
@@ -103,6 +104,7 @@ class Method:
     state_bytes: ClassVar[int] = 0
     plain: ClassVar[bool] = True
     goes_on: ClassVar[bool] = False
+    shapes_change: ClassVar[bool] = False
     new_parameters: ClassVar[bool] = False
 
     def config(self, **adapter: Any) -> PeftConfig | None:
@@ -236,6 +238,12 @@ def need(holds: bool, where: str, what: str, value: Any) -> None:
     """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
     if not holds:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
+
+
+def refuse_dora(method: Method, model: nn.Module) -> None:
+    """Raise a UserError for a method that keeps directions of W0, whose rows DoRA rescales."""
+    if getattr(model.peft_config[active_adapter(model)], "use_dora", False):
+        raise UserError(f"use_dora: {method.name} keeps directions of W0, and DoRA rescales its rows; leave it out")
 
 
 def need_count(holder: Method, *names: str) -> None:

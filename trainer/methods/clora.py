@@ -28,6 +28,7 @@ class CLoRA(Method):
 
     name = "clora"
     sharded = False  # the penalty multiplies whole factors
+    shapes_change = True
     terms = ("subspace_penalty",)
 
     weight: float = 1.0

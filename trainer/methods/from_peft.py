@@ -220,5 +220,6 @@ def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, to
     taken, device = list(islice(iter(trainer.train_dataset), rows)), next(trainer.model.parameters()).device
     groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
     whole = [group for group in groups if len(group) == batch_rows] or groups
-    batches = (trainer.data_collator(group) for group in whole)  # of rows without padding it gives numbers too
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    batches = (collate(group) for group in whole)  # of rows without padding it gives numbers too
     return [{key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()} for batch in batches]

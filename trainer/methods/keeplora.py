@@ -14,7 +14,7 @@ from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter, freeze_factor
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import Method, method, need, need_count
+from lora_null.trainer.methods.base import Method, method, need, need_count, refuse_dora
 from lora_null.trainer.methods.from_peft import first_batches, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -57,6 +57,9 @@ class KeepLoRA(Method):
 
     def costs(self) -> str:
         return f"before it trains, a backward pass over the first {self.rows} training rows and two over the calibration texts"
+
+    def check(self, model: nn.Module) -> None:
+        refuse_dora(self, model)
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, method, need_count
+from lora_null.trainer.methods.base import Method, method, need_count, refuse_dora
 from lora_null.trainer.methods.clora import check_columns
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import unreadable, weight_of
@@ -30,6 +30,7 @@ class OPLoRA(Method):
 
     name = "oplora"
     sharded = False  # whole factors are projected
+    shapes_change = True
 
     k: int = 16
 
@@ -38,6 +39,7 @@ class OPLoRA(Method):
 
     def check(self, model: nn.Module) -> None:
         check_columns(self, model, self.k)
+        refuse_dora(self, model)
         for name, layer in self.layers(model).items():
             if reason := unreadable(layer.get_base_layer()):
                 raise UserError(f"target_modules: {name} {reason}")
