@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from lora_null.utils.values import is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".txt": "text", ".md": "text"}
-DELIMITERS = ",;\t|"  # of a csv: the first of these that its header holds
+DELIMITERS = ",;\t|"  # of a csv
 PIECE = 1500  # characters of a text file that make a row, about
 END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt
 
@@ -122,7 +123,9 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     csv.field_size_limit(sys.maxsize)
     text = path.read_bytes().decode("utf-8-sig")
     header = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else next((mark for mark in DELIMITERS if mark in header), ",")
+    bare = re.sub(r'"(?:[^"]|"")*"', "", header)
+    marks = ["\t"] if path.suffix.lower() == ".tsv" else [mark for mark in DELIMITERS if mark in bare] or [","]
+    delimiter = max(marks, key=lambda mark: _rows_like_the_header(text, mark)) if len(marks) > 1 else marks[0]
     lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
     names, *cells = [line for line in lines if line]
     _need_distinct(names)
@@ -136,6 +139,18 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
         else f"{len(row)} cells under {len(names)} columns"
         for row in cells
     ]
+
+
+def _rows_like_the_header(text: str, delimiter: str) -> int:
+    """Return how many of the first lines have as many cells as the header when a csv is cut at this delimiter."""
+    try:
+        lines = list(
+            itertools.islice(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), 1000)
+        )
+    except csv.Error:
+        return 0
+    header = next(filter(None, lines), [])
+    return sum(len(line) == len(header) for line in lines)
 
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,9 @@ _COMPUTED = re.compile(r".*[\d)}%]\s*=(?=.*\d)", re.DOTALL)  # the left side of 
 LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
 _DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free
-_VARIABLE = re.compile(r"(?<=[\d}])([cdghlmost]|ab|bc)\s*$")  # of the last letters that math-verify takes for a unit
+# One of the last letters that math-verify takes for a unit, directly behind a number or behind a sign.
+_VARIABLE = re.compile(r"([\d}]|(?:[-+*=,]|\\cdot|\\times)\s*)([cdghlmost]|ab|bc)\s*$")
+_LIST_MARK = re.compile(r"(?<=\n)\s*[-–•]\s+(?=\**[$€£]?\d)")
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _NOISE = re.compile(
     r"(?<!\\)\\[!,;: ]|\{,\}|\\left|\\right|\\%|%|\\\$|\^\{?\\circ\}?|~|(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))"
@@ -47,14 +49,17 @@ def extract_answer(text: str) -> str | None:
     """Return the final answer of a solution, None where it gives none.
 
     That is what follows the last "The answer is:" (MetaMath), else the last "####" (GSM8K), to the end of its
-    sentence or line; else the contents of the last \\boxed{…} (MATH). Of an answer that is boxed, the box's contents.
+    sentence or line; else, or where a box follows that, the contents of the last \\boxed{…} (MATH). Of an answer that is
+    boxed, the box's contents.
     A marker that nothing follows does not count, and "the answer is" with words alone behind it ("correct") only where
     there is no other answer.
     """
     _, *found = METAMATH.split(text)
     stated = [(colon, _first_statement(said)) for colon, said in zip(found[::2], found[1::2])][::-1]
     sure = [said for colon, said in stated if colon or not _WORDS.fullmatch(said)]
-    sure += [_first_statement(said) for said in reversed(GSM8K.split(text)[1:])]
+    marked = GSM8K.split(text)[1:]
+    if marked and boxed_answer(marked[-1]) is None:  # else the marks are those of headings
+        sure += [_first_statement(said) for said in reversed(marked)]
     answer = next(filter(None, sure), "")
     return boxed_answer(answer) or answer or boxed_answer(text) or next((said for _, said in stated if said), None)
 
@@ -137,7 +142,7 @@ def equivalent(answer: str | None, right: str | None) -> bool:
     """Return whether two answers mean the same: as text by `same_string`, or as mathematics by math-verify.
 
     Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5. A letter that follows a number
-    without a space is a variable: "4t" is not 4, "4 m" is.
+    without a space, or a sign, is a variable: "4t" and "4 + t" are not 4, "4 m" is.
     """
     if answer is None or right is None:
         return False
@@ -151,9 +156,10 @@ def equivalent(answer: str | None, right: str | None) -> bool:
 def _first_statement(text: str) -> str:
     """Return the first line that says something, to the end of its sentence, without bold marks or dollar signs around it.
 
-    Displayed mathematics counts as one line; lines of marks alone ("```") and introductions ("as follows:") say nothing.
+    Displayed mathematics counts as one line; lines of marks alone ("```") and introductions ("as follows:") say nothing. A
+    dash before a number on a later line is the mark of a list, not a sign.
     """
-    text = _BOLD.sub(r"\1", _DISPLAY.sub(lambda display: " ".join(display[0].split()), text))
+    text = _BOLD.sub(r"\1", _DISPLAY.sub(lambda display: " ".join(display[0].split()), _LIST_MARK.sub("", text)))
     line = next((line for line in map(str.strip, text.splitlines()) if _says_something(line)), "")
     line = re.split(r"\.\s(?!\\\]|\$\$)", line, maxsplit=1)[0].strip().removesuffix(".").strip(" :*")
     inside = re.fullmatch(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", line)
@@ -172,7 +178,7 @@ def _plain(answer: str) -> str:
 
     "100,200" is one number, as it is written; the pair is "100, 200" or "(100,200)".
     """
-    plain = _VARIABLE.sub(r"{\1}", _NOISE.sub("", answer.strip().strip("$")))
+    plain = _VARIABLE.sub(r"\1{\2}", _NOISE.sub("", answer.strip().strip("$")))
     if re.search(r"[(\[{].*,", plain):
         return plain
     return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), plain)

@@ -166,7 +166,7 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
             self.points = []
-            self._record_reference()
+        self._record_reference(anew=self.records and not state.global_step)
         self._remember()
         if not self.points:
             self._measure(state, control)
@@ -189,12 +189,16 @@ class Probe(TrainerCallback):
                 f"s; {advice} would keep it below {self.share:.0%}"
             )
 
-    def _record_reference(self) -> None:
-        """Record the base's predictions for the tasks that need them and have none."""
+    def _record_reference(self, *, anew: bool) -> None:
+        """Record the base's predictions for the tasks that need them and have none, as in a folder that a run is moved to."""
         files = {t.key: reference_path(self.reference_dir, t.reference_file) for t in self.tasks if t.reference_file}
-        missing = on_first_rank(lambda: [key for key, path in files.items() if self.records or not path.is_file()])
+        missing = on_first_rank(lambda: [key for key, path in files.items() if anew or not path.is_file()])
         if not missing:
             return
+        if not anew and not hasattr(self.model, "disable_adapter") and self.trainer.state.global_step:
+            raise UserError(
+                "probe: the base's predictions are not here, and every weight has moved; give reference_dir"
+            )
         config = getattr(self.model, "peft_config", {}).get(getattr(self.model, "active_adapter", None))
         if start := start_that_rewrites(config):
             raise UserError(

@@ -38,6 +38,8 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples the adapter",
     "use_bdlora": "BD-LoRA's factors are block diagonal",
 }
+# Of these, what would leave W0 − s·B0A0 somewhere without the adapter that makes it W0 again, or take W0 away.
+ALTER_THE_BASE = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 
 
 @dataclass
@@ -60,6 +62,9 @@ class ResidualLoraConfig(LoraConfig):
             raise UserError(
                 "lora_dropout: a residual base needs 0, since dropping inputs of B0A0 alone would change the base model"
             )
+        for name in ALTER_THE_BASE if self.starts_from_residual else ():
+            if getattr(self, name, None):
+                raise UserError(f"{name}: not on a residual base, {_UNSUPPORTED[name]}")
         if self.lora_bias:
             raise UserError("lora_bias: not supported, the saved rank-2r adapter has no place for a bias")
         super().__post_init__()

@@ -119,6 +119,8 @@ def walk_layers(
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
+            if len({next(layer.parameters()).device for layer in layers.values()}) > 1:
+                raise DoesNotFit("its layers lie on several devices")
             together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
         device = device or next(next(iter(layers.values())).parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device

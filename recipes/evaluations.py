@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.code.jails import UNSAFE
-from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.documents import BadRow, read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.eval_harness.lm_eval.task import FRAMED
@@ -147,12 +147,14 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     keys = entry.model_dump(include=READ | {"rejected"})
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
-    settle_bad_rows(bad, len(examples) + len(bad), recipe.data.on_bad_row, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     if not kept:
         raise UserError(f"{where}: every prompt of {entry.path} is longer than max_length ({max_length} tokens)")
+    lost = [examples[i].row for i in range(len(examples)) if i not in set(kept)]
+    bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
+    settle_bad_rows(bad, len(kept) + len(bad), recipe.data.on_bad_row, where=where)
     beta = recipe.training.get("beta", 0.1)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 

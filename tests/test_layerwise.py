@@ -112,6 +112,13 @@ class Mixing(tf.LlamaForCausalLM):
         return tf.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
+def test_layers_on_several_devices_are_not_walked():
+    model = tf.AutoModelForCausalLM.from_config(SHAPES["llama"])
+    model.model.layers[1].to("meta")  # as device_map="auto" spreads them over GPUs
+    with pytest.raises(DoesNotFit, match="several devices"):
+        next(walk_layers(model, targets(model), BATCHES, progress=False))
+
+
 def test_a_model_that_is_no_chain_falls_back_to_hooks_and_says_so(capsys):
     torch.manual_seed(0)
     model = Mixing(SHAPES["llama"]).double().eval()

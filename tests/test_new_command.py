@@ -28,6 +28,9 @@ KINDS = {  # name → (row by number, format, keys of `data`, held-out rows aske
     "tools": (lambda i: {"messages": [user(f"{i}?"), call(), tool("2"), assistant("2")], "tools": [TOOL]}, "messages", {"messages": "messages"}, "messages"),
     "system": (lambda i: {"system": "Be kind." * (i % 2), "prompt": f"q {i}", "completion": "a"}, "prompt and completion, with system texts", {"prompt": "prompt", "response": "completion", "system": "system"}, "prompt"),
     "alpaca": (lambda i: {"instruction": f"do {i}", "input": "x" * (i % 2), "output": "done"}, "instruction, input and output", {"prompt": "{instruction}\n\n{input}", "response": "output"}, "prompt"),
+    "context": (lambda i: {"instruction": f"do {i}", "context": "x" * (i % 2), "response": "done", "category": "a"}, "context, instruction and response", {"prompt": "{context}\n\n{instruction}", "response": "response"}, "prompt"),
+    "pairs with an input": (lambda i: {"instruction": f"do {i}", "input": "x", "chosen": "good", "rejected": "bad"}, "preference pairs", {"prompt": "{instruction}\n\n{input}", "response": "chosen"}, "preferences"),
+    "pairs of sharegpt": (lambda i: {"conversations": sharegpt(i)[:1], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}, "preference pairs", {"prompt": "conversations", "response": "chosen"}, "preferences"),
     "answers": (lambda i: {"id": i, "question": f"who {i}", "answer": [f"k{i}", "other"]}, "question and answer", {"prompt": "question", "response": "answer"}, "prompt"),
     "pairs": (lambda i: {"prompt": f"q {i}", "chosen": "good", "rejected": "bad"}, "preference pairs", {"prompt": "prompt", "response": "chosen", "rejected": "rejected"}, "preferences"),
     "pairs of messages": (lambda i: {"chosen": [user(f"q {i}"), assistant("good")], "rejected": [user(f"q {i}"), assistant("bad")]}, "preference pairs", {"prompt": None, "response": "chosen"}, "preferences"),
@@ -67,6 +70,7 @@ def test_every_format(world, capsys, kind):
     write_rows(Path("rows.jsonl"), map(row, range(80)))
     recipe = make()
     said = capsys.readouterr().out
+    assert ("not used    the fields category\n" in said) == (kind == "context")
     assert (
         f"rows.jsonl: 80 rows, {name}\n" in said
         and "row 2" in said
@@ -86,14 +90,15 @@ def test_every_format(world, capsys, kind):
 
 
 CUT = {"comma": ("rows.csv", ","), "semicolon": ("rows.csv", ";"), "bar": ("rows.csv", "|"), "tab": ("rows.tsv", "\t")}
+COMMAS = ('"Frage, ganz"', "Frage (kurz, klar)")  # which a header may hold
 
 
-@pytest.mark.parametrize("kind", CUT)
-def test_delimiters(world, kind):
+@pytest.mark.parametrize(("kind", "header"), [*((kind, "Frage") for kind in CUT), *(("semicolon", h) for h in COMMAS)])
+def test_delimiters(world, kind, header):
     name, mark = CUT[kind]
-    Path(name).write_text(f"Frage{mark}Antwort\n" + "".join(f'"was ist {i}?"{mark}{i}x\n' for i in range(50)))
+    Path(name).write_text(f"{header}{mark}Antwort\n" + "".join(f'"was ist {i}?"{mark}{i}x\n' for i in range(50)))
     recipe = make(data=name)
-    assert (recipe.data.prompt, recipe.data.response, recipe.data.limit) == ("Frage", "Antwort", 45)
+    assert (recipe.data.prompt, recipe.data.response, recipe.data.limit) == (header.strip('"'), "Antwort", 45)
 
 
 def test_parquet_arrays_texts_and_folders(world):
@@ -243,6 +248,10 @@ def test_it_trains(world, monkeypatch, capsys):
 
 MISTAKES = {
     "no file": (["--data", "nowhere.jsonl"], "--data: no file or folder nowhere.jsonl"),
+    "no split to keep": (
+        ["--data", "rows.jsonl", "--keep", "sets"],
+        "--keep: no 'train' in sets (choose from: dev, test); name one of its files",
+    ),
     "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "--keep: no file or folder ./nowhere"),
     "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "model.name_or_path: no folder ./nowhere"),
     "no format": (["--data", "odd.jsonl"], "--data: the fields a, b, c are no conversation"),
@@ -259,6 +268,9 @@ MISTAKES = {
 def test_mistakes_in_one_line(world, capsys, mistake):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(5)))
     write_rows(Path("odd.jsonl"), [{"a": 1, "b": 2, "c": 3}])
+    Path("sets").mkdir()
+    for name in ("dev", "test"):
+        write_rows(Path("sets", f"{name}.jsonl"), map(KINDS["answers"][0], range(5)))
     Path("bad.jsonl").write_text("{broken\n{too\n")
     write_rows(Path("empty.jsonl"), [{"messages": [user(""), assistant("b")]}])
     Path("there.yaml").write_text("")

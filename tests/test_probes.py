@@ -31,7 +31,7 @@ def trainer(folder, steps=6, start=True, **options):
     rows = [{"input_ids": ids[:12], "labels": ids[:12], "attention_mask": [1] * 12} for ids in texts]
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, seed=0, **options,
+        report_to="none", disable_tqdm=True, seed=0, **{"save_strategy": "no", **options},
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
@@ -96,6 +96,17 @@ def test_what_a_folder_lacks_of_the_bases_predictions_is_recorded(tmp_path):
     assert probe.points[0].metrics["more kl"].value == pytest.approx(
         probe.points[0].metrics["facts kl"].value, abs=1e-9
     )
+
+
+def test_a_run_that_goes_on_in_another_folder_still_has_the_bases_predictions(tmp_path):
+    found = []
+    for folder, resumed in (("one", None), ("other", str(tmp_path / "one" / "checkpoint-4"))):
+        run = trainer(tmp_path / folder, save_strategy="steps", save_steps=4)
+        probe = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every=4)
+        run.add_callback(probe)
+        run.train(resume_from_checkpoint=resumed)
+        found.append(probe.points[-1].metrics["facts kl"].value)
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0
 
 
 def test_a_base_that_peft_has_changed_is_not_taken_for_the_base(tmp_path):

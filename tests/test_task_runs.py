@@ -11,6 +11,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.evaluations import eval_tasks
+from lora_null.utils.errors import UserError
 
 CODE = {
     "task_id": "t/0",
@@ -79,6 +80,10 @@ def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
     (held_out,) = eval_tasks(recipe, tokenizer, max_length=None)
     trained = training_data(recipe.data, tokenizer, preferences=True, max_length=None).rows[0]
     assert tokenizer.decode(held_out.chosen[0].ids) == trained["prompt"] + trained["chosen"]
+    long = [row | {"prompt": "say it " * 20}] * 6
+    write_rows(tmp_path / "pairs.jsonl", [row] * 6 + long)
+    with pytest.raises(UserError, match=r"6 of 12 rows cannot be used: 6 prompt longer than max_length \(64 tokens\)"):
+        eval_tasks(recipe, tokenizer, max_length=64)
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])

@@ -44,16 +44,17 @@ def extract_code(response: str, defines: str | None = None) -> str:
     """Return the code of a response: its first fenced block of Python, the first that defines a function where there is one.
 
     A block is Python where its fence names that or nothing, or where no block's does. Without a fence the whole response is
-    code, whose leading blank lines and common indentation are kept.
+    code, whose leading blank lines and common indentation are kept; not the one space that training puts before a response.
 
     Args:
         response: the model's text.
         defines: the name of a function that the code should define.
     """
-    found = [match for match in FENCE.finditer(response) if match["fence"]]
+    text = re.sub(r"\A (?=\S)", "", response)
+    found = [match for match in FENCE.finditer(text) if match["fence"]]
     blocks = [_block(match) for match in found if match["language"].lower() in PYTHON] or [_block(m) for m in found]
     if not blocks:
-        return response
+        return text
     return next((block for block in blocks if defines and _defines(block, defines)), blocks[0])
 
 

@@ -107,6 +107,16 @@ class Rows:
         """Whether the rows are pieces of texts, whose ends can be asked for."""
         return self.documents.columns == TEXT_FIELDS
 
+    @property
+    def unused(self) -> list[str]:
+        """The fields that are neither learned nor asked with; none of conversations, whose templates may read any."""
+        if "messages" in self.format.keys or self.is_of_texts:
+            return []
+        read = [spec for spec in self.format.keys.values() if spec]
+        return [
+            name for name in self.documents.columns if not any(spec == name or f"{{{name}}}" in spec for spec in read)
+        ]
+
     def keys(self) -> dict[str, Any]:
         """Return what the recipe names the data by."""
         return {"path": self.path} | ({"split": self.split} if self.split else {})
@@ -212,6 +222,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
     draft.notes = {
         "data": f"{arguments.data}: {count} rows, {rows.format.name}",
+        **({"not used": f"the fields {', '.join(rows.unused)}"} if rows.unused else {}),
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
         "lengths": _what_is_cut("rows", lengths, length),
         "windows": _what_is_cut("texts", windows, calibration["max_length"]),
@@ -237,7 +248,9 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
         documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=LOOKED_AT)
     except UserError as error:  # which names what would be keys of a recipe
         told = str(error).replace(f"{where}.path=", f"--{where}").replace(f"{where}.path", f"--{where}")
-        raise UserError(told.replace(f"{where}.split", "--split")) from None
+        if where == "keep" and "keep.split" in told:
+            told = f"{told.replace('keep.split', '--keep')}; name one of its files"
+        raise UserError(told.replace("data.split", "--split")) from None
     if not documents.rows:
         settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
     form = recognize(documents.rows, documents.columns, f"--{where}")

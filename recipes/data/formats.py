@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def _first(names: Sequence[str], fields: Mapping[str, str]) -> str | None:
 def _preferences(fields: Mapping[str, str], talks: set[str]) -> Format | None:
     for chosen, rejected in PAIRS:
         if chosen in fields and rejected in fields:
-            keys = {"prompt": _first(PROMPTS, fields), "response": fields[chosen], "rejected": fields[rejected]}
+            talk = _first([name for name in CONVERSATIONS if fields.get(name) in talks], fields)
+            keys = {"prompt": _prompt(fields) or talk, "response": fields[chosen], "rejected": fields[rejected]}
             if keys["prompt"] is None and keys["response"] not in talks:
                 return None
             return Format("preference pairs", keys, preferences=True)
@@ -101,17 +103,25 @@ def question_and_answer(
     """Return `prompt` and `response`: those that are given, else the fields with a usual name; None where one is missing."""
     fields = {name.lower(): name for name in columns}
     response = response or _first([name for name in RESPONSES if fields.get(name) != prompt], fields)
-    if prompt is None and {"instruction", "input"} <= fields.keys() - {response}:
-        prompt = f"{{{fields['instruction']}}}\n\n{{{fields['input']}}}"
-    prompt = prompt or _first([name for name in PROMPTS if fields.get(name) != response], fields)
+    prompt = prompt or _prompt({name: column for name, column in fields.items() if column != response})
     return {"prompt": prompt, "response": response} if prompt and response else None
+
+
+def _prompt(fields: Mapping[str, str]) -> str | None:
+    """Return the field that asks, with the one that holds its input or what it asks about; None where there is none."""
+    asked = _first(PROMPTS, fields)
+    if {"instruction", "input"} <= fields.keys():
+        return f"{{{fields['instruction']}}}\n\n{{{fields['input']}}}"
+    return f"{{{fields['context']}}}\n\n{{{asked}}}" if asked and "context" in fields else asked
 
 
 def _answered(fields: Mapping[str, str]) -> Format | None:
     keys = question_and_answer(fields.values())
     if keys is None:
         return None
-    asked = keys["prompt"] if keys["prompt"] in fields.values() else "instruction, input"
+    asked = (
+        keys["prompt"] if keys["prompt"] in fields.values() else ", ".join(re.findall(r"\{(.*?)\}", keys["prompt"]))
+    )
     return Format(f"{asked} and {keys['response']}", keys)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.report.dial_page import FOLDER, Dial, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, scale_of, show
@@ -113,7 +115,7 @@ def _by_curve(results: Results, log: TrainLog, label: str) -> list[Advice]:
         if lowest < len(values) - 1 and last > RISEN * values[lowest]:
             sentence = f"Stop {label} earlier: {title} was lowest at step {steps[lowest]:g} ({values[lowest]:.3g}) and has risen to {last:.3g} by step {steps[-1]:g}."
             return [Advice((last - values[lowest]) / fall, sentence)]
-        quarter = values[-max(2, len(values) // 4) - 1]
+        quarter = float(np.interp(steps[0] + 0.75 * (steps[-1] - steps[0]), steps, values))
         if (quarter - last) / fall > STILL and lowest == len(values) - 1:
             sentence = f"Raise the learning rate of {label}, or train longer: {title} still falls, by {quarter - last:.3g} in the last quarter of {fall:.3g} in all."
             return [Advice((quarter - last) / fall, sentence)]

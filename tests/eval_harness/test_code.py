@@ -38,6 +38,8 @@ MBPP = {
 ANSWERS = {  # what a model may write for HUMANEVAL, and whether it is right
     "    return math.pi * r * r\n": True,
     "    return 3 * r * r\n": False,
+    " def area(r):\n    return math.pi * r * r": True,  # behind the space that training puts before a response
+    " ```python\ndef area(r):\n\treturn math.pi * r * r\n```": True,
     "Here it is:\n```python\ndef area(r):\n    return math.pi * r ** 2\n```\nIt squares r.": True,
     "```\ndef area(r):\n    return math.pi * r ** 2\n": True,
     "```python\n    return math.pi * r * r\n```": True,

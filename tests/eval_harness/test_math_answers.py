@@ -17,6 +17,12 @@ from lora_null.eval_harness.math_answers import (
 EXTRACTED = [  # (solution, its final answer)
     ("3 + 4 = 7\nThe answer is: 7", "7"),
     ("The answer is: 12.", "12"),
+    ("The answer is:\n- 18 dollars", "18 dollars"),
+    ("The answer is:\n- **18**\n- nothing else", "18"),
+    ("The answer is: - 5", "- 5"),
+    ("The answer is:\n-5", "-5"),
+    ("#### Step 1: Cost\n9\n#### Step 2: Total\n9+9=18, so $\\boxed{18}$.", "18"),
+    ("It is $\\boxed{5}$, twice that:\n#### 10", "10"),
     ("The answer is: 12.5.", "12.5"),
     ("The answer is 9", "9"),
     ("the answer is: $\\frac{1}{2}$.", "\\frac{1}{2}"),
@@ -147,6 +153,11 @@ def test_gsm8k(answer, right, same):
 
 MATH = [  # (answer, right answer, the same by mathematics, the same by the string rule)
     ("\\frac{1}{2}", "\\frac{1}{2}", True, True),
+    ("a + d", "a + c", False, False),
+    ("2 + t", "2 + s", False, False),
+    ("2", "2 + t", False, False),
+    ("x = t", "x = s", False, False),
+    ("2 + m", "m+2", True, False),
     ("\\frac12", "\\frac{1}{2}", True, True),
     ("\\dfrac{1}{2}", "\\frac{1}{2}", True, True),
     ("1/2", "\\frac{1}{2}", True, True),
