@@ -278,7 +278,8 @@ def _read_inputs(
             task.check_positions(tokenizer, limit)
     section = recipe.calibration
     length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
-    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, recipe.seed), sources or []
+    seed = recipe.seed if section.seed is None else section.seed
+    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, seed), sources or []
     windows = cut_windows(job.sources, tokenizer, job.cut)
     if sources and all(source.texts is not None for source in sources):
         job.windows = windows

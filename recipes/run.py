@@ -113,8 +113,6 @@ def run(
     job = together(check, what="checking the recipe")
     inputs = functools.partial(inputs_of, job)
     with output.claimed(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
-        if job.data.bad and job.is_main:
-            write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
         if not job.tasks and job.is_main:
             print("nothing to evaluate: eval.retention and eval.task are empty")
         results = run_job(job)
@@ -126,6 +124,8 @@ def run(
 
 def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
+    if job.data.bad and job.is_main:
+        write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     rows = [base_row(job)]
     if job.windows is None:
         job.windows = _own_windows(job)

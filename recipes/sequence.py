@@ -29,7 +29,7 @@ from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
-from lora_null.recipes.models.plan import MethodPlan
+from lora_null.recipes.models.plan import MethodPlan, check_vllm_rank
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer, load_results, write_results
@@ -95,6 +95,8 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
             raise UserError(
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
+        if plan.saves == "adapter" and plan.rank is not None:  # the ranks add up
+            check_vllm_rank(recipe, plan.name, len(jobs) * make_method(plan.name).saved_rank(plan.rank))
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):

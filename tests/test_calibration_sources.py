@@ -24,6 +24,7 @@ from lora_null.recipes.data.calibration import (
     cut_windows,
     shares,
 )
+from lora_null.recipes.job import inspect_recipe
 from lora_null.trainer import CalibrationArgs, own_texts, written_texts
 from lora_null.utils.errors import UserError
 
@@ -358,6 +359,14 @@ def test_pairs_of_some_rows_without_an_input(tmp_path):
 def test_a_template_of_empty_fields_is_no_text(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"q": "who", "a": None}, {"q": "", "a": None}, {"other": 1}])
     assert texts(rows, template="Q: {q}? A: {a}") == ["Q: who? A: "]
+
+
+def test_windows_may_have_a_seed_of_their_own(tmp_path):
+    path = str(make_world(tmp_path))
+    found = [
+        inspect_recipe(load_recipe(path, words)).cut.seed for words in (["seed=3"], ["seed=3", "calibration.seed=7"])
+    ]
+    assert found == [3, 7]
 
 
 def test_own_texts_are_known_by_the_end_they_were_written_to():

@@ -279,6 +279,12 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     for points in (measured[0], measured[0][:1]):
         write_dial(tmp_path / "dial", Dial(method="lora", model="m", points=points))
         assert told(read_dial(tmp_path))
+    for point in measured[0]:
+        del point.metrics["b"]  # what is learned was not measured
+    kept_alone = Dial(method="lora", model="m", points=measured[0])
+    assert "only one side was measured" in told(kept_alone) and "strength 0.5 keeps loss of a within 1: 0.500" in told(
+        kept_alone, 1.0
+    )
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):
         read_dial(tmp_path)

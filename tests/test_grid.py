@@ -180,6 +180,7 @@ def test_a_method_may_have_values_of_its_own(tmp_path, capsys):
     assert cells == {1e-3: ("lora", "full"), 1e-2: ("lora",), 1e-4: ("full",)}
     assert main([str(make_world(tmp_path, grid=raw)), "--method", "lora,full", "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "base/eval.json, cells/…/lora/init/, cells/…/lora/adapter/" in out
     assert "grid: 4 runs, each method for seeds 0; training.learning_rate = 0.001, 0.01\n" in out
     assert "\n      full: training.learning_rate = 0.0001, 0.001\n" in out
     swept = load_recipe(
@@ -209,8 +210,11 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
 def test_a_rank_of_one_methods_own_need_not_suit_the_others(tmp_path):
     own = {"sweep": {"method.rank": [4]}, "per_method": {"full": {"method.rank": [64]}}}  # more than a layer's width
     recipe = make_world(tmp_path, grid=own)
+    with (tmp_path / "numbers.jsonl").open("a") as file:
+        file.write('{"question": "what?", "answer": ""}\n')
     words = ["--method", "lora,full", "training.max_steps=1", "eval.limit=4", "training.save_strategy=no"]
-    assert main([str(recipe), *words]) == 0
+    assert main([str(recipe), *words, "data.on_bad_row=skip"]) == 0
+    assert json.loads((next((tmp_path / "out" / "cells").rglob("rows_left_out.json"))).read_text())[0]["row"] == 41
     assert sorted(row["method"] for row in results(tmp_path)["rows"]) == ["base", "full", "lora"]
 
 

@@ -10,7 +10,9 @@ from world import make_world, write_rows
 
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
+from lora_null.recipes.models.plan import check_vllm_rank
 from lora_null.trainer.methods import check_engine
 from lora_null.utils.errors import UserError
 
@@ -169,6 +171,13 @@ def test_said_in_one_line_before_a_model_loads(fails, tmp_path, monkeypatch, wor
         write_rows(tmp_path / "sets" / name / "train-0.jsonl", [{"question": name, "answer": "a"}] * 8)
     assert message.replace("{0}", str(tmp_path)) in fails(*(word.replace("{0}", str(tmp_path)) for word in words))
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_vllm_does_not_take():
+    recipe = load_recipe("quickstart", ["eval.backend=vllm"])
+    check_vllm_rank(recipe, "lora-null-v1", 512)
+    with pytest.raises(UserError, match="vllm takes adapters up to rank 512, lora-null-v1 saves 600; use hf"):
+        check_vllm_rank(recipe, "lora-null-v1", 600)
 
 
 def test_an_engine_under_which_a_method_does_not_train(fails, monkeypatch):

@@ -93,7 +93,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add(
         "--max-forgetting",
         metavar="X",
-        help="a budget, budget.at_most: nats a token of KL, unless budget.measure differs",
+        help="a budget, budget.at_most: nats a token of the first KL that is kept, without one a fraction of the first accuracy",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add("--output-dir", help="where everything goes (default: runs/RECIPE)", complete=shtab.DIRECTORY)
@@ -201,7 +201,9 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
     add("--strength", type=float, metavar="S", help="write ΔW times S; 1 is as saved")
     add("--max-forgetting", type=float, metavar="X", help="the largest strength that forgets no more than X, measured")
-    add("--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL)")
+    add(
+        "--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL, else the first metric)"
+    )
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")

@@ -403,6 +403,7 @@ class CalibrationSection(CalibrationSource):
     mode: Literal["packed", "separate"] = Field(
         "packed", description="texts joined and cut, or one text a window (what the model writes: always)"
     )
+    seed: Seed | None = Field(None, description="of the draw of the texts; the recipe's seed when not given")
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
 
     @property
@@ -643,7 +644,8 @@ class BudgetSection(Section):
     """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
 
     measure: str | None = Field(
-        None, description="a metric of eval.retention, such as 'NQ kl'; its first KL when not given"
+        None,
+        description="a metric of eval.retention, such as 'NQ kl'; when not given its first KL, else the first metric of its first entry",
     )
     at_most: float = Field(
         gt=0,

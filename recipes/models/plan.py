@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.config import starts_from_residual
 from lora_null.initialize import check_named, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
@@ -131,6 +132,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     elif method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
+        check_vllm_rank(recipe, name, widest)
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
             held *= 2  # the residual is a second path there, not subtracted from the weight
@@ -146,6 +148,14 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         kept_bytes=kept,
         costs=method.costs(),
     )
+
+
+def check_vllm_rank(recipe: Recipe, method: str, rank: int) -> None:
+    """Raise a UserError where vLLM is to evaluate an adapter of a rank that it does not take, as it is saved."""
+    if recipe.eval.backend == "vllm" and vllm_rank(rank) is None:
+        raise UserError(
+            f"eval.backend: vllm takes adapters up to rank {VLLM_RANKS[-1]}, {method} saves {rank}; use hf"
+        )
 
 
 def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
@@ -228,11 +238,12 @@ def optimizer_steps(training: SFTConfig | DPOConfig, rows: int, batch: int) -> i
 
 
 def files_of(recipe: Recipe) -> list[str]:
-    """Return what the run will leave in its output folder."""
+    """Return what the run, or each run of a grid, will leave in its output folder."""
     files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
+    cell = "cells/…/" if recipe.grid else ""
     for name in recipe.method.name:
-        left = ("init/", f"{METHODS[name].saves}/", "eval.json", "train_log.jsonl")
-        files += [f"{name}/{path}" for path in left]
+        saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
+        files += [f"{cell}{name}/{path}" for path in ("init/", *saved, "eval.json", "train_log.jsonl")]
     return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
 
 

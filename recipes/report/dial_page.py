@@ -118,17 +118,18 @@ def told(dial: Dial, at_most: float | None = None) -> str:
     """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten."""
     if len(dial.points) == 1:
         return "nothing but the base was measured"
-    found = dial.frontier()
-    if found is None:
+    results = dial.results()
+    kept, learned = forgetting(results), learning(results)
+    if kept is None or (learned is None and at_most is None):
         return "only one side was measured: a frontier needs eval.retention and eval.task"
-    kept, learned = found
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
     inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
     if at_most is not None and not inside:
         return f"no strength that was measured keeps {kept.title} within {at_most:g}"
     if inside:
         best = max(inside, key=lambda i: dial.points[i].strength)
-        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}, {learned.title} {learned.text(best)}"
+        and_learned = f", {learned.title} {learned.text(best)}" if learned else ""
+        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}{and_learned}"
     lines = [
         f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
         for i, change, forgot in dial.shares()
