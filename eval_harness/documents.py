@@ -125,7 +125,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     header = next((line for line in text.splitlines() if line.strip()), "")
     bare = re.sub(r'"(?:[^"]|"")*"', "", header)
     marks = ["\t"] if path.suffix.lower() == ".tsv" else [mark for mark in DELIMITERS if mark in bare] or [","]
-    delimiter = max(marks, key=lambda mark: _rows_like_the_header(text, mark)) if len(marks) > 1 else marks[0]
+    delimiter = max(marks, key=lambda mark: _rows_like_the_header(text, mark))
     lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
     names, *cells = [line for line in lines if line]
     _need_distinct(names)

@@ -159,7 +159,8 @@ def _first_statement(text: str) -> str:
     Displayed mathematics counts as one line; lines of marks alone ("```") and introductions ("as follows:") say nothing. A
     dash before a number on a later line is the mark of a list, not a sign.
     """
-    text = _BOLD.sub(r"\1", _DISPLAY.sub(lambda display: " ".join(display[0].split()), _LIST_MARK.sub("", text)))
+    text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
+    text = _BOLD.sub(r"\1", _LIST_MARK.sub("", text))
     line = next((line for line in map(str.strip, text.splitlines()) if _says_something(line)), "")
     line = re.split(r"\.\s(?!\\\]|\$\$)", line, maxsplit=1)[0].strip().removesuffix(".").strip(" :*")
     inside = re.fullmatch(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", line)

@@ -119,8 +119,6 @@ def walk_layers(
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
-            if len({next(layer.parameters()).device for layer in layers.values()}) > 1:
-                raise DoesNotFit("its layers lie on several devices")
             together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
         device = device or next(next(iter(layers.values())).parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
@@ -269,6 +267,8 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     that of a forward pass run twice. Batches of equal and of other shapes show what a model keeps from one layer's call
     for the next one's.
     """
+    if len({next(layer.parameters()).device for layer in layers.values()}) > 1:
+        raise DoesNotFit("its layers lie on several devices")
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
     few = _few_tokens(model, batches)

@@ -96,13 +96,15 @@ def _check_trackers(training: SFTConfig | DPOConfig) -> None:
 
 
 def check_engines(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
-    """Check that each method trains under the engine that accelerate's launcher asks for, which takes FSDP for GPUs alone.
+    """Check that each method trains under the engine that is asked for; accelerate takes FSDP for GPUs alone.
 
     Raises:
         UserError: as `check_engine`.
     """
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and not training.use_cpu
     version = int(os.environ.get("FSDP_VERSION", "1")) if fsdp else None
+    if training.fsdp_plugin_args and not training.use_cpu and PartialState().distributed_type != DistributedType.NO:
+        version = training.fsdp_plugin_args["fsdp_version"]  # which goes before the launcher's
     plugin = training.deepspeed_plugin
     for name in recipe.method.name:
         check_engine(name, fsdp=version, zero=plugin and plugin.zero_stage)

@@ -31,7 +31,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
-from lora_null.recipes.data.formats import question_and_answer
+from lora_null.recipes.data.formats import askable, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
@@ -127,7 +127,7 @@ def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
     if entry.prompt and entry.response:
         return {"prompt": entry.prompt, "response": entry.response}
     first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
-    if found := question_and_answer(first.columns, entry.prompt, entry.response):
+    if found := question_and_answer(askable(first.columns, first.rows), entry.prompt, entry.response):
         return found
     raise UserError(
         f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
@@ -150,9 +150,7 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
     chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
-    if not kept:
-        raise UserError(f"{where}: every prompt of {entry.path} is longer than max_length ({max_length} tokens)")
-    lost = [examples[i].row for i in range(len(examples)) if i not in set(kept)]
+    lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
     settle_bad_rows(bad, len(kept) + len(bad), recipe.data.on_bad_row, where=where)
     beta = recipe.training.get("beta", 0.1)

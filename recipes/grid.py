@@ -198,7 +198,7 @@ def check_grid(
     root = Path(recipe.output_dir)
     first = cells[0].seed
     options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
-    job = check_run(recipe, **options)
+    job, planned = check_run(recipe, **options), set()
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
@@ -207,8 +207,10 @@ def check_grid(
             check_asked_alike(checked, job, f"grid.sweep, {cell.title}")
             if unreached is None:
                 job.swept_inputs |= _inputs_of_cell(cell, checked)
-        elif cell.seed == first and "training.weight_decay" in dict(cell.point):
+        decays = cell.methods, dict(cell.point).get("training.weight_decay")
+        if starts_alike(cell) and decays[1] is not None and decays not in planned:
             plan_methods(own, job.config)  # which ask where decay pulls to
+            planned.add(decays)
         if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
     return job
@@ -233,10 +235,8 @@ def cell_job(
     own = cell.recipe(recipe, root)
     on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
     if before is None or not starts_alike(cell):
-        names = (
-            recipe.method.name if starts_alike(cell) else own.method.name
-        )  # one job for a seed's runs that start alike
-        every = own.model_copy(update={"method": own.method.model_copy(update={"name": names})})
+        checked = {"method": recipe.method, "training": recipe.training}  # as it was: one job for a seed's alike runs
+        every = own.model_copy(update=checked if starts_alike(cell) else {})
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
         before = together(lambda: inspect_recipe(every, **options), what="checking the recipe")
     started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}

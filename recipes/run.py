@@ -344,7 +344,7 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     In a sequence these hold the tasks before, and the saved adapter is the change of them all.
     """
     adapted = isinstance(model, PeftModel)
-    goes_on = adapted and plan.name in job.starts
+    goes_on = adapted and plan.saves == "adapter" and plan.name in job.starts
     original = weight_reader(job.recipe.model, job.model_name) if job.is_main and (goes_on or not adapted) else None
     changes = {}
     if not goes_on:

@@ -10,7 +10,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -24,7 +23,15 @@ from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
-from lora_null.trainer.methods import METHODS, Method, check_adapter, check_base, load_method_file, make_method
+from lora_null.trainer.methods import (
+    METHODS,
+    Method,
+    check_adapter,
+    check_base,
+    check_engine,
+    load_method_file,
+    make_method,
+)
 from lora_null.trainer.methods.residual import CorDA, PiSSA
 from lora_null.trainer.methods.roselora import _cut_moments, top_mask
 
@@ -487,14 +494,9 @@ def forget_gradients(self, args, state, control, model, **_):
     "name, sharded, said", [("roselora", False, "DeepSpeed leaves none; use DDP"), ("roselora", True, "use DDP for it"),
                             ("oplora", True, "use DDP or ZeRO-2"), ("oplora", False, None)],
 )  # fmt: skip
-def test_engines_under_which_a_method_cannot_train(tmp_path, monkeypatch, name, sharded, said):
-    trainer = make(tmp_path, name)
-    trainer.is_deepspeed_enabled = True
-    monkeypatch.setattr(
-        AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=3 if sharded else 2), raising=False
-    )
+def test_engines_under_which_a_method_cannot_train(name, sharded, said):
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        trainer._check_engine()
+        check_engine(name, fsdp=None, zero=3 if sharded else 2)
 
 
 def test_roselora_clamp(tmp_path):

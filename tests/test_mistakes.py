@@ -13,7 +13,6 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
 from lora_null.recipes.models.plan import check_vllm_rank
-from lora_null.trainer.methods import check_engine
 from lora_null.utils.errors import UserError
 
 
@@ -186,10 +185,6 @@ def test_an_engine_under_which_a_method_does_not_train(fails, monkeypatch):
     assert "fsdp_version: 1 cuts across the layers of an adapter" in fails(*words)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert "clora needs whole weights while it trains; use DDP or ZeRO-2 for it" in fails(*words)
-    for stage, method in ((2, "roselora"), (3, "oplora")):
-        with pytest.raises(UserError, match=f"method: {method}"):
-            check_engine(method, fsdp=None, zero=stage)
-    check_engine("oplora", fsdp=None, zero=2)
 
 
 def test_the_subset_of_a_folder_is_the_folder_in_it(recipe, tmp_path, capsys):

@@ -29,6 +29,7 @@ KINDS = {  # name → (row by number, format, keys of `data`, held-out rows aske
     "system": (lambda i: {"system": "Be kind." * (i % 2), "prompt": f"q {i}", "completion": "a"}, "prompt and completion, with system texts", {"prompt": "prompt", "response": "completion", "system": "system"}, "prompt"),
     "alpaca": (lambda i: {"instruction": f"do {i}", "input": "x" * (i % 2), "output": "done"}, "instruction, input and output", {"prompt": "{instruction}\n\n{input}", "response": "output"}, "prompt"),
     "context": (lambda i: {"instruction": f"do {i}", "context": "x" * (i % 2), "response": "done", "category": "a"}, "context, instruction and response", {"prompt": "{context}\n\n{instruction}", "response": "response"}, "prompt"),
+    "passages": (lambda i: {"question": f"q {i}", "context": {"sentences": ["x"]}, "answer": "a"}, "question and answer", {"prompt": "question", "response": "answer"}, "prompt"),
     "pairs with an input": (lambda i: {"instruction": f"do {i}", "input": "x", "chosen": "good", "rejected": "bad"}, "preference pairs", {"prompt": "{instruction}\n\n{input}", "response": "chosen"}, "preferences"),
     "pairs of sharegpt": (lambda i: {"conversations": sharegpt(i)[:1], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}, "preference pairs", {"prompt": "conversations", "response": "chosen"}, "preferences"),
     "answers": (lambda i: {"id": i, "question": f"who {i}", "answer": [f"k{i}", "other"]}, "question and answer", {"prompt": "question", "response": "answer"}, "prompt"),

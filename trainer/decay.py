@@ -49,14 +49,15 @@ def decays_to_start(
     if asked is False or not decay or not starts_from_residual(config):
         return False
     kind = type(optimizer) if optimizer is not None else kind
-    check_optimizer(kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim)))
-    if deepspeed:
-        raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
+    name = kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
+    check_optimizer(name, deepspeed=deepspeed)
     return True
 
 
-def check_optimizer(name: str) -> None:
-    """Raise a UserError for an optimizer, by its name, whose decay is not one that can be turned to the start."""
+def check_optimizer(name: str, *, deepspeed: bool) -> None:
+    """Raise a UserError for an optimizer, by its name, or DeepSpeed, whose decay cannot be turned to the start."""
+    if deepspeed:
+        raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
     averages = "schedule" in name.lower()  # a schedule-free one decays an average of its weights
     if "adamw" not in name.lower() or averages:
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")

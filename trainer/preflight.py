@@ -109,7 +109,7 @@ def check_reference(given: Mapping[str, Any]) -> None:
     trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
     if trained != "default" and given.get("ref_model") is None:
         raise UserError(
-            f"model: TRL takes the adapter 'default' for DPO's reference, and {trained!r} trains; name that one so"
+            f"model: TRL takes the adapter 'default' for DPO's reference, and {trained!r} trains; load it under the name 'default'"
         )
     without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)

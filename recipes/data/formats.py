@@ -50,7 +50,8 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     fields = {name.lower(): name for name in columns}
     talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
-    found = _preferences(fields, talks) or _conversation(fields, talks, rows) or _answered(fields)
+    asking = {name.lower(): name for name in askable(columns, rows)}
+    found = _preferences(asking, talks) or _conversation(fields, talks, rows) or _answered(asking)
     found = found or _text(fields, rows, pair)
     if found is None and pair is not None:
         raise UserError(
@@ -69,6 +70,11 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     return Format(name, keys, found.preferences)
 
 
+def askable(columns: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns without a `context` that is no text, such as a list of passages."""
+    return [n for n in columns if n.lower() != "context" or all(_is_text(row.get(n)) for row in rows[:LOOKED_AT])]
+
+
 def _first(names: Sequence[str], fields: Mapping[str, str]) -> str | None:
     return next((fields[name] for name in names if name in fields), None)
 
@@ -77,7 +83,9 @@ def _preferences(fields: Mapping[str, str], talks: set[str]) -> Format | None:
     for chosen, rejected in PAIRS:
         if chosen in fields and rejected in fields:
             talk = _first([name for name in CONVERSATIONS if fields.get(name) in talks], fields)
-            keys = {"prompt": _prompt(fields) or talk, "response": fields[chosen], "rejected": fields[rejected]}
+            asked = _first(PROMPTS, fields)
+            prompt = asked if asked in talks else _prompt(fields) or talk
+            keys = {"prompt": prompt, "response": fields[chosen], "rejected": fields[rejected]}
             if keys["prompt"] is None and keys["response"] not in talks:
                 return None
             return Format("preference pairs", keys, preferences=True)

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -167,7 +168,8 @@ def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) 
     try:
         check_decay_to_start(recipe.method.decay_to_start, config, decay)
         if decay and recipe.method.decay_to_start is not False and starts_from_residual(config):
-            check_optimizer(str(recipe.training.get("optim") or "adamw"))
+            deepspeed = bool(recipe.training.get("deepspeed")) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+            check_optimizer(str(recipe.training.get("optim") or "adamw"), deepspeed=deepspeed)
     except UserError as mistake:
         raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:

@@ -20,6 +20,7 @@ EXTRACTED = [  # (solution, its final answer)
     ("The answer is:\n- 18 dollars", "18 dollars"),
     ("The answer is:\n- **18**\n- nothing else", "18"),
     ("The answer is: - 5", "- 5"),
+    ("The answer is:\n\\[\nx^2\n- 5x + 6\n\\]", "x^2 - 5x + 6"),
     ("The answer is:\n-5", "-5"),
     ("#### Step 1: Cost\n9\n#### Step 2: Total\n9+9=18, so $\\boxed{18}$.", "18"),
     ("It is $\\boxed{5}$, twice that:\n#### 10", "10"),

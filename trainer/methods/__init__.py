@@ -223,8 +223,7 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     untrue = going_on and adapts_plainly(method) and (method.computes_whole or on_residual)
     if wanted is None or (config is not None and not untrue and _is_alike(config, wanted, method)):
         return
-    plainly = adapts_plainly(method) and not untrue
-    if going_on and (method.goes_on or plainly) and start_that_rewrites(config) is None:
+    if going_on and not untrue and (method.goes_on or adapts_plainly(method)) and start_that_rewrites(config) is None:
         return
     start = getattr(config, "init_lora_weights", True)
     of = f" of init_lora_weights={start!r}" if isinstance(start, str) else ""
