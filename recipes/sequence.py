@@ -96,7 +96,8 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
         if plan.saves == "adapter" and plan.rank is not None:  # the ranks add up
-            check_vllm_rank(recipe, plan.name, len(jobs) * make_method(plan.name).saved_rank(plan.rank))
+            method = make_method(plan.name, recipe.method.options.get(plan.name))
+            check_vllm_rank(recipe, plan.name, len(jobs) * method.saved_rank(plan.rank))
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):

@@ -386,6 +386,16 @@ def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_strength_that_llama_cpp_would_take_for_1_is_refused(world, tmp_path, capsys):
+    """A budget within which nothing was kept saves an alpha of 0."""
+    pytest.importorskip("gguf")
+    shutil.copytree(world / "out", tmp_path / "run")
+    config = tmp_path / "run" / "lora" / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 0}))
+    assert main(["export", str(tmp_path / "run" / "lora"), "--out", str(tmp_path / "out"), "--form", "gguf"]) == 2
+    assert "--form gguf: the adapter's strength is 0, it is the base" in capsys.readouterr().err
+
+
 def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert export(world, "lora", tmp_path / "out", "--form", "gguf") == 2

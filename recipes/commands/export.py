@@ -189,6 +189,10 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"{largest:.2g} at most."
         )
         export.truncated, export.bound = True, math.inf
+    if export.form == "gguf" and scaling * export.strength == 0:
+        raise UserError(
+            "--form gguf: the adapter's strength is 0, it is the base; llama.cpp takes an alpha of 0 for 1"
+        )
     return pairs, scaling * export.strength
 
 
