@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.recipes.config.load import resume_command
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe, parse_section
 from lora_null.recipes.models import smollm2
@@ -19,7 +20,7 @@ from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import Results, Row, display_name, load_results
 from lora_null.trainer.methods import METHODS
-from lora_null.utils.files import write_text
+from lora_null.utils.files import read_json, write_text
 
 TEMPLATE, CARD_FILE = "model_card.md.j2", "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -39,6 +40,8 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
         source.recipe, source.method, source.kind, export.form, name,
         license_id=license_id or license_of(name, source.base.folder / CARD_FILE, hub_base(name)),
         rank=export.rank,
+        plain=True,
+        revision=None if name != source.base.section.name_or_path else source.base.section.revision,
         table=None if export.truncated else results_table(source, export.strength),
         notes=export.notes,
         difference=str(difference),
@@ -56,13 +59,17 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
         results: the base's row and this method's; None while it trains.
     """
     state = f"Not finished: `{resume_command(folder.parent)}` goes on."
-    copied = f"`lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it"
-    saved = f"The {plan.saves} is in `{plan.saves}/`; {copied}."
+    plain, kept = METHODS[plan.name].plain, folder / plan.saves
+    exports = f"; `lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it" if plain else ""
+    saved = f"The {plan.saves} is in `{plan.saves}/`{exports}." if kept.is_dir() else "Its weights were not kept."
+    config = kept / CONFIG_FILE  # of an adapter
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
     text = _render(
         recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
         license_id=license_of(name, Path(name) / CARD_FILE),
-        rank=METHODS[plan.name]().saved_rank(plan.rank) if plan.rank else None,
+        rank=read_json(config).get("r") if config.is_file() else None,
+        plain=plain,
+        revision=recipe.model.revision,
         table=results and _table_of(results),
         notes=[saved if results else state],
         difference=None,
@@ -83,13 +90,13 @@ def _render(
         form: what the folder holds: adapter, merged or gguf.
         base_name: folder or hub id of the base.
         license_id: of the base.
-        shown: rank, table, notes and difference, as the template shows them.
+        shown: rank, plain, revision, table, notes and difference, as the template shows them.
     """
     title, base, shared = display_name(method), hub_base(base_name), shareable(recipe)
     short = base or base_name.rstrip("/").rpartition("/")[2]
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
     return templates.get_template(TEMPLATE).render(
-        metadata=_metadata(recipe, kind, form, base, license_id).to_yaml(),
+        metadata=_metadata(recipe, kind == "adapter" and shown["plain"], form, base, license_id).to_yaml(),
         title=f"{title} on {short.rpartition('/')[2]}",
         method=title,
         base=short,
@@ -103,11 +110,13 @@ def _render(
     )
 
 
-def _metadata(recipe: dict[str, Any], kind: str, form: str, base: str | None, license_id: str | None) -> ModelCardData:
+def _metadata(
+    recipe: dict[str, Any], lora: bool, form: str, base: str | None, license_id: str | None
+) -> ModelCardData:
     """Return the card's YAML head."""
     library = {"adapter": "peft", "merged": "transformers"}.get(form)
     relation = "finetune" if form == "merged" else "adapter"
-    tags = ["lora-null", *(["lora"] if kind == "adapter" else []), *([form] * (library is None))]
+    tags = ["lora-null", *["lora"] * lora, *([form] * (library is None))]
     tags += [f"base_model:{relation}:{base}"] if base else []
     known = {"base_model": base, "base_model_relation": relation} if base else {}
     known |= {"library_name": library, "license": license_id, "pipeline_tag": "text-generation", "tags": tags}
@@ -144,7 +153,7 @@ def datasets_of(recipe: dict[str, Any]) -> list[str]:
         sample = next((name for prefix, name in SAMPLES.items() if Path(path).name.startswith(prefix)), None)
         if "samples" in Path(path).parts and sample:
             found.append(sample)
-        elif HUB_ID.fullmatch(path) and not path.endswith(DATA_FILES):
+        elif hub_base(path) and not path.endswith(DATA_FILES):
             found.append(path)
     return list(dict.fromkeys(found))
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.output import locked
 from lora_null.utils.errors import WORKER, UserError
+from lora_null.utils.files import PART, write_text
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
@@ -100,22 +102,20 @@ def print_line(line: str) -> None:
 
 @contextlib.contextmanager
 def grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
-    """Enter `lock`, which claims a grid's folder, in the first worker; the others wait until it has.
+    """Enter `lock`, which claims a grid's folder, in the first worker; the others wait until it has, or had.
 
     A UserError of another worker than the first is printed here; `exit_status` prints the first one's.
     """
-    ready = folder / f".open.{platform.node()}.{os.getppid()}"  # processes of one launch have one parent
+    launcher = psutil.Process(os.getppid())  # the parent of all; its number may have been another's before
+    launch, ready = f"{platform.node()} {launcher.pid} {launcher.create_time():.2f}", folder / f".launch{PART}"
     if is_first_worker():
         with lock:
             if workers() > 1:
-                ready.touch()
-            try:
-                yield
-            finally:
-                ready.unlink(missing_ok=True)
+                write_text(ready, launch)  # and left, for a worker that comes when all is done
+            yield
         return
-    while not ready.is_file():  # if the first worker fails, the launcher ends this one
-        time.sleep(0.2)
+    while not ready.is_file() or ready.read_text(encoding="utf-8") != launch:
+        time.sleep(0.2)  # if the first worker fails, the launcher ends this one
     try:
         yield
     except UserError as error:

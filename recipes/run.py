@@ -414,6 +414,8 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     windows = windows + (job.earlier_rows if method.needs_texts else [])
     reuses = _take_initialization(job, plan, folder)
     config = adapter_config(recipe.method, method, plan.rank)
+    if config is not None:
+        config.revision = recipe.model.revision  # by which PEFT and others load the base
     before, weights = job.starts.get(plan.name), None
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     if (
@@ -523,6 +525,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "calibration_windows": len(job.windows.ids) if job.windows else 0,
         "calibration_tokens": sum(map(len, job.windows.ids)) if job.windows else 0,
         "calibration_mode": recipe.calibration.mode,
+        "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",

@@ -23,13 +23,14 @@ from accelerate import PartialState
 from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
 from lora_null.eval_harness import Evaluation, MTBenchTask, Task
+from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.recipes import output
 from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
-from lora_null.recipes.models.plan import MethodPlan, check_vllm_rank
+from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer, load_results, write_results
@@ -95,9 +96,9 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
             raise UserError(
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
-        if plan.saves == "adapter" and plan.rank is not None:  # the ranks add up
+        if recipe.eval.backend == "vllm" and plan.saves == "adapter" and plan.rank is not None:  # the ranks add up
             method = make_method(plan.name, recipe.method.options.get(plan.name))
-            check_vllm_rank(recipe, plan.name, len(jobs) * method.saved_rank(plan.rank))
+            max_lora_rank(len(jobs) * method.saved_rank(plan.rank), plan.name)
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):

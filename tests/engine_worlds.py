@@ -26,6 +26,7 @@ from lora_null.recipes.models import bases
 ENGINES = ("fsdp2", "zero2", "zero3")
 # Killed after half of the steps.
 RESUMED = {"resumed-1": "ddp-4"} | {f"{engine}_resumed-2": f"{engine}-2" for engine in ENGINES}
+KILLED = {"fsdp2_killed-2": "fsdp2-2"}  # after the last step, before the evaluation
 FEWER_METHODS = ("ddp-4", "resumed-1")
 REFUSED = "refused-2"  # by a finished run in the folder
 FORK = multiprocessing.get_context("forkserver")
@@ -99,12 +100,12 @@ def _rank(
     os._exit(status)  # not waiting for the engines' threads
 
 
-def unfinished(source: Path, folder: Path) -> None:
-    """Copy a run as it was after half of its steps."""
+def unfinished(source: Path, folder: Path, *, half: bool) -> None:
+    """Copy a run as it was after half of its steps, or after all of them and not evaluated."""
     shutil.copytree(source, folder)
     for path in [*folder.glob("report.*"), folder / "results.json", *folder.glob("*/row.json")]:
         path.unlink()
-    for path in [*folder.glob("*/checkpoint-4"), *folder.glob("*/adapter")]:
+    for path in [*(folder.glob("*/checkpoint-4") if half else ()), *folder.glob("*/adapter")]:
         shutil.rmtree(path)
 
 
@@ -113,8 +114,8 @@ if __name__ == "__main__":
     for name in sys.argv[3:]:
         engine, *_, count = re.split("[_-]", name)
         words = [recipe, "--output-dir", str(folder / ("one-1" if name == REFUSED else name))]
-        if name in RESUMED:
-            unfinished(folder / RESUMED[name], folder / name)
+        if name in RESUMED or name in KILLED:
+            unfinished(folder / (RESUMED | KILLED)[name], folder / name, half=name in RESUMED)
             words.append("--resume")
         start = time.perf_counter()
         if name in FEWER_METHODS:

@@ -136,6 +136,12 @@ def test_a_sound_adapter_and_its_serve_command(adapter, base, capsys):
     )
 
 
+def test_the_serve_command_names_the_revision_of_the_base(adapter, capsys):
+    change_config(adapter, revision="v1")
+    assert main(["check", str(adapter)]) == 0
+    assert "--max-lora-rank 8 --revision v1 --dtype float32" in capsys.readouterr().out
+
+
 def test_the_serve_command_of_the_folder_one_stands_in(adapter, capsys, monkeypatch):
     named = adapter.rename(adapter.parent / "my adapter")
     monkeypatch.chdir(named)

@@ -146,6 +146,22 @@ def test_a_folder_that_is_no_dials_is_left_alone(world, tmp_path, capsys):
     assert (tmp_path / "dial" / "base" / "mine.txt").is_file()
 
 
+def test_a_dial_that_was_broken_off_goes_on_in_its_folder(world, tmp_path, monkeypatch):
+    def break_off(*_, output_dir, **__):
+        (output_dir / "half.jsonl").touch()
+        raise UserError("broken off")
+
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))  # without the base's evaluation
+    words = ["--keep", str(world / "facts.jsonl"), "--limit", "8", "--strengths", "1", "--out", str(tmp_path)]
+    half = tmp_path / "dial" / "base" / "half.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", break_off)
+        assert main(["dial", str(world / "elsewhere"), *words]) == 2
+    assert half.is_file()
+    assert main(["dial", str(world / "elsewhere"), *words]) == 0
+    assert not half.exists() and points(tmp_path)[0.0]
+
+
 def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
     shutil.copytree(world / "out", tmp_path / "out")
     method = tmp_path / "out" / "lora-null-v1"

@@ -28,7 +28,7 @@ READMES += ["tests/benchmarks/README.md"]
 RUN = re.compile(r"(?:accelerate launch|torchrun|python) (?:.* )?-m lora_null\.recipes (?P<words>.*)")
 ANY_RECIPE = ("RECIPE", "my-recipe.yaml", "RUN/recipe.yaml")  # stand for a file of the reader's
 BRITISH = (
-    "(?:behavio|colo|favo|hono|neighbo|labo)ur|licence|maths|centre|catalogue|defence|artefact|programme|judgement"
+    "(?:behavio|colo|favo|hono|neighbo|labo)ur|licences?|maths|centre|catalogue|defence|artefact|programme|judgement"
     "|(?:analy|initiali|optimi|normali|quanti|tokeni|summari|seriali|regulari|generali|recogni|organi|customi|utili|visuali)s"
     "(?:e|ing|ation)|(?:label|cancel|model|travel)l(?:ed|ing)"
 )

@@ -111,7 +111,9 @@ def run_worlds(folder: Path, *names: str, decay: float) -> None:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
-    run_worlds(folder, "one-1", "ddp-4", "fsdp2-2", "resumed-1", "fsdp2_resumed-2", REFUSED, decay=0.3)
+    run_worlds(
+        folder, "one-1", "ddp-4", "fsdp2-2", "resumed-1", "fsdp2_resumed-2", "fsdp2_killed-2", REFUSED, decay=0.3
+    )
     return folder
 
 
@@ -136,7 +138,7 @@ def assert_same_weights(folder: Path, name: str) -> None:
                 assert error < 1e-4, (ours, key, error)
 
 
-@pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2", "fsdp2_resumed-2"])
+@pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2", "fsdp2_resumed-2", "fsdp2_killed-2"])
 def test_every_world_ends_in_the_weights_of_one_process(worlds, name):
     assert_same_weights(worlds, name)
     for method in methods_of(name):

@@ -193,6 +193,31 @@ def test_what_lies_in_an_adapter_and_its_card(world, tmp_path, capsys):
     assert yaml.safe_load(re.search("```yaml\n(.*?)```", card.text, re.S)[1])["method"]["rank"] == 4
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_ends_answers_and_is_looked_up_as_in_the_run(tmp_path, method):
+    recipe = make_world(tmp_path, method={"name": method, "rank": 4})
+    words = ["training.max_steps=1", "training.save_strategy=no", "eval.retention=[]", "eval.task=[]"]
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 8}')
+    assert recipes([str(recipe), *words, "model.eos_token=?", "model.revision=v1"]) == 0
+    before, end = (
+        base(tmp_path).generation_config.eos_token_id,
+        AutoTokenizer.from_pretrained(tmp_path / "model").encode("?")[-1],
+    )
+    assert end != before
+    assert export(tmp_path, method, tmp_path / "merged", "--form", "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == [end, before] and merged.config.eos_token_id == end
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "?"
+    assert json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text()) == {"size": 8}
+    if method == "lora":
+        for words, revision in ([], "v1"), (["--base-name", "some/base"], None):
+            assert export(tmp_path, method, tmp_path / f"{revision}", *words) == 0
+            assert LoraConfig.from_pretrained(tmp_path / f"{revision}").revision == revision
+            card = (tmp_path / f"{revision}" / "README.md").read_text()
+            assert ('revision="v1"' in card.partition("## Recipe")[0]) == (revision == "v1")
+        assert 'revision="v1"' in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_merged_in_float32_and_cast_once_over_shards(tmp_path):
     save_tiny(tmp_path / "model")
     model = tiny_model()

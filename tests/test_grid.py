@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from engine_worlds import world
@@ -26,12 +29,14 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
+from lora_null.recipes.processes import WORKERS, grid_folder
 from lora_null.recipes.report import write_report
 from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
 from lora_null.recipes.results import Row, load_results, parse_results, variant_of, write_results
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import WORKER, UserError
+from lora_null.utils.files import sweep
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]
@@ -153,7 +158,7 @@ def test_two_processes_share_out_the_runs(grid, tmp_path):
         assert place.read_bytes() == (tmp_path / "out" / place.relative_to(grid / "out")).read_bytes()
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == 12 and done.stdout.count("report: ") == 1
-    made = [path for path in (tmp_path / "out").glob(".*") if path.name != ".lock"]
+    made = [path for path in (tmp_path / "out").glob(".*") if path.name not in (".lock", ".launch.part")]
     assert not made, made
 
 
@@ -296,6 +301,20 @@ def test_the_study_is_what_the_readme_says():
     sizes = {"NQ": 128, "WebQS": 128, "WikiText": 48, "Instructions": 64, "Code": 64, "GSM8K": 64}
     assert {task.name: len(task.pairs) for task in tasks} == sizes
     assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
+
+
+def test_a_worker_that_comes_when_all_is_done_does_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setenv(WORKERS, "2")
+    for index in ("0", "1", "1"):
+        monkeypatch.setenv(WORKER, index)
+        with grid_folder(tmp_path, nullcontext()):
+            (mark,) = tmp_path.iterdir()  # of this launch
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)  # another launcher with the same number
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
+    with pytest.raises(pytest.fail.Exception, match="waits"), grid_folder(tmp_path, nullcontext()):
+        pass
+    sweep(tmp_path)
+    assert not mark.exists()
 
 
 def test_two_processes_run_every_kind_of_method(tmp_path):

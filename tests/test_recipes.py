@@ -190,6 +190,15 @@ def test_numbers_and_texts_of_yaml(tmp_path):
         assert (recipe.name, recipe.data.split, recipe.data.subset, recipe.data.limit) == ("12:30", "08", "1e5", 100)
 
 
+def test_texts_of_which_yaml_makes_nothing():
+    texts = ["|", "#", "####", "!", "-", ":", "?", " ", "\t", "Q #{prompt}", "a\nb"]
+    found = [load_recipe("quickstart", [f"data.subset={text}"]).data.subset for text in texts]
+    assert found == texts
+    texts = ["", "~", "null", "'~'", "'|'", "!!str 5", "|\n a\n b"]
+    found = [load_recipe("quickstart", [f"data.subset={text}"]).data.subset for text in texts]
+    assert found == [None, None, None, "~", "|", "5", "a\nb"]
+
+
 def test_options_over_what_a_file_has():
     assert load_recipe("quickstart", ["budget="], max_forgetting="1e-2").budget.at_most == 0.01
     with pytest.raises(UserError, match="--max-forgetting: 'budget' holds a value, not keys"):

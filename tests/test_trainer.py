@@ -189,9 +189,13 @@ def test_a_run_that_is_resumed_at_its_end_has_the_best_model_too(tmp_path):
     whole, resumed = trainer(), trainer()
     ended = whole.train()
     assert whole.state.best_model_checkpoint.endswith("-2")
+    moved = []
+    resumed.place_model_on_device = False  # as under DeepSpeed, whose first step would place it
+    resumed._move_model_to_device = lambda *given: moved.append(given)
     again = resumed.train(resume_from_checkpoint=True)
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(a, b), name
+    assert moved == [(resumed.model, resumed.args.device)]
     assert again.metrics.keys() >= ended.metrics.keys() and again.metrics["train_loss"] > 0
 
 

@@ -392,8 +392,7 @@ class LoraNullMixin(SavingMixin):
             if hasattr(callback, "load_state"):
                 callback.load_state(checkpoint)
         if checkpoint is not None and self._has_reached_its_end(checkpoint):
-            if self._weights is not None and not parameters_are_sharded(self.model):
-                shard_layers(self.model, self.accelerator.device)
+            self._place(in_pieces=fsdp is not None and fsdp.fsdp_version == 2)
             return self._take_trained(checkpoint)
         output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         if self._preflight != "off" and not self.something_moved:
@@ -401,6 +400,15 @@ class LoraNullMixin(SavingMixin):
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
             )
         return output
+
+    def _place(self, *, in_pieces: bool) -> None:
+        """Put the model where training would: engines do it with the first step, which does not come any more."""
+        if parameters_are_sharded(self.model):
+            return
+        if in_pieces:
+            shard_layers(self.model, self.accelerator.device)
+        elif not self.place_model_on_device and not quantized_layers(self.model):
+            self._move_model_to_device(self.model, self.args.device)
 
     def _trained_dtypes(self) -> set[torch.dtype]:
         return {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}

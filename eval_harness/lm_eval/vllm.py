@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
+def max_lora_rank(rank: int, whose: str) -> int:
+    """Return the smallest `max_lora_rank` of vLLM that an adapter fits.
+
+    Args:
+        rank: of the adapter, as it is saved.
+        whose: the adapter or the method, for the message.
+
+    Raises:
+        UserError: it fits none.
+    """
+    fitting = vllm_rank(rank)
+    if fitting is None:
+        raise UserError(f"eval.backend: vllm takes adapters up to rank {VLLM_RANKS[-1]}, {whose} saves {rank}; use hf")
+    return fitting
+
+
 def require_vllm(tensor_parallel: int = 1) -> None:
     """Raise a UserError, before anything is spent, where vLLM cannot be used."""
     if importlib.util.find_spec("vllm") is None:
@@ -63,10 +79,5 @@ def open_vllm(
     options |= {} if max_model_len is None else {"max_model_len": max_model_len}
     options |= {} if tokenizer is None else {"tokenizer": str(tokenizer)}
     if adapter is not None:
-        fitting = vllm_rank(rank)
-        if fitting is None:
-            raise UserError(
-                f"eval.backend: vllm takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; use hf"
-            )
-        options |= {"lora_local_path": str(adapter), "max_lora_rank": fitting}
+        options |= {"lora_local_path": str(adapter), "max_lora_rank": max_lora_rank(rank, "this adapter")}
     return importlib.import_module("lm_eval.models.vllm_causallms").VLLM(**options)

@@ -34,5 +34,5 @@ def run(arguments: argparse.Namespace) -> int:
     if is_untrained(adapter):
         print("note: not trained yet, every B is zero: served as it is, it changes nothing")
     print(f"sound: {describe(adapter)}, for {base.name}")
-    print(f"serve: {serve_command(adapter, base.name)}")
+    print(f"serve: {serve_command(adapter, base.name, base.section.revision)}")
     return 0

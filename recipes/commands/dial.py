@@ -30,6 +30,8 @@ from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strength
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
+MARK = ".dial"  # in a folder that a dial may replace
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write dial.json, dial.md and dial.png, print the table.
@@ -52,10 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     source, job = together(check, what="checking the adapter")
     out = folder_for(source, arguments)
-    if job.base.parent == out and job.base.is_dir():  # what an earlier dial measured of other questions
-        if not (job.base / "eval.json").is_file():
-            raise UserError(f"--out: {job.base} holds other files; choose another folder")
-        on_first_rank(lambda: shutil.rmtree(job.base, ignore_errors=True))
+    if job.base.parent == out:
+        on_first_rank(lambda: _make_anew(job.base))
     base_row(job)
     model = load_adapted(source)
     found = dial(job, source.method, model, out.parent, {}, strengths)
@@ -86,6 +86,20 @@ def _check_kept(source: Source, arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--{own}: {source.home / FOLDER} holds the dial of the run's own questions; --out names a folder"
         )
+
+
+def _make_anew(folder: Path) -> None:
+    """Make the folder of the base's evaluation; an earlier dial's, of other questions or broken off, gives way.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if folder.is_dir():
+        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MARK, "eval.json")):
+            raise UserError(f"--out: {folder} holds other files; choose another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
 
 
 def load_adapted(source: Source) -> Any:

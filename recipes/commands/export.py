@@ -30,16 +30,17 @@ from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.commands.source import TOKENIZER, another_base, check_adapter_fits, find_source
+from lora_null.recipes.commands.source import PROCESSOR, TOKENIZER, another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
+from lora_null.recipes.models.bases import ends_with, load_tokenizer
 from lora_null.recipes.output import check_place
 from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import opened, replacing_folder, write_json, write_safetensors
+from lora_null.utils.files import opened, read_json, replacing_folder, write_json, write_safetensors
 
-GGUF_FILE = "adapter.gguf"
+GGUF_FILE, GENERATION_FILE = "adapter.gguf", "generation_config.json"
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
 
 
@@ -204,7 +205,7 @@ def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling:
     write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
     config = adapter.config | plain_fields(export.rank, scaling)
     if export.base_name != export.source.base.section.name_or_path:
-        config["base_model_name_or_path"] = export.base_name
+        config |= {"base_model_name_or_path": export.base_name, "revision": None}
     write_json(export.folder / CONFIG_FILE, config)
     _copy_tokenizer(export)
 
@@ -227,13 +228,23 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     config.dtype = wanted or getattr(torch, _stored_dtype(export))
     config.tie_word_embeddings = config.tie_word_embeddings and not untied
     config.architectures = config.architectures or [type(empty).__name__]
-    config.save_pretrained(export.folder)
     _copy_tokenizer(export)
+    if base.section.eos_token is not None:
+        _end_with(export, config, load_tokenizer(base.section, base.name).eos_token_id)
+    config.save_pretrained(export.folder)
     if base.section.quantization:
         export.bound = math.inf  # what differs is mostly the base
     elif config.dtype != torch.float32:
         export.bound = ROUNDED
     export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
+
+
+def _end_with(export: Export, config: Any, end: int) -> None:
+    """Let what reads the export's config or its generation settings stop at the recipe's `model.eos_token`."""
+    file, text = export.folder / GENERATION_FILE, config.get_text_config(decoder=True)
+    settings = read_json(file) if file.is_file() else {}
+    write_json(file, settings | {"eos_token_id": ends_with(end, settings.get("eos_token_id", text.eos_token_id))})
+    text.eos_token_id = end
 
 
 def _stored_dtype(export: Export) -> str:
@@ -247,14 +258,20 @@ def _stored_dtype(export: Export) -> str:
 
 
 def _copy_tokenizer(export: Export) -> None:
-    """Copy the tokenizer and the chat template that lie beside what was trained; to a whole model at least the base's."""
+    """Copy the tokenizer and the chat template that lie beside what was trained; to a whole model at least the base's.
+
+    A whole model also gets what only the base has: how text is generated and how images or sound are read.
+    """
     places = [export.source.folder] + [export.source.base.folder] * (export.form == "merged")
     place = next((folder for folder in places if (folder / "tokenizer_config.json").is_file()), places[0])
-    for path in sorted({path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()}):
-        shutil.copy2(path, export.folder / path.name)
-    settings = export.source.base.folder / "generation_config.json"
-    if export.form == "merged" and settings.is_file():
-        shutil.copy2(settings, export.folder / settings.name)
+    found = {path.name: path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()}
+    if export.form == "merged":
+        of_base = (
+            path for pattern in (GENERATION_FILE, PROCESSOR) for path in export.source.base.folder.glob(pattern)
+        )
+        found = {path.name: path for path in of_base} | found
+    for name, path in sorted(found.items()):
+        shutil.copy2(path, export.folder / name)
 
 
 def verify(export: Export) -> Any:

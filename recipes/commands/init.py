@@ -112,6 +112,7 @@ def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, A
         null_multiple=arguments.null_multiple,
         null_energy=arguments.null_energy,
         **({} if arguments.start is None else {"start": arguments.start}),
+        revision=section.revision,
         task_type="CAUSAL_LM",
     )
     base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)

@@ -21,7 +21,8 @@ from lora_null.utils.errors import UserError, first_line, nearest
 
 MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
 TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-TOKENIZER += ["chat_template*", "*processor*.json"]
+PROCESSOR = "*processor*.json"
+TOKENIZER += ["chat_template*", PROCESSOR]
 READ = ["*.safetensors", "*.json", *TOKENIZER]
 
 

@@ -115,6 +115,20 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # which is a safe one
 
 
+def parse_value(text: str) -> Any:
+    """Return what a value on the command line means: it is YAML, but for what YAML makes less of a text than it says.
+
+    "|", "####" and "a #b" are themselves, not an empty block or a comment, and a space or a line break is kept.
+    """
+    if text and (text.isspace() or (len(text) == 1 and text != "~" and not text.isalnum())):
+        return text
+    value, bare = parse_yaml(text), text.strip()
+    if value is not None and not isinstance(value, str):
+        return value
+    says_nothing = bare.lower() in ("", "null", "~", "''", '""')
+    return value if says_nothing or (value and bare[0] in "'\"!&|>") else bare
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, safely.
 
@@ -221,7 +235,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         if not equals or not key:
             raise UserError(f"argument {assignment!r}: expected key.subkey=value")
         try:
-            value = parse_yaml(text)
+            value = parse_value(text)
         except yaml.YAMLError as error:
             reason = first_line(error)
             raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
@@ -368,9 +382,9 @@ def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> 
 
 def _swept_values(text: str) -> list[Any]:
     try:
-        return [parse_yaml(value) for value in text.split(",")]
-    except yaml.YAMLError:
-        raise UserError(f"{text!r} is no list of values, such as 1,2") from None
+        return [parse_value(value) for value in text.split(",")]
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r} is no list of values, such as 1,2 ({first_line(error)})") from None
 
 
 def _resolve_path(path: str, folder: Path) -> str:

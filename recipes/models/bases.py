@@ -220,8 +220,10 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
     keep_layout(loaded)
-    if model.eos_token is not None:
-        _end_with(loaded, load_tokenizer(model, name).eos_token_id)
+    if model.eos_token is not None:  # as TRL's `eos_token` does
+        end = load_tokenizer(model, name).eos_token_id
+        loaded.generation_config.eos_token_id = ends_with(end, loaded.generation_config.eos_token_id)
+        loaded.config.get_text_config(decoder=True).eos_token_id = end
     return loaded
 
 
@@ -242,9 +244,7 @@ def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tenso
     return read
 
 
-def _end_with(loaded: PreTrainedModel, end: int) -> None:
-    """Let a model's generation stop at one more token, and its configuration name it, as TRL's `eos_token` does."""
-    ends = loaded.generation_config.eos_token_id
+def ends_with(end: int, ends: int | list[int] | None) -> list[int]:
+    """Return at what tokens generation stops that is to stop at one more: that first, then what it stopped at before."""
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    loaded.generation_config.eos_token_id = [end, *(other for other in ends if other != end)]
-    loaded.config.get_text_config(decoder=True).eos_token_id = end
+    return [end, *(other for other in ends if other != end)]

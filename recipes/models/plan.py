@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.config import starts_from_residual
+from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.initialize import check_named, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
@@ -133,7 +133,8 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     elif method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
-        check_vllm_rank(recipe, name, widest)
+        if recipe.eval.backend == "vllm":
+            max_lora_rank(widest, name)
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
             held *= 2  # the residual is a second path there, not subtracted from the weight
@@ -149,14 +150,6 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         kept_bytes=kept,
         costs=method.costs(),
     )
-
-
-def check_vllm_rank(recipe: Recipe, method: str, rank: int) -> None:
-    """Raise a UserError where vLLM is to evaluate an adapter of a rank that it does not take, as it is saved."""
-    if recipe.eval.backend == "vllm" and vllm_rank(rank) is None:
-        raise UserError(
-            f"eval.backend: vllm takes adapters up to rank {VLLM_RANKS[-1]}, {method} saves {rank}; use hf"
-        )
 
 
 def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:

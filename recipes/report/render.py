@@ -167,7 +167,9 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
         "curves": [curve for curve in curves if curve],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
         "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
-        "snippet": None if best is None else peft_snippet(results.model, f"{folders[best]}/adapter"),
+        "snippet": None
+        if best is None
+        else peft_snippet(results.model, results.settings.get("revision"), f"{folders[best]}/adapter"),
         "adapter_folders": list(dict.fromkeys(f"{folders[i]}/adapter" for i in adapters if i != best)),
     }
 
@@ -218,11 +220,12 @@ def _noise(results: Results) -> list[tuple[str, str]]:
     return [(metric_title(n), f"{scale_of(results.metric(n).unit) * results.noise[n]:.1g}") for n in names]
 
 
-def peft_snippet(model: str, adapter: str) -> str:
+def peft_snippet(model: str, revision: str | None, adapter: str) -> str:
     """Three lines of Python that load an adapter, to be run in the output directory."""
+    named = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
     return (
         "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(model)})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({named})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)})"
     )
 
