@@ -198,7 +198,8 @@ class SaveOnSignal(TrainerCallback):
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        for number in self.SIGNALS:  # `auto_find_batch_size` begins anew without an end
+            self.before.setdefault(number, signal.signal(number, self._remember))
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")  # on the CPU: the accelerator's queue is not waited for
 
@@ -215,11 +216,11 @@ class SaveOnSignal(TrainerCallback):
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
             self.asked = int(asked)
         if self.asked:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        while self.before:
+            signal.signal(*self.before.popitem())
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self.asked:

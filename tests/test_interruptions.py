@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kill_harness import harness, outcome, run
 from world import make_world
 
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.callbacks import SaveOnSignal
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import exit_status
 
@@ -45,6 +47,17 @@ main([{str(recipe)!r}])
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
     assert ended.returncode == 143 and "Traceback" not in ended.stderr
+
+
+def test_a_training_that_begins_twice_gives_the_signals_back():
+    """As `auto_find_batch_size` makes it, whose first attempt has no end."""
+    before = [signal.getsignal(number) for number in SaveOnSignal.SIGNALS]
+    callback, state = SaveOnSignal(), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    for _ in range(2):
+        callback.on_train_begin(None, state, None)
+    assert signal.getsignal(signal.SIGTERM) == callback._remember
+    callback.on_train_end(None, state, None)
+    assert [signal.getsignal(number) for number in SaveOnSignal.SIGNALS] == before
 
 
 def make_checkpoint(folder, step, size=100):

@@ -1,6 +1,7 @@
 """What a run leaves behind and how one goes on with it: cards, Ctrl-C, --resume, keys that are meant, every TRL field."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -69,7 +70,10 @@ def test_every_folder_holds_our_card(finished):
 def test_ctrl_c_ends_in_two_lines_and_the_second_one_goes_on(tmp_path):
     recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
     words = ["training.max_steps=5000", "training.save_steps=100000", "training.learning_rate=1e-4"]
+    words.append("training.logging_steps=50")
     status, stderr = interrupted(recipe, words, tmp_path / "out" / "lora", signal.SIGINT)
+    last = (tmp_path / "out" / "lora" / "train_log.jsonl").read_text().splitlines()[-1]
+    assert f"lora to step {json.loads(last)['step']}" in stderr  # what came after the last full line is logged too
     assert status == 130 and "Traceback" not in stderr
     kept, goes_on = (line for line in stderr.splitlines() if line.startswith(("stopped; kept", "go on with: ")))
     assert "lora to step" in kept and "the base's evaluation" in kept
