@@ -34,6 +34,8 @@ SEEN = {
     "transformers.Trainer._get_output_dir": "transformers 5.23.0",
     # Collates a batch as training does, to look at its labels.
     "transformers.Trainer._get_collator_with_removed_columns": "transformers 5.23.0",
+    # Whether TRL's loss takes the positions that are taught or all of them.
+    "trl.trainer.utils._use_triton": "trl 1.16.0",
     # How transformers decides to shard weights as it makes a model (recipes/private_names.py).
     "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "transformers 5.23.0",
 }

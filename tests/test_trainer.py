@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers
@@ -178,6 +180,27 @@ def test_a_finished_run_goes_on_to_more_epochs(tmp_path, epochs, steps):
     resumed = make(tmp_path, num_train_epochs=epochs, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
     assert resumed.state.global_step == steps
+
+
+@pytest.mark.parametrize("taught", ["completions", "nothing"])
+def test_the_head_is_multiplied_with_what_is_taught_alone(tmp_path, monkeypatch, taught):
+    """The loss and its gradients are what the full logits of a plain forward pass give."""
+    trainer = make(tmp_path, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    if taught == "nothing":
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    taught = batch["labels"][:, 1:] != -100
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    logits = trainer.model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits[taught], batch["labels"][:, 1:][taught], reduction="sum") / 50
+    expected = torch.autograd.grad(expected + 0 * logits.sum(), trained)
+    apply, rows = utils._ChunkedLogProbFunction.apply, []
+    spy = SimpleNamespace(apply=lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest))
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", spy)
+    found = torch.autograd.grad(trainer.compute_loss(trainer.model, batch, num_items_in_batch=50), trained)
+    assert rows == [int(taught.sum())]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.dist(ours, theirs) <= 1e-5 * theirs.norm()
 
 
 def test_a_run_that_is_resumed_at_its_end_has_the_best_model_too(tmp_path):

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
 from lora_null.calibration import checked_batches
@@ -133,6 +134,20 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
         given["args"].model_init_kwargs = None
     given["model"], weights = found
     return weights, given["model"]
+
+
+@contextlib.contextmanager
+def _only_what_is_taught() -> Iterator[None]:
+    """Have TRL's loss multiply the model's head with taught positions alone on a CPU or a Mac too, as where Triton runs.
+
+    Elsewhere it takes all, for accelerators that compile anew for every shape; at the others, loss and gradient are zero.
+    """
+    runs_triton = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type in ("cpu", "mps") or runs_triton(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = runs_triton
 
 
 class _Begin(TrainerCallback):
@@ -585,7 +600,8 @@ class LoraNullMixin(SavingMixin):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the parent trainer's loss; in training with what the method adds, see `Method.extra_loss`."""
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with _only_what_is_taught():
+            found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.method.terms or not self.model.training:
             return found
         step, before = self.state.global_step, self._now
