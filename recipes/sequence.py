@@ -96,9 +96,9 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
             raise UserError(
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
-        if recipe.eval.backend == "vllm" and plan.saves == "adapter" and plan.rank is not None:  # the ranks add up
-            method = make_method(plan.name, recipe.method.options.get(plan.name))
-            max_lora_rank(len(jobs) * method.saved_rank(plan.rank), plan.name)
+        ranks = [own.saved_rank for job in jobs for own in job.plans if own.name == plan.name and own.saved_rank]
+        if recipe.eval.backend == "vllm" and ranks:
+            max_lora_rank(sum(ranks), plan.name)  # they add up
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):

@@ -6,13 +6,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 from world import make_world, write_rows
 
+from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
-from lora_null.recipes.models.plan import check_vllm_rank
+from lora_null.recipes.models.plan import MethodPlan, plan_methods
+from lora_null.recipes.sequence import check_stages
 from lora_null.utils.errors import UserError
 
 
@@ -173,10 +176,18 @@ def test_said_in_one_line_before_a_model_loads(fails, tmp_path, monkeypatch, wor
 
 
 def test_ranks_that_vllm_does_not_take():
-    recipe = load_recipe("quickstart", ["eval.backend=vllm"])
-    check_vllm_rank(recipe, "lora-null-v1", 512)
-    with pytest.raises(UserError, match="vllm takes adapters up to rank 512, lora-null-v1 saves 600; use hf"):
-        check_vllm_rank(recipe, "lora-null-v1", 600)
+    """As they are saved: those of a sequence's tasks add up."""
+    assert max_lora_rank(300, "lora") == 320
+    with pytest.raises(UserError, match="vllm takes adapters up to rank 512, this adapter saves 600; use hf"):
+        max_lora_rank(600, "this adapter")
+    recipe = load_recipe(
+        "quickstart", ["eval.backend=vllm", "method.rank_pattern={q_proj: 512}"], methods="lora-null-v1"
+    )
+    with pytest.raises(UserError, match="up to rank 512, lora-null-v1 saves 1024; use hf"):
+        plan_methods(recipe, LlamaConfig(hidden_size=1024, num_hidden_layers=1))
+    plans = [MethodPlan("lora", 8, 0, 0, "adapter", rank, 0, 0, 0) for rank in (200, 400)]
+    with pytest.raises(UserError, match="up to rank 512, lora saves 600; use hf"):
+        check_stages(recipe, [SimpleNamespace(plans=[plan]) for plan in plans])
 
 
 def test_an_engine_under_which_a_method_does_not_train(fails, monkeypatch):

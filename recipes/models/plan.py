@@ -42,6 +42,7 @@ class MethodPlan:
         trainable: parameters that train.
         saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
         saves: "adapter" or "model".
+        saved_rank: rank of a plain LoRA as it is saved, that of its widest layer; None for what saves none.
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
         kept_bytes: the part of it that the method keeps besides: bases, projections, predictions.
@@ -53,6 +54,7 @@ class MethodPlan:
     trainable: int
     saved: int
     saves: str
+    saved_rank: int | None
     gram_bytes: int
     extra_bytes: int
     kept_bytes: int
@@ -127,7 +129,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
     saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
-    held = trainable
+    held, widest = trainable, None
     if method.saves == "adapter" and not method.plain:
         saved = trainable
     elif method.saves == "adapter":
@@ -145,6 +147,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         trainable=trainable,
         saved=saved,
         saves=method.saves,
+        saved_rank=widest,
         gram_bytes=method.grams * _gram_bytes(layers) if method.needs_gram else 0,
         extra_bytes=4 * held + (12 + method.state_bytes) * trainable + kept,
         kept_bytes=kept,
