@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_null.eval_harness.evaluation import assert_logits_differ, evaluate, validate_tasks
     from lora_null.eval_harness.forgetting import ForgettingTask
-    from lora_null.eval_harness.likelihood import AnswerTask
+    from lora_null.eval_harness.likelihood import AnswerTask, TokenizedPair
     from lora_null.eval_harness.lm_eval.task import LmEvalTask
-    from lora_null.eval_harness.mt_bench.task import MTBenchTask
+    from lora_null.eval_harness.mt_bench.judge import Judge
+    from lora_null.eval_harness.mt_bench.task import MTBenchTask, as_questions
     from lora_null.eval_harness.preferences import PreferenceTask
     from lora_null.eval_harness.probe import Probe, few_rows
     from lora_null.eval_harness.results import Evaluation, Metric, TaskResult
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 
 _HOME = {
     "evaluation": ("assert_logits_differ", "evaluate", "validate_tasks"), "forgetting": ("ForgettingTask",),
-    "likelihood": ("AnswerTask",), "lm_eval.task": ("LmEvalTask",), "mt_bench.task": ("MTBenchTask",),
+    "likelihood": ("AnswerTask", "TokenizedPair"), "lm_eval.task": ("LmEvalTask",),
+    "mt_bench.judge": ("Judge",), "mt_bench.task": ("MTBenchTask", "as_questions"),
     "preferences": ("PreferenceTask",), "probe": ("Probe", "few_rows"),
     "results": ("Evaluation", "Metric", "TaskResult"), "tasks": ("TASK_FILES", "RunOptions", "Task"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "TASK_FILES", "AnswerTask", "Evaluation", "ForgettingTask", "LmEvalTask", "MTBenchTask", "Metric", "PreferenceTask",
-    "Probe", "RunOptions", "Task", "TaskResult", "assert_logits_differ", "evaluate", "few_rows", "validate_tasks",
+    "TASK_FILES", "AnswerTask", "Evaluation", "ForgettingTask", "Judge", "LmEvalTask", "MTBenchTask", "Metric",
+    "PreferenceTask", "Probe", "RunOptions", "Task", "TaskResult", "TokenizedPair", "as_questions", "assert_logits_differ",
+    "evaluate", "few_rows", "validate_tasks",
 ]  # fmt: skip
 
 

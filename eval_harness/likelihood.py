@@ -47,7 +47,7 @@ REFERENCE_BYTES = 2**30  # of one task's reference, at most
 
 @dataclass(frozen=True)
 class AnswerTask(Task):
-    """Prompts with their right answers; measures how likely, and how changed, the answers are.
+    """Prompts with their right answers; measures how likely, and how changed, the answers are, in nats a token.
 
     Args:
         name: what to call the results ("NAME nll", "NAME kl").

@@ -35,6 +35,9 @@ def initialize_lora_null_weights(
 ) -> LayerReport:
     """Start the adapters of a PEFT model in the null space of what its linears read on `batches`. In place.
 
+    s·B0A0 = W0 U Uᵀ, where U (d_in, r) spans the directions that the inputs use least (paper, section 3.3): A0 is (r, d_in),
+    B0 (d_out, r), solved in float64 and stored in float32.
+
     v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
     other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
     for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks
@@ -42,7 +45,7 @@ def initialize_lora_null_weights(
 
     Args:
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.
-        batches: dicts with `input_ids` and `attention_mask`, (batch, length) each; padding is not measured. With
+        batches: dicts with `input_ids` and `attention_mask`, (batch, length) and int64 each; padding is not measured. With
             `position_ids` the model gets them; without, padding on the left moves no position.
         adapter_name: the adapter to start.
         options: those of `InitOptions`.

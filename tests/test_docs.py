@@ -26,7 +26,7 @@ FOLDERS = ("lora_null", "trainer", "eval_harness", "recipes", "tests")
 READMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 READMES += ["tests/benchmarks/README.md"]
 RUN = re.compile(r"(?:accelerate launch|torchrun|python) (?:.* )?-m lora_null\.recipes (?P<words>.*)")
-ANY_RECIPE = ("RECIPE", "my-recipe.yaml", "RUN/recipe.yaml")  # stand for a file of the reader's
+ANY_RECIPE = ("RECIPE", "my-recipe.yaml", "RUN/recipe.yaml", "chat.yaml")  # stand for a file of the reader's
 BRITISH = (
     "(?:behavio|colo|favo|hono|neighbo|labo)ur|licences?|maths|centre|catalogue|defence|artefact|programme|judgement"
     "|(?:analy|initiali|optimi|normali|quanti|tokeni|summari|seriali|regulari|generali|recogni|organi|customi|utili|visuali)s"

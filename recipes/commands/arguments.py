@@ -96,7 +96,11 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         help="a budget, budget.at_most: nats a token of the first KL that is kept, without one a fraction of the first accuracy",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
-    add("--output-dir", help="where everything goes (default: runs/RECIPE)", complete=shtab.DIRECTORY)
+    add(
+        "--output-dir",
+        help="where everything goes (default: runs/RECIPE, with --quick runs/RECIPE-quick)",
+        complete=shtab.DIRECTORY,
+    )
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")

@@ -63,7 +63,7 @@ def describe_refused() -> str:
 
 def _summary(kind: type[BaseModel]) -> str:
     text = kind.__doc__.splitlines()[0].rstrip(".")
-    return text[0].lower() + text[1:]
+    return text if text[1].isupper() else text[0].lower() + text[1:]
 
 
 def _table(prefix: str, title: str, fields: dict[str, FieldInfo]) -> str:
