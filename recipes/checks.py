@@ -140,8 +140,10 @@ def check_weights(model: ModelSection, name: str) -> None:
 
 
 def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
-    """Return whether the trainer shortens the rows itself: joined to packs, or at their beginnings."""
-    return getattr(training, "packing", False) or training.truncation_mode == "keep_end"
+    """Return whether the trainer shortens the rows itself, at their beginnings, or takes whole ones to pieces in packs."""
+    if getattr(training, "packing", False):
+        return training.packing_strategy != "bfd"  # which cuts each row at max_length as it is
+    return training.truncation_mode == "keep_end"
 
 
 def check_batches(training: SFTConfig | DPOConfig, data: TrainingData) -> None:

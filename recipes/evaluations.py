@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
-from lora_null.recipes.data.formats import askable, question_and_answer
+from lora_null.recipes.data.formats import askable, question_and_answer, recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
@@ -123,15 +124,18 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
 
 
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
-    """Return the fields of question and answer: those that are given, else those with usual names."""
+    """Return the fields of question and answer: those that are given, else those with usual names, else a conversation's."""
     if entry.prompt and entry.response:
         return {"prompt": entry.prompt, "response": entry.response}
     first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
     if found := question_and_answer(askable(first.columns, first.rows), entry.prompt, entry.response):
         return found
+    if entry.prompt is None and entry.response is None:
+        with contextlib.suppress(UserError, KeyError):
+            return {"messages": recognize(first.rows, first.columns, where).keys["messages"]}
     raise UserError(
         f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
-        "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}"
+        "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}, or messages: FIELD for conversations"
     )
 
 

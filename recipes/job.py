@@ -188,7 +188,7 @@ def inputs_of(job: Job) -> dict[str, str]:
 def inputs_beside_the_base(job: Job) -> dict[str, str]:
     """Return what `inputs_of` does but for the base, which no grid varies and which takes longest to hash."""
     examples, limit = job.data.examples if job.data else [], job.recipe.eval.limit
-    rows = [[example.written.text, example.rejected and example.rejected.text] for example in examples]
+    rows = [[(side.text, side.spans) for side in (row.written, row.rejected) if side] for row in examples]
     found = {"data.path": hash_of(rows)}
     found["calibration"] = hash_of([[source.texts, source.prompts] for source in job.sources])
     probed = [("eval.probe", task, None) for task in job.probe.tasks] if job.probe else []

@@ -46,6 +46,14 @@ FOUND = {  # rows → whether they are talk that a chat template writes
     "instruction, input, output": ({"instruction": "1+1?", "input": "", "output": "2"}, True),
     "other names": ({"Frage": "1+1?", "Antwort": "2"}, True),
     "capitals": ({"Question": "1+1?", "Answer": 2}, True),
+    "messages and a text": ({"prompt": TALK[:1], "response": "2"}, True),
+    "a text and messages": ({"question": "1+1?", "response": TALK[1:]}, True),
+    "a conversation beside": ({"history": [user("0?"), assistant("0")], "question": "1+1?", "answer": "2"}, True),
+    "messages as JSON": ({"messages": json.dumps(TALK)}, True),
+    "pairs with their prompt twice": (
+        {"prompt": "1+1?\n", "chosen": TALK, "rejected": [TALK[0], assistant("3")]},
+        True,
+    ),
     "pairs": ({"prompt": "1+1?", "chosen": "2", "rejected": "3"}, True),
     "pairs that hold their prompt": ({"chosen": TALK, "rejected": [TALK[0], assistant("3")]}, True),
     "text": ({"text": "one and one"}, False),
@@ -95,10 +103,26 @@ class TestWhatRowsAreIsFoundOut:
         with pytest.raises(UserError, match=r"calibration\.path: the fields a, b, c are no conversation"):
             texts(path)
 
-    def test_a_bad_row_by_number(self, tmp_path):
-        path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": [user("a"), 5]}])
-        with pytest.raises(UserError, match="calibration: row 2 cannot be used: a conversation with a int"):
-            texts(path)
+    def test_a_system_text_stands_once(self, tmp_path):
+        talk = [system("S"), *TALK]
+        row = {"prompt": "1+1?", "chosen": talk, "rejected": [*talk[:2], assistant("3")]}
+        assert texts(write_rows(tmp_path / "rows.jsonl", [row])) == [f"<system>S\n{WRITTEN}"]
+        row = {"system": "Be brief.", "messages": talk}
+        with pytest.raises(UserError, match="1 'system' beside a conversation that has a system text of its own"):
+            texts(write_rows(tmp_path / "two.jsonl", [row]))
+
+    def test_bad_rows_by_number(self, tmp_path, capsys):
+        rows = [{"messages": TALK}, {"messages": [user("a"), 5]}, {"messages": []}]
+        with pytest.raises(UserError, match=r"calibration: 1 of 2 rows .*: 1 a conversation with a int .* \(row 2\)"):
+            texts(write_rows(tmp_path / "rows.jsonl", rows))
+        assert texts(write_rows(tmp_path / "rows.jsonl", [*rows, *[rows[0]] * 98])) == [WRITTEN] * 99
+        assert "left out 1 of 100 rows of calibration: 1 a conversation with a int" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("keys", [{}, {"field": "text"}])
+    def test_texts_have_no_answers_to_leave_out(self, tmp_path, keys):
+        path = write_rows(tmp_path / "rows.jsonl", [{"text": "one and one"}])
+        with pytest.raises(UserError, match=r"calibration\.answers: false goes with conversations and questions"):
+            texts(path, answers=False, **keys)
 
     def test_first_rows_only(self, tmp_path):
         path = write_rows(tmp_path / "rows.jsonl", [{"text": f"t{i}"} for i in range(5)])

@@ -18,6 +18,7 @@ from lora_null.__main__ import main
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.initialize import load_initialization
 from lora_null.layer import adapted_layers
+from lora_null.recipes import own_texts
 
 PROBE = random_batches(count=1)[0]
 
@@ -126,11 +127,18 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
         assert (one[key] - two[key]).norm() <= 1e-4 * one[key].norm(), key
 
 
+SELF = ("--calibration", "self")  # for which the model would be loaded
+
+
 @pytest.mark.parametrize(
     "words, line",
     [
         (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
         (["--field", "qestion"], "no field 'qestion' (did you mean 'question'?)"),
+        ([*SELF, "--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
+        ([*SELF, "--target-modules", "q_porj"], "target_modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        ([*SELF, "--null-energy", "0.9"], "null_energy: is of variant 'nb'"),
+        ([*SELF, "--device", "gpu"], "--device"),
         (["--residual"], "no option '--residual'"),
         (["--samples", "0"], "calibration.samples: input should be greater than or equal to 1"),
         (["--template", "{qestion}"], "no field 'qestion' (did you mean 'question'?)"),
@@ -146,7 +154,8 @@ def test_two_processes_give_the_factors_of_one(world, tmp_path):
         (["--calibration", "self", "--field", "text"], "calibration: 'field' goes with a path"),
     ],
 )
-def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
+def test_mistakes_are_one_line(world, tmp_path, capsys, monkeypatch, words, line):
+    monkeypatch.setattr(own_texts, "writer", lambda *_: pytest.fail("the model writes"))
     (tmp_path / "file").touch()
     assert (
         init(world, tmp_path / "out", *(word.format(tmp=tmp_path) if "tmp" in word else word for word in words)) == 2

@@ -25,10 +25,12 @@ from chats import (
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from world import write_rows
+from world import make_world, write_rows
 
+from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.examples import read_examples, tokenize, training_data
+from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
 from lora_null.utils.errors import UserError
 
 CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
@@ -431,3 +433,17 @@ class TestPlainText:
         for other in ({"messages": "m"}, {"system": "s"}, {"template": "chat"}):
             with pytest.raises(ValueError, match=r"data\.text is learned as it stands, without"):
                 DataSection(path="x", text="text", **other)
+
+
+def test_a_changed_weight_is_other_content(tmp_path):
+    """For --resume: the texts are the same, what is learned of them is not."""
+    recipe, found = make_world(tmp_path), []
+    for weight in (1, 0):
+        talk = [user("a"), assistant("b") | {"weight": weight}, user("c"), assistant("d")]
+        path = write_rows(tmp_path / "chats.jsonl", [{"messages": talk}] * 40)
+        found.append(
+            inputs_beside_the_base(
+                inspect_recipe(load_recipe(str(recipe), [f"data.path={path}", "data.messages=messages"]))
+            )
+        )
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["data.path"]

@@ -73,6 +73,10 @@ MISTAKES = [
     (["data.prompt=qestion"], "data.prompt: the data has no field 'qestion' (did you mean 'question'?)"),
     (["data.path={0}/half.jsonl"], "10 of 20 rows cannot be used: 10 empty 'answer' (rows 1, 3, 5, 7, 9, …)"),
     (["training.max_length=4"], "rows cannot be used: 40 prompt longer than max_length (4 tokens)"),
+    (
+        ["training.max_length=4", "training.packing=true"],  # whose strategy cuts rows as no packing does
+        "rows cannot be used: 40 prompt longer than max_length (4 tokens)",
+    ),
     (["model.name_or_path={0}/endless", "data.template=chat"], "the end token '</s>' is in no label"),
     (["data.template=chat"], "data.template"),
     (["model.eos_token=<end>"], "model.eos_token: the tokenizer of"),

@@ -124,6 +124,11 @@ CASES = [
     (["data.system=''"], "data.system: string should have at least 1 character"),
     (["data.path=nowhere.jsonl"], "data.path: no file or folder nowhere.jsonl"),
     (["data.prompt=qestion"], "data.prompt: the data has no field 'qestion' (did you mean 'question'?)"),
+    (
+        ["data.prompt=", "data.text=answer", "data.template=qa"],
+        "data.text is learned as it stands, without data.template: qa",
+    ),
+    (["data.rejected=answer"], "data.rejected: is for trainer: dpo"),
     (["data.template=alpacca"], "no template 'alpacca' (did you mean 'alpaca'?)"),
     (["calibration.field=txt"], "calibration.field: the data has no field 'txt'"),
     (["calibration.samples=1"], "calibration: only 32 tokens, at least 256 are needed"),

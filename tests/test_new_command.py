@@ -143,7 +143,7 @@ def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
     write_rows(Path("facts.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
     make("--keep", "facts.jsonl", code=2)
-    assert "--keep: row 4 cannot be used" in capsys.readouterr().err
+    assert "--keep: 1 of 4 rows cannot be used: 1 an empty turn of the user (row 4)" in capsys.readouterr().err
     Path("facts.jsonl").write_text('{"question": "q", "answer": "a"}\n{broken\n')
     make("--keep", "facts.jsonl", code=2)
     assert "--keep: cannot read facts.jsonl as json (row 2" in capsys.readouterr().err
@@ -152,6 +152,12 @@ def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
 ODD = {  # rows of which some cannot be used, or named so that they are mistaken for something else
     "a prompt too long for the model": [{"prompt": "x" * (600 if i == 3 else 9), "response": "a"} for i in range(60)],
     "a text with an ending": [{"text": f"the mill of town {i}", "ending": "burned"} for i in range(60)],
+    "held-out rows without an answer": [{"prompt": f"q {i}", "response": "a" * (i < 57)} for i in range(60)],
+    "only such rows held out": [{"prompt": f"q {i}", "response": "a" * (i < 50)} for i in range(60)],
+    "texts that are not measured": [{"text": "x" * 1400, "beginning": "", "ending": "", "file": ""}] * 60,
+    "a conversation and an answer": [
+        {"prompt": [user("a"), assistant("b"), user(f"{i}")], "response": "d"} for i in range(60)
+    ],
     "a field of two lines": [{"Frage\n(kurz)": f"was ist {i}", "Antwort": "x"} for i in range(60)],
 }
 

@@ -194,3 +194,9 @@ def test_no_other_private_name_of_another_package():
         if file.name != "private_names.py":
             for line in file.read_text(encoding="utf-8").splitlines():
                 assert not pattern.search(line), f"{file}: {line.strip()}"
+
+
+def test_words_may_stand_before_the_recipe(capsys):
+    assert main(["train", "seed=3", "quickstart", "data.limit=7", "--print-config"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["name"], found["seed"], found["data"]["limit"]) == ("quickstart", 3, 7)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from chats import assistant, user
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
@@ -209,6 +210,12 @@ def test_a_question_has_the_input_of_its_instruction(own):
     )
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
     assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: add\n\n1+1\nAnswer:", " 2")
+
+
+def test_a_file_of_conversations_in_one_line(own):
+    path = write_rows(own / "chats.jsonl", [{"messages": [user(f"{i}?"), assistant(f"{i}!")]} for i in range(3)])
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
+    assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: 1?\nAnswer:", " 1!")
 
 
 def test_the_kinds_of_files_are_those_that_are_read():

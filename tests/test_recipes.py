@@ -199,6 +199,13 @@ def test_texts_of_which_yaml_makes_nothing():
     assert found == [None, None, None, "~", "|", "5", "a\nb"]
 
 
+def test_a_template_is_no_mapping():
+    templates = ["Q: {prompt}", "{prompt}", "[INST] {prompt} [/INST]", "{prompt}: {prompt}"]
+    assert [load_recipe("quickstart", [f"data.template={text}"]).data.template for text in templates] == templates
+    assert load_recipe("quickstart", ["model.pad_token=[PAD]"]).model.pad_token == "[PAD]"
+    assert load_recipe("quickstart", ["data.template='Q: {prompt}'"]).data.template == "Q: {prompt}"
+
+
 def test_options_over_what_a_file_has():
     assert load_recipe("quickstart", ["budget="], max_forgetting="1e-2").budget.at_most == 0.01
     with pytest.raises(UserError, match="--max-forgetting: 'budget' holds a value, not keys"):

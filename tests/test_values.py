@@ -283,7 +283,7 @@ class TestCalibrationTexts:
         path = str(write_rows(tmp_path / "rows.jsonl", [{"t": "a"}, {"t": value}]))
         with pytest.raises(UserError) as raised:
             calibration_sources(CalibrationSection(path=path, field="t"), tiny_tokenizer())
-        assert str(raised.value) == f"calibration: row 2 cannot be used: {reason}"
+        assert str(raised.value) == f"calibration: 1 of 2 rows cannot be used: 1 {reason} (row 2)"
 
 
 def tasks(tmp_path, rows, **entry):

@@ -8,6 +8,7 @@ The one boundary for training rows, calibration texts, evaluation documents and 
     list of the above         the single text it holds; where an answer is meant, the first of several accepted ones
     {"text": …}, {"value": …} where an answer is meant: SQuAD's and TriviaQA's
     list of messages          a conversation: {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT)
+    JSON of a list of messages  the same, where a conversation is meant
     all else                  refused: truth values, bytes, dates, other dicts, lists in lists
 """
 
@@ -25,6 +26,10 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 Message = dict[str, Any]
+
+
+class EmptyValue(ValueError):
+    """A field of a row that is there and holds nothing."""
 
 
 def as_text(value: Any, *, answer: bool = False) -> str:
@@ -71,11 +76,21 @@ def is_conversation(value: Any) -> bool:
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
 
+def as_conversation(value: Any) -> Any:
+    """Return a conversation that a file holds as JSON text, as a csv must, as what it says; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
     """Return a conversation in the one form that chat templates read, and which of its turns are learned.
 
     Args:
-        value: a list of messages, or a single one. A message has a role and a text (a string, a number, or parts of
+        value: a list of messages, or a single one, or either as JSON text. A message has a role and a text (a string, a number, or parts of
             which all are text), or calls of tools instead of it, and may have a `weight`: 0 for an assistant's turn
             that is not learned. Its other keys are left to the chat template, those that hold None are not.
 
@@ -85,12 +100,12 @@ def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
     Raises:
         ValueError: why it is no conversation.
     """
-    value = _plain(value)
+    value = as_conversation(_plain(value))
     value = [value] if isinstance(value, Mapping) else value
     if value is not None and not isinstance(value, list | tuple):
         raise ValueError(f"a conversation that is a {type(value).__name__}, not a list of messages")
     if not value:
-        raise ValueError("a conversation without turns")
+        raise EmptyValue("a conversation without turns")
     messages = [_message(message) for message in value]
     return messages, [_weight(message) for message in messages]
 

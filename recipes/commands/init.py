@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from peft import get_peft_model
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import InitOptions, check_named, refusing_in_one_line, start_adapter
+from lora_null.initialize import InitOptions, check_layers, check_named, refusing_in_one_line, start_adapter
+from lora_null.layer import adapted_layers
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import (
     CalibrationSection,
@@ -23,7 +25,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.environment import choose_device, computes_bf16, precision_line
-from lora_null.recipes.models.bases import load_base, load_config, load_tokenizer, open_base, resolve_name
+from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
@@ -53,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     keys = ("revision", "dtype", "quantization")
     given = {key: getattr(arguments, key) for key in keys} | {"name_or_path": arguments.model}
     section = parse_section(ModelSection, "model", given)
+    device, config = _device(arguments.device, state), _config(section, arguments)
+    together(lambda: _check(section, config), what="initialization")
     batches = _batches(section, arguments)
-    peft_model, weights = together(lambda: _model(section, arguments), what="initialization")
-    options = InitOptions(
-        device=_device(arguments.device, state), weights=weights, seed=arguments.seed, cache=not arguments.no_cache
-    )
+    peft_model, weights = together(lambda: _model(section, arguments, config), what="initialization")
+    options = InitOptions(device=device, weights=weights, seed=arguments.seed, cache=not arguments.no_cache)
     report, _ = start_adapter(peft_model, batches, options, folder=arguments.out / "init")
     if is_first_process():
         save_plain_adapter(peft_model, arguments.out / "adapter")
@@ -99,12 +101,8 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
     return padded_batches(windows.ids, tokenizer.pad_token_id)
 
 
-def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the PEFT model, and the files that its weights are still in, or None."""
-    name = resolve_name(section)
-    shape = load_config(section, name)
-    check_stored(section, shape)
-    config = LoraNullConfig(
+def _config(section: ModelSection, arguments: argparse.Namespace) -> LoraNullConfig:
+    return LoraNullConfig(
         r=arguments.rank,
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
         target_modules=module_names(arguments.target_modules),
@@ -115,11 +113,29 @@ def _model(section: ModelSection, arguments: argparse.Namespace) -> tuple[Any, A
         revision=section.revision,
         task_type="CAUSAL_LM",
     )
+
+
+def _check(section: ModelSection, config: LoraNullConfig) -> None:
+    """Put the adapter on the model without weights, before the model itself is loaded to write texts."""
+    shape = load_config(section, resolve_name(section))
+    check_stored(section, shape)
+    wrapped = _adapted(empty_model(shape, section), config, low_cpu_mem_usage=True)
+    check_layers(wrapped, adapted_layers(wrapped, "default"))
+
+
+def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNullConfig) -> tuple[Any, Any]:
+    """Return the PEFT model, and the files that its weights are still in, or None."""
+    name = resolve_name(section)
     base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
+    with adapters_in_memory():
+        return _adapted(base, config), weights
+
+
+def _adapted(base: Any, config: LoraNullConfig, **options: Any) -> Any:
     check_named(base, config.target_modules)
     try:
-        with adapters_in_memory(), refusing_in_one_line():
-            return get_peft_model(base, config), weights
+        with refusing_in_one_line():
+            return get_peft_model(base, copy.deepcopy(config), **options)
     except UserError:
         raise
     except ValueError as error:

@@ -36,7 +36,7 @@ from lora_null.recipes.data.examples import (
     settle_bad_rows,
     tokenize,
 )
-from lora_null.recipes.data.formats import Format, recognize
+from lora_null.recipes.data.formats import CONVERSATIONS, Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator
@@ -109,8 +109,8 @@ class Rows:
 
     @property
     def unused(self) -> list[str]:
-        """The fields that are neither learned nor asked with; none of conversations, whose templates may read any."""
-        if "messages" in self.format.keys or self.is_of_texts:
+        """The fields that are neither learned nor asked with; none beside `messages`, as its template may read any."""
+        if self.format.keys.get("messages", "").lower() in CONVERSATIONS or self.is_of_texts:
             return []
         read = [spec for spec in self.format.keys.values() if spec]
         return [
@@ -201,6 +201,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     _check_usable(bad, len(examples) - len(too_long))
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
     calibration, retention, unasked = _kept(keep, tokenizer, machine, data.get("thinking"))
+    task, unmeasured = _task(rows, data, machine, tokenizer)
+    bad += [row for row in unmeasured if row.row not in {other.row for other in bad}]
     data |= {"on_bad_row": "skip"} if bad or unasked else {}
     windows = _window_lengths(calibration, tokenizer)
     calibration |= {"max_length": _max_length(windows, min(room, WINDOW)), "mode": "separate"}
@@ -216,7 +218,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         training={"max_length": length},
         calibration=calibration,
         retention=retention,
-        task=_task(rows, data, machine),
+        task=task,
     )
     _fit(draft, config, machine, size)
     count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
@@ -410,16 +412,26 @@ def _asked(rows: Rows, template: str) -> dict[str, Any] | None:
     return keys | {"template": template}
 
 
-def _task(rows: Rows, data: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
-    """Return the section `eval.task`: the rows that are held out."""
+def _task(
+    rows: Rows, data: dict[str, Any], machine: Machine, tokenizer: Any
+) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """Return the section `eval.task`, the rows that are held out, and which of these cannot be measured.
+
+    Where none of them can be, none is held out.
+    """
     if rows.format.preferences:
         kind, asked = "preferences", {key: value for key, value in rows.format.keys.items() if key != "system"}
     else:
         kind, asked = "answers", _asked(rows, data["template"])
     if not rows.learned or asked is None:
-        return []
+        return [], []
+    written = {key: data[key] for key in ("template", "thinking") if key in data} | asked
+    found, bad = _written(rows, written, tokenizer, after=rows.learned)
+    if not found:
+        rows.held_out = 0
+        return [], []
     limit = {"limit": 32} if machine.on_cpu and rows.held_out > 32 else {}
-    return [{kind: "learned", **rows.keys(), **asked, "offset": rows.learned, **limit}]
+    return [{kind: "learned", **rows.keys(), **asked, "offset": rows.learned, **limit}], bad
 
 
 def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:

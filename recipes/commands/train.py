@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]
         recipe = join_recipes(recipes)
     else:
-        recipe = load_recipe(words[0], words[1:], **options)
+        name = next((word for word in words if "=" not in word or Path(word).is_file()), words[0])
+        recipe = load_recipe(name, [word for word in words if word is not name], **options)
     if arguments.print_config:
         print(dump(recipe), end="")
     elif arguments.show_samples is not None:

@@ -17,6 +17,7 @@ from lora_null.recipes.config.schema import (
     CalibrationSource,
     Recipe,
     calibration_entry,
+    is_text,
     misshapen,
     one_or_more,
     parse_recipe,
@@ -37,7 +38,7 @@ INSTEAD = {
     "gradient_accumulation_steps": ("total_batch_size",),
     "num_train_epochs": ("max_steps",),
     "messages": ("text", *PAIR),
-    "text": ("messages", *PAIR),
+    "text": ("messages", "system", "thinking", "template", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
 CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
@@ -238,7 +239,10 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
             value = parse_value(text)
         except yaml.YAMLError as error:
             reason = first_line(error)
-            raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
+            if not is_text(key):
+                raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
+            value = text
+        value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
         put(raw, key, value, f"argument {assignment!r}")
         given[key] = value
     return forget_below(raw, given)

@@ -454,7 +454,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_way(self) -> DataSection:
         other = next((key for key in ("messages", "system", "thinking") if getattr(self, key) is not None), None)
-        other = other or ("template: chat" if self.template == "chat" else None)
+        other = other or (f"template: {self.template}" if self.template not in ("alpaca", "plain") else None)
         if self.text is not None and other:
             raise ValueError(f"data.text is learned as it stands, without data.{other}")
         _need_one_way(self, "messages" if self.text is None else "text")
@@ -877,6 +877,8 @@ class Recipe(Section):
         other = next((key for key in ("messages", "text") if getattr(self.data, key)), None)
         if self.trainer == "dpo" and other:
             raise ValueError(f"trainer: dpo takes data.prompt, data.response and data.rejected, not data.{other}")
+        if self.trainer == "sft" and self.data.rejected != DataSection.model_fields["rejected"].default:
+            raise ValueError("data.rejected: is for trainer: dpo")
         if self.trainer == "sft" and self.data.prompt is None and not other:
             raise ValueError("data.prompt: null is for trainer: dpo; data.messages names a field of conversations")
         return self
@@ -904,6 +906,16 @@ def _paths() -> list[str]:
         *paths,
         *(f"training.{key}" for key in sorted((training_keys("sft") | training_keys("dpo")) - set(TOKENS))),
     ]
+
+
+def is_text(key: str) -> bool:
+    """Return whether a key of a recipe, as it is given on a command line, holds nothing but a text."""
+    section, _, name = key.partition(".")
+    kind, name = (_section(Recipe, section), name) if name else (Recipe, section)
+    if kind is None or name not in kind.model_fields:
+        return False
+    annotation = kind.model_fields[name].annotation
+    return (set(get_args(annotation)) or {annotation}) - {type(None)} == {str}
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:

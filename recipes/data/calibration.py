@@ -11,17 +11,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource
+from lora_null.eval_harness.documents import BadRow
+from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
 from lora_null.recipes.data.conversations import ask
-from lora_null.recipes.data.examples import Example
-from lora_null.recipes.data.formats import Format, recognize
+from lora_null.recipes.data.examples import MOST_BAD, Example, RowReader, describe_bad_rows
+from lora_null.recipes.data.formats import recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.trainer import CalibrationArgs, calibration_windows
 from lora_null.trainer.written_texts import beginnings
 from lora_null.utils.chat import conversation_text, without_bos
+from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
+from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 GENERAL_MIX, PROMPTS = SAMPLES / "general_mix.jsonl", SAMPLES / "prompts.txt"
@@ -139,7 +141,9 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 def _texts(
     section: CalibrationSource, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[str], dict[str, int]]:
-    """Return the texts of a path or of the general mix, and how many there are of each kind; a row without text is left out.
+    """Return the texts of a path or of the general mix, and how many there are of each kind.
+
+    A row without text is left out, and up to 1% of those that cannot be used, which is said.
 
     They are one field of each row, a template filled with several, or what is found out: a conversation, which the
     model's chat template writes, a question with its answer, which is a conversation too, or a text. Where the model has
@@ -148,18 +152,27 @@ def _texts(
     path = str(GENERAL_MIX) if section.source == "general" else str(section.path)
     documents = load_documents(path, subset=section.subset, split=section.split, where=where, limit=section.limit)
     text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
-    texts, kinds = [], Counter()
+    texts, kinds, bad = [], Counter(), []
     last = math.inf if section.limit is None else section.limit
     for number, row in zip(documents.numbers, documents.rows):
         if number > last:  # rows count as training and evaluation count them, those that are left out too
             break
         try:
             text = without_bos(text_of(row), tokenizer)
+        except EmptyValue:
+            continue
         except ValueError as error:
-            raise UserError(f"{where}: row {number} cannot be used: {error}") from None
+            bad.append(BadRow(number, str(error)))
+            continue
         if text:
             texts.append(text)
             kinds[row.get("kind", "")] += section.source == "general"
+    if bad:
+        total = len(texts) + len(bad)
+        if len(bad) > MOST_BAD * total:
+            raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}")
+        if is_first_process():
+            print(f"left out {len(bad)} of {total} rows of {where}: {describe_bad_rows(bad)}")
     return texts, {kind: count for kind, count in kinds.items() if count}
 
 
@@ -172,9 +185,17 @@ def _reader(
 ) -> Callable[[Mapping[str, Any]], str]:
     """Return what makes the text of a row."""
     if section.template is None and section.field is None:
-        found = recognize(rows, columns, f"{where}.path")
-        return lambda row: _found_text(row, found, columns, tokenizer, section.answers)
+        found = recognize(rows, columns, f"{where}.path").keys
+        if "text" in found and not section.answers:
+            raise UserError(f"{where}.answers: false goes with conversations and questions, these rows are texts")
+        if "text" in found:
+            return lambda row: as_text(row.get(found["text"]))
+        data, preferences = DataSection(path=where, **found), "rejected" in found
+        reader = RowReader(data, columns, where, preferences=preferences, first=rows[0])
+        return lambda row: _found_text(row, reader, tokenizer, section.answers)
     key = f"{where}.{'field' if section.template is None else 'template'}"
+    if not section.answers and not any(is_conversation(row.get(section.field or "")) for row in rows):
+        raise UserError(f"{where}.answers: false goes with conversations and questions, {section.field!r} is text")
     field = RowText(str(section.field if section.template is None else section.template), columns, key, answer=True)
 
     def text_of(row: Mapping[str, Any]) -> str:
@@ -187,37 +208,11 @@ def _reader(
     return text_of
 
 
-def _found_text(
-    row: Mapping[str, Any], found: Format, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, answers: bool
-) -> str:
-    keys = found.keys
-    talk = keys.get("messages")
+def _found_text(row: Mapping[str, Any], reader: RowReader, tokenizer: PreTrainedTokenizerBase, answers: bool) -> str:
+    talk = reader.data.messages
     if talk is not None and row.get(talk) is None and isinstance(row.get("text"), str):
         return row["text"]  # the general mix holds texts beside conversations
-    if "text" in keys:
-        return as_text(row.get(keys["text"]))
-    messages = as_messages(row.get(talk))[0] if talk is not None else _pair(row, keys, columns)
-    if "system" in keys and messages and (system := as_text(row.get(keys["system"])).strip()):
-        messages = [{"role": "system", "content": system}, *messages]
-    return _talk_text(messages, row, tokenizer, answers=answers) if messages else ""
-
-
-def _pair(row: Mapping[str, Any], keys: Mapping[str, Any], columns: Sequence[str]) -> list[Message]:
-    """Return prompt and response as a conversation; none where one is empty."""
-    messages = []
-    for key, role in (("prompt", "user"), ("response", "assistant")):
-        spec = keys[key]
-        if spec is None:
-            continue
-        if is_conversation(row.get(spec)):
-            said = as_messages(row[spec])[0]
-            messages = said if said[: len(messages)] == messages else [*messages, *said]
-            continue
-        text = RowText(spec, columns, "calibration", answer=True).text(row).strip()
-        if not text:
-            return []
-        messages.append({"role": role, "content": text})
-    return messages
+    return _talk_text(reader.messages(row)[0], row, tokenizer, answers=answers)
 
 
 def _talk_text(

@@ -28,7 +28,7 @@ from lora_null.recipes.data.rows import RowText, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import Message, as_messages, as_text, chat_options, is_conversation
+from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
 
 MOST_BAD = 0.01  # the share of bad rows that is left out unasked
 BATCH = 1000  # examples tokenized at once
@@ -194,13 +194,9 @@ class RowReader:
             end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
-        if data.messages:
-            messages, learned = as_messages(row.get(data.messages))
-        else:
-            messages, learned = self._answered(row, data.response)
-        conversational = any(is_conversation(row.get(name)) for name in (data.messages, data.prompt, data.response))
-        options = chat_options(row) if conversational or data.template == CHAT else {}
-        messages, learned = self._prepared(row, messages, learned)
+        messages, learned = self.messages(row)
+        conversational = any(is_conversation(row.get(name)) for name in (data.prompt, data.response))
+        options = chat_options(row) if conversational or data.messages or data.template == CHAT else {}
         if self.preferences:
             rejected, learned_rejected = self._prepared(row, *self._answered(row, data.rejected))
             prompt = _shared(messages, rejected)
@@ -222,6 +218,16 @@ class RowReader:
             for side in (messages, rejected)
         ]
         return Example(number, *sides, prompt, options)
+
+    def messages(self, row: Mapping[str, Any]) -> tuple[list[Message], list[bool]]:
+        """Return the conversation of a row that is no text, of a pair with the chosen end, and which turns are learned.
+
+        Raises:
+            ValueError: why the row cannot be used; an EmptyValue where it holds nothing.
+        """
+        if self.data.messages:
+            return self._prepared(row, *as_messages(row.get(self.data.messages)))
+        return self._prepared(row, *self._answered(row, self.data.response))
 
     def _prepared(
         self, row: Mapping[str, Any], messages: list[Message], learned: list[bool]
@@ -287,7 +293,7 @@ class RowReader:
             return as_messages(row[self.prompt.spec])[0]
         text = self.prompt.text(row).strip()
         if not text:
-            raise ValueError(f"empty {self.prompt.spec!r}")
+            raise EmptyValue(f"empty {self.prompt.spec!r}")
         return [{"role": "user", "content": text}]
 
 
@@ -298,7 +304,7 @@ def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:
     except ValueError as error:
         raise ValueError(f"{field!r} {error}") from None
     if not text:
-        raise ValueError(f"empty {field!r}")
+        raise EmptyValue(f"empty {field!r}")
     return text
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import as_text, is_conversation
+from lora_null.utils.values import as_conversation, as_text, is_conversation
 
 LOOKED_AT = 50  # rows
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
@@ -48,11 +48,11 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
         UserError: none that is known; it names the fields.
     """
     fields = {name.lower(): name for name in columns}
-    talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
+    talks = {name for name in columns if any(_holds_conversation(row, name) for row in rows[:LOOKED_AT])}
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
     asking = {name.lower(): name for name in askable(columns, rows)}
     found = _preferences(asking, talks) or _conversation(fields, talks, rows) or _answered(asking)
-    found = found or _text(fields, rows, pair)
+    found = found or (_messages(next(iter(talks)), rows) if len(talks) == 1 else _text(fields, rows, pair))
     if found is None and pair is not None:
         raise UserError(
             f"{where}: {' and '.join(pair)} are texts without a prompt; what both begin with belongs into a field of its own, "
@@ -68,6 +68,11 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     if system is not None and "text" not in keys:
         name, keys = f"{name}, with system texts", {**keys, "system": system}
     return Format(name, keys, found.preferences)
+
+
+def _holds_conversation(row: Mapping[str, Any], name: str) -> bool:
+    """Return whether a field holds messages; under a usual name also as JSON text, as a csv does."""
+    return is_conversation(as_conversation(row.get(name)) if name.lower() in CONVERSATIONS else row.get(name))
 
 
 def askable(columns: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,10 +102,12 @@ def _conversation(fields: Mapping[str, str], talks: set[str], rows: Sequence[Map
     prompt, response = (_first([n for n in names if fields.get(n) in talks], fields) for names in (PROMPTS, RESPONSES))
     if name is None and prompt and response:
         return Format("prompts and responses of messages", {"prompt": prompt, "response": response})
-    name = name or (next(iter(talks)) if len(talks) == 1 else None)
-    if name is None:
-        return None
-    value = next(row[name] for row in rows if is_conversation(row.get(name)))
+    return _messages(name, rows) if name else None
+
+
+def _messages(name: str, rows: Sequence[Mapping[str, Any]]) -> Format:
+    values = (as_conversation(row.get(name)) for row in rows)
+    value = next(value for value in values if is_conversation(value))
     first = value if isinstance(value, Mapping) else value[0]
     return Format("messages" if "role" in first else "ShareGPT conversations", {"messages": name})
 
