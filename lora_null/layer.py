@@ -39,6 +39,10 @@ class Residual(NamedTuple):
         """Return scaling · B0 A0, (d_out, d_in), or some rows and columns of it, in float64."""
         return self.scaling * (self.B[rows].double() @ self.A[:, columns].double())
 
+    def to(self, device: torch.device) -> Residual:
+        """Return it on a device; itself where it is there."""
+        return self if self.A.device == device else self._replace(A=self.A.to(device), B=self.B.to(device))
+
     def joined(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [A; A0] (2r, d_in) and [B, −B0] (d_out, 2r), which give BA − B0A0: copies, no arithmetic."""
         A, B = (factor.full_tensor() if isinstance(factor, DTensor) else factor for factor in (A, B))
@@ -184,7 +188,7 @@ class LoraNullLinear(Linear):
     the adapters i that take part and count from the residual (usually one). Whenever none does (disabled, another
     adapter active, deleted, unloaded), or a scaling was changed, the layer adds what is missing of s·B0A0, so that what
     remains is the original model, to the rounding of the weight's dtype. What leaves the layer, by `state_dict` or
-    `get_delta_weight`, is the change of the original weight. The residual is kept on the CPU, it is rarely needed.
+    `get_delta_weight`, is the change of the original weight. The residual is kept on the CPU until a forward pass needs it.
 
     Attributes:
         residual: what is taken out of the base; None where nothing is.
@@ -285,9 +289,8 @@ class LoraNullLinear(Linear):
             self.residual, self.residual_adapters = None, frozenset()
 
     def _take_out(self, residual: Residual) -> Residual:
-        residual = residual._replace(A=residual.A.cpu(), B=residual.B.cpu())
         self._add_to_base(residual, -1)
-        return residual
+        return residual.to(torch.device("cpu"))
 
     def take_out_residual(self) -> None:
         """Take s·B0A0 out of a base that lacked its numbers when the adapter started, and has just been given W0."""
@@ -300,8 +303,9 @@ class LoraNullLinear(Linear):
         if weight.is_meta:
             return
         own, at = own_piece(weight)
+        residual = residual.to(own.device)
         delta = residual.delta(*at[::-1]).T if self.fan_in_fan_out else residual.delta(*at)
-        own.copy_((own.double() + sign * delta.to(own.device)).to(own.dtype))
+        own.copy_((own.double() + sign * delta).to(own.dtype))
 
     def _residual_is_merged(self) -> bool:
         """Return whether an adapter that counts from the residual is merged: the base then lacks nothing."""
@@ -332,7 +336,8 @@ class LoraNullLinear(Linear):
         missing = self._missing()  # only now: PEFT unmerges in there what is merged and disabled
         if not missing:
             return result
-        A, B = (factor.to(x.device) for factor in (self._start.A, self._start.B))
+        self.residual = self._start.to(x.device)  # and it stays: DPO's reference asks for it in every step
+        A, B, _ = self.residual
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
         return result + offset.to(result.dtype)
 
@@ -342,6 +347,7 @@ class LoraNullLinear(Linear):
             return False
         name = self.active_adapters[0]
         plain = name in self.lora_A and name not in self.lora_variant
+        plain = plain and self.lora_B[name].bias is None
         whole = plain and not is_sharded(self.lora_A[name].weight)  # its own forward pass gathers it
         return whole and isinstance(self.lora_dropout[name], nn.Identity)
 

@@ -222,7 +222,9 @@ class LayerSolver:
                 for factor in self._factors(name):
                     broadcast_tensor(factor, measured.owner)
         own = {name: (line, None if L is None else L.cpu()) for name, (line, L) in solved.items()}
-        gathered = all_gather((own, self._bases(own)))
+        bases = self._bases(own)
+        moved = {id(basis): NullBasis(basis.vectors.cpu()) for basis in bases.values()}  # one for layers that share it
+        gathered = all_gather((own, {name: moved[id(basis)] for name, basis in bases.items()}))
         for _, bases in gathered:
             for name, basis in bases.items():
                 self.layers[name].confine(self.adapter_name, basis)

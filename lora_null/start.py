@@ -34,7 +34,7 @@ from lora_null.calibration import (
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.factors import LayerStats
 from lora_null.layer import factors_of, plain_name
-from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
+from lora_null.layerwise import DoesNotFit, measure_in_parts, visit_layers, walk_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
@@ -322,6 +322,9 @@ def _measured_alone(
                 calibration.add(part)
         except DoesNotFit as reason:
             raise _no_chain(reason) from None
+    elif batches and options.device is not None and options.form != "hooks":
+        for part in measure_in_parts(model, layers, batches, device=options.device, **settings):
+            calibration.add(part)
     elif batches:
         calibration = measure_inputs(model, layers, batches, **settings)
     with torch.enable_grad():
@@ -482,7 +485,8 @@ def _key(
     whole: WholeModel | None,
     rule: str,
 ) -> str:
-    settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(options.device)}
+    kind = None if options.device is None else torch.device(options.device).type  # each process has a card of its own
+    settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(kind)}
     settings |= {"rule": rule, "whole": whole.rule if whole is not None else ""}
     looked_at = [*batches, *(whole.batches if whole is not None else ())]
     keys = all_gather(store.initialization_key(base, layers, adapter_name, looked_at, **settings))

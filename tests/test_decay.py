@@ -79,6 +79,18 @@ def test_resumed_it_ends_in_the_same_bits(kind, tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_a_checkpoints_decay_goes_to_the_start_where_none_is_asked_for(tmp_path):
+    """The optimizer goes on with the decay that the checkpoint holds."""
+    whole = make(
+        tmp_path / "whole", LoraNullConfig(r=4, variant="v1"), weight_decay=5.0, save_strategy="steps", save_steps=3
+    )
+    whole.train()
+    resumed = make(tmp_path / "resumed", LoraNullConfig(r=4, variant="v1"), weight_decay=0.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_no_gradient_reaches_stays_as_it_is(tmp_path):
     class Unreached(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **_):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from trl import SFTConfig
 from world import make_world
 
-from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, start
 from lora_null.adapters.plain import check_saved_adapter, save_plain_adapter
 from lora_null.trainer.checkpoints import check_processes, record_processes
 
@@ -213,6 +214,12 @@ def test_a_port_in_use_is_one_line():
 def test_deepspeed_that_is_not_there_is_one_line():
     place = {"WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
     assert "DeepSpeed, which is not installed" in refusal_of(place)
+
+
+def test_processes_on_cards_of_their_own_agree_on_the_start():
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    options = [SimpleNamespace(solver="auto", form="auto", seed=0, device=device) for device in devices]
+    assert len({start._key("", {}, "default", [], each, None, "") for each in options}) == 1
 
 
 class TestWholeness:

@@ -15,7 +15,7 @@ from test_dpo import make as make_dpo
 from test_trainer import CUT, ROWS, TEXTS, losses, make
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -24,7 +24,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.start import InitOptions
-from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import adapter_parameters, make_method
 
 END = 2
@@ -66,10 +66,24 @@ def test_an_adapter_that_transformers_has_loaded_is_not_written_over_and_nothing
             initialize_lora_null_weights(get_peft_model(integrated, config), random_batches())
 
 
-def test_the_drift_of_a_layer_that_is_no_plain_lora_is_not_reported_under_a_method_either(tmp_path, capsys):
-    trainer = make(
-        tmp_path, LoraConfig(r=4, target_modules=TWO, use_dora=True), method=make_method("lora"), max_steps=1
-    )
+def test_nothing_that_is_given_is_not_read(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="calibration_args: would not be read, there is no calibration_dataset"):
+        LoraNullSFTTrainer(
+            tiny_model(),
+            SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+            train_dataset=ROWS,
+            processing_class=tiny_tokenizer(),
+            peft_config=config,
+            calibration_args=CalibrationArgs(samples=8),
+        )
+
+
+@pytest.mark.parametrize("name", ["lora", "eva"])
+def test_the_drift_of_a_layer_that_is_no_plain_lora_is_not_reported_under_a_method_either(tmp_path, capsys, name):
+    method = make_method(name)
+    config = method.config(r=4, target_modules=TWO, use_dora=True)
+    trainer = make(tmp_path, config, method=method, max_steps=1)
     trainer.train()
     assert "drift_mean" not in trainer.state.log_history[0]
     assert "no drift is reported" in capsys.readouterr().err

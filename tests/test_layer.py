@@ -3,9 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import random_batches, tiny_model
 from torch import nn
 
-from lora_null import LoraNullConfig
+from lora_null import LoraNullConfig, initialize_lora_null_weights
+from lora_null.layer import adapted_layers
 
 BASE = {"base_model.model.linear." + part for part in ("lora_A.default.weight", "lora_B.default.weight")}
 
@@ -64,6 +66,22 @@ def saved_elements(peft_model):
         tuple(p.shape)[::-1] for p in peft_model.parameters()
     }
     return sum(size for shape, size in sizes if tuple(shape) not in weights)
+
+
+def test_a_bias_of_a_factor_is_computed():
+    """Of a second adapter, whose config is PEFT's own."""
+    model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v2"))
+    initialize_lora_null_weights(model, random_batches(), min_tokens=1, progress=False)
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    plain = get_peft_model(tiny_model(), config, adapter_name="second")
+    with torch.no_grad():
+        for layer, other in zip(adapted_layers(model, "second").values(), adapted_layers(plain, "second").values()):
+            layer.lora_B["second"].bias.uniform_()
+            for part in ("lora_A", "lora_B"):
+                getattr(other, part)["second"].load_state_dict(getattr(layer, part)["second"].state_dict())
+        torch.testing.assert_close(model(**random_batches()[0]).logits, plain(**random_batches()[0]).logits)
 
 
 def test_a_frozen_a_keeps_no_input():

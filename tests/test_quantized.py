@@ -155,6 +155,17 @@ def test_a_resumed_run_ends_in_the_same_adapter(folder, tmp_path):
     assert same(one, other)
 
 
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_a_live_adapter_goes_on_with_its_very_numbers(folder, tmp_path, variant):
+    """TRL rounds to bfloat16 what trains on a quantized base."""
+    model = started(load(folder, "nf4"), LoraNullConfig(r=4, variant=variant))
+    losses_over(model, BATCHES, steps=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    make(tmp_path, "none", model=model)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_v1_is_the_residual_form_in_float64(folder):
     """The offset path against W_q − s·B0A0 written out as a plain weight: the same losses over Adam's steps."""
     ours = started(load(folder, "nf4"), LoraNullConfig(r=4, variant="v1"))

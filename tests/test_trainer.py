@@ -61,7 +61,7 @@ def make(
         processing_class=tokenizer or tiny_tokenizer(),
         peft_config=None if config == "none" else config or LoraNullConfig(r=4, variant="v2"),
         calibration_dataset=calibration,
-        calibration_args=CUT,
+        calibration_args=CUT if calibration is not None else None,
         method=method,
         init_folder=init_folder,
         reuse_init=reuse_init,
@@ -180,6 +180,30 @@ def test_a_finished_run_goes_on_to_more_epochs(tmp_path, epochs, steps):
     resumed = make(tmp_path, num_train_epochs=epochs, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
     assert resumed.state.global_step == steps
+
+
+def test_a_batch_size_that_was_found_counts_the_steps_of_a_resumed_run(tmp_path, monkeypatch):
+    def trainer(folder):
+        options = dict(
+            max_steps=-1, num_train_epochs=1, save_strategy="steps", save_steps=7, auto_find_batch_size=True
+        )
+        found = make(folder, **options, per_device_train_batch_size=8)
+        step = found.training_step
+
+        def out_of_memory(model, inputs, *rest):
+            if len(inputs["input_ids"]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return step(model, inputs, *rest)
+
+        found.training_step = out_of_memory
+        return found
+
+    whole = trainer(tmp_path / "whole")
+    assert whole.train().global_step == 12  # 48 rows by 4
+    resumed = trainer(tmp_path / "resumed")
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7")).global_step == 12
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("taught", ["completions", "nothing"])

@@ -393,9 +393,15 @@ class SavingMixin(Base):
         metrics |= {"total_flos": self.state.total_flos, "train_loss": loss, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, loss, metrics)
 
+    def _take_batch_size(self, checkpoint: Path) -> None:
+        """Go on with the batch size that `auto_find_batch_size` had found, by which the steps are counted."""
+        if self.args.auto_find_batch_size:
+            found = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).train_batch_size
+            self._train_batch_size = found or self._train_batch_size
+
     def _processes_and_batch(self) -> tuple[int, int]:
         processes = self.accelerator.num_processes
-        return processes, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
+        return processes, self._train_batch_size * self.args.gradient_accumulation_steps * processes
 
 
 def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:

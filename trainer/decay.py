@@ -46,12 +46,17 @@ def decays_to_start(
     groups = optimizer.param_groups if optimizer is not None else [{"weight_decay": args.weight_decay}]
     decay = max(group.get("weight_decay", 0.0) for group in groups)
     check_decay_to_start(asked, config, decay)
-    if asked is False or not decay or not starts_from_residual(config):
+    if asked is False or not starts_from_residual(config):
         return False
     kind = type(optimizer) if optimizer is not None else kind
     name = kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
-    check_optimizer(name, deepspeed=deepspeed)
-    return True
+    try:
+        check_optimizer(name, deepspeed=deepspeed)
+    except UserError:
+        if decay:
+            raise
+        return False
+    return True  # without decay too: the optimizer of a checkpoint may bring one
 
 
 def check_optimizer(name: str, *, deepspeed: bool) -> None:

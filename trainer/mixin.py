@@ -241,9 +241,13 @@ class LoraNullMixin(SavingMixin):
         in_files = starts_in_files(peft_config, method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
             self._weights, self._in_files = _leave_in_files(given)
+        exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
             super().__init__(*bound.args, **bound.kwargs)
+        for parameter, data in exact:  # which TRL rounds to bfloat16 on a quantized base
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         check_unadapted(self.model)  # of a name on the hub it is known only now
         if self.learns_pairs:
             check_reference_stays(self.model, given)
@@ -277,6 +281,8 @@ class LoraNullMixin(SavingMixin):
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
+        if calibration_dataset is not None and init_folder is not None and not self.method.needs_texts:
+            logger.info(f"calibration_dataset: not read, start and drift are those of {init_folder}")
         self._calibration_dataset = calibration_dataset
         self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
@@ -302,6 +308,8 @@ class LoraNullMixin(SavingMixin):
         starts = self.method.needs_gram and not self._goes_on and init_folder is None
         if calibration_dataset is None and (starts or self.method.needs_texts):
             raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
+        if calibration_args is not None and calibration_dataset is None:
+            raise UserError("calibration_args: would not be read, there is no calibration_dataset")
 
     def _settings(self, decays_to_start: bool) -> dict[str, Any]:
         """Return what decides the start and what trains, by the names of `check_settings`, as a checkpoint keeps it."""
@@ -392,6 +400,7 @@ class LoraNullMixin(SavingMixin):
         self.resumed_from = checkpoint
         if checkpoint is not None:
             check_whole_checkpoint(checkpoint)
+            self._take_batch_size(checkpoint)
             check_settings(checkpoint, self._recorded)
             warn_without_optimizer(checkpoint)
             fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
@@ -546,7 +555,9 @@ class LoraNullMixin(SavingMixin):
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
-        reason = why_not_measured(self.model, self.adapter_name) if adapts_plainly(self.method) else None
+        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        asks = adapts_plainly(self.method) or getattr(config, "use_dora", False)
+        reason = why_not_measured(self.model, self.adapter_name) if asks else None
         if reason is not None:
             logger.warning(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None
