@@ -22,7 +22,7 @@ from torch import nn
 from lora_null.adapters.strength import Strength, beyond_scaling
 from lora_null.eval_harness import AnswerTask, Evaluation, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
-from lora_null.eval_harness.statistics import mean_and_error
+from lora_null.eval_harness.statistics import is_mean_of_samples, mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import Budget, Estimate, GivenUp
@@ -118,8 +118,13 @@ def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
     at_most, measure = bound.section.at_most, bound.measure
     if measure not in whole.metrics or measure not in probed.metrics:
         raise UserError(f"budget.measure: the run has no {measure!r}{nearest(measure, whole.metrics)}")
-    if measure not in whole.samples or whole.metrics[measure].higher_is_better is None:
-        raise UserError(f"budget.measure: {measure!r} has no value for each question, or no known direction")
+    directed = [name for name, metric in whole.metrics.items() if metric.higher_is_better is not None]
+    usable = [name for name in directed if is_mean_of_samples(whole, name)]
+    if measure not in usable or not is_mean_of_samples(probed, measure):
+        raise UserError(
+            f"budget.measure: {measure!r} is no mean of a value for each question, or has no known direction"
+            + nearest(measure, usable)
+        )
     noise = probed.noise.get(measure, 0.0)
     if noise >= at_most:
         raise UserError(
@@ -349,7 +354,7 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     for task in measured.learning:
         for name in (name for name in after.metrics if name in after.samples and task.measures(name)):
             better = after.metrics[name].higher_is_better
-            if better is None:
+            if better is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
                 continue
             lost = difference(name, before, after, 1 if better else -1)
             metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])

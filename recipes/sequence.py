@@ -24,6 +24,7 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.earlier import COMPLETE, Earlier, keep_grams
 from lora_null.eval_harness import Evaluation, MTBenchTask, Task
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
+from lora_null.eval_harness.statistics import is_mean_of_samples
 from lora_null.recipes import output
 from lora_null.recipes.budget import difference
 from lora_null.recipes.config.load import merge
@@ -189,7 +190,7 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     # Each task is followed by the first metric of its first evaluation that has a direction and a value a question.
     every = [base, *(found for evaluations in after.values() for found in evaluations)]
     directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]
-    paired = [name for name in directed if all(name in found.samples for found in every)]
+    paired = [name for name in directed if all(is_mean_of_samples(found, name) for found in every)]
     followed = [next((n for task in tasks for n in paired if task.measures(n)), None) for tasks in by_task]
     metrics = [name for name in followed if name is not None]
     transfers = []
@@ -234,7 +235,11 @@ def _whole_row(method: str, found: Sequence[Results]) -> Row:
     rows = [of_method(stage, method) for stage in stages]
     named = {} if rows[-1].diverged is None else {"variant": f"in {stages[-1].recipe}"}
     seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
-    return rows[-1].model_copy(update={"seconds": Seconds(**seconds)} | named)
+    peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
+    whole = {"seconds": Seconds(**seconds), "peak_memory_bytes": max(peaks, default=None)}
+    return rows[-1].model_copy(
+        update=whole | {"drift": None} | named
+    )  # that of the last task alone is none of all tasks
 
 
 def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics: Sequence[str]) -> Transfer:

@@ -1,6 +1,7 @@
 """A budget of forgetting: what is saved keeps it on rows that no probe used, whatever interrupts the run."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.budget import Bound, Measurement, forgotten, hold, largest_strength, within
+from lora_null.recipes.budget import Bound, Measurement, check_base, forgotten, hold, largest_strength, within
 from lora_null.recipes.results import Estimate
 from lora_null.utils.errors import UserError
 
@@ -174,6 +175,19 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
         assert held.strength == 0.0
     else:
         assert held.value > 0.09 * 0.85  # no more is given up than needed
+
+
+def test_a_perplexity_bounds_nothing():
+    """Its samples are log-likelihoods, which fall where it rises."""
+    samples = [-1.0, -3.0] * 20
+    metrics = {
+        "l/perplexity": Metric(math.exp(2), 0.1, 40, False, "retention"),
+        "l/acc": Metric(0.5, 0.1, 40, True, "retention"),
+    }
+    found = Evaluation(metrics, {}, 0.0, samples={"l/perplexity": samples, "l/acc": [0.0, 1.0] * 20})
+    bound = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
+    with pytest.raises(UserError, match=r"'l/perplexity' is no mean of a value for each question.*l/acc"):
+        check_base(bound, found, found)
 
 
 def recipe(folder, **changes):

@@ -30,7 +30,7 @@ from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
 from lora_null.recipes.processes import WORKERS, grid_folder
-from lora_null.recipes.report import write_report
+from lora_null.recipes.report import render, write_report
 from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
@@ -77,6 +77,7 @@ def test_rows_are_means_over_the_seeds(grid):
     found = results(grid)
     assert found["seed"] is None and found["grid"]["planned"] == len(found["grid"]["cells"]) == 12
     assert found["grid"]["differing"]["learning_rate"] == [3e-3, 1e-2]
+    assert not any(key.startswith("training.") for key in found["grid"]["differing"])
     row = next(r for r in found["rows"] if r["method"] == "pissa" and r["variant"] == "lr 0.01")
     values = [c["metrics"]["facts kl"]["value"] for c in found["grid"]["cells"]
               if c["method"] == "pissa" and c["point"]["training.learning_rate"] == 1e-2]  # fmt: skip
@@ -505,8 +506,32 @@ def test_nothing_is_read_where_all_runs_learned_more():
     low, high = equal_learning(found, "q kl", "t nll")
     assert low.rows[-1].value is None and low.rows[-1].passed and high.rows[-1].value.value == pytest.approx(0.3)
     first, second = grid_content(found, {})["tables"][:2]
-    assert [label for label, *_ in first["rows"]] == ["LoRA"] and first["note"] == "In all its runs fast learned more."
+    assert [label for label, *_ in first["rows"]] == ["LoRA"] and first[
+        "note"
+    ] == "Learned more in the first of their runs: fast."
     assert dict(row[:2] for row in second["rows"])["fast"].startswith("0.300") and second["note"] == ""
+
+
+def test_what_is_swept_is_said_to_differ(tmp_path):
+    words = [
+        "--method",
+        "lora",
+        "--sweep",
+        "training.warmup_steps=0,1",
+        "training.max_steps=2",
+        "training.save_strategy=no",
+    ]
+    assert main([str(make_world(tmp_path)), *words]) == 0
+    assert results(tmp_path)["grid"]["differing"] == {"training.warmup_steps": [0, 1]}
+
+
+def test_a_grid_of_seeds_alone_is_compared_as_it_is():
+    """There is one setting: forgetting at equal learning cannot be read of anybody but LoRA."""
+    found = made({"lora": [[(1.0, 0.4)], [(1.1, 0.41)]], "mine": [[(0.9, 0.1)], [(0.95, 0.11)]]})
+    assert "distinguishably" not in render._headline(found, {}) and "LoRA" in render._headline(found, {})
+    assert grid_content(found, {})["tables"][0]["title"].count("(LoRA, learning_rate 1)") == 1
+    said = grid_headline(made({"lora": [[(1.0, 0.4), (0.9, 0.5)]], "mine": [[(0.1, 0.1), (0.05, 0.2)]]}), {})
+    assert "no other method can be read there. Learned more in the first of their runs: mine." in said
 
 
 def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():

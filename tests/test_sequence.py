@@ -226,6 +226,15 @@ def test_the_change_is_that_of_all_tasks_against_the_base(finished):
             assert ratio == pytest.approx(float(moved), rel=1e-4)
 
 
+def test_what_is_of_one_task_is_not_said_of_all(finished):
+    out = finished / "out"
+    stages = [load_results(folder) for folder in sorted((out / "tasks").iterdir())]
+    for row in load_results(out).rows[1:]:
+        own = [next(other for other in stage.rows if other.method == row.method) for stage in stages]
+        assert row.drift is None and all(other.drift for other in own)
+        assert row.peak_memory_bytes == max(other.peak_memory_bytes for other in own)
+
+
 def test_a_sequence_goes_where_all_of_its_recipes_go(finished):
     recipes = [load_recipe(path, ["output_dir=~/here"]) for path in (str(finished / f"{name}.yaml") for name in "ab")]
     assert join_recipes(recipes).output_dir == str(Path.home() / "here")

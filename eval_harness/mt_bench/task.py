@@ -60,6 +60,9 @@ def as_questions(
         if identity is None or "category" not in row or not isinstance(turns, list) or len(turns) != 2:
             raise UserError(f"MT-Bench: row {number} is no question with question_id, category and two turns")
         reference = known.get(identity) or row.get("reference") or []
+        reference = [reference] if isinstance(reference, str) else reference  # of the first turn
+        if not isinstance(reference, list):
+            raise UserError(f"MT-Bench: row {number} has a reference that is neither a text nor a list of texts")
         reference = [*(text or "" for text in reference), ""][:2] if any(reference) else []
         try:
             turns, reference = [as_text(turn) for turn in turns], [as_text(text) for text in reference]

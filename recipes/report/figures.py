@@ -190,7 +190,7 @@ def dial_png(found: tuple[Measure, Measure] | None, strengths: Sequence[float], 
         axes.errorbar(*place, **_errors(kept, learned, i), fmt="o", color=color, elinewidth=1, zorder=3)
         axes.annotate(f"{strengths[i]:g}", place, xytext=(6, -14), textcoords="offset points", fontsize=10, color=INK)
     _plane_titles(axes, kept, learned, since=" from the base")
-    axes.set_title(f"{label} by its strength", loc="left", fontweight="bold")
+    axes.set_title(f"{escape_math(label)} by its strength", loc="left", fontweight="bold")
     return png(figure)
 
 
@@ -223,16 +223,18 @@ def _draw_card(figure: Figure, results: Results) -> bool:
         _draw_plane(axes, results, kept, learned, log=is_wide([y for _, y in points.values()]))
     for path in found.paths if found else ():
         x, y = ([point[i].value for point in path.points] for i in (0, 1))
-        axes.plot(x, y, "o-", color=path.color, label=path.label)
+        axes.plot(x, y, "o-", color=path.color, label=escape_math(path.label))
     if found:
         axes.set_yscale("log" if found.log else "linear")
-        axes.set(xlabel=found.titles[0], ylabel=found.titles[1])
+        axes.set(xlabel=escape_math(found.titles[0]), ylabel=escape_math(found.titles[1]))
         axes.legend(frameon=False, fontsize=10)
     return True
 
 
 def _plane(results: Results, kept: Measure, learned: Measure, *, narrow: bool = False, log: bool = False) -> Figure:
-    figure, axes = new_figure(*((4.1, 3.5) if narrow else (7.4, 4.6)), size=9 if narrow else 10)
+    lines = sum(1 + wrapped(label).count("\n") for label in results.labels()[1:])
+    height = max(4.6, 0.9 + 0.19 * lines)  # for the legend beside it
+    figure, axes = new_figure(*((4.1, 3.5) if narrow else (7.4, height)), size=9 if narrow else 10)
     _draw_plane(axes, results, kept, learned, log=log)
     if not narrow:
         axes.set_title("Learned much, forgot little: lower right is better", loc="left", fontweight="bold")
@@ -270,8 +272,8 @@ def _errors(kept: Measure, learned: Measure, i: int) -> dict[str, float]:
 
 def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "", scale: str = "") -> None:
     direction = "rise" if learned.higher_is_better else "fall"
-    axes.set_xlabel(f"Learned: {direction} of {learned.title}{since}{_unit(learned, change=True)}  →")
-    axes.set_ylabel(f"Forgotten: {kept.title}{_unit(kept, change=True)}{scale}  →")
+    axes.set_xlabel(f"Learned: {direction} of {escape_math(learned.title)}{since}{_unit(learned, change=True)}  →")
+    axes.set_ylabel(f"Forgotten: {escape_math(kept.title)}{_unit(kept, change=True)}{scale}  →")
 
 
 def _name_points(
@@ -361,7 +363,7 @@ def _strips(results: Results, measures: list[Measure], *, narrow: bool = False) 
         axes.set_yticks(range(len(rows)), [wrapped(labels[i]) for i in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         better = "→ higher is better" if measure.higher_is_better else "← lower is better"
-        axes.set_xlabel(f"{measure.title}{_unit(measure)}  {better}{note}")
+        axes.set_xlabel(f"{escape_math(measure.title)}{_unit(measure)}  {better}{note}")
     return figure
 
 

@@ -17,6 +17,7 @@ from lora_null.recipes.report.drawing import (
     MARKERS,
     Picture,
     colors_of,
+    escape_math,
     is_wide,
     new_figure,
     png,
@@ -117,9 +118,11 @@ def frontier_png(results: Results) -> bytes:
         axes.set_visible(False)
     for axes in panels[count - wide : count]:
         axes.tick_params(labelbottom=True)
-    figure.supxlabel(found.titles[0], fontsize=10)
-    figure.supylabel(found.titles[1], fontsize=10)
-    handles = [panels[0].plot([], [], line, color=color, label=text)[0] for color, line, text in found.legend]
+    figure.supxlabel(escape_math(found.titles[0]), fontsize=10)
+    figure.supylabel(escape_math(found.titles[1]), fontsize=10)
+    handles = [
+        panels[0].plot([], [], line, color=color, label=escape_math(text))[0] for color, line, text in found.legend
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return png(figure)
 
@@ -182,7 +185,7 @@ class Sizes:
             color, marker = self.styles[method]
             x, y = [point[across] for point in points], [point[1] for point in points]
             label = display_name(method)
-            axes.plot(x, y, marker, markersize=6, markeredgecolor="white", color=color, label=label)
+            axes.plot(x, y, marker, markersize=6, markeredgecolor="white", color=color, label=escape_math(label))
         if self.log:
             axes.set_yscale("log")
         if across == 2:
@@ -204,8 +207,8 @@ def magnitude_png(results: Results) -> bytes | None:
     figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
     for axes, across in zip(panels, (0, 2)):
         found.draw_panel(axes, across)
-        axes.set_xlabel(found.titles[across].replace(", ", ",\n", 1) + "  →")
-    panels[0].set_ylabel(f"{found.titles[1]}  →")
+        axes.set_xlabel(escape_math(found.titles[across]).replace(", ", ",\n", 1) + "  →")
+    panels[0].set_ylabel(f"{escape_math(found.titles[1])}  →")
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return png(figure)
 

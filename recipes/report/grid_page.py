@@ -21,7 +21,16 @@ from operator import itemgetter
 
 import numpy as np
 
-from lora_null.eval_harness.statistics import LEVEL, Spread, holm, influence, stack, t_tests, two_level
+from lora_null.eval_harness.statistics import (
+    LEVEL,
+    Spread,
+    holm,
+    influence,
+    is_mean_of_samples,
+    stack,
+    t_tests,
+    two_level,
+)
 from lora_null.recipes.comparisons import Evaluations, compared_means
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
 from lora_null.recipes.report.table import ARROWS, change_error, metric_title, reference_row, show_all
@@ -69,7 +78,7 @@ class AtEqual:
     """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
 
     `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
-    `passed` is whether there is no value because all runs learned more.
+    `passed` is whether there is no value because the first run learned more already.
     """
 
     name: str
@@ -167,7 +176,7 @@ def _row_of(results: Results, run: Run) -> int | None:
 def _part(results: Results, run: Run, name: str, found: Evaluations) -> np.ndarray | None:
     """Return what each question adds to a run's `change`, paired with the base; None where that is not known."""
     after, before = (found.get(i, {}).get(run.seed) for i in (_row_of(results, run), 0))
-    if before is None or after is None or not before.samples.get(name) or not after.samples.get(name):
+    if before is None or after is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
         return None
     gaps = np.array(after.samples[name], dtype=float) - np.array(before.samples[name], dtype=float)
     return _sign(results, name) * influence(gaps, after.weights.get(name))
@@ -327,7 +336,8 @@ def grid_headline(results: Results, found: Evaluations) -> str:
         return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
     kept, task = pair
     target = targets[len(targets) // 2]
-    level = f"At the learning that LoRA reaches with {target.where} ({metric_title(task)} {level_text(results, task, target)})"
+    where = f" with {target.where}" if target.where else ""
+    level = f"At the learning that LoRA reaches{where} ({metric_title(task)} {level_text(results, task, target)})"
     rows = sorted((row for row in target.rows if row.value), key=lambda row: row.value.value)
     never = "".join(f" {sentence}" for sentence in _not_read(target))
     lora = next((row for row in rows if row.name == "lora"), None)
@@ -340,12 +350,14 @@ def _not_read(target: Target) -> list[str]:
     """Say whose forgetting cannot be read at a level, and why."""
     missing, passed = ([r.label for r in target.rows if not r.value and r.passed == more] for more in (False, True))
     said = [f"Not reached by {listed(missing)}."] if missing else []
-    return said + ([f"In all its runs {listed(passed)} learned more."] if passed else [])
+    return said + ([f"Learned more in the first of their runs: {listed(passed)}."] if passed else [])
 
 
 def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | None) -> str:
     less, more, same = ([row for row in rows if row is not lora and row.sense == sense] for sense in (-1, 1, 0))
-    if not less:
+    if rows == [lora]:
+        said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method can be read there."
+    elif not less:
         said = f"no method forgot distinguishably less than LoRA ({title} {_forgotten(lora.value, unit)})."
     else:
         best = less[0]
@@ -399,7 +411,7 @@ def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evalu
         methods = list(zip(*(target.rows for target in targets)))
         tables.append(
             {
-                "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA, {targets[0].where})",
+                "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA{', ' * bool(targets[0].where)}{targets[0].where})",
                 "columns": [metric_title(name) for name in kept],
                 "rows": [[m[0].label, *map(_equal_text, m, units)] for m in methods if m[0].value],
                 "note": " ".join(_not_read(targets[0])),

@@ -120,7 +120,8 @@ def print_table(results: Results, console: Console | None = None, *, found: Eval
 
 
 def _headline(results: Results, found: Evaluations) -> str:
-    return grid_headline(results, found) if results.grid else headline(results)
+    one_setting = len({row.variant for row in results.rows[1:]}) == 1  # compared as they are, not at equal learning
+    return grid_headline(results, found) if results.grid and not one_setting else headline(results)
 
 
 def _name_width(table: Table) -> int:

@@ -103,7 +103,7 @@ def rank_marks(
     """
     marks: list[Literal["best", "second"] | None] = [None] * len(results.rows)
     rest = {i for i, estimate in enumerate(estimates) if i and estimate}
-    if len({row.variant for row in results.rows[1:]}) > 1:
+    if len({results.rows[i].variant for i in rest}) > 1:
         return marks
     for mark in ("best", "second"):
         first = next((i for i in rest if all(better(results, i, j, name, higher_is_better) for j in rest - {i})), None)

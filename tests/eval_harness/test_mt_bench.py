@@ -329,7 +329,10 @@ def test_users_mistakes(tmp_path, monkeypatch):
     row = {"question_id": 1, "category": "math", "turns": ["a", "b"]}
     with pytest.raises(UserError, match="row 2 has the id 1 of a row before it"):
         as_questions([row, row])
-    for given, kept in ((["", "4"], ["", "4"]), (["2"], ["2", ""]), (["", None], [])):
+    for reference in (42, {"a": 1}):
+        with pytest.raises(UserError, match="row 1 has a reference that is neither a text nor a list of texts"):
+            as_questions([row | {"reference": reference}])
+    for given, kept in ((["", "4"], ["", "4"]), (["2"], ["2", ""]), (["", None], []), ("42", ["42", ""]), ("", [])):
         assert as_questions([row | {"reference": given}])[0]["reference"] == kept
 
 

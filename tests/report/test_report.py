@@ -16,6 +16,7 @@ from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.report import load_results, print_table, write_report
 from lora_null.recipes.report.drawing import COLORS
 from lora_null.recipes.report.figures import (
+    _plane,
     card_png,
     curves_picture,
     distances,
@@ -608,6 +609,32 @@ def test_a_picture_is_always_drawn(results):
 
 def test_a_long_or_odd_name_is_drawn():
     assert is_picture(forgetting_png(parsed(measured(**{"x" * 80 + " $\\frac{": kl(0.1) | nll(0.9)}))))
+
+
+def test_two_dollars_in_a_metrics_name_are_no_formula(tmp_path):
+    name = "cost_$100_and_$200_"
+    rows = {
+        "base": share(name, 0.5) | nll(1.5),
+        "lora": share(name, 0.4) | nll(0.9),
+        "mine": share(name, 0.3) | nll(0.8),
+    }
+    assert is_picture(forgetting_png(parsed(raw(**rows)))) and is_picture(card_png(parsed(raw(**rows)), "said"))
+    assert forgetting_picture(parsed(raw(**rows)))
+
+
+def test_a_long_legend_leaves_the_plane_its_room():
+    rows = {f"a method with a name of two lines {i}": kl(0.01 * (i + 1)) | nll(1 - 0.01 * i) for i in range(30)}
+    results = parsed(raw(base=kl(0, 0) | nll(1.5), **rows))
+    figure = _plane(results, forgetting(results), learning(results))
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().height > 0.6
+
+
+def test_a_row_that_was_not_measured_takes_no_marks_away():
+    results = raw(base=kl(0, 0) | nll(1.5), lora=kl(0.5) | nll(0.9), mine=kl(0.1) | nll(0.8), gone={})
+    results["rows"][3]["variant"] = "in math"
+    cells = next(column for column in build_table(parsed(results)).columns if "KL" in column.heading).cells
+    assert cells[2].mark == "best"
 
 
 def test_colors_belong_to_methods():
