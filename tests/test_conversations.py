@@ -67,8 +67,9 @@ class TestWhatIsLearned:
         assert found == ["2</s>\n", "3</s>\n"]
         assert text == "<system>Be brief.\n<user>1+1?\n<assistant>2</s>\n<user>and 1?\n<assistant>3</s>\n"
 
-    def test_weights(self, tmp_path, template):
-        messages = [*CHAT[:2], assistant("2", weight=0), *CHAT[3:4], assistant("3", weight=1)]
+    @pytest.mark.parametrize("unlearned", [{"weight": 0}, {"loss": False}, {"train": False}])
+    def test_weights(self, tmp_path, template, unlearned):
+        messages = [*CHAT[:2], assistant("2", **unlearned), *CHAT[3:4], assistant("3", weight=1)]
         assert spans(tmp_path, messages, template)[0] == ["3</s>\n"]
 
     def test_tools(self, tmp_path, template):
@@ -204,6 +205,7 @@ REFUSED = {  # reason → messages
     "a tool call whose arguments are no JSON object": [user("a"), call("f", "[1"), tool("1"), assistant("b")],
     "a weight of 0.5": [user("a"), assistant("b", weight=0.5)],
     "a weight of 1 on a turn of the user": [user("a", weight=1), assistant("b")],
+    "a train of True on a turn of the user": [user("a", train=True), assistant("b")],
     "(all weights are 0)": [user("a"), assistant("b", weight=0)],
     "without a turn of the assistant to learn": [user("a"), user("b")],
 }

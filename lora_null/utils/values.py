@@ -25,6 +25,7 @@ from typing import Any
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool", "function": "tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
+WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
 Message = dict[str, Any]
 
 
@@ -91,8 +92,8 @@ def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
 
     Args:
         value: a list of messages, or a single one, or either as JSON text. A message has a role and a text (a string, a number, or parts of
-            which all are text), or calls of tools instead of it, and may have a `weight`: 0 for an assistant's turn
-            that is not learned. Its other keys are left to the chat template, those that hold None are not.
+            which all are text), or calls of tools instead of it, and may have a `weight` (or `loss`, `train`): 0
+            for an assistant's turn that is not learned. Its other keys are left to the chat template, those that hold None are not.
 
     Returns:
         Messages {"role", "content"?, "tool_calls"?, …}, and for each whether it is learned: the assistant's are.
@@ -188,15 +189,15 @@ def _from_json(value: Any) -> Any:
 
 
 def _weight(message: Message) -> bool:
-    """Take a message's `weight` out and return whether the turn is learned."""
-    role, weight = message["role"], message.pop("weight", None)
-    if weight is None:
-        return role == "assistant"
-    if weight not in (0, 1):
-        raise ValueError(f"a weight of {weight!r}; a turn is learned (1) or not (0)")
-    if weight and role != "assistant":
-        raise ValueError(f"a weight of 1 on a turn of the {role}; only the assistant's are learned")
-    return bool(weight)
+    """Take out what a message says of it, and return whether the turn is learned."""
+    role, given = message["role"], {key: message.pop(key, None) for key in WEIGHTS}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise ValueError(f"a {key} of {value!r}; a turn is learned (1) or not (0)")
+        if value and role != "assistant":
+            raise ValueError(f"a {key} of {value!r} on a turn of the {role}; only the assistant's are learned")
+    return all(given.values()) and role == "assistant"
 
 
 def as_tools(value: Any) -> list[dict[str, Any]] | None:
