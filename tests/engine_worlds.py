@@ -100,7 +100,7 @@ def _rank(
     os._exit(status)  # not waiting for the engines' threads
 
 
-def unfinished(source: Path, folder: Path, *, half: bool) -> None:
+def unfinished(source: Path, folder: Path, *, half: bool = True) -> None:
     """Copy a run as it was after half of its steps, or after all of them and not evaluated."""
     shutil.copytree(source, folder)
     for path in [*folder.glob("report.*"), folder / "results.json", *folder.glob("*/row.json")]:
