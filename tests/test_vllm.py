@@ -84,5 +84,5 @@ def test_ranks(engine, tmp_path):
     open_vllm("m", tmp_path, rank=256, **options)
     open_vllm("m", tmp_path, rank=257, **options)
     assert [made["max_lora_rank"] for made in engine] == [256, 320]
-    with pytest.raises(UserError, match="up to rank 512, this one has 513"):
+    with pytest.raises(UserError, match="up to rank 512, this adapter saves 513"):
         open_vllm("m", tmp_path, rank=513, **options)
