@@ -88,7 +88,7 @@ class Evaluation:
     Attributes:
         metrics: by name.
         settings: everything that must be the same in two evaluations for their metrics to be comparable.
-        seconds: wall-clock time, on rank 0.
+        seconds: wall-clock time, of the first process.
         samples: {name: one number per document or question, in order}, for paired comparisons: lm-eval's metric, or the
             question's mean nats per answer token. Only for metrics that have them.
         weights: {name: the weight of each sample}, the answer's tokens for nats per token; none where all count alike.

@@ -1,4 +1,4 @@
-"""`initialize_lora_null_weights`: calibrate, solve, write, in place; the same on every rank."""
+"""`initialize_lora_null_weights`: calibrate, solve, write, in place; the same in every process."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def initialize_lora_null_weights(
 ) -> LayerReport:
     """Start the adapters of a PEFT model in the null space of what its linears read on `batches`. In place.
 
-    s·B0A0 = W0 U Uᵀ, where U (d_in, r) spans the directions that the inputs use least (paper, section 3.3): A0 is (r, d_in),
-    B0 (d_out, r), solved in float64 and stored in float32.
+    s·B0A0 = W0 U Uᵀ, where U (d_in, r) spans the directions that the inputs use least (paper, section 3.3). A0 is (r, d_in),
+    B0 (d_out, r); they are solved in float64 and stored in float32.
 
     v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
     other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
-    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all ranks
+    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all processes
     call this together with the same batches.
 
     Args:

@@ -95,10 +95,12 @@ class NullBasis:
 def keep_in_null_basis(peft_model: nn.Module) -> None:
     """Put A of every adapter that has a basis N back into its span, A ← A N Nᵀ, after an optimizer's step.
 
-    A is (r, d_in), N (d_in, k) with orthonormal columns. `peft_model` is the model, or a module of it that holds adapted
-    layers; adapters without a basis stay as they are. Every optimizer of PyTorch's kind does so at the end of its step where it holds A itself, whole on this rank. Where an
-    engine holds pieces of A or copies (FSDP2, DeepSpeed) the trainers of this package do it; otherwise call this, on all
-    ranks together.
+    A is (r, d_in), N (d_in, k) with orthonormal columns. Every optimizer of PyTorch's kind does so at the end of its step
+    where it holds A itself, whole in this process. Where an engine holds pieces of A or copies (FSDP2, DeepSpeed) the
+    trainers of this package do it; otherwise call this, in all processes together.
+
+    Args:
+        peft_model: the model, or a module of it that holds adapted layers; adapters without a basis stay as they are.
     """
     for layer in peft_model.modules():
         if not isinstance(layer, LoraNullLinear):

@@ -106,7 +106,7 @@ def walk_layers(
         device: where the layers run; where they are, if None.
         weights: the files to read each layer from, if the model is still without weights (meta device).
         skip: names of layers that are only to be run, their modules having been measured before; they are not yielded.
-        progress: show a progress bar (on rank 0).
+        progress: show a progress bar (of the first process).
 
     Raises:
         DoesNotFit: before anything is measured, if the model is no such chain.
@@ -171,7 +171,7 @@ def visit_layers(
         model, modules: as in `walk_layers`.
         weights: the files to read each layer from.
         device: where its weights go; None for the CPU.
-        progress: show a progress bar (on rank 0).
+        progress: show a progress bar (of the first process).
 
     Raises:
         DoesNotFit: the modules are not all inside one list of decoder layers.

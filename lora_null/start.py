@@ -129,7 +129,7 @@ class InitOptions:
         min_tokens: fewest calibration tokens to accept.
         seed: of the drift sketch and of the choice within a null space larger than r.
         cache: keep the result in the cache folder, and reuse an equal one; not of a model with forward hooks of your own.
-        progress: show progress bars (on rank 0).
+        progress: show progress bars (of the first process).
 
     Raises:
         UserError: a value that is none of its kind.
@@ -207,7 +207,7 @@ def compute_start(
 ) -> Start:
     """Measure what the layers read, and compute their start; factors that a rule gives are written into them.
 
-    Under `torch.distributed` all ranks call this together with the same arguments.
+    Under `torch.distributed` all processes call this together with the same arguments.
 
     Args:
         model: the model, or the PEFT model around it.

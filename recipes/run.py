@@ -167,7 +167,7 @@ def _own_windows(job: Job) -> Windows:
 
 
 def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
-    """Evaluate the live model on all ranks and write `eval.json`, with the same settings before and after."""
+    """Evaluate the live model in all processes and write `eval.json`, with the same settings before and after."""
     section = job.recipe.eval
     options = job.computing | {"limit": section.limit, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}

@@ -166,7 +166,7 @@ class _Begin(TrainerCallback):
 class LoraNullMixin(SavingMixin):
     """Put before a TRL trainer class: `class MyTrainer(LoraNullMixin, SomeTrainer): pass`.
 
-    `train()` first initializes the adapter (`LoraNullConfig`) on all ranks together, once, and writes the factors and
+    `train()` first initializes the adapter (`LoraNullConfig`) in all processes together, once, and writes the factors and
     the layer report to `<output_dir>/init`; resuming restores them bit for bit, from the checkpoint's own copy, and
     calibrates nothing. An adapter that was trained already (by another trainer, or loaded) goes on from where it is.
     With any other LoRA config nothing is initialized, but the same drift is measured, so that methods can be compared.
