@@ -352,7 +352,7 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     """Return by metric what the budget cost of what had been learned, paired by the probed questions."""
     found = {}
     for task in measured.learning:
-        for name in (name for name in after.metrics if name in after.samples and task.measures(name)):
+        for name in (name for name in after.metrics if task.measures(name)):
             better = after.metrics[name].higher_is_better
             if better is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
                 continue

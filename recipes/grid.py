@@ -315,11 +315,8 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
                 groups.setdefault((name, cell.point), []).append(row)
     finished = [root / cell.folder for cell in cells if (root / cell.folder / RESULTS_FILE).is_file()]
     same, differing = shared_and_differing(load_results(folder).settings for folder in finished)
-    swept = [dict(cell.point) for cell in cells]
-    values = {key: distinct(point[key] for point in swept if key in point) for point in swept for key in point}
-    of_sweep = {
-        key: found for key, found in values.items() if len(found) > 1 and key.rpartition(".")[2] not in differing
-    }
+    _, swept = shared_and_differing(dict(cell.point) for cell in cells)
+    unsaid = {key: values for key, values in swept.items() if key.rpartition(".")[2] not in differing}
     no_layers = {"magnitude": {"layers"}}  # a figure a layer, which hundreds of runs leave to their own results
     figures = [(cell, row.model_dump(exclude_unset=True, exclude=no_layers)) for cell, row in rows]
     results = Results(
@@ -333,7 +330,7 @@ def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -
             seeds=seeds,
             sweep={key: distinct(dict(cell.point)[key] for cell in cells) for key in recipe.grid.sweep},
             planned=sum(len(cell.methods) for cell in cells),
-            differing=differing | of_sweep,
+            differing=differing | unsaid,
             cells=[Run(folder=c.folder, seed=c.seed, point=dict(c.point), **row) for c, row in figures],
         ),
     )

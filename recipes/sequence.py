@@ -236,10 +236,9 @@ def _whole_row(method: str, found: Sequence[Results]) -> Row:
     named = {} if rows[-1].diverged is None else {"variant": f"in {stages[-1].recipe}"}
     seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
     peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
-    whole = {"seconds": Seconds(**seconds), "peak_memory_bytes": max(peaks, default=None)}
-    return rows[-1].model_copy(
-        update=whole | {"drift": None} | named
-    )  # that of the last task alone is none of all tasks
+    whole: dict[str, Any] = {"seconds": Seconds(**seconds), "peak_memory_bytes": max(peaks, default=None)}
+    whole["drift"] = None  # that of the last task alone is none of all tasks
+    return rows[-1].model_copy(update=whole | named)
 
 
 def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics: Sequence[str]) -> Transfer:

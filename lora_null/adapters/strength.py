@@ -16,7 +16,8 @@ from lora_null.utils.model_state import start_that_rewrites
 class Strength:
     """Sets the strength of the active adapter of a PEFT model: its layers then add c·s·BA, at 1 what was trained.
 
-    `save_plain_adapter` writes it as `lora_alpha`; PEFT's `save_pretrained` does not know of it. A layer whose base carries a residual adds c·s·(BA − B0A0).
+    `save_plain_adapter` writes it as `lora_alpha`; PEFT's `save_pretrained` does not know of it. A layer whose
+    base carries a residual adds c·s·(BA − B0A0).
 
     Args:
         model: with a LoRA adapter, loaded or as it was trained; not merged.

@@ -79,21 +79,18 @@ def is_conversation(value: Any) -> bool:
 
 def as_conversation(value: Any) -> Any:
     """Return a conversation that a file holds as JSON text, as a csv must, as what it says; anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    is_json = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
+    return _from_json(value) if is_json else value
 
 
 def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
     """Return a conversation in the one form that chat templates read, and which of its turns are learned.
 
     Args:
-        value: a list of messages, or a single one, or either as JSON text. A message has a role and a text (a string, a number, or parts of
-            which all are text), or calls of tools instead of it, and may have a `weight` (or `loss`, `train`): 0
-            for an assistant's turn that is not learned. Its other keys are left to the chat template, those that hold None are not.
+        value: a list of messages, or a single one, or either as JSON text. A message has a role and a text (a string, a
+            number, or parts of which all are text), or calls of tools instead of it, and may have a `weight` (or `loss`,
+            `train`): 0 for an assistant's turn that is not learned. Its other keys are left to the chat template, those
+            that hold None are not.
 
     Returns:
         Messages {"role", "content"?, "tool_calls"?, …}, and for each whether it is learned: the assistant's are.

@@ -186,9 +186,9 @@ def _reader(
     """Return what makes the text of a row."""
     if section.template is None and section.field is None:
         found = recognize(rows, columns, f"{where}.path").keys
-        if "text" in found and not section.answers:
-            raise UserError(f"{where}.answers: false goes with conversations and questions, these rows are texts")
         if "text" in found:
+            if not section.answers:
+                raise UserError(f"{where}.answers: false goes with conversations and questions, these rows are texts")
             return lambda row: as_text(row.get(found["text"]))
         data, preferences = DataSection(path=where, **found), "rejected" in found
         reader = RowReader(data, columns, where, preferences=preferences, first=rows[0])

@@ -408,10 +408,11 @@ def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evalu
     units = [results.metric(name).unit for name in kept]
     tables = []
     for targets in zip(*each):
+        where = ", ".join(filter(None, ["LoRA", targets[0].where]))
         methods = list(zip(*(target.rows for target in targets)))
         tables.append(
             {
-                "title": f"{metric_title(task)} {level_text(results, task, targets[0])} (LoRA{', ' * bool(targets[0].where)}{targets[0].where})",
+                "title": f"{metric_title(task)} {level_text(results, task, targets[0])} ({where})",
                 "columns": [metric_title(name) for name in kept],
                 "rows": [[m[0].label, *map(_equal_text, m, units)] for m in methods if m[0].value],
                 "note": " ".join(_not_read(targets[0])),

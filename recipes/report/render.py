@@ -168,9 +168,7 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
         "curves": [curve for curve in curves if curve],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],
         "unreadable": [f"{folders[i]} ({log.unreadable})" for i, log in enumerate(logs) if log.unreadable],
-        "snippet": None
-        if best is None
-        else peft_snippet(results.model, results.settings.get("revision"), f"{folders[best]}/adapter"),
+        "snippet": None if best is None else peft_snippet(results, f"{folders[best]}/adapter"),
         "adapter_folders": list(dict.fromkeys(f"{folders[i]}/adapter" for i in adapters if i != best)),
     }
 
@@ -221,9 +219,10 @@ def _noise(results: Results) -> list[tuple[str, str]]:
     return [(metric_title(n), f"{scale_of(results.metric(n).unit) * results.noise[n]:.1g}") for n in names]
 
 
-def peft_snippet(model: str, revision: str | None, adapter: str) -> str:
+def peft_snippet(results: Results, adapter: str) -> str:
     """Three lines of Python that load an adapter, to be run in the output directory."""
-    named = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
+    revision = results.settings.get("revision")
+    named = json.dumps(results.model) + (f", revision={json.dumps(revision)}" if revision else "")
     return (
         "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
         f"base = AutoModelForCausalLM.from_pretrained({named})\n"
