@@ -91,7 +91,9 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
 
     Args:
         estimates: one for each seed, [..., seeds].
-        influences: for each set of questions that the estimates are computed from, [..., seeds, questions].
+        influences: for each set of questions that the estimates are computed from, [..., seeds, questions]. Sets of equally
+            many are taken for the same questions, such as two metrics of them, and added up question by question, which
+            counts how they vary together. Of independent sets the products that this brings in are 0 in the mean.
         discordant: a sum of squares to add to every set's: 2 for differences of what is right or wrong. Where few
             questions differ, their spread says little about itself: the error then counts one question more that was won
             and one that was lost, which agrees with the exact (McNemar's) test. So two models with equal answers have an
@@ -99,15 +101,19 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
     """
     estimates = np.asarray(estimates, dtype=float)
     seeds, shape = estimates.shape[-1], estimates.shape[:-1]
-    sets = [u for u in influences if u.shape[-1] > 1]
+    sets: dict[int, list[np.ndarray]] = {}
+    for u in influences:
+        sets.setdefault(u.shape[-1], []).append(u)
+    sets.pop(1, None)
     over_questions = sum(
-        ((np.square(u.mean(axis=-2)).sum(axis=-1) + discordant) / (u.shape[-1] * (u.shape[-1] - 1)) for u in sets),
+        (
+            (np.square(sum(alike).mean(axis=-2)).sum(axis=-1) + len(alike) * discordant) / (n * (n - 1))
+            for n, alike in sets.items()
+        ),
         np.zeros(shape),
     )
     over_seeds = estimates.var(axis=-1, ddof=1) / seeds if seeds > 1 else np.full(shape, np.nan)
-    return Spread(
-        estimates.mean(axis=-1), over_questions, over_seeds, min((u.shape[-1] for u in sets), default=0), seeds
-    )
+    return Spread(estimates.mean(axis=-1), over_questions, over_seeds, min(sets, default=0), seeds)
 
 
 def t_tests(spread: Spread, methods: int) -> Difference:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -165,6 +167,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
     check_named(peft_model.get_base_model(), config.target_modules)
     refuse_experts(peft_model.get_base_model(), layers)
+    refuse_bypassed(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
@@ -204,6 +207,31 @@ def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
         f"target_modules: {fused or next(iter(wrapped))} {reason}, and LoRA-Null cannot adapt it; name the other "
         f"linears: target_modules={named}"
     )
+
+
+def refuse_bypassed(base: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse adapters on linears whose weight a fused kernel takes in training, past the adapter, as Mamba's projections.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name in layers:
+        parent, _, leaf = name.rpartition(".")
+        kind = type(base.get_submodule(parent))
+        if re.search(rf"(?<!isinstance\()(?<!getattr\()\bself\.{leaf}\.weight\s*[,@]", _source(kind)):
+            raise UserError(
+                f"target_modules: a kernel of {kind.__name__} takes the weight of {name} past its adapter; "
+                "leave it out (exclude_modules)"
+            )
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """Return the text of a class, "" where it has none."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 @contextlib.contextmanager

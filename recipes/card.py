@@ -144,11 +144,17 @@ def _license_in(card: Path | str) -> str | None:
         return None
 
 
+def _trained_on(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the data of a recipe, or of each task of a sequence."""
+    tasks = (recipe.get("sequence") or {}).get("tasks") or [{}]
+    return [recipe.get("data", {}) | task.get("data", {}) for task in tasks]
+
+
 def datasets_of(recipe: dict[str, Any]) -> list[str]:
     """Return the hub ids of the training and the calibration data."""
     found = []
     calibration = recipe.get("calibration", {})
-    for section in (recipe.get("data", {}), calibration, *(calibration.get("sources") or [])):
+    for section in (*_trained_on(recipe), calibration, *(calibration.get("sources") or [])):
         path = str(section.get("path") or "")
         sample = next((name for prefix, name in SAMPLES.items() if Path(path).name.startswith(prefix)), None)
         if "samples" in Path(path).parts and sample:
@@ -161,7 +167,8 @@ def datasets_of(recipe: dict[str, Any]) -> list[str]:
 def data_lines(recipe: dict[str, Any]) -> list[str]:
     """Return one line a data set: what it was used for."""
     evaluation = recipe.get("eval", {})
-    lines = [f"Trained on {recipe['data']['path']}."] if recipe.get("data", {}).get("path") else []
+    paths = list(dict.fromkeys(section["path"] for section in _trained_on(recipe) if section.get("path")))
+    lines = [f"Trained on {', then on '.join(paths)}."] if paths else []
     if "calibration" in recipe:
         section = parse_section(CalibrationSection, "calibration", recipe["calibration"])
         lines.append(f"The knowledge to keep was measured on {section.title}.")

@@ -46,7 +46,7 @@ ADAPTER = "default"
 LOOKED_AT, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a rehearsal does not take from the recipe: it ends after a step, tells nobody, and compiles nothing.
-REHEARSAL = {"max_steps": 1, "report_to": "none", "push_to_hub": False, "torch_compile": False, "disable_tqdm": True}
+REHEARSAL = {"max_steps": 1, "report_to": "none", "torch_compile": False, "disable_tqdm": True}
 REHEARSAL |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_strategy": "no"}
 
 
@@ -67,13 +67,6 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
                 "model.attn_implementation: flash_attention_2 needs a GPU and a 16-bit model.dtype; use sdpa"
             )
     _check_trackers(training)
-    if training.push_to_hub:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            raise UserError(
-                "training.push_to_hub: nobody is logged in; `hf auth login`, or HF_TOKEN in the environment"
-            )
 
 
 def _check_trackers(training: SFTConfig | DPOConfig) -> None:

@@ -12,7 +12,6 @@ after every task.
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +26,26 @@ from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.eval_harness.statistics import is_mean_of_samples
 from lora_null.recipes import output
 from lora_null.recipes.budget import difference
+from lora_null.recipes.card import write_run_card
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.results import Estimate, Results, Row, Seconds, Transfer, load_results, write_results
+from lora_null.recipes.report.table import mean
+from lora_null.recipes.results import (
+    Estimate,
+    Results,
+    Row,
+    Seconds,
+    Transfer,
+    load_results,
+    shared_and_differing,
+    write_results,
+)
 from lora_null.recipes.results import Sequence as Tasks
 from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
@@ -142,12 +153,10 @@ def _rule(recipe: Recipe, name: str) -> Any:
 
 def rows_of(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
-    wanted = job.recipe.calibration.samples
-    if "input_ids" in job.data.rows.column_names:
-        return [list(ids) for ids in job.data.rows[:wanted]["input_ids"]]
-    texts = [example.written.text for example in job.data.examples[:wanted]]
-    length = job.recipe.training.get("max_length") or 1024
-    return [ids[:length] for ids in job.tokenizer(texts)["input_ids"]]
+    examples, training = job.data.examples[: job.recipe.calibration.samples], job.recipe.training
+    length = training.get("max_length") or 1024
+    part = slice(-length, None) if training.get("truncation_mode") == "keep_end" else slice(length)
+    return [tokens.ids[part] for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
 
 
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
@@ -171,6 +180,8 @@ def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
             if trained.is_dir():
                 target = root / plan.name / trained.name
                 shutil.copytree(trained, target, dirs_exist_ok=True, copy_function=link)
+        rows = [row for row in results.rows if row.method in ("base", plan.name)]
+        write_run_card(root / plan.name, recipe, plan, results.model_copy(update={"rows": rows}))
     write_results(root, results)
     write_report(root)
     print_table(results)
@@ -210,8 +221,10 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
         for row in last.rows[1:]
     }
     of_base = {metric: base.metrics[metric] for metric in metrics}
+    settings, differing = shared_and_differing(results.settings for results in found)
+    settings |= {key: "; ".join(map(str, values)) for key, values in differing.items()}
     sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=of_base)
-    return last.model_copy(update={"recipe": recipe.name, "rows": rows, "sequence": sequence})
+    return last.model_copy(update={"recipe": recipe.name, "settings": settings, "rows": rows, "sequence": sequence})
 
 
 def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
@@ -263,14 +276,7 @@ def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics
         matrix=matrix,
         lost=[Estimate(-e.value, e.stderr) for e in backward],
         ahead=forward,
-        backward=_mean(backward) if same else None,
-        forward=_mean(forward) if same else None,
+        backward=mean(backward) if same else None,
+        forward=mean(forward) if same else None,
         average=sum(row[-1].value for row in matrix) / count if same else None,
     )
-
-
-def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    n = len(estimates)
-    errors = [e.stderr for e in estimates if e.stderr is not None]
-    stderr = math.sqrt(sum(error**2 for error in errors)) / n if len(errors) == n else None
-    return Estimate(sum(e.value for e in estimates) / n, stderr)

@@ -68,7 +68,13 @@ HOOKS = {
     ),
     "xlnet": tf.XLNetConfig(vocab_size=101, d_model=32, n_layer=2, n_head=4, d_inner=48),
 }  # fmt: skip
+GRANITE = tf.GraniteMoeHybridConfig(
+    vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    layer_types=["mamba"], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, intermediate_size=48,
+    shared_intermediate_size=48, num_local_experts=0,
+)  # fmt: skip
 MASKED = ("albert",)  # has no causal form
+FLOAT32 = {"xlnet", "gptj", "gpt_neo", "codegen"}  # their attention, whatever the model's dtype
 EAGER = {"mixtral", "qwen3_moe"}  # whose faster experts know no float64
 UNCALLED = {"mamba": "dt_proj"}  # multiplied with, not called
 
@@ -131,7 +137,7 @@ def test_grams_equal_the_oracle_in_both_forms(name):
     model = model_of(name)
     modules = {n: module for n, module in targets(model).items() if not n.endswith(UNCALLED.get(name, "-"))}
     assert len(modules) >= 4
-    limit = 1e-6 if name == "xlnet" else 1e-11
+    limit = 1e-6 if name in FLOAT32 else 1e-11
     X = inputs_of(model, modules, length_first=name == "xlnet")
     check([measure_inputs(model, modules, BATCHES, progress=False)], X, limit)
     if name in HOOKS:
@@ -179,14 +185,25 @@ def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch
     "name, targets, message",
     [
         ("bert", "all-linear", "pooler.dense reads 4 rows of a batch, not its tokens"),
-        ("mamba", ["dt_proj", "in_proj"], "no token reaches backbone.layers.0.mixer.dt_proj"),
+        (
+            "mamba",
+            ["dt_proj", "in_proj"],
+            "a kernel of MambaMixer takes the weight of backbone.layers.0.mixer.dt_proj",
+        ),
+        (
+            "granite",
+            ["out_proj"],
+            "a kernel of GraniteMoeHybridMambaLayer takes the weight of model.layers.0.mamba.out",
+        ),
     ],
 )
 def test_a_linear_that_reads_no_tokens_is_named(name, targets, message):
-    if name == "bert":
-        model = tf.BertForSequenceClassification(tf.BertConfig(**SMALL, intermediate_size=48))
-    else:
-        model = tf.MambaForCausalLM(LAYERS[name])
+    config = tf.BertConfig(**SMALL, intermediate_size=48) if name == "bert" else LAYERS.get(name)
+    model = {
+        "bert": lambda: tf.BertForSequenceClassification(config),
+        "mamba": lambda: tf.MambaForCausalLM(config),
+        "granite": lambda: tf.GraniteMoeHybridForCausalLM(GRANITE),
+    }[name]()
     with pytest.raises(UserError, match=message):
         started(model, target_modules=targets)
 

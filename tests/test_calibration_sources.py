@@ -117,6 +117,13 @@ class TestWhatRowsAreIsFoundOut:
             texts(write_rows(tmp_path / "rows.jsonl", rows))
         assert texts(write_rows(tmp_path / "rows.jsonl", [*rows, *[rows[0]] * 98])) == [WRITTEN] * 99
         assert "left out 1 of 100 rows of calibration: 1 a conversation with a int" in capsys.readouterr().out
+        path = write_rows(tmp_path / "rows.jsonl", [rows[0]] * 99)
+        path.write_text(path.read_text() + '{"messages": [')  # broken off
+        assert texts(path) == [WRITTEN] * 99
+        assert "left out 1 of 100 rows of calibration: 1 no complete JSON (row 100)" in capsys.readouterr().out
+        path.write_text('{"messages": [')
+        with pytest.raises(UserError, match=r"calibration: no row can be used: 1 no complete JSON \(row 1\)"):
+            texts(path)
 
     @pytest.mark.parametrize("keys", [{}, {"field": "text"}])
     def test_texts_have_no_answers_to_leave_out(self, tmp_path, keys):

@@ -148,6 +148,11 @@ def test_what_trains_whole_weights_is_not_told_that_it_decays_the_change(name, t
         make(tmp_path, config, method=method, decay_to_start=True, weight_decay=0.1)
 
 
+def test_an_average_of_weights_leaves_the_basis(tmp_path):
+    with pytest.raises(UserError, match=r"optim: schedule_free_adamw averages weights, and nb-lora's A would leave"):
+        trainer_of("nb", tmp_path, optim="schedule_free_adamw", weight_decay=0.0)
+
+
 def test_deepspeed_is_refused(tmp_path):
     trainer = trainer_of("v1", tmp_path)
     with pytest.raises(UserError, match=r"DeepSpeed keeps weights of its own.*decay_to_start=False"):

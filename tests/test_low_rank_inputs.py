@@ -121,16 +121,28 @@ def test_float32_products_begin_once_the_matrix_is_resolved():
         assert ((gram.result() - truth).abs() / (x.double().abs().T @ x.double().abs())).max() < 2**-21
 
 
-def test_products_are_float32_under_autocast_and_tf32():
+def by_the_older_switch(on):
+    torch.set_float32_matmul_precision("medium" if on else "highest")
+
+
+def by_backend(on):
+    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "tf32" if on else "none"
+
+
+@pytest.mark.parametrize("switch", [by_the_older_switch, by_backend])
+def test_products_are_float32_under_autocast_and_tf32(switch):
+    """However TF32 was turned on: by PyTorch's older switch, or as transformers does it, of which the older one raises."""
     rows = torch.randn(8 * CHUNK_TOKENS, 64, generator=torch.Generator().manual_seed(0))
     plain, inside = (Gram(64, rows.device, tokens=len(rows)) for _ in range(2))
     plain.add(rows)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    backend = torch.backends.mkldnn.matmul
+    switch(True)
     try:
+        before = backend.fp32_precision
         with torch.autocast("cpu", torch.bfloat16):
             inside.add(rows)
-            assert torch.get_float32_matmul_precision() == "medium"
+        assert backend.fp32_precision == before != "ieee"
     finally:
-        torch.set_float32_matmul_precision(before)
+        switch(False)
     assert not plain.exact and torch.equal(plain.result(), inside.result())

@@ -1,6 +1,8 @@
 """The shipped recipes: what they inherit, each model by its preset, and a dry run of each at full size."""
 
 import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from lora_null.recipes.config.load import dump, load_recipe, merge, presets, rea
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.grid import grid_cells
 from lora_null.recipes.job import training_arguments
+from lora_null.recipes.models.plan import optimizer_steps
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
 
@@ -262,6 +265,40 @@ def test_epochs_laid_over_a_number_of_steps(tmp_path):
         assert training["num_train_epochs"] == 3 and "max_steps" not in training
 
 
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", None)  # nobody is asked
+    recipe = make_world(tmp_path)
+    (tmp_path / "model" / "own.py").write_text(OWN_MODEL)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": code}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main([str(recipe), "--dry-run", "model.trust_remote_code=true"]) == 0
+    assert main([str(recipe), "--dry-run"]) == 2
+    assert "read that, model.trust_remote_code=true runs it" in capsys.readouterr().err
+
+
+def test_packed_rows_take_fewer_steps_than_there_are_rows_for():
+    training = training_arguments(load_recipe("math"), Path("out"))
+    assert optimizer_steps(training, 1000, 128) == 8
+    training.packing = True
+    assert optimizer_steps(training, 1000, 128) is None
+    training.max_steps = 3
+    assert optimizer_steps(training, 1000, 128) == 3
+
+
 def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     make_world(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
@@ -277,6 +314,12 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     found += recipe.grid.per_method["lora"]["data.path"]
     names = ("model", "start", "prompts.jsonl", "numbers.jsonl", "facts.jsonl", "facts.jsonl")
     assert found == [str(tmp_path / name) for name in names] and recipe.output_dir == "/home/me/out"
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        recipe = load_recipe("me.yaml", ["output_dir=out"])
+        output.claim(recipe, resume=False, overwrite=False)
+        folders, again = ([cell.folder for cell in grid_cells(r)] for r in (recipe, load_recipe("out/recipe.yaml")))
+        assert again == folders  # a grid goes on in the folders that it began
     (tmp_path / "own.yaml").touch()
     task = "{name: a, data: {path: numbers.jsonl}, eval: {task: [facts.jsonl, {task: own.yaml, fewshot_path: start}]}}"
     (tmp_path / "two.yaml").write_text(

@@ -235,6 +235,25 @@ def test_what_is_of_one_task_is_not_said_of_all(finished):
         assert row.peak_memory_bytes == max(other.peak_memory_bytes for other in own)
 
 
+def test_the_whole_names_the_data_of_all_tasks(finished, tmp_path):
+    out = finished / "out"
+    results = load_results(out)
+    stages = [load_results(folder) for folder in sorted((out / "tasks").iterdir())]
+    data = [stage.settings["training_data"] for stage in stages]
+    assert len(set(data)) == 2 and results.settings["training_data"] == "; ".join(data)
+    for row in results.rows[1:]:
+        for card in (out / row.method / "README.md", out / row.method / "adapter" / "README.md"):
+            assert f"Trained on {Path(data[0]).name}, then on {Path(data[1]).name}." in card.read_text()
+
+
+def test_a_recipe_whose_path_holds_an_equals_sign(finished, tmp_path, capsys):
+    (tmp_path / "lr=1").mkdir()
+    for name in "ab":
+        shutil.copy(finished / f"{name}.yaml", tmp_path / "lr=1")
+    words = ["train", *(str(tmp_path / "lr=1" / f"{name}.yaml") for name in "ab"), "--sequence", "--print-config"]
+    assert main([*words, "method.rank=3"]) == 0 and "rank: 3" in capsys.readouterr().out
+
+
 def test_a_sequence_goes_where_all_of_its_recipes_go(finished):
     recipes = [load_recipe(path, ["output_dir=~/here"]) for path in (str(finished / f"{name}.yaml") for name in "ab")]
     assert join_recipes(recipes).output_dir == str(Path.home() / "here")

@@ -48,10 +48,8 @@ def decays_to_start(
     check_decay_to_start(asked, config, decay)
     if asked is False or not starts_from_residual(config):
         return False
-    kind = type(optimizer) if optimizer is not None else kind
-    name = kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
     try:
-        check_optimizer(name, deepspeed=deepspeed)
+        check_optimizer(optimizer_name(args, optimizer, kind), deepspeed=deepspeed)
     except UserError:
         if decay:
             raise
@@ -59,12 +57,22 @@ def decays_to_start(
     return True  # without decay too: the optimizer of a checkpoint may bring one
 
 
+def optimizer_name(args: Any, optimizer: Any, kind: type | None) -> str:
+    """Return the name of the optimizer that was given, of the class that was, or of `args`."""
+    kind = type(optimizer) if optimizer is not None else kind
+    return kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
+
+
+def averages(name: str) -> bool:
+    """Return whether an optimizer's weights are an average that it makes of others, which no callback reaches."""
+    return "schedule" in name.lower()  # a schedule-free one
+
+
 def check_optimizer(name: str, *, deepspeed: bool) -> None:
     """Raise a UserError for an optimizer, by its name, or DeepSpeed, whose decay cannot be turned to the start."""
     if deepspeed:
         raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
-    averages = "schedule" in name.lower()  # a schedule-free one decays an average of its weights
-    if "adamw" not in name.lower() or averages:
+    if "adamw" not in name.lower() or averages(name):
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
 
 

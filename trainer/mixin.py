@@ -25,8 +25,14 @@ from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import check_basis, check_unadapted, refusing_in_one_line, say_what_is_fused
-from lora_null.layer import is_started
+from lora_null.initialize import (
+    check_basis,
+    check_unadapted,
+    refuse_bypassed,
+    refusing_in_one_line,
+    say_what_is_fused,
+)
+from lora_null.layer import adapted_layers, is_started
 from lora_null.start import (
     WHAT,
     InitOptions,
@@ -50,7 +56,7 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint,
     warn_without_optimizer,
 )
-from lora_null.trainer.decay import DecayToStart, decays_to_start
+from lora_null.trainer.decay import DecayToStart, averages, decays_to_start, optimizer_name
 from lora_null.trainer.methods import (
     Method,
     MicroBatch,
@@ -260,6 +266,8 @@ class LoraNullMixin(SavingMixin):
         self.method = method or (Method() if self._goes_on else method_of(self.model))
         if self._measures:
             self._keep_quantized_base()
+            if isinstance(self.model, PeftModel):
+                refuse_bypassed(self.model.get_base_model(), adapted_layers(self.model, self.adapter_name))
             if not self._goes_on:
                 if method is not None:
                     check_linears(method, self.model)
@@ -276,8 +284,15 @@ class LoraNullMixin(SavingMixin):
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
             )
-        how = {"deepspeed": self.is_deepspeed_enabled, "kind": (self.optimizer_cls_and_kwargs or [None])[0]}
+        kind = (self.optimizer_cls_and_kwargs or [None])[0]
+        how = {"deepspeed": self.is_deepspeed_enabled, "kind": kind}
         to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **how)
+        optimizer = optimizer_name(self.args, self.optimizer, kind)
+        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        if averages(optimizer) and getattr(config, "variant", None) == "nb":
+            raise UserError(
+                f"optim: {optimizer} averages weights, and nb-lora's A would leave its basis; use adamw_torch"
+            )
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)

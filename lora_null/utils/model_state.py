@@ -124,13 +124,13 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Let float32 products be float32: neither autocast nor TF32 inside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with contextlib.ExitStack() as stack:
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            # Not `torch.get_float32_matmul_precision`, which raises where TF32 was turned on by backend, as transformers does.
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def seed_everything(seed: int) -> None:

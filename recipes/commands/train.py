@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {key: getattr(arguments, key) for key in ("output_dir", "seeds", "quick", "max_forgetting")}
     options |= {"methods": arguments.method, "preset": arguments.model_preset, "sweeps": arguments.sweep}
     if arguments.sequence:
-        names = [word for word in words if "=" not in word]
-        recipes = [load_recipe(name, [word for word in words if "=" in word], **options) for name in names]
+        names = [word for word in words if "=" not in word or Path(word).is_file()]
+        recipes = [load_recipe(name, [word for word in words if word not in names], **options) for name in names]
         recipe = join_recipes(recipes)
     else:
         name = next((word for word in words if "=" not in word or Path(word).is_file()), words[0])

@@ -403,9 +403,11 @@ def _resolve_path(path: str, folder: Path) -> str:
 
 def whole_paths(recipe: Recipe) -> Recipe:
     """Return a copy whose local paths are whole, so that it means the same from any folder."""
-    return _with_paths(
-        recipe.model_copy(deep=True), lambda path: str(Path(path).absolute()) if Path(path).exists() else path
-    )
+    return _with_paths(recipe.model_copy(deep=True), _whole)
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def paths_here(recipe: Recipe) -> list[Path]:
@@ -433,7 +435,8 @@ def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
     for sweep in (recipe.grid.sweep, *recipe.grid.per_method.values()):
         for key, values in sweep.items():
             if key.rpartition(".")[2] in PATHS:
-                sweep[key] = [resolve(value) if isinstance(value, str) else value for value in values]
+                # Whole, since a run's folder and label are made of the value, which is the same then wherever it is resumed.
+                sweep[key] = [_whole(resolve(value)) if isinstance(value, str) else value for value in values]
     for task in recipe.sequence.tasks if recipe.sequence else ():  # which are checked later and may have any form
         evaluation = task.get("eval")
         entries = evaluation.get("task") if isinstance(evaluation, dict) else None

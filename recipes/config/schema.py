@@ -29,6 +29,7 @@ from lora_null.utils.errors import UserError, nearest
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
 _UNASKED = "is for scripts that ask for it, and none does here"
+_UPLOADED = "uploads checkpoints; `lora-null export RUN/METHOD --out DIR --push-to-hub ID` uploads what a run saves"
 REFUSED = {
     "output_dir": _DECIDED.format("output_dir"),
     **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),
@@ -40,6 +41,10 @@ REFUSED = {
         _DECIDED.format("those of data"),
     ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNASKED),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision"),
+        _UPLOADED,
+    ),
     **dict.fromkeys(
         (
             "batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
@@ -836,7 +841,7 @@ class Recipe(Section):
             return training  # the trainer is refused
         known = training_keys(info.data["trainer"])
         for key in training:
-            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED) and training[key] in (False, "no", None)
+            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED, _UPLOADED) and training[key] in (False, "no", None)
             if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():

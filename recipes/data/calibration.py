@@ -150,10 +150,14 @@ def _texts(
     no chat template, a conversation that was found out is written as questions and answers.
     """
     path = str(GENERAL_MIX) if section.source == "general" else str(section.path)
-    documents = load_documents(path, subset=section.subset, split=section.split, where=where, limit=section.limit)
-    text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
-    texts, kinds, bad = [], Counter(), []
+    documents = load_documents(
+        path, subset=section.subset, split=section.split, where=where, keep_bad=True, limit=section.limit
+    )
     last = math.inf if section.limit is None else section.limit
+    texts, kinds, bad = [], Counter(), [row for row in documents.bad if row.row <= last]
+    if not documents.rows:
+        raise UserError(f"{where}: no row can be used: {describe_bad_rows(bad)}")
+    text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
     for number, row in zip(documents.numbers, documents.rows):
         if number > last:  # rows count as training and evaluation count them, those that are left out too
             break

@@ -94,6 +94,8 @@ def _unreachable(name: str, error: Exception) -> UserError:
     text = str(error)
     if "gated" in text.lower() or "401" in text or "403" in text:
         reason = "gated: ask for access on its hub page, then `hf auth login`"
+    elif "trust_remote_code" in text:
+        reason = "it brings code of its own; once you have read that, model.trust_remote_code=true runs it"
     elif Path(name).exists():
         reason = first_line(error)
     else:
@@ -106,7 +108,7 @@ def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
     kind = _class_of(config)
     with complete_at_load(), init_empty_weights(), no_init_weights():
-        empty = kind.from_config(config, dtype=getattr(torch, model.dtype))
+        empty = kind.from_config(config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code)
     empty.tie_weights()
     return empty
 

@@ -228,10 +228,12 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     return WIDER[on] * kept + LOGITS[on] * text.vocab_size * tokens
 
 
-def optimizer_steps(training: SFTConfig | DPOConfig, rows: int, batch: int) -> int:
-    """Return the number of optimizer steps for `rows` training rows in batches of `batch`."""
+def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None, batch: int) -> int | None:
+    """Return the number of optimizer steps for `rows` training rows in batches of `batch`, None where the trainer decides."""
     if training.max_steps > 0:
         return training.max_steps
+    if rows is None or getattr(training, "packing", False):  # several rows become one sequence
+        return None
     return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
 
 
@@ -286,10 +288,10 @@ def _print_training(
     console.print(
         f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
     )
-    if rows is None and training.max_steps <= 0:
+    steps = optimizer_steps(training, rows, batch)
+    if steps is None:
         console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
         return
-    steps = optimizer_steps(training, rows or 0, batch)
     tokens = steps * batch * (training.max_length or 1024)
     console.print(
         f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora_null.recipes.comparisons import MEANS, averaged
+from lora_null.recipes.comparisons import MEANS, averaged, compared_means
 from lora_null.recipes.report.table import change_error, mean, metric_title, show_all
 from lora_null.recipes.results import Estimate, Paired, Results
 
@@ -67,14 +67,22 @@ class Measure:
         gap = self.gap(i, j)
         return gap is not None and gap.significant
 
+    def moved(self, i: int) -> bool:
+        """Whether row i may be called different from the base; by twice the error where nothing was compared."""
+        if self.results.paired:
+            return self.separated(i, 0)
+        return abs(self.toward(i, learned=True) or 0.0) > 2 * (self.error(i) or 0.0)
+
     def untested(self, rows: Sequence[int]) -> bool:
         """Whether some two of the rows were not compared."""
         return any((gap := self.gap(i, j)) is None or gap.p is None for i, j in itertools.combinations(rows, 2))
 
     @property
     def floor(self) -> float:
-        """What the base differs from itself by, in other batches; 0 where that was not measured."""
-        return self.results.noise.get(self.compared, 0.0)
+        """What the base differs from itself by, in other batches, at most; 0 where that was not measured."""
+        names = compared_means(self.results).get(self.compared, (self.compared,))
+        known = [self.results.noise[name] for name in names if name in self.results.noise]
+        return sum(known) / len(names)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def task_metric(results: Results) -> str | None:
     """
     measures = {name: _measure(results, name) for name in results.directed_names("task")}
     measures = {name: measure for name, measure in measures.items() if measure.measured}
-    moved = [n for n, m in measures.items() if m.estimates[0] and any(m.separated(i, 0) for i in m.measured)]
+    moved = [n for n, m in measures.items() if m.estimates[0] and any(m.moved(i) for i in m.measured)]
     return next(iter([*moved, *measures]), None)
 
 

@@ -300,6 +300,9 @@ def test_learning_is_read_where_it_shows():
     results = raw(base=none | nll(1.5), lora=none | nll(0.9), pissa=none | nll(0.8))
     assert task_metric(parsed(results)) == "gsm8k nll"
     assert "PiSSA learned most: GSM8K NLL 0.800" in headline(parsed(results))
+    dialed = parsed(results)
+    dialed.paired = []  # as of a dial, where nothing is compared
+    assert task_metric(dialed) == "gsm8k nll"
     some = share("gsm8k", 0.3, role="task")
     assert task_metric(parsed(raw(base=none | nll(1.5), lora=some | nll(0.9)))) == "gsm8k"
     assert task_metric(parsed(raw(base=none, lora=none))) == "gsm8k"  # nothing shows: the first
@@ -364,6 +367,11 @@ def test_ratios_go_no_further_than_the_measurement():
     results = parsed(raw(base=kl(0, 0), lora=kl(0.3), pissa=kl(0.0008, 0.00003)))
     results.noise = {"nq kl": 0.001}
     assert "(no more than the noise of the measurement)" in headline(results)
+    two = {"lora": (0.30, 0.40), "pissa": (0.496, 0.496)}
+    rows = {name: share("nq", value) | share("webqs", other) for name, (value, other) in two.items()}
+    results = parsed(raw(base=share("nq", 0.5) | share("webqs", 0.5), **rows))
+    results.noise = {"nq": 1 / 64, "webqs": 1 / 64}
+    assert forgetting(results).floor == 1 / 64
 
 
 def test_headline_of_one_method():

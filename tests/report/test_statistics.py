@@ -101,6 +101,17 @@ def test_questions_and_seeds_by_hand():
     assert three.stderr[0] == pytest.approx(math.sqrt(questions + 3 * seeds / math.log(2)))
 
 
+def test_two_metrics_of_the_same_questions_vary_together():
+    """The mean of two forms of a question has the error of a question's own mean, not that of twice as many questions."""
+    gaps = np.random.default_rng(0).normal(size=(1, 2, 30)) + np.random.default_rng(1).normal(size=30)
+    sets = [influence(form) / 2 for form in gaps.swapaxes(0, 1)]
+    found = two_level(gaps.mean((1, 2)), sets)
+    assert math.sqrt(found.over_questions) == pytest.approx(stats.sem(gaps[0].mean(0)))
+    apart = [sets[0], sets[1][:, :20]]  # which are not of the same questions
+    parts = [np.square(u).sum() / (u.size * (u.size - 1)) for u in apart]
+    assert two_level(gaps.mean((1, 2)), apart).over_questions == pytest.approx(sum(parts))
+
+
 def test_a_pair_that_answers_nearly_alike_does_not_hide_the_others():
     """Two settings of one method differ by little: their few differences vary more with the seed than with the question."""
     generator = np.random.default_rng(0)

@@ -106,7 +106,9 @@ class KeepInNullBasis(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            keep_in_null_basis(model)  # ZeRO-3 resumes from the optimizer's own copy, which is not projected
+            keep_in_null_basis(model)  # ZeRO-3 loads the optimizer's own copy, which is not projected
+
+    on_train_end = on_train_begin  # by when the best checkpoint may have been loaded
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         keep_in_null_basis(model)
