@@ -1,4 +1,4 @@
-"""Evaluation before and after training: lm-eval tasks and answer likelihoods on a live model, over all ranks.
+"""Evaluation before and after training: lm-eval tasks and answer likelihoods on a live model, over all processes.
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
 

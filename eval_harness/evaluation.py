@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import set_seed
 
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
@@ -22,7 +23,7 @@ from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import tokenizer_of
-from lora_null.utils.model_state import own_precision, preserve, seed_everything
+from lora_null.utils.model_state import own_precision, preserve
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -73,7 +74,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
 
-    Under torch.distributed, every rank calls this with the same arguments; the work is shared (so a model whose
+    Under torch.distributed, every process calls this with the same arguments; the work is shared (so a model whose
     parameters are whole on each rank), and every rank returns the same metrics.
 
     Args:
@@ -115,7 +116,7 @@ def evaluate(
     with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
-            seed_everything(seed)
+            set_seed(seed)
             batch = min(filter(None, (task.largest_batch, batch_size)))
             task_options = replace(options, limit=task.within(limit), batch_size=batch)
             found = broadcast(task.run(model, tokenizer, task_options))
@@ -148,7 +149,7 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     if task.measured_twice == 0 or (options.engine is not None and task.runs_on_engine):
         return {}
     limit = min(filter(None, (task.measured_twice, options.limit)), default=None)
-    seed_everything(options.seed)
+    set_seed(options.seed)
     options = replace(options, limit=limit, batch_size=options.batch_size // 2 or 2, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
     names = [name for name in again.samples if is_mean_of_samples(first, name) and task.rounds(name)]

@@ -85,7 +85,7 @@ class Point:
         step: the optimizer steps taken before it.
         metrics: by name.
         samples: by name, one number a row.
-        seconds: that it took, on rank 0.
+        seconds: that it took, in the first process.
     """
 
     step: int
@@ -105,7 +105,7 @@ def nice_number(least: float) -> int:
 class Probe(TrainerCallback):
     """Measures tasks before the first step, every so many steps, and after the last; `points` holds what was found.
 
-    Under torch.distributed the rows are shared out over the ranks.
+    Under torch.distributed the rows are shared out over the processes.
 
     Args:
         trainer: whose callback this becomes.
@@ -157,7 +157,7 @@ class Probe(TrainerCallback):
         self.first_step = 0
 
     def probed(self, point: Point, control: Any) -> None:
-        """Do what follows from a measurement; nothing here. All ranks call it with the same point."""
+        """Do what follows from a measurement; nothing here. All processes call it with the same point."""
 
     @property
     def model(self) -> Any:

@@ -31,7 +31,7 @@ class RunOptions:
 
     Attributes:
         limit: documents, at most.
-        batch_size: sequences of a forward pass, on each rank.
+        batch_size: sequences of a forward pass, in each process.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
         seed: of whatever is drawn.
         reference_dir: the folder of the base model's predictions, if there is one.
@@ -162,7 +162,7 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
-        """Measure a live model that is in eval mode; every rank calls this together and gets a result, rank 0's counts."""
+        """Measure a live model that is in eval mode; every process calls this together and gets a result, the first one's counts."""
 
     def __str__(self) -> str:
         return f"evaluation task {self.label!r}"

@@ -198,7 +198,6 @@ def measure_inputs(
     batches: Iterable[Mapping[str, Any]],
     *,
     gram: bool = True,
-    min_tokens: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
@@ -212,7 +211,6 @@ def measure_inputs(
         modules: name → linear (or the layer that wraps it), all inside `model`.
         batches: dicts with `input_ids`, `attention_mask` and maybe `position_ids`, (batch, length) each.
         gram: measure C = X Xᵀ; without it only sketches and output energies are.
-        min_tokens: fewest tokens to accept.
         seed: of the sketch's Gaussian.
 
     Raises:
@@ -220,7 +218,7 @@ def measure_inputs(
     """
     start = time.perf_counter()
     check_architecture(model)
-    batches = checked_batches(model, batches, min_tokens)
+    batches = checked_batches(model, batches)
     own = token_batches(batches, input_device(model), seed)
     meter = InputMeter(modules, gram=gram, tokens=count_tokens(batches))
 
@@ -255,7 +253,7 @@ def check_architecture(model: nn.Module) -> None:
 
 
 def checked_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], min_tokens: int
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], min_tokens: int = 1
 ) -> list[dict[str, torch.Tensor]]:
     """Return the batches as int64 tensors on the CPU, with positions that padding on the left does not move.
 

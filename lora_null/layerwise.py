@@ -88,7 +88,6 @@ def walk_layers(
     batches: Iterable[Mapping[str, Any]],
     *,
     gram: bool = True,
-    min_tokens: int = 1,
     seed: int = 0,
     device: torch.device | None = None,
     weights: WeightFiles | None = None,
@@ -102,7 +101,7 @@ def walk_layers(
     walks its share of the batches; the sums are everywhere, a Gram on its owner alone.
 
     Args:
-        model, modules, batches, gram, min_tokens, seed: as in `measure_inputs`.
+        model, modules, batches, gram, seed: as in `measure_inputs`.
         device: where the layers run; where they are, if None.
         weights: the files to read each layer from, if the model is still without weights (meta device).
         skip: names of layers that are only to be run, their modules having been measured before; they are not yielded.
@@ -113,7 +112,7 @@ def walk_layers(
         UserError: as `measure_inputs`.
     """
     check_architecture(model)
-    batches = checked_batches(model, batches, min_tokens)
+    batches = checked_batches(model, batches)
     tokens = count_tokens(batches)
     layers = decoder_layers(model, modules)
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
@@ -197,7 +196,7 @@ def measure_in_parts(
     Args:
         model, modules, batches: as in `measure_inputs`.
         device: where the layers run.
-        options: `gram`, `min_tokens`, `seed` and `progress` of `measure_inputs`.
+        options: `gram`, `seed` and `progress` of `measure_inputs`.
     """
     try:
         for _, part in walk_layers(model, modules, batches, device=device, **options):
@@ -305,7 +304,7 @@ def _few_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[
         shorter[0, at], mask[0, at] = padding[0][0], 0
     whole = torch.ones_like(held)
     few = [(held, whole), (held.flip(0, 1), whole), (shorter, mask)]
-    found = checked_batches(model, [{"input_ids": tokens, "attention_mask": kept} for tokens, kept in few], 1)
+    found = checked_batches(model, [{"input_ids": tokens, "attention_mask": kept} for tokens, kept in few])
     return [piece for batch in found for piece in pieces(batch, 0, input_device(model), seed=0)]
 
 

@@ -34,7 +34,7 @@ from lora_null.calibration import (
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.factors import LayerStats
 from lora_null.layer import factors_of, plain_name
-from lora_null.layerwise import DoesNotFit, measure_in_parts, visit_layers, walk_layers
+from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
@@ -313,20 +313,10 @@ def _measured_alone(
     key: str,
 ) -> LayerResult:
     calibration = Calibration()
-    settings: dict[str, Any] = {"gram": False, "seed": options.seed, "progress": options.progress}
-    if batches and options.weights is not None:
-        try:
-            for _, part in walk_layers(
-                model, layers, batches, device=options.device, weights=options.weights, **settings
-            ):
-                calibration.add(part)
-        except DoesNotFit as reason:
-            raise _no_chain(reason) from None
-    elif batches and options.device is not None and options.form != "hooks":
-        for part in measure_in_parts(model, layers, batches, device=options.device, **settings):
-            calibration.add(part)
-    elif batches:
-        calibration = measure_inputs(model, layers, batches, **settings)
+    walks = options.weights is not None or (options.device is not None and options.form != "hooks")
+    options = replace(options, form="auto" if walks else "hooks")
+    for _, part in _measured(model, layers, batches, options, {}, gram=False) if batches else ():
+        calibration.add(part)
     with torch.enable_grad():
         tensors = whole.compute() if whole is not None else {}
     return LayerResult({}, {}, calibration, [], {}, tensors, key)
@@ -519,8 +509,7 @@ def _measured(
     if not batches:
         yield from _unmeasured(model, layers, options, done)
         return
-    measure: dict[str, Any] = {"gram": gram, "min_tokens": options.min_tokens}
-    measure |= {"seed": options.seed, "progress": options.progress}
+    measure: dict[str, Any] = {"gram": gram, "seed": options.seed, "progress": options.progress}
     if options.form != "hooks":
         place: dict[str, Any] = {"device": options.device, "weights": options.weights}
         try:
@@ -529,7 +518,10 @@ def _measured(
         except DoesNotFit as reason:
             if options.form == "layers" or options.weights is not None:
                 raise _no_chain(reason) from None
-            logger.warning(f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once")
+            if gram:
+                logger.warning(
+                    f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once"
+                )
     part = measure_inputs(model, layers, batches, **measure)
     LoadBalance().assign(part.inputs)
     yield ALL, part

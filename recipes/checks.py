@@ -18,7 +18,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -38,7 +38,6 @@ from lora_null.trainer.methods import check_engine, make_method
 from lora_null.trainer.preflight import check_labels, tell
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.model_state import seed_everything
 
 logger = get_logger(__name__)
 
@@ -263,7 +262,7 @@ def rehearse(
     except Exception as error:  # whatever it is, it would come again with the real model
         finding = first_line(error)
     finally:
-        seed_everything(recipe.seed)
+        set_seed(recipe.seed)
     if finding is not None:
         tell(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
 

@@ -194,7 +194,8 @@ def world(tmp_path, monkeypatch):
 def test_the_first_example(world):
     (block,) = [block for block in python_blocks("README.md") if "LoraNullSFTTrainer" in block]
     save_tiny(Path("model"))
-    here = small(block).replace("meta-llama/Llama-3.2-3B", "model").replace('SFTConfig(output_dir="out")', "args")
+    here = small(block).replace("Qwen/Qwen3-0.6B-Base", "model")
+    here = here.replace('SFTConfig(output_dir="out", learning_rate=3e-4)', "args")
     exec(here, world)
     assert Path("out/adapter_model.safetensors").is_file()
 

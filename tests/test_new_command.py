@@ -124,9 +124,12 @@ def test_what_to_keep(world):
     write_rows(Path("facts.jsonl"), map(KINDS["answers"][0], range(100)))
     recipe = make("--keep", "facts.jsonl")
     own, general = recipe.calibration.sources
-    assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 90, "general")
+    assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 84, "general")
     kept = recipe.eval.retention[0]
-    assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == ("kept", "facts.jsonl", 90, 10, "chat")
+    assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == ("kept", "facts.jsonl", 84, 16, "chat")
+    assert (
+        main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
+    )  # 16 rows are enough for a budget
 
 
 def test_what_is_kept_is_not_cut_to_the_length_of_what_is_learned(world, capsys):
@@ -146,7 +149,7 @@ def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
     assert "--keep: 1 of 4 rows cannot be used: 1 an empty turn of the user (row 4)" in capsys.readouterr().err
     Path("facts.jsonl").write_text('{"question": "q", "answer": "a"}\n{broken\n')
     make("--keep", "facts.jsonl", code=2)
-    assert "--keep: cannot read facts.jsonl as json (row 2" in capsys.readouterr().err
+    assert "--keep: 1 of 2 rows cannot be used: 1 no complete JSON (row 2)" in capsys.readouterr().err
 
 
 ODD = {  # rows of which some cannot be used, or named so that they are mistaken for something else
@@ -172,17 +175,17 @@ def test_what_it_writes_passes(world, rows):
 @pytest.mark.parametrize("asked", [1, 0])
 def test_rows_to_keep_that_cannot_be_asked(world, capsys, asked):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(60)))
-    bare = [{"messages": [user(f"q {i}")]} for i in range(10)]
+    bare = [{"messages": [user(f"q {i}")]} for i in range(16)]
     write_rows(
         Path("facts.jsonl"),
-        [*map(KINDS["messages"][0], range(90)), *bare[asked:], {"messages": [user("q"), assistant("a")]}][:100],
+        [*map(KINDS["messages"][0], range(84)), *bare[asked:], {"messages": [user("q"), assistant("a")]}][:100],
     )
     recipe = make("--keep", "facts.jsonl")
     said = capsys.readouterr().out
     assert (recipe.eval.retention[0].answers == "kept") == bool(asked) != ("no row of it is held out" in said)
     assert recipe.data.on_bad_row == ("skip" if asked else None)
-    assert ("of those to keep 9 a conversation without a turn of the assistant" in said) == bool(asked)
-    assert recipe.calibration.sources[0].limit == (90 if asked else None)
+    assert ("of those to keep 15 a conversation without a turn of the assistant" in said) == bool(asked)
+    assert recipe.calibration.sources[0].limit == (84 if asked else None)
     assert main(["train", "rows.yaml", "--dry-run"]) == 0
 
 
@@ -250,6 +253,7 @@ def test_it_trains(world, monkeypatch, capsys):
     assert main(["train", "deep/mine.yaml", *words]) == 0
     results = json.loads(Path("runs/mine/results.json").read_text())
     assert {"kept kl", "facts kl", "code kl", "learned nll"} <= set(results["rows"][-1]["metrics"])
+    assert next(iter(results["rows"][-1]["metrics"])) != "kept nll"  # of 4 pieces, too few for a budget
     assert "notes: 24 windows" in results["settings"]["calibration_data"].replace("deep/../", "").replace("../", "")
 
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
@@ -95,7 +95,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
-from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, seed_everything
+from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 if TYPE_CHECKING:
@@ -142,18 +142,13 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     return weights, given["model"]
 
 
-@contextlib.contextmanager
-def _only_what_is_taught() -> Iterator[None]:
+def _only_what_is_taught() -> contextlib.AbstractContextManager[None]:
     """Have TRL's loss multiply the model's head with taught positions alone on a CPU or a Mac too, as where Triton runs.
 
     Elsewhere it takes all, for accelerators that compile anew for every shape; at the others, loss and gradient are zero.
     """
     runs_triton = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: device.type in ("cpu", "mps") or runs_triton(device)
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = runs_triton
+    return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
 
 
 class _Begin(TrainerCallback):
@@ -178,7 +173,7 @@ class LoraNullMixin(SavingMixin):
     With any other LoRA config nothing is initialized, but the same drift is measured, so that methods can be compared.
 
     Args:
-        calibration_dataset: texts, rows with `text` or `input_ids`, or ready batches; see `as_batches`. Needed by
+        calibration_dataset: texts, conversations, rows with `text`, `messages` or `input_ids`, or ready batches; see `as_batches`. Needed by
             LoRA-Null and by methods that read them in training; for others optional, and then only the drift depends on it.
         calibration_args: how windows are cut from texts.
         init_options: how to initialize; by default an equal initialization is taken from the cache, or left there.
@@ -545,7 +540,7 @@ class LoraNullMixin(SavingMixin):
 
         def compute() -> dict[str, torch.Tensor]:
             with preserve(self.model):
-                seed_everything(self._init_options.seed)
+                set_seed(self._init_options.seed)
                 return self.method.compute(self, looked_at)
 
         knowledge = []

@@ -14,7 +14,7 @@ from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import end_ids, position_limit
-from lora_null.utils.model_state import base_model_of, replaced
+from lora_null.utils.model_state import base_model_of, preserve, replaced
 
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
 
@@ -55,8 +55,6 @@ def own_texts(
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     share = my_share(range(len(batches)), model)
-    was_training = model.training
-    model.eval()
 
     def compute() -> dict[int, str]:
         texts = {}
@@ -69,10 +67,9 @@ def own_texts(
                 bar.update(len(rows) * (len(batches) // max(len(share), 1)))
         return texts
 
-    try:
+    with preserve(model):
+        model.eval()
         texts = merge_shares(compute)
-    finally:
-        model.train(was_training)
     return [texts[i] for i in range(count)]
 
 
@@ -100,10 +97,9 @@ def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed
     # What a model's own generation settings say beside these, such as a penalty on repetition, would bend the distribution.
     plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad)
     plain.eos_token_id = sorted(ends) or None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with replaced(base_model_of(model), "generation_config", plain):
-            found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(longest - width, 1))
+    torch.manual_seed(seed)
+    with replaced(base_model_of(model), "generation_config", plain):
+        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(longest - width, 1))
     for row, new in zip(rows, found[:, width:].tolist()):
         end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         text = tokenizer.decode(row + new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -133,13 +133,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's (CPU and CUDA) random generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _restore_adapter(layer: BaseTunerLayer, state: tuple[bool, list[str], list[str]]) -> None:
     """Put back (disabled, active, merged); a layer that nobody touched is not touched here either."""
     disabled, active, merged = state

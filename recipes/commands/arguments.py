@@ -93,7 +93,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add(
         "--max-forgetting",
         metavar="X",
-        help="a budget, budget.at_most: nats a token of the first KL that is kept, without one a fraction of the first accuracy",
+        help="how much may be forgotten (budget.at_most): nats a token of the first KL of eval.retention, or without one a fraction of the first accuracy",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add(

@@ -17,6 +17,7 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
+from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
     CalibrationSection,
@@ -260,7 +261,8 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     named = _named_from(path, out) if local else path
     found = Rows(named, split, form, documents, last if local else None, 0)
     can_be_asked = "text" not in form.keys or found.is_of_texts
-    found.held_out = min(HELD_OUT, last // 10) if local and last >= 40 and can_be_asked else 0
+    fewest = 2 * FEWEST if where == "keep" and last >= 64 else 0  # which a budget needs of what it measures
+    found.held_out = min(HELD_OUT, max(last // 10, fewest)) if local and last >= 40 and can_be_asked else 0
     found.split = None if Path(path).is_file() or found.is_of_texts else split
     return found
 
@@ -375,7 +377,8 @@ def _kept(
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
     if asked and keep.learned:
         measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
-        retention.insert(0, measured | {"limit": min(limit, keep.held_out)})
+        first = keep.held_out >= 2 * FEWEST  # of several, a budget takes the first
+        retention.insert(0 if first else len(retention), measured | {"limit": min(limit, keep.held_out)})
     return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unasked
 
 

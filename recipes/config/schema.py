@@ -101,7 +101,7 @@ PATH = Field(min_length=1, description="hub id, local file or folder")
 OFFSET = Field(0, ge=0, description="rows to skip")
 ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
 SUBSET = Field(None, description="configuration of a hub data set, or the folder of it in a local one")
-SPLIT = "split; a single file is its own"
+SPLIT = "split of a hub data set or a folder; not read of a single file"
 
 
 Template = Annotated[str, AfterValidator(check_template)]
@@ -194,7 +194,7 @@ class MethodSection(Section):
         description="method names, in a list or separated by commas; mine.py stands for the methods in it",
     )
     files: list[str] = Field([], description="files of methods of one's own; those among the names come here")
-    rank: int = Field(128, ge=1, description="r")
+    rank: int = Field(128, ge=1, description="rank r of A and B")
     match: str | None = Field(
         None,
         description="the largest rank whose trained parameters do not exceed this: a count (320M), or 'lora' at `rank`",
@@ -642,7 +642,7 @@ class ProbeSection(Section):
     task: Probed | None = Field(
         None, description="rows of each entry of eval.task (8, where it has any), or entries of its own"
     )
-    share: float = Field(0.05, gt=0, le=1, description="of the training's time; more is said in a line")
+    share: float = Field(0.05, gt=0, le=1, description="largest share of the training's time; above it a line says so")
 
 
 class BudgetSection(Section):
@@ -681,7 +681,7 @@ class EvalSection(Section):
     backend: Literal["hf", "vllm"] = Field(
         "hf", description="the engine of lm-eval's tasks; vllm runs the saved adapter"
     )
-    vllm: VLLMSection | None = Field(None, description="how vllm is started, as it starts by itself when not given")
+    vllm: VLLMSection | None = Field(None, description="how vLLM is started; when not given with the defaults below")
     code: CodeSection | None = Field(
         None, description="what holds the code that a model writes; bubblewrap when not given"
     )
@@ -819,7 +819,7 @@ class Recipe(Section):
     )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
-        description="what may be wrong with model and rows, such as no end of an answer: an error, a warning, not checked",
+        description="a finding in model or rows, such as answers without an end token: stop, print it and go on, or do not look",
     )
     eval: EvalSection = EvalSection()
     budget: BudgetSection | None = Field(None, description="how much may be forgotten")

@@ -79,7 +79,7 @@ class Method:
         pairs: whether it can learn from preferences (DPO).
         quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
-        sharded: whether it can train while weights are in pieces on the ranks (FSDP2, ZeRO-3).
+        sharded: whether it can train while weights are in pieces in several processes (FSDP2, ZeRO-3).
         deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
         streams: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
