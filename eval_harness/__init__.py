@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_null.eval_harness.mt_bench.task import MTBenchTask, as_questions
     from lora_null.eval_harness.preferences import PreferenceTask
     from lora_null.eval_harness.probe import Probe, few_rows
-    from lora_null.eval_harness.results import Evaluation, Metric, TaskResult
+    from lora_null.eval_harness.results import Evaluation, Metric, Role, TaskResult
     from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 
 _HOME = {
@@ -30,13 +30,13 @@ _HOME = {
     "likelihood": ("AnswerTask", "TokenizedPair"), "lm_eval.task": ("LmEvalTask",),
     "mt_bench.judge": ("Judge",), "mt_bench.task": ("MTBenchTask", "as_questions"),
     "preferences": ("PreferenceTask",), "probe": ("Probe", "few_rows"),
-    "results": ("Evaluation", "Metric", "TaskResult"), "tasks": ("TASK_FILES", "RunOptions", "Task"),
+    "results": ("Evaluation", "Metric", "Role", "TaskResult"), "tasks": ("TASK_FILES", "RunOptions", "Task"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "TASK_FILES", "AnswerTask", "Evaluation", "ForgettingTask", "Judge", "LmEvalTask", "MTBenchTask", "Metric",
-    "PreferenceTask", "Probe", "RunOptions", "Task", "TaskResult", "TokenizedPair", "as_questions", "assert_logits_differ",
+    "PreferenceTask", "Probe", "Role", "RunOptions", "Task", "TaskResult", "TokenizedPair", "as_questions", "assert_logits_differ",
     "evaluate", "few_rows", "validate_tasks",
 ]  # fmt: skip
 

@@ -33,12 +33,13 @@ FEW_TOKENS = 64
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "math-verify")
 
 
-def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
+def validate_tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
     """Check everything about `tasks` that needs no model, and return them with plain names turned into `LmEvalTask`s.
 
     Raises:
         UserError: two tasks of the same name or with a metric of the same name, or what a task's own `check` finds.
     """
+    tasks = [tasks] if isinstance(tasks, str | Task) else tasks
     tasks = [LmEvalTask(task) if isinstance(task, str) else task for task in tasks]
     keys = [task.key for task in tasks]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
@@ -60,7 +61,7 @@ def validate_tasks(tasks: Sequence[Task | str]) -> list[Task]:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    tasks: Sequence[Task | str],
+    tasks: Sequence[Task | str] | Task | str,
     *,
     limit: int | None = None,
     batch_size: int = 8,
@@ -97,8 +98,8 @@ def evaluate(
     """
     began, tokenizer = time.perf_counter(), tokenizer_of(tokenizer)
     for name, value in {"limit": limit, "batch_size": batch_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{name}: must be a whole number of at least 1, not {value!r}")
     if record_reference and reference_dir is None:
         raise UserError("record_reference needs reference_dir, the folder to record into")
     options = RunOptions(

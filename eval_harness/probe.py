@@ -179,6 +179,10 @@ class Probe(TrainerCallback):
         if last or (self.every is not None and state.global_step % self.every == 0):
             self._measure(state, control)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_training_stop:  # early: no later step is the last
+            self._measure(state, control)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         here = [point.seconds for point in self.points if point.step > self.first_step]
         spent = time.perf_counter() - self.begun

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_null.adapters.plain import CONFIG_FILE
@@ -123,7 +124,8 @@ def load_initialization(
 
 
 def check_unadapted(model: Any) -> None:
-    """Raise a UserError for a model into which transformers has loaded an adapter, as it does for the path of one.
+    """Raise a UserError for a model that holds an adapter without being a PEFT model: an earlier trainer's, or one that
+    transformers has loaded, as it does for the path of one.
 
     PEFT would write its own over it, and what trains whole weights would be saved as the adapter alone.
 
@@ -136,6 +138,12 @@ def check_unadapted(model: Any) -> None:
             f"model: {f'{model} is an adapter' if adapter else 'transformers has loaded an adapter into it'}; load its base "
             "with AutoModelForCausalLM, then PeftModel.from_pretrained(base, ADAPTER, is_trainable=True) goes on with it, and "
             "merge_and_unload() of that gives a model to start from"
+        )
+    bare = isinstance(model, nn.Module) and not isinstance(model, PeftModel)
+    if bare and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            "model: still holds the adapter that an earlier trainer put into it; the model that this trainer has trained goes "
+            "on with it, and unload() of that gives the original back"
         )
 
 
@@ -209,27 +217,36 @@ def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     )
 
 
-def refuse_bypassed(base: nn.Module, layers: Iterable[str]) -> None:
-    """Refuse adapters on linears whose weight a fused kernel takes in training, past the adapter, as Mamba's projections.
+def bypassed(base: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the linears whose weight a fused kernel may take in training, past an adapter, as Mamba's projections."""
+    found = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        code = _source(type(base.get_submodule(parent)))
+        if re.search(rf"(?<!isinstance\()(?<!getattr\()\bself\.{leaf}\.weight\s*[,@]", code):
+            found.append(name)
+    return found
+
+
+def refuse_bypassed(base: nn.Module, names: Iterable[str]) -> None:
+    """Refuse adapters on what `bypassed` finds.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first, and the ends of all names.
     """
-    for name in layers:
-        parent, _, leaf = name.rpartition(".")
-        kind = type(base.get_submodule(parent))
-        if re.search(rf"(?<!isinstance\()(?<!getattr\()\bself\.{leaf}\.weight\s*[,@]", _source(kind)):
-            raise UserError(
-                f"target_modules: a kernel of {kind.__name__} takes the weight of {name} past its adapter; "
-                "leave it out (exclude_modules)"
-            )
+    if found := bypassed(base, names):
+        leaves = sorted({name.rpartition(".")[2] for name in found})
+        raise UserError(
+            f"target_modules: a kernel of {type(base.get_submodule(found[0].rpartition('.')[0])).__name__} takes the weight of "
+            f"{found[0]} past its adapter; leave out {', '.join(leaves)}"
+        )
 
 
 @functools.cache
 def _source(kind: type) -> str:
-    """Return the text of a class, "" where it has none."""
+    """Return the text of a class and of those that it is made of, "" where there is none."""
     try:
-        return inspect.getsource(kind)
+        return "".join(inspect.getsource(part) for part in kind.__mro__ if part not in (nn.Module, object))
     except (OSError, TypeError):
         return ""
 

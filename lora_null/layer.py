@@ -411,6 +411,8 @@ class LoraNullLinear(Linear):
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
         self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
+        frozen = self.frozen_peft_weight_names
+        self.frozen_peft_weight_names = {name: parts for name, parts in frozen.items() if name != adapter_name}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

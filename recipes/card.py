@@ -172,8 +172,12 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
     if "calibration" in recipe:
         section = parse_section(CalibrationSection, "calibration", recipe["calibration"])
         lines.append(f"The knowledge to keep was measured on {section.title}.")
-    for role, word in (("retention", "Retention"), ("task", "Learning")):
-        names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in evaluation.get(role) or []]
+    stages = [task.get("eval") or {} for task in (recipe.get("sequence") or {}).get("tasks") or []]
+    asked = {"Retention": evaluation.get("retention"), "Learning": evaluation.get("task")}
+    if stages:
+        asked["Learning"] = [entry for stage in stages for entry in stage.get("task") or []]
+    for word, entries in asked.items():
+        names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in entries or []]
         lines += [f"{word} was measured by {', '.join(names)}."] if names else []
     return lines
 

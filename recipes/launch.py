@@ -70,7 +70,7 @@ def command(words: Sequence[str], environment: Mapping[str, str], gpus: int) -> 
         gpus: of this machine; all machines have as many.
 
     Raises:
-        UserError: as `machines`; another engine; --overwrite, which would begin anew after every interruption.
+        UserError: as `machines`; another engine; one of several machines without a GPU; --overwrite, which would begin anew after every interruption.
     """
     parser = Parser(prog="python -m lora_null.recipes.launch", allow_abbrev=False)
     parser.add_argument("--engine", choices=ENGINES, default="ddp", help="how several GPUs share the work")
@@ -79,6 +79,8 @@ def command(words: Sequence[str], environment: Mapping[str, str], gpus: int) -> 
         raise UserError("--overwrite would begin anew after every interruption; remove the run's folder instead")
     recipe = ["-m", "lora_null.recipes", *(word for word in rest if word != "--resume"), "--resume"]
     count, number, address = machines(environment)
+    if count > 1 and not gpus:
+        raise UserError(f"{count} machines, and PyTorch sees no GPU on this one, which would run the recipe alone")
     if count * gpus <= 1:  # accelerate would not hand SIGTERM on to a single process
         return [sys.executable, *recipe]
     options = {

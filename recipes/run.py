@@ -314,6 +314,8 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
         back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
+        if job.recipe.eval.backend == "vllm":
+            _drop_optimizer(trainer)
         found = _evaluate(job, model, folder, base=False) if job.tasks else None
     if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
         diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
@@ -336,6 +338,13 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
         peak_memory_bytes=peak_memory_bytes(),
         **({"budget": kept} if kept else {}),
     )
+
+
+def _drop_optimizer(trainer: AnyTrainer) -> None:
+    """Free what the optimizer holds on the accelerator, of which vLLM takes a share of the whole when it starts."""
+    for owner in (trainer, trainer.callback_handler):
+        owner.optimizer = owner.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> Magnitude | None:

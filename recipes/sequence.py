@@ -154,8 +154,8 @@ def _rule(recipe: Recipe, name: str) -> Any:
 def rows_of(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
     examples, training = job.data.examples[: job.recipe.calibration.samples], job.recipe.training
-    length = training.get("max_length") or 1024
-    part = slice(-length, None) if training.get("truncation_mode") == "keep_end" else slice(length)
+    length = training.get("max_length", 1024)  # None: whole rows
+    part = slice(-length, None) if length and training.get("truncation_mode") == "keep_end" else slice(length)
     return [tokens.ids[part] for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
 
 
@@ -222,7 +222,9 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     }
     of_base = {metric: base.metrics[metric] for metric in metrics}
     settings, differing = shared_and_differing(results.settings for results in found)
-    settings |= {key: "; ".join(map(str, values)) for key, values in differing.items()}
+    for key in differing:
+        each = [results.settings.get(key) for results in found]
+        settings[key] = "; ".join("none" if value is None else str(value) for value in each)
     sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=of_base)
     return last.model_copy(update={"recipe": recipe.name, "settings": settings, "rows": rows, "sequence": sequence})
 

@@ -1,7 +1,9 @@
 """Guards look at the harm itself, early; warn where it may be meant; and lose nothing that was trained."""
 
+import contextlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,7 +16,7 @@ from test_dpo import PAIRS
 from test_dpo import make as make_dpo
 from test_trainer import CUT, ROWS, TEXTS, losses, make
 from tiny import random_batches, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from world import make_world
 
@@ -24,8 +26,9 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.start import InitOptions
-from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer
 from lora_null.trainer.methods import adapter_parameters, make_method
+from lora_null.trainer.preflight import has_reference
 
 END = 2
 
@@ -64,6 +67,68 @@ def test_an_adapter_that_transformers_has_loaded_is_not_written_over_and_nothing
     if name == "lora-null-v2":
         with pytest.raises(UserError, match=r"^model: transformers has loaded an adapter"):
             initialize_lora_null_weights(get_peft_model(integrated, config), random_batches())
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "lora-null-v2"])
+def test_the_adapter_of_an_earlier_trainer_is_not_trained_over(tmp_path, name):
+    base = tiny_model()
+    make(tmp_path / "first", LoraNullConfig(r=4), model=base, max_steps=1).train()
+    method = make_method(name)
+    with pytest.raises(UserError, match=r"^model: still holds the adapter that an earlier trainer put into it"):
+        make(tmp_path, method.config(r=4, target_modules=["q_proj"]) or "none", method=method, model=base)
+
+
+def test_an_adapter_that_is_drawn_anew_trains_what_its_own_config_says():
+    base = tiny_model()
+    get_peft_model(base, LoraNullConfig(r=4, variant="v2", target_modules=["q_proj"]))
+    again = get_peft_model(base, LoraNullConfig(r=4, variant="v1", target_modules=["q_proj"]))
+    initialize_lora_null_weights(again, random_batches(), min_tokens=1, progress=False)
+    trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition("lora_")[2][0] for name in trained} == {"A", "B"}
+
+
+class HandsOn(SFTTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class OwnTrainer(LoraNullMixin, HandsOn):
+    learns_next_token = True
+
+
+class PlainTrainer(LoraNullMixin, Trainer):
+    pass
+
+
+def test_a_constructor_that_hands_its_arguments_on(tmp_path):
+    options = dict(max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no")
+    given = dict(processing_class=tiny_tokenizer(), calibration_dataset=TEXTS, calibration_args=CUT)
+    trainer = OwnTrainer(
+        tiny_model(), SFTConfig(str(tmp_path), **options), train_dataset=ROWS, peft_config=LoraNullConfig(r=4), **given
+    )
+    trainer.train()
+    assert trainer.layer_report.layers
+    with pytest.raises(UserError, match="calibration_dataset: LoRA-Null needs texts"):
+        OwnTrainer(tiny_model(), SFTConfig(str(tmp_path), **options), peft_config=LoraNullConfig(r=4))
+
+
+def test_a_trainer_without_a_tokenizer(tmp_path):
+    options = dict(max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    arguments = TrainingArguments(str(tmp_path), **options)
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "attention_mask": [1, 1, 1]}] * 8)
+    windows = [{"input_ids": list(range(4, 44))}] * 10
+    for calibration, said in ((windows, None), (TEXTS, "processing_class: calibration texts need a tokenizer")):
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+        trainer = PlainTrainer(model, arguments, train_dataset=rows, calibration_dataset=calibration)
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            trainer.train()
+            assert trainer.layer_report.layers
+
+
+@pytest.mark.parametrize("name, beta, compared", [("DPO", 0.1, True), ("KTO", 0.1, True), ("GRPO", 0.1, True), ("GRPO", 0.0, False), ("SFT", 0.1, False)])  # fmt: skip
+def test_who_compares_with_a_reference(name, beta, compared):
+    kind = type("Own", (type(f"{name}Trainer", (), {}),), {})
+    assert has_reference(kind, SimpleNamespace(beta=beta)) is compared
 
 
 def test_nothing_that_is_given_is_not_read(tmp_path):

@@ -157,6 +157,11 @@ def test_one_machine_and_one_gpu(monkeypatch):
     assert get_args_parser().parse_args(["script.py"]).shutdown_timeout is None  # the variable counts then
 
 
+def test_a_machine_of_several_without_a_gpu_does_not_run_alone():
+    with pytest.raises(UserError, match="2 machines, and PyTorch sees no GPU on this one"):
+        launch.command(["math"], TWO["slurm"], 0)
+
+
 def test_what_cannot_start_is_told_in_a_line():
     with pytest.raises(UserError, match="begin anew after every interruption"):
         launch.command(["math", "--overwrite"], {}, gpus=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_null.eval_harness import AnswerTask, Metric, MTBenchTask, Probe, few_rows
 from lora_null.eval_harness.likelihood import tokenize_pairs
@@ -34,6 +34,21 @@ def trainer(folder, steps=6, start=True, **options):
         report_to="none", disable_tqdm=True, seed=0, **{"save_strategy": "no", **options},
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+class Early(TrainerCallback):
+    def on_evaluate(self, args, state, control, **_):
+        control.should_training_stop = True
+
+
+def test_a_training_that_ends_early_is_measured_there(tmp_path):
+    early = trainer(tmp_path)
+    early.eval_dataset, early.args.eval_strategy, early.args.eval_steps = early.train_dataset, "steps", 3
+    early.add_callback(Early())
+    probe = Probe(early, TASKS, tokenizer=tiny_tokenizer(), every=100, batch_size=5)
+    early.add_callback(probe)
+    early.train()
+    assert [point.step for point in probe.points] == [0, 3]
 
 
 def kl_oracle(model):

@@ -251,7 +251,7 @@ def test_passes_and_batches_of_a_step_come_to_the_same(tmp_path, name):
     for trainer in (one, two):
         trainer.train()
     for a, b in zip(one.model.parameters(), two.model.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)  # Adam makes much of a gradient near zero
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].pairs])

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
+from lora_null.utils.limits import tokenizer_of
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
@@ -64,7 +65,7 @@ def calibration_windows(
 
     Args:
         rows: texts; or conversations, or dicts with either, as in `as_batches`. Those without text are left out.
-        tokenizer: the model's.
+        tokenizer: the model's, or a processor that holds it.
         args: how the windows are cut.
 
     Returns:
@@ -73,6 +74,7 @@ def calibration_windows(
     Raises:
         UserError: when there is no text, too little for a single packed window, or a row that is no text, by number.
     """
+    tokenizer = tokenizer_of(tokenizer)
     given = [_text(row, number, tokenizer) for number, row in enumerate(rows, start=1)]
     texts = [text for text in given if text.strip()]
     if not texts:
@@ -126,7 +128,7 @@ def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield group
 
 
-def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[dict[str, Any]]:
+def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict[str, Any]]:
     """Turn what a user may pass as `calibration_dataset` into batches.
 
     Args:
@@ -136,12 +138,13 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
             list, a data set (of a `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that
             can be iterated. A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
             windows; or 16 texts for each, from which they are drawn, and more only until these fill them.
-        tokenizer: for texts, and for its padding token.
+        tokenizer: for texts, and for its padding token; or a processor that holds it. None goes with ready windows.
         args: how windows are cut from texts. Ready windows are used as they are, without their padding.
 
     Raises:
         UserError: rows of any other kind, by number; or none.
     """
+    tokenizer = tokenizer_of(tokenizer)
     source, is_stream = _rows(dataset)
     rows = iter(source)
     head = list(islice(rows, 1))
@@ -149,13 +152,16 @@ def as_batches(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Calibrati
         raise UserError("calibration: the data set is empty")
     first = head[0]
     rows = chain(head, rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    pad = 0 if pad_token_id is None else pad_token_id
     if not isinstance(first, Mapping) or "input_ids" not in first:
+        if tokenizer is None:
+            raise UserError("processing_class: calibration texts need a tokenizer, and the trainer has none")
         rows = _enough(rows, tokenizer, args) if is_stream else rows
         return padded_batches(calibration_windows(rows, tokenizer, args), pad)
     batches, windows, dimensions = [], 0, 0
     for number, row in enumerate(rows, start=1):
-        batches.append(_batch(row, number, tokenizer.pad_token_id, dimensions))
+        batches.append(_batch(row, number, pad_token_id, dimensions))
         dimensions = batches[-1]["input_ids"].dim()
         windows += len(batches[-1]["input_ids"]) if dimensions == 2 else 1
         if is_stream and windows >= args.samples:

@@ -229,11 +229,15 @@ class SavingMixin(Base):
         (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
         if self.args.should_save:
             write_json(checkpoint / BEGUN_FILE, {"step": self.state.global_step})
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        keep, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = (
+            None,
+            False,
+        )  # what is not whole is neither counted nor uploaded
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = keep
+            self.args.save_total_limit, self.args.push_to_hub = keep, push
         if self.args.should_save:
             self._keep_start(checkpoint)
             for callback in self.callback_handler.callbacks:
@@ -243,6 +247,9 @@ class SavingMixin(Base):
         if self.args.should_save:
             record_processes(checkpoint, *self._processes_and_batch())
             mark_complete(checkpoint)
+        if push:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
             remove_old(checkpoint, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 

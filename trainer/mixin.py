@@ -32,7 +32,7 @@ from lora_null.initialize import (
     refusing_in_one_line,
     say_what_is_fused,
 )
-from lora_null.layer import adapted_layers, is_started
+from lora_null.layer import is_started
 from lora_null.start import (
     WHAT,
     InitOptions,
@@ -83,6 +83,7 @@ from lora_null.trainer.preflight import (
     check_targets,
     check_trainable,
     check_windows,
+    has_reference,
     why_not_measured,
 )
 from lora_null.utils.distributed import (
@@ -94,7 +95,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
-from lora_null.utils.limits import fit_windows, position_limit, tokenizer_of
+from lora_null.utils.limits import fit_windows, position_limit
 from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
@@ -117,6 +118,23 @@ DECIDES_NOTHING += ("target_modules", "exclude_modules", "layers_to_transform", 
 NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
 
 
+def _by_name(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a trainer's arguments by name, those too that its constructor only hands on to its parent's."""
+    named: dict[str, Any] = {}
+    after = kind.__mro__[kind.__mro__.index(LoraNullMixin) + 1 :]
+    for parent in (parent for parent in after if "__init__" in vars(parent)):
+        parameters = inspect.signature(parent.__init__).parameters
+        found = inspect.signature(parent.__init__).bind_partial(None, *args, **kwargs).arguments
+        found.pop(next(iter(parameters)))  # self
+        rest = {parameter.kind: name for name, parameter in parameters.items()}
+        args = found.pop(rest.get(inspect.Parameter.VAR_POSITIONAL), ())
+        kwargs = found.pop(rest.get(inspect.Parameter.VAR_KEYWORD), {})
+        named |= found
+        if not args and not kwargs:
+            break
+    return named
+
+
 def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     """Put a model without weights in the place of a model's path among a TRL trainer's arguments; return its files.
 
@@ -135,7 +153,7 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
     found = open_to_shard(create_model_from_path, path, **options)
     if found is None:
         return None, path
-    if args is not None and args.model_init_kwargs is not None:
+    if getattr(args, "model_init_kwargs", None) is not None:
         given["args"] = copy.copy(args)
         given["args"].model_init_kwargs = None
     given["model"], weights = found
@@ -211,13 +229,54 @@ class LoraNullMixin(SavingMixin):
         **kwargs: Any,
     ) -> None:
         check_mode(preflight)
-        bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
-        given = bound.arguments
+        given = _by_name(type(self), args, kwargs)
+        start = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
+        start |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
+        self._check_given(given, method, start, preflight)
+        self._preflight = preflight
+        self._weights, self._in_files = init_options and init_options.weights, given.get("model")
+        in_files = starts_in_files(given.get("peft_config"), method, given.get("args"))
+        if self._weights is None and is_launched_with_fsdp2() and in_files:
+            self._weights, self._in_files = _leave_in_files(given)
+        self._construct(given)
+        self.add_callback(_Begin(self))
+        self._watch = TrainingWatch()
+        self.add_callback(self._watch)
+        self._take_method(method, given.get("optimizers"))
+        to_start = self._guard_steps(decay_to_start)
+        self._recorded = self._settings(to_start) if self._measures else {}
+        self._dtypes = self._trained_dtypes()
+        self._prepared, self._rows = False, object()
+        self.layer_report: LayerReport | None = None
+        self.init_seconds = 0.0
+        self.drift_meter: DriftMeter | WeightDriftMeter | None = None
+        self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
+        self.forget_terms()
+        self._calibration_dataset = calibration_dataset
+        self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
+        defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
+        self._init_options = replace(init_options or defaults, weights=self._weights)
+        self._init_folder = None if init_folder is None else find_initialization(Path(init_folder))
+        self._reuse_init = reuse_init
+        self._check_start()
+
+    def _check_given(
+        self, given: Mapping[str, Any], method: Method | None, start: Mapping[str, Any], preflight: Mode
+    ) -> None:
+        """Check what can be known before a model loads.
+
+        Args:
+            given: the parent trainer's arguments, by name.
+            method: of this trainer's.
+            start: those of this trainer's that decide the start, by name; None for what is not given.
+            preflight: likewise.
+        """
         model, peft_config = given.get("model"), given.get("peft_config")
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
             check_rows_given(name, given.get(name))
-        if isinstance(peft_config, LoraNullConfig) and calibration_dataset is None and init_folder is None:
+        texts = start["calibration_dataset"] is not None
+        if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
             raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
         if self.learns_next_token and preflight != "off":
             check_model(model, given.get("args"), preflight)
@@ -229,56 +288,58 @@ class LoraNullMixin(SavingMixin):
         elif peft_config is not None or isinstance(model, PeftModel):
             check_has_method(model, peft_config)
         else:
-            told = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
-            told |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
-            for name in (name for name, value in told.items() if value is not None):
+            for name in (name for name, value in start.items() if value is not None):
                 raise UserError(
                     f"{name}: would not be read, there is no adapter and every weight trains; give "
                     "peft_config=LoraNullConfig(r=…), or method=make_method('full') to follow the drift of all weights"
                 )
-        if self.learns_pairs:
-            check_reference(given)
-        self._weights, self._in_files = init_options and init_options.weights, model
-        in_files = starts_in_files(peft_config, method, given.get("args"))
-        if self._weights is None and is_launched_with_fsdp2() and in_files:
-            self._weights, self._in_files = _leave_in_files(given)
+        if start["calibration_args"] is not None and not texts:
+            raise UserError("calibration_args: would not be read, there is no calibration_dataset")
+        if has_reference(type(self), given.get("args")):
+            check_reference(given, loads_it=self.learns_pairs)
+
+    def _construct(self, given: dict[str, Any]) -> None:
+        """Construct the parent trainer."""
+        model = given.get("model")
         exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
-            super().__init__(*bound.args, **bound.kwargs)
+            super().__init__(**given)
         for parameter, data in exact:  # which TRL rounds to bfloat16 on a quantized base
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         check_unadapted(self.model)  # of a name on the hub it is known only now
-        if self.learns_pairs:
+        if has_reference(type(self), self.args):
             check_reference_stays(self.model, given)
-        self._preflight = preflight
-        self.add_callback(_Begin(self))
-        self._watch = TrainingWatch()
-        self.add_callback(self._watch)
+
+    def _take_method(self, method: Method | None, optimizers: tuple[Any, Any] | None) -> None:
+        """Find out what is initialized, trained and measured, and prepare the adapter for it."""
         self._measures = method is not None or isinstance(self.model, PeftModel)
         self._goes_on = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
         self.method = method or (Method() if self._goes_on else method_of(self.model))
         if self._measures:
             self._keep_quantized_base()
             if isinstance(self.model, PeftModel):
-                refuse_bypassed(self.model.get_base_model(), adapted_layers(self.model, self.adapter_name))
+                refuse_bypassed(self.model.get_base_model(), self.method.layers(self.model))
             if not self._goes_on:
                 if method is not None:
                     check_linears(method, self.model)
                 if self.method.needs_gram or self.method.terms:
-                    check_targets(self.model, preflight)
+                    check_targets(self.model, self._preflight)
                 elif isinstance(self.model, PeftModel):
                     say_what_is_fused(self.model.get_base_model())
                 self.method.check(self.model)
             self.method.prepare(self.model)
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
-        elif self.method.new_parameters and (given.get("optimizers") or (None,))[0] is not None:
+        elif self.method.new_parameters and (optimizers or (None,))[0] is not None:
             raise UserError(
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
             )
+
+    def _guard_steps(self, decay_to_start: bool | None) -> bool:
+        """Add the callbacks that correct a step; return whether weight decay pulls to the start."""
         kind = (self.optimizer_cls_and_kwargs or [None])[0]
         how = {"deepspeed": self.is_deepspeed_enabled, "kind": kind}
         to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **how)
@@ -291,35 +352,22 @@ class LoraNullMixin(SavingMixin):
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
-        if calibration_dataset is not None and init_folder is not None and not self.method.needs_texts:
-            logger.info(f"calibration_dataset: not read, start and drift are those of {init_folder}")
-        self._calibration_dataset = calibration_dataset
-        self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
-        defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
-        self._init_options = replace(init_options or defaults, weights=self._weights)
-        self._init_folder = None if init_folder is None else find_initialization(Path(init_folder))
-        self._reuse_init = reuse_init
-        both = [self.init_dir, self._init_folder] if reuse_init and self._init_folder else []
-        if len({read_report(folder)["key"] for folder in both}) > 1:
-            raise UserError(f"reuse_init: {self.init_dir} holds another start than {init_folder}; give one of the two")
-        self._recorded = self._settings(to_start) if self._measures else {}
-        self._dtypes = self._trained_dtypes()
-        self._prepared, self._rows = False, object()
-        self.layer_report: LayerReport | None = None
-        self.init_seconds = 0.0
-        self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
-        self.forget_terms()
-        if init_folder is not None and (self._goes_on or self.method.rule_for(self._init_options) is None):
-            reason = (
-                "the adapter is started already" if self._goes_on else f"{self.method.name} computes no such start"
-            )
+        return to_start
+
+    def _check_start(self) -> None:
+        """Check that what decides the start is there and will be read, now that the method is known."""
+        method, folder, texts = self.method, self._init_folder, self._calibration_dataset is not None
+        if folder is not None and (self._goes_on or method.rule_for(self._init_options) is None):
+            reason = "the adapter is started already" if self._goes_on else f"{method.name} computes no such start"
             raise UserError(f"init_folder: would not be read, {reason}")
-        starts = self.method.needs_gram and not self._goes_on and init_folder is None
-        if calibration_dataset is None and (starts or self.method.needs_texts):
-            raise UserError(f"calibration_dataset: {self.method.name} needs texts that carry the knowledge to keep")
-        if calibration_args is not None and calibration_dataset is None:
-            raise UserError("calibration_args: would not be read, there is no calibration_dataset")
+        if texts and folder is not None and not method.needs_texts:
+            logger.info(f"calibration_dataset: not read, start and drift are those of {folder}")
+        both = [self.init_dir, folder] if self._reuse_init and folder else []
+        if len({read_report(found)["key"] for found in both}) > 1:
+            raise UserError(f"reuse_init: {self.init_dir} holds another start than {folder}; give one of the two")
+        starts = method.needs_gram and not self._goes_on and folder is None
+        if not texts and (starts or method.needs_texts):
+            raise UserError(f"calibration_dataset: {method.name} needs texts that carry the knowledge to keep")
 
     def _settings(self, decays_to_start: bool) -> dict[str, Any]:
         """Return what decides the start and what trains, by the names of `check_settings`, as a checkpoint keeps it."""
@@ -601,7 +649,7 @@ class LoraNullMixin(SavingMixin):
         return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
     def _batches(self) -> list[dict[str, Any]]:
-        batches = as_batches(self._calibration_dataset, tokenizer_of(self.processing_class), self._calibration_args)
+        batches = as_batches(self._calibration_dataset, self.processing_class, self._calibration_args)
         if self._preflight != "off":
             check_windows(batches, self.model.config, self._preflight)
         return batches

@@ -99,21 +99,36 @@ def check_rows_given(name: str, rows: Any) -> None:
             raise UserError(f"{where}: holds no row")
 
 
-def check_reference(given: Mapping[str, Any]) -> None:
-    """Raise a UserError where TRL would load DPO's reference by the name of a model that has none, or take another adapter.
+def has_reference(trainer: type, args: Any) -> bool:
+    """Return whether a trainer of TRL compares with a reference, the model without its adapter or a copy of it.
+
+    Args:
+        trainer: its class.
+        args: its `args`.
+    """
+    names = {kind.__name__ for kind in trainer.__mro__}
+    if names & {"GRPOTrainer", "RLOOTrainer"}:
+        return bool(getattr(args, "beta", 0.0))
+    return bool(names & {"DPOTrainer", "KTOTrainer"})
+
+
+def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
+    """Raise a UserError where TRL would load the reference by the name of a model that has none, or take another adapter.
 
     Args:
         given: the trainer's arguments, by name.
+        loads_it: whether the trainer loads a reference where every weight trains.
     """
     model = given.get("model")
     trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
     if trained != "default" and given.get("ref_model") is None:
         raise UserError(
-            f"model: TRL takes the adapter 'default' for DPO's reference, and {trained!r} trains; load it under the name 'default'"
+            f"model: TRL takes the adapter 'default' for the reference, and {trained!r} trains; load it under the name 'default'"
         )
     without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
-    if isinstance(model, PreTrainedModel) and without_reference and not ahead and not model.config.name_or_path:
+    bare = loads_it and isinstance(model, PreTrainedModel)
+    if bare and without_reference and not ahead and not model.config.name_or_path:
         raise UserError(
             "ref_model: every weight trains, and the model was loaded from no path that would give the reference; give "
             "ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
@@ -121,7 +136,7 @@ def check_reference(given: Mapping[str, Any]) -> None:
 
 
 def check_reference_stays(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raise a UserError where DPO's reference, the model without its adapter, would train too.
+    """Raise a UserError where the reference, the model without its adapter, would train too.
 
     Args:
         model: with its adapter.
@@ -242,7 +257,7 @@ def check_rows(trainer: Any, mode: Mode) -> None:
                     break
             if look.is_fine:
                 break
-    _judge(look, tokenizer.eos_token, trainer.nothing_learned, mode)
+    _judge(look, getattr(tokenizer, "eos_token", None), trainer.nothing_learned, mode)
     limit = position_limit(trainer.model.config)
     if limit is not None:
         _check_lengths(trainer, limit, look.longest, mode)

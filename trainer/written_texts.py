@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import end_ids, position_limit
+from lora_null.utils.limits import end_ids, position_limit, tokenizer_of
 from lora_null.utils.model_state import base_model_of, preserve, replaced
 
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
@@ -36,7 +36,7 @@ def own_texts(
 
     Args:
         model: complete on every process, on its device.
-        tokenizer: the model's.
+        tokenizer: the model's, or a processor that holds it.
         count: number of texts.
         max_tokens: of a text, its prompt included, at most.
         prompts: texts to go on from, in turn, with all special tokens but the one the tokenizer puts first; without any
@@ -50,6 +50,7 @@ def own_texts(
     Raises:
         UserError: no token to begin with, or prompts of which none leaves room to write.
     """
+    tokenizer = tokenizer_of(tokenizer)
     starts: Any = beginnings(tokenizer, prompts, max_tokens)
     limit = position_limit(model.config)
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)

@@ -36,6 +36,8 @@ OPENAI = "https://api.openai.com/v1"
 NEED_REFERENCE = ("math", "reasoning", "coding")
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 MISSING = -1  # FastChat's own mark for a judgment without a grade
+OF_THE_TURN = (400, 413, 422)  # what an endpoint answers to one request that it does not take
+REFUSED = re.compile(r"(?i)unsupported|not supported|unrecognized|use .?max_completion_tokens")  # and not: too large
 PASSING = (408, 409, 429)  # what the openai package asks again after, beside 500 and above
 PROMPTS = Path(__file__).with_name("judge_prompts.json")
 GRADING = tuple(f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn"))
@@ -98,6 +100,11 @@ class Judge:
             sound = False
         if not sound:
             raise UserError(f"judge.base_url: {self.base_url!r} is no address such as {OPENAI}")
+        if "@" in urlsplit(self.base_url).netloc:
+            raise UserError(
+                "judge.base_url: holds a name or a password, which would be kept with the results; a key goes into the "
+                "variable that judge.api_key_env names"
+            )
         if importlib.util.find_spec("openai") is None:
             raise UserError("judge: needs the openai package; install it with pip install 'lora-null[judge]'")
         if self.base_url.rstrip("/") == OPENAI and not self.key():
@@ -340,6 +347,7 @@ class _Client:
         )
         self.headers = {} if key else {"Authorization": openai.omit}
         self.options: dict[str, Any] = {"temperature": 0, OLD: MAX_TOKENS}
+        self.judged = False  # whether any request was taken
 
     def close(self) -> None:
         """Close the connections."""
@@ -349,7 +357,7 @@ class _Client:
         """Return a judgment and its grade; the last judgment and −1 where no attempt gave a grade.
 
         Raises:
-            JudgeError: no attempt gave a judgment, or one was refused for good.
+            JudgeError: no attempt gave a judgment, or the endpoint refuses them all.
         """
         import openai
 
@@ -362,6 +370,8 @@ class _Client:
                 status = error.status_code
                 if status in (400, 422) and self._adapt(error, options):
                     continue
+                if status in OF_THE_TURN and self.judged:  # as one that is too long; the others are judged
+                    return f"refused with HTTP status {status}{_message_of(error)}", MISSING
                 if status not in PASSING and status < 500:
                     hint = f", check the key in {self.judge.api_key_env}" if status in (401, 403) else ""
                     message = (
@@ -373,6 +383,7 @@ class _Client:
             except openai.APIConnectionError as error:
                 failure = f"{type(error).__name__}: {error.__cause__ or error}"
                 break
+            self.judged = True
             text = text if judgment is None else judgment
             if judgment is not None and (score := parse_grade(judgment)) != MISSING:
                 return judgment, score
@@ -406,7 +417,7 @@ class _Client:
         """
         text = f"{error.param} {error.message}"
         with self.lock:
-            if OLD in text and OLD in self.options:
+            if OLD in text and OLD in self.options and REFUSED.search(text):
                 self.options = {NEW: THINKING_TOKENS} | {key: self.options[key] for key in self.options if key != OLD}
             elif "temperature" in text and "temperature" in self.options:
                 self.options = {key: self.options[key] for key in self.options if key != "temperature"}

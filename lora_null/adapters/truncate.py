@@ -38,14 +38,19 @@ def _rows(factor: torch.Tensor, k: int) -> torch.Tensor:
     return torch.nn.functional.pad(factor, (0, 0, 0, k - len(factor)))
 
 
+def check_rank(pairs: Mapping[str, Pair], k: int) -> None:
+    """Raise a UserError for a k that is less than 1 or more than the adapter's rank."""
+    rank = max(len(A) for A, _ in pairs.values())
+    if not 1 <= k <= rank:
+        raise UserError(f"--rank: {k} is not between 1 and the adapter's rank {rank}")
+
+
 def truncate_all(pairs: Mapping[str, Pair], k: int) -> tuple[dict[str, Pair], dict[str, float]]:
     """Truncate every pair to rank k; return them, and each module's ‖ΔW − ΔW_k‖ / ‖ΔW‖.
 
     Raises:
-        UserError: k is less than 1 or more than the adapter's rank.
+        UserError: as `check_rank`.
     """
-    rank = max(len(A) for A, _ in pairs.values())
-    if not 1 <= k <= rank:
-        raise UserError(f"--rank: {k} is not between 1 and the adapter's rank {rank}")
+    check_rank(pairs, k)
     found = {name: truncate(A, B, k) for name, (A, B) in pairs.items()}
     return {name: (A, B) for name, (A, B, _) in found.items()}, {name: error for name, (_, _, error) in found.items()}

@@ -41,6 +41,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_free(path: Path) -> None:
+    """Raise a UserError for a path that is there already and no empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another folder")
+
+
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes `path`, on failure nothing is left.
@@ -48,8 +54,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is there already and not an empty folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another folder")
+    check_free(path)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)

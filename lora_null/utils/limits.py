@@ -58,8 +58,11 @@ class PositionLimit:
 
 
 def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return the ids that end a text: the tokenizer's end token, and those that generation stops at."""
-    ends = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    """Return the ids that end a text: the tokenizer's end token, if there is one, and those that generation stops at."""
+    ends = [
+        getattr(tokenizer, "eos_token_id", None),
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+    ]
     return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 

@@ -17,6 +17,6 @@ for ((rank = 0; rank < nodes; rank++)); do
     hf jobs run ${JOBS_OPTIONS:-} --detach --flavor "${FLAVOR:-h200x8}" --timeout "${TIMEOUT:-24h}" \
         --attempts "${ATTEMPTS:-5}" --volume "hf://buckets/$BUCKET:/shared" --secrets HF_TOKEN \
         --env HF_HOME=/shared/huggingface --env LORA_NULL_CACHE=/shared/lora_null_cache \
-        --env NNODES="$nodes" --env NODE_RANK="$rank" "${network[@]}" \
+        --env NNODES="$nodes" --env NODE_RANK="$rank" ${network[@]+"${network[@]}"} \
         "$IMAGE" bash -c 'MASTER_ADDR=${HF_NETWORK_GROUP_PREFIX:-}node0 exec python -m lora_null.recipes.launch "$@"' launch "$@"
 done

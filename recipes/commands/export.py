@@ -20,15 +20,15 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
-from lora_null.adapters.gguf import load_gguf, read_gguf, write_gguf
+from lora_null.adapters.gguf import architecture_of, load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
-from lora_null.adapters.truncate import truncate_all
+from lora_null.adapters.truncate import check_rank, truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes.card import write_card
+from lora_null.recipes.card import hub_base, write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.source import PROCESSOR, TOKENIZER, another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
@@ -38,7 +38,7 @@ from lora_null.recipes.models.bases import ends_with, load_tokenizer
 from lora_null.recipes.output import check_place
 from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import opened, read_json, replacing_folder, write_json, write_safetensors
+from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
 
 GGUF_FILE, GENERATION_FILE = "adapter.gguf", "generation_config.json"
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
@@ -53,6 +53,7 @@ class Export:
         form: adapter, merged or gguf.
         folder: being filled.
         base_name: the base's name for others.
+        recorded: the name of the base to write into an adapter's configuration; empty: as it was trained.
         notes: lines for the card and the terminal.
         strength: ΔW is written times this.
         truncated: whether the rank is lower than what was trained and measured.
@@ -63,6 +64,7 @@ class Export:
     form: str
     folder: Path
     base_name: str
+    recorded: str = ""
     notes: list[str] = field(default_factory=list)
     rank: int | None = None
     strength: float = 1.0
@@ -90,10 +92,18 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if source.elsewhere:
         check_adapter_fits(source)
+    if arguments.rank is not None:
+        check_rank(read_adapter(source.folder).pairs(), arguments.rank)
+    if arguments.form == "gguf":
+        architecture_of(source.base.config)
     strength, note = _strength(source, arguments)
     with replacing_folder(arguments.out) as folder:
         name = arguments.base_name or source.base.section.name_or_path
         export = Export(source, arguments.form, folder, name, [note] if note else [], strength=strength)
+        if arguments.base or arguments.base_name:
+            export.recorded = name
+        elif arguments.push_to_hub:  # where a path of this machine says nothing, and is nobody's business
+            export.recorded = hub_base(name) or Path(name).name
         _note_base(export)
         _write(export, arguments)
         difference = verify(export)
@@ -152,6 +162,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
     check_at_most(arguments.max_forgetting)
     check_place(arguments.out.parent, "--out")
+    check_free(arguments.out)
     if arguments.form == "gguf":
         load_gguf()
 
@@ -164,7 +175,13 @@ def _write(export: Export, arguments: argparse.Namespace) -> None:
     _check_base(export, adapter.metadata)
     pairs, scaling = _plain(export, adapter, arguments.rank)
     if export.form == "gguf":
-        write_gguf(export.folder / GGUF_FILE, pairs, scaling, export.source.base.config, base_name=export.base_name)
+        write_gguf(
+            export.folder / GGUF_FILE,
+            pairs,
+            scaling,
+            export.source.base.config,
+            base_name=hub_base(export.base_name) or Path(export.base_name).name,
+        )
     else:
         _write_adapter(export, adapter, pairs, scaling)
 
@@ -204,8 +221,10 @@ def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling:
         metadata["strength"] = f"{export.strength:.6g}"
     write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
     config = adapter.config | plain_fields(export.rank, scaling)
-    if export.base_name != export.source.base.section.name_or_path:
-        config |= {"base_model_name_or_path": export.base_name, "revision": None}
+    if export.recorded:
+        section = export.source.base.section
+        revision = section.revision if export.recorded == section.name_or_path else None
+        config |= {"base_model_name_or_path": export.recorded, "revision": revision}
     write_json(export.folder / CONFIG_FILE, config)
     _copy_tokenizer(export)
 
@@ -332,7 +351,14 @@ def _load_gguf(export: Export) -> Any:
 def verification_texts(export: Export) -> list[list[int]]:
     """Return packaged WikiText and GSM8K samples, tokenized by the run's own tokenizer."""
     source = export.source
-    tokenizer = AutoTokenizer.from_pretrained(source.base.name if source.elsewhere else source.folder)
+    section, own = source.base.section, source.folder
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if source.elsewhere and not (own / "tokenizer_config.json").is_file():
+        own, options["revision"] = source.base.name, section.revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(own, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{own}: no tokenizer to verify the export with ({first_line(error)})") from None
     texts = []
     for name, fields in (("wikitext_test", ("prompt", "response")), ("gsm8k_test", ("question", "answer"))):
         lines = (FOLDER / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:4]
@@ -349,7 +375,11 @@ def push(folder: Path, name: str) -> None:
     hub = HfApi()
     try:
         hub.create_repo(name, private=True, exist_ok=True)
-        where = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lora-null")
+        # What an earlier export of another form has left would be loaded in its place.
+        stale = ["*.safetensors", "*.safetensors.index.json", "adapter_*", "*.gguf"]
+        where = hub.upload_folder(
+            repo_id=name, folder_path=folder, delete_patterns=stale, commit_message="Export of lora-null"
+        )
     except Exception as error:
         raise UserError(f"--push-to-hub: {name}: {first_line(error)}; {folder} is complete") from None
     print(f"pushed: {where}")

@@ -71,8 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _device(name: str | None, state: Any) -> Any:
     try:
-        return torch.device(name) if name else state.device
-    except RuntimeError as error:
+        device = torch.device(name) if name else state.device
+        torch.zeros(1, dtype=torch.float64, device=device)  # is it here, and does it solve?
+        return device
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device: {first_line(error)}") from None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
 from lora_null.eval_harness.mt_bench.task import ANSWERS_FILE, JUDGMENTS_FILE, QUESTIONS_FILE, as_questions, scores
+from lora_null.recipes.output import check_place
 from lora_null.utils.errors import UserError
 
 FILES = ("answers", "questions", "references")
@@ -46,6 +47,7 @@ def run(given: argparse.Namespace) -> int:
         )
     own = answered.name == ANSWERS_FILE  # a run's own judgments are gone on with
     path = answered.with_name(JUDGMENTS_FILE) if own else answered.with_suffix(".judgments.jsonl")
+    check_place(path.parent, "answers")
     try:
         grades = judge_answers(judge, questions, answers, path, model_id=read["answers"][0].get("model_id", "model"))
     except JudgeError as error:

@@ -17,6 +17,7 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
+from lora_null.initialize import bypassed
 from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
@@ -342,15 +343,17 @@ def _what_is_cut(name: str, lengths: Sequence[int], length: int) -> str:
 def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     """Return the rank, 64 or a power of two that is at most a quarter of the narrowest layer's width, and where it goes.
 
-    Linears far narrower than the model, such as the gate of a shared expert, one wide, are left out.
+    Linears far narrower than the model, such as the gate of a shared expert, one wide, are left out, and those that kernels
+    multiply past an adapter.
     """
     least = config.get_text_config(decoder=True).hidden_size // NARROW
     widths: dict[str, int] = {}
+    past = {name.rpartition(".")[2] for name in bypassed(empty, [name for name, _ in empty.named_modules() if name])}
     for name, module in empty.named_modules():
         if hasattr(module, "in_features") and module is not empty.get_output_embeddings():
             leaf = name.rpartition(".")[2]
             widths[leaf] = min(module.in_features, module.out_features, widths.get(leaf, module.in_features))
-    wide = {leaf: width for leaf, width in widths.items() if width >= least} or widths
+    wide = {leaf: width for leaf, width in widths.items() if width >= least and leaf not in past} or widths
     rank = {"rank": min(64, 2 ** max(int(math.log2(min(wide.values()))) - 2, 0))}
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
@@ -377,7 +380,7 @@ def _kept(
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
     if asked and keep.learned:
         measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
-        first = keep.held_out >= 2 * FEWEST  # of several, a budget takes the first
+        first = len(found) >= 2 * FEWEST  # of several, a budget takes the first
         retention.insert(0 if first else len(retention), measured | {"limit": min(limit, keep.held_out)})
     return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unasked
 
@@ -469,7 +472,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     draft.notes["memory"] = f"about {needed / GIB:.1f} GiB of {machine.memory / GIB:.1f} on {machine.name}{fits}"
     draft.notes["keep"] = f"{recipe.calibration.title}, {recipe.calibration.samples} windows of text" + (
         ""
-        if recipe.calibration.source or draft.retention[0]["answers"] == "kept"
+        if recipe.calibration.source or any(entry["answers"] == "kept" for entry in draft.retention)
         else "; no row of it is held out and measured"
     )
 

@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     options = {key: getattr(arguments, key) for key in ("output_dir", "seeds", "quick", "max_forgetting")}
     options |= {"methods": arguments.method, "preset": arguments.model_preset, "sweeps": arguments.sweep}
     if arguments.sequence:
-        names = [word for word in words if "=" not in word or Path(word).is_file()]
+        names = [word for word in words if "=" not in word or os.path.isfile(word)]
         recipes = [load_recipe(name, [word for word in words if word not in names], **options) for name in names]
         recipe = join_recipes(recipes)
     else:
-        name = next((word for word in words if "=" not in word or Path(word).is_file()), words[0])
+        name = next((word for word in words if "=" not in word or os.path.isfile(word)), words[0])
         recipe = load_recipe(name, [word for word in words if word is not name], **options)
     if arguments.print_config:
         print(dump(recipe), end="")

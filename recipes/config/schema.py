@@ -29,7 +29,9 @@ from lora_null.utils.errors import UserError, nearest
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
 _UNASKED = "is for scripts that ask for it, and none does here"
-_UPLOADED = "uploads checkpoints; `lora-null export RUN/METHOD --out DIR --push-to-hub ID` uploads what a run saves"
+_UPLOADED = (
+    "has only checkpoints to upload; `lora-null export RUN/METHOD --out DIR --push-to-hub ID` uploads what a run saves"
+)
 REFUSED = {
     "output_dir": _DECIDED.format("output_dir"),
     **dict.fromkeys(("seed", "data_seed"), _DECIDED.format("seed")),

@@ -107,8 +107,12 @@ def _unreachable(name: str, error: Exception) -> UserError:
 def empty_model(config: Any, model: ModelSection) -> PreTrainedModel:
     """Return the model without weights (meta device), to count and to check by."""
     kind = _class_of(config)
+    own = kind.__name__ in (getattr(config, "auto_map", None) or {}) and model.revision
+    options = {"code_revision": model.revision} if own else {}
     with complete_at_load(), init_empty_weights(), no_init_weights():
-        empty = kind.from_config(config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code)
+        empty = kind.from_config(
+            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code, **options
+        )
     empty.tie_weights()
     return empty
 

@@ -19,7 +19,7 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
-from lora_null.initialize import check_named, refusing_in_one_line
+from lora_null.initialize import check_named, refuse_bypassed, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
@@ -120,6 +120,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     if isinstance(model, PeftModel):
         check_linears(method, model)
         check_targets(model, recipe.preflight)
+        refuse_bypassed(model.get_base_model(), method.layers(model))
         if recipe.trainer == "sft" and isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise UserError(
                 "target_modules: TRL's SFT loss reads the weights of lm_head themselves, so that an adapter there would "

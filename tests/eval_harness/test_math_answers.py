@@ -121,6 +121,7 @@ NUMBERS = [
     ("3 * 4 apples = 12 apples", 12),
     ("2 dozen = 24 eggs", 24),
     ("5, since x = 3", 5),
+    ("5 because 2x = 10", 5),
     ("5 = x", 5),
     ("none", None),
     ("5/0", None),

@@ -224,6 +224,25 @@ def test_a_judge_of_the_newer_kind(tmp_path, parallel, caplog):
     assert len(accepted) == 6 and {body["max_completion_tokens"] for body in accepted} == {16384}
 
 
+TOO_LONG = (
+    "'max_tokens' or 'max_completion_tokens' is too large: 2048. This model's maximum context length is 8192 tokens."
+)
+
+
+def test_a_turn_that_is_refused_ends_no_other(tmp_path):
+    """As one that is too long for the judge, which names a parameter that it takes all the same."""
+    refusal = json.dumps({"error": {"message": TOO_LONG, "param": "max_tokens"}})
+    with serving((200, "[[5]]"), (400, refusal), (200, "[[5]]")) as stub:
+        grades = grade(stub, tmp_path, parallel=1, attempts=1)
+    assert len(grades) == 5 and {body["max_tokens"] for _, body in stub.seen} == {2048}
+    assert sorted(line["score"] for line in lines(tmp_path / "j.jsonl")) == [-1, 5, 5, 5, 5, 5]
+
+
+def test_an_address_with_a_password_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"judge\.base_url: holds a name or a password"):
+        Judge("judge-1", "https://user:secret@judge.example/v1").check()
+
+
 def test_other_refusals_are_told_in_the_endpoints_words(tmp_path, monkeypatch):
     monkeypatch.setitem(REFUSALS, "model", "The model 'judge-1' does not exist.")
     monkeypatch.setattr(Stub, "refuses", ("model",))

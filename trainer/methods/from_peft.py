@@ -216,10 +216,18 @@ def take_gradients(trainer: Any, layers: Mapping[str, nn.Module], batches: list[
 
 
 def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
-    """Return the first training rows, tokenized and collated as the trainer does, on the model's device."""
+    """Return the first training rows, tokenized and collated as the trainer does, on the model's device.
+
+    Raises:
+        UserError: a trainer whose batches have no labels.
+    """
     taken, device = list(islice(iter(trainer.train_dataset), rows)), next(trainer.model.parameters()).device
     groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
     whole = [group for group in groups if len(group) == batch_rows] or groups
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-    batches = (collate(group) for group in whole)  # of rows without padding it gives numbers too
+    batches = [collate(group) for group in whole]  # of rows without padding it gives numbers too
+    if not all(isinstance(batch, Mapping) and "labels" in batch for batch in batches):
+        raise UserError(
+            f"method: {trainer.method.name} reads labels, and {type(trainer).__name__} makes none; take another"
+        )
     return [{key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()} for batch in batches]
