@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
@@ -32,6 +32,7 @@ from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.models.bases import attention
 from lora_null.recipes.models.plan import MethodPlan, put_on
 from lora_null.recipes.models.quantization import require_bitsandbytes
+from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer.methods import check_engine, make_method
@@ -131,13 +132,6 @@ def check_weights(model: ModelSection, name: str) -> None:
                 raise UserError(f"model.name_or_path: the weights of {folder} are damaged ({file}: {error})") from None
 
 
-def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
-    """Return whether the trainer shortens the rows itself, at their beginnings, or takes whole ones to pieces in packs."""
-    if getattr(training, "packing", False):
-        return training.packing_strategy != "bfd"  # which cuts each row at max_length as it is
-    return training.truncation_mode == "keep_end"
-
-
 def check_batches(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
     """Raise a UserError where the rows do not fill the one batch without which `dataloader_drop_last` leaves nothing."""
     batch = training.per_device_train_batch_size * PartialState().num_processes
@@ -229,7 +223,6 @@ def rehearse(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     data: TrainingData,
-    arguments: Callable[..., SFTConfig | DPOConfig],
 ) -> None:
     """Take one training step on a few rows and a stand-in of a few thousand weights.
 
@@ -238,7 +231,6 @@ def rehearse(
 
     Args:
         recipe, tokenizer, data: of the run.
-        arguments: makes the trainer's configuration of an output folder and of what replaces the recipe's.
 
     Raises:
         UserError: whatever the step raises, in one line; `preflight` makes a warning of it.
@@ -248,9 +240,9 @@ def rehearse(
     finding = None
     try:
         with _silenced(), tempfile.TemporaryDirectory() as folder:
-            trainer = (DPOTrainer if recipe.trainer == "dpo" else SFTTrainer)(
+            trainer = TRAINERS[recipe.trainer].plain(
                 model=_stand_in(recipe, tokenizer),
-                args=arguments(Path(folder), **REHEARSAL),
+                args=training_arguments(recipe, Path(folder), **REHEARSAL),
                 train_dataset=_shortest_rows(data),
                 processing_class=tokenizer,
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),

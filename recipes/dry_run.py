@@ -10,8 +10,9 @@ from lora_null.recipes import output
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
-from lora_null.recipes.job import Job, check_run, space_of_run, total_batch, training_arguments
+from lora_null.recipes.job import Job, check_run, space_of_run
 from lora_null.recipes.models.plan import print_plan
+from lora_null.recipes.training import total_batch, training_arguments
 from lora_null.utils.distributed import is_first_process, together
 
 FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer takes about a millisecond for each

@@ -35,7 +35,6 @@ from lora_null.recipes.job import (
     inputs_beside_the_base,
     inputs_of,
     inspect_recipe,
-    training_arguments,
 )
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
@@ -58,6 +57,7 @@ from lora_null.recipes.results import (
     write_results,
 )
 from lora_null.recipes.run import base_row, run_job
+from lora_null.recipes.training import training_arguments
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import hash_of
@@ -212,7 +212,7 @@ def check_grid(
             plan_methods(own, job.config)  # which ask where decay pulls to
             planned.add(decays)
         if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
-            rehearse(own, job.tokenizer, job.data, functools.partial(training_arguments, own))
+            rehearse(own, job.tokenizer, job.data)
     return job
 
 

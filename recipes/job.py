@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
@@ -31,30 +29,27 @@ from lora_null.recipes.checks import (
     check_start,
     check_task_names,
     check_weights,
-    cut_by_trainer,
     reference_bytes,
     rehearse,
 )
 from lora_null.recipes.config.load import CONFIGURATIONS
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
-from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, tokenize, training_data
-from lora_null.recipes.environment import accelerator, choose_precision
+from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.evaluations import eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
 from lora_null.recipes.probes import ProbePlan, plan_probes
+from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.start import MIN_TOKENS
 from lora_null.store import find_initialization, read_report
-from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_architecture, tell
 from lora_null.utils.distributed import is_first_process
-from lora_null.utils.errors import Unreachable, UserError, first_line
+from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
-
-TRAINERS = {"sft": (LoraNullSFTTrainer, SFTConfig), "dpo": (LoraNullDPOTrainer, DPOConfig)}
 
 
 @dataclass
@@ -97,77 +92,12 @@ class Job:
         return {"batch_size": section.batch_size, "autocast_dtype": torch.bfloat16 if section.bf16 else None}
 
 
-def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
-    """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
-
-    Args:
-        recipe: the recipe; what it leaves to the machine ("auto") is put into it, see `choose_precision`.
-        folder: of the method.
-        replaced: arguments that stand over the recipe's.
-
-    Raises:
-        UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
-    """
-    choose_precision(recipe)
-    options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
-    options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
-    _check_positive(options)
-    total = options.pop("total_batch_size", None)
-    world = PartialState().num_processes
-    one_pass = options.get("per_device_train_batch_size", 8) * world
-    if total is not None:
-        if total % one_pass:
-            raise UserError(
-                f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
-                f"= {one_pass}"
-            )
-        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
-        if steps != total // one_pass:
-            raise UserError(
-                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
-                f"({total}); give one of the two"
-            )
-    if world > 1 and options.get("precompute_ref_log_probs"):
-        raise UserError(
-            "training.precompute_ref_log_probs: TRL leaves what it computes beside a file of rows, where a recipe has none "
-            "that several processes share; leave it out, or start one process"
-        )
-    options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
-    try:
-        return TRAINERS[recipe.trainer][1](**options)
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"training: {first_line(error)}") from None
-
-
-def _check_positive(options: dict[str, Any]) -> None:
-    """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
-    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-    for key in ("learning_rate", "num_train_epochs", "beta", *counts):
-        value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-    for key, most in (
-        ("weight_decay", sys.float_info.max),
-        ("max_grad_norm", math.inf),  # which clips nothing
-        ("label_smoothing_factor", 1),
-    ):
-        value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value <= most):
-            said = "between 0 and 1" if most == 1 else "of at least 0"
-            raise UserError(f"training.{key}: must be a number {said}, not {value}")
-
-
-def total_batch(training: SFTConfig | DPOConfig) -> int:
-    """Return the sequences of one optimizer step over all processes."""
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
-
-
 def check_run(recipe: Recipe, **options: Any) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
     job = inspect_recipe(recipe, **options)
     check_judge(recipe, job.tasks)
     if not options.get("unreached"):
-        rehearse(recipe, job.tokenizer, job.data, functools.partial(training_arguments, recipe))
+        rehearse(recipe, job.tokenizer, job.data)
     return job
 
 
@@ -351,18 +281,6 @@ def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:
             raise
         unreached.append(str(error))
         return None
-
-
-def read_training_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
-) -> TrainingData:
-    """Return the checked training rows; print which were left out."""
-    cut = None if cut_by_trainer(training) else training.max_length
-    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
-    if data.bad and is_first_process():
-        total = len(data.bad) + len(data.examples)
-        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
-    return data
 
 
 def _check_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -264,7 +264,7 @@ class Transfer(BaseModel):
     average: float | None = None
 
 
-class Sequence(BaseModel):
+class SequenceResults(BaseModel):
     """What `results.json` of a sequence adds.
 
     Attributes:
@@ -304,7 +304,7 @@ class Results(BaseModel):
     paired: list[Paired] | None = None
     answers: Answers | None = None
     grid: Grid | None = None
-    sequence: Sequence | None = None
+    sequence: SequenceResults | None = None
 
     @field_validator("rows")
     @classmethod
@@ -365,6 +365,23 @@ class Results(BaseModel):
     def metric(self, name: str) -> Metric:
         """The first row's entry for `name`: what is true of the metric in every row (unit, direction, role)."""
         return next(row.metrics[name] for row in self.rows if name in row.metrics)
+
+
+def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable."""
+    if not estimates or None in estimates:
+        return None
+    errors = [estimate.stderr for estimate in estimates]
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return Estimate(sum(estimate.value for estimate in estimates) / len(estimates), error)
+
+
+def change_error(before: Estimate, after: Estimate, gap: Paired | None) -> float | None:
+    """The standard error of a change: of the paired difference; where there is none, of two estimates apart."""
+    if gap is not None:
+        return gap.stderr
+    errors = [before.stderr, after.stderr]
+    return None if None in errors else math.hypot(*errors)
 
 
 def settings_text(point: Mapping[str, Any], join: str = " ") -> str:

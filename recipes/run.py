@@ -50,17 +50,14 @@ from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import (
-    TRAINERS,
     Job,
     check_run,
     check_tokens,
     inputs_of,
     space_of_run,
-    total_batch,
-    training_arguments,
 )
 from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, weight_reader
-from lora_null.recipes.models.plan import MethodPlan, adapter_config, optimizer_steps
+from lora_null.recipes.models.plan import MethodPlan, adapter_config
 from lora_null.recipes.models.so_far import after_earlier, model_so_far
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
@@ -80,6 +77,7 @@ from lora_null.recipes.results import (
 )
 from lora_null.recipes.side_by_side import side_by_side
 from lora_null.recipes.strengths import sweep
+from lora_null.recipes.training import TRAINERS, optimizer_steps, total_batch, training_arguments
 from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -436,7 +434,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         model, weights = base_to_shard(recipe.model, job.model_name)
     else:
         model = model_so_far(recipe.model, job.model_name, before)
-    trainer = TRAINERS[recipe.trainer][0](
+    trainer = TRAINERS[recipe.trainer].trainer(
         model=model,
         args=arguments,
         train_dataset=job.data.rows,

@@ -35,18 +35,18 @@ from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.table import mean
 from lora_null.recipes.results import (
     Estimate,
     Results,
     Row,
     Seconds,
+    SequenceResults,
     Transfer,
     load_results,
+    mean,
     shared_and_differing,
     write_results,
 )
-from lora_null.recipes.results import Sequence as Tasks
 from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
@@ -225,7 +225,7 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     for key in differing:
         each = [results.settings.get(key) for results in found]
         settings[key] = "; ".join("none" if value is None else str(value) for value in each)
-    sequence = Tasks(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=of_base)
+    sequence = SequenceResults(tasks=names, metrics=metrics, transfers=transfers, knowledge=knowledge, base=of_base)
     return last.model_copy(update={"recipe": recipe.name, "settings": settings, "rows": rows, "sequence": sequence})
 
 

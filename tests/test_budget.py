@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
-from world import make_world, write_rows
+from transformers import TrainerCallback
+from world import base, make_world, write_rows
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
 from lora_null.adapters.plain import save_plain_adapter
@@ -236,8 +236,7 @@ def test_what_is_saved_keeps_the_budget_on_unseen_rows(finished, then):
         assert kept["step"] == kept["reached"] - (2 if then == "rewind" else 0) > 0
     learned = kept["learned"]["numbers nll"]
     assert learned["lost"] == pytest.approx(learned["kept"] - learned["full"], abs=1e-6) and learned["stderr"] > 0
-    model = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, finished / then / "lora-null-v1" / "adapter")
+    model = PeftModel.from_pretrained(base(finished), finished / then / "lora-null-v1" / "adapter")
     facts = [json.loads(line) for line in (finished / "facts.jsonl").read_text().splitlines()][:40]
     pairs = [(f"Question: {fact['question']}\nAnswer:", f" {fact['answer'][0]}") for fact in facts]
     task = AnswerTask("facts", pairs, kl=True, role="retention")

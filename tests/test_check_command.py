@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import random_batches, save_tiny, tiny_model
+from tiny import logits, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_null.__main__ import main
@@ -16,7 +16,6 @@ from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.adapters.plain import save_plain_adapter
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
-PROBE = random_batches(count=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +218,6 @@ def loaded_as_vllm_does(folder, model, max_lora_rank):
             slot_B[:, : len(A)] = tensors[f"base_model.model.{name}.lora_B.weight"] * scaling
             linear.weight.data += slot_B @ slot_A
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
 
 
 def test_a_loader_like_vllms_gives_what_peft_gives(base, tmp_path):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import random_batches, save_tiny
-from transformers import AutoModelForCausalLM
-from world import write_rows
+from tiny import logits, save_tiny
+from world import base, write_rows
 
 from lora_null import LoraNullConfig
 from lora_null.__main__ import main
@@ -19,8 +18,6 @@ from lora_null.checkpoint_reader import WeightFiles
 from lora_null.initialize import load_initialization
 from lora_null.layer import adapted_layers
 from lora_null.recipes import own_texts
-
-PROBE = random_batches(count=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +33,6 @@ def world(tmp_path_factory):
 def init(world, out, *words):
     common = ["init", "--model", str(world / "model"), "--calibration", str(world / "facts.jsonl"), "--out", str(out)]
     return main([*common, "--dtype", "float32", "--rank", "4", "--max-length", "64", "--device", "cpu", *words])
-
-
-def base(world):
-    return AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(**PROBE).logits[PROBE["attention_mask"].bool()]
 
 
 def test_v2_is_a_plain_adapter_that_changes_nothing_yet(world, tmp_path, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import CUT, ROWS, TEXTS, losses, make
-from tiny import random_batches, tiny_model, tiny_tokenizer
+from test_trainer import losses, make
+from tiny import logits, random_batches, tiny_model, tiny_tokenizer
+from trainers import CUT, ROWS, TEXTS, quick
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, RewardConfig, RewardTrainer
 
@@ -28,11 +29,6 @@ CONFIGS = {
 }
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
-
-
 def far(a, b):
     return (logits(a) - logits(b)).abs().max().item()
 
@@ -43,12 +39,10 @@ def second_stage(model, folder, **options):
 
 
 def dpo(model, folder, **options):
-    arguments = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=2, max_steps=2)
-    arguments |= dict(report_to="none", save_strategy="no", gradient_checkpointing=False, logging_steps=1)
-    arguments |= dict(disable_tqdm=True, learning_rate=1e-12)
+    arguments = dict(per_device_train_batch_size=2, max_steps=2, learning_rate=1e-12)
     return LoraNullDPOTrainer(
         model=model,
-        args=DPOConfig(**{**arguments, **options}),
+        args=DPOConfig(**quick(folder, **{**arguments, **options})),
         train_dataset=PAIRS,
         processing_class=tiny_tokenizer(),
         calibration_dataset=TEXTS,
@@ -310,11 +304,9 @@ def run_of(kind, what, folder, **options):
     options = {"save_strategy": "steps", "save_steps": 3, **options}
     if what != "reward head":
         return make(folder, config, model=tiny_model(tie_word_embeddings="tied" in what), **options)
-    arguments = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=6)
-    arguments |= dict(learning_rate=1e-2, logging_steps=1, report_to="none", disable_tqdm=True, max_length=64)
     return RewardTrainerWithStart(
         model=reward_model(1),
-        args=RewardConfig(**{**arguments, "gradient_checkpointing": False, **options}),
+        args=RewardConfig(**quick(folder, max_length=64, **options)),
         train_dataset=SCORED,
         processing_class=tiny_tokenizer(),
         peft_config=config,

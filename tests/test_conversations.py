@@ -5,6 +5,7 @@ import json
 import pytest
 from chats import (
     BLOCKS,
+    CONFIG,
     DEAF,
     ENDS,
     JSON_CALLS,
@@ -33,7 +34,6 @@ from lora_null.recipes.data.examples import read_examples, tokenize, training_da
 from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
 from lora_null.utils.errors import UserError
 
-CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
 
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from tiny import losses_over, random_batches, save_tiny
+from tiny import PROBE, losses_over, random_batches, save_tiny
 from transformers import AutoModelForCausalLM
-from world import make_world
+from world import base, make_world
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
@@ -25,8 +25,6 @@ from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told
 from lora_null.recipes.strengths import sweep
 from lora_null.utils.errors import UserError
 
-PROBE = random_batches(count=1)[0]
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -36,7 +34,7 @@ def world(tmp_path_factory):
     evaluation = "eval.retention=[{answers: facts, path: %s, limit: 24}]" % (folder / "facts.jsonl")
     assert recipes([str(make_world(folder)), evaluation, *words]) == 0
     elsewhere = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        base(folder),
         LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], alpha_pattern={"q_proj": 2}),
     )
     losses_over(elsewhere, random_batches(), steps=5)
@@ -51,10 +49,6 @@ def points(folder):
 def logits(model):
     with torch.no_grad():
         return model.eval()(**PROBE).logits
-
-
-def base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
 
 def at_strength(folder, adapter, value):

@@ -26,7 +26,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.tuners.lora.layer import Linear
 from peft.utils.hotswap import hotswap_adapter
-from tiny import random_batches, tiny_model
+from tiny import logits, random_batches, tiny_model
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, keep_in_null_basis
 from lora_null.config import ResidualLoraConfig
@@ -44,11 +44,6 @@ CLOSE = 1e-9
 
 def base():
     return tiny_model().double()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
 
 
 class Live:

@@ -4,38 +4,23 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
+from trainers import CUT, PAIRS, TEXTS, quick
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers
-from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullMixin
 from lora_null.trainer.methods import make_method
 
-TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
-PAIRS = Dataset.from_dict(
-    {
-        "prompt": [f"Q: {i}+{i}\nA:" for i in range(32)],
-        "chosen": [f" {2 * i} is it" for i in range(32)],
-        "rejected": [f" {3 * i} no" for i in range(32)],
-    }
-)
-CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 LNULL = [LoraNullConfig(r=4, variant="v1"), LoraNullConfig(r=4, variant="v2"), LoraNullConfig(r=4, variant="nb")]
-
-
-def options(folder, **changes):
-    fixed = dict(output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=4)
-    fixed |= dict(learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
-    return {**fixed, "gradient_checkpointing": False, **changes}
 
 
 def make(folder, config, *, pairs=PAIRS, model=None, **changes):
     return LoraNullDPOTrainer(
         model=model or tiny_model(),
-        args=DPOConfig(**options(folder, **changes)),
+        args=DPOConfig(**quick(folder, **{"max_steps": 4, **changes})),
         train_dataset=pairs,
         processing_class=tiny_tokenizer(),
         peft_config=config,
@@ -129,16 +114,14 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
     given = {"train_dataset": PAIRS, "processing_class": tiny_tokenizer(), "method": make_method("full")}
     given |= {"calibration_dataset": TEXTS, "calibration_args": CUT}
     with pytest.raises(UserError, match=r"^ref_model: every weight trains, and .* give ref_model=copy.deepcopy"):
-        LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**options(tmp_path)), **given)
-    arguments = DPOConfig(**options(tmp_path, max_steps=1))
+        LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**quick(tmp_path, max_steps=4)), **given)
+    arguments = DPOConfig(**quick(tmp_path, max_steps=1))
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
 
 
 def test_the_reference_is_of_the_adapter_that_trains(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
-    with pytest.raises(
-        UserError, match="model: TRL takes the adapter 'default' for DPO's reference, and 'mine' trains"
-    ):
+    with pytest.raises(UserError, match="model: TRL takes the adapter 'default' for the reference, and 'mine' trains"):
         make(tmp_path, None, model=model)
 
 
@@ -156,7 +139,7 @@ def test_the_mixin_on_one_more_trainer(tmp_path):
     trainer = LoraNullGRPOTrainer(
         model=tiny_model(),
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(**options(tmp_path, max_steps=2, num_generations=2, max_completion_length=8)),
+        args=GRPOConfig(**quick(tmp_path, max_steps=2, num_generations=2, max_completion_length=8)),
         train_dataset=PAIRS.select_columns("prompt"),
         processing_class=tiny_tokenizer(),
         peft_config=LoraNullConfig(r=4, variant="v2"),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chats import assistant, user
+from chats import CONFIG, assistant, learned, user
 from datasets import Dataset
 from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
@@ -23,7 +23,6 @@ CHATML = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TURNS = [("Add 1 and 2.", "3"), ("And 4?", "That is 7.")]
-CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
 
 
 @pytest.fixture
@@ -35,18 +34,6 @@ def tokenizer():
 
 def section(path, **options):
     return DataSection(path=str(path), **{"template": "qa", **options})
-
-
-def learned(tokens, tokenizer):
-    """The text of each learned span."""
-    spans, last = [], None
-    for token, label in zip(tokens.ids, tokens.labels):
-        assert label in (-100, token)
-        if label != -100:
-            spans = spans if last else [*spans, []]
-            spans[-1].append(token)
-        last = label != -100
-    return [tokenizer.decode(span) for span in spans]
 
 
 @pytest.mark.parametrize("template", ["qa", "alpaca", "plain", "chat"])

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import random_batches, tiny_model
+from tiny import logits, random_batches, tiny_model
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.adapters.base_hash import base_fingerprint
@@ -38,11 +38,6 @@ def trained(variant, **config):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return peft_model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,9 +12,9 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import random_batches, save_tiny, tiny_model
+from tiny import logits, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from world import make_world
+from world import base, make_world
 
 import lora_null.adapters.gguf
 from lora_null.__main__ import main
@@ -22,6 +22,7 @@ from lora_null.adapters.base_hash import base_fingerprint
 from lora_null.adapters.merge import deltas_of, write_checkpoint
 from lora_null.adapters.verify import compare
 from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.commands import dial
 from lora_null.recipes.commands import export as command
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
@@ -30,7 +31,6 @@ ADAPTERS = ("lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-nul
 ADAPTERS += ("mica", "eva", "lora-ga")
 TWICE = ("pissa", "milora", "corda", "lora-null-v1", "lora-ga")
 WHOLE = ("full", "osf")
-PROBE = random_batches(count=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,6 @@ def world(tmp_path_factory):
     small = ["training.max_steps=2", "training.save_strategy=no", "eval.retention=[]"]
     assert recipes([str(recipe), *small]) == 0
     return folder
-
-
-def base(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **options)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
 
 
 def export(world, method, out, *words):
@@ -359,6 +350,13 @@ def test_another_base_is_refused(world, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_was_moved_is_the_one_that_the_adapter_names(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "moved")
+    assert export(world, "lora", tmp_path / "out", "--base", str(tmp_path / "moved")) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "moved")
+
+
 def test_an_export_that_computes_something_else_is_not_left(world, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr(lora_null.adapters.gguf, "to_gguf_rows", lambda B, heads: B)
@@ -404,10 +402,14 @@ def test_mistakes_are_one_line(world, tmp_path, capsys, words, line):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys):
+def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
     assert export(world, "lora", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err
+    monkeypatch.setattr(dial, "strength_within", None)  # nothing is measured before
+    for words in ([str(tmp_path)], [str(tmp_path / "new"), "--rank", "99"]):
+        assert main(["export", str(world / "out" / "lora"), "--max-forgetting", "1", "--out", *words]) == 2
+    assert "--rank: 99 is not between 1 and the adapter's rank 4" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -437,6 +439,11 @@ def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):
     assert export(world, "lora", tmp_path / "two", "--push-to-hub", "me/it") == 0
     assert calls[0] == ("me/it", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/it" and calls[1]["folder_path"] == tmp_path / "two"
+    assert {"*.safetensors", "adapter_*", "*.gguf"} <= set(calls[1]["delete_patterns"])  # of an earlier form
+    names = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("one", "two")]
+    assert (
+        names[0]["base_model_name_or_path"] == str(world / "model") and names[1]["base_model_name_or_path"] == "model"
+    )
 
     def refuse(self, name, **options):
         raise OSError("no token\nmore")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from scipy import stats
 from tiny import tiny_tokenizer
-from world import make_world
+from world import make_world, results
 
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, PreferenceTask
 from lora_null.eval_harness.likelihood import TokenizedPair
@@ -48,10 +48,6 @@ def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     assert main([str(make_world(folder)), *WORDS]) == 0
     return folder
-
-
-def results(folder):
-    return json.loads((folder / "out" / "results.json").read_text())
 
 
 def log(folder, point, seed, method):

@@ -12,10 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file
-from test_dpo import PAIRS
 from test_dpo import make as make_dpo
-from test_trainer import CUT, ROWS, TEXTS, losses, make
+from test_trainer import losses, make
 from tiny import random_batches, tiny_model, tiny_tokenizer
+from trainers import CUT, PAIRS, ROWS, TEXTS
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from world import make_world

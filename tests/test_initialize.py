@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import random_batches, tiny_model
+from tiny import PROBE, logits, random_batches, tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,7 +17,6 @@ from lora_null.layer import adapted_layers
 from lora_null.store import KEPT
 
 BATCHES = random_batches()
-PROBE = BATCHES[0]
 
 
 def start(variant="v2", *, dtype=torch.float64, model=None, batches=BATCHES, min_tokens=1, **config):
@@ -31,11 +30,6 @@ def start(variant="v2", *, dtype=torch.float64, model=None, batches=BATCHES, min
 
 def linears(model):
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])

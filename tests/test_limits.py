@@ -8,11 +8,10 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from peft import get_peft_model
-from test_dpo import PAIRS
-from test_dpo import options as dpo_options
-from test_trainer import CUT, ROWS, TEXTS, make
+from test_trainer import make
 from tiny import random_batches, tiny_model, tiny_tokenizer
-from trl import DPOConfig
+from trainers import CUT, PAIRS, ROWS, TEXTS, quick
+from trl import DPOConfig, SFTConfig
 from world import make_world, write_rows
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -79,8 +78,8 @@ def test_a_limit_is_what_the_forward_pass_takes(name):
 
 class TestCalibrationWindows:
     def trainer(self, folder, model, *, calibration=TEXTS, **arguments):
-        trainer = make(folder, model=model, calibration=calibration, max_length=48)
-        arguments = dict(args=trainer.args, train_dataset=ROWS, calibration_dataset=calibration) | arguments
+        args = SFTConfig(**quick(folder, max_length=48))
+        arguments = dict(args=args, train_dataset=ROWS, calibration_dataset=calibration) | arguments
         return LoraNullSFTTrainer(
             model, processing_class=tiny_tokenizer(), peft_config=LoraNullConfig(r=4), **arguments
         )
@@ -138,7 +137,7 @@ class TestTrainingRows:
         long = Dataset.from_dict({"prompt": ["why?"], "chosen": ["a" * 90], "rejected": ["no"]})
         trainer = LoraNullDPOTrainer(
             gpt2(),
-            args=DPOConfig(**dpo_options(tmp_path, max_length=128)),
+            args=DPOConfig(**quick(tmp_path, max_steps=4, max_length=128)),
             train_dataset=long,
             processing_class=tiny_tokenizer(),
             peft_config=LoraNullConfig(r=4),
@@ -311,7 +310,7 @@ def test_a_model_that_sees_trains_on_text_with_its_processor(tmp_path, name, var
 def test_and_on_preferences(tmp_path, variant):
     trainer = LoraNullDPOTrainer(
         SEEING["llava"](),
-        args=DPOConfig(**dpo_options(tmp_path, max_steps=2)),
+        args=DPOConfig(**quick(tmp_path, max_steps=2)),
         train_dataset=PAIRS,
         processing_class=processor(),
         peft_config=LoraNullConfig(r=4, variant=variant, target_modules=INSIDE),

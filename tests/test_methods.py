@@ -10,11 +10,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from datasets import Dataset
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
-from tiny import random_batches, tiny_model, tiny_tokenizer
+from tiny import logits, tiny_model, tiny_tokenizer
+from trainers import CUT, ROWS, TEXTS, quick
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers, factors_of
-from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer
+from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods import (
     METHODS,
     Method,
@@ -35,11 +35,6 @@ from lora_null.trainer.methods import (
 from lora_null.trainer.methods.residual import CorDA, PiSSA
 from lora_null.trainer.methods.roselora import _cut_moments, top_mask
 
-TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
-ROWS = Dataset.from_dict(
-    {"prompt": [f"Q: {i}+{i}\nA:" for i in range(48)], "completion": [f" {2 * i} is it" for i in range(48)]}
-)
-CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 PAPER = ("full", "lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
 RIVALS = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora", "keeplora")
 ALL = (*PAPER, "nb-lora", "osf", "mica", "eva", "lora-ga", *RIVALS)
@@ -53,7 +48,6 @@ TRAINS |= {
     "oft": ("oft_R",),
     "full": ("",),
 }
-BATCH = random_batches(1)[0]
 OPTIONS = {"eva": {"rows": 32}, "lora-ga": {"rows": 8}, "sc-lora": {"rows": 32}}
 OPTIONS |= {"keeplora": {"rows": 8, "weight_energy": 0.5, "input_energy": 0.9}}
 OPTIONS |= {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "kl-anchor": {"every": 2}}
@@ -61,15 +55,10 @@ OPTIONS |= {"clora": {"k": 8}, "oplora": {"k": 8}, "oft": {"block_size": 16}, "k
 
 def make(folder, name, *, options=None, adapter=None, model=None, **training):
     method = make_method(name, options or OPTIONS.get(name))
-    arguments = dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_steps=6,
-        learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        gradient_checkpointing=False, lr_scheduler_type="constant",
-    )  # fmt: skip
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (adapter or {})
     return LoraNullSFTTrainer(
         model=model or tiny_model(),
-        args=SFTConfig(**{**arguments, **training}),
+        args=SFTConfig(**quick(folder, **{"lr_scheduler_type": "constant", **training})),
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
         peft_config=method.config(**adapter),
@@ -84,11 +73,6 @@ def started(folder, name, **options):
     trainer._prepare(resuming=False)
     trainer._prepared = True
     return trainer
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCH).logits[BATCH["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("name", ALL)

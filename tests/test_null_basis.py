@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_trainer import make
-from tiny import random_batches, tiny_model
+from tiny import logits, random_batches, tiny_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -30,11 +30,6 @@ def started(batches=BATCHES, **options):
     peft_model = wrapped(**options)
     initialize_lora_null_weights(peft_model, batches, min_tokens=1, progress=False)
     return peft_model.train()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCHES[0]).logits[BATCHES[0]["attention_mask"].bool()]
 
 
 def bases(peft_model):

@@ -9,12 +9,11 @@ import torch
 from oracle import capture_inputs, factors, projection
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from test_dpo import CUT, PAIRS, TEXTS
-from test_dpo import options as dpo_options
 from test_trainer import make
-from tiny import losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
+from tiny import PROBE, logits, losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn.utils import prune
+from trainers import CUT, PAIRS, TEXTS, quick
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 from world import make_world
@@ -37,7 +36,6 @@ from lora_null.utils.quantized import quantized_layers, unreadable, weight_of
 
 FORMS = ("nf4", "int8")
 BATCHES = random_batches()
-PROBE = BATCHES[0]
 SHAPE = {"hidden_size": 64, "intermediate_size": 80}
 
 
@@ -60,12 +58,6 @@ def started(model, config, batches=BATCHES):
     peft_model = get_peft_model(model, config)
     initialize_lora_null_weights(peft_model, batches, min_tokens=1, progress=False)
     return peft_model.eval()
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(**PROBE).logits[PROBE["attention_mask"].bool()]
 
 
 def stored(model):
@@ -396,7 +388,7 @@ def test_a_trainer_refuses_a_method_that_needs_plain_weights(folder, tmp_path):
 def test_dpo_starts_from_the_quantized_reference(folder, tmp_path, variant):
     trainer = LoraNullDPOTrainer(
         model=load(folder, "nf4"),
-        args=DPOConfig(**dpo_options(tmp_path, max_steps=2)),
+        args=DPOConfig(**quick(tmp_path, max_steps=2)),
         train_dataset=PAIRS,
         processing_class=tiny_tokenizer(),
         peft_config=LoraNullConfig(r=4, variant=variant),

@@ -14,8 +14,7 @@ from lora_null.recipes.config.known import method_options
 from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.grid import grid_cells
-from lora_null.recipes.job import training_arguments
-from lora_null.recipes.models.plan import optimizer_steps
+from lora_null.recipes.training import optimizer_steps, training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
 
@@ -369,6 +368,6 @@ def test_a_reference_ahead_needs_one_process(monkeypatch, tmp_path):
     """TRL keeps it beside a file of rows; the rows of a recipe lie in each process's memory."""
     recipe = load_recipe("ultrafeedback", ["training.precompute_ref_log_probs=true", "training.total_batch_size=null"])
     assert training_arguments(recipe, tmp_path).precompute_ref_log_probs
-    monkeypatch.setattr("lora_null.recipes.job.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("lora_null.recipes.training.PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match=r"training.precompute_ref_log_probs: .* or start one process"):
         training_arguments(recipe, tmp_path)

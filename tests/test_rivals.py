@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from test_methods import CUT, OPTIONS, ROWS, TEXTS, factors, make, started
+from test_methods import OPTIONS, factors, make, started
 from tiny import save_tiny, tiny_model, tiny_tokenizer
+from trainers import CUT, ROWS, TEXTS
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference

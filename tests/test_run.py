@@ -12,8 +12,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
-from world import make_world
+from world import base, make_world, results
 
 from lora_null.eval_harness import AnswerTask, evaluate
 from lora_null.recipes import run
@@ -29,10 +28,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     assert main([str(make_world(folder))]) == 0
     return folder
-
-
-def results(folder):
-    return json.loads((folder / "out" / "results.json").read_text())
 
 
 def test_leaves_what_the_contract_says(finished):
@@ -72,8 +67,7 @@ def test_results_follow_the_schema(finished):
 
 def score_again(folder, method):
     """Return what the saved adapter scores on a fresh base, and what the run says it scored."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, folder / "out" / method / "adapter")
+    model = PeftModel.from_pretrained(base(folder), folder / "out" / method / "adapter")
     rows = [json.loads(line) for line in (folder / "numbers.jsonl").read_text().splitlines()][:10]
     pairs = [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
     again = evaluate(model, tiny_tokenizer(), [AnswerTask("numbers", pairs)], batch_size=4).metrics["numbers nll"]

@@ -11,8 +11,8 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import random_batches, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
-from world import make_world, write_rows
+from transformers import TrainerCallback
+from world import base, make_world, write_rows
 
 from lora_null.__main__ import main
 from lora_null.calibration import InputStats
@@ -21,9 +21,10 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes
+from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import check_run
 from lora_null.recipes.results import Row, Seconds, load_results, write_results
-from lora_null.recipes.sequence import collect, transfer
+from lora_null.recipes.sequence import collect, rows_of, transfer
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
 
@@ -50,10 +51,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
     assert main(["train", *recipes_in(folder), "--sequence", "--output-dir", str(folder / "out"), *WORDS]) == 0
     return folder
-
-
-def base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
 
 def test_the_adapters_add_up_to_one_for_the_original_base(finished):
@@ -243,7 +240,22 @@ def test_the_whole_names_the_data_of_all_tasks(finished, tmp_path):
     assert len(set(data)) == 2 and results.settings["training_data"] == "; ".join(data)
     for row in results.rows[1:]:
         for card in (out / row.method / "README.md", out / row.method / "adapter" / "README.md"):
-            assert f"Trained on {Path(data[0]).name}, then on {Path(data[1]).name}." in card.read_text()
+            text = card.read_text()
+            assert f"Trained on {Path(data[0]).name}, then on {Path(data[1]).name}." in text
+            assert (
+                "Learning was measured by numbers" in text and "letters" in text.partition("Learning was measured")[2]
+            )
+
+
+@pytest.mark.parametrize(
+    "training, part", [({}, slice(1024)), ({"max_length": None}, slice(None)), ({"max_length": 4}, slice(4)), ({"max_length": 4, "truncation_mode": "keep_end"}, slice(-4, None))]
+)  # fmt: skip
+def test_grams_of_a_task_are_of_the_tokens_that_training_reads(finished, training, part):
+    recipe = load_recipe(str(finished / "a.yaml"))
+    job = check_run(recipe)
+    job.recipe.training |= training
+    whole = [tokens.ids for tokens in tokenize(job.data.examples, recipe.data.template, job.tokenizer)]
+    assert rows_of(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 4
 
 
 def test_a_recipe_whose_path_holds_an_equals_sign(finished, tmp_path, capsys):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import random_batches, tiny_model
+from tiny import PROBE, random_batches, tiny_model
 from torch import nn
 
 from lora_null import LoraNullConfig, UserError
@@ -13,7 +13,6 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 
 BATCHES = random_batches()
-PROBE = BATCHES[0]
 
 
 def linears(model):

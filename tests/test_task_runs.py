@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
-from world import make_world, write_rows
+from world import make_world, results, write_rows
 
 from lora_null.eval_harness.code.jails import find_jail
 from lora_null.recipes.__main__ import main
@@ -29,10 +29,6 @@ def world(folder, **changes):
     tokenizer.chat_template = CHATML.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
     tokenizer.save_pretrained(folder / "model")
     return recipe
-
-
-def results(folder):
-    return json.loads((folder / "out" / "results.json").read_text())
 
 
 METHODS = ["lora", "lora-null-v1", "lora-null-v2"]

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
+from trainers import CUT, ROWS, TEXTS, quick
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils
 
@@ -15,12 +16,6 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
-
-TEXTS = [f"who was the {i}th of the {'great ' * (i % 4)}kings" for i in range(64)]
-ROWS = Dataset.from_dict(
-    {"prompt": [f"Q: {i}+{i}\nA:" for i in range(48)], "completion": [f" {2 * i} is it" for i in range(48)]}
-)
-CUT = CalibrationArgs(samples=64, max_length=64, mode="separate")
 
 
 def make(
@@ -41,22 +36,9 @@ def make(
     **options,
 ):
     """A trainer; `config` is "none" where the model is a PeftModel already."""
-    arguments = dict(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=4,
-        max_steps=6,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
     return LoraNullSFTTrainer(
         model=model or tiny_model(),
-        args=SFTConfig(**{**arguments, **options}),
+        args=SFTConfig(**quick(folder, **options)),
         train_dataset=rows,
         processing_class=tokenizer or tiny_tokenizer(),
         peft_config=None if config == "none" else config or LoraNullConfig(r=4, variant="v2"),

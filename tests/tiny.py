@@ -56,6 +56,15 @@ def random_batches(count: int = 6, size: int = 8, length: int = 12, seed: int = 
     return batches
 
 
+PROBE = random_batches(count=1)[0]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """What the model says at every real token of the probe."""
+    return model.eval()(**PROBE).logits[PROBE["attention_mask"].bool()]
+
+
 def losses_over(model: torch.nn.Module, batches, *, steps: int) -> list[float]:
     """Train what trains with Adam; return the loss before each step."""
     model.train()

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import torch
 import yaml
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def write_rows(path: Path, rows) -> Path:
@@ -49,3 +51,13 @@ def make_world(folder: Path, **changes) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**recipe, **changes}))
     return path
+
+
+def base(folder: Path) -> PreTrainedModel:
+    """The world's model, as it was written."""
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
+def results(folder: Path) -> dict:
+    """What a finished run says of itself."""
+    return json.loads((folder / "out" / "results.json").read_text())

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
-from lora_null.recipes.job import read_training_data, training_arguments
 from lora_null.recipes.models.bases import load_tokenizer, resolve_name
+from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 

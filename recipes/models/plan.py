@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lora_null.initialize import check_named, refuse_bypassed, refusing_in_one_l
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
+from lora_null.recipes.training import optimizer_steps
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.methods.base import distinct_inputs
@@ -227,15 +227,6 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     blocks, on = text.num_hidden_layers, "cpu" if training.use_cpu else "gpu"
     kept = blocks * between + inside if training.gradient_checkpointing else blocks * inside
     return WIDER[on] * kept + LOGITS[on] * text.vocab_size * tokens
-
-
-def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None, batch: int) -> int | None:
-    """Return the number of optimizer steps for `rows` training rows in batches of `batch`, None where the trainer decides."""
-    if training.max_steps > 0:
-        return training.max_steps
-    if rows is None or getattr(training, "packing", False):  # several rows become one sequence
-        return None
-    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
 
 
 def files_of(recipe: Recipe) -> list[str]:

@@ -33,8 +33,17 @@ from lora_null.eval_harness.statistics import (
 )
 from lora_null.recipes.comparisons import Evaluations, compared_means
 from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
-from lora_null.recipes.report.table import ARROWS, change_error, metric_title, reference_row, show_all
-from lora_null.recipes.results import Estimate, Results, Row, Run, display_name, settings_text, variant_of
+from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
+from lora_null.recipes.results import (
+    Estimate,
+    Results,
+    Row,
+    Run,
+    change_error,
+    display_name,
+    settings_text,
+    variant_of,
+)
 
 RATE = "training.learning_rate"
 FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL

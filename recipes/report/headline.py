@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
-from lora_null.recipes.report.table import change_error, mean, metric_title, show_all
-from lora_null.recipes.results import Estimate, Paired, Results
+from lora_null.recipes.report.table import metric_title, show_all
+from lora_null.recipes.results import Estimate, Paired, Results, change_error, mean
 
 
 @dataclass(frozen=True)

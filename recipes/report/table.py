@@ -15,7 +15,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Paired, Results, Row
+from lora_null.recipes.results import Estimate, Results, Row, mean
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
@@ -118,23 +118,6 @@ def reference_row(results: Results, variant: str | None = None) -> int | None:
     """The row that the others are compared with at equal settings: LoRA, or the first method; None without a method."""
     rows = [i for i, row in enumerate(results.rows) if i and row.variant == variant]
     return next((i for i in rows if results.rows[i].method == "lora"), next(iter(rows), None))
-
-
-def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
-    """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable."""
-    if not estimates or None in estimates:
-        return None
-    errors = [estimate.stderr for estimate in estimates]
-    error = None if None in errors else math.hypot(*errors) / len(errors)
-    return Estimate(sum(estimate.value for estimate in estimates) / len(estimates), error)
-
-
-def change_error(before: Estimate, after: Estimate, gap: Paired | None) -> float | None:
-    """The standard error of a change: of the paired difference; where there is none, of two estimates apart."""
-    if gap is not None:
-        return gap.stderr
-    errors = [before.stderr, after.stderr]
-    return None if None in errors else math.hypot(*errors)
 
 
 def escape_markdown(text: object) -> str:

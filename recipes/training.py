@@ -1,0 +1,126 @@
+"""What the section `training` comes to: TRL's arguments, the batch, the steps, and the rows that the trainer gets."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from lora_null.recipes.config.schema import Recipe
+from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, training_data
+from lora_null.recipes.environment import accelerator, choose_precision
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.utils.distributed import is_first_process
+from lora_null.utils.errors import UserError, first_line
+
+
+class Kind(NamedTuple):
+    """What a recipe's `trainer` stands for: our trainer, its configuration, and TRL's own trainer."""
+
+    trainer: type[LoraNullSFTTrainer | LoraNullDPOTrainer]
+    config: type[SFTConfig | DPOConfig]
+    plain: type[SFTTrainer | DPOTrainer]
+
+
+TRAINERS = {
+    "sft": Kind(LoraNullSFTTrainer, SFTConfig, SFTTrainer),
+    "dpo": Kind(LoraNullDPOTrainer, DPOConfig, DPOTrainer),
+}
+
+
+def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
+    """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
+
+    Args:
+        recipe: the recipe; what it leaves to the machine ("auto") is put into it, see `choose_precision`.
+        folder: of the method.
+        replaced: arguments that stand over the recipe's.
+
+    Raises:
+        UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
+    """
+    choose_precision(recipe)
+    options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
+    options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
+    _check_positive(options)
+    total = options.pop("total_batch_size", None)
+    world = PartialState().num_processes
+    one_pass = options.get("per_device_train_batch_size", 8) * world
+    if total is not None:
+        if total % one_pass:
+            raise UserError(
+                f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
+                f"= {one_pass}"
+            )
+        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
+        if steps != total // one_pass:
+            raise UserError(
+                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
+                f"({total}); give one of the two"
+            )
+    if world > 1 and options.get("precompute_ref_log_probs"):
+        raise UserError(
+            "training.precompute_ref_log_probs: TRL leaves what it computes beside a file of rows, where a recipe has none "
+            "that several processes share; leave it out, or start one process"
+        )
+    options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
+    try:
+        return TRAINERS[recipe.trainer].config(**options)
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"training: {first_line(error)}") from None
+
+
+def _check_positive(options: dict[str, Any]) -> None:
+    """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
+    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    for key in ("learning_rate", "num_train_epochs", "beta", *counts):
+        value = options.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
+    for key, most in (
+        ("weight_decay", sys.float_info.max),
+        ("max_grad_norm", math.inf),  # which clips nothing
+        ("label_smoothing_factor", 1),
+    ):
+        value = options.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= most):
+            said = "between 0 and 1" if most == 1 else "of at least 0"
+            raise UserError(f"training.{key}: must be a number {said}, not {value}")
+
+
+def total_batch(training: SFTConfig | DPOConfig) -> int:
+    """Return the sequences of one optimizer step over all processes."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
+
+
+def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None, batch: int) -> int | None:
+    """Return the number of optimizer steps for `rows` training rows in batches of `batch`, None where the trainer decides."""
+    if training.max_steps > 0:
+        return training.max_steps
+    if rows is None or getattr(training, "packing", False):  # several rows become one sequence
+        return None
+    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
+
+
+def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
+    """Return whether the trainer shortens the rows itself, at their beginnings, or takes whole ones to pieces in packs."""
+    if getattr(training, "packing", False):
+        return training.packing_strategy != "bfd"  # which cuts each row at max_length as it is
+    return training.truncation_mode == "keep_end"
+
+
+def read_training_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
+) -> TrainingData:
+    """Return the checked training rows; print which were left out."""
+    cut = None if cut_by_trainer(training) else training.max_length
+    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
+    if data.bad and is_first_process():
+        total = len(data.bad) + len(data.examples)
+        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
+    return data
