@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     """
     model, section = recipe.model, recipe.eval
     packages = PACKAGES if model.quantization is None else (*PACKAGES, "bitsandbytes")
-    packages += ("vllm",) * (section.backend == "vllm")
+    packages += ("vllm",) * (section.backend == "vllm" and find_spec("vllm") is not None)
     engine = None if section.vllm is None else section.vllm.model_dump()
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
     asked = [{"label": t.label, "role": t.role} | t.describe(t.within(limit)) for t in tasks]

@@ -64,12 +64,12 @@ class Export:
     form: str
     folder: Path
     base_name: str
-    recorded: str = ""
     notes: list[str] = field(default_factory=list)
     rank: int | None = None
     strength: float = 1.0
     truncated: bool = False
     bound: float = EXACT
+    recorded: str = ""
 
     def __post_init__(self) -> None:
         if self.source.base.section.dtype != "float32":

@@ -13,7 +13,7 @@ from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
     Results,
     Row,
-    Sequence,
+    SequenceResults,
     TrainLog,
     Transfer,
     load_results,
@@ -120,7 +120,7 @@ def test_a_sequences_fractions_are_percent_everywhere():
     changes = {"lost": [(0.051, 0.02)], "ahead": [(-0.03, None)], "backward": (-0.051, 0.02), "average": 0.4}
     found = results().model_copy(
         update={
-            "sequence": Sequence(
+            "sequence": SequenceResults(
                 tasks=["a", "b"],
                 metrics=["a", "b"],
                 base={"a": cell, "b": cell},

@@ -1,0 +1,54 @@
+"""The study's methods at equal learning over three seeds: two of an H200 and one of a CPU, tested over the seeds alone.
+
+    python tests/benchmarks/three_seeds.py        # in seconds: reads study/rivals.json and study/rivals_seed_2.json
+
+Each seed is read off its own path over the rates, where it has learned what LoRA has at 1e-3: the mean of the seeds, or what all
+of them reach. Settings of which the third seed was not run are left out. p is that of the difference from this LoRA, over
+the seeds, adjusted for all methods and levels of a set (Holm).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_null.recipes.grid import mean_row
+from lora_null.recipes.report.grid_page import equal_learning
+from lora_null.recipes.results import Results, Run, load_results, variant_of
+
+STUDY = Path(__file__).parent / "study"
+TASK, DECAY, SETS = "GSM8K nll", "training.weight_decay", ("NQ", "WebQS", "WikiText", "Instructions", "Code")
+
+
+def merged(reference: int) -> Results:
+    """Return the runs of both files whose setting has all three seeds, LoRA's with the decay of the reference first."""
+    results, third = load_results(STUDY / "rivals.json"), load_results(STUDY / "rivals_seed_2.json")
+    runs = [*results.grid.cells, *third.grid.cells]
+    groups: dict[tuple[str, str | None], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.method, run.point[DECAY]) != ("lora", reference)):
+        groups.setdefault((run.method, variant_of(run.point)), []).append(run)
+    whole = {key: group for key, group in groups.items() if len(group) == len({run.seed for run in runs})}
+    rows = [results.base, *(mean_row(group, variant) for (_, variant), group in whole.items())]
+    grid = results.grid.model_copy(update={"cells": [run for group in whole.values() for run in group]})
+    return results.model_copy(update={"rows": rows, "grid": grid, "paired": [], "noise": {}})
+
+
+def main() -> None:
+    """Print what every method has forgotten where it has learned as much as LoRA without and with weight decay."""
+    for decay in (0, 3):
+        results = merged(decay)
+        for kept in SETS:
+            found = equal_learning(results, f"{kept} kl", TASK)
+            target = next(t for t in found if f"weight_decay {decay}" in t.where and "learning_rate 0.001" in t.where)
+            print(f"\n{kept} KL, where {target.learned:.3f} nats of GSM8K are learned, as by LoRA with decay {decay}")
+            for row in target.rows:
+                p = "" if row.p is None else f", p {row.p:.4f}" if row.p >= 1e-4 else ", p < 0.0001"
+                read = (
+                    f"{row.value.value:.4f} ± {row.value.stderr or 0:.4f}, {row.reached} seeds{p}"
+                    if row.value
+                    else "–"
+                )
+                print(f"  {row.label:30} {read}")
+
+
+if __name__ == "__main__":
+    main()
