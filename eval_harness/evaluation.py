@@ -76,7 +76,7 @@ def evaluate(
     """Evaluate a live model; leave it, the tokenizer and all random states as they were.
 
     Under torch.distributed, every process calls this with the same arguments; the work is shared (so a model whose
-    parameters are whole on each rank), and every rank returns the same metrics.
+    parameters are whole in each process), and every process returns the same metrics.
 
     Args:
         model: a `PreTrainedModel` or `PeftModel` on its device.

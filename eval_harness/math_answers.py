@@ -30,9 +30,8 @@ _LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{(-?[\d.,]+)\}|(\d))\s*(?:\{(-
 _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))")
 _MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # as hyphens, dashes and the sign of mathematics
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # ½ and its like
-_COMPUTED = re.compile(
-    r".*[\d)}%](?:\s+[^\W\d_]+)?\s*=(?=.*\d)", re.DOTALL
-)  # the left side of "3 * 4 = 12", "3 * 4 km = 12 km"
+# The left side of "3 * 4 = 12" and of "3 * 4 km = 12 km".
+_COMPUTED = re.compile(r".*[\d)}%](?:\s+[^\W\d_]+)?\s*=(?=.*\d)", re.DOTALL)
 LONGEST = 1000  # characters of a number; what is longer is none, and Python refuses to read 4,301 digits
 _DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free

@@ -144,10 +144,14 @@ def _license_in(card: Path | str) -> str | None:
         return None
 
 
+def _tasks_of(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tasks of a sequence; of another recipe none."""
+    return (recipe.get("sequence") or {}).get("tasks") or []
+
+
 def _trained_on(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the data of a recipe, or of each task of a sequence."""
-    tasks = (recipe.get("sequence") or {}).get("tasks") or [{}]
-    return [recipe.get("data", {}) | task.get("data", {}) for task in tasks]
+    return [recipe.get("data", {}) | task.get("data", {}) for task in _tasks_of(recipe) or [{}]]
 
 
 def datasets_of(recipe: dict[str, Any]) -> list[str]:
@@ -172,10 +176,11 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
     if "calibration" in recipe:
         section = parse_section(CalibrationSection, "calibration", recipe["calibration"])
         lines.append(f"The knowledge to keep was measured on {section.title}.")
-    stages = [task.get("eval") or {} for task in (recipe.get("sequence") or {}).get("tasks") or []]
-    asked = {"Retention": evaluation.get("retention"), "Learning": evaluation.get("task")}
-    if stages:
-        asked["Learning"] = [entry for stage in stages for entry in stage.get("task") or []]
+    learning = [(task.get("eval") or {}).get("task") for task in _tasks_of(recipe)] or [evaluation.get("task")]
+    asked = {
+        "Retention": evaluation.get("retention"),
+        "Learning": [entry for each in learning for entry in each or []],
+    }
     for word, entries in asked.items():
         names = [entry if isinstance(entry, str) else _entry_name(entry) for entry in entries or []]
         lines += [f"{word} was measured by {', '.join(names)}."] if names else []

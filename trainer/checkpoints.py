@@ -230,10 +230,8 @@ class SavingMixin(Base):
         if self.args.should_save:
             write_json(checkpoint / BEGUN_FILE, {"step": self.state.global_step})
         keep, push = self.args.save_total_limit, self.args.push_to_hub
-        self.args.save_total_limit, self.args.push_to_hub = (
-            None,
-            False,
-        )  # what is not whole is neither counted nor uploaded
+        # What is not whole yet is neither counted nor uploaded.
+        self.args.save_total_limit, self.args.push_to_hub = None, False
         try:
             super()._save_checkpoint(model, trial)
         finally:
