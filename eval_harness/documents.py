@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.values import is_conversation
+from lora_null.utils.values import as_conversation, is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".txt": "text", ".md": "text"}
@@ -118,6 +118,11 @@ def _without_filler(value: Any) -> Any:
     return [_without_filler(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _csv_value(cell: str) -> Any:
+    found = as_conversation(cell)  # which a csv holds as JSON
+    return found if is_conversation(found) else cell
+
+
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     """Return the rows of a csv, every cell as its text, or what is wrong with one; whole columns of integers as those."""
     csv.field_size_limit(sys.maxsize)
@@ -134,7 +139,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     complete = [row for row in cells if len(row) == len(names)]
     numbers = [all(_is_integer(row[i]) for row in complete) for i in range(len(names))]
     return [
-        {name: int(cell) if number else cell for name, number, cell in zip(names, numbers, row)}
+        {name: int(cell) if number else _csv_value(cell) for name, number, cell in zip(names, numbers, row)}
         if len(row) == len(names)
         else f"{len(row)} cells under {len(names)} columns"
         for row in cells

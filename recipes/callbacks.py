@@ -108,6 +108,12 @@ class WriteLog(TrainerCallback):
             self.tokens_before = max(line.get("tokens", 0) for line in kept)
         self.start = time.perf_counter()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:  # what a resumed run counts its tokens and seconds from
+            control.should_log = True
+
+    on_epoch_end = on_step_end
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         probes = {name: value for name, value in (logs or {}).items() if name.startswith(PREFIX)}
         if not state.is_world_process_zero or not logs or ("loss" not in logs and not probes):
@@ -193,7 +199,7 @@ class SaveOnSignal(TrainerCallback):
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.asked = 0  # the signal
+        self.asked, self.saved = 0, False  # the signal, and whether this step is saved for it
         self.group: Any = None
         self.before: dict[int, Any] = {}
 
@@ -216,7 +222,11 @@ class SaveOnSignal(TrainerCallback):
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
             self.asked = int(asked)
         if self.asked:
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = self.saved = True
+
+    def on_epoch_end(self, *now: Any, **_: Any) -> None:
+        if self.saved:  # before others take this for the end of the training
+            self.on_train_end(*now)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         while self.before:

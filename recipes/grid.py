@@ -25,7 +25,7 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import forget_below, put
+from lora_null.recipes.config.load import SOURCES, forget_below, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import (
@@ -99,7 +99,7 @@ class Cell:
         """Return the ordinary recipe of this run."""
         raw = grid.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
         put(raw, "method.name", list(self.methods), "grid")
-        for key, value in self.point:
+        for key, value in sorted(self.point, key=lambda setting: setting[0] not in SOURCES):
             put(raw, key, value, "grid")
         return parse_recipe(forget_below(raw, dict(self.point)), self.title)
 

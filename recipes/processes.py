@@ -62,14 +62,18 @@ def join_processes() -> None:
         ) from None
 
 
+def is_sharded() -> bool:
+    """Return whether the processes were started for an engine that shares out weights."""
+    return any(map(parse_flag_from_env, SHARDING_VARIABLES))
+
+
 def work_alone() -> None:
     """Turn one of several launched processes into one that knows of no other; call it before any of them has met.
 
     The first one keeps the terminal: the others show no bars, and print only through `print_line`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = any(map(parse_flag_from_env, SHARDING_VARIABLES))
-    if world == 1 or sharded or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+    if world == 1 or is_sharded() or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         return
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if torch.cuda.is_available():

@@ -418,7 +418,8 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
     method = after_earlier(method, job.earlier.get(plan.name, ()), job.knowledge)
-    windows = windows + (job.earlier_rows if method.needs_texts else [])
+    reads_texts = method.needs_texts or (method.needs_gram and method.computes_whole)
+    windows = windows + (job.earlier_rows if reads_texts else [])
     reuses = _take_initialization(job, plan, folder)
     config = adapter_config(recipe.method, method, plan.rank)
     if config is not None:
@@ -514,6 +515,7 @@ def _settings(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     training = training_arguments(recipe, job.folder)
     batch = total_batch(training)
+    rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
@@ -526,8 +528,8 @@ def _settings(job: Job) -> dict[str, Any]:
         "training_data": recipe.data.path,
         "trainer": recipe.trainer,
         "template": templates_of(job.tasks, recipe.data.template),
-        "rank": recipe.method.rank,
-        "alpha": recipe.method.alpha or recipe.method.rank,
+        "rank": rank,
+        "alpha": recipe.method.alpha or rank,
         "calibration_data": "; ".join(job.windows.covered) if job.windows else None,
         "calibration_windows": len(job.windows.ids) if job.windows else 0,
         "calibration_tokens": sum(map(len, job.windows.ids)) if job.windows else 0,

@@ -52,6 +52,11 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     world = PartialState().num_processes
     one_pass = options.get("per_device_train_batch_size", 8) * world
     if total is not None:
+        if options.get("auto_find_batch_size"):
+            raise UserError(
+                "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "
+                "fixed; give one of the two"
+            )
         if total % one_pass:
             raise UserError(
                 f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "

@@ -176,15 +176,22 @@ def test_zero_ends_in_the_weights_of_one_process(tmp_path):
 
 
 def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):
-    record_processes(tmp_path, 2, 8)
+    record_processes(tmp_path, 2, 8, "DeepSpeed")
     with pytest.raises(UserError, match=r"batches of 8 \(2 processes\), this run takes 4 \(1 processes\)"):
-        check_processes(tmp_path, 1, 4, fixed=None)
+        check_processes(tmp_path, 1, 4, None)
     with pytest.raises(UserError, match="cannot go on with 4; start 2"):
-        check_processes(tmp_path, 4, 8, fixed="DeepSpeed")
-    check_processes(tmp_path, 2, 8, fixed="DeepSpeed")
+        check_processes(tmp_path, 4, 8, "DeepSpeed")
+    check_processes(tmp_path, 2, 8, "DeepSpeed")
     assert capsys.readouterr().err == ""
-    check_processes(tmp_path, 4, 8, fixed=None)
+    check_processes(tmp_path, 4, 8, None)  # without an optimizer there is nothing that an engine cannot read
     assert "results agree to rounding" in capsys.readouterr().err
+    (tmp_path / "global_step2").mkdir()
+    with pytest.raises(
+        UserError, match="trained under DeepSpeed, and its optimizer cannot be read without FSDP or Deep"
+    ):
+        check_processes(tmp_path, 2, 8, None)
+    with pytest.raises(UserError, match="trained under DeepSpeed, and its optimizer cannot be read under FSDP"):
+        check_processes(tmp_path, 2, 8, "FSDP")
 
 
 def refusal_of(place):

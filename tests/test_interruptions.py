@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from kill_harness import harness, outcome, run
+from transformers import TrainerControl
 from world import make_world
 
 from lora_null.recipes.__main__ import main
@@ -58,6 +59,21 @@ def test_a_training_that_begins_twice_gives_the_signals_back():
     assert signal.getsignal(signal.SIGTERM) == callback._remember
     callback.on_train_end(None, state, None)
     assert [signal.getsignal(number) for number in SaveOnSignal.SIGNALS] == before
+
+
+def test_a_signal_ends_a_saved_step_before_others_take_it_for_the_last():
+    callback, state, control = (
+        SaveOnSignal(),
+        SimpleNamespace(global_step=1, is_world_process_zero=False),
+        TrainerControl(),
+    )
+    callback.asked = signal.SIGTERM
+    callback.on_epoch_end(None, state, control)  # it came after the step: nothing is saved yet
+    callback.on_step_end(None, state, control)
+    assert control.should_save and control.should_training_stop
+    with pytest.raises(SystemExit) as ended:
+        callback.on_epoch_end(None, state, control)
+    assert ended.value.code == 143
 
 
 def make_checkpoint(folder, step, size=100):

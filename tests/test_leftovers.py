@@ -286,6 +286,19 @@ def test_the_command_that_goes_on_has_the_consent_that_was_given(tmp_path, conse
     assert goes_on == f"go on with: lora-null train '{tmp_path}/a b/recipe.yaml' --resume{said}"
 
 
+@pytest.mark.parametrize("place, launcher", [
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "go on with: torchrun --nproc_per_node 2 -m lora_null.recipes"),
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "go on with the same launcher and: -m lora_null.recipes"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "go on with the same launcher and: -m lora_null.recipes"),
+])  # fmt: skip
+def test_the_command_that_goes_on_starts_as_many_processes_of_the_same_engine(tmp_path, monkeypatch, place, launcher):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "recipe.yaml").touch()
+    _, goes_on = _stopped(tmp_path, SimpleNamespace(allow_code_execution=False))
+    assert goes_on == f"{launcher} {tmp_path}/recipe.yaml --resume"
+
+
 def test_seconds_before_a_checkpoint_count(tmp_path):
     job, plan = SimpleNamespace(initialized={}), SimpleNamespace(name="lora")
     assert run._spent_before(job, plan, None) == (0, 0)

@@ -144,6 +144,10 @@ CASES = [
         "training.dataloader_drop_last: 1 rows fill no batch of 2, so that none is left to train on",
     ),
     (["training.total_batch_size=3"], "total_batch_size: 3 is not a multiple of per_device_train_batch_size"),
+    (
+        ["training.total_batch_size=4", "training.auto_find_batch_size=true"],
+        "auto_find_batch_size: takes smaller batches",
+    ),
     (["training.optim=sdg"], "training: "),
     (["training.learning_rate=-1"], "training.learning_rate: must be a number greater than 0, not -1"),
     (["trainer=dpo", "training.beta=0"], "training.beta: must be a number greater than 0, not 0"),

@@ -13,7 +13,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.known import method_options
 from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
 from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.grid import grid_cells
+from lora_null.recipes.grid import Cell, grid_cells
 from lora_null.recipes.training import optimizer_steps, training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
@@ -342,6 +342,17 @@ def test_texts_to_calibrate_on_have_none_of_the_fields_of_the_rows_before(tmp_pa
     ):
         recipe = load_recipe("quickstart", [f"calibration.path={path}"])
         assert recipe.calibration.template == template and recipe.calibration.samples == 128
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_words_means_nothing(tmp_path, order):
+    (tmp_path / "notes.md").write_text("a note")
+    words = [f"calibration.path={tmp_path}", "calibration.limit=5"][::order]
+    recipe = load_recipe("quickstart", words)
+    assert (recipe.calibration.path, recipe.calibration.limit) == (str(tmp_path), 5)
+    swept = dict(word.split("=") for word in words)
+    cell = Cell(0, tuple((key, int(value) if value.isdigit() else value) for key, value in swept.items()), ("lora",))
+    assert cell.recipe(load_recipe("quickstart"), tmp_path).calibration == recipe.calibration
 
 
 METHOD = "from lora_null.trainer.methods import Method, method\n@method\nclass Mine(Method):\n    name = 'mine-own'\n"

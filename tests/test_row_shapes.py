@@ -4,6 +4,7 @@ What is meant is known to the generator. The labels are those of the chat templa
 reader never sees, since its template has none.
 """
 
+import csv
 import json
 import random
 
@@ -12,7 +13,9 @@ from chats import BLOCKS, TOOLS, chat_tokenizer
 from tiny import tiny_tokenizer
 from world import write_rows
 
-from lora_null.recipes.config.schema import DataSection
+from lora_null.eval_harness.documents import read_documents
+from lora_null.recipes.config.schema import CalibrationSection, DataSection
+from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import RowReader, tokenize, training_data
 from lora_null.utils.chat import adds_bos
 
@@ -238,6 +241,22 @@ def test_prompts_and_responses(tmp_path, template):
         prompt = tokenizer(before)["input_ids"]
         assert tokens.ids[:start] == prompt[:start] and len(prompt) - start in (0, 1)  # 1: a token that joins both
         assert not any(word in tokenizer.decode(tokens.ids) for word in PYTHON)
+
+
+def test_conversations_in_a_csv_are_conversations_by_any_name(tmp_path):
+    said = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they"}]
+    other = [said[0], {"role": "assistant", "content": "[nobody]"}]
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["better", "worse", "note"], [json.dumps(said), json.dumps(other), "[1]"]])
+    (row,) = read_documents([tmp_path / "rows.csv"], "data").rows
+    assert row == {"better": said, "worse": other, "note": "[1]"}
+    section = DataSection(path=str(tmp_path / "rows.csv"), response="better", rejected="worse", template="chat")
+    (example,) = training_data(section, chat_tokenizer(), preferences=True, max_length=None).examples
+    texts = ["<user>who?\n<assistant>they</s>\n", "<user>who?\n<assistant>[nobody]</s>\n"]
+    assert [example.written.text, example.rejected.text] == texts
+    section = CalibrationSection(path=str(tmp_path / "rows.csv"), field="better", samples=1)
+    (source,) = calibration_sources(section, chat_tokenizer())
+    assert source.texts == texts[:1]
 
 
 @pytest.mark.parametrize("bad", [b"bytes", {1, 2}, object(), 1j, range(3), {"text": b"x"}, [b"x"]])

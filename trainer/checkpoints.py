@@ -87,11 +87,15 @@ def check_whole_checkpoint(checkpoint: Path) -> None:
 
 def warn_without_optimizer(checkpoint: Path) -> None:
     """Say in a line that the optimizer begins anew, from a checkpoint of a run with `save_only_model`."""
-    if not any(path for name in ("optimizer*", "global_step*") for path in checkpoint.glob(name)):
+    if not _holds_optimizer(checkpoint):
         logger.warning(
             f"resume: {checkpoint} holds no optimizer (save_only_model), so its moments and the schedule of the learning rate "
             "begin anew"
         )
+
+
+def _holds_optimizer(checkpoint: Path) -> bool:
+    return any(path for name in ("optimizer*", "global_step*") for path in checkpoint.glob(name))
 
 
 def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
@@ -138,23 +142,23 @@ def _check_scaling(folder: Path, config: Any) -> None:
             raise UserError(f"resume: {folder} has {key} {saved.get(key)}, this run asks for {live.get(key)}")
 
 
-def record_processes(checkpoint: Path, processes: int, batch: int) -> None:
-    """Write down how many processes trained, and the rows of one optimizer step over all of them."""
-    write_json(checkpoint / PROCESSES_FILE, {"processes": processes, "batch": batch})
+def record_processes(checkpoint: Path, processes: int, batch: int, engine: str | None) -> None:
+    """Write down how many processes trained, the rows of one optimizer step over all of them, and what shards weights."""
+    write_json(checkpoint / PROCESSES_FILE, {"processes": processes, "batch": batch, "engine": engine})
 
 
-def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str | None) -> None:
+def check_processes(checkpoint: Path, processes: int, batch: int, engine: str | None) -> None:
     """Refuse to go on from a checkpoint with other batches; with the same ones another number of processes is fine.
 
     The rows of each step are then the same in the same order, and only sums are rounded otherwise.
 
     Args:
         checkpoint: of any number of processes.
-        processes, batch: of this run, as in `record_processes`.
-        fixed: the engine, if its checkpoints bind the number of processes.
+        processes, batch, engine: of this run, as in `record_processes`; the engine is "DeepSpeed", "FSDP" or None.
 
     Raises:
-        UserError: other batches, or another number of processes under such an engine.
+        UserError: other batches, an optimizer that another engine has written, or another number of processes under DeepSpeed,
+            whose checkpoints bind it.
     """
     if not (checkpoint / PROCESSES_FILE).is_file():
         return
@@ -164,11 +168,17 @@ def check_processes(checkpoint: Path, processes: int, batch: int, *, fixed: str 
             f"resume: {checkpoint} was trained in batches of {before['batch']} ({before['processes']} processes), this "
             f"run takes {batch} ({processes} processes); keep the total batch, or the number of processes"
         )
+    if "engine" in before and before["engine"] != engine and _holds_optimizer(checkpoint):
+        one, other = (f"under {name}" if name else "without FSDP or DeepSpeed" for name in (before["engine"], engine))
+        raise UserError(
+            f"resume: {checkpoint} was trained {one}, and its optimizer cannot be read {other}; start with the same "
+            "configuration of accelerate"
+        )
     if before["processes"] == processes:
         return
-    if fixed:
+    if engine == "DeepSpeed":
         raise UserError(
-            f"resume: {checkpoint} was written by {before['processes']} processes of {fixed}, which cannot go on with "
+            f"resume: {checkpoint} was written by {before['processes']} processes of DeepSpeed, which cannot go on with "
             f"{processes}; start {before['processes']}"
         )
     logger.warning(
@@ -243,7 +253,7 @@ class SavingMixin(Base):
                     callback.save_state(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            record_processes(checkpoint, *self._processes_and_batch())
+            record_processes(checkpoint, *self._processes_and_batch(), self._engine())
             mark_complete(checkpoint)
         if push:
             self._push_from_checkpoint(str(checkpoint))
@@ -407,6 +417,9 @@ class SavingMixin(Base):
     def _processes_and_batch(self) -> tuple[int, int]:
         processes = self.accelerator.num_processes
         return processes, self._train_batch_size * self.args.gradient_accumulation_steps * processes
+
+    def _engine(self) -> str | None:
+        return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
 
 
 def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:

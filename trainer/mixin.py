@@ -461,8 +461,7 @@ class LoraNullMixin(SavingMixin):
             self._take_batch_size(checkpoint)
             check_settings(checkpoint, self._recorded)
             warn_without_optimizer(checkpoint)
-            fixed = "DeepSpeed" if self.is_deepspeed_enabled else None
-            check_processes(checkpoint, *self._processes_and_batch(), fixed=fixed)
+            check_processes(checkpoint, *self._processes_and_batch(), self._engine())
         if not self._prepared:
             start = time.perf_counter()
             self._prepare(resuming=checkpoint)

@@ -41,6 +41,10 @@ INSTEAD = {
     "text": ("messages", "system", "thinking", "template", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
+SOURCES = (
+    "calibration",
+    *(f"calibration.{key}" for key in ("path", "source", "self", "sources")),
+)  # laid before the rest
 CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
 PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATIONS}
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
@@ -211,7 +215,7 @@ def lay_calibration(under: Any, over: Any) -> Any:
     under, over = calibration_entry(under), calibration_entry(over)
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
-    named = {"path", "source", "self", "sources"}
+    named = {key.rpartition(".")[2] for key in SOURCES}
     if named & set(over):
         keeps = "path" in over and not _is_of_texts(Path(str(over["path"])))
         gone = named if keeps else named | set(CalibrationSource.model_fields)
@@ -231,7 +235,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
     """
     raw, given = copy.deepcopy(dict(raw)), {}
-    for assignment in assignments:
+    for assignment in sorted(assignments, key=lambda text: text.partition("=")[0] not in SOURCES):
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"argument {assignment!r}: expected key.subkey=value")
