@@ -25,7 +25,7 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import SOURCES, forget_below, put
+from lora_null.recipes.config.load import lay, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import (
@@ -99,9 +99,7 @@ class Cell:
         """Return the ordinary recipe of this run."""
         raw = grid.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
         put(raw, "method.name", list(self.methods), "grid")
-        for key, value in sorted(self.point, key=lambda setting: setting[0] not in SOURCES):
-            put(raw, key, value, "grid")
-        return parse_recipe(forget_below(raw, dict(self.point)), self.title)
+        return parse_recipe(lay(raw, dict(self.point), "grid: "), self.title)
 
 
 def grid_cells(recipe: Recipe) -> list[Cell]:
@@ -176,10 +174,10 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
 
 
 def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
-    """Return the bytes that the grid may write: what is saved of every run, and the checkpoints of the largest."""
-    by_name = {plan.name: plan for plan in job.plans}
-    saved = sum(4 * by_name[name].saved for cell in cells for name in cell.methods) if recipe.grid.keep_weights else 0
-    return saved + job.reference_bytes + max(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans)
+    """Return the bytes that the grid may write: of every run, or, where no weights are kept, of the largest."""
+    sizes = {plan.name: 4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans}
+    runs = [sizes[name] for cell in cells for name in cell.methods]
+    return job.reference_bytes + (sum(runs) if recipe.grid.keep_weights else max(runs))
 
 
 def check_grid(

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.adapters.join import join_onto
 from lora_null.adapters.saved import read_adapter
@@ -286,6 +287,8 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
         if row.budget is not None:
             print(f"{plan.name}: {row.budget.sentence()}")
         write_row(folder, row)
+        for checkpoint in [] if job.keep_weights else folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
     return row
 

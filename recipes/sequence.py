@@ -78,12 +78,11 @@ def run_sequence(
         return jobs
 
     jobs = together(check, what="checking the recipe")
-    size = sum(4 * plan.saved * (number + 1) for number, _ in enumerate(jobs) for plan in jobs[0].plans)
 
     def inputs() -> dict[str, str]:
         return {f"{job.recipe.name}: {name}": found for job in jobs for name, found in inputs_of(job).items()}
 
-    with output.claimed(recipe, size, inputs, resume=resume, overwrite=overwrite):
+    with output.claimed(recipe, space_of_sequence(recipe, jobs), inputs, resume=resume, overwrite=overwrite):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
             if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
@@ -96,6 +95,16 @@ def run_sequence(
     return root
 
 
+def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:
+    """Return the bytes that the sequence may write: each task's run, the ranks and the Grams of the tasks before among them."""
+    size = jobs[0].reference_bytes
+    for number, plan in ((number, plan) for number, job in enumerate(jobs) for plan in job.plans):
+        size += 4 * plan.saved * (number + 1) + 3 * plan.extra_bytes
+        if number + 1 < len(jobs) and _rule(recipe, plan.name) is not None:
+            size += sum(4 * width * min(width, recipe.sequence.sketch or width) for width in plan.input_widths)
+    return size
+
+
 def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """Check what the tasks are to each other.
 
@@ -103,8 +112,16 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
         UserError: a method upon which no task can go on, or a task whose evaluations would be asked otherwise after another
             task, or that nothing follows.
     """
+    section = recipe.sequence
+    weighted = section.knowledge != 1 or any(weight not in (0, 1) for weight in section.weights(len(jobs) - 1))
     for plan in jobs[0].plans:
-        if plan.saves == "adapter" and not METHODS[plan.name].plain:
+        method = METHODS[plan.name]
+        if weighted and (method.needs_texts or (method.needs_gram and _rule(recipe, plan.name) is None)):
+            raise UserError(
+                f"sequence.knowledge, sequence.earlier: {plan.name} reads texts, the knowledge's and those of earlier tasks "
+                "with a weight of 1 or not at all; leave it out, or give 1, and 0 or 1"
+            )
+        if plan.saves == "adapter" and not method.plain:
             raise UserError(
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
@@ -139,7 +156,7 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         for plan in job.plans
         if _rule(recipe, plan.name) is not None
     }
-    rows = [ids for other in before for ids in rows_of(other)]
+    rows = [ids for other, _ in weighted for ids in rows_of(other)]
     own = job.recipe.model_copy(update={"method": method})
     knowledge = recipe.sequence.knowledge
     return dataclasses.replace(job, recipe=own, starts=starts, earlier=earlier, knowledge=knowledge, earlier_rows=rows)

@@ -109,7 +109,9 @@ def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None, batch: in
         return training.max_steps
     if rows is None or getattr(training, "packing", False):  # several rows become one sequence
         return None
-    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
+    whole = math.floor if training.dataloader_drop_last else math.ceil
+    passes = whole(rows * training.gradient_accumulation_steps / batch)
+    return math.ceil(math.ceil(passes / training.gradient_accumulation_steps) * training.num_train_epochs)
 
 
 def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:

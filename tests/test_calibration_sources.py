@@ -210,6 +210,7 @@ class TestInARecipe:
         [
             (["calibration=self"], ["what the model writes after the shipped prompts"], None),
             (["calibration.self=bos"], ["what the model writes from nothing"], None),
+            (["calibration.self=bos", "calibration.source=self"], ["what the model writes from nothing"], None),
             (["calibration.source=general"], ["the general mix"], None),
             (["calibration.path=b.jsonl"], ["b.jsonl"], "question"),
             (["calibration=[b.jsonl, {self: data, weight: 3}]"], ["b.jsonl", "what the model writes after the prompts of the data"], None),

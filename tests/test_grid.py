@@ -199,7 +199,9 @@ def test_only_what_starts_alike_shares_its_start():
 
 def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
     words = ["--method", "lora,pissa", "--sweep", "method.rank=2,4", "training.max_steps=1", "eval.limit=4"]
-    assert main([str(make_world(tmp_path)), *words, "training.save_strategy=no"]) == 0
+    assert main([str(make_world(tmp_path)), *words, "training.save_steps=1", "grid.keep_weights=false"]) == 0
+    kept = {path.name for path in (tmp_path / "out" / "cells").rglob("*") if path.parent.name == "pissa"}
+    assert "row.json" in kept and not kept & {"adapter", "checkpoint-1"}
     rows = [row for row in results(tmp_path)["rows"] if row["method"] == "pissa"]
     assert [(row["rank"], row["variant"]) for row in rows] == [(2, "rank 2"), (4, "rank 4")]
     shapes = [

@@ -157,6 +157,7 @@ CASES = [
     (["training.learning_rate=true"], "training.learning_rate: must be a number, not true"),
     (["training.max_steps=0"], "training.max_steps: trains nothing with 0"),
     (["--resume", "--overwrite"], "--resume: goes on with the run that --overwrite removes; give one of the two"),
+    (["grid.keep_weights=false"], "keep_weights: a single run keeps its weights; give seeds or sweep"),
     (["training=3"], "training: input should be a valid dictionary"),
     (["eval=3"], "eval: input should be a valid dictionary"),
     (["method=lora", "--method", "lora"], "'method' holds a value, not keys"),
@@ -196,7 +197,7 @@ def test_ranks_that_vllm_does_not_take():
         plan_methods(recipe, LlamaConfig(hidden_size=1024, num_hidden_layers=1))
     plans = [MethodPlan("lora", 8, 0, 0, "adapter", rank, 0, 0, 0) for rank in (200, 400)]
     with pytest.raises(UserError, match="up to rank 512, lora saves 600; use hf"):
-        check_stages(recipe, [SimpleNamespace(plans=[plan]) for plan in plans])
+        check_stages(load_recipe("sequence", ["eval.backend=vllm"]), [SimpleNamespace(plans=[plan]) for plan in plans])
 
 
 def test_an_engine_under_which_a_method_does_not_train(fails, monkeypatch):

@@ -292,6 +292,10 @@ def test_a_model_with_code_of_its_own_is_planned(tmp_path, monkeypatch, capsys):
 def test_packed_rows_take_fewer_steps_than_there_are_rows_for():
     training = training_arguments(load_recipe("math"), Path("out"))
     assert optimizer_steps(training, 1000, 128) == 8
+    training.dataloader_drop_last, training.gradient_accumulation_steps = True, 16
+    assert [optimizer_steps(training, rows, 128) for rows in (1000, 1023, 1024, 1031)] == [8, 8, 8, 8]
+    training.gradient_accumulation_steps = 1
+    assert optimizer_steps(training, 1000, 128) == 7
     training.packing = True
     assert optimizer_steps(training, 1000, 128) is None
     training.max_steps = 3
@@ -342,6 +346,20 @@ def test_texts_to_calibrate_on_have_none_of_the_fields_of_the_rows_before(tmp_pa
     ):
         recipe = load_recipe("quickstart", [f"calibration.path={path}"])
         assert recipe.calibration.template == template and recipe.calibration.samples == 128
+
+
+def test_texts_beside_the_recipe_are_texts_from_any_folder(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("a note")
+    (tmp_path / "mine.yaml").write_text("include: quickstart\ncalibration: notes\n")
+    (tmp_path / "other.yaml").write_text("include: quickstart\n")
+    for name, words in (
+        ("mine.yaml", []),
+        ("other.yaml", ["calibration.path=notes"]),
+        ("other.yaml", ["calibration=notes"]),
+    ):
+        found = load_recipe(str(tmp_path / name), words).calibration
+        assert (found.path, found.template) == (str(tmp_path / "notes"), None)
 
 
 @pytest.mark.parametrize("order", [1, -1])

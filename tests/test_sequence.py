@@ -1,5 +1,6 @@
 """Tasks in sequence: starts that leave the earlier tasks alone, one adapter at the end, transfers, interruptions."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import check_run
 from lora_null.recipes.results import Row, Seconds, load_results, write_results
-from lora_null.recipes.sequence import collect, rows_of, transfer
+from lora_null.recipes.sequence import check_stages, collect, rows_of, space_of_sequence, transfer, with_earlier
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
 
@@ -361,6 +362,49 @@ def test_each_task_keeps_its_own_training_and_trainer():
     stages = stage_recipes(join_recipes([one, other]))
     assert [stage.trainer for stage in stages] == ["sft", "dpo"]
     assert [stage.training for stage in stages] == [one.training, other.training]
+
+
+def test_words_hold_for_tasks_that_say_otherwise(tmp_path):
+    tasks = [{"name": "x", "training": {"num_train_epochs": 3}, "data": {"limit": 9, "text": "t"}}, {"name": "y"}]
+    tasks[0]["eval"] = tasks[1]["eval"] = {"task": [{"answers": "a", "path": "a.jsonl"}]}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"include": "quickstart", "sequence": {"tasks": tasks}}))
+    words = ["training.max_steps=10", "data={limit: 5}", "data.prompt=p", "trainer=dpo", "data.response=r"]
+    one, two = stage_recipes(load_recipe(str(tmp_path / "tasks.yaml"), words))
+    assert one.training["max_steps"] == two.training["max_steps"] == 10 and one.training["num_train_epochs"] == 3
+    assert [(r.data.limit, r.data.prompt, r.data.text, r.trainer) for r in (one, two)] == [(5, "p", None, "dpo")] * 2
+
+
+def test_a_weight_of_zero_leaves_out_the_texts_too(finished, tmp_path):
+    recipe = join_recipes([load_recipe(path, methods="replay,keeplora,lora") for path in recipes_in(finished)])
+    jobs = [check_run(stage) for stage in stage_recipes(recipe)]
+    for weight in (0.0, 1.0):
+        recipe.sequence.earlier = weight
+        check_stages(recipe, jobs)
+    recipe.sequence.earlier = 0.5
+    with pytest.raises(
+        UserError, match="replay reads texts, the knowledge's and those of earlier tasks with a weight of"
+    ):
+        check_stages(recipe, jobs)
+    shutil.copytree(finished / "out" / "tasks" / "1-numbers" / "lora", tmp_path / "lora")
+    before = dataclasses.replace(jobs[0], folder=tmp_path)
+    for name in ("replay", "keeplora"):
+        shutil.copytree(tmp_path / "lora", tmp_path / name)
+    recipe.sequence.earlier = 0.0
+    assert with_earlier(recipe, jobs[1], [before]).earlier_rows == []
+    recipe.sequence.earlier = 1.0
+    assert len(with_earlier(recipe, jobs[1], [before]).earlier_rows) == len(rows_of(before)) > 0
+
+
+def test_the_space_of_a_sequence_counts_what_every_task_writes(finished):
+    recipe = join_recipes([load_recipe(path, methods="lora,lora-null-v2") for path in recipes_in(finished)])
+    jobs = [check_run(stage) for stage in stage_recipes(recipe)]
+    null = jobs[0].plans[1]
+    runs = sum(4 * plan.saved * 3 + 2 * 3 * plan.extra_bytes for plan in jobs[0].plans)
+    assert null.input_widths and space_of_sequence(recipe, jobs) == (
+        jobs[0].reference_bytes + runs + 4 * sum(width**2 for width in null.input_widths)
+    )
+    recipe.sequence.sketch = 4
+    assert space_of_sequence(recipe, jobs) == jobs[0].reference_bytes + runs + 16 * sum(null.input_widths)
 
 
 @pytest.mark.parametrize("word", ["budget.at_most=0.1", "eval.limit=3", "grid.seeds=[0,1]"])

@@ -173,6 +173,8 @@ def resolve_includes(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]
         UserError: an include that is not there, or one that comes back to itself.
     """
     raw, merged = read_yaml(path), {}
+    if raw.get("calibration") is not None:
+        raw["calibration"] = _calibration_beside(raw["calibration"], path.parent)
     names, known = raw.pop("include", None) or [], {"default": PRESETS / "default.yaml", **presets(), **shipped()}
     for name in map(str, names if isinstance(names, list) else [names]):
         included = known.get(name, path.parent / name)
@@ -219,8 +221,16 @@ def lay_calibration(under: Any, over: Any) -> Any:
     if named & set(over):
         keeps = "path" in over and not _is_of_texts(Path(str(over["path"])))
         gone = named if keeps else named | set(CalibrationSource.model_fields)
+        gone = gone - {"self"} if over.get("source") == "self" else gone  # what it writes
         under = {key: value for key, value in under.items() if key not in gone}
     return under | over
+
+
+def _calibration_beside(value: Any, folder: Path) -> Any:
+    """Return a section `calibration` whose path is what it means in a recipe of that folder, so that one sees what lies there."""
+    value = calibration_entry(value)
+    path = value.get("path") if isinstance(value, dict) else None
+    return value | {"path": _resolve_path(path, folder)} if isinstance(path, str) else value
 
 
 def _is_of_texts(path: Path) -> bool:
@@ -228,14 +238,19 @@ def _is_of_texts(path: Path) -> bool:
     return bool(kinds) and kinds <= {".txt", ".md"}
 
 
-def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+def override(raw: Mapping[str, Any], assignments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Lay `key.subkey=value` assignments over a recipe; values are read as YAML, nothing is null.
+
+    Args:
+        raw: the recipe.
+        assignments: of the command line.
+        folder: of the recipe's file, beside which paths may lie.
 
     Raises:
         UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
     """
-    raw, given = copy.deepcopy(dict(raw)), {}
-    for assignment in sorted(assignments, key=lambda text: text.partition("=")[0] not in SOURCES):
+    given = {}
+    for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"argument {assignment!r}: expected key.subkey=value")
@@ -246,19 +261,43 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
             if not is_text(key):
                 raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
             value = text
-        value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
-        put(raw, key, value, f"argument {assignment!r}")
-        given[key] = value
-    return forget_below(raw, given)
+        given[key] = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
+    return lay(copy.deepcopy(dict(raw)), given, "argument ", folder)
 
 
-def forget_below(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path = Path()) -> dict[str, Any]:
+    """Lay `key.subkey`s over a recipe, in place, and over the tasks of a sequence that set these sections for themselves.
+
+    The order decides nothing: what names a source of calibration takes the place of another's fields, and comes first.
+
+    Raises:
+        UserError: naming `where` and the key, for one below a key that holds no keys.
+    """
+    for key in sorted(given, key=lambda key: key not in SOURCES):
+        value = given[key]
+        if key == "calibration":
+            value = _calibration_beside(value, folder)
+        elif key == "calibration.path" and isinstance(value, str):
+            value = _resolve_path(value, folder)
+        put(raw, key, value, f"{where}{key}")
+    _forget_below(raw, given)
+    sequence = raw.get("sequence")
+    tasks = sequence.get("tasks") if isinstance(sequence, dict) else None
+    for task in tasks if isinstance(tasks, list) else ():
+        of_task = {"data", "training", "trainer"} & set(task) if isinstance(task, dict) else set()
+        own = {key: value for key, value in given.items() if key.partition(".")[0] in of_task}
+        for key, value in own.items():
+            put(task, key, value, f"{where}{key}")
+        _forget_below(task, own)
+    return raw
+
+
+def _forget_below(raw: Any, given: Mapping[str, Any]) -> None:
     """Do as `forget_others` in the sections of a recipe that the given `key.subkey`s belong to."""
     for name, section in raw.items():
         own = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
         if isinstance(section, dict) and own:
             forget_others(section, own)
-    return raw
 
 
 def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -316,9 +355,8 @@ def load_recipe(
     short = raw.pop("quick", None) if quick else {}
     if quick and not (isinstance(short, dict) and short):
         raise UserError(f"--quick: {path} has no quick form")
-    for key, value in short.items():
-        put(raw, str(key), value, f"{path}: quick.{key}")
-    raw = override(forget_below(raw, short), [*assignments, *([] if methods is None else [f"method.name={methods}"])])
+    raw = lay(raw, {str(key): value for key, value in short.items()}, f"{path}: quick.", path.parent)
+    raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])], path.parent)
     if max_forgetting is not None:
         put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)

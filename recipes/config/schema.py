@@ -790,6 +790,8 @@ class GridSection(Section):
 
     @model_validator(mode="after")
     def _check_per_method(self) -> GridSection:
+        if not (self or self.keep_weights):
+            raise ValueError("keep_weights: a single run keeps its weights; give seeds or sweep, or leave it out")
         for name, sweep in self.per_method.items():
             _need_method(name)
             for key, values in sweep.items():

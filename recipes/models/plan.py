@@ -47,6 +47,7 @@ class MethodPlan:
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
         kept_bytes: the part of it that the method keeps besides: bases, projections, predictions.
         costs: what the method computes or reads besides training, in words.
+        input_widths: d_in of each input that its layers read.
     """
 
     name: str
@@ -59,6 +60,7 @@ class MethodPlan:
     extra_bytes: int
     kept_bytes: int
     costs: str = ""
+    input_widths: tuple[int, ...] = ()
 
 
 def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
@@ -153,6 +155,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         extra_bytes=4 * held + (12 + method.state_bytes) * trainable + kept,
         kept_bytes=kept,
         costs=method.costs(),
+        input_widths=tuple(int(layer.in_features) for layer in distinct_inputs(layers).values()),
     )
 
 
