@@ -251,6 +251,8 @@ def _record_batch(
             stack.enter_context(replaced(layer, "forward", stub(position)))
         try:
             backbone(model)(**batch.inputs, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
         except CANNOT_RUN as error:
             raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
     if len(calls) != len(layers):
@@ -283,6 +285,8 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
         for i, layer in enumerate(layers.values()):
             for at, call in enumerate(calls):
                 states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
+    except torch.OutOfMemoryError:
+        raise
     except CANNOT_RUN as error:
         raise DoesNotFit(f"its decoder layers cannot be run alone ({error})") from error
     *plain, again = seen

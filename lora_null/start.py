@@ -7,6 +7,8 @@ equal one from the cache, from a killed run or from an earlier one; `load_start`
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,8 +50,8 @@ from lora_null.utils.distributed import (
     together,
 )
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.files import write_json
-from lora_null.utils.limits import has_float64
+from lora_null.utils.files import cache_root, write_json
+from lora_null.utils.limits import need_float64
 from lora_null.utils.model_state import base_model_of, own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
@@ -171,11 +173,13 @@ class WholeModel:
         rule: its name and settings, a part of what an initialization is known by.
         batches: what it looks at, which decides the result: training batches, and calibration batches where it reads them.
         compute: returns the tensors that start the model again in the same bits.
+        method: the class whose code does.
     """
 
     rule: str
     batches: Sequence[Mapping[str, Any]]
     compute: Callable[[], dict[str, torch.Tensor]]
+    method: type
 
 
 @dataclass
@@ -224,17 +228,22 @@ def compute_start(
             device without float64.
     """
     start = time.perf_counter()
-    _check_device(options.device or next(model.parameters()).device)
+    need_float64(options.device or next(model.parameters()).device)
     needs_gram = rule is not None and rule.needs_gram
     min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
     unmeasured = batches is None and not needs_gram
     batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=WHAT)
     name, adapted = (rule.rule, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
-    key = _key(base, layers, adapter_name, batches, options, whole, name)
+    key = _key(base, layers, adapter_name, batches, options, whole, f"{name}{_code_of(whole or rule)}")
     if hook := _hook_in(model):
         key, options = broadcast(uuid.uuid4().hex[:24]), replace(options, cache=False)
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
+    if options.cache and not on_first_rank(store.can_keep):
+        logger.warning(
+            f"initialization: not kept, {cache_root()} cannot be written ($LORA_NULL_CACHE names another place)"
+        )
+        options = replace(options, cache=False)
     path = store.cached_folder(key) if options.cache else folder
     with store.in_use(path) if options.cache and is_first_process() else contextlib.nullcontext():
         done = on_first_rank(lambda: _finished_parts(path, key))
@@ -255,15 +264,6 @@ def compute_start(
         report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(batches), base, key, name)
         on_first_rank(lambda: _finish(report, path, folder))
     return _start_of(report, parts)
-
-
-def _check_device(device: torch.device) -> None:
-    """Refuse a device without float64, such as Apple's mps (UserError)."""
-    if not has_float64(device):
-        raise UserError(
-            f"device: {device.type} has no float64, in which starts and drifts are computed; take the CPU "
-            "(use_cpu=True in the training arguments)"
-        )
 
 
 def _solve_layers(
@@ -350,6 +350,7 @@ def load_start(
     Raises:
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
+    need_float64(next(model.parameters()).device)
     report = LayerReport.from_json(store.read_report(folder))
     if report.rule != rule:
         raise UserError(f"{folder}: holds a start by {report.rule or 'no rule'}, this run starts by {rule or 'none'}")
@@ -455,15 +456,28 @@ def check_whole(model: nn.Module) -> None:
     """Refuse, on all ranks together, a model of which some rank has only a piece, or nothing, of a weight.
 
     Raises:
-        UserError: naming the parameter, and what makes engines load a model whole.
+        UserError: naming the parameter, and what makes engines load a model whole; or what no GPU had memory for.
     """
-    own = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
-    name = next(filter(None, all_gather(own)), None)
-    if name is not None:
-        raise UserError(
-            f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
-            "it whole (FSDP: fsdp_cpu_ram_efficient_loading: false; ZeRO-3: load it before the training arguments are made)"
+    if reason := next(filter(None, all_gather(_what_is_missing(model))), None):
+        raise UserError(reason)
+
+
+def _what_is_missing(model: nn.Module) -> str | None:
+    """Return what this rank lacks of a model, and how it gets it; None where the model is whole."""
+    name = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
+    if name is None:
+        return None
+    places = getattr(base_model_of(model), "hf_device_map", None) or {}
+    left = next((part for part, place in places.items() if part and str(place) in ("cpu", "disk")), None)
+    if left is not None:
+        return (
+            f"model: device_map left {left} on the CPU or disk, the GPU has too little memory; load it in bfloat16 "
+            "(model_init_kwargs={'dtype': 'bfloat16'}), quantized, or on the CPU (use_cpu=True)"
         )
+    return (
+        f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
+        "it whole (FSDP: fsdp_cpu_ram_efficient_loading: false; ZeRO-3: load it before the training arguments are made)"
+    )
 
 
 def _key(
@@ -485,6 +499,18 @@ def _key(
             "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
         )
     return keys[0]
+
+
+def _code_of(start: Rule | WholeModel | None) -> str:
+    """Return a hash of the file that computes a start, which its author may edit; empty for this package's own."""
+    kind = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
+    if start is None or kind.__module__.partition(".")[0] == "lora_null":
+        return ""
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    code = (
+        Path(path).read_bytes() if path is not None else broadcast(uuid.uuid4().bytes)
+    )  # of a notebook: new each time
+    return f" {hashlib.sha256(code).hexdigest()[:16]}"
 
 
 def _say_what_is_reused(done: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], path: Path | None) -> None:

@@ -216,6 +216,13 @@ def cached_folder(key: str) -> Path:
     return cache_root() / "init" / key
 
 
+def can_keep() -> bool:
+    """Return whether the cache, made where it is not there, can be written."""
+    with contextlib.suppress(OSError):
+        (cache_root() / "init").mkdir(parents=True, exist_ok=True)
+    return os.access(cache_root() / "init", os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Make a folder of the cache and keep `prune_cache`, of this or another process, from removing it inside the block.

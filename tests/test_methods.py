@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers, factors_of
+from lora_null.layerwise import measure_in_parts
 from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods import (
     METHODS,
@@ -545,6 +547,65 @@ def test_a_method_of_ones_own_is_one_file(tmp_path, monkeypatch):
     file.write_text("import nothing_of_the_kind")
     with pytest.raises(UserError, match="cannot be imported"):
         load_method_file(str(file))
+
+
+OWN_START = """from __future__ import annotations
+import torch
+from lora_null.trainer.methods import method
+from lora_null.trainer.methods.residual import ResidualMethod
+@method
+class Scaled(ResidualMethod):
+    name = 'scaled-rows'
+    gain: float = 1.0
+    def factors(self, weight, r, prepared):
+        return SCALE * self.gain * torch.eye(weight.shape[1])[:r].to(weight), weight[:, :r] / 4
+"""
+
+
+def test_a_start_of_ones_own_is_computed_anew_when_its_file_is_edited(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+    found, file = [], tmp_path / "scaled.py"
+    try:
+        for scale in (1, 1, 2):
+            file.write_text(OWN_START.replace("SCALE", str(scale)))
+            assert load_method_file(str(file)) == ["scaled-rows"]
+            layer = next(iter(adapted_layers(started(tmp_path / "run", "scaled-rows").model).values()))
+            found.append((layer.lora_A["default"].weight, "reused" in capsys.readouterr().err))
+    finally:
+        del METHODS["scaled-rows"]
+    assert [reused for _, reused in found] == [False, True, False]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[2][0], 2 * found[0][0])
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+    trainer = started(tmp_path / "run", "lora-null-v2")
+    assert f"not kept, {tmp_path / 'cache'} cannot be written" in capsys.readouterr().err
+    assert trainer.layer_report.layers and (tmp_path / "run" / "init" / "layers.json").is_file()
+
+
+def test_a_weight_with_nan_is_named(tmp_path):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    method = make_method("pissa")
+    adapter = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    data = {"train_dataset": ROWS, "processing_class": tiny_tokenizer(), "args": SFTConfig(**quick(tmp_path))}
+    trainer = LoraNullSFTTrainer(model=model, peft_config=method.config(**adapter), method=method, **data)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj: its weight has numbers that are NaN"):
+        trainer.train()
+
+
+def test_memory_that_runs_out_is_no_model_of_another_kind(monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model()
+    monkeypatch.setattr(type(model.model), "forward", out_of_memory)
+    batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 4, dtype=torch.long)}]
+    modules = {"model.layers.0.mlp.up_proj": model.model.layers[0].mlp.up_proj}
+    with pytest.raises(torch.OutOfMemoryError):
+        list(measure_in_parts(model, modules, batches, progress=False))
 
 
 @pytest.mark.parametrize("name", ["eva", "lora-ga"])

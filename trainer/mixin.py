@@ -594,7 +594,7 @@ class LoraNullMixin(SavingMixin):
         if self.method.needs_gram:
             fewest = self._init_options.min_tokens
             knowledge = together(lambda: checked_batches(self.model, self.calibration_batches, fewest), what=WHAT)
-        return WholeModel(rule, [*looked_at, *knowledge], compute)
+        return WholeModel(rule, [*looked_at, *knowledge], compute, type(self.method))
 
     def _begin_with(self, start: Start) -> None:
         """Make the model what it is before the first step, and follow its drift from there."""

@@ -164,3 +164,12 @@ def has_float64(device: torch.device) -> bool:
         return bool(torch.zeros(1, dtype=torch.float64, device=device).add(1).numel())
     except (TypeError, RuntimeError):
         return False
+
+
+def need_float64(device: torch.device) -> None:
+    """Refuse a device without float64, such as Apple's mps (UserError)."""
+    if not has_float64(device):
+        raise UserError(
+            f"device: {device.type} has no float64, in which starts, drifts and forgetting are computed; take the CPU "
+            "(use_cpu=True in the training arguments)"
+        )

@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -110,12 +112,15 @@ def load_method_file(path: str) -> list[str]:
     if not Path(path).is_file():
         raise UserError(f"method: no file {path}")
     before = dict(METHODS)
-    spec = importlib.util.spec_from_file_location(f"lora_null_method_{Path(path).stem}", path)
+    name = f"method_{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]}_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     try:
         if spec is None or spec.loader is None:
             raise ImportError("not a Python file")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look up what annotations mean
+        spec.loader.exec_module(sys.modules[name])
     except Exception as error:
+        sys.modules.pop(name, None)
         raise UserError(f"method: {path} cannot be imported ({type(error).__name__}: {error})") from None
     entered = [name for name, kind in METHODS.items() if before.get(name) is not kind]
     if not entered:

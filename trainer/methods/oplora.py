@@ -12,6 +12,7 @@ from lora_null.layer import active_adapter, factors_of
 from lora_null.trainer.methods.base import Method, method, need_count, refuse_dora
 from lora_null.trainer.methods.clora import check_columns
 from lora_null.utils.errors import UserError
+from lora_null.utils.limits import need_float64
 from lora_null.utils.quantized import unreadable, weight_of
 
 
@@ -63,6 +64,7 @@ class _Project(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         self._release()
         adapter = active_adapter(model)
+        need_float64(model.device)
         for layer in self.method.layers(model).values():
             A, B = factors_of(layer, adapter)
             U, _S, Vh = torch.linalg.svd(weight_of(layer).double(), full_matrices=False)

@@ -63,9 +63,12 @@ class ResidualMethod(Method):
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
             weight = weight.double()
+            whole = weight.square().sum()
+            if not whole.isfinite():
+                raise ValueError("its weight has numbers that are NaN or infinite")
             A, B = self.factors(weight, r, prepared)
             root = scaling**0.5
-            energy = ((A @ A.T) * (B.T @ B)).sum() / weight.square().sum()  # ‖BA‖² from two r × r products
+            energy = ((A @ A.T) * (B.T @ B)).sum() / whole  # ‖BA‖² from two r × r products
             return LayerStart(A / root, B / root, self.name, energy=float(energy))
 
         return start
