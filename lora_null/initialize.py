@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from lora_null.adapters.plain import CONFIG_FILE
@@ -305,6 +306,10 @@ def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list
 
 
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    if name in SEQ_CLS_HEAD_NAMES:
+        raise UserError(
+            f"target_modules: {name} is the model's head; give task_type='SEQ_CLS', which trains and saves it whole"
+        )
     base = layer.get_base_layer()
     ours = isinstance(layer, LoraNullLinear)
     if reason := (unreadable(base) or hooked(base)) if ours else f"carries a {type(layer).__name__} of PEFT":

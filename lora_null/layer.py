@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.utils.distributed import is_sharded, own_piece, whole_parameters
+from lora_null.utils.distributed import get_logger, is_sharded, own_piece, whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import full_precision, replaced
 from lora_null.utils.quantized import is_quantized, weight_of
+
+logger = get_logger(__name__)
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
@@ -175,6 +178,15 @@ def _adds(layer: LoraLayer, adapter_name: str) -> bool:
         return bool(B.any()) and bool(A.any())
 
 
+@functools.cache
+def _say_never_initialized(adapter_name: str) -> None:
+    """Say it in one line a process, whatever the number of layers."""
+    logger.warning(
+        f"adapter {adapter_name!r}: a LoraNullConfig that was never initialized trains from a random A; use "
+        "LoraNullSFTTrainer, or initialize_lora_null_weights first"
+    )
+
+
 def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") -> None:
     """Keep `lora_A` or `lora_B` out of training through PEFT's own record, which survives `set_adapter`."""
     frozen = {**layer.frozen_peft_weight_names}
@@ -205,6 +217,7 @@ class LoraNullLinear(Linear):
     bases: Mapping[str, NullBasis] = MappingProxyType({})
     kept_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
     _kept_versions: Mapping[str, int] = MappingProxyType({})
+    _not_trained_yet: frozenset[str] = frozenset()  # adapters of a LoraNullConfig, until their first training pass
     _base_is_merging = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -224,6 +237,8 @@ class LoraNullLinear(Linear):
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
             freeze_factor(self, "lora_A", adapter_name)
+        if hasattr(config, "variant") and adapter_name != TRL_REFERENCE:
+            self._not_trained_yet |= {adapter_name}
         if counts_from_residual:
             with torch.no_grad():
                 for factor, start in zip(factors_of(self, adapter_name), (self._start.A, self._start.B)):
@@ -263,6 +278,14 @@ class LoraNullLinear(Linear):
                 self._kept_versions = {**self._kept_versions, name: A._version}
             elif A.requires_grad and not is_sharded(A) and A._version != self._kept_versions[name]:
                 self.keep_in_basis(name)
+
+    def _look_at_start(self) -> None:
+        """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again."""
+        for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
+            B = factors_of(self, name)[1]
+            if B.requires_grad and not (is_sharded(B) or B.is_meta) and not B.any():  # a combination has its B already
+                _say_never_initialized(name)
+        self._not_trained_yet -= {*self.active_adapters}
 
     def subtract_residual(self, adapter_name: str) -> None:
         """Turn the base W0 into W0 − s·BA of the adapter: its weight, in place, computed in float64 and rounded once.
@@ -330,6 +353,8 @@ class LoraNullLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._keep_in_bases()
+        if self._not_trained_yet and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._look_at_start()
         if self._has_one_adapter(args, kwargs) and not self._missing():
             return self._plain_forward(x)
         if self.residual is not None and kwargs.get("adapter_names"):
@@ -410,6 +435,7 @@ class LoraNullLinear(Linear):
             self.restore_base()
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
+        self._not_trained_yet -= {adapter_name}
         self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
         frozen = self.frozen_peft_weight_names
         self.frozen_peft_weight_names = {name: parts for name, parts in frozen.items() if name != adapter_name}

@@ -1,14 +1,16 @@
+import functools
 import gc
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from tiny import PROBE, logits, random_batches, tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
 from lora_null.calibration import InputMeter, measure_inputs
@@ -385,12 +387,14 @@ def test_a_plain_lora_config_is_refused():
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
-@pytest.mark.parametrize("where", ["before", "behind", "forward"])
+@pytest.mark.parametrize("where", ["before", "behind", "forward", "forward, marked as what it wraps"])
 def test_a_hook_at_a_target_is_refused(variant, where):
     model = tiny_model()
     linear = model.model.layers[1].self_attn.q_proj
     if where == "forward":
         linear.forward = lambda x, own=linear.forward: own(x) * 2
+    elif where.startswith("forward"):
+        linear.forward = functools.wraps(linear.forward)(lambda x, own=linear.forward: own(x) * 2)
     elif where == "before":
         linear.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     else:
@@ -405,6 +409,22 @@ def test_a_hook_at_a_target_is_refused(variant, where):
 def test_a_target_that_names_nothing_is_refused_though_others_do():
     with pytest.raises(UserError, match=r"no module matches 'upp_proj' .did you mean 'up_proj'"):
         start(target_modules=["q_proj", "upp_proj"])
+
+
+def test_a_classifiers_head_is_no_target():
+    with pytest.raises(UserError, match="score is the model's head; give task_type='SEQ_CLS'"):
+        start(model=LlamaForSequenceClassification(tiny_model().config))
+    peft_model, report = start(model=LlamaForSequenceClassification(tiny_model().config), task_type="SEQ_CLS")
+    assert report.layers and peft_model.get_base_model().score.modules_to_save["default"].weight.requires_grad
+
+
+def test_what_device_map_left_out_of_the_gpu_is_named(tmp_path):
+    model = tiny_model()
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(model, {**places, "model.layers": "disk"}, offload_dir=tmp_path)
+    model.hf_device_map |= dict.fromkeys(places, 0)  # as on a machine with a GPU
+    with pytest.raises(UserError, match=r"device_map left model\.layers on the CPU or disk"):
+        initialize_lora_null_weights(wrapped(model=model), BATCHES, min_tokens=1)
 
 
 def test_starting_twice_is_refused():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
-from lora_null.layer import adapted_layers
+from lora_null.layer import _say_never_initialized, adapted_layers
 
 BASE = {"base_model.model.linear." + part for part in ("lora_A.default.weight", "lora_B.default.weight")}
 
@@ -91,3 +91,35 @@ def test_a_frozen_a_keeps_no_input():
     )
     assert v2 == 64 * 4  # A x alone
     assert v1 == 64 * 4 + 64 * 24
+
+
+def never_started(folder):
+    return get_peft_model(tiny_model(), LoraNullConfig(r=4))
+
+
+def started(folder):
+    peft_model = never_started(folder)
+    initialize_lora_null_weights(peft_model, random_batches(), min_tokens=1, progress=False)
+    return peft_model
+
+
+def loaded(folder):
+    started(folder).save_pretrained(folder)
+    config = LoraNullConfig.from_pretrained(folder, variant="v2")
+    return PeftModel.from_pretrained(tiny_model(), folder, config=config, is_trainable=True)
+
+
+@pytest.mark.parametrize("make", [never_started, started, loaded])
+def test_training_what_was_never_initialized_is_told_once(make, tmp_path, caplog):
+    _say_never_initialized.cache_clear()
+    peft_model = make(tmp_path)
+    batch = random_batches()[0]
+    peft_model.eval()(**batch)
+    with torch.no_grad():
+        peft_model.train()(**batch)
+    assert "never initialized" not in caplog.text
+    for _ in range(2):
+        peft_model(**batch).logits.sum().backward()
+    assert caplog.text.count("adapter 'default': a LoraNullConfig that was never initialized") == (
+        make is never_started
+    )

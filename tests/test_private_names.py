@@ -32,6 +32,7 @@ SEEN = {
     "transformers.Trainer._load_from_checkpoint": "transformers 5.23.0",
     "transformers.Trainer._load_best_model": "transformers 5.23.0",
     "transformers.Trainer._get_output_dir": "transformers 5.23.0",
+    "transformers.Trainer._push_from_checkpoint": "transformers 5.23.0",
     # Collates a batch as training does, to look at its labels.
     "transformers.Trainer._get_collator_with_removed_columns": "transformers 5.23.0",
     # Whether TRL's loss takes the positions that are taught or all of them.

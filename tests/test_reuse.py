@@ -1,18 +1,25 @@
 """An initialization is taken again for the same base, texts, adapter and settings, and for nothing else."""
 
 import copy
+import functools
 import json
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from tiny import random_batches, tiny_model
+from torch import nn
 from transformers import LlamaForSequenceClassification
+from trl.trainer.utils import add_fused_lm_head
 
 from lora_null import LoraNullConfig, UserError, store
 from lora_null.initialize import InitOptions, load_initialization, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.start import fingerprint_of
+from lora_null.utils.model_state import own_code_at
 
 BATCHES = random_batches()
 CHANGES = {
@@ -113,6 +120,40 @@ def test_nothing_is_reused_of_a_model_with_hooks_of_ones_own(cache, tmp_path, fr
     assert same(factors_loaded(tmp_path / "init"), found[1])
     again, _ = steered(1)
     assert same(again, plain)
+
+
+def mixed_precision(model):
+    """As accelerate prepares a model that trains in mixed precision."""
+    forward = torch.autocast("cpu", torch.bfloat16)(getattr(model.forward, "__func__", model.forward))
+    model.forward = MethodType(convert_outputs_to_fp32(forward), model)
+
+
+BY_LIBRARIES = {
+    "accelerate's precision": mixed_precision,
+    "accelerate's hook": lambda model: add_hook_to_module(model, ModelHook()),
+    "TRL's head": add_fused_lm_head,
+    "torch's partial": lambda model: model.register_forward_hook(functools.partial(nn.functional.dropout, p=0.0)),
+    "torch's module": lambda model: model.register_forward_hook(nn.Identity()),
+    "torch's compiler": lambda model: setattr(model, "forward", torch.compile(model.forward)),
+}
+
+
+@pytest.mark.parametrize("name", BY_LIBRARIES)
+def test_a_forward_is_whose_who_wrote_it(name):
+    """The class is defined here, as remote code is defined elsewhere: its own forward is nobody's patch."""
+    kind = type("Remote", (type(tiny_model()),), {"forward": lambda self, *args, **kwargs: None})
+    model = kind(tiny_model().config)
+    for add in (BY_LIBRARIES[name], mixed_precision):
+        add(model)
+        assert own_code_at(model) is None
+
+    patched = kind(tiny_model().config)
+    patched.forward = MethodType(functools.wraps(nn.Linear.forward)(lambda self, x: x), patched)
+    assert "<lambda>" in own_code_at(patched)
+    # TRL's head says that it wraps the class's own.
+    for add in (BY_LIBRARIES[name], mixed_precision) if name != "TRL's head" else ():
+        add(patched)
+        assert "<lambda>" in own_code_at(patched)
 
 
 def factors_loaded(folder):

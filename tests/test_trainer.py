@@ -1,10 +1,14 @@
 import json
 import shutil
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
@@ -13,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
-from lora_null.layer import adapted_layers
+from lora_null.layer import _say_never_initialized, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 
@@ -59,10 +63,12 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_initializes_once_before_the_first_step(tmp_path, variant):
+def test_initializes_once_before_the_first_step(tmp_path, variant, caplog):
+    _say_never_initialized.cache_clear()
     trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant))
     assert isinstance(trainer, SFTTrainer)
     trainer.train()
+    assert "never initialized" not in caplog.text
     assert {path.name for path in (tmp_path / "init").iterdir()} == {
         "factors.model.layers.0.safetensors",
         "factors.model.layers.1.safetensors",
@@ -398,6 +404,30 @@ def test_a_model_writes_by_its_own_distribution_whatever_its_generation_settings
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=2, min_p=0.2)
     assert own_texts(model, tiny_tokenizer(), **asked) == expected
     assert model.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("hub_strategy", ["end", "checkpoint"])
+def test_a_push_leaves_out_what_only_this_machine_needs(tmp_path, monkeypatch, hub_strategy):
+    pushed = {}
+
+    def upload_folder(self, *, folder_path, ignore_patterns=None, path_in_repo="", **options):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed.setdefault(path_in_repo, set()).update(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        return Future()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    hub = {"push_to_hub": True, "hub_model_id": "me/it", "hub_strategy": hub_strategy, "hub_always_push": True}
+    trainer = make(tmp_path, **hub, save_strategy="steps", save_steps=3)
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "rows.json").write_text("[]")
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    trainer.push_to_hub()
+    assert (tmp_path / "init" / "layers.json").is_file() and "adapter_model.safetensors" in pushed[""]
+    assert not [name for name in pushed[""] if name.startswith(("init/", "probe/", "training_args"))]
+    resumable = {name.partition("/")[0] for name in pushed.get("last-checkpoint", ())}
+    assert ("init" in resumable) == (hub_strategy == "checkpoint")
 
 
 def test_two_trainers_from_one_seed_start_equal(tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -32,12 +33,15 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import flush, read_json, write_json
+from lora_null.utils.model_state import replaced
 
 logger = get_logger(__name__)
 
 COMPLETE_FILE, PROCESSES_FILE, METHOD_FILE = "complete.json", "processes.json", "method.json"
 SCALED_BY = ("r", "lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter's config, which its weights go with
 BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
+# Of an output folder: large; the base's predictions on held-out rows; a pickle, with any token in it.
+NOT_PUSHED = ("init/*", "probe/*", TRAINING_ARGS_NAME)
 # Of an optimizer's group: what a checkpoint holds in the place of what the training arguments ask for.
 KEPT_BY_OPTIMIZER = {
     "initial_lr": "learning_rate",
@@ -220,6 +224,20 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
+@contextlib.contextmanager
+def _pushing_what_was_trained() -> Iterator[None]:
+    """Have uploads leave out `NOT_PUSHED`, but for those of a checkpoint, a folder in the repository, which resumes with it."""
+    upload = HfApi.upload_folder
+
+    def upload_folder(*args: Any, **options: Any) -> Any:
+        if options.get("path_in_repo") is None:
+            options["ignore_patterns"] = [*(options.get("ignore_patterns") or ()), *NOT_PUSHED]
+        return upload(*args, **options)
+
+    with replaced(HfApi, "upload_folder", upload_folder):
+        yield
+
+
 if TYPE_CHECKING:
     from transformers import Trainer as Base
 else:
@@ -274,6 +292,15 @@ class SavingMixin(Base):
         if self.args.should_save and adapted:
             folder = _adapter_folder(Path(output_dir or self.args.output_dir), self.adapter_name)
             check_saved_adapter(folder, self.model, adapter_name=self.adapter_name)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent trainer, without what the output folder holds beside what was trained."""
+        with _pushing_what_was_trained():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with _pushing_what_was_trained():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     @contextlib.contextmanager
     def whole_to_save(self, *, write: bool = False) -> Iterator[None]:

@@ -31,12 +31,27 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def own_code_at(module: nn.Module) -> str | None:
     """Return the name of a forward hook, or of a forward put on this one module, that no library of ours has made."""
     replaced_forward = [vars(module)["forward"]] if "forward" in vars(module) else []
-    for code in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *replaced_forward):
-        while isinstance(code, functools.partial):
-            code = code.func
-        if str(getattr(code, "__module__", None)).partition(".")[0] not in LIBRARIES:
-            return getattr(code, "__qualname__", type(code).__name__)
+    own_forward = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
+    for outermost in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *replaced_forward):
+        for code in _with_what_it_wraps(outermost):
+            if code in own_forward:
+                break
+            # Not a function's `__module__`, which functools.wraps takes over from what it wraps.
+            home = getattr(code, "__globals__", {}).get("__name__") or type(code).__module__
+            if home.partition(".")[0] not in LIBRARIES:
+                written = getattr(getattr(code, "__code__", None), "co_qualname", None)
+                return written or getattr(code, "__qualname__", type(code).__name__)
     return None
+
+
+def _with_what_it_wraps(code: Any) -> Iterator[Any]:
+    """Yield a callable and what is inside of it: of partials, of bound methods, of what functools.wraps has marked."""
+    if isinstance(code, functools.partial):
+        yield from _with_what_it_wraps(code.func)
+    else:
+        yield getattr(code, "__func__", code)
+    if (inner := getattr(code, "__wrapped__", None)) is not None:
+        yield from _with_what_it_wraps(inner)
 
 
 def start_that_rewrites(config: PeftConfig) -> str | None:
