@@ -34,6 +34,7 @@ from lora_null.calibration import (
     measure_inputs,
 )
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
+from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.factors import LayerStats
 from lora_null.layer import factors_of, plain_name
 from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
@@ -163,6 +164,14 @@ class InitOptions:
 
 
 DEFAULTS = InitOptions()
+
+
+def rule_of(config: LoraNullConfig, options: InitOptions = DEFAULTS) -> NullSpace:
+    """Return how A0 and B0, and the N of variant "nb", follow from what a layer reads."""
+    if config.variant != "nb":
+        return NullSpace(options.solver, options.seed)
+    multiple = config.null_multiple or (MULTIPLE if config.null_energy is None else None)
+    return NullSpace(options.solver, options.seed, multiple, config.null_energy)
 
 
 @dataclass

@@ -29,8 +29,8 @@ from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
 from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import TrainingData, tokenize
-from lora_null.recipes.models.bases import attention
-from lora_null.recipes.models.plan import MethodPlan, put_on
+from lora_null.recipes.models.bases import attention, load_config
+from lora_null.recipes.models.plan import MethodPlan, with_method
 from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport
@@ -147,15 +147,20 @@ def check_answers_end(
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.preflight == "off":
         return
-    found: list[Any] = [tokenizer.eos_token_id]
-    if Path(name, "generation_config.json").is_file():
-        also = GenerationConfig.from_pretrained(name).eos_token_id
-        found += also if isinstance(also, list) else [also]
-    ends = {end for end in found if end is not None}
     rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
     cut = None if cut_by_trainer(training) else training.max_length
-    looked_at = ((row.ids[:cut], row.labels[:cut]) for row in rows)
+    looked_at = [(row.ids[:cut], row.labels[:cut]) for row in rows]
+    ends = _listed(tokenizer.eos_token_id)
+    if not any(ends.intersection(labels) for _, labels in looked_at):  # else nothing is asked of a hub
+        with contextlib.suppress(OSError):
+            ends |= _listed(GenerationConfig.from_pretrained(name, revision=recipe.model.revision or "main").eos_token_id)
+        with contextlib.suppress(UserError):
+            ends |= _listed(load_config(recipe.model, name).get_text_config(decoder=True).eos_token_id)
     check_labels(looked_at, ends, tokenizer.eos_token, cut, recipe.preflight)
+
+
+def _listed(ids: int | list[int] | None) -> set[int]:
+    return {i for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
 
 
 def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> None:
@@ -176,7 +181,7 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
             raise UserError(f"method.init: would not be read, {plan.name} computes no start; run it by itself")
         if rule.rule != report.rule:
             raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
-        layers = method.layers(put_on(recipe, config, method, plan.rank))
+        layers = method.layers(with_method(recipe, config, method, plan.rank))
         asked = {name: layer.r[ADAPTER] for name, layer in layers.items()}
         if found.keys() != asked.keys():
             raise UserError(f"method.init: {folder} was written for other modules than {plan.name} adapts here")

@@ -9,13 +9,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import logits, save_tiny
+from tiny import load_initialization, logits, save_tiny
 from world import base, write_rows
 
 from lora_null import LoraNullConfig
 from lora_null.__main__ import main
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.initialize import load_initialization
 from lora_null.layer import adapted_layers
 from lora_null.recipes import own_texts
 

@@ -7,7 +7,7 @@ import pytest
 from lora_null import UserError
 from lora_null.recipes.config.schema import parse_recipe
 from lora_null.recipes.models.bases import known_shape
-from lora_null.recipes.models.plan import _count, matched_rank, plan_methods, put_on
+from lora_null.recipes.models.plan import _count, matched_rank, plan_methods, with_method
 from lora_null.recipes.report.paper import MODELS, paper_rows
 from lora_null.trainer.methods import make_method
 
@@ -37,7 +37,7 @@ def trained(paper_model, name, rank):
     if rank not in (None, 1):
         return rank * trained(paper_model, name, 1)
     method = make_method(name)
-    model = put_on(recipe(HUB[paper_model]), known_shape(HUB[paper_model]), method, rank)
+    model = with_method(recipe(HUB[paper_model]), known_shape(HUB[paper_model]), method, rank)
     return _count(model, method.trainable(model))
 
 

@@ -18,10 +18,10 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
 from lora_null.eval_harness.generate import generate_texts
-from lora_null.initialize import refusing_in_one_line
 from lora_null.layer import adapted_layers
 from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
+from lora_null.targets import refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.utils.limits import position_limit, tokenizer_of, unsupported
 

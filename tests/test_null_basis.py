@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_trainer import make
-from tiny import logits, random_batches, tiny_model
+from tiny import load_initialization, logits, random_batches, tiny_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, keep_in_null_basis
-from lora_null.initialize import InitOptions, load_initialization, start_adapter
+from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.nullspace import outer_eigenspace
 

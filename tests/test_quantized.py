@@ -10,7 +10,7 @@ from oracle import capture_inputs, factors, projection
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from test_trainer import make
-from tiny import PROBE, logits, losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
+from tiny import PROBE, load_initialization, logits, losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn.utils import prune
 from trainers import CUT, PAIRS, TEXTS, quick
@@ -20,7 +20,6 @@ from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
-from lora_null.initialize import load_initialization
 from lora_null.layer import LoraNullQuantizedLinear, adapted_layers
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe

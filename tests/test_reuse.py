@@ -10,13 +10,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from tiny import random_batches, tiny_model
+from tiny import load_initialization, random_batches, tiny_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_null import LoraNullConfig, UserError, store
-from lora_null.initialize import InitOptions, load_initialization, start_adapter
+from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.start import fingerprint_of
 from lora_null.utils.model_state import own_code_at

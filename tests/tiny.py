@@ -6,6 +6,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_null.initialize import finish_initialization
+from lora_null.layer import adapted_layers
+from lora_null.start import load_start, rule_of
+from lora_null.targets import check_layers
+
 LETTERS = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]  # printable ASCII; ByteLevel's space and newline
 MERGE = (":", "Ġ")  # tokens that join prompt and answer: "Q:" + " x" starts with "Q", ":Ġ"
 
@@ -78,3 +83,13 @@ def losses_over(model: torch.nn.Module, batches, *, steps: int) -> list[float]:
         optimizer.step()
         found.append(loss.item())
     return found
+
+
+def load_initialization(folder: Path, peft_model):
+    """Start the adapter of a fresh model from a saved initialization, as trainers do; return report and calibration."""
+    layers = adapted_layers(peft_model, "default")
+    check_layers(peft_model, layers)
+    rule = rule_of(peft_model.peft_config["default"]).rule
+    start = load_start(folder, peft_model, layers, rule=rule)
+    finish_initialization(peft_model, "default")
+    return start.report, start.calibration

@@ -239,8 +239,9 @@ def _enough(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, args: Calib
 def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of a row; a conversation by the model's chat template. A mistake names the row, from 1."""
     value, name = row, ""
-    if isinstance(row, Mapping) and not is_conversation(row):
-        field = next((field for field in FIELDS if field in row), None)
+    if isinstance(row, Mapping) and not is_conversation([row]):  # no single message
+        fields = [field for field in FIELDS if field in row]
+        field = min(fields, key=lambda field: row[field] is None, default=None)  # None is what others of the rows have
         if field is None:
             found = ", ".join(sorted(map(str, row)))
             raise UserError(f"calibration: row {number} needs a field {', '.join(FIELDS)} or input_ids, found {found}")

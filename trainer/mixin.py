@@ -25,13 +25,6 @@ from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.initialize import (
-    check_basis,
-    check_unadapted,
-    refuse_bypassed,
-    refusing_in_one_line,
-    say_what_is_fused,
-)
 from lora_null.layer import is_started
 from lora_null.start import (
     WHAT,
@@ -45,6 +38,7 @@ from lora_null.start import (
     load_start,
 )
 from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization, read_report
+from lora_null.targets import check_basis, check_unadapted, refuse_bypassed, refusing_in_one_line, say_what_is_fused
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     METHOD_FILE,

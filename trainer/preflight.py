@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from lora_null.initialize import refuse_experts, say_what_is_fused
 from lora_null.layer import active_adapter, adapted_layers
+from lora_null.targets import refuse_experts, say_what_is_fused
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import get_peft_model
 
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
-from lora_null.initialize import InitOptions, check_layers, check_named, refusing_in_one_line, start_adapter
+from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import (
@@ -28,6 +27,7 @@ from lora_null.recipes.environment import choose_device, computes_bf16, precisio
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place
+from lora_null.targets import check_layers, put_on
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
@@ -134,10 +134,8 @@ def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNul
 
 
 def _adapted(base: Any, config: LoraNullConfig, **options: Any) -> Any:
-    check_named(base, config.target_modules)
     try:
-        with refusing_in_one_line():
-            return get_peft_model(base, copy.deepcopy(config), **options)
+        return put_on(base, copy.deepcopy(config), **options)
     except UserError:
         raise
     except ValueError as error:

@@ -17,7 +17,7 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
-from lora_null.initialize import bypassed
+from lora_null.targets import bypassed
 from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (

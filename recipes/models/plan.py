@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
@@ -18,11 +18,11 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
-from lora_null.initialize import check_named, refuse_bypassed, refusing_in_one_line
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_pairs, weight_bytes
 from lora_null.recipes.training import optimizer_steps
+from lora_null.targets import put_on, refuse_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, make_method
 from lora_null.trainer.methods.base import distinct_inputs
@@ -110,7 +110,7 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
 
 def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
     method = make_method(name, recipe.method.options.get(name))
-    model = put_on(recipe, model_config, method, rank=1)
+    model = with_method(recipe, model_config, method, rank=1)
     return _count(model, method.trainable(model))
 
 
@@ -118,7 +118,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     section = recipe.method
     method = make_method(name, section.options.get(name))
     rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
-    model = put_on(recipe, model_config, method, rank)
+    model = with_method(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
         check_linears(method, model)
         check_targets(model, recipe.preflight)
@@ -159,7 +159,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     )
 
 
-def put_on(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
+def with_method(recipe: Recipe, model_config: Any, method: Method, rank: int | None) -> PreTrainedModel | PeftModel:
     """Return the model without weights with the method on it."""
     model = empty_model(model_config, recipe.model)
     config = adapter_config(recipe.method, method, rank)
@@ -185,10 +185,9 @@ def _count(model: PreTrainedModel, names: set[str]) -> int:
 def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
     linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
     try:
-        check_named(empty, section.target_modules)
-        with refusing_in_one_line(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("error", r"The following \w+_pattern keys did not match")
-            return get_peft_model(empty, config, low_cpu_mem_usage=True)
+            return put_on(empty, config, low_cpu_mem_usage=True)
     except RuntimeWarning as unmatched:
         key, name = re.findall(r"(\w+_pattern) keys.*?\['(.*?)'", str(unmatched))[0]
         raise UserError(f"method.{key}: {name!r} is the name of no adapted module{nearest(name, linears)}") from None

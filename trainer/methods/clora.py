@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_null.initialize import check_fits
 from lora_null.layer import active_adapter, factors_of
+from lora_null.targets import check_fits
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
 
 

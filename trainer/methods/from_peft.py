@@ -15,8 +15,8 @@ from peft.tuners.osf import OSFLayer
 from torch import nn
 
 from lora_null.config import ResidualLoraConfig
-from lora_null.initialize import check_fits
 from lora_null.layer import active_adapter, plain_name
+from lora_null.targets import check_fits
 from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
-from lora_null.initialize import check_named
 from lora_null.layer import plain_name
+from lora_null.targets import check_named
 from lora_null.trainer.methods.base import RANK, RANK_ASKED, Method, check_no_ranks, method
 from lora_null.utils.errors import UserError
 

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.config import MULTIPLE, LoraNullConfig
-from lora_null.initialize import check_layers, finish_initialization, rule_of
+from lora_null.initialize import finish_initialization
 from lora_null.layer import active_adapter, freeze_factor, keep_in_null_basis
 from lora_null.solver import NullSpace, directions
-from lora_null.start import InitOptions
+from lora_null.start import InitOptions, rule_of
+from lora_null.targets import check_layers
 from lora_null.trainer.methods.base import Method, distinct_inputs, method
 from lora_null.utils.errors import UserError
 

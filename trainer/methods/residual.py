@@ -18,11 +18,11 @@ from torch import nn
 from lora_null.calibration import InputStats
 from lora_null.config import ResidualLoraConfig
 from lora_null.factors import LayerStart
-from lora_null.initialize import check_fits, sharing
 from lora_null.layer import active_adapter
 from lora_null.residual import subtract_residuals
 from lora_null.solver import Rule
 from lora_null.start import InitOptions
+from lora_null.targets import check_fits, sharing
 from lora_null.trainer.methods.base import Method, method
 from lora_null.utils.errors import UserError
 
