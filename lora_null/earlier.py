@@ -80,7 +80,7 @@ def keep_grams(
             path.unlink(missing_ok=True)
     all_gather(None)
     with closing(measure_in_parts(model, modules, batches, device=device, progress=progress)) as parts:
-        for stats in (stats for part in parts for stats in part.inputs):
+        for stats in (stats for _, part in parts for stats in part.inputs):
             if stats.gram is None or stats.owner != rank_and_world()[0]:
                 continue
             kept = {"gram": stats.gram} if sketch is None else {"sketch": sketch_of(stats.gram, sketch)}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -36,12 +36,16 @@ from lora_null.calibration import (
     token_batches,
 )
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.utils.distributed import is_first_process, together
+from lora_null.utils.distributed import get_logger, is_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, release_freed_memory, replaced
 
+logger = get_logger(__name__)
+
 CHECK_TOKENS = 16
 WHAT = "initialization"
+Form = Literal["auto", "layers", "hooks"]
+ALL = "all"  # the one part of a model that is not walked layer by layer
 # What a decoder or a layer raises that was not made for being run in parts.
 CANNOT_RUN = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError)
 DEVICE_SHARE = 0.25  # of the free memory, at most, for hidden states
@@ -188,23 +192,37 @@ def measure_in_parts(
     modules: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
     *,
+    form: Form = "auto",
     device: torch.device | None = None,
-    **options: Any,
-) -> Iterator[Calibration]:
-    """Yield what modules read: layer by layer as `walk_layers` does, or at once where the model is no such chain.
+    weights: WeightFiles | None = None,
+    skip: Container[str] = (),
+    gram: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[tuple[str, Calibration]]:
+    """Yield what modules read, layer by layer, or at once as the part `ALL` where the model is no such chain.
 
     Args:
-        model, modules, batches: as in `measure_inputs`.
-        device: where the layers run.
-        options: `gram`, `seed` and `progress` of `measure_inputs`.
+        form: "layers" insists on walking the layers, "hooks" on measuring all at once, "auto" takes what the model allows.
+        model, modules, batches, device, weights, skip, gram, seed, progress: as in `walk_layers`.
+
+    Raises:
+        DoesNotFit: the model is no such chain, and `form` or weights in files ask for it.
+        UserError: as `measure_inputs`.
     """
-    try:
-        for _, part in walk_layers(model, modules, batches, device=device, **options):
-            yield part
-    except DoesNotFit:
-        part = measure_inputs(model, modules, batches, **options)
-        LoadBalance().assign(part.inputs)
-        yield part
+    measure: dict[str, Any] = {"gram": gram, "seed": seed, "progress": progress}
+    if form != "hooks":
+        try:
+            yield from walk_layers(model, modules, batches, device=device, weights=weights, skip=skip, **measure)
+            return
+        except DoesNotFit as reason:
+            if form == "layers" or weights is not None:
+                raise
+            if gram:
+                logger.warning(f"{WHAT}: not layer by layer, {reason}; the Grams of all layers are held at once")
+    part = measure_inputs(model, modules, batches, **measure)
+    LoadBalance().assign(part.inputs)
+    yield ALL, part
 
 
 def _inside(layer: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -31,13 +30,13 @@ from lora_null.calibration import (
     NotFinite,
     checked_batches,
     count_tokens,
-    measure_inputs,
 )
-from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
+from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.factors import LayerStats
+from lora_null.fingerprint import fingerprint_of, initialization_key
 from lora_null.layer import factors_of, plain_name
-from lora_null.layerwise import DoesNotFit, visit_layers, walk_layers
+from lora_null.layerwise import ALL, WHAT, DoesNotFit, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
@@ -46,7 +45,6 @@ from lora_null.utils.distributed import (
     broadcast,
     get_logger,
     is_first_process,
-    is_sharded,
     on_first_rank,
     together,
 )
@@ -54,14 +52,10 @@ from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64
 from lora_null.utils.model_state import base_model_of, own_code_at
-from lora_null.utils.quantized import is_quantized, stored_statistics
 
 logger = get_logger(__name__)
 
 MIN_TOKENS = 256
-WHAT = "initialization"
-ALL = "all"  # the one part of a model that is not walked layer by layer
-Form = Literal["auto", "layers", "hooks"]
 
 
 class NotAChain(UserError):
@@ -403,90 +397,11 @@ def _finished_parts(path: Path | None, key: str) -> dict[str, LayerResult]:
     return store.read_parts(path)
 
 
-def fingerprint_of(
-    model: nn.Module, weights: WeightFiles | None = None, nonzero: Mapping[str, LoraLayer] = MappingProxyType({})
-) -> str:
-    """Return the fingerprint of a base: its config and its weights, in memory or still in their files.
-
-    Args:
-        model: the base, or a PEFT model around it.
-        weights: the files, for a model without weights (meta device).
-        nonzero: layers whose weight must not be zero.
-
-    Raises:
-        UserError: as `check_whole`; such a weight is zero; the ranks have different weights.
-    """
-    if weights is None:
-        check_whole(model)
-    model = base_model_of(model)
-    adapted = {f"{name}.weight": name for name, x in nonzero.items() if not is_quantized(x.get_base_layer())}
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for owned in base_tensors(model):
-            stored = weights.of(owned) if weights is not None else None
-            tensor = owned.tensor if stored is None else stored
-            if owned.key in adapted and not (tensor[:1].any() or tensor.any()):
-                name = adapted[owned.key]
-                raise UserError(f"target_modules: the weight of {name} is zero, leave it out (exclude_modules)")
-            if owned.saved:
-                yield owned.key, tensor
-            elif not _is_rewritten(model, owned):
-                # Computed anew wherever a model is loaded: the last digits differ between devices.
-                yield owned.key, tensor.bfloat16() if tensor.is_floating_point() else tensor
-        yield from stored_statistics(model)
-
-    config = store.computation(getattr(model, "config", None), base_numbers(model))
-    found = all_gather(together(lambda: store.fingerprint(tensors(), config), what=WHAT))
-    if len(set(found)) > 1:
-        raise UserError(
-            "initialization: the base weights differ between the processes; every process has to load them"
-        )
-    return found[0]
-
-
-def _is_rewritten(model: nn.Module, owned: Owned) -> bool:
-    """Return whether a buffer is one that rotary positions of changing length rewrite in a forward pass."""
-    if not owned.leaf.endswith("inv_freq") or owned.leaf.startswith("original"):
-        return False
-    kinds = getattr(model.get_submodule(owned.key.rpartition(".")[0]), "rope_type", "")
-    return any(
-        "dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
-    )
-
-
 def _with_cause(error: NotFinite, layers: Mapping[str, LoraLayer]) -> UserError:
     """Return the mistake with the weight that it comes from, where that is one of the adapted ones."""
     weights = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
     bad = next((name for name, w in weights if not w.is_meta and not w.isfinite().all()), None)
     return UserError(f"{error}" if bad is None else f"{error}; the weight of {bad} holds NaN or infinite numbers")
-
-
-def check_whole(model: nn.Module) -> None:
-    """Refuse, on all ranks together, a model of which some rank has only a piece, or nothing, of a weight.
-
-    Raises:
-        UserError: naming the parameter, and what makes engines load a model whole; or what no GPU had memory for.
-    """
-    if reason := next(filter(None, all_gather(_what_is_missing(model))), None):
-        raise UserError(reason)
-
-
-def _what_is_missing(model: nn.Module) -> str | None:
-    """Return what this rank lacks of a model, and how it gets it; None where the model is whole."""
-    name = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
-    if name is None:
-        return None
-    places = getattr(base_model_of(model), "hf_device_map", None) or {}
-    left = next((part for part, place in places.items() if part and str(place) in ("cpu", "disk")), None)
-    if left is not None:
-        return (
-            f"model: device_map left {left} on the CPU or disk, the GPU has too little memory; load it in bfloat16 "
-            "(model_init_kwargs={'dtype': 'bfloat16'}), quantized, or on the CPU (use_cpu=True)"
-        )
-    return (
-        f"initialization: {name} is not whole on every process; initialize before the model is sharded, and load "
-        "it whole (FSDP: fsdp_cpu_ram_efficient_loading: false; ZeRO-3: load it before the training arguments are made)"
-    )
 
 
 def _key(
@@ -502,7 +417,7 @@ def _key(
     settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(kind)}
     settings |= {"rule": rule, "whole": whole.rule if whole is not None else ""}
     looked_at = [*batches, *(whole.batches if whole is not None else ())]
-    keys = all_gather(store.initialization_key(base, layers, adapter_name, looked_at, **settings))
+    keys = all_gather(initialization_key(base, layers, adapter_name, looked_at, **settings))
     if len(set(keys)) > 1:
         raise UserError(
             "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
@@ -544,22 +459,12 @@ def _measured(
     if not batches:
         yield from _unmeasured(model, layers, options, done)
         return
+    place: dict[str, Any] = {"form": options.form, "device": options.device, "weights": options.weights}
     measure: dict[str, Any] = {"gram": gram, "seed": options.seed, "progress": options.progress}
-    if options.form != "hooks":
-        place: dict[str, Any] = {"device": options.device, "weights": options.weights}
-        try:
-            yield from walk_layers(model, layers, batches, skip=done, **place, **measure)
-            return
-        except DoesNotFit as reason:
-            if options.form == "layers" or options.weights is not None:
-                raise _no_chain(reason) from None
-            if gram:
-                logger.warning(
-                    f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once"
-                )
-    part = measure_inputs(model, layers, batches, **measure)
-    LoadBalance().assign(part.inputs)
-    yield ALL, part
+    try:
+        yield from measure_in_parts(model, layers, batches, skip=done, **place, **measure)
+    except DoesNotFit as reason:
+        raise _no_chain(reason) from None
 
 
 def _no_chain(reason: DoesNotFit) -> NotAChain:

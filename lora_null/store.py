@@ -8,25 +8,19 @@ taken for an equal initialization and for no other.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from peft.tuners.lora.layer import LoraLayer
-from torch import nn
 
-from lora_null.calibration import INPUTS, Calibration, InputStats
+from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStats
 from lora_null.layer import NullBasis
 from lora_null.utils.errors import UserError
@@ -41,18 +35,7 @@ from lora_null.utils.files import (
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
 WHOLE = "model/"  # before the names of tensors that are of the model as a whole
-FORMAT = "3"  # a change of what the files mean makes old caches unused
 KEPT = 8
-WORDS = 1 << 16  # of 8 bytes, summed up to one number: their weights stay in a processor's cache
-
-# Entries of a model's config, and numbers of its modules, that do not decide what its layers read in eval mode, or that
-# loading, training and forward passes set.
-NOT_COMPUTED = re.compile(
-    r"^_|drop|_loss|^padding_idx$|_cached$|_token_ids?$|^output_|^initializer|^summary_|^(architectures|auto_map|dtype|torch_dtype"
-    r"|transformers_version|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
-    r"|tokenizer_class|return_dict|use_cache|tie_word_embeddings|chunk_size_feed_forward|gradient_checkpointing"
-    r"|attn_implementation)$"
-)
 
 
 @dataclass
@@ -181,36 +164,6 @@ def parts_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*.safetensors"))
 
 
-def initialization_key(
-    model: str,
-    layers: Mapping[str, nn.Module],
-    adapter_name: str,
-    batches: Iterable[Mapping[str, Any]],
-    **settings: Any,
-) -> str:
-    """Return a hash of all that decides an initialization: base, calibration tokens, ranks, scalings, settings.
-
-    Args:
-        model: `fingerprint` of the base.
-        layers, adapter_name: the adapter, for its ranks, scalings and dtype.
-        batches: the calibration batches, and the training batches that a method looks at.
-        settings: whatever else decides the result.
-    """
-    digest = hashlib.sha256(f"{FORMAT} {model} {sorted(settings.items())}".encode())
-    for name, layer in layers.items():
-        digest.update(name.encode())
-        factors = getattr(layer, "lora_A", None)
-        if isinstance(layer, LoraLayer) and isinstance(factors, nn.ModuleDict) and adapter_name in factors:
-            dtype = factors[adapter_name].weight.dtype
-            digest.update(f" {layer.r[adapter_name]} {layer.scaling[adapter_name]} {dtype}".encode())
-    for batch in batches:
-        for key in (*INPUTS, "labels"):
-            if key in batch:
-                value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
-                digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return digest.hexdigest()[:24]
-
-
 def cached_folder(key: str) -> Path:
     """Return the cache folder of the initialization with this key."""
     return cache_root() / "init" / key
@@ -265,65 +218,3 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def computation(config: Any, numbers: Mapping[str, int | float] = MappingProxyType({})) -> str:
-    """Return what, besides weights, decides what a model's layers compute: rotary positions, norms, activations, windows.
-
-    Args:
-        config: the model's.
-        numbers: that its modules hold, by name.
-    """
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    held = {name: x for name, x in numbers.items() if not NOT_COMPUTED.search(name.rpartition(".")[2])}
-    return json.dumps([_computed(values), held], sort_keys=True)
-
-
-def _computed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {str(key): item for key, item in value.items() if not NOT_COMPUTED.search(str(key))}
-        return {key: _computed(item) for key, item in kept.items()}
-    if isinstance(value, list | tuple):
-        return [_computed(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__}"
-
-
-@torch.no_grad()
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], config: str = "") -> str:
-    """Return a hash of the weights: every name, shape, dtype, and weighted sums over all bits of each tensor.
-
-    Each sum is over 64 Ki words of 8 bytes, multiplied by an odd number of their place, modulo 2⁶⁴: exact, the same on
-    every device, another one when numbers change places, and read once at memory speed. The two halves of a word are
-    added first, since of its topmost bit alone a multiplication would keep no place.
-
-    Args:
-        tensors: by name, in a fixed order.
-        config: `computation` of the model.
-    """
-    digest = hashlib.sha256(config.encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        raw = tensor.detach().reshape(-1).view(torch.uint8)
-        raw = raw.clone() if raw.storage_offset() % 8 else raw
-        whole = len(raw) // 8 * 8
-        digest.update(_sums(raw[:whole].view(torch.int64)) + raw[whole:].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _sums(words: torch.Tensor) -> bytes:
-    weights = _place_weights(words.device)
-    sums = [words.new_empty(0)]
-    for chunk in words.split(WORDS if words.device.type == "cpu" else 64 * WORDS):
-        mixed = (chunk >> 32).add_(chunk)
-        whole = len(mixed) // WORDS * WORDS
-        sums.append(mixed[:whole].view(-1, WORDS).mul_(weights).sum(1))
-        rest = mixed[whole:]
-        sums.append(rest.mul_(weights[: len(rest)]).sum().view(1))
-    return torch.cat(sums).cpu().numpy().tobytes()
-
-
-@functools.cache
-def _place_weights(device: torch.device) -> torch.Tensor:
-    """Return the odd number of every place, (WORDS,) int64."""
-    numbers = hashlib.shake_256(b"lora-null").digest(8 * WORDS)
-    return torch.frombuffer(bytearray(numbers), dtype=torch.int64).bitwise_or_(1).to(device)

@@ -175,7 +175,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch):
-    monkeypatch.setattr("lora_null.store.fingerprint", None)  # nothing has been read by then
+    monkeypatch.setattr("lora_null.fingerprint.fingerprint", None)  # nothing has been read by then
     with pytest.raises(UserError, match=message) as told:
         started(REFUSED[message]())
     assert "\n" not in str(told.value)
@@ -184,7 +184,7 @@ def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch
 @pytest.mark.parametrize(
     "name, targets, message",
     [
-        ("bert", "all-linear", "pooler.dense reads 4 rows of a batch, not its tokens"),
+        ("bert", ["dense"], "pooler.dense reads 4 rows of a batch, not its tokens"),
         (
             "mamba",
             ["dt_proj", "in_proj"],

@@ -16,9 +16,9 @@ from transformers import LlamaForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_null import LoraNullConfig, UserError, store
+from lora_null.fingerprint import WORDS, fingerprint, fingerprint_of
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.start import fingerprint_of
 from lora_null.utils.model_state import own_code_at
 
 BATCHES = random_batches()
@@ -322,7 +322,7 @@ def test_the_fingerprint_of_any_dtype_and_layout():
     """Against sums written anew in Python's whole numbers."""
     import hashlib
 
-    numbers = hashlib.shake_256(b"lora-null").digest(8 * store.WORDS)
+    numbers = hashlib.shake_256(b"lora-null").digest(8 * WORDS)
     weights = [int.from_bytes(numbers[i : i + 8], "little") | 1 for i in range(0, 8 * 40, 8)]
     tensors = [
         torch.randn(5, 7), torch.randn(9, 8).bfloat16().T, torch.arange(11), torch.tensor(2.5), torch.ones(3, dtype=bool),
@@ -334,7 +334,7 @@ def test_the_fingerprint_of_any_dtype_and_layout():
         total = sum(weight * (word + (word >> 32)) for weight, word in zip(weights, words)) % 2**64
         digest = hashlib.sha256(f"x {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(total.to_bytes(8, "little") + raw[len(words) * 8 :])
-        assert store.fingerprint([("x", tensor)]) == digest.hexdigest()[:16]
+        assert fingerprint([("x", tensor)]) == digest.hexdigest()[:16]
 
 
 def test_no_folder_in_use_is_pruned(tmp_path, fresh_cache, monkeypatch):

@@ -25,6 +25,7 @@ from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.fingerprint import check_whole
 from lora_null.layer import is_started
 from lora_null.start import (
     WHAT,
@@ -33,7 +34,6 @@ from lora_null.start import (
     NotAChain,
     Start,
     WholeModel,
-    check_whole,
     compute_start,
     load_start,
 )

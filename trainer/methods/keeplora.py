@@ -83,7 +83,7 @@ class KeepLoRA(Method):
             progress=options.progress,
         )
         with torch.no_grad(), contextlib.closing(parts):
-            for part in parts:
+            for _, part in parts:
                 for inputs in part.inputs:
                     found = together(lambda inputs=inputs: self._solve(inputs, layers, adapter), what="initialization")
                     for name in inputs.modules:

@@ -136,6 +136,6 @@ def _measured_twice(
             stack.enter_context(contextlib.closing(measure_in_parts(model, layers, batches, **common)))
             for batches in (knowledge, task)
         ]
-        for first, second in zip(*measured, strict=True):
+        for (_, first), (_, second) in zip(*measured, strict=True):
             of_task = {name: stats for stats in second.inputs for name in stats.modules}
             yield [(stats, of_task[stats.modules[0]]) for stats in first.inputs]
