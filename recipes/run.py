@@ -84,7 +84,7 @@ from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.methods.base import starts_in_files
+from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import (
     count,
     is_launched_with_fsdp2,
@@ -433,7 +433,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         before is None
         and not recipe.model.quantization
         and is_launched_with_fsdp2()
-        and starts_in_files(config, method, arguments)
+        and can_start_in_files(config, method, arguments)
     ):
         model, weights = base_to_shard(recipe.model, job.model_name)
     else:

@@ -255,7 +255,7 @@ def test_passes_and_batches_of_a_step_come_to_the_same(tmp_path, name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)  # Adam makes much of a gradient near zero
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].pairs])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].supports_preferences])
 def test_preferences(tmp_path, name):
     method = make_method(name, {**OPTIONS, "kl-anchor": {}}.get(name))
     arguments = DPOConfig(

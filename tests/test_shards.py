@@ -23,7 +23,7 @@ from lora_null.start import compute_start
 from lora_null.store import REPORT_FILE
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.methods.base import starts_in_files
+from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.trainer.mixin import _leave_in_files
 from lora_null.utils.distributed import for_collective
 
@@ -287,7 +287,7 @@ def test_files_that_name_their_weights_otherwise_are_not_left(tmp_path):
     ],
 )
 def test_what_needs_all_weights_does_not_start_in_files(config, fits):
-    assert starts_in_files(config) == fits
+    assert can_start_in_files(config) == fits
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_needs_all_weights_does_not_start_in_files(config, fits):
 def test_a_tokenizers_chat_template_adds_tokens_to_the_embeddings(tmp_path, given, fits):
     arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **given)
     assert (
-        starts_in_files(LoraNullConfig(r=4), None, arguments)
-        == starts_in_files(None, make_method("full"), arguments)
+        can_start_in_files(LoraNullConfig(r=4), None, arguments)
+        == can_start_in_files(None, make_method("full"), arguments)
         == fits
     )

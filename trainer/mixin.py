@@ -62,7 +62,7 @@ from lora_null.trainer.methods import (
     check_trainer,
     method_of,
 )
-from lora_null.trainer.methods.base import starts_in_files
+from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
@@ -229,7 +229,7 @@ class LoraNullMixin(SavingMixin):
         self._check_given(given, method, start, preflight)
         self._preflight = preflight
         self._weights, self._in_files = init_options and init_options.weights, given.get("model")
-        in_files = starts_in_files(given.get("peft_config"), method, given.get("args"))
+        in_files = can_start_in_files(given.get("peft_config"), method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
             self._weights, self._in_files = _leave_in_files(given)
         self._construct(given)

@@ -135,8 +135,8 @@ def check_base(method: str | Method, *, quantized: bool) -> None:
         UserError: naming the methods that work there.
     """
     kind = METHODS[method] if isinstance(method, str) else method
-    if quantized and not kind.quantized_base:
-        able = sorted(name for name, other in METHODS.items() if other.quantized_base)
+    if quantized and not kind.supports_quantized_base:
+        able = sorted(name for name, other in METHODS.items() if other.supports_quantized_base)
         raise UserError(
             f"method: {kind.name} needs plain weights, not a quantized base; those that work on one: {', '.join(able)}"
         )
@@ -149,8 +149,8 @@ def check_trainer(method: str | Method, *, pairs: bool) -> None:
         UserError: naming the methods that can.
     """
     kind = METHODS[method] if isinstance(method, str) else method
-    if pairs and not kind.pairs:
-        able = sorted(name for name, other in METHODS.items() if other.pairs)
+    if pairs and not kind.supports_preferences:
+        able = sorted(name for name, other in METHODS.items() if other.supports_preferences)
         raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
 
 
@@ -170,10 +170,10 @@ def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None) ->
         raise UserError(
             "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
         )
-    if zero is not None and not kind.deepspeed:
+    if zero is not None and not kind.supports_deepspeed:
         raise UserError(f"method: {kind.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
-    if not kind.sharded and (fsdp is not None or zero == 3):
-        able = "DDP or ZeRO-2" if kind.deepspeed else "DDP"
+    if not kind.supports_sharding and (fsdp is not None or zero == 3):
+        able = "DDP or ZeRO-2" if kind.supports_deepspeed else "DDP"
         raise UserError(f"method: {kind.name} needs whole weights while it trains; use {able} for it")
 
 

@@ -76,12 +76,12 @@ class Method:
         grams: Gram matrices of an input that it holds at once, where it needs them.
         needs_texts: whether it reads the calibration texts while it trains.
         terms: the names of what `extra_loss` returns, as they are logged.
-        pairs: whether it can learn from preferences (DPO).
-        quantized_base: whether it can start on a quantized base.
+        supports_preferences: whether it can learn from preferences (DPO).
+        supports_quantized_base: whether it can start on a quantized base.
         ranked: whether `r` says how much of it trains.
-        sharded: whether it can train while weights are in pieces in several processes (FSDP2, ZeRO-3).
-        deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
-        streams: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
+        supports_sharding: whether it can train while weights are in pieces in several processes (FSDP2, ZeRO-3).
+        supports_deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
+        starts_in_files: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         plain: whether the adapter that it saves is a plain LoRA.
         goes_on: whether freezing is all that it needs to go on with a trained LoRA that another method started.
@@ -95,12 +95,12 @@ class Method:
     grams: ClassVar[int] = 1
     needs_texts: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ()
-    pairs: ClassVar[bool] = True
-    quantized_base: ClassVar[bool] = True
+    supports_preferences: ClassVar[bool] = True
+    supports_quantized_base: ClassVar[bool] = True
     ranked: ClassVar[bool] = True
-    sharded: ClassVar[bool] = True
-    deepspeed: ClassVar[bool] = True
-    streams: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = True
+    supports_deepspeed: ClassVar[bool] = True
+    starts_in_files: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
     plain: ClassVar[bool] = True
     goes_on: ClassVar[bool] = False
@@ -208,7 +208,7 @@ class Method:
         return save_plain_adapter(model, directory, adapter_name=active_adapter(model))
 
 
-def starts_in_files(config: PeftConfig | None, method: Method | None = None, args: Any = None) -> bool:
+def can_start_in_files(config: PeftConfig | None, method: Method | None = None, args: Any = None) -> bool:
     """Return whether a model whose weights are still in their files can be given its adapter, and started, there.
 
     It cannot where a method, an option of PEFT's, or one of the trainer's `args` computes from all weights at once, or
@@ -220,10 +220,12 @@ def starts_in_files(config: PeftConfig | None, method: Method | None = None, arg
     if chat is not None and not str(chat).endswith((".jinja", ".j2")):
         return False
     if config is None:
-        return method is not None and method.streams
+        return method is not None and method.starts_in_files
     if not isinstance(config, LoraConfig):
         return False
-    if not (method.streams if method is not None else isinstance(config, LoraNullConfig) or is_plain_lora(config)):
+    if not (
+        method.starts_in_files if method is not None else isinstance(config, LoraNullConfig) or is_plain_lora(config)
+    ):
         return False
     options = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora")
     return config.bias == "none" and not any(getattr(config, option, None) for option in options)

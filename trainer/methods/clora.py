@@ -27,7 +27,7 @@ class CLoRA(Method):
     """
 
     name = "clora"
-    sharded = False  # the penalty multiplies whole factors
+    supports_sharding = False  # the penalty multiplies whole factors
     shapes_change = True
     terms = ("subspace_penalty",)
 

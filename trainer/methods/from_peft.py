@@ -29,7 +29,7 @@ class MiCA(Method):
     """B = the r left singular vectors of W0 with the smallest singular values, frozen; A = 0 trains."""
 
     name = "mica"
-    quantized_base = False
+    supports_quantized_base = False
 
     def config(self, **adapter: Any) -> PeftConfig:
         return LoraConfig(init_lora_weights="mica", **adapter)
@@ -50,8 +50,8 @@ class EVA(Method):
     """
 
     name = "eva"
-    quantized_base = False
-    pairs = False  # it reads the labels of answers
+    supports_quantized_base = False
+    supports_preferences = False  # it reads the labels of answers
     new_parameters = True  # it deals out the ranks anew
 
     rows: int = 128
@@ -107,7 +107,7 @@ class LoRAGA(ResidualMethod):
     """
 
     name = "lora-ga"
-    pairs = False  # its gradient is that of the labels' loss
+    supports_preferences = False  # its gradient is that of the labels' loss
     room = 2
 
     rows: int = 32
@@ -154,7 +154,7 @@ class OSF(WeightMethod):
     """
 
     name = "osf"
-    sharded = False  # gradients are projected by hooks on whole weights
+    supports_sharding = False  # gradients are projected by hooks on whole weights
 
     effective_rank: float = 0.5
 

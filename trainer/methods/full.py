@@ -22,7 +22,7 @@ class WeightMethod(Method):
     """What changes whole weights: its drift is W S − W0 S, and it is saved as a model."""
 
     saves = "model"
-    quantized_base = False
+    supports_quantized_base = False
     ranked = False
 
     def drift_meter(self, model: nn.Module, calibration: Calibration) -> WeightDriftMeter:
@@ -37,7 +37,7 @@ class Full(WeightMethod):
     """
 
     name = "full"
-    streams = True
+    starts_in_files = True
     target_modules = "all-linear"
 
     def config(self, **adapter: Any) -> None:

@@ -40,8 +40,8 @@ class KeepLoRA(Method):
 
     name = "keeplora"
     needs_gram = True
-    quantized_base = False
-    pairs = False  # its gradient is that of the labels' loss
+    supports_quantized_base = False
+    supports_preferences = False  # its gradient is that of the labels' loss
 
     weight_energy: float = 0.8
     input_energy: float = 0.99

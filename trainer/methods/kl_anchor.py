@@ -35,7 +35,7 @@ class KLAnchor(Method):
     """
 
     name = "kl-anchor"
-    streams = True
+    starts_in_files = True
     needs_texts = True
     terms = ("anchor_kl",)
 

@@ -13,7 +13,7 @@ class LoRA(Method):
     """A Kaiming, B = 0; A and B train."""
 
     name = "lora"
-    streams = True
+    starts_in_files = True
 
 
 @method
@@ -24,7 +24,7 @@ class LoRAFA(Method):
     """
 
     name = "lora-fa"
-    streams = True
+    starts_in_files = True
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -28,11 +28,12 @@ class LoRANullV1(Method):
     """A0 and B0 from the null space, base W0 − s·B0A0; A and B train."""
 
     name = "lora-null-v1"
-    streams = True
+    variant: ClassVar[Literal["v1", "v2", "nb"]] = "v1"
+    starts_in_files = True
     needs_gram = True
 
     def config(self, **adapter: Any) -> PeftConfig:
-        return LoraNullConfig(variant=self.name[-2:], **adapter)
+        return LoraNullConfig(variant=self.variant, **adapter)
 
     def saved_rank(self, r: int) -> int:
         return 2 * r
@@ -41,7 +42,7 @@ class LoRANullV1(Method):
         check_layers(model, self.layers(model), active_adapter(model))
 
     def rule_for(self, options: InitOptions) -> NullSpace:
-        return NullSpace(options.solver, options.seed)
+        return rule_of(self.config(), options)
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         finish_initialization(model, active_adapter(model))
@@ -52,6 +53,7 @@ class LoRANullV2(LoRANullV1):
     """A0 from the null space, B = 0, base untouched; B trains."""
 
     name = "lora-null-v2"
+    variant = "v2"
     goes_on = True
 
     def prepare(self, model: nn.Module) -> None:
@@ -71,6 +73,7 @@ class NBLoRA(LoRANullV1):
     """
 
     name = "nb-lora"
+    variant = "nb"
 
     null_multiple: float | None = None
     null_energy: float | None = None
@@ -84,7 +87,7 @@ class NBLoRA(LoRANullV1):
 
     def config(self, **adapter: Any) -> PeftConfig:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LoraNullConfig(variant="nb", **options, **adapter)
+        return LoraNullConfig(variant=self.variant, **options, **adapter)
 
     def held_bytes(self, model: nn.Module) -> int:
         """Return the bytes of the bases, float16, one an input."""
@@ -97,9 +100,6 @@ class NBLoRA(LoRANullV1):
 
     def saved_rank(self, r: int) -> int:
         return 2 * r if self.start == "residual" else r
-
-    def rule_for(self, options: InitOptions) -> NullSpace:
-        return rule_of(self.config(), options)
 
 
 class KeepInNullBasis(TrainerCallback):

@@ -36,9 +36,9 @@ class OFT(Method):
     """
 
     name = "oft"
-    quantized_base = False
+    supports_quantized_base = False
     ranked = False
-    sharded = False
+    supports_sharding = False
     plain = False
 
     block_size: int = 32

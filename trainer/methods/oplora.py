@@ -30,7 +30,7 @@ class OPLoRA(Method):
     """
 
     name = "oplora"
-    sharded = False  # whole factors are projected
+    supports_sharding = False  # whole factors are projected
     shapes_change = True
 
     k: int = 16

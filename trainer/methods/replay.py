@@ -30,9 +30,9 @@ class Replay(Method):
     """
 
     name = "replay"
-    streams = True
+    starts_in_files = True
     needs_texts = True
-    pairs = False
+    supports_preferences = False
 
     share: float = 0.2
 

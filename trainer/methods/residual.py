@@ -30,7 +30,7 @@ from lora_null.utils.errors import UserError
 class ResidualMethod(Method):
     """What these methods have in common; a subclass computes `factors`."""
 
-    quantized_base = False
+    supports_quantized_base = False
     room: ClassVar[int] = 1  # times r that a layer has to have room for
 
     @property
@@ -101,7 +101,7 @@ class PiSSA(ResidualMethod):
     """B = U√S, A = √S Vᵀ of the r largest singular values of W0 = U S Vᵀ (PEFT's `pissa`, exactly)."""
 
     name = "pissa"
-    streams = True
+    starts_in_files = True
 
     def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -113,7 +113,7 @@ class MiLoRA(ResidualMethod):
     """PiSSA with the r smallest singular values; PEFT has none."""
 
     name = "milora"
-    streams = True
+    starts_in_files = True
 
     def factors(self, weight: torch.Tensor, r: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -134,7 +134,7 @@ class CorDA(ResidualMethod):
     """
 
     name = "corda"
-    streams = True
+    starts_in_files = True
     needs_gram = True
 
     def prepare_input(self, inputs: InputStats) -> tuple[torch.Tensor, torch.Tensor]:

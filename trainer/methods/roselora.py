@@ -35,9 +35,11 @@ class RoseLoRA(Method):
     """
 
     name = "roselora"
-    sharded = False  # entries compete along whole rows and columns
+    supports_sharding = False  # entries compete along whole rows and columns
     shapes_change = True
-    deepspeed = False  # its backward pass takes the step too: no gradient is left to be weighed, no moment to be cut
+    supports_deepspeed = (
+        False  # its backward pass takes the step too: no gradient is left to be weighed, no moment to be cut
+    )
     state_bytes = 4  # the smoothed sensitivity
 
     final_fraction: float = 0.05
