@@ -167,3 +167,8 @@ class WithEarlier:
         for task in self.earlier:
             total += tokens * task.weight * task.mean(inputs.modules, total.device)
         return self.inner.of_input(replace(inputs, gram=total, tokens=tokens))
+
+
+def after_earlier(rule: Rule | None, earlier: Sequence[Earlier], knowledge: float) -> Rule | None:
+    """Return a rule that reads the Grams of earlier tasks too; any other rule, or none, as it is."""
+    return WithEarlier(rule, earlier, knowledge) if earlier and rule is not None and rule.needs_gram else rule

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +33,7 @@ from lora_null.calibration import (
 )
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
+from lora_null.earlier import Earlier
 from lora_null.factors import LayerStats
 from lora_null.fingerprint import fingerprint_of, initialization_key
 from lora_null.layer import factors_of, plain_name
@@ -127,6 +128,8 @@ class InitOptions:
         seed: of the drift sketch and of the choice within a null space larger than r.
         cache: keep the result in the cache folder, and reuse an equal one; not of a model with forward hooks of your own.
         progress: show progress bars (of the first process).
+        earlier: tasks before this one, whose Grams a rule that reads Grams adds to the knowledge's.
+        knowledge: the weight of the knowledge's Grams beside them.
 
     Raises:
         UserError: a value that is none of its kind.
@@ -140,6 +143,8 @@ class InitOptions:
     seed: int = 0
     cache: bool = False
     progress: bool = True
+    earlier: tuple[Earlier, ...] = ()
+    knowledge: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in (("solver", SOLVERS), ("form", get_args(Form))):
@@ -152,6 +157,7 @@ class InitOptions:
                 raise UserError(f"device: no {self.device!r} here, {first_line(error)}") from None
         whole, flag = (Integral, "a whole number"), (bool, "True or False")
         kinds = {"weights": (WeightFiles | None, "WeightFiles"), "min_tokens": whole, "seed": whole}
+        kinds |= {"earlier": (tuple, "a tuple of Earlier"), "knowledge": (Real, "a number")}
         for name, (kind, told) in {**kinds, "cache": flag, "progress": flag}.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(f"{name}: takes {told}, not {value!r}")

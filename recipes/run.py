@@ -57,9 +57,8 @@ from lora_null.recipes.job import (
     inputs_of,
     space_of_run,
 )
-from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, weight_reader
+from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, load_base_after, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config
-from lora_null.recipes.models.so_far import after_earlier, model_so_far
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
@@ -87,6 +86,7 @@ from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import (
     count,
+    get_logger,
     is_launched_with_fsdp2,
     on_first_rank,
     together,
@@ -95,6 +95,9 @@ from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
 
+logger = get_logger(__name__)
+
+COMPUTING = ("dtype", "device", "ranks", "batch_size")  # of an evaluation's settings, what moves its numbers slightly
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 
 
@@ -175,6 +178,8 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
+    if not base and (job.base / "eval.json").is_file():
+        _compare_settings(Evaluation.read(job.base / "eval.json"), found, folder)
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:
         raise UserError(
@@ -184,6 +189,21 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     if job.is_main:
         write_text(folder / "eval.json", found.to_json())
     return found
+
+
+def _compare_settings(base: Evaluation, found: Evaluation, folder: Path) -> None:
+    """Say in one line what differs where a base was measured under other settings, by an earlier start of a run."""
+
+    def computing(evaluation: Evaluation) -> dict[str, Any]:
+        versions = evaluation.settings["versions"]
+        packages = {name: versions.get(name) for name in base_cache.PACKAGES}
+        return packages | {key: evaluation.settings.get(key) for key in COMPUTING}
+
+    before, now = computing(base), computing(found)
+    if other := [f"{key} {before[key]}, now {value}" for key, value in now.items() if value != before[key]]:
+        logger.warning(
+            f"{folder.name}: the base was measured under other settings ({'; '.join(other)}); --overwrite measures both alike"
+        )
 
 
 def _evaluate_by_vllm(
@@ -420,7 +440,6 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
     arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
-    method = after_earlier(method, job.earlier.get(plan.name, ()), job.knowledge)
     reads_texts = method.needs_texts or (method.needs_gram and method.computes_whole)
     windows = windows + (job.earlier_rows if reads_texts else [])
     reuses = _take_initialization(job, plan, folder)
@@ -437,7 +456,14 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     ):
         model, weights = base_to_shard(recipe.model, job.model_name)
     else:
-        model = model_so_far(recipe.model, job.model_name, before)
+        model = load_base_after(recipe.model, job.model_name, before)
+    start = InitOptions(
+        cache=recipe.calibration.cache,
+        seed=recipe.seed,
+        weights=weights,
+        earlier=tuple(job.earlier.get(plan.name, ())),
+        knowledge=job.knowledge,
+    )
     trainer = TRAINERS[recipe.trainer].trainer(
         model=model,
         args=arguments,
@@ -449,7 +475,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         reuse_init=reuses,
         init_folder=recipe.method.init,
         preflight=recipe.preflight,
-        init_options=InitOptions(cache=recipe.calibration.cache, seed=recipe.seed, weights=weights),
+        init_options=start,
         calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows],
         calibration_args=CalibrationArgs(max_length=max(map(len, windows))),
     )

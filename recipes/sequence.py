@@ -32,8 +32,8 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
+from lora_null.recipes.models.bases import load_base_after
 from lora_null.recipes.models.plan import MethodPlan
-from lora_null.recipes.models.so_far import model_so_far
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     Estimate,
@@ -184,7 +184,7 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     if not (folder / "adapter").is_dir():
         return  # it diverged: there is nothing to go on from
     rows = rows_of(job)
-    model = model_so_far(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
+    model = load_base_after(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
     names = read_adapter(folder / "adapter").pairs()
     keep_grams(folder / GRAMS, model, names, padded_batches(rows, 0), sketch=recipe.sequence.sketch)
 

@@ -25,6 +25,7 @@ from lora_null.calibration import checked_batches
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.earlier import after_earlier
 from lora_null.fingerprint import check_whole
 from lora_null.layer import is_started
 from lora_null.start import (
@@ -507,6 +508,7 @@ class LoraNullMixin(SavingMixin):
             check_whole(self.model)
         options, layers, start = self.init_options_here(), self.method.layers(self.model), None
         rule = None if self._goes_on else self.method.rule_for(options)
+        rule = after_earlier(rule, options.earlier, options.knowledge)
         finished = self._finished_start(resuming)
         if finished is not None:
             expected = {"rule": rule.rule if rule is not None else "", "adapter_name": self.adapter_name}

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from lora_null.adapters.join import add_to_weights
+from lora_null.adapters.saved import read_adapter
 from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
@@ -231,6 +233,21 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
         loaded.generation_config.eos_token_id = ends_with(end, loaded.generation_config.eos_token_id)
         loaded.config.get_text_config(decoder=True).eos_token_id = end
     return loaded
+
+
+def load_base_after(section: ModelSection, name: str, before: Path | None) -> Any:
+    """Return the base with what the tasks before have changed in its weights; its files stay as they are.
+
+    Args:
+        section, name: of the base, as in `load_base`.
+        before: METHOD of the task before; None for the first task.
+    """
+    if before is not None and (before / "model").is_dir():
+        return load_base(section.model_copy(update={"revision": None}), str(before / "model"))
+    model = load_base(section, name)
+    if before is not None:
+        add_to_weights(model, read_adapter(before / "adapter"))
+    return model
 
 
 def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tensor]:
