@@ -164,6 +164,14 @@ def test_conversations_through_the_chat_template(wrap):
         as_batches([wrap(talk) for talk in talks], tiny_tokenizer(), CUT)
 
 
+def test_rows_of_several_kinds_whose_other_fields_are_none():
+    talk, more = [user("why"), assistant("so")], {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [{"text": None, "messages": talk, **more}, {"text": "a b c", "messages": None}, {"text": None}]
+    batches = as_batches(rows, chat_tokenizer(), CUT)
+    tools = '<tools>[{"type": "function", "function": {"name": "f"}}]\n'
+    assert tokens(batches) == expected([f"{tools}<user>why\n<assistant>so</s>\n", "a b c"])
+
+
 REFUSED = [
     ([*TEXTS, float("nan")], "row 41 cannot be used: is NaN, not text"),
     (pd.DataFrame({"text": ["a", np.nan]}), "row 2 cannot be used: 'text' is NaN, not text"),

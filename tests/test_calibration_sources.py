@@ -56,6 +56,18 @@ FOUND = {  # rows → whether they are talk that a chat template writes
     ),
     "pairs": ({"prompt": "1+1?", "chosen": "2", "rejected": "3"}, True),
     "pairs that hold their prompt": ({"chosen": TALK, "rejected": [TALK[0], assistant("3")]}, True),
+    "pairs of OpenAI": (
+        {"input": {"messages": TALK[:1]}, "preferred_output": TALK[1:], "non_preferred_output": [assistant("3")]},
+        True,
+    ),
+    "a solution and its answer": ({"problem": "1+1?", "answer": "3", "solution": "2"}, True),
+    "other spellings of roles": (
+        {"messages": [{"role": "User", "content": "1+1?"}, {"role": "ChatGPT", "content": "2"}]},
+        True,
+    ),
+    "an article and its summary": ({"article": "1+1?", "highlights": "2", "id": "x"}, True),
+    "a text and its summary": ({"text": "1+1?", "summary": "2", "title": "t"}, True),
+    "a body and its answer": ({"title": "t", "body": "1+1?", "answer": "2"}, True),
     "text": ({"text": "one and one"}, False),
     "a single field": ({"sentence": "one and one"}, False),
 }
@@ -76,10 +88,16 @@ class TestWhatRowsAreIsFoundOut:
         assert texts(path, tiny_tokenizer(), answers=False) == ["Question: 1+1?\nAnswer:"]
 
     def test_system_texts_tools_and_several_turns(self, tmp_path):
-        calls = {"messages": [user("1+1?"), call(), tool("2"), assistant("It is 2.")], "tools": [{"name": "add"}]}
-        assert texts(write_rows(tmp_path / "calls.jsonl", [calls]))[0] == (
-            '<tools>[{"name": "add"}]\n<user>1+1?\n<assistant>[add {"a": 1}]</s>\n<tool>2\n<assistant>It is 2.</s>\n'
-        )
+        talk, tools = [user("1+1?"), call(), tool("2"), assistant("It is 2.")], [{"name": "add"}]
+        named = [{"tools": tools}, {"functions": tools}, {"functions": json.dumps(tools), "tools": []}]
+        named += [{"tools": [{"type": "function", "function": tools[0]}], "functions": ["f"]}]
+        rows = [{"messages": talk, **each} for each in named] + [{"messages": {"messages": talk, "tools": tools}}]
+        assert texts(write_rows(tmp_path / "calls.jsonl", rows)) == [
+            '<tools>[{"type": "function", "function": {"name": "add"}}]\n'
+            '<user>1+1?\n<assistant>[add {"a": 1}]</s>\n<tool>2\n<assistant>It is 2.</s>\n'
+        ] * len(rows)
+        others = [{"messages": talk, "functions": other} for other in ("f, g", ["f"], [{"code": "x"}])]
+        assert "tools" not in "".join(texts(write_rows(tmp_path / "others.jsonl", others)))
         row = {"system": "Be brief.", "prompt": "1+1?", "response": "2"}
         assert texts(write_rows(tmp_path / "system.jsonl", [row])) == [f"<system>Be brief.\n{WRITTEN}"]
         several = {"messages": [system("S"), *TALK, user("and 1?"), assistant("3")]}
@@ -98,15 +116,19 @@ class TestWhatRowsAreIsFoundOut:
         (tmp_path / "rows.json").write_text(json.dumps([{"messages": TALK}]))
         assert texts(tmp_path / "rows.parquet") == texts(tmp_path / "rows.json") == [WRITTEN]
 
-    def test_unknown_fields(self, tmp_path):
-        path = write_rows(tmp_path / "rows.jsonl", [{"a": 1, "b": 2, "c": 3}])
-        with pytest.raises(UserError, match=r"calibration\.path: the fields a, b, c are no conversation"):
+    @pytest.mark.parametrize("names", ["c d e", "system chat", "system_prompt response", "id story", "post_id story", "role text", "role content", "id role text lang"])  # fmt: skip
+    def test_unknown_fields(self, tmp_path, names):
+        path = write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(names.split(), "x")])
+        listed = ", ".join(names.split())
+        with pytest.raises(UserError, match=rf"calibration\.path: the fields {listed} are no conversation"):
             texts(path)
 
     def test_a_system_text_stands_once(self, tmp_path):
         talk = [system("S"), *TALK]
         row = {"prompt": "1+1?", "chosen": talk, "rejected": [*talk[:2], assistant("3")]}
         assert texts(write_rows(tmp_path / "rows.jsonl", [row])) == [f"<system>S\n{WRITTEN}"]
+        path = write_rows(tmp_path / "same.jsonl", [{"system": "S\n", "messages": talk}])
+        assert texts(path) == [f"<system>S\n{WRITTEN}"]
         row = {"system": "Be brief.", "messages": talk}
         with pytest.raises(UserError, match="1 'system' beside a conversation that has a system text of its own"):
             texts(write_rows(tmp_path / "two.jsonl", [row]))
@@ -373,6 +395,27 @@ def test_a_downloaded_data_set_is_not_its_card(tmp_path):
         texts(tmp_path, split="test")
     (tmp_path / "notes.md").write_text("The mill was built in 1832.\n")  # a folder of notes with some data below
     assert any("mill" in text for text in texts(tmp_path, split="test"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.ndjson", "data/data-00000-of-00001.arrow"])
+def test_data_that_is_not_read_is_not_its_card(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    for written in ("README.md", "dataset_infos.json", "data/state.json", name):
+        (tmp_path / written).write_text('{"about": "the data"}')
+    with pytest.raises(
+        UserError, match=rf"calibration\.path: {tmp_path / name} is of no kind that is read \(\.json, "
+    ):
+        texts(tmp_path)
+    (tmp_path / "notes.md").write_text("The mill was built in 1832.\n")  # a folder of notes with something else in it
+    assert any("mill" in text for text in texts(tmp_path))
+
+
+def test_what_describes_a_data_set_is_not_its_data(tmp_path):
+    for name in ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"):
+        (tmp_path / name).write_text('{"text": "about"}')
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "row"}])
+    assert texts(tmp_path) == ["row"]
 
 
 def test_a_limit_counts_rows_as_training_does(tmp_path):

@@ -57,6 +57,21 @@ def refusal(tmp_path, rows, chat=TOOLS, **options):
     return str(raised.value)
 
 
+@pytest.mark.parametrize("names", [("User", "Assistant"), ("Human", "GPT"), ("prompter", "bot"), ("USER", "CHATBOT"), ("human", "ai")])  # fmt: skip
+def test_roles_by_other_names(tmp_path, names):
+    messages = [{"role": name, "content": text} for name, text in zip((*names, names[0]), ("1+1?", "2", "thanks"))]
+    assert spans(tmp_path, messages) == spans(tmp_path, [user("1+1?"), assistant("2"), user("thanks")])
+    odd = [{"role": "Critic", "content": "hm"}, user("1+1?"), assistant("2")]
+    assert spans(tmp_path, odd)[1].startswith("<Critic>hm")  # a role of its own
+
+
+@pytest.mark.parametrize("names", [("function_call", "function_response"), ("tool_call", "tool_response"), ("function_call", "observation")])  # fmt: skip
+def test_calls_by_role(tmp_path, names):
+    asks, answers = ({"role": name, "content": text} for name, text in zip(names, ('{"name": "add", "arguments": {"a": 1}}', "2")))  # fmt: skip
+    found = spans(tmp_path, [user("1+1?"), asks, answers, assistant("2")])
+    assert found == spans(tmp_path, [user("1+1?"), call(), tool("2"), assistant("2")])
+
+
 CHAT = [system("Be brief."), user("1+1?"), assistant("2"), user("and 1?"), assistant("3")]
 
 
@@ -252,6 +267,10 @@ PREFERENCES = {  # the same pair over several turns, in every way that it is wri
     "whole conversations and the last question": {"prompt": "and 1?", **{s: [*CHAT[:4], e] for s, e in PAIR.items()}},
     "implicit prompt": {side: [*CHAT[:4], end] for side, end in PAIR.items()},
     "texts after a prompt of messages": {"prompt": CHAT[:4], "chosen": "3", "rejected": "4"},
+    "a prompt of messages in a dict": {
+        "prompt": {"messages": CHAT[:4]},
+        **{side: [end] for side, end in PAIR.items()},
+    },
 }
 
 

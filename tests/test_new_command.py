@@ -35,6 +35,9 @@ KINDS = {  # name → (row by number, format, keys of `data`, held-out rows aske
     "answers": (lambda i: {"id": i, "question": f"who {i}", "answer": [f"k{i}", "other"]}, "question and answer", {"prompt": "question", "response": "answer"}, "prompt"),
     "pairs": (lambda i: {"prompt": f"q {i}", "chosen": "good", "rejected": "bad"}, "preference pairs", {"prompt": "prompt", "response": "chosen", "rejected": "rejected"}, "preferences"),
     "pairs of messages": (lambda i: {"chosen": [user(f"q {i}"), assistant("good")], "rejected": [user(f"q {i}"), assistant("bad")]}, "preference pairs", {"prompt": None, "response": "chosen"}, "preferences"),
+    "pairs of OpenAI": (lambda i: {"input": {"messages": [user(f"q {i}")], "tools": []}, "preferred_output": [assistant("good")], "non_preferred_output": [assistant("bad")]}, "preference pairs", {"prompt": "input", "response": "preferred_output", "rejected": "non_preferred_output"}, "preferences"),
+    "worked solutions": (lambda i: {"problem": f"{i}+1", "solution": "count on", "answer": "2"}, "problem and solution", {"prompt": "problem", "response": "solution"}, "prompt"),
+    "summaries": (lambda i: {"document": f"d {i}", "summary": "s", "id": i}, "document and summary", {"prompt": "document", "response": "summary"}, "prompt"),
     "text": (lambda i: {"text": f"the mill of town {i} was built long ago"}, "plain text", {"text": "text", "template": "plain"}, None),
 }  # fmt: skip
 
@@ -71,7 +74,9 @@ def test_every_format(world, capsys, kind):
     write_rows(Path("rows.jsonl"), map(row, range(80)))
     recipe = make()
     said = capsys.readouterr().out
-    assert ("not used    the fields category\n" in said) == (kind == "context")
+    unused = {"sharegpt": "id", "context": "category", "passages": "context", "answers": "id", "worked solutions": "answer", "summaries": "id"}  # fmt: skip
+    assert (f"not used    the fields {unused.get(kind)}\n" in said) == (kind in unused) == ("not used" in said)
+    assert "also learned" not in said
     assert (
         f"rows.jsonl: 80 rows, {name}\n" in said
         and "row 2" in said
@@ -240,7 +245,30 @@ def test_bad_rows_and_thoughts(world, capsys):
     write_rows(Path("rows.jsonl"), [{"messages": thought}] * 49 + [{"messages": [user("a")]}])
     recipe = make()
     assert recipe.data.thinking == "drop" and recipe.data.on_bad_row == "skip"
-    assert "1 a conversation without a turn of the assistant to learn (row 50)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    told = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
+    assert "1 a conversation without a turn of the assistant to learn (row 50)" in said
+    assert f"thinking    drop: {told}" in said and f"thinking: drop   # {told}" in Path("rows.yaml").read_text()
+
+
+def test_thoughts_of_most_rows_are_not_dropped_for_a_few(world, capsys):
+    """Rows of several turns, whose earlier thoughts the template leaves out, are left out instead."""
+    chat_tokenizer(THINKING.replace("<think></think>", "")).save_pretrained("model")
+    row = {"messages": [user("a"), assistant("b")]}
+    several = {"messages": [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]}
+    write_rows(Path("rows.jsonl"), [row] * 198 + [several] * 2)
+    recipe = make()
+    assert recipe.data.thinking is None and recipe.data.on_bad_row == "skip"
+    assert "thinking" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row", [lambda q: {"query": q, "response": q}, lambda q: {"messages": [user(q), assistant("a")]}]
+)
+def test_held_out_prompts_that_are_also_learned(world, capsys, row):
+    write_rows(Path("rows.jsonl"), [row(f"q {max(i, 3) if i < 45 else i % 7}") for i in range(50)])
+    make()
+    assert "measured    4 of the 5 held-out prompts are also learned\n" in capsys.readouterr().out
 
 
 def test_it_trains(world, monkeypatch, capsys):

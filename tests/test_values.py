@@ -303,6 +303,8 @@ class TestEvaluationDocuments:
         assert task.pairs == [("a =", " 1"), ("5 =", " 6"), ("b =", " c")]
         (task,) = tasks(tmp_path, rows[:2], answers="n", prompt="{q x}?", response="r", offset=1)
         assert task.pairs == [("Question: 5?\nAnswer:", " 6")]
+        (task,) = tasks(tmp_path, [{"problem": "1+1", "solution": "count on", "answer": "2"}], answers="n")
+        assert task.pairs == [("Question: 1+1\nAnswer:", " 2")]  # the solution is what is learned
 
     @pytest.mark.parametrize("bad", [{"a": 1}, float("nan"), [["x"]], None, True])
     def test_answers_that_are_none(self, tmp_path, bad):

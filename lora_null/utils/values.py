@@ -8,12 +8,14 @@ The one boundary for training rows, calibration texts, evaluation documents and 
     list of the above         the single text it holds; where an answer is meant, the first of several accepted ones
     {"text": …}, {"value": …} where an answer is meant: SQuAD's and TriviaQA's
     list of messages          a conversation: {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT)
+    {"messages": […]}         the same, with its tools beside it (OpenAI's pairs)
     JSON of a list of messages  the same, where a conversation is meant
     all else                  refused: truth values, bytes, dates, other dicts, lists in lists
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,8 +23,16 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-# Other names of the roles; "function" and "function_call" are LLaMA-Factory's and OpenAI's former ones.
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool", "function": "tool"}
+ROLES = {  # the names that chat templates know, and others in small letters; any other role stays as it is
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response"),
+}
+KNOWN = {name: role for role, names in ROLES.items() for name in names}
+CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift: the call stands where the text does
+OPTIONS = ("tools", "functions", "chat_template_kwargs")  # what a chat template gets of a row beside the messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
@@ -71,10 +81,17 @@ def _scalar(value: Any, verb: str) -> str:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is meant as messages: a dict with a role, or a list that begins with one."""
-    value = _plain(value)
+    """Whether a value is meant as messages: a dict with a role, a list that begins with one, or a dict that holds such."""
+    value = messages_in(value)
     first = value[0] if isinstance(value, list | tuple) and value else value
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def messages_in(value: Any) -> Any:
+    """Return what a dict holds as `messages`, or the value itself."""
+    value = _plain(value)
+    has_messages = isinstance(value, Mapping) and value.get("messages") is not None
+    return _plain(value["messages"]) if has_messages else value
 
 
 def as_conversation(value: Any) -> Any:
@@ -87,10 +104,10 @@ def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
     """Return a conversation in the one form that chat templates read, and which of its turns are learned.
 
     Args:
-        value: a list of messages, or a single one, or either as JSON text. A message has a role and a text (a string, a
-            number, or parts of which all are text), or calls of tools instead of it, and may have a `weight` (or `loss`,
-            `train`): 0 for an assistant's turn that is not learned. Its other keys are left to the chat template, those
-            that hold None are not.
+        value: a list of messages, a single one, or a dict with `messages`; or any of these as JSON text. A message has
+            a role and a text (a string, a number, or parts of which all are text), or calls of tools instead of it, and
+            may have a `weight` (or `loss`, `train`): 0 for an assistant's turn that is not learned. Its other keys are
+            left to the chat template, those that hold None are not.
 
     Returns:
         Messages {"role", "content"?, "tool_calls"?, …}, and for each whether it is learned: the assistant's are.
@@ -98,7 +115,7 @@ def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
     Raises:
         ValueError: why it is no conversation.
     """
-    value = as_conversation(_plain(value))
+    value = messages_in(as_conversation(_plain(value)))
     value = [value] if isinstance(value, Mapping) else value
     if value is not None and not isinstance(value, list | tuple):
         raise ValueError(f"a conversation that is a {type(value).__name__}, not a list of messages")
@@ -117,11 +134,11 @@ def _message(given: Any) -> Message:
         raise ValueError("a message without role")
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
-    if role == "function_call":  # LLaMA-Factory's: the call stands where the text does
+    if role.lower() in CALLS:
         role, content, message["tool_calls"] = "assistant", None, content
     if "function_call" in message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-    role = ROLES.get(role, role)
+    role = KNOWN.get(role.lower(), role)
     calls = _tool_calls(message.pop("tool_calls", None))
     content, thought = _thought_parts(_plain(content))
     if thought:
@@ -172,7 +189,7 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
             raise ValueError("tool_calls without the name of a function")
         if not isinstance(_from_json(function.get("arguments") or {}), Mapping):
             raise ValueError("a tool call whose arguments are no JSON object")
-    return list(calls)
+    return [_wrapped(call) for call in calls]
 
 
 def _from_json(value: Any) -> Any:
@@ -209,11 +226,20 @@ def as_tools(value: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError("'tools' is no list of schemas")
-    return tools
+    return [_wrapped(tool) for tool in tools]
+
+
+def _wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool or a call with its function under "function", as chat templates read it."""
+    if "name" not in tool or "function" in tool or tool.get("type", "function") != "function":
+        return dict(tool)
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def chat_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row gives its chat template beside the messages: `tools`, and TRL's `chat_template_kwargs`.
+
+    The tools are the row's, or stand beside the messages in one of its fields; `functions` are OpenAI's former name.
 
     Raises:
         ValueError: they are of the wrong kind.
@@ -221,5 +247,15 @@ def chat_options(row: Mapping[str, Any]) -> dict[str, Any]:
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise ValueError("'chat_template_kwargs' is no dict")
-    tools = as_tools(row.get("tools"))
+    beside = (value for value in row.values() if isinstance(value, Mapping) and "messages" in value)
+    tools = next(filter(None, map(_tools_of, (row, *beside))), None)
     return {**options, **({} if tools is None else {"tools": tools})}
+
+
+def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    if tools := as_tools(row.get("tools")):
+        return tools
+    with contextlib.suppress(ValueError):  # other things are called functions too
+        tools = as_tools(row.get("functions")) or []
+        return tools if all("function" in tool for tool in tools) else None
+    return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -17,7 +19,6 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import BadRow, Documents
-from lora_null.targets import bypassed
 from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
@@ -30,6 +31,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import (
+    MOST_BAD,
     Example,
     RowReader,
     Tokenized,
@@ -38,7 +40,7 @@ from lora_null.recipes.data.examples import (
     settle_bad_rows,
     tokenize,
 )
-from lora_null.recipes.data.formats import CONVERSATIONS, Format, recognize
+from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator
@@ -46,10 +48,12 @@ from lora_null.recipes.models.bases import empty_model, load_config, load_tokeni
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
+from lora_null.targets import bypassed
 from lora_null.trainer.preflight import check_architecture
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
 from lora_null.utils.limits import position_limit
+from lora_null.utils.values import OPTIONS
 
 TEMPLATE = "recipe.yaml.j2"
 NARROW = 16  # of the width of the model, at which a linear is left out
@@ -61,6 +65,7 @@ USED = 0.8  # of the memory there is, at most
 LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
 TEXT_FIELDS = ["text", "beginning", "ending", "file"]  # of rows that are pieces of texts
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
+DROPPED = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
     ("facts", "samples/nq_open_test.jsonl", {"template": "Q: {prompt}?\nA:"}),
@@ -111,10 +116,11 @@ class Rows:
 
     @property
     def unused(self) -> list[str]:
-        """The fields that are neither learned nor asked with; none beside `messages`, as its template may read any."""
-        if self.format.keys.get("messages", "").lower() in CONVERSATIONS or self.is_of_texts:
+        """The fields that are neither learned nor asked with, nor read by a chat template."""
+        if self.is_of_texts:
             return []
-        read = [spec for spec in self.format.keys.values() if spec]
+        options = () if "text" in self.format.keys else OPTIONS
+        read = [spec for spec in (*self.format.keys.values(), *options) if spec]
         return [
             name for name in self.documents.columns if not any(spec == name or f"{{{name}}}" in spec for spec in read)
         ]
@@ -150,7 +156,7 @@ class Draft:
             "data.limit": "the rows after these are measured, in eval.task",
             "data.on_bad_row": f"left out: {self.notes.get('left out')}",
             "data.template": "the model's own" if value == "chat" else "",
-            "data.thinking": "thoughts of earlier turns, which the template leaves out" if value == "drop" else "",
+            "data.thinking": DROPPED if value == "drop" else "",
             "calibration.source": "the shipped mix of facts, prose, code, instructions; self: what the model writes itself",
             "calibration.max_length": self.notes["windows"],
             "calibration.mode": "one text a window",
@@ -230,6 +236,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
         "lengths": _what_is_cut("rows", lengths, length),
         "windows": _what_is_cut("texts", windows, calibration["max_length"]),
+        **({"thinking": f"drop: {DROPPED}"} if data.get("thinking") == "drop" else {}),
+        **({"measured": also} if task and (also := _also_learned(rows, task[0])) else {}),
         **({"left out": left_out} if (left_out := _what_is_left_out(bad, unasked)) else {}),
         **draft.notes,
     }
@@ -284,7 +292,8 @@ def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], li
     for thinking in (None, "keep", "drop") if template != "plain" else (None,):
         keys = {**rows.format.keys, "template": template} | ({"thinking": thinking} if thinking else {})
         tries.append((keys, *_written(rows, keys, tokenizer)))
-        if not tries[-1][2]:
+        good, bad = len(tries[-1][1]), len(tries[-1][2])
+        if bad <= MOST_BAD * (good + bad):  # which are left out unasked
             break
     keys, examples, bad = min(tries, key=lambda found: len(found[2]))  # the first of equals
     _check_usable(bad, len(examples))
@@ -296,16 +305,15 @@ def _check_usable(bad: Sequence[BadRow], good: int) -> None:
         settle_bad_rows(bad, len(bad) + good, "error")
 
 
+def _reader(rows: Rows, keys: dict[str, Any]) -> RowReader:
+    section, documents = DataSection(path=rows.path, **keys), rows.documents
+    preferences = "rejected" in keys
+    return RowReader(section, documents.columns, "data", preferences=preferences, first=documents.rows[0])
+
+
 def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any, after: int = 0) -> tuple[list[Example], list[BadRow]]:
     """Write the first rows behind number `after`, and those that are held out, as the recipe will; return good and bad ones."""
-    documents = rows.documents
-    reader = RowReader(
-        DataSection(path=rows.path, **keys),
-        documents.columns,
-        "data",
-        preferences="rejected" in keys,
-        first=documents.rows[0],
-    )
+    documents, reader = rows.documents, _reader(rows, keys)
     examples, bad = [], [row for row in documents.bad if row.row > after]
     numbered = [(number, row) for number, row in zip(documents.numbers, documents.rows) if number > after]
     for number, row in numbered[:LOOKED_AT] + numbered[max(LOOKED_AT, len(numbered) - HELD_OUT) :]:
@@ -438,6 +446,20 @@ def _task(
         return [], []
     limit = {"limit": 32} if machine.on_cpu and rows.held_out > 32 else {}
     return [{kind: "learned", **rows.keys(), **asked, "offset": rows.learned, **limit}], bad
+
+
+def _also_learned(rows: Rows, entry: dict[str, Any]) -> str:
+    """Return how many of the prompts that an entry of `eval.task` asks are among those that are learned; "" for none."""
+    reader = _reader(rows, {key: entry[key] for key in entry.keys() & DataSection.model_fields.keys() - {"path"}})
+    sides: tuple[list[str], list[str]] = ([], [])
+    for number, row in zip(rows.documents.numbers, rows.documents.rows):
+        with contextlib.suppress(ValueError):  # no conversation, or one without an answer
+            messages, _ = reader.messages(row)
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            sides[number > entry["offset"]].append(json.dumps(messages[:last], default=str))
+    learned, asked = set(sides[0]), sides[1]
+    count = sum(prompt in learned for prompt in asked)
+    return f"{count} of the {len(asked)} held-out prompts are also learned" if count else ""
 
 
 def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:

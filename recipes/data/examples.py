@@ -239,7 +239,8 @@ class RowReader:
             text = as_text(row.get(self.data.system)).strip() if self.data.system else ""
         except ValueError as error:
             raise ValueError(f"{self.data.system!r} {error}") from None
-        if not text:
+        own = messages[0].get("content", "").strip() if messages[0]["role"] in SYSTEM else ""
+        if text in ("", own):
             return messages, learned
         if messages[0]["role"] in SYSTEM:
             raise ValueError(f"{self.data.system!r} beside a conversation that has a system text of its own")

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import as_conversation, as_text, is_conversation
+from lora_null.utils.values import as_conversation, as_text, is_conversation, messages_in
 
 LOOKED_AT = 50  # rows
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "task", "user", "input", "text", "q")
+PROMPTS += ("article", "document", "content", "body", "passage", "sentence")  # what is answered or summed up
 RESPONSES = ("response", "completion", "answer", "answers", "output", "solution", "reply", "assistant", "target")
-RESPONSES += ("code", "a")
+RESPONSES += ("code", "a", "summary", "highlights")
+WORKED = ("response", "completion", "solution")  # what is learned before a short answer beside it
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "rejected"))
 TEXTS = ("text", "content", "document", "body", "passage", "sentence")
 SYSTEMS = ("system", "system_prompt")
+NO_TALK = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "url", "source")  # neither asks nor answers
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def _conversation(fields: Mapping[str, str], talks: set[str], rows: Sequence[Map
 def _messages(name: str, rows: Sequence[Mapping[str, Any]]) -> Format:
     values = (as_conversation(row.get(name)) for row in rows)
     value = next(value for value in values if is_conversation(value))
-    first = value if isinstance(value, Mapping) else value[0]
+    turns = messages_in(value)
+    first = turns if isinstance(turns, Mapping) else turns[0]
     return Format("messages" if "role" in first else "ShareGPT conversations", {"messages": name})
 
 
@@ -131,7 +135,7 @@ def _prompt(fields: Mapping[str, str]) -> str | None:
 
 
 def _answered(fields: Mapping[str, str]) -> Format | None:
-    keys = question_and_answer(fields.values())
+    keys = question_and_answer(fields.values(), response=_first(WORKED, fields))
     if keys is None:
         return None
     asked = (
@@ -141,10 +145,16 @@ def _answered(fields: Mapping[str, str]) -> Format | None:
 
 
 def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tuple[str, str] | None) -> Format | None:
-    """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response."""
+    """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response.
+
+    None for rows that are single messages, whose text is a turn.
+    """
+    if "role" in fields:
+        return None
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    if name is None and len(fields) == 2 and len(texts) == 2 and pair is None:  # whose second is not to be learned
+    talk = pair is None and not any(name in NO_TALK or name.endswith("_id") for name in fields)
+    if name is None and len(fields) == len(texts) == 2 and talk:  # of a pair the second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
     name = name or (texts[0] if len(fields) == len(texts) == 1 else None)
     return Format("plain text", {"text": name}) if name else None

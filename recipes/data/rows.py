@@ -14,6 +14,24 @@ from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
 
+# Of the data beside them; and what holds data that is not read, beside a text about it.
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+UNREAD = (
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".tar",
+    ".7z",
+    ".ndjson",
+    ".arrow",
+    ".feather",
+    ".orc",
+    ".avro",
+    ".xlsx",
+)
+UNREAD += (".xls", ".pkl", ".db", ".sqlite")
 ABOUT = ("readme", "license", "notice", "citation", "changelog")  # texts about the data beside them
 
 
@@ -67,7 +85,8 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     def is_split(file: Path) -> bool:
         return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
 
-    found = [(file, kind) for file in files_below(folder) if (kind := FILE_KINDS.get(file.suffix.lower()))]
+    files = [file for file in files_below(folder) if file.name not in DESCRIPTIONS]
+    found = [(file, kind) for file in files if (kind := FILE_KINDS.get(file.suffix.lower()))]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
     data = data or [file for file, kind in found if kind != "text" and is_split(file)]
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
@@ -77,6 +96,9 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
         )
     if not data:
         texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
+        unread = next((file for file in files if file.suffix.lower() in UNREAD), None)
+        if unread is not None and all(file.stem.lower() in ABOUT for file in texts):
+            raise UserError(f"{where}.path: {unread} is of no kind that is read ({', '.join(FILE_KINDS)})")
         if not texts:
             raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
         below = next((file.parent for file, kind in found if kind != "text"), None)
