@@ -19,6 +19,7 @@ from lora_null.recipes.report import render
 from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import Results, Row, display_name, load_results
+from lora_null.recipes.trained import Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
 
@@ -201,7 +202,7 @@ def shareable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def results_table(source: Any, strength: float = 1.0) -> Any:
+def results_table(source: Trained, strength: float = 1.0) -> Any:
     """Return the report's table with the base and this method alone; None where that was not evaluated.
 
     Args:

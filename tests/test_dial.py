@@ -16,10 +16,9 @@ from world import base, make_world
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
-from lora_null.recipes import run
+from lora_null.recipes import run, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
-from lora_null.recipes.commands import source
 from lora_null.recipes.config.load import MARK
 from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told, write_dial
 from lora_null.recipes.strengths import sweep
@@ -165,7 +164,7 @@ def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
     shutil.rmtree(method / "dial")
     assert main(words) == main(words) == 0  # one of the same questions gives way
     head, base, _ = table_rows(read_dial(method))
-    shown = {column.heading: str(column.cells[0]) for column in results_table(source.find_source(method), 0.5).columns}
+    shown = {column.heading: str(column.cells[0]) for column in results_table(trained.find_trained(method), 0.5).columns}
     assert all(shown[name] == value for name, value in zip(head[1:], base[1:]))
 
 
@@ -230,7 +229,7 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
-    for place in ((run, "base_to_run"), (source, "load_base")):
+    for place in ((run, "base_to_run"), (trained, "load_base")):
         monkeypatch.setattr(*place, lambda *_: pytest.fail("a model was loaded"))
     places = {
         "world": world,

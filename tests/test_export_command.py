@@ -389,6 +389,10 @@ def test_a_grids_folder_names_what_its_runs_have_finished(tmp_path, capsys):
         (["{world}/out/base"], "holds neither an adapter nor a model yet"),
         (["{world}/out/lora", "--form", "mergd"], "--form: 'mergd' is not one (did you mean 'merged'?)"),
         (["{world}/out/lora", "--rank", "5"], "--rank: 5 is not between 1 and the adapter's rank 4"),
+        (
+            ["{world}/out/lora", "--rank", "2", "--max-forgetting", "1"],
+            "--rank: --max-forgetting measures the adapter at its full",
+        ),
         (["{world}/out/lora", "--rank", "2", "--form", "merged"], "--rank: a merged model has no rank"),
         (["{world}/out/lora", "--dtype", "float32"], "--dtype: adapters are written as they were trained"),
         (["{world}/out/lora", "--base", "/nowhere"], "no folder /nowhere"),
@@ -407,8 +411,8 @@ def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys, monkeypatch
     assert export(world, "lora", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err
     monkeypatch.setattr(dial, "strength_within", None)  # nothing is measured before
-    for words in ([str(tmp_path)], [str(tmp_path / "new"), "--rank", "99"]):
-        assert main(["export", str(world / "out" / "lora"), "--max-forgetting", "1", "--out", *words]) == 2
+    for words in ([str(tmp_path), "--max-forgetting", "1"], [str(tmp_path / "new"), "--rank", "99"]):
+        assert main(["export", str(world / "out" / "lora"), "--out", *words]) == 2
     assert "--rank: 99 is not between 1 and the adapter's rank 4" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

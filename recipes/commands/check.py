@@ -7,7 +7,7 @@ import argparse
 from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.commands.source import base_of
+from lora_null.recipes.trained import base_of
 from lora_null.utils.errors import UserError
 
 

@@ -16,7 +16,6 @@ from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.budget import FEWEST, hold
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.commands.source import Source, check_adapter_fits, find_source
 from lora_null.recipes.config.load import RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.tasks import stage_recipes
@@ -27,6 +26,7 @@ from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
+from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     join_processes()
 
-    def check() -> tuple[Source, Job]:
-        source = find_source(arguments.source, arguments.base)
+    def check() -> tuple[Trained, Job]:
+        source = find_trained(arguments.source, arguments.base)
         check_adapter_fits(source)
         _check_kept(source, arguments)
         check_place(folder_for(source, arguments), "--out")
@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {out}")
 
 
-def folder_for(source: Source, arguments: argparse.Namespace) -> Path:
+def folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
     """Return the folder called `dial` that is written: in --out, or in RUN/METHOD."""
     out = arguments.out or source.home
     return out if out.name == FOLDER else out / FOLDER
 
 
-def _check_kept(source: Source, arguments: argparse.Namespace) -> None:
+def _check_kept(source: Trained, arguments: argparse.Namespace) -> None:
     """Raise a UserError where the run's own dial would give way, unasked, to one of other questions or fewer."""
     own = next((name for name in ("keep", "learn", "limit") if getattr(arguments, name) is not None), None)
     base, found = whole_of(source.run) / "base" / "eval.json", read_dial(source.home)
@@ -102,12 +102,12 @@ def _make_anew(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def load_adapted(source: Source) -> Any:
+def load_adapted(source: Trained) -> Any:
     """Return the base with the adapter, on the device, in eval mode."""
     return PeftModel.from_pretrained(source.base.load(), source.folder).eval()
 
 
-def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: dict[str, Any] | None = None) -> Job:
+def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: dict[str, Any] | None = None) -> Job:
     """Return what evaluates an adapter: by its run's recipe, or by files of questions.
 
     Args:
@@ -149,14 +149,14 @@ def job_for(source: Source, arguments: argparse.Namespace, out: Path, budget: di
         raise UserError(functools.reduce(lambda text, pair: text.replace(*pair), named.items(), str(error))) from None
 
 
-def _of_run(source: Source) -> dict[str, Any]:
+def _of_run(source: Trained) -> dict[str, Any]:
     """Return the recipe of the adapter's run; of a sequence that of its last task, which measures all of them."""
     if not source.recipe.get("sequence"):
         return dict(source.recipe)
     return stage_recipes(parse_recipe(source.recipe, str(source.run / RECIPE_FILE)))[-1].model_dump(mode="json")
 
 
-def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
+def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a recipe that measures files of questions; a run's own recipe where none is given."""
     if arguments.keep is None and arguments.learn is None:
         if not source.recipe:
@@ -186,7 +186,7 @@ def _questions(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def strength_within(source: Source, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
+def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
     """Return the largest strength that forgets no more than --max-forgetting, and a sentence about it.
 
     As in a run's budget: sought on the probed rows, checked on the others.

@@ -30,13 +30,13 @@ from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import hub_base, write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.commands.source import PROCESSOR, TOKENIZER, another_base, check_adapter_fits, find_source
 from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import ends_with, load_tokenizer
 from lora_null.recipes.output import check_place
 from lora_null.recipes.strengths import check_at_most, check_strength
+from lora_null.recipes.trained import PROCESSOR, TOKENIZER, Trained, another_base, check_adapter_fits, find_trained
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
 
@@ -60,7 +60,7 @@ class Export:
         bound: relative error at which it is refused; infinite where the error is what was asked for.
     """
 
-    source: Any
+    source: Trained
     form: str
     folder: Path
     base_name: str
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_options(arguments)
     choose_device()
-    source = find_source(arguments.source, arguments.base)
+    source = find_trained(arguments.source, arguments.base)
     if source.kind == "model" and arguments.form != "merged":
         raise UserError(
             f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         push(arguments.out, arguments.push_to_hub)
 
 
-def _strength(source: Any, arguments: argparse.Namespace) -> tuple[float, str | None]:
+def _strength(source: Trained, arguments: argparse.Namespace) -> tuple[float, str | None]:
     """Return the strength that was asked for, or the largest that keeps --max-forgetting, and what to say of it."""
     if arguments.strength is None and arguments.max_forgetting is None:
         return 1.0, None
@@ -154,6 +154,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{idle.replace('_', '-')}: is for what --max-forgetting measures; give that too")
     if arguments.rank is not None and arguments.form == "merged":
         raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
+    if arguments.rank is not None and arguments.max_forgetting is not None:
+        raise UserError(
+            "--rank: --max-forgetting measures the adapter at its full rank; truncate it first, then export that folder with "
+            "--max-forgetting"
+        )
     if arguments.dtype is not None and arguments.form != "merged":
         raise UserError("--dtype: adapters are written as they were trained; use --form merged")
     if arguments.strength is not None and arguments.max_forgetting is not None:

@@ -55,7 +55,8 @@ class Dial(BaseModel):
     def shares(self) -> list[tuple[int, float, float]]:
         """Return (number, share of the learning, share of the forgetting) of the points between the base and the adapter.
 
-        Shares are of what the adapter has as it was saved; none where it learned or forgot nothing.
+        Shares are of what the adapter has as it was saved; none where it learned or forgot nothing, or where a share of
+        right answers rose by no more than the error.
         """
         pair, full = self.frontier(), self.full
         if pair is None or full is None:
@@ -63,6 +64,8 @@ class Dial(BaseModel):
         kept, learned = pair
         gained, lost = learned.toward(full, learned=True), kept.toward(full, learned=False)
         if not gained or not lost or gained < 0 or lost < 0:
+            return []
+        if learned.unit == "fraction" and not learned.moved(full):  # a question or two
             return []
         found = []
         for i, point in enumerate(self.points):

@@ -67,15 +67,22 @@ class Advice:
 
 def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> str:
     """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained."""
-    found = []
+    found, free = [], []
     dials = [None if row.method == "base" else read_dial(output_dir / row.method) for row in results.rows]
     for row, log, dial, label in zip(results.rows, logs, dials, results.labels()):
         if row.method == "base":
             continue
-        found += [*_by_dial(dial, row, label), *_by_curve(results, log, label), *_by_form(results, row, label)]
+        if row.diverged is not None:
+            found.append(Advice(1.0, f"Lower the learning rate of {label}: it diverged at step {row.diverged}."))
+            continue
+        held = row.budget is not None and (row.budget.reached is not None or row.budget.strength != 1)
+        found += [*_by_dial(dial, row, label), *_by_form(results, row, label)]
+        if not held:  # more steps would forget more than is allowed
+            found += _by_curve(results, log, label)
+            free.append(log)
     if found:
         return max(found, key=lambda advice: advice.gain).sentence
-    judged = ["another rate or an earlier end"] if any(_learned(results, log) for log in logs) else []
+    judged = ["another rate or an earlier end"] if any(_learned(results, log) for log in free) else []
     judged += ["a lower strength"] if any(dial.shares() for dial in dials if dial) else []
     if not judged:
         return (

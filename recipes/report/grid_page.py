@@ -448,14 +448,15 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
 
     rows = []
     for f in frontiers(results, kept, task):
-        tried = [i for i in f.rows if _moved(results, i, task)]
-        safe = [i for i in tried if is_safe(i)]
+        tried = {variant_of(run.point) for run in _by_frontier(results)[f.name]}  # diverged ones too
+        safe = [i for i in f.rows if _moved(results, i, task) and is_safe(i)]
         best = max(safe, key=lambda i: _moved(results, i, task).value, default=None)
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
         rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))])
     columns = [f"nothing kept, by NLL or accuracy, over {SAFE:.0%} worse", f"best {metric_title(task)} among them"]
-    return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": ""}]
+    note = "By the estimates alone, without their errors."
+    return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": note}]
 
 
 def _equal_text(row: AtEqual, unit: str | None) -> str:

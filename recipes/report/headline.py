@@ -26,6 +26,7 @@ class Measure:
         unit: of the estimates.
         results: which hold the comparisons, under `compared`.
         compared: the metric's name there.
+        turned: whether the comparisons are of what is lost here, so that their signs are the other ones.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Measure:
     unit: str | None
     results: Results = field(repr=False)
     compared: str
+    turned: bool = False
 
     @property
     def measured(self) -> list[int]:
@@ -59,8 +61,9 @@ class Measure:
         return None if base is None or row is None else change_error(base, row, self.gap(i, 0))
 
     def gap(self, i: int, j: int) -> Paired | None:
-        """Row i minus row j, paired; None where they were not compared."""
-        return self.results.difference(i, j, self.compared)
+        """Row i minus row j, paired, as `estimates` count; None where they were not compared."""
+        found = self.results.difference(i, j, self.compared)
+        return found.model_copy(update={"mean": -found.mean}) if found and self.turned else found
 
     def separated(self, i: int, j: int) -> bool:
         """Whether rows i and j may be called different."""
@@ -74,8 +77,9 @@ class Measure:
         return abs(self.toward(i, learned=True) or 0.0) > 2 * (self.error(i) or 0.0)
 
     def untested(self, rows: Sequence[int]) -> bool:
-        """Whether some two of the rows were not compared."""
-        return any((gap := self.gap(i, j)) is None or gap.p is None for i, j in itertools.combinations(rows, 2))
+        """Whether some two of the rows were not compared; those that answer alike have no p, and were."""
+        gaps = [self.gap(i, j) for i, j in itertools.combinations(rows, 2)]
+        return any(gap is None or (gap.p is None and gap.mean != 0) for gap in gaps)
 
     @property
     def floor(self) -> float:
@@ -125,7 +129,7 @@ def forgetting(results: Results) -> Measure | None:
     if any(losses[1:]):
         title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
         unit = "points" if first.unit == "fraction" else first.unit
-        return Measure(title, losses, False, unit, results, compared)
+        return Measure(title, losses, False, unit, results, compared, turned=bool(first.higher_is_better))
     title = "mean retention" if several else metric_title(names[0])
     values = [mean([row.estimate(name) for name in names]) for row in results.rows]
     found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
@@ -212,6 +216,9 @@ def _verdict(
     ties = [i for i in rest if not measure.separated(best, i)]
     if len(ties) == len(rest):
         sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
+        if any(measure.separated(i, j) for i, j in itertools.combinations(rest, 2)):
+            alike = f"{labels[best]} is not distinguishable from any other"
+            sentence = f"No method can be called best in {noun}: {alike}; {extremes}."
         return Verdict(title, [], extremes, sentence, unmeasured)
     if noun == "learning" and _not_above_base(measure, best):
         sentence = f"No method learned more than the base knew ({measure.text(0)}) beyond the error: {extremes}."

@@ -11,6 +11,7 @@ from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
+    Budget,
     Results,
     Row,
     SequenceResults,
@@ -69,6 +70,37 @@ FLAT = [2.0, 1.2, 1.05, 1.01, 1.0, 1.0, 1.0, 1.0, 1.0]
 )
 def test_the_curve_of_what_is_learned(tmp_path, curve, said):
     assert said in next_step(results(), tmp_path, [TrainLog([]), log(curve)])
+
+
+STILL_FALLS = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2]
+
+
+def test_what_a_budget_has_ended_is_not_to_train_on(tmp_path):
+    held = {"measure": "NQ kl", "at_most": 0.1, "then": "stop", "steps": 100}
+    for how in ({"reached": 40, "strength": 1.0, "step": 40}, {"reached": None, "strength": 0.3, "step": 100}):
+        found = results()
+        found.rows[1].budget = Budget.model_construct(**held, **how)
+        assert "rate" not in next_step(found, tmp_path, [TrainLog([]), log(STILL_FALLS)])
+
+
+def test_a_rate_that_diverged_is_to_be_lowered(tmp_path):
+    found = results()
+    found.rows[1].diverged = 35
+    said = next_step(found, tmp_path, [TrainLog([]), log(STILL_FALLS)])
+    assert said == "Lower the learning rate of LoRA: it diverged at step 35."
+
+
+@pytest.mark.parametrize("gain, told_of", [(0.02, False), (0.4, True)])
+def test_learning_within_its_error_has_no_shares(gain, told_of):
+    def points(right, kl):
+        return {
+            "NQ kl": Metric(kl, 0.001, 50, False, "retention", "nats"),
+            "sums": Metric(right, 0.05, 50, True, "task", "fraction"),
+        }
+
+    values = [(0.0, 0.2, 0.0), (0.6, 0.2 + gain, 0.03), (1.0, 0.2 + gain, 0.1)]
+    dial = Dial(method="lora", model="m", points=[DialPoint(strength=s, metrics=points(a, k)) for s, a, k in values])
+    assert bool(dial.shares()) == told_of
 
 
 def test_a_strength_that_keeps_the_learning(tmp_path):

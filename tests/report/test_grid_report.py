@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
+from test_grid import made
+
 from lora_null.recipes.report import load_results, paper, write_report
+from lora_null.recipes.report.grid_page import grid_content
 from lora_null.recipes.report.paper import comparable, paper_average, paper_name, paper_rows, paper_table
 from lora_null.recipes.results import parse_results
 
@@ -162,6 +165,14 @@ def test_our_average_by_the_papers_definition_stands_beside_the_papers():
     ours = (9.99 + 50 + 7 + 40 + 6) / 5
     column = table.titles.index("Avg")
     assert cells_of(table)["LoRA-Null-v2 (r = 128), table 1a"][column].endswith(f" / {ours:.2f}")
+
+
+def test_a_rate_that_diverged_was_tried():
+    points = {"lora": [[(1.5, 1.01), (1.0, 1.03)]], "mine": [[(1.4, 0.99), (0.9, 1.019)], [(1.4, 0.99)]]}
+    found = made(points, base=(2.0, 1.0), kept="q nll", diverged={("mine", 2)})
+    table = grid_content(found, {})["tables"][-1]
+    assert table["rows"][1][:2] == ["mine", "1 (1 of 2)"]
+    assert table["note"] == "By the estimates alone, without their errors."
 
 
 def test_the_letters_of_every_drawing_follow_the_page(tmp_path):

@@ -337,6 +337,23 @@ def test_headline_within_the_error():
     assert "least" not in said and "most" not in said
 
 
+def test_where_others_differ_only_the_best_is_not_told():
+    rows = {"lora": kl(0.100, 0.05), "pissa": kl(0.120, 0.001), "lora_null_v1": kl(0.190, 0.001)}
+    said = say(base=kl(0, 0), **rows)
+    assert said.startswith(
+        "No method can be called best in forgetting: LoRA is not distinguishable from any other; KL to"
+    )
+
+
+def test_methods_that_answer_alike_were_compared():
+    found = parsed(measured(lora_null_v1=kl(0.3) | nll(0.982)))
+    gap = next(p for p in found.paired if (p.row, p.against, p.metric) == (2, 1, "gsm8k nll"))
+    gap.mean, gap.p, gap.p_adjusted = 0.0, None, None
+    assert "not compared" not in headline(found)
+    gap.mean = 0.1  # of a single question
+    assert "Nobody can be called best in learning, which was not compared" in headline(found)
+
+
 def test_headline_names_who_ties_with_the_best():
     said = headline(parsed(measured(lora_null_v1=kl(0.052) | nll(0.890))))
     assert "LoRA-Null-v2 forgot least" in said and "LoRA-Null-v1 is not distinguishable from LoRA-Null-v2." in said
@@ -531,6 +548,18 @@ def test_distances_from_the_reference_are_named():
     results = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.985)))
     assert distances(results)[1] == (3, "same learning within the error, 250 × less moved")
     assert "250 × less moved" not in str(distances(parse_results(measured())))  # nothing was compared
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_of_an_accuracy_has_the_sign_of_a_loss(several):
+    def kept(value):
+        return share("nq_open", value, 0.005) | (share("webqs", value, 0.005) if several else {})
+
+    rows = {"lora": kept(0.3) | nll(0.9), "lora_null_v2": kept(0.39) | nll(0.9)}
+    found = parsed(raw(base=kept(0.4) | nll(1.5), **rows))
+    assert distances(found)[0] == (2, "same learning within the error, 10 × less lost")
+    assert "LoRA-Null-v2 forgot least" in headline(found)
+    assert "paired difference -9.00 ± " in verdicts(found)[0].detail.replace("−", "-")
 
 
 def test_the_plane_has_a_linear_and_a_logarithmic_axis():

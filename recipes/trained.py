@@ -66,7 +66,7 @@ class Base:
 
 
 @dataclass
-class Source:
+class Trained:
     """A finished method of a run, or an adapter that was made elsewhere.
 
     Attributes:
@@ -96,7 +96,7 @@ class Source:
         return self.elsewhere or self.run / self.method
 
 
-def find_source(folder: Path, base: str | None = None) -> Source:
+def find_trained(folder: Path, base: str | None = None) -> Trained:
     """Return what lies in RUN/METHOD.
 
     Args:
@@ -121,10 +121,10 @@ def find_source(folder: Path, base: str | None = None) -> Source:
     if kind is None:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
-    return Source(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
+    return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
-def _made_elsewhere(folder: Path, base: str | None) -> Source:
+def _made_elsewhere(folder: Path, base: str | None) -> Trained:
     """Return any PEFT LoRA, with the base that its config names, in the dtype that the base's own config names."""
     named = base_of(read_adapter(folder), base)
     try:
@@ -132,7 +132,7 @@ def _made_elsewhere(folder: Path, base: str | None) -> Source:
     except UserError as error:
         raise UserError(f"{folder}: {error}; --base names the right one") from None
     named.section.dtype = dtype if dtype in ("bfloat16", "float16") else "float32"  # pyright: ignore[reportAttributeAccessIssue]
-    return Source(folder.parent, folder.name, "adapter", {}, named, folder)
+    return Trained(folder.parent, folder.name, "adapter", {}, named, folder)
 
 
 def base_of(adapter: Any, base: str | None) -> Base:
@@ -148,7 +148,7 @@ def base_of(adapter: Any, base: str | None) -> Base:
     return Base(parse_section(ModelSection, "model", {"name_or_path": str(name), "revision": revision}))
 
 
-def check_adapter_fits(source: Source) -> None:
+def check_adapter_fits(source: Trained) -> None:
     """Check, before any weight loads, that there is an adapter and that it belongs to its base.
 
     Raises:
@@ -168,7 +168,7 @@ def check_adapter_fits(source: Source) -> None:
         raise another_base(source)
 
 
-def another_base(source: Source) -> UserError:
+def another_base(source: Trained) -> UserError:
     """Return what to raise where an adapter's hash of its base is not that of the base at hand."""
     name = source.base.name
     return UserError(
