@@ -22,7 +22,7 @@ from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import tokenizer_of
+from lora_null.utils.limits import need_float64, tokenizer_of
 from lora_null.utils.model_state import own_precision, preserve
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def evaluate(
     for name, value in {"limit": limit, "batch_size": batch_size}.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name}: must be a whole number of at least 1, not {value!r}")
+    need_float64(model.device)
     if record_reference and reference_dir is None:
         raise UserError("record_reference needs reference_dir, the folder to record into")
     options = RunOptions(
@@ -113,7 +114,7 @@ def evaluate(
         engine=lm,
         progress=progress,
     )
-    metrics, samples, weights, noise, described = {}, {}, {}, {}, {}
+    metrics, samples, weights, noise, described, of_groups = {}, {}, {}, {}, {}, {}
     with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
@@ -124,6 +125,7 @@ def evaluate(
             metrics |= found.metrics
             samples |= found.samples
             weights |= found.weights
+            of_groups |= found.group_samples
             if record_reference:
                 noise |= _noise(task, found, model, tokenizer, task_options)
             described[task.key] = task.describe(task_options.limit) | found.settings
@@ -138,7 +140,7 @@ def evaluate(
         "backend": "hf" if lm is None else "vllm",
         "tasks": described,
     }
-    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples, weights, noise)
+    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples, weights, noise, of_groups)
 
 
 def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, options: RunOptions) -> dict[str, float]:

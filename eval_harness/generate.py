@@ -25,10 +25,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lora_null.utils.distributed import device_of, is_first_process, merge_shares, my_share
+from lora_null.utils.distributed import device_of, get_logger, is_first_process, merge_shares, my_share
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, end_ids, position_limit
 from lora_null.utils.model_state import base_model_of
+
+logger = get_logger(__name__)
 
 NEUTRAL = {"repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "guidance_scale": (None, 1.0)}
 NEUTRAL |= {"no_repeat_ngram_size": (None, 0), "min_length": (None, 0), "min_new_tokens": (None, 0)}
@@ -171,7 +173,11 @@ def generate_texts(
     limit = position_limit(model.config)
     encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
     if limit is not None and check_room(max_new_tokens, limit):
-        encoded = [ids[-(limit.tokens - max_new_tokens) :] for ids in encoded]
+        room = limit.tokens - max_new_tokens
+        if cut := sum(len(ids) > room for ids in encoded):
+            label = f"{progress}: " if progress else ""
+            logger.warning(f"{label}{cut} of {len(encoded)} prompts lose their beginning, {limit}")
+        encoded = [ids[-room:] for ids in encoded]
     share = my_share(range(len(prompts)), model)
     ends = end_ids(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -67,12 +67,14 @@ class TaskResult:
         samples: {name: one number per document or question, in order}, for the metrics that have them.
         settings: what else must be the same in two evaluations for their metrics to be comparable.
         weights: {name: the weight of each sample}, for metrics whose value is not their plain mean.
+        group_samples: see `Evaluation`.
     """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
+    group_samples: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, metric: Metric, samples: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Take up a metric with its samples, and with their weights where they do not count alike."""
@@ -93,6 +95,8 @@ class Evaluation:
             question's mean nats per answer token. Only for metrics that have them.
         weights: {name: the weight of each sample}, the answer's tokens for nats per token; none where all count alike.
         noise: of a base model, {name: by how much the value changed when it was measured again in other batches}.
+        group_samples: `samples` of a group of lm-eval, its members' one after another. Apart from the others, since the
+            first n documents of a group are the first n of each member.
     """
 
     metrics: dict[str, Metric]
@@ -101,12 +105,14 @@ class Evaluation:
     samples: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    group_samples: dict[str, list[float]] = field(default_factory=dict)
 
     def __or__(self, other: Evaluation) -> Evaluation:
         """Return two evaluations of one model, of different tasks, as one; the settings are this one's."""
         tasks = self.settings["tasks"] | other.settings["tasks"]
         settings = self.settings | {"backend": other.settings["backend"], "tasks": tasks}
-        both = (getattr(self, name) | getattr(other, name) for name in ("metrics", "samples", "weights", "noise"))
+        kinds = ("metrics", "samples", "weights", "noise", "group_samples")
+        both = (getattr(self, name) | getattr(other, name) for name in kinds)
         metrics, *rest = both
         return Evaluation(metrics, settings, self.seconds + other.seconds, *rest)
 

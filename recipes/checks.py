@@ -153,7 +153,9 @@ def check_answers_end(
     ends = _listed(tokenizer.eos_token_id)
     if not any(ends.intersection(labels) for _, labels in looked_at):  # else nothing is asked of a hub
         with contextlib.suppress(OSError):
-            ends |= _listed(GenerationConfig.from_pretrained(name, revision=recipe.model.revision or "main").eos_token_id)
+            ends |= _listed(
+                GenerationConfig.from_pretrained(name, revision=recipe.model.revision or "main").eos_token_id
+            )
         with contextlib.suppress(UserError):
             ends |= _listed(load_config(recipe.model, name).get_text_config(decoder=True).eos_token_id)
     check_labels(looked_at, ends, tokenizer.eos_token, cut, recipe.preflight)

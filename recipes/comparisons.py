@@ -31,7 +31,7 @@ MEANS: dict[Role, str] = {"retention": "mean retention", "task": "mean task"}
 
 
 def read_evaluations(folder: Path, results: Results, *, base: Path | None = None) -> Evaluations:
-    """Read the evaluations behind the rows from a run's folder; the base's stands for every seed.
+    """Read the evaluations behind the rows from a run's folder, with the samples of groups; the base's stands for every seed.
 
     A method without one (not evaluated, diverged) is not there. `base` is the folder of the base's; by default that of the
     run, or of the whole that it is a part of.
@@ -48,7 +48,8 @@ def read_evaluations(folder: Path, results: Results, *, base: Path | None = None
             own = [run for run in runs if (run.method, variant_of(run.point)) == (row.method, row.variant)]
             files = {run.seed: folder / run.folder / run.method / EVAL_FILE for run in own}
         if row.diverged is None:
-            found[i] = {seed: Evaluation.read(file) for seed, file in files.items() if file.is_file()}
+            read = {seed: Evaluation.read(file) for seed, file in files.items() if file.is_file()}
+            found[i] = {seed: replace(x, samples=x.samples | x.group_samples) for seed, x in read.items()}
     return {i: by_seed for i, by_seed in found.items() if by_seed}
 
 

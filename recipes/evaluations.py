@@ -14,11 +14,13 @@ from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBen
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import BadRow, read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
-from lora_null.eval_harness.lm_eval.loading import name_in
+from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
+from lora_null.eval_harness.lm_eval.task import CHAT as TWIN
 from lora_null.eval_harness.lm_eval.task import FRAMED
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
+from lora_null.eval_harness.tasks import TASK_FILES as OWN_TASKS
 from lora_null.recipes.config.schema import (
     TASK_FILES,
     AnswersEntry,
@@ -100,14 +102,24 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
         path = Path(entry.task)
         task = name_in(path)
         fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
-    if entry.task in FRAMED:
-        if template not in ("alpaca", CHAT):
-            raise UserError(f"eval.{role}: {entry.task} is asked in alpaca or chat, and data.template is {template!r}")
+    framed = fields["task"].removesuffix(TWIN)
+    if framed in FRAMED:
+        # A file of the user's own has no twin: the package's is another task.
+        both = ("alpaca", CHAT) if _is_of_package(fields["task"], fields["include_path"]) else ("alpaca",)
+        templates = both if fields["task"] == framed else (CHAT,)
+        if template not in templates:
+            asked_in = " or ".join(templates)
+            raise UserError(f"eval.{role}: {entry.task} is asked in {asked_in}, and data.template is {template!r}")
         if template == CHAT:
-            fields |= {"task": f"{entry.task}_{CHAT}", "chat": True}
+            fields |= {"task": framed + TWIN, "chat": True}
     code, allowed = asked.recipe.eval.code or CodeSection(), asked.allow_code_execution
     fields |= {"jail": UNSAFE if allowed == UNSAFE else code.jail, "jail_image": code.image}
     return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=bool(allowed))
+
+
+def _is_of_package(task: str, include_path: str | None) -> bool:
+    path = manager_of(task, include_path).task_index[task].yaml_path
+    return path is not None and OWN_TASKS.resolve() in Path(path).resolve().parents
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
@@ -152,7 +164,8 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
-    chosen, rejected = ([_pair(tokens, max_length) for tokens in side] for side in sides)
+    kept_end = recipe.training.get("truncation_mode") == "keep_end"
+    chosen, rejected = ([_pair(tokens, max_length, kept_end) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
@@ -161,10 +174,11 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 
 
-def _pair(tokens: Tokenized, max_length: int | None) -> TokenizedPair | None:
+def _pair(tokens: Tokenized, max_length: int | None, kept_end: bool) -> TokenizedPair | None:
     """Return the prompt with its response, cut as training cuts it; None where nothing of the response is left."""
     start = next(i for i, label in enumerate(tokens.labels) if label != -100)
-    ids = tokens.ids[:max_length]
+    gone = max(0, len(tokens.ids) - max_length) if kept_end and max_length else 0
+    ids, start = tokens.ids[gone:][:max_length], max(1, start - gone)
     return TokenizedPair(tuple(ids), start) if start < len(ids) else None
 
 

@@ -97,7 +97,8 @@ from lora_null.utils.model_state import release_freed_memory
 
 logger = get_logger(__name__)
 
-COMPUTING = ("dtype", "device", "ranks", "batch_size")  # of an evaluation's settings, what moves its numbers slightly
+# Of an evaluation's settings, what moves its numbers slightly; the dtype, which methods of all weights raise, is the recipe's.
+COMPUTING = ("device", "ranks", "batch_size")
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 
 
@@ -178,7 +179,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
-    if not base and (job.base / "eval.json").is_file():
+    if not base and job.is_main and (job.base / "eval.json").is_file():
         _compare_settings(Evaluation.read(job.base / "eval.json"), found, folder)
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:

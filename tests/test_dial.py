@@ -164,7 +164,9 @@ def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
     shutil.rmtree(method / "dial")
     assert main(words) == main(words) == 0  # one of the same questions gives way
     head, base, _ = table_rows(read_dial(method))
-    shown = {column.heading: str(column.cells[0]) for column in results_table(trained.find_trained(method), 0.5).columns}
+    shown = {
+        column.heading: str(column.cells[0]) for column in results_table(trained.find_trained(method), 0.5).columns
+    }
     assert all(shown[name] == value for name, value in zip(head[1:], base[1:]))
 
 

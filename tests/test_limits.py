@@ -163,11 +163,12 @@ class TestEvaluation:
         assert found.metrics["long nll"]["n"] == 1
         assert "a pair has 82 tokens, LlamaForCausalLM was trained on 32" in capsys.readouterr().err
 
-    def test_answers_leave_room_for_the_prompt(self):
-        options = {"temperatures": [0.0], "batch_size": 1}
+    def test_answers_leave_room_for_the_prompt(self, capsys):
+        options = {"temperatures": [0.0, 0.0], "batch_size": 1}
         with pytest.raises(UserError, match="max_new_tokens: 64 leave no room for a prompt"):
             generate_texts(gpt2(), tiny_tokenizer(), ["x" * 99], max_new_tokens=64, **options)
-        generate_texts(gpt2(), tiny_tokenizer(), ["x" * 99], max_new_tokens=40, **options)
+        generate_texts(gpt2(), tiny_tokenizer(), ["x" * 99, "x"], max_new_tokens=40, **options)
+        assert "1 of 2 prompts lose their beginning, GPT2LMHeadModel takes 64" in capsys.readouterr().err
 
     @pytest.mark.parametrize("takes", ["takes", "was trained on"])
     def test_answers_of_lm_evals_tasks_leave_room_for_the_prompt(self, tmp_path, takes):

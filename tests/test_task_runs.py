@@ -1,12 +1,14 @@
 """Whole tiny runs of what the paper's recipes add: preferences, conversations, generated answers, code."""
 
 import json
+import shutil
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, results, write_rows
 
 from lora_null.eval_harness.code.jails import find_jail
+from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
@@ -31,6 +33,7 @@ def world(folder, **changes):
     return recipe
 
 
+GSM8K = TASK_FILES / "math" / "metamath_gsm8k.yaml"
 METHODS = ["lora", "lora-null-v1", "lora-null-v2"]
 TRAINING = {"learning_rate": 1e-2, "max_steps": 3, "total_batch_size": 4, "per_device_train_batch_size": 2}
 TRAINING |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
@@ -80,6 +83,17 @@ def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
     write_rows(tmp_path / "pairs.jsonl", [row] * 6 + long)
     with pytest.raises(UserError, match=r"6 of 12 rows cannot be used: 6 prompt longer than max_length \(64 tokens\)"):
         eval_tasks(recipe, tokenizer, max_length=64)
+    whole = held_out_of(recipe, tokenizer, None)
+    ended = recipe.model_copy(update={"training": recipe.training | {"truncation_mode": "keep_end"}})
+    for length, start in ((64, 64 - (len(whole.ids) - whole.start)), (3, 1)):
+        pair = held_out_of(ended, tokenizer, length)
+        assert (pair.ids, pair.start) == (whole.ids[-length:], start)
+
+
+def held_out_of(recipe, tokenizer, max_length):
+    """The last chosen response of a recipe's one evaluation."""
+    (task,) = eval_tasks(recipe, tokenizer, max_length=max_length)
+    return task.chosen[-1]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
@@ -160,10 +174,59 @@ def test_code_runs_only_when_allowed(tmp_path, capsys, caplog, monkeypatch):
     find_jail.cache_clear()
 
 
-def test_own_tasks_are_asked_as_trained_or_not_at_all(tmp_path, capsys):
-    recipe = world(tmp_path)  # its template is qa
-    assert main([str(recipe), "eval.task=[metamath_gsm8k]"]) == 2
-    assert "metamath_gsm8k is asked in alpaca or chat, and data.template is 'qa'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("task", "templates"),
+    [("metamath_gsm8k", "alpaca or chat"), (str(GSM8K), "alpaca or chat"), ("metamath_gsm8k_chat", "chat")],
+)
+def test_own_tasks_are_asked_as_trained_or_not_at_all(tmp_path, capsys, task, templates):
+    recipe = str(world(tmp_path))  # its template is qa
+    assert main([recipe, f"eval.task=[{task}]"]) == 2
+    assert f"{task} is asked in {templates}, and data.template is 'qa'" in capsys.readouterr().err
+    (made,) = tasks_of(recipe, f"eval.task=[{task}]", "data.template=chat")
+    assert (made.task, made.chat, made.in_training_template) == ("metamath_gsm8k_chat", True, True)
+
+
+def test_a_file_of_ones_own_is_not_taken_for_the_packages_task(tmp_path):
+    shutil.copytree(GSM8K.parent, tmp_path / "mine")
+    words = [str(world(tmp_path)), f"eval.task=[{tmp_path}/mine/{GSM8K.name}]"]
+    (made,) = tasks_of(*words, "data.template=alpaca")
+    assert (made.task, made.chat, made.include_path) == ("metamath_gsm8k", False, f"{tmp_path}/mine")
+    with pytest.raises(UserError, match="is asked in alpaca, and data.template is 'chat'"):
+        tasks_of(*words, "data.template=chat")
+
+
+def tasks_of(recipe, *words):
+    return eval_tasks(load_recipe(recipe, [*words, "eval.retention="]), tiny_tokenizer(), max_length=None)
+
+
+def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):
+    recipe, saved = (
+        str(make_world(tmp_path, method={"name": "lora", "rank": 4})),
+        tmp_path / "out" / "base" / "eval.json",
+    )
+    assert main([recipe]) == 0
+    assert "other settings" not in caplog.text + capsys.readouterr().err
+    found = json.loads(saved.read_text())
+    found["settings"] |= {"ranks": 4, "versions": found["settings"]["versions"] | {"torch": "1.0", "peft": "0.1"}}
+    saved.write_text(json.dumps(found))
+    for file in ("results.json", "lora/row.json"):
+        (tmp_path / "out" / file).unlink()
+    assert main([recipe, "--resume"]) == 0
+    said = caplog.text + capsys.readouterr().err
+    assert "lora: the base was measured under other settings (torch 1.0, now " in said and "; ranks 4, now 1)" in said
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_model_may_end_its_answers_otherwise_than_its_tokenizer(tmp_path, capsys, file):
+    words = [str(world(tmp_path)), "--dry-run", "data.template=chat"]
+    turns = CHATML.replace("<assistant>", "").replace("eos_token", "'!'")
+    (tmp_path / "model" / "chat_template.jinja").write_text(turns)
+    assert main(words) == 2 and "would never learn to stop" in capsys.readouterr().err
+    (tmp_path / "model" / "generation_config.json").unlink()
+    path = tmp_path / "model" / file
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(held | {"eos_token_id": [2, tiny_tokenizer().convert_tokens_to_ids("!")]}))
+    assert main(words) == 0
 
 
 def test_a_judge_without_a_key(tmp_path, capsys, monkeypatch):

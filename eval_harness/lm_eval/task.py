@@ -27,7 +27,7 @@ from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
-from lora_null.utils.distributed import get_logger, is_first_process
+from lora_null.utils.distributed import get_logger, is_first_process, rank_and_world, slowly_on_first_rank
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import replaced
@@ -98,7 +98,7 @@ class LmEvalTask(Task):
 
     @property
     def in_training_template(self) -> bool:
-        return self.task.removesuffix(CHAT) in FRAMED
+        return self.task in FRAMED or (self.chat and self.task.removesuffix(CHAT) in FRAMED)
 
     @property
     def runs_code(self) -> bool:
@@ -177,12 +177,25 @@ class LmEvalTask(Task):
         """Read once, as the documents are: every evaluation describes its tasks, probes too."""
         return hash_of_rules(self, self.loaded)
 
+    @cached_property
+    def _documents(self) -> str:
+        """A hash of the rows that its tasks read, before their own rules, which may draw at random; what JSON has no word
+        for counts by its type."""
+        digest = hashlib.sha256()
+        for member in self.loaded["tasks"].values():
+            split = member.get_config("test_split") or member.get_config("validation_split")
+            for row in member.dataset[split] if split else member.eval_docs:
+                digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+        return digest.hexdigest()
+
     def describe(self, limit: int | None) -> dict[str, Any]:
         keys = ("task", "fields", "metric", "chat", "num_fewshot")
         settings = {key: getattr(self, key) for key in keys} | {"limit": limit}
         for key in ("path", "fewshot_path"):
             if (path := getattr(self, key)) is not None:
                 settings[f"{key}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if self.path is None:
+            settings["documents_sha256"] = self._documents
         if self.include_path is not None:
             settings["rules_sha256"] = self._rules
         return settings | self.remarks()
@@ -190,34 +203,45 @@ class LmEvalTask(Task):
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks.
 
-        Programs that the model writes are run by rank 0, whose results count.
+        Programs that the model writes are run by rank 0, whose results count: once all ranks have the answers, since running
+        them may take longer than a collective may wait.
         """
         tasks, first = self.loaded["tasks"], is_first_process()
         limit = position_limit(model.config)
         if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
             self.check_positions(tokenizer, limit)
-        seed_fewshot(self.loaded, options.seed)
         lm = options.engine or ShardedLM(
             model, tokenizer, options.batch_size, options.autocast_dtype, options.progress
         )
-        # A chat template writes the start token where there is to be one; the tokenizer adds none, as in training.
-        start = replaced(lm, "add_bos_token", False) if self.chat else nullcontext()
-        with start, bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=first):
-            results: Any = evaluator.evaluate(
-                lm=lm,
-                task_dict=self.loaded,
-                limit=options.limit,
-                bootstrap_iters=BOOTSTRAP_ITERATIONS if first else 0,
-                confirm_run_unsafe_code=self.confirm_run_unsafe_code,
-                apply_chat_template=self.chat,
-            )
+
+        def evaluated(*, runs: bool) -> Any:
+            seed_fewshot(self.loaded, options.seed)
+            # A chat template writes the start token where there is to be one; the tokenizer adds none, as in training.
+            start = replaced(lm, "add_bos_token", False) if self.chat else nullcontext()
+            with start, bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=runs):
+                return evaluator.evaluate(
+                    lm=lm,
+                    task_dict=self.loaded,
+                    limit=options.limit,
+                    bootstrap_iters=BOOTSTRAP_ITERATIONS if first else 0,
+                    confirm_run_unsafe_code=self.confirm_run_unsafe_code,
+                    apply_chat_template=self.chat,
+                )
+
+        later = self._tried["jailed"] and rank_and_world()[1] > 1 and isinstance(lm, ShardedLM)
+        results = [evaluated(runs=first and not later)]
+        if later:
+            lm.gives_again = True
+            slowly_on_first_rank(lambda: results.append(evaluated(runs=True)))
+        results = results[-1]
         settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
         found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
         for name, (owner, metric, filter_) in self.result_names(self.loaded, results).items():
             scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
             members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
             stderr = scores.get(f"{metric}_stderr,{filter_}")
-            documents = [doc for doc in results["samples"].get(owner, []) if doc["filter"] == filter_]
+            samples = (doc for member in members for doc in results["samples"].get(member, []))
+            documents = [document for document in samples if document["filter"] == filter_]
             values = [document.get(metric) for document in documents]
             known = bool(values) and all(isinstance(value, int | float | np.number) for value in values)
             share = tasks[members[0]].aggregation().get(metric) is mean and is_share(metric)
@@ -230,7 +254,8 @@ class LmEvalTask(Task):
                 "fraction" if share else metric,
             )
             if known:
-                found.samples[name] = [float(value) for value in values]
+                kept = found.samples if group is None else found.group_samples
+                kept[name] = [float(value) for value in values]
         return found
 
     def result_names(self, loaded: TaskDict, results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:

@@ -489,7 +489,7 @@ class LmEvalEntry(Section):
     fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
     num_fewshot: int | None = Field(None, ge=0, description="few-shot examples; the task's own number when not given")
-    limit: int | None = Field(None, ge=1, description="first documents only")
+    limit: int | None = Field(None, ge=1, description="first documents only, of each member of a group")
     metric: str | None = Field(None, description="the only metric to report; all of the task's when not given")
 
 
@@ -676,7 +676,7 @@ class EvalSection(Section):
     include_path: str | None = Field(
         None, description="folder of lm-eval task files of one's own, with their functions"
     )
-    limit: int | None = Field(None, ge=1, description="first documents of every task only")
+    limit: int | None = Field(None, ge=1, description="first documents of every task only, of each member of a group")
     batch_size: int = Field(8, ge=1, description="sequences of an evaluation batch")
     before: bool = Field(True, description="evaluate the base first")
     judge: JudgeSection | None = Field(None, description="grades MT-Bench; without one the answers are only written")

@@ -3,12 +3,13 @@
 import functools
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness import LmEvalTask, evaluate
+from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
 from lora_null.eval_harness.code.jails import UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import (
     extract_code,
@@ -132,14 +133,33 @@ def test_nothing_runs_without_consent(model, tokenizer, write):
 
 
 @pytest.mark.parametrize("task, row", [("sandbox_humaneval", HUMANEVAL), ("sandbox_mbpp", MBPP)])
-def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row):
-    """Through lm-eval, with the model's text replaced: one right answer and two wrong ones."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row, ranks):
+    """Through lm-eval, with the model's text replaced: one right answer and two wrong ones. Where other ranks wait, programs
+    run while they meet, on the answers that are there."""
     from lora_null.eval_harness.lm_eval import model as lm
+    from lora_null.eval_harness.lm_eval import task as running
 
+    ran = []
+
+    def held(*args, runs=True):
+        ran.append((runs, threading.current_thread() is threading.main_thread()))
+        return held_by(*args, runs=runs)
+
+    def in_a_thread(act):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(act).result()
+
+    monkeypatch.setattr(running, "rank_and_world", lambda: (0, ranks))
+    monkeypatch.setattr(running, "slowly_on_first_rank", in_a_thread)
     right = row.get("canonical_solution") or row["code"]
     answers = iter([right, "    return None", "```python\nraise"])
-    monkeypatch.setattr(lm.ShardedLM, "generate_until", lambda self, requests, **_: [next(answers) for _ in requests])
+    answer = lambda self, requests, **_: [next(answers) for _ in requests]  # noqa: E731
+    monkeypatch.setattr(lm.RowwiseLM, "generate_until", answer)
     path = write("rows.jsonl", [row] * 3)
     model.config.max_position_embeddings = 2048
-    found = evaluate(model, tokenizer, [LmEvalTask(task, path=path, confirm_run_unsafe_code=True, jail=_jail())])
+    asked = validate_tasks([LmEvalTask(task, path=path, confirm_run_unsafe_code=True, jail=_jail())])
+    monkeypatch.setattr(running, "held_by", held)
+    found = evaluate(model, tokenizer, asked)
     assert found.samples[task] == [1.0, 0.0, 0.0]
+    assert ran == ([(True, True)] if ranks == 1 else [(False, True), (True, False)])

@@ -21,7 +21,14 @@ def start(folder, **variables):
 
 
 @pytest.fixture
-def folder(saved, tmp_path, pairs, nq_file, sciq_file):
+def folder(saved, tmp_path, pairs, nq_file, sciq_file, write):
+    asked = {
+        "task_id": "t",
+        "entry_point": "one",
+        "canonical_solution": "",
+        "test": "def check(f):\n    assert f() == 1",
+    }
+    write("code.jsonl", [asked | {"prompt": f"def one():\n    return {i}  #"} for i in (1, 2)])
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     for name in ("model", "adapter"):
         (tmp_path / name).symlink_to(saved / name)

@@ -126,7 +126,7 @@ def test_an_evaluation_is_written_and_read_back_unchanged(tmp_path, model, token
     (tmp_path / "eval.json").write_text(found.to_json())
     assert Evaluation.read(tmp_path / "eval.json") == found
     written = json.loads(found.to_json())
-    assert list(written) == ["metrics", "settings", "seconds", "samples", "weights", "noise"]
+    assert list(written) == ["metrics", "settings", "seconds", "samples", "weights", "noise", "group_samples"]
     assert list(written["metrics"]["answers nll"]) == ["value", "stderr", "n", "higher_is_better", "role", "unit"]
 
 

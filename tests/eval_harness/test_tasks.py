@@ -110,8 +110,17 @@ def fake_hub(monkeypatch):
 def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_hub):
     fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
     found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match", limit=3)], limit=2)
-    assert set(found.metrics) == {"hendrycks_math"} and not found.samples
+    assert set(found.metrics) == {"hendrycks_math"} and not found.samples  # by which a budget counts rows
+    assert found.group_samples == {"hendrycks_math": [0.0] * 14} and type(found).from_json(found.to_json()) == found
     assert found.metrics["hendrycks_math"].n == 7 * 2 and found.metrics["hendrycks_math"].unit == "fraction"
+
+
+def test_documents_of_the_hub_are_described_by_what_they_hold(fake_hub):
+    described = []
+    for answer in ("a", "a", "b"):
+        fake_hub([{"question": "q", "answer": [answer]}])
+        described.append(LmEvalTask("nq_open").describe(1))
+    assert described[0] == described[1] != described[2]
 
 
 def test_a_tag_reports_each_of_its_tasks(model, tokenizer, fake_hub):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, MTBenchTask, PreferenceTask, evaluate
+from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.likelihood import tokenize_pairs
 
 computed = []
@@ -58,6 +59,12 @@ def main(folder: Path) -> None:
         LmEvalTask("nq_open", path=str(folder / "nq.jsonl")),
         LmEvalTask("sciq", path=str(folder / "sciq.jsonl")),
         LmEvalTask("nq_open", path=str(folder / "nq.jsonl"), limit=1, name="fewer than ranks"),
+        LmEvalTask(
+            "sandbox_humaneval_completion",
+            path=str(folder / "code.jsonl"),
+            confirm_run_unsafe_code=True,
+            jail=UNSAFE,
+        ),
     ]
     out = folder / f"out-{os.environ.get('WORLD_SIZE', 1)}"
     after = evaluate(model, tokenizer, tasks, batch_size=2, reference_dir=references, output_dir=out)

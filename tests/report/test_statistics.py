@@ -24,7 +24,7 @@ from lora_null.eval_harness.statistics import (
     two_level,
     weighted_mean,
 )
-from lora_null.recipes.comparisons import compare
+from lora_null.recipes.comparisons import compare, read_evaluations
 from lora_null.recipes.report.table import rank_marks
 from lora_null.recipes.results import parse_results
 
@@ -282,6 +282,20 @@ def test_what_is_not_the_mean_of_its_samples_is_not_compared():
     ]
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
     assert compare(results, found) == []
+
+
+def test_a_group_is_compared_by_its_members_documents(tmp_path):
+    rows = []
+    for name, values in (("base", [0.0, 1.0] * 8), ("lora", [1.0] * 16)):
+        metrics = {"mmlu": Metric(float(np.mean(values)), 0.1, 16, True, "retention")}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(
+            Evaluation(metrics, {}, 0.0, group_samples={"mmlu": values}).to_json()
+        )
+        rows.append({"method": name, "metrics": {"mmlu": metrics["mmlu"].to_dict()}})
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    (pair,) = compare(results, read_evaluations(tmp_path, results))
+    assert (pair.metric, pair.mean, pair.questions) == ("mmlu", 0.5, 16)
 
 
 def test_methods_of_other_seeds_are_not_tested_together():
