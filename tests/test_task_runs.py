@@ -191,7 +191,7 @@ def test_a_file_of_ones_own_is_not_taken_for_the_packages_task(tmp_path):
     words = [str(world(tmp_path)), f"eval.task=[{tmp_path}/mine/{GSM8K.name}]"]
     (made,) = tasks_of(*words, "data.template=alpaca")
     assert (made.task, made.chat, made.include_path) == ("metamath_gsm8k", False, f"{tmp_path}/mine")
-    with pytest.raises(UserError, match="is asked in alpaca, and data.template is 'chat'"):
+    with pytest.raises(UserError, match=r"is asked in alpaca, and data\.template is 'chat'"):
         tasks_of(*words, "data.template=chat")
 
 
