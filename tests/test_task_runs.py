@@ -209,7 +209,7 @@ def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):
     found = json.loads(saved.read_text())
     found["settings"] |= {"ranks": 4, "versions": found["settings"]["versions"] | {"torch": "1.0", "peft": "0.1"}}
     saved.write_text(json.dumps(found))
-    for file in ("results.json", "lora/row.json"):
+    for file in ("report.html", "lora/row.json"):
         (tmp_path / "out" / file).unlink()
     assert main([recipe, "--resume"]) == 0
     said = caplog.text + capsys.readouterr().err
