@@ -436,10 +436,8 @@ def _code_of(start: Rule | WholeModel | None) -> str:
     kind = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
     if start is None or kind.__module__.partition(".")[0] == "lora_null":
         return ""
-    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    code = (
-        Path(path).read_bytes() if path is not None else broadcast(uuid.uuid4().bytes)
-    )  # of a notebook: new each time
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)  # None in a notebook: new each time
+    code = broadcast(uuid.uuid4().bytes) if path is None else Path(path).read_bytes()
     return f" {hashlib.sha256(code).hexdigest()[:16]}"
 
 

@@ -103,7 +103,7 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
 
 def space_of_run(job: Job) -> int:
     """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
-    return sum(4 * plan.saved + 3 * plan.extra_bytes for plan in job.plans) + job.reference_bytes
+    return sum(plan.written_bytes for plan in job.plans) + job.reference_bytes
 
 
 def inputs_of(job: Job) -> dict[str, str]:

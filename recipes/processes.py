@@ -62,7 +62,7 @@ def join_processes() -> None:
         ) from None
 
 
-def is_sharded() -> bool:
+def is_launched_to_shard() -> bool:
     """Return whether the processes were started for an engine that shares out weights."""
     return any(map(parse_flag_from_env, SHARDING_VARIABLES))
 
@@ -73,7 +73,7 @@ def work_alone() -> None:
     The first one keeps the terminal: the others show no bars, and print only through `print_line`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or is_sharded() or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+    if world == 1 or is_launched_to_shard() or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         return
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if torch.cuda.is_available():

@@ -441,8 +441,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
     arguments = training_arguments(recipe, folder, **named)
     method = make_method(plan.name, recipe.method.options.get(plan.name))
-    reads_texts = method.needs_texts or (method.needs_gram and method.computes_whole)
-    windows = windows + (job.earlier_rows if reads_texts else [])
+    windows = windows + (job.earlier_rows if method.rereads_texts else [])
     reuses = _take_initialization(job, plan, folder)
     config = adapter_config(recipe.method, method, plan.rank)
     if config is not None:

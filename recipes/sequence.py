@@ -50,7 +50,7 @@ from lora_null.recipes.results import (
 from lora_null.recipes.run import run_job
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods import METHODS, make_method
+from lora_null.trainer.methods import make_method
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
@@ -99,7 +99,7 @@ def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:
     """Return the bytes that the sequence may write: each task's run, the ranks and the Grams of the tasks before among them."""
     size = jobs[0].reference_bytes
     for number, plan in ((number, plan) for number, job in enumerate(jobs) for plan in job.plans):
-        size += 4 * plan.saved * (number + 1) + 3 * plan.extra_bytes
+        size += plan.written_bytes + 4 * plan.saved * number
         if number + 1 < len(jobs) and _rule(recipe, plan.name) is not None:
             size += sum(4 * width * min(width, recipe.sequence.sketch or width) for width in plan.input_widths)
     return size
@@ -115,8 +115,8 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
     section = recipe.sequence
     weighted = section.knowledge != 1 or any(weight not in (0, 1) for weight in section.weights(len(jobs) - 1))
     for plan in jobs[0].plans:
-        method = METHODS[plan.name]
-        if weighted and (method.needs_texts or (method.needs_gram and _rule(recipe, plan.name) is None)):
+        method = make_method(plan.name, recipe.method.options.get(plan.name))
+        if weighted and method.rereads_texts:
             raise UserError(
                 f"sequence.knowledge, sequence.earlier: {plan.name} reads texts, the knowledge's and those of earlier tasks "
                 "with a weight of 1 or not at all; leave it out, or give 1, and 0 or 1"

@@ -96,16 +96,15 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
     from lora_null.recipes.output import what_is_kept
-    from lora_null.recipes.processes import is_sharded
+    from lora_null.recipes.processes import is_launched_to_shard
 
     if not (folder / RECIPE_FILE).is_file():
         return "stopped before anything was begun", "the same command starts it"
     processes = os.environ.get("WORLD_SIZE", os.environ.get("LORA_NULL_WORKERS", "1"))
     launcher = "lora-null train" if processes == "1" else f"torchrun --nproc_per_node {processes} -m lora_null.recipes"
     told = "go on with"
-    if (
-        is_sharded() or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes
-    ):  # started with a configuration, or by nodes
+    several_machines = os.environ.get("LOCAL_WORLD_SIZE", processes) != processes
+    if is_launched_to_shard() or several_machines:  # by a configuration or addresses that are not known here
         launcher, told = "-m lora_null.recipes", "go on with the same launcher and"
     consent = {False: "", UNSAFE: f" {ALLOW}={UNSAFE}"}.get(arguments.allow_code_execution, f" {ALLOW}")
     return f"stopped; kept {what_is_kept(folder)}", f"{told}: {resume_command(folder, launcher)}{consent}"

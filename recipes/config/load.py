@@ -41,10 +41,8 @@ INSTEAD = {
     "text": ("messages", "system", "thinking", "template", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
-SOURCES = (
-    "calibration",
-    *(f"calibration.{key}" for key in ("path", "source", "self", "sources")),
-)  # laid before the rest
+# What names a source of calibration, which is laid before what is said of it.
+SOURCES = ("calibration", *(f"calibration.{key}" for key in ("path", "source", "self", "sources")))
 CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
 PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATIONS}
 PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model

@@ -62,6 +62,11 @@ class MethodPlan:
     costs: str = ""
     input_widths: tuple[int, ...] = ()
 
+    @property
+    def written_bytes(self) -> int:
+        """What one run of it may write: the adapter or model, and checkpoints."""
+        return 4 * self.saved + 3 * self.extra_bytes
+
 
 def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
     """Return the PEFT config of a method under the recipe's settings; None for a method without an adapter."""

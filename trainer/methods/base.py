@@ -153,6 +153,11 @@ class Method:
         """Whether `compute` starts it, of the model as a whole."""
         return type(self).training_batches is not Method.training_batches
 
+    @property
+    def rereads_texts(self) -> bool:
+        """Whether it reads the calibration's texts themselves, where Gram matrices that were kept do not serve it."""
+        return self.needs_texts or (self.needs_gram and self.computes_whole)
+
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.
 

@@ -37,9 +37,8 @@ class RoseLoRA(Method):
     name = "roselora"
     supports_sharding = False  # entries compete along whole rows and columns
     shapes_change = True
-    supports_deepspeed = (
-        False  # its backward pass takes the step too: no gradient is left to be weighed, no moment to be cut
-    )
+    # DeepSpeed's backward pass takes the step too: no gradient is left to be weighed, no moment to be cut.
+    supports_deepspeed = False
     state_bytes = 4  # the smoothed sensitivity
 
     final_fraction: float = 0.05
