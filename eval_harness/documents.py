@@ -24,7 +24,7 @@ from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import as_conversation, is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-FILE_KINDS |= {".txt": "text", ".md": "text"}
+FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
 DELIMITERS = ",;\t|"  # of a csv
 PIECE = 1500  # characters of a text file that make a row, about
 END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt

@@ -397,7 +397,7 @@ def test_a_downloaded_data_set_is_not_its_card(tmp_path):
     assert any("mill" in text for text in texts(tmp_path, split="test"))
 
 
-@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.ndjson", "data/data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "data/data-00000-of-00001.arrow"])
 def test_data_that_is_not_read_is_not_its_card(tmp_path, name):
     (tmp_path / "data").mkdir()
     for written in ("README.md", "dataset_infos.json", "data/state.json", name):
@@ -414,7 +414,7 @@ def test_what_describes_a_data_set_is_not_its_data(tmp_path):
     for name in ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"):
         (tmp_path / name).write_text('{"text": "about"}')
     (tmp_path / "data").mkdir()
-    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "row"}])
+    write_rows(tmp_path / "data" / "train.ndjson", [{"text": "row"}])
     assert texts(tmp_path) == ["row"]
 
 

@@ -23,6 +23,7 @@ from lora_null.recipes import run as run_module
 from lora_null.recipes.__main__ import main
 from lora_null.targets import refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer.calibration_data import calibration_windows
 from lora_null.utils.limits import position_limit, tokenizer_of, unsupported
 
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -267,6 +268,9 @@ def test_the_tokenizer_of_what_trainers_are_given():
     assert tokenizer_of(tokenizer) is tokenizer
     given = processor()
     assert tokenizer_of(given) is given.tokenizer
+    given.chat_template = "{% for m in messages %}{{ m.content }} |{% endfor %}"
+    text = calibration_windows([[{"role": "user", "content": "gold"}]], given, CalibrationArgs(mode="separate"))
+    assert tokenizer.decode(text[0]).endswith("gold |") and not given.tokenizer.chat_template
     tokenizer.tokenizer = "an engine of its own"
     assert tokenizer_of(tokenizer) is tokenizer
     given.tokenizer = None

@@ -9,10 +9,8 @@ from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
 from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
-from lora_null.eval_harness.documents import FILE_KINDS
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.schema import DATA_FILES
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.utils.errors import UserError
 
@@ -216,10 +214,6 @@ def test_a_file_of_conversations_in_one_line(own):
     path = write_rows(own / "chats.jsonl", [{"messages": [user(f"{i}?"), assistant(f"{i}!")]} for i in range(3)])
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
     assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: 1?\nAnswer:", " 1!")
-
-
-def test_the_kinds_of_files_are_those_that_are_read():
-    assert set(DATA_FILES) == set(FILE_KINDS)
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,15 @@ class TestCalibration:
         )
         assert len(windows) == 9 and all(len(window) <= 10 for window in windows)
 
+    @pytest.mark.parametrize("mode", ["packed", "separate"])
+    def test_a_window_holds_more_than_the_start_token(self, mode):
+        tokenizer, cut = tiny_tokenizer(), CalibrationArgs(samples=9, max_length=1, mode=mode)
+        assert calibration_windows(TEXTS, tokenizer, cut)[0] != [tokenizer.bos_token_id]
+        tokenizer.add_bos_token = True
+        tokenizer.update_post_processor()
+        with pytest.raises(UserError, match="max_length: 1 is the start token <s> alone"):
+            calibration_windows(TEXTS, tokenizer, cut)
+
     def test_the_draw_depends_on_the_seed_alone(self):
         draw = lambda seed: calibration_windows(TEXTS, tiny_tokenizer(), CalibrationArgs(8, 32, "packed", seed))  # noqa: E731
         assert draw(1) == draw(1) != draw(2)

@@ -75,6 +75,10 @@ def calibration_windows(
         UserError: when there is no text, too little for a single packed window, or a row that is no text, by number.
     """
     tokenizer = tokenizer_of(tokenizer)
+    if args.max_length == 1 and adds_bos(tokenizer):
+        raise UserError(
+            f"calibration_args.max_length: 1 is the start token {tokenizer.bos_token} alone; use 2 or more"
+        )
     given = [_text(row, number, tokenizer) for number, row in enumerate(rows, start=1)]
     texts = [text for text in given if text.strip()]
     if not texts:

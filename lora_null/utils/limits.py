@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of what trainers call `processing_class`: itself, or the one of a processor.
 
-    Told by type as TRL does, since some tokenizers hold another `tokenizer` of their own.
+    Told by type as TRL does, since some tokenizers hold another `tokenizer` of their own. A chat template that the
+    processor alone has comes along, in a copy.
 
     Raises:
         UserError: a processor without a tokenizer.
@@ -81,6 +83,10 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
         raise UserError(
             f"processing_class: {type(processing_class).__name__} holds no tokenizer; give the model's own"
         )
+    template = getattr(processing_class, "chat_template", None)
+    if template and not tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
     return tokenizer
 
 

@@ -90,7 +90,8 @@ MEANT = {
     "output_dir": ("output", "out", "outdir"),
 }
 MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
-DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # what `eval_harness.documents` reads
+# What `eval_harness.documents` reads.
+DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 TASK_FILES = (".yaml", ".yml")
 LONGEST_NAME = 200  # bytes of a name that a folder takes, where a file system takes 255
 QUANTIZATIONS = ("nf4", "int8")

@@ -17,7 +17,7 @@ from lora_null.utils.values import as_text
 # Of the data beside them; and what holds data that is not read, beside a text about it.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".pkl", ".db", ".sqlite")
-UNREAD += (".ndjson", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls")
+UNREAD += (".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls")
 ABOUT = ("readme", "license", "notice", "citation", "changelog")  # texts about the data beside them
 
 

@@ -84,6 +84,10 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
         return max(found, key=lambda advice: advice.gain).sentence
     judged = ["another rate or an earlier end"] if any(_learned(results, log) for log in free) else []
     judged += ["a lower strength"] if any(dial.shares() for dial in dials if dial) else []
+    if not judged and not free:
+        return (
+            "The budget held every method back: more is learned only where more may be forgotten (--max-forgetting)."
+        )
     if not judged:
         return (
             "No curve was measured that tells what to do next: lora-null dial RUN/METHOD measures one of what was trained "
