@@ -19,6 +19,7 @@ import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.models.bases import attention
+from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
@@ -75,10 +76,10 @@ def _code_hash() -> str:
 def fetch(key: str, target: Path) -> bool:
     """Put the kept evaluation and its references into a run's base folder; return whether there was one."""
     kept = folder() / key
-    if not (kept / "eval.json").is_file():
+    if not (kept / EVAL_FILE).is_file():
         return False
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(kept.rglob("*"), key=lambda file: file.name == "eval.json"):  # which stands for all, last
+    for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):  # which stands for all, last
         if file.is_file():
             link(file, target / file.relative_to(kept))
     os.utime(kept)

@@ -23,9 +23,8 @@ from lora_null.eval_harness.statistics import (
     weighted_mean,
 )
 from lora_null.recipes.config.load import whole_of
-from lora_null.recipes.results import Paired, Results, variant_of
+from lora_null.recipes.results import EVAL_FILE, Paired, Results, variant_of
 
-EVAL_FILE = "eval.json"
 Evaluations = Mapping[int, Mapping[int, Evaluation]]  # row → seed → what was measured
 MEANS: dict[Role, str] = {"retention": "mean retention", "task": "mean task"}
 

@@ -26,7 +26,7 @@ from lora_null.recipes.config.load import (
     whole_paths,
 )
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.results import RESULTS_FILE, ROW_FILE, load_results, validated
+from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_results, validated
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
@@ -247,7 +247,7 @@ def what_is_kept(folder: Path) -> str:
         checkpoint = last_checkpoint(method)
         if checkpoint is not None:
             kept.append(f"{method.relative_to(folder)} to step {checkpoint.name.rpartition('-')[2]}")
-    if (folder / "base" / "eval.json").is_file():
+    if (folder / "base" / EVAL_FILE).is_file():
         kept.append("the base's evaluation")
     return f"in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
 

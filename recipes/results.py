@@ -20,6 +20,7 @@ from lora_null.utils.files import read_json, write_json
 SCHEMA = 1
 LARGEST = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
+EVAL_FILE = "eval.json"  # an `Evaluation`, of the base or of a method
 
 
 class Estimate(NamedTuple):

@@ -64,6 +64,7 @@ from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
 from lora_null.recipes.report.dial_page import Dial, write_dial
 from lora_null.recipes.results import (
+    EVAL_FILE,
     LOG_FILE,
     Drift,
     Magnitude,
@@ -179,8 +180,8 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
-    if not base and job.is_main and (job.base / "eval.json").is_file():
-        _compare_settings(Evaluation.read(job.base / "eval.json"), found, folder)
+    if not base and job.is_main and (job.base / EVAL_FILE).is_file():
+        _compare_settings(Evaluation.read(job.base / EVAL_FILE), found, folder)
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:
         raise UserError(
@@ -188,7 +189,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
             f"damaged, or {job.recipe.model.dtype} is too narrow for them"
         )
     if job.is_main:
-        write_text(folder / "eval.json", found.to_json())
+        write_text(folder / EVAL_FILE, found.to_json())
     return found
 
 
@@ -252,7 +253,7 @@ def base_row(job: Job) -> Row:
 
 def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
     """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
-    saved = folder / "eval.json"
+    saved = folder / EVAL_FILE
 
     def is_known() -> bool:
         if saved.is_file():
@@ -275,7 +276,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
     options = {"reference_dir": folder, "record_reference": True, "progress": False}
     found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
     if job.is_main:
-        write_text(folder / "eval.json", found.to_json())
+        write_text(folder / EVAL_FILE, found.to_json())
     PartialState().wait_for_everyone()
     return found
 
@@ -411,7 +412,7 @@ def dial(
     def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
         return evaluate(model, job.tokenizer, job.tasks, output_dir=own / f"strength={strength:g}", **options)
 
-    base = Evaluation.read(job.base / "eval.json")
+    base = Evaluation.read(job.base / EVAL_FILE)
     points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
     if job.is_main:
@@ -502,7 +503,7 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     if job.bound is None:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
-        base = Evaluation.read(folder_of_base / "eval.json")
+        base = Evaluation.read(folder_of_base / EVAL_FILE)
         probe = KeepBudget(trainer, job.probe.tasks, job.bound, base, **options)
     trainer.add_callback(probe)
     return probe
@@ -518,7 +519,7 @@ def measurement(job: Job, model: Any) -> Measurement:
         return evaluate(model, job.tokenizer, tasks, **limits, **job.computing, progress=False)
 
     learning = [task for task in job.probe.tasks if task.role == "task"]
-    bases = [Evaluation.read(folder / "eval.json") for folder in (few, whole)]
+    bases = [Evaluation.read(folder / EVAL_FILE) for folder in (few, whole)]
     return Measurement(measure, job.bound, *bases, learning)
 
 

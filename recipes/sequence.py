@@ -36,6 +36,7 @@ from lora_null.recipes.models.bases import load_base_after
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
+    EVAL_FILE,
     Estimate,
     Results,
     Row,
@@ -209,12 +210,12 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
     """Return the results of a sequence: the rows after the last task, and every task after every task."""
     found = [load_results(job.folder) for job in jobs]
     last = found[-1]
-    base = Evaluation.read(jobs[0].base / "eval.json")
+    base = Evaluation.read(jobs[0].base / EVAL_FILE)
     by_task = _tasks_by_stage(recipe, jobs[-1])
     names = [job.recipe.name for job in jobs]
     reached = [row.method for row in last.rows[1:]]
     whole = [name for name in reached if all(of_method(stage, name).diverged is None for stage in found)]
-    after = {name: [Evaluation.read(job.folder / name / "eval.json") for job in jobs] for name in whole}
+    after = {name: [Evaluation.read(job.folder / name / EVAL_FILE) for job in jobs] for name in whole}
     # Each task is followed by the first metric of its first evaluation that has a direction and a value a question.
     every = [base, *(found for evaluations in after.values() for found in evaluations)]
     directed = [name for name, metric in base.metrics.items() if metric.higher_is_better is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ TRAINERS = {
 def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for one method of the recipe; the batch is the same whatever the number of processes.
 
+    Where a pass of all processes would be more than the total batch, each takes fewer sequences, which is printed. One
+    process trains on one GPU, whatever number there is.
+
     Args:
         recipe: the recipe; what it leaves to the machine ("auto") is put into it, see `choose_precision`.
         folder: of the method.
@@ -50,13 +54,19 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     _check_positive(options)
     total = options.pop("total_batch_size", None)
     world = PartialState().num_processes
-    one_pass = options.get("per_device_train_batch_size", 8) * world
+    each = options.get("per_device_train_batch_size", 8)
     if total is not None:
         if options.get("auto_find_batch_size"):
             raise UserError(
                 "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "
                 "fixed; give one of the two"
             )
+        if total % each == total % world == 0 and "gradient_accumulation_steps" not in options:
+            fitting = next(size for size in range(min(each, total // world), 0, -1) if total // world % size == 0)
+            if fitting != each:
+                _say(f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {world} processes")
+                each = options["per_device_train_batch_size"] = fitting
+        one_pass = each * world
         if total % one_pass:
             raise UserError(
                 f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
@@ -75,9 +85,20 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         )
     options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
     try:
-        return TRAINERS[recipe.trainer].config(**options)
+        found = TRAINERS[recipe.trainer].config(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
+    if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
+        _say(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
+        found._n_gpu = 1
+    return found
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print a line once, by the first process: arguments are made for every method, and to check them."""
+    if is_first_process():
+        print(line)
 
 
 def _check_positive(options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from trl import DPOConfig, SFTConfig
 from world import make_world
 
 from lora_null.__main__ import main as command
-from lora_null.recipes import environment, grid, output, run
+from lora_null.recipes import environment, grid, output, run, training
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import MARK, dump, load_recipe, read_yaml, resume_command
@@ -383,6 +383,37 @@ def test_every_field_of_trl_is_taken_or_refused_with_a_reason(kind, tmp_path):
 )
 def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
     assert run.training_arguments(load_recipe("quickstart", words), tmp_path).gradient_accumulation_steps == steps
+
+
+@pytest.mark.parametrize(
+    "words, processes, batch",  # sequences of a pass in one process, passes of a step
+    [
+        ([], 2, (2, 1)),
+        ([], 4, (1, 1)),
+        (["training.total_batch_size=24"], 2, (4, 3)),
+        (["training.total_batch_size=24"], 4, (3, 2)),
+        ([], 3, None),
+        ([], 8, None),
+        (["training.total_batch_size=24", "training.gradient_accumulation_steps=6"], 4, None),
+    ],
+)
+def test_processes_share_out_the_total_batch(words, processes, batch, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    training._say.cache_clear()
+    recipe = load_recipe("quickstart", words)
+    if batch is None:
+        with pytest.raises(UserError, match="is not a multiple of per_device_train_batch_size × processes"):
+            training.training_arguments(recipe, tmp_path)
+        return
+    found = training.training_arguments(recipe, tmp_path)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == batch
+    assert ("sequences a pass, not 4" in capsys.readouterr().out) is (batch[0] != 4)
+
+
+def test_one_process_takes_one_of_several_gpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 1 if vars(self).get("_n_gpu") == 1 else 3))
+    assert training.training_arguments(load_recipe("quickstart"), tmp_path).n_gpu == 1
+    assert "one of 3 GPUs; accelerate launch" in capsys.readouterr().out
 
 
 def test_the_batch_of_a_file_gives_way_to_the_other_one_laid_over_it(tmp_path):

@@ -24,6 +24,7 @@ from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
+from lora_null.recipes.results import EVAL_FILE
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
@@ -79,7 +80,7 @@ def folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
 def _check_kept(source: Trained, arguments: argparse.Namespace) -> None:
     """Raise a UserError where the run's own dial would give way, unasked, to one of other questions or fewer."""
     own = next((name for name in ("keep", "learn", "limit") if getattr(arguments, name) is not None), None)
-    base, found = whole_of(source.run) / "base" / "eval.json", read_dial(source.home)
+    base, found = whole_of(source.run) / "base" / EVAL_FILE, read_dial(source.home)
     if own is None or arguments.out is not None or found is None or not base.is_file():
         return
     if found.points[0].metrics == Evaluation.read(base).metrics:
@@ -95,7 +96,7 @@ def _make_anew(folder: Path) -> None:
         UserError: it holds something else.
     """
     if folder.is_dir():
-        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MARK, "eval.json")):
+        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MARK, EVAL_FILE)):
             raise UserError(f"--out: {folder} holds other files; choose another folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -131,7 +132,7 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     raw["model"] = source.base.section.model_dump(mode="json")
     before = source.recipe.get("eval", {})
     shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
-    shared = shared and (source.run / "base" / "eval.json").is_file()
+    shared = shared and (source.run / "base" / EVAL_FILE).is_file()
     probe = before.get("probe") if shared else None  # whose rows of the base are known
     rows = probe.get("retention") if probe else None
     if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept

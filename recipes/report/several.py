@@ -14,6 +14,7 @@ from lora_null.recipes.config.tasks import FOLDER
 from lora_null.recipes.output import RECIPE_FILE, check_place
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
+    EVAL_FILE,
     LOG_FILE,
     RESULTS_FILE,
     Results,
@@ -67,7 +68,7 @@ def results_so_far(folder: Path) -> Results:
         UserError: a damaged file.
     """
     raw = read_yaml(folder / RECIPE_FILE)
-    evaluated = whole_of(folder) / "base" / "eval.json"
+    evaluated = whole_of(folder) / "base" / EVAL_FILE
     base = Evaluation.read(evaluated).metrics if evaluated.is_file() else {}
     rows = [Row(method="base", metrics=base)]
     for name in raw.get("method", {}).get("name", []):
@@ -147,7 +148,7 @@ def _base_of(folder: Path) -> str | None:
 
 def _tasks_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return how a run's evaluation describes its tasks; nothing where the base was not evaluated."""
-    file = whole_of(folder) / "base" / "eval.json"
+    file = whole_of(folder) / "base" / EVAL_FILE
     return Evaluation.read(file).settings.get("tasks", {}) if file.is_file() else {}
 
 
