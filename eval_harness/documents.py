@@ -119,8 +119,7 @@ def _without_filler(value: Any) -> Any:
 
 
 def _csv_value(cell: str) -> Any:
-    found = as_conversation(cell)  # which a csv holds as JSON
-    return found if is_conversation(found) else cell
+    return as_conversation(cell) if is_conversation(cell) else cell
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:

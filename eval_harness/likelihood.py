@@ -102,9 +102,6 @@ class AnswerTask(Task):
         beyond = limit.tokens if limit is not None and limit.hard else None
         texts, special = self.pairs[: options.limit], self.special_tokens
         pairs = tokenize_pairs(tokenizer, texts, self.name, beyond, special_tokens=special)
-        longest = max(len(pair.ids) for pair in pairs)
-        if limit is not None and longest > limit.tokens:
-            logger.warning(f"{self}: a pair has {longest} tokens, {limit}")
         reference = options.reference(self.reference_file)
         record = options.record_reference and reference is not None
         scores = score_answers(model, pairs, reference=reference, record=record, **options.scoring(self.name))
@@ -221,6 +218,9 @@ def score_answers(
     Raises:
         UserError: if `reference` was recorded for other tokens or another vocabulary.
     """
+    limit, longest = position_limit(model.config), max(len(pair.ids) for pair in pairs)
+    if limit is not None and longest > limit.tokens:
+        logger.warning(f"evaluation task {progress or ''!r}: a pair has {longest} tokens, {limit}")
     share = my_share(range(len(pairs)), model)
     recorded: dict[str, torch.Tensor] = {}
 

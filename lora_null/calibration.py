@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from lora_null.gram import Gram
-from lora_null.utils.distributed import for_collective, is_first_process, rank_and_world, together
+from lora_null.utils.distributed import for_collective, get_logger, is_first_process, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, is_shifted_by_padding, position_limit
 from lora_null.utils.model_state import base_model_of, full_precision, preserve
@@ -30,6 +30,8 @@ from lora_null.utils.quantized import base_layer_of, weight_of
 
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024
+logger = get_logger(__name__)
+
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the last may be absent
 CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
 
@@ -278,6 +280,9 @@ def checked_batches(
             raise UserError(f"calibration: batch {number} {reason}") from None
     if not checked:
         raise UserError("calibration: there is no batch to measure")
+    longest = max(batch["input_ids"].shape[1] for batch in checked)
+    if limit is not None and not limit.hard and longest > limit.tokens:
+        logger.warning(f"calibration: a window has {longest} tokens, {limit}")
     tokens = count_tokens(checked)
     if tokens < min_tokens:
         raise UserError(f"calibration: only {tokens} tokens, at least {min_tokens} are needed")
@@ -482,9 +487,11 @@ class InputMeter:
                 if not whole.all():
                     row = int((~whole).nonzero()[0])
                     position = row if batch.kept is None else int(batch.kept[row])
-                    sample = batch.first + position // batch.inputs["input_ids"].shape[1]
+                    line = position // batch.inputs["input_ids"].shape[1]
+                    tokens = batch.inputs["input_ids"][line][batch.inputs["attention_mask"][line].bool()]
                     raise NotFinite(
-                        f"calibration: sample {sample + 1} of batch {batch.index + 1} gives NaN or infinite inputs at {name}"
+                        f"calibration: sample {batch.first + line + 1} of batch {batch.index + 1} gives NaN or infinite inputs "
+                        f"at {name}; its tokens begin {tokens[:8].tolist()}"
                     )
 
 

@@ -219,7 +219,11 @@ def measure_in_parts(
             if form == "layers" or weights is not None:
                 raise
             if gram:
-                logger.warning(f"{WHAT}: not layer by layer, {reason}; the Grams of all layers are held at once")
+                where = next(model.parameters()).device
+                moved = f", on {where}, where the model is" if device is not None and device.type != where.type else ""
+                logger.warning(
+                    f"{WHAT}: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
+                )
     part = measure_inputs(model, modules, batches, **measure)
     LoadBalance().assign(part.inputs)
     yield ALL, part

@@ -57,6 +57,7 @@ from lora_null.utils.model_state import base_model_of, own_code_at
 logger = get_logger(__name__)
 
 MIN_TOKENS = 256
+REUSED = "initialization: reused, model, calibration and settings are the same ({})"
 
 
 class NotAChain(UserError):
@@ -261,6 +262,8 @@ def compute_start(
             _say_what_is_reused(done, layers, path)
             parts = _solve_layers(model, batches, options, done, solver, path, key)
         else:
+            if done:
+                logger.info(REUSED.format(path))
             parts = done or {ALL: _measured_alone(model, layers, batches, options, whole, key)}
             if path and not done and is_first_process():
                 store.write_part(path, ALL, parts[ALL])
@@ -360,7 +363,9 @@ def load_start(
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
     need_float64(next(model.parameters()).device)
-    report = LayerReport.from_json(store.read_report(folder))
+    report = together(lambda: LayerReport.from_json(store.read_report(folder)), what=WHAT)
+    if len(set(all_gather(report.key))) > 1:
+        raise UserError(f"{folder}: holds another start on another machine; copy one to all, or compute it anew")
     if report.rule != rule:
         raise UserError(f"{folder}: holds a start by {report.rule or 'no rule'}, this run starts by {rule or 'none'}")
     if report.base != fingerprint_of(model, weights):
@@ -444,7 +449,7 @@ def _code_of(start: Rule | WholeModel | None) -> str:
 def _say_what_is_reused(done: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
     found = sum(len(part.factors) for part in done.values())
     if found == len(layers):
-        logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
+        logger.info(REUSED.format(path))
     elif found:
         logger.info(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
 

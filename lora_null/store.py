@@ -85,6 +85,15 @@ def read_parts(folder: Path) -> dict[str, LayerResult]:
     return {path.stem.removeprefix(PREFIX): _read_part(path) for path in parts_in(folder)}
 
 
+def read_scalings(folder: Path) -> dict[str, float]:
+    """Return the scaling of every module in a folder, from the files' headers alone."""
+    return {
+        name: scaling
+        for path in parts_in(folder)
+        for name, scaling in json.loads(read_metadata(path)["facts"])["scaling"].items()
+    }
+
+
 def _read_part(path: Path) -> LayerResult:
     tensors, metadata = read_safetensors(path)
     facts = json.loads(metadata["facts"])

@@ -22,12 +22,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lora_null.eval_harness.probe import PREFIX
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process, whole_parameters
+from lora_null.utils.errors import SIGTERM_STATUS
 from lora_null.utils.files import write_text
 from lora_null.utils.model_state import release_freed_memory
 
 LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean", "drift_max")}  # Trainer's name → ours
 LOGGED |= {"num_tokens": "tokens", "rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
-SIGTERM_STATUS = 128 + signal.SIGTERM
 
 
 class ProgressBar(TrainerCallback):
@@ -164,11 +164,6 @@ class Trackers:
             tracker.on_train_end(*now, model=trainer.model, processing_class=trainer.processing_class)
         if self.wandb is not None and not self.joined and trainer.is_world_process_zero():
             self.wandb.finish()  # or the next method would be logged into this one's run
-
-
-def exit_on_sigterm() -> None:
-    """End with 143 at once outside of training: every file is written completely or not at all."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
 
 
 class KeepCard(TrainerCallback):

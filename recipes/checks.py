@@ -34,7 +34,7 @@ from lora_null.recipes.models.plan import MethodPlan, with_method
 from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport
-from lora_null.store import find_initialization, read_report
+from lora_null.store import find_initialization, read_report, read_scalings
 from lora_null.trainer.methods import check_engine, make_method
 from lora_null.trainer.preflight import check_labels, tell
 from lora_null.utils.distributed import get_logger
@@ -175,7 +175,8 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         return
     folder = find_initialization(Path(recipe.method.init))
     report = LayerReport.from_json(read_report(folder))
-    found = {line.name: line.r for line in report.layers}
+    scaling = read_scalings(folder)
+    found = {line.name: (line.r, scaling.get(line.name)) for line in report.layers}
     for plan in plans:
         method = make_method(plan.name, recipe.method.options.get(plan.name))
         rule = method.rule_for(InitOptions())
@@ -184,14 +185,19 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         if rule.rule != report.rule:
             raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
         layers = method.layers(with_method(recipe, config, method, plan.rank))
-        asked = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+        asked = {name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in layers.items()}
         if found.keys() != asked.keys():
             raise UserError(f"method.init: {folder} was written for other modules than {plan.name} adapts here")
-        other = next((name for name, rank in asked.items() if rank != found[name]), None)
-        if other is not None:
-            raise UserError(
-                f"method.init: {folder} holds rank {found[other]} for {other}, {plan.name} asks for rank {asked[other]}"
-            )
+        for name, (rank, scale) in asked.items():
+            if found[name][0] != rank:
+                raise UserError(
+                    f"method.init: {folder} holds rank {found[name][0]} for {name}, {plan.name} asks for rank {rank}"
+                )
+            if found[name][1] not in (scale, None):
+                raise UserError(
+                    f"method.init: {folder} was written for a scaling of {found[name][1]:g}, {plan.name} asks for {scale:g} "
+                    "(method.alpha / rank)"
+                )
 
 
 def check_task_names(recipe: Recipe) -> None:

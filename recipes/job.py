@@ -41,7 +41,6 @@ from lora_null.recipes.models.bases import hub_commit, known_shape, load_config,
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
-from lora_null.start import MIN_TOKENS
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.methods import make_method
@@ -213,7 +212,8 @@ def _read_inputs(
     windows = cut_windows(job.sources, tokenizer, job.cut)
     if sources and all(source.texts is not None for source in sources):
         job.windows = windows
-        check_tokens(windows.ids, job.plans)
+        if any(plan.gram_bytes for plan in job.plans):
+            windows.check_tokens()
 
 
 def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
@@ -298,12 +298,3 @@ def _check_rows(
     if longest > limit.tokens:
         line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
         tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
-
-
-def check_tokens(windows: list[list[int]], plans: list[MethodPlan]) -> None:
-    """Raise a UserError for fewer tokens than a start can be computed from."""
-    tokens = sum(len(window) for window in windows)
-    if tokens < MIN_TOKENS and any(plan.gram_bytes for plan in plans):
-        raise UserError(
-            f"calibration: only {tokens} tokens, at least {MIN_TOKENS} are needed; give more texts or samples"
-        )

@@ -96,16 +96,16 @@ def check_place(folder: Path, named: str) -> Path:
     return there
 
 
-def check_space(folder: Path, size: int) -> int:
+def check_space(folder: Path, size: int, named: str = "output_dir") -> int:
     """Return the bytes that are free where the folder is, or will be; nothing is written.
 
     Raises:
-        UserError: fewer than `size`, or the folder or the cache cannot be made or written.
+        UserError: fewer than `size`, or the folder or the cache cannot be made or written; it begins with `named`.
     """
     check_place(cache_root(), "LORA_NULL_CACHE")
-    free = shutil.disk_usage(check_place(folder, "output_dir")).free
+    free = shutil.disk_usage(check_place(folder, named)).free
     if free < size:
-        raise UserError(f"output_dir: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
+        raise UserError(f"{named}: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
     return free
 
 

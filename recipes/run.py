@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -53,7 +54,6 @@ from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import (
     Job,
     check_run,
-    check_tokens,
     inputs_of,
     space_of_run,
 )
@@ -93,7 +93,7 @@ from lora_null.utils.distributed import (
     together,
 )
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import link, write_json, write_text
+from lora_null.utils.files import link, replacing_folder, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
 
 logger = get_logger(__name__)
@@ -166,7 +166,8 @@ def _own_windows(job: Job) -> Windows:
     with own_texts.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
     _free()
-    check_tokens(windows.ids, job.plans)
+    if any(plan.gram_bytes for plan in job.plans):
+        windows.check_tokens()
     return windows
 
 
@@ -426,14 +427,17 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if not job.keep_weights:
         return None
     model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    with trainer.whole_to_save():  # on all ranks together
-        if not job.is_main:
-            return plan.saved
-        saved = trainer.method.save(model, target)
-    if plan.name in job.starts and plan.saves == "adapter":
-        saved = join_onto(job.starts[plan.name] / "adapter", target)  # all tasks so far, for the original base
-    shutil.copyfile(folder / CARD_FILE, target / CARD_FILE)
-    job.tokenizer.save_pretrained(target)
+    if job.is_main:
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after it had saved
+    with replacing_folder(target) if job.is_main else contextlib.nullcontext(target) as made:
+        with trainer.whole_to_save():  # on all ranks together
+            if not job.is_main:
+                return plan.saved
+            saved = trainer.method.save(model, made)
+        if plan.name in job.starts and plan.saves == "adapter":
+            saved = join_onto(job.starts[plan.name] / "adapter", made)  # all tasks so far, for the original base
+        shutil.copyfile(folder / CARD_FILE, made / CARD_FILE)
+        job.tokenizer.save_pretrained(made)
     return saved
 
 

@@ -90,7 +90,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         raise UserError(f"training: {first_line(error)}") from None
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
         _say(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
-        found._n_gpu = 1
+        vars(found)["_n_gpu"] = 1  # as the Trainer does where `device_map` has split a model
     return found
 
 

@@ -101,6 +101,7 @@ class TestMasksOfReadyRowsCount:
             ({"input_ids": [0, 0, 5]}, "row 2 is padded"),
             ({"input_ids": [5, 6], "attention_mask": [1]}, r"row 2: input_ids \[2\], torch.int64, with a mask \[1\]"),
             ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "row 2 has no tokens"),
+            ({"input_ids": [5, 6], "attention_mask": [1, 2]}, "row 2 has an attention_mask that holds other numbers"),
             ({"input_ids": []}, "row 2"),
             ({"input_ids": ["a"]}, "row 2: "),
             ({"input_ids": [0.5]}, "row 2: "),

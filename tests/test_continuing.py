@@ -560,6 +560,13 @@ class TestTheStartIsTheCheckpointsOwn:
         assert (tmp_path / "init" / "mine").is_dir() and (tmp_path / "init" / "notes.txt").read_text() == "mine"
         assert not (tmp_path / "checkpoint-3" / "init" / "notes.txt").exists()
 
+    def test_a_checkpoint_in_the_place_of_an_earlier_ones_keeps_nothing_of_it(self, tmp_path):
+        make(tmp_path, CONFIGS["v1"](), save_strategy="steps", save_steps=3).train()
+        again = dict(calibration=None, save_strategy="steps", save_steps=3)
+        make(tmp_path, CONFIGS["lora"](), **again).train()
+        assert not (tmp_path / "checkpoint-3" / "init" / "layers.json").exists()
+        make(tmp_path, CONFIGS["lora"](), **again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
     def test_of_two_runs_in_one_folder_only_the_second_is_left(self, tmp_path):
         make(tmp_path, CONFIGS["v1"]()).train()
         old = json.loads((tmp_path / "init" / "layers.json").read_text())

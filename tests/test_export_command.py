@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,3 +481,38 @@ def test_a_token_that_both_models_rule_out_is_no_difference():
     )
     ruled_out[1, :, 3] = 0  # the export gives it a chance
     assert compare(*[[t] for t in ruled_out]).largest == torch.inf
+
+
+def test_space_is_looked_for_before_anything_is_measured(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    monkeypatch.setattr(command, "_strength", None)
+    assert export(world, "lora", tmp_path / "out", "--form", "merged") == 2
+    assert f"--out: {tmp_path / 'out'} has 0.0 GB free, this run needs about" in capsys.readouterr().err
+
+
+def test_a_base_in_another_format_than_safetensors(world, tmp_path, monkeypatch):
+    """Its weights have no fingerprint, and an adapter is exported all the same."""
+
+    def refuse(folder):
+        raise UserError("no model.safetensors")
+
+    monkeypatch.setattr(command, "base_fingerprint", refuse)
+    shutil.copytree(world / "out" / "lora", tmp_path / "run" / "lora")
+    weights = tmp_path / "run" / "lora" / "adapter" / "adapter_model.safetensors"
+    write_safetensors(weights, load_file(weights), {})
+    words = ["--base", str(world / "model"), "--out", str(tmp_path / "out")]
+    assert main(["export", str(weights.parent), *words]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_a_merged_model_keeps_its_own_code(world, tmp_path):
+    (tmp_path / "base").mkdir()
+    for name in ("modeling_own.py", "preprocessor_config.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    for trusted in (False, True):
+        section = SimpleNamespace(trust_remote_code=trusted)
+        source = SimpleNamespace(folder=tmp_path, base=SimpleNamespace(folder=tmp_path / "base", section=section))
+        (tmp_path / f"{trusted}").mkdir()
+        command._copy_tokenizer(SimpleNamespace(source=source, form="merged", folder=tmp_path / f"{trusted}"))
+        assert (tmp_path / f"{trusted}" / "preprocessor_config.json").is_file()
+        assert (tmp_path / f"{trusted}" / "modeling_own.py").is_file() is trusted

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,7 +239,7 @@ def test_a_recipe_cuts_default_windows(tmp_path, capsys):
     assert "calibration.max_length: 128 tokens instead of 1024" in capsys.readouterr().err
 
 
-def test_init_cuts_default_windows_and_refuses_others(tmp_path, capsys):
+def test_init_cuts_default_windows_and_refuses_others(tmp_path, capsys, monkeypatch):
     make_world(tmp_path)
     gpt2(128).save_pretrained(tmp_path / "model")
     words = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl"), "--rank", "4"]
@@ -245,7 +247,14 @@ def test_init_cuts_default_windows_and_refuses_others(tmp_path, capsys):
     assert command([*words, "--out", str(tmp_path / "a"), "--max-length", "129"]) == 2
     assert "--max-length: 129 tokens are too long" in capsys.readouterr().err
     assert command([*words, "--out", str(tmp_path / "b")]) == 0
-    assert "--max-length: 128 tokens instead of 1024" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--max-length: 128 tokens instead of 1024" in said and "of 256 windows, " in said
+    assert command([*words, "--out", str(tmp_path / "c"), "--samples", "1"]) == 2
+    said = capsys.readouterr()
+    assert "tokens, at least 256 are needed" in said.err and "written" not in said.out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    assert command([*words, "--out", str(tmp_path / "d")]) == 2
+    assert f"--out: {tmp_path / 'd'} has 0.0 GB free" in capsys.readouterr().err
 
 
 class _Processor(tf.ProcessorMixin):

@@ -17,7 +17,10 @@ from lora_null.eval_harness.documents import read_documents
 from lora_null.recipes.config.schema import CalibrationSection, DataSection
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import RowReader, tokenize, training_data
+from lora_null.recipes.data.formats import recognize
+from lora_null.trainer import CalibrationArgs, calibration_windows
 from lora_null.utils.chat import adds_bos
+from lora_null.utils.values import as_text, is_conversation
 
 WORDS = [
     "who",
@@ -257,6 +260,31 @@ def test_conversations_in_a_csv_are_conversations_by_any_name(tmp_path):
     section = CalibrationSection(path=str(tmp_path / "rows.csv"), field="better", samples=1)
     (source,) = calibration_sources(section, chat_tokenizer())
     assert source.texts == texts[:1]
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
+def test_messages_as_text_are_messages_in_every_door(tmp_path, write):
+    talk = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they"}]
+    rows, text = [{"talk": write(talk), "good": write(talk), "bad": "no"}], "<user>who?\n<assistant>they</s>\n"
+    path, options = str(write_rows(tmp_path / "rows.jsonl", rows)), {"preferences": False, "max_length": None}
+    section = DataSection(path=path, messages="talk", template="chat")
+    assert training_data(section, chat_tokenizer(), **options).examples[0].written.text == text
+    section = DataSection(path=path, prompt=None, response="good", rejected="talk", template="chat")
+    reader = RowReader(section, list(rows[0]), "data", preferences=True, first=rows[0])
+    assert reader.messages(rows[0])[0] == talk
+    (source,) = calibration_sources(CalibrationSection(path=path, field="talk", samples=1), chat_tokenizer())
+    assert source.texts == [text]
+    window = calibration_windows([{"messages": write(talk)}], chat_tokenizer(), CalibrationArgs(mode="separate"))
+    assert chat_tokenizer().decode(window[0]) == text
+    assert recognize(rows, ["talk"], "data").keys == {"messages": "talk"}
+
+
+def test_an_answer_in_json_is_no_conversation():
+    for text in ('{"from": "Rome", "to": "Paris"}', '[{"from": "Rome", "to": "Paris"}]', "[1, 2]", "[nobody]"):
+        assert not is_conversation(text) and as_text(text) == text
+    for text in ("[{'role': 'user', 'content': array([1])}]", "[{'role': 'user' 'content'"):
+        with pytest.raises(ValueError, match="is messages as Python prints them"):
+            as_text(text)
 
 
 @pytest.mark.parametrize("bad", [b"bytes", {1, 2}, object(), 1j, range(3), {"text": b"x"}, [b"x"]])

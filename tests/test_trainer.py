@@ -376,6 +376,12 @@ class TestCalibration:
         with pytest.raises(UserError, match="max_length: 1 is the start token <s> alone"):
             calibration_windows(TEXTS, tokenizer, cut)
 
+    @pytest.mark.parametrize("mode", ["packed", "separate"])
+    def test_fewer_windows_than_asked_are_said(self, mode, caplog):
+        found = calibration_windows(TEXTS, tiny_tokenizer(), CalibrationArgs(samples=999, max_length=40, mode=mode))
+        tokens = sum(map(len, found))
+        assert f"calibration: {len(found)} of 999 windows, {tokens:,} tokens: there is no more text" in caplog.text
+
     def test_the_draw_depends_on_the_seed_alone(self):
         draw = lambda seed: calibration_windows(TEXTS, tiny_tokenizer(), CalibrationArgs(8, 32, "packed", seed))  # noqa: E731
         assert draw(1) == draw(1) != draw(2)

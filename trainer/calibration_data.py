@@ -87,8 +87,15 @@ def calibration_windows(
         logger.warning(f"calibration: {len(given) - len(texts)} of {len(given)} rows have no text and are left out")
     shuffled = random.Random(args.seed).sample(texts, len(texts))
     if args.mode == "separate":
-        return [tokenizer(text)["input_ids"][: args.max_length] for text in shuffled[: args.samples]]
-    return _packed(shuffled, tokenizer, args)
+        windows = [tokenizer(text)["input_ids"][: args.max_length] for text in shuffled[: args.samples]]
+    else:
+        windows = _packed(shuffled, tokenizer, args)
+    if len(windows) < args.samples:
+        tokens = sum(map(len, windows))
+        logger.warning(
+            f"calibration: {len(windows)} of {args.samples} windows, {tokens:,} tokens: there is no more text"
+        )
+    return windows
 
 
 def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> list[list[int]]:
@@ -273,6 +280,8 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
     expected = (dimensions,) if dimensions else (1, 2)  # as the first row's
     if ids.is_floating_point() or ids.dim() not in expected or mask.shape != ids.shape:
         raise UserError(f"{where}: input_ids {list(ids.shape)}, {ids.dtype}, with a mask {list(mask.shape)}")
+    if ((mask != 0) & (mask != 1)).any():
+        raise UserError(f"{where} has an attention_mask that holds other numbers than 0 and 1")
     if given is None and pad is not None and ids.shape[-1] > 1:
         edges = (ids[..., :2] == pad).all(-1) | (ids[..., -2:] == pad).all(-1)
         if edges.any():

@@ -652,6 +652,7 @@ class LoraNullMixin(SavingMixin):
     def _keep_start(self, checkpoint: Path) -> None:
         if self._measures:
             write_json(checkpoint / METHOD_FILE, self._recorded)
+        clear(checkpoint / self.init_dir.name)  # of an earlier run's checkpoint of this step
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
 

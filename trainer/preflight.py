@@ -358,16 +358,11 @@ def _longest_row(dataset: Any) -> int:
 
 
 def check_windows(batches: Iterable[Mapping[str, Any]], config: PreTrainedConfig, mode: Mode) -> None:
-    """Compare calibration batches with the positions that the model takes."""
+    """Compare calibration batches with the positions that the model has."""
     limit = position_limit(config)
     longest = max((torch.as_tensor(batch["input_ids"]).shape[-1] for batch in batches), default=0)
-    if limit is None or longest <= limit.tokens:
-        return
-    line = f"calibration: a window has {longest} tokens, {limit}"
-    if limit.hard:
-        tell(mode, line)
-    else:
-        logger.warning(line)
+    if limit is not None and limit.hard and longest > limit.tokens:
+        tell(mode, f"calibration: a window has {longest} tokens, {limit}")
 
 
 def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+SIGTERM_STATUS = 128 + signal.SIGTERM
 WORKER = "LORA_NULL_WORKER"  # set where processes of one launch work apart: the number of this one
 
 
@@ -76,7 +78,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
             return 2
         if not any(map(_is_full_disk, _causes(error))):
             raise
-        _tell("no space left on the disk; the last checkpoint and all that was finished are whole, --resume goes on")
+        _tell("no space left on the disk; what was finished before is whole, and a run goes on with --resume")
         return 1
 
 

@@ -9,15 +9,17 @@ The one boundary for training rows, calibration texts, evaluation documents and 
     {"text": …}, {"value": …} where an answer is meant: SQuAD's and TriviaQA's
     list of messages          a conversation: {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT)
     {"messages": […]}         the same, with its tools beside it (OpenAI's pairs)
-    JSON of a list of messages  the same, where a conversation is meant
+    a list of messages as text  the same, in JSON, or as Python prints it where that can be read
     all else                  refused: truth values, bytes, dates, other dicts, lists in lists
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
@@ -35,6 +37,7 @@ CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift: t
 OPTIONS = ("tools", "functions", "chat_template_kwargs")  # what a chat template gets of a row beside the messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
+PRINTED = re.compile(r"\s*\[\s*\{'(role|from|content|value)'\s*:")  # a list of messages, as Python prints it
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
 Message = dict[str, Any]
 
@@ -71,6 +74,8 @@ def _plain(value: Any) -> Any:
 
 def _scalar(value: Any, verb: str) -> str:
     value = _plain(value)
+    if isinstance(value, str) and PRINTED.match(value):
+        raise ValueError(f"{verb}messages as Python prints them, not text; write them as JSON")
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Real | Decimal) and not isinstance(value, bool):
@@ -81,10 +86,16 @@ def _scalar(value: Any, verb: str) -> str:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is meant as messages: a dict with a role, a list that begins with one, or a dict that holds such."""
-    value = messages_in(value)
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+    """Whether a value is meant as messages: a dict with a role, a list that begins with one, or a dict that holds such.
+
+    As text it is a list alone, of messages that say something: one dict may well be an answer in JSON.
+    """
+    written = isinstance(value, str)
+    value = messages_in(as_conversation(value))
+    first = value[0] if isinstance(value, list | tuple) and value else None if written else value
+    if not isinstance(first, Mapping) or not {"role", "from"} & first.keys():
+        return False
+    return not written or bool({"content", "value", "tool_calls"} & first.keys())
 
 
 def messages_in(value: Any) -> Any:
@@ -95,9 +106,18 @@ def messages_in(value: Any) -> Any:
 
 
 def as_conversation(value: Any) -> Any:
-    """Return a conversation that a file holds as JSON text, as a csv must, as what it says; anything else as it is."""
-    is_json = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
-    return _from_json(value) if is_json else value
+    """Return a conversation that a file holds as text, as a csv must, as what it says; anything else as it is.
+
+    The text is JSON, or what Python prints of it, as pandas writes into a csv.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    found = _from_json(value)
+    if found is not value or not PRINTED.match(value):
+        return found
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(value.strip())
+    return value
 
 
 def as_messages(value: Any) -> tuple[list[Message], list[bool]]:

@@ -10,11 +10,13 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, build_parser
-from lora_null.utils.errors import UserError, exit_status, nearest
+from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
 from lora_null.utils.quiet import quiet
 
 
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def run() -> int | None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))  # leaves nothing half-written behind
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
         return importlib.import_module(f"{__name__}.{name}").run(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -34,7 +35,7 @@ from lora_null.recipes.config.load import FOLDER
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import ends_with, load_tokenizer
-from lora_null.recipes.output import check_place
+from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.recipes.trained import PROCESSOR, TOKENIZER, Trained, another_base, check_adapter_fits, find_trained
 from lora_null.utils.errors import UserError, first_line
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_rank(read_adapter(source.folder).pairs(), arguments.rank)
     if arguments.form == "gguf":
         architecture_of(source.base.config)
+    holds = source.base.folder if arguments.form == "merged" and source.kind == "adapter" else source.folder
+    check_space(arguments.out, sum(file.stat().st_size for file in holds.glob("*.safetensors")), "--out")
     strength, note = _strength(source, arguments)
     with replacing_folder(arguments.out) as folder:
         name = arguments.base_name or source.base.section.name_or_path
@@ -221,7 +224,9 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
 
 def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
     metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
-    metadata.setdefault(FINGERPRINT, base_fingerprint(export.source.base.folder))
+    if FINGERPRINT not in metadata:
+        with contextlib.suppress(UserError):  # weights in another format than safetensors have none
+            metadata[FINGERPRINT] = base_fingerprint(export.source.base.folder)
     if export.strength != 1:
         metadata["strength"] = f"{export.strength:.6g}"
     write_safetensors(export.folder / WEIGHTS_FILE, state_of(pairs), metadata)
@@ -284,14 +289,15 @@ def _stored_dtype(export: Export) -> str:
 def _copy_tokenizer(export: Export) -> None:
     """Copy the tokenizer and the chat template that lie beside what was trained; to a whole model at least the base's.
 
-    A whole model also gets what only the base has: how text is generated and how images or sound are read.
+    A whole model also gets what only the base has: how text is generated, how images or sound are read, and its own code.
     """
     places = [export.source.folder] + [export.source.base.folder] * (export.form == "merged")
     place = next((folder for folder in places if (folder / "tokenizer_config.json").is_file()), places[0])
     found = {path.name: path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()}
     if export.form == "merged":
+        code = ["*.py"] if export.source.base.section.trust_remote_code else []  # the model's own
         of_base = (
-            path for pattern in (GENERATION_FILE, PROCESSOR) for path in export.source.base.folder.glob(pattern)
+            path for pattern in (GENERATION_FILE, PROCESSOR, *code) for path in export.source.base.folder.glob(pattern)
         )
         found = {path.name: path for path in of_base} | found
     for name, path in sorted(found.items()):

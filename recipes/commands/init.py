@@ -13,7 +13,7 @@ from lora_null.adapters.plain import save_plain_adapter
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.initialize import InitOptions, start_adapter
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes import own_texts
 from lora_null.recipes.config.schema import (
     CalibrationSection,
@@ -26,7 +26,7 @@ from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.environment import choose_device, computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
-from lora_null.recipes.output import check_place
+from lora_null.recipes.output import check_place, check_space
 from lora_null.targets import check_layers, put_on
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = {key: getattr(arguments, key) for key in keys} | {"name_or_path": arguments.model}
     section = parse_section(ModelSection, "model", given)
     device, config = _device(arguments.device, state), _config(section, arguments)
-    together(lambda: _check(section, config), what="initialization")
+    together(lambda: _check(section, config, arguments), what="initialization")
     batches = _batches(section, arguments)
     peft_model, weights = together(lambda: _model(section, arguments, config), what="initialization")
     options = InitOptions(device=device, weights=weights, seed=arguments.seed, cache=not arguments.no_cache)
@@ -100,6 +100,7 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
             windows = cut_windows(sources, tokenizer, cut, write)
     if is_first_process():
         print(f"calibration: {'; '.join(windows.covered)}")
+    windows.check_tokens()
     return padded_batches(windows.ids, tokenizer.pad_token_id)
 
 
@@ -117,12 +118,15 @@ def _config(section: ModelSection, arguments: argparse.Namespace) -> LoraNullCon
     )
 
 
-def _check(section: ModelSection, config: LoraNullConfig) -> None:
-    """Put the adapter on the model without weights, before the model itself is loaded to write texts."""
+def _check(section: ModelSection, config: LoraNullConfig, arguments: argparse.Namespace) -> None:
+    """Put the adapter on the model without weights, before the model itself is loaded to write texts; look for space."""
     shape = load_config(section, resolve_name(section))
     check_stored(section, shape)
     wrapped = _adapted(empty_model(shape, section), config, low_cpu_mem_usage=True)
-    check_layers(wrapped, adapted_layers(wrapped, "default"))
+    layers = adapted_layers(wrapped, "default")
+    check_layers(wrapped, layers)
+    size = sum(4 * factor.numel() for layer in layers.values() for factor in factors_of(layer))
+    check_space(arguments.out, (3 if config.starts_from_residual else 2) * size, "--out")  # init/ and adapter/
 
 
 def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNullConfig) -> tuple[Any, Any]:

@@ -62,7 +62,6 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         )
     if arguments.dry_run:
         _go_offline_without_a_network()
-    from lora_null.recipes.callbacks import exit_on_sigterm
     from lora_null.recipes.dry_run import dry_run
     from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
@@ -86,7 +85,6 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         if recipe.sequence:
             check_stages(recipe, jobs)
         return
-    exit_on_sigterm()
     try:
         (run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe)(recipe, **options)
     except KeyboardInterrupt:

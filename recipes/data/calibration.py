@@ -18,6 +18,7 @@ from lora_null.recipes.data.examples import MOST_BAD, Example, RowReader, descri
 from lora_null.recipes.data.formats import recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
+from lora_null.start import MIN_TOKENS
 from lora_null.trainer import CalibrationArgs, calibration_windows
 from lora_null.trainer.written_texts import beginnings
 from lora_null.utils.chat import conversation_text, without_bos
@@ -55,6 +56,14 @@ class Windows:
 
     ids: list[list[int]]
     covered: list[str]
+
+    def check_tokens(self) -> None:
+        """Raise a UserError for fewer tokens than a start can be computed from."""
+        tokens = sum(map(len, self.ids))
+        if tokens < MIN_TOKENS:
+            raise UserError(
+                f"calibration: only {tokens} tokens, at least {MIN_TOKENS} are needed; give more texts or samples"
+            )
 
 
 def calibration_sources(

