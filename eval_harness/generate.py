@@ -123,7 +123,9 @@ def generate_rows(
         if rules is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = torch.multinomial(rules(ids, logits.float()).softmax(-1), 1, generator=generator)[:, 0]
+            scores = rules(ids, logits.float())
+            scores = scores.where(~scores.isnan().any(-1, keepdim=True), 0.0)  # of a model that overflows: any token
+            tokens = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
         for row, token in zip(rows, tokens.tolist()):
             found[row].append(token)
         going = [i for i, row in enumerate(rows) if found[row][-1] not in ends and not stopped(found[row])]

@@ -572,7 +572,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
-        "attention": attention(recipe.model),
+        "attention": attention(recipe.model, job.config),
         **{key: text for task in job.tasks for key, text in task.remarks().items()},
     }
 

@@ -410,6 +410,12 @@ def test_data_that_is_not_read_is_not_its_card(tmp_path, name):
     assert any("mill" in text for text in texts(tmp_path))
 
 
+def test_texts_in_a_wrong_encoding_are_bad_rows(tmp_path):
+    write_rows(tmp_path / "notes.jsonl", [{"text": "caf\ufffd"}, {"text": "tea"}])
+    with pytest.raises(UserError, match=r"1 of 2 rows cannot be used: 1 wrong encoding"):
+        texts(tmp_path / "notes.jsonl")
+
+
 def test_what_describes_a_data_set_is_not_its_data(tmp_path):
     for name in ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"):
         (tmp_path / name).write_text('{"text": "about"}')

@@ -87,6 +87,8 @@ def test_matched_to_a_count():
     assert [plan.rank for plan in plan_methods(section, known_shape(hub))] == [128, 235, None]
     with pytest.raises(UserError, match="rank 1, more than 1K"):
         matched_rank(recipe(hub, match="1K"), known_shape(hub), "lora")
+    with pytest.raises(UserError, match=r"eva deals out the ranks .*; method\.options\.eva\.rho=1"):
+        matched_rank(recipe(hub, match="320M"), known_shape(hub), "eva")
     with pytest.raises(UserError, match="rank_pattern"):
         matched_rank(recipe(hub, match="1M", rank_pattern={"q_proj": 3}), known_shape(hub), "lora")
 

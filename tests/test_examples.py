@@ -243,3 +243,20 @@ def test_the_preview_of_preferences_and_of_what_is_cut(tmp_path):
     text = shown(recipe)
     assert "row 1 chosen" in text and "row 2 rejected" in text
     assert "⟦: because it is⟧ so</s>" in text and "⟦: no</s>⟧" in text
+    end = make_world(
+        tmp_path,
+        data={**data, "template": "qa"},
+        trainer="dpo",
+        training={"max_length": 35, "truncation_mode": "keep_end", "bf16": False},
+    )
+    assert "⟦: because it is so</s>⟧" in shown(end)
+
+
+def test_pairs_that_are_equal_once_cut_are_left_out(tmp_path, tokenizer):
+    pairs = [{"prompt": "why", "response": "so " * 40 + end, "rejected": "so " * 40 + "no"} for end in ("he", "she")]
+    pairs[1]["rejected"] = "never"
+    path = write_rows(tmp_path / "pairs.jsonl", pairs)
+    options = {"preferences": True, "max_length": 64}
+    found = training_data(section(path, rejected="rejected", on_bad_row="skip"), tokenizer, **options)
+    assert [example.row for example in found.examples] == [2]
+    assert [row.reason for row in found.bad] == ["chosen equal to rejected within max_length (64 tokens)"]

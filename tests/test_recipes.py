@@ -6,14 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, BloomConfig
 from world import make_world
 
 from lora_null.recipes import output
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.known import method_options
 from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.grid import Cell, grid_cells
+from lora_null.recipes.models.bases import attention, load_base
 from lora_null.recipes.training import optimizer_steps, training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
@@ -400,3 +404,12 @@ def test_a_reference_ahead_needs_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr("lora_null.recipes.training.PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match=r"training.precompute_ref_log_probs: .* or start one process"):
         training_arguments(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("kind, chosen", [("llama", "sdpa"), ("bloom", "eager")])
+def test_attention_is_what_the_model_has(tmp_path, kind, chosen):
+    shape = {"llama": tiny_model().config, "bloom": BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4)}
+    AutoModelForCausalLM.from_config(shape[kind]).save_pretrained(tmp_path)
+    section = ModelSection(name_or_path=str(tmp_path))
+    assert attention(section, shape[kind]) == chosen
+    assert load_base(section, str(tmp_path)).config._attn_implementation == chosen

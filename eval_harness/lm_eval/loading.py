@@ -259,9 +259,10 @@ def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
             f"{task.path}; set num_fewshot: 0, or fewshot_path: another file"
         )
     splits |= {fewshot["split"]} if "split" in fewshot else set()
-    documents = dict.fromkeys(splits, _read(task, task.path))
+    rules = " ".join(str(config.get(key)) for key in ("doc_to_text", "doc_to_target", "doc_to_choice"))
+    documents = dict.fromkeys(splits, _read(task, task.path, rules))
     if task.fewshot_path is not None:
-        documents["fewshot examples"] = _read(task, task.fewshot_path)
+        documents["fewshot examples"] = _read(task, task.fewshot_path, rules)
     return config | {"task": task.task, "custom_dataset": lambda **_: documents, "dataset_kwargs": None}
 
 
@@ -294,8 +295,8 @@ def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
         yield from _leaves(member, manager)
 
 
-def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
-    """Return the documents of a local file under the task's field names."""
+def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
+    """Return the documents of a local file under the task's field names; none may lack a field that the rules name."""
     with quiet(logging.ERROR):
         found = read_documents([Path(path)], str(task))
     columns = {name: [row.get(name) for row in found.rows] for name in found.columns}
@@ -309,6 +310,11 @@ def _read(task: LmEvalTask, path: str) -> datasets.Dataset:
             raise UserError(f"{task}: {path} has no field {given!r}; its fields: {', '.join(names)}")
         column = list(documents[given])
         documents = documents.remove_columns([wanted] if wanted in names else []).add_column(wanted, column)
+    for name in documents.column_names:
+        lacking = [number for number, value in zip(found.numbers, documents[name]) if value is None]
+        if lacking and len(lacking) < len(documents) and re.search(rf"\b{re.escape(name)}\b", rules):
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            raise UserError(f"{task}: {path} has no {name!r} in rows {', '.join(map(str, lacking[:5]))}{more}")
     return documents
 
 

@@ -404,9 +404,10 @@ class _Client:
         create = client.chat.completions.with_raw_response.create
         answer = create(model=self.judge.model, messages=messages, **options, extra_headers=self.headers)
         try:  # from the text: local servers do not always name its type, without which the package does not read it
-            text = json.loads(answer.http_response.text)["choices"][0]["message"]["content"] or ""
+            choice = next(iter(json.loads(answer.http_response.text)["choices"]), None) or {}
+            text = (choice.get("message") or {}).get("content") or ""  # a filtered turn may have none of these
             text = text if isinstance(text, str) else None
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             text = None
         return text, 1 + answer.retries_taken
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
 from lora_null.recipes.data.conversations import ask
-from lora_null.recipes.data.examples import MOST_BAD, Example, RowReader, describe_bad_rows
+from lora_null.recipes.data.examples import MOST_BAD, Example, RowReader, check_encoding, describe_bad_rows
 from lora_null.recipes.data.formats import recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
@@ -172,6 +172,7 @@ def _texts(
             break
         try:
             text = without_bos(text_of(row), tokenizer)
+            check_encoding([text])
         except EmptyValue:
             continue
         except ValueError as error:

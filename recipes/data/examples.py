@@ -96,6 +96,12 @@ def training_data(
     too_long = cut_before_the_answer(examples, tokenized, max_length)
     numbers = {row.row for row in too_long}
     kept = [(example, tokens) for example, tokens in zip(examples, tokenized) if example.row not in numbers]
+    if preferences and max_length is not None:
+        long = [(example, tokens.ids[:max_length]) for example, tokens in kept if len(tokens.ids) > max_length]
+        others = tokenize([example for example, _ in long], data.template, tokenizer, rejected=True)
+        equal = [example.row for (example, ids), other in zip(long, others) if other.ids[:max_length] == ids]
+        too_long += [BadRow(row, f"chosen equal to rejected within max_length ({max_length} tokens)") for row in equal]
+        kept = [(example, tokens) for example, tokens in kept if example.row not in set(equal)]
     bad = sorted([*bad, *too_long], key=lambda row: row.row)
     settle_bad_rows(bad, total, data.on_bad_row)
     examples = [example for example, _ in kept]
@@ -190,7 +196,7 @@ class RowReader:
         data, rejected, prompt = self.data, None, 0
         if data.text:
             text = _text_of(row, data.text, answer=False)
-            _check_encoding([text])
+            check_encoding([text])
             end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
@@ -330,10 +336,11 @@ def _check(messages: Sequence[Message], rejected: Sequence[Message] | None, lear
     if not learned:
         weighted = any(message["role"] == "assistant" for message in messages)
         raise ValueError(f"a conversation without a turn of the assistant to learn{' (all weights are 0)' * weighted}")
-    _check_encoding([*messages, *(rejected or ())])
+    check_encoding([*messages, *(rejected or ())])
 
 
-def _check_encoding(said: Sequence[Any]) -> None:
+def check_encoding(said: Sequence[Any]) -> None:
+    """Raise a ValueError where texts or messages hold the character that stands for what could not be read."""
     if "\ufffd" in json.dumps(said, ensure_ascii=False, default=str):
         raise ValueError("wrong encoding (the replacement character U+FFFD)")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, SFTConfig
 
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
 from lora_null.recipes.models.bases import load_tokenizer, resolve_name
-from lora_null.recipes.training import read_training_data, training_arguments
+from lora_null.recipes.training import cut_by_trainer, read_training_data, training_arguments
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
@@ -37,21 +38,31 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
     for side, rejected in sides.items():
         for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):
             console.rule(f"row {example.row} {side}".strip())
-            text = colored(tokens, tokenizer, training.max_length, marked=not console.is_terminal)
+            text = colored(tokens, tokenizer, _kept(training, len(tokens.ids)), marked=not console.is_terminal)
             console.print(text if most is None or len(text) <= most else text[:most].append(" …"))
 
 
-def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, marked: bool) -> Text:
-    """Return the decoded tokens, those with a label green, and what `max_length` cuts off struck through.
+def _kept(training: SFTConfig | DPOConfig, length: int) -> range:
+    """Return which tokens of a row the trainer takes."""
+    most = training.max_length
+    if most is None or (
+        cut_by_trainer(training) and getattr(training, "packing", False)
+    ):  # what is over goes on in a pack
+        return range(length)
+    return range(max(0, length - most), length) if cut_by_trainer(training) else range(min(most, length))
+
+
+def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, kept: range, *, marked: bool) -> Text:
+    """Return the decoded tokens, those with a label green, and those that are cut off struck through.
 
     Args:
         tokens: ids and labels.
         tokenizer: to decode them.
-        max_length: tokens that are kept; None for all.
+        kept: the tokens that are not cut off.
         marked: put brackets around the trained tokens as well.
     """
     text = Text()
-    kinds = [(label != -100, max_length is not None and i >= max_length) for i, label in enumerate(tokens.labels)]
+    kinds = [(label != -100, i not in kept) for i, label in enumerate(tokens.labels)]
     for (trained, cut), group in groupby(range(len(kinds)), key=kinds.__getitem__):
         words = tokenizer.decode([tokens.ids[i] for i in group], clean_up_tokenization_spaces=False)
         style = "strike dim" if cut else "bold green" if trained else ""

@@ -130,12 +130,19 @@ def _class_of(config: Any) -> Any:
     raise UserError(f"model.name_or_path: {unsupported(config) or architecture_of(config) + ' is no language model'}")
 
 
-def attention(model: ModelSection) -> str:
-    """Return the attention implementation: "auto" takes flash-attn where it is installed and supported, else sdpa."""
+def attention(model: ModelSection, config: Any = None) -> str:
+    """Return the attention implementation: "auto" takes flash-attn where it is installed and supported, else sdpa.
+
+    With the model's configuration it asks its class too: some have no flash-attn, and some nothing but eager.
+    """
     if model.attn_implementation != "auto":
         return model.attn_implementation
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    kind = next((mapping[type(config)] for mapping in known if type(config) in mapping), None)
     fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and model.dtype != "float32"
-    return "flash_attention_2" if fits and importlib.util.find_spec("flash_attn") else "sdpa"
+    if fits and importlib.util.find_spec("flash_attn") and getattr(kind, "_supports_flash_attn", True):
+        return "flash_attention_2"
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
 def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
@@ -206,7 +213,10 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     Raises:
         UserError: the weights cannot be loaded.
     """
-    quantized, kind = loading_options(model, PartialState().device), _class_of(load_config(model, name))
+    config = load_config(model, name)
+    quantized, kind, how = loading_options(model, PartialState().device), _class_of(config), attention(model, config)
+    if model.attn_implementation == "auto" and how != "flash_attention_2":
+        how = None  # transformers takes sdpa, or eager where the model has no other, own code included
     transformers_logging.disable_progress_bar()
     try:
         with complete_at_load():
@@ -214,7 +224,7 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
                 name,
                 revision=model.revision or "main",
                 dtype=getattr(torch, model.dtype),
-                attn_implementation=attention(model),
+                attn_implementation=how,
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
                 **quantized,

@@ -107,6 +107,11 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
         budget = section.rank * _trained_at_one(recipe, model_config, "lora")
     else:
         budget = parse_count(section.match)
+    method = make_method(name, recipe.method.options.get(name))
+    if method.new_parameters and getattr(method, "rho", 1) > 1:
+        raise UserError(
+            f"method.match: {name} deals out the ranks by what it measures; method.options.{name}.rho=1 keeps them equal"
+        )
     each = _trained_at_one(recipe, model_config, name)
     if each > budget:
         raise UserError(f"method.match: {name} trains {each:,} parameters at rank 1, more than {section.match}")

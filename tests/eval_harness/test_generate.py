@@ -86,6 +86,14 @@ def test_sampling_follows_its_generator(model, tokenizer):
     assert draw(0) == draw(0) != draw(1)
 
 
+def test_a_model_that_overflows_answers_with_nonsense(model):
+    model.get_output_embeddings().weight.data[:] = float("nan")
+    options = {"max_new_tokens": 3, "ends": (), "stopped": lambda tokens: False, "temperature": 0.7}
+    ids = torch.tensor([[5, 6, 7]])
+    (row,) = generate_rows(model, ids, torch.ones_like(ids), generator=torch.Generator().manual_seed(0), **options)
+    assert len(row) == 3
+
+
 def test_models_with_rules_of_their_own_are_left_to_transformers(model):
     model.generation_config.repetition_penalty = 1.2
     assert not can_generate_rows(model)

@@ -67,7 +67,7 @@ class Stub:
                 json.dumps({"error": {"message": message, "param": refused, "code": "unsupported"}}).encode(),
             )
         status, content, headers = (*reply, {})[:3] if proper else (400, "", {})
-        message = {"role": "assistant", "content": content}
+        message = content if isinstance(content, dict) else {"role": "assistant", "content": content}
         text = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]})
         data = data if refused else b"<html>" if content is None else text.encode()
         handler.send_response(status)
@@ -312,6 +312,13 @@ def test_a_file_shared_with_a_kept_evaluation_is_not_written_into(tmp_path):
         os.link(tmp_path / "kept.jsonl", tmp_path / "j.jsonl")
         judge_answers(judge(stub), QUESTIONS, ANSWERS, tmp_path / "j.jsonl", model_id="m", progress=False)
     assert len(lines(tmp_path / "kept.jsonl")) == 1 and len(lines(tmp_path / "j.jsonl")) == 7
+
+
+def test_a_turn_without_content_is_missing_alone(tmp_path):
+    with serving((200, {"role": "assistant", "refusal": "no"}), (200, {}), (200, "[[9]]")) as stub:
+        grades = grade(stub, tmp_path, attempts=1, parallel=1)
+    scores = [line["score"] for line in lines(tmp_path / "j.jsonl")]
+    assert scores.count(-1) == 2 and scores.count(9) == len(scores) - 2 == len(grades)
 
 
 def test_an_endpoint_that_is_not_there(tmp_path):

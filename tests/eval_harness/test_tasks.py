@@ -212,6 +212,15 @@ def test_mistakes_about_a_file(message, nq_file):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_rows_without_a_field_that_the_rules_name(tmp_path):
+    rows = [{"question": f"who {i}", "answer": ["he"]} for i in range(9)]
+    rows[3] = {"question": "who 3", "note": "lacks its answer"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(UserError, match=r"has no 'answer' in rows 4$"):
+        validate_tasks([LmEvalTask("nq_open", path=str(path))])
+
+
 def test_few_shot_examples_from_the_evaluated_file_by_name(nq_file):
     with pytest.raises(UserError, match="fewshot_path is the evaluated file itself"):
         validate_tasks([LmEvalTask("gsm8k", path=nq_file, fewshot_path=nq_file)])
