@@ -38,7 +38,7 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples the adapter",
     "use_bdlora": "BD-LoRA's factors are block diagonal",
 }
-# Of these, what would leave W0 − s·B0A0 somewhere without the adapter that makes it W0 again, or take W0 away.
+# Of these, what would run the base W0 − s·B0A0 without its adapter, or replace W0.
 ALTER_THE_BASE = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 
 

@@ -59,7 +59,6 @@ def keep_grams(
     batches: Sequence[Mapping[str, Any]],
     *,
     sketch: int | None = None,
-    device: torch.device | None = None,
     progress: bool = True,
 ) -> None:
     """Measure what linears of a model read on the batches, and keep it in a folder, one file an input.
@@ -72,14 +71,13 @@ def keep_grams(
         layers: names of its linears.
         batches: dicts with `input_ids` and `attention_mask`.
         sketch: q of `sketch_of`; None keeps whole Grams.
-        device: where the layers run; where they are, if None.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     if is_first_process():  # what lies there may be of another model
         for path in [folder / COMPLETE, *folder.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
     all_gather(None)
-    with closing(measure_in_parts(model, modules, batches, device=device, progress=progress)) as parts:
+    with closing(measure_in_parts(model, modules, batches, progress=progress)) as parts:
         for stats in (stats for _, part in parts for stats in part.inputs):
             if stats.gram is None or stats.owner != rank_and_world()[0]:
                 continue

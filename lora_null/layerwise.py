@@ -43,7 +43,7 @@ from lora_null.utils.model_state import base_model_of, release_freed_memory, rep
 logger = get_logger(__name__)
 
 CHECK_TOKENS = 16
-WHAT = "initialization"
+INITIALIZATION = "initialization"
 Form = Literal["auto", "layers", "hooks"]
 ALL = "all"  # the one part of a model that is not walked layer by layer
 # What a decoder or a layer raises that was not made for being run in parts.
@@ -122,13 +122,13 @@ def walk_layers(
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
-            together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=WHAT)
+            together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=INITIALIZATION)
         device = device or next(next(iter(layers.values())).parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
         with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
             own = token_batches(batches, input_device(model), seed, runs_on=device)
             record = partial(_record, model, layers, own, device)
-            calls, hidden = together(record, alike=(UserError, DoesNotFit), what=WHAT)
+            calls, hidden = together(record, alike=(UserError, DoesNotFit), what=INITIALIZATION)
         states = _HiddenStates(hidden, device, stack)
         del hidden  # or the first ones would stay in memory beside all later ones
         balance = LoadBalance()
@@ -141,7 +141,7 @@ def walk_layers(
                 meter = InputMeter(targets, gram=gram, tokens=tokens)
                 run = partial(_run_layer, layers[name], own, [of_batch[i] for of_batch in calls], states, meter)
                 with meter.attached():
-                    part = together(run, what=WHAT)
+                    part = together(run, what=INITIALIZATION)
                 if targets:
                     sum_over_ranks(part, balance)
                     part.seconds = time.perf_counter() - start
@@ -222,7 +222,7 @@ def measure_in_parts(
                 where = next(model.parameters()).device
                 moved = f", on {where}, where the model is" if device is not None and device.type != where.type else ""
                 logger.warning(
-                    f"{WHAT}: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
+                    f"{INITIALIZATION}: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
                 )
     part = measure_inputs(model, modules, batches, **measure)
     LoadBalance().assign(part.inputs)

@@ -1,4 +1,4 @@
-"""A PEFT model whose adapter started by taking its own product out of the base: what every door of PEFT gives then."""
+"""PEFT models on a base W0 − s·B0A0: saving, merging and combining adapters give the change of W0."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from lora_null.earlier import Earlier
 from lora_null.factors import LayerStats
 from lora_null.fingerprint import fingerprint_of, initialization_key
 from lora_null.layer import factors_of, plain_name
-from lora_null.layerwise import ALL, WHAT, DoesNotFit, Form, measure_in_parts, visit_layers
+from lora_null.layerwise import ALL, INITIALIZATION, DoesNotFit, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
@@ -242,7 +242,7 @@ def compute_start(
     needs_gram = rule is not None and rule.needs_gram
     min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
     unmeasured = batches is None and not needs_gram
-    batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=WHAT)
+    batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=INITIALIZATION)
     name, adapted = (rule.rule, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
     key = _key(base, layers, adapter_name, batches, options, whole, f"{name}{_code_of(whole or rule)}")
@@ -363,7 +363,7 @@ def load_start(
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
     need_float64(next(model.parameters()).device)
-    report = together(lambda: LayerReport.from_json(store.read_report(folder)), what=WHAT)
+    report = together(lambda: LayerReport.from_json(store.read_report(folder)), what=INITIALIZATION)
     if len(set(all_gather(report.key))) > 1:
         raise UserError(f"{folder}: holds another start on another machine; copy one to all, or compute it anew")
     if report.rule != rule:

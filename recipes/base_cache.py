@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,7 +17,7 @@ from accelerate import PartialState
 import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, Task
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.models.bases import attention
+from lora_null.recipes.models.bases import attention, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link
 
@@ -31,7 +30,7 @@ def folder() -> Path:
     return cache_root() / "base_evaluations"
 
 
-def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[Task], limit: int | None) -> str:
+def key_of(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int | None) -> str:
     """Return a hash over all that a base model's results depend on, where the tasks are evaluated up to `limit` documents.
 
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
@@ -44,7 +43,7 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
     asked = [{"label": t.label, "role": t.role} | t.describe(t.within(limit)) for t in tasks]
     parts = {
-        "model": identity_of(model_name, model.revision, commit),
+        "model": model_identity(model, model_name),
         "compute": [*compute, *filter(None, [model.eos_token, engine])],
         "tasks": asked,
         "batch_size": section.batch_size,
@@ -54,15 +53,6 @@ def key_of(recipe: Recipe, model_name: str, commit: str | None, tasks: Sequence[
         "code": _code_hash(),
     }
     return hash_of(parts)
-
-
-def identity_of(name: str, revision: str | None, commit: str | None) -> Any:
-    """Return what tells a model's files from all others: their sizes and times, or the hub's commit."""
-    path = Path(name)
-    if not path.is_dir():
-        return [name, revision, commit]
-    files = sorted(file for file in path.iterdir() if file.is_file())
-    return [str(path.resolve()), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
 def _code_hash() -> str:
@@ -79,7 +69,9 @@ def fetch(key: str, target: Path) -> bool:
     if not (kept / EVAL_FILE).is_file():
         return False
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):  # which stands for all, last
+    for file in sorted(
+        kept.rglob("*"), key=lambda file: file.name == EVAL_FILE
+    ):  # last: it says that the copy is whole
         if file.is_file():
             link(file, target / file.relative_to(kept))
     os.utime(kept)

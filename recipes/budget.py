@@ -104,7 +104,7 @@ def _check_rows(bound: Bound, total: int, probed: int) -> None:
         )
 
 
-def check_base(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
+def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
     """Refuse, before any training, a budget that the base itself does not keep or that its rows cannot see.
 
     Args:

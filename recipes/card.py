@@ -18,7 +18,7 @@ from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
 from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
-from lora_null.recipes.results import Results, Row, display_name, load_results
+from lora_null.recipes.results import RESULTS_FILE, Results, Row, display_name, load_results
 from lora_null.recipes.trained import Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
@@ -209,7 +209,7 @@ def results_table(source: Trained, strength: float = 1.0) -> Any:
         source: the finished method.
         strength: of the export; at another one than 1 the row is what the dial measured there.
     """
-    if not (source.run / "results.json").is_file() or source.elsewhere:
+    if not (source.run / RESULTS_FILE).is_file() or source.elsewhere:
         return None
     results = load_results(source.run)
     rows = [results.base, *(row for row in results.rows[1:] if row.method == source.method)]

@@ -27,7 +27,7 @@ from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
-from lora_null.recipes.config.schema import TASK_FILES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
+from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, with_method
@@ -56,7 +56,9 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     Raises:
         UserError: naming the key and what to install.
     """
-    if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # which vllm does not run, as is told then
+    if (
+        recipe.eval.backend == "vllm" and recipe.model.quantization is None
+    ):  # which vllm does not run: see `check_methods`
         require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
@@ -204,7 +206,7 @@ def check_task_names(recipe: Recipe) -> None:
     """Check the names of lm-eval's tasks alone, where nothing can be tokenized."""
     for entry in (*recipe.eval.retention, *recipe.eval.task):
         if isinstance(entry, LmEvalEntry):
-            is_file = Path(entry.task).suffix in TASK_FILES
+            is_file = Path(entry.task).suffix in YAML_SUFFIXES
             name_in(Path(entry.task)) if is_file else manager_of(entry.task, recipe.eval.include_path)
 
 

@@ -15,14 +15,13 @@ from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import BadRow, read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
-from lora_null.eval_harness.lm_eval.task import CHAT as TWIN
-from lora_null.eval_harness.lm_eval.task import FRAMED
+from lora_null.eval_harness.lm_eval.task import FRAMED, TWIN
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
-from lora_null.eval_harness.tasks import TASK_FILES as OWN_TASKS
+from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.recipes.config.schema import (
-    TASK_FILES,
+    YAML_SUFFIXES,
     AnswersEntry,
     CodeSection,
     DataSection,
@@ -98,7 +97,7 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
     fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
     fields["include_path"] = asked.recipe.eval.include_path
-    if Path(entry.task).suffix in TASK_FILES:
+    if Path(entry.task).suffix in YAML_SUFFIXES:
         path = Path(entry.task)
         task = name_in(path)
         fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
@@ -119,7 +118,7 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
 
 def _is_of_package(task: str, include_path: str | None) -> bool:
     path = manager_of(task, include_path).task_index[task].yaml_path
-    return path is not None and OWN_TASKS.resolve() in Path(path).resolve().parents
+    return path is not None and TASK_FILES.resolve() in Path(path).resolve().parents
 
 
 def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import lay, put
+from lora_null.recipes.config.load import CELLS_FOLDER, lay, put
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import (
@@ -70,7 +70,7 @@ STEPS_ONLY = {
         "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size", "gradient_accumulation_steps",
     )
 }  # fmt: skip
-# Of these, what a trainer takes at any value that its configuration takes.
+# Those whose every valid value trains, so that no rehearsal is needed.
 NUMBERS = STEPS_ONLY - {"training.lr_scheduler_type"}
 
 
@@ -93,7 +93,7 @@ class Cell:
         values = settings_text(dict(self.point), join="=").replace(", ", ",").replace("/", "_")
         if len(values.encode()) > 200:  # file systems take 255 bytes
             values = f"{values[:60]}-{hash_of(values)[:12]}"
-        return "/".join(filter(None, ["cells", values, f"seed={self.seed}"]))
+        return "/".join(filter(None, [CELLS_FOLDER, values, f"seed={self.seed}"]))
 
     def recipe(self, grid: Recipe, root: Path) -> Recipe:
         """Return the ordinary recipe of this run."""
@@ -141,7 +141,7 @@ def run_grid(
         ended = [run for run in results.grid.cells if run.metrics and not run.diverged]
         if lacking := sorted({name for run in ended for name in results.base.metrics.keys() - run.metrics.keys()}):
             print(f"missing in some of the runs, and left out of their means: {', '.join(lacking)}")
-        print(f"report: {root / 'report.html'}")
+        print(f"report: {root / output.PAGE_FILE}")
     PartialState().wait_for_everyone()
     return root
 

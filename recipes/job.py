@@ -32,20 +32,19 @@ from lora_null.recipes.checks import (
     reference_bytes,
     rehearse,
 )
-from lora_null.recipes.config.load import CONFIGURATIONS
+from lora_null.recipes.config.load import CONFIGURATION_KEYS
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.evaluations import eval_tasks, probe_tasks
-from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.methods import make_method
-from lora_null.trainer.preflight import check_architecture, tell
-from lora_null.utils.distributed import is_first_process
+from lora_null.trainer.preflight import check_predicts_next_token, tell
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
@@ -79,10 +78,6 @@ class Job:
     earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
     knowledge: float = 1.0  # weight of the knowledge's Grams beside them
     earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
-
-    @property
-    def is_main(self) -> bool:
-        return is_first_process()
 
     @property
     def computing(self) -> dict[str, Any]:
@@ -126,7 +121,7 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
         found[f"{where} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
     judge = job.recipe.eval.judge
     read = {"method.files": job.recipe.method.files, "eval.judge.prompts": [judge and judge.prompts]}
-    read |= {f"training.{key}": [job.recipe.training.get(key)] for key in CONFIGURATIONS}
+    read |= {f"training.{key}": [job.recipe.training.get(key)] for key in CONFIGURATION_KEYS}
     for where, paths in read.items():
         files = [Path(path) for path in paths if isinstance(path, str) and os.path.isfile(path)]
         if files:
@@ -160,7 +155,7 @@ def inspect_recipe(
     config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
     if config is None:
         raise UserError(unreached[-1])  # pyright: ignore[reportOptionalSubscript]  # where it may not be noted, it was raised
-    check_architecture(config, recipe.preflight, "model.name_or_path")
+    check_predicts_next_token(config, recipe.preflight, "model.name_or_path")
     check_weights(recipe.model, name)
     plans = plan_methods(recipe, config)
     check_start(recipe, config, plans)
@@ -267,9 +262,8 @@ def _plan_measures(job: Job, max_length: int | None) -> None:
     for plan in job.plans if job.bound or recipe.eval.strengths else ():
         require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
     if recipe.eval.cache:
-        commit = hub_commit(recipe.model, name)
-        job.base_key = base_cache.key_of(recipe, name, commit, tasks, recipe.eval.limit)
-        job.probe_key = job.probe and base_cache.key_of(recipe, name, commit, job.probe.tasks, None)
+        job.base_key = base_cache.key_of(recipe, name, tasks, recipe.eval.limit)
+        job.probe_key = job.probe and base_cache.key_of(recipe, name, job.probe.tasks, None)
 
 
 def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:

@@ -16,8 +16,10 @@ from filelock import FileLock, Timeout
 from pydantic import RootModel
 
 from lora_null.recipes.config.load import (
+    CELLS_FOLDER,
     MARK,
     RECIPE_FILE,
+    TASKS_FOLDER,
     dump,
     is_of_run,
     paths_here,
@@ -30,21 +32,21 @@ from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_re
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_rank
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import PART, beside, cache_root, read_json, sweep, write_json, write_text
+from lora_null.utils.files import PART, beside, cache_root, read_json, remove_parts, write_json, write_text
 
-LAST_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
+PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MOST_TOLD = 3
-OWN_FILES = ("base", "cells", "tasks", "report.md", "report.html", "forgetting.png", "magnitude.png", "card.png")
+OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
 OWN_FILES += ("unfinished.md", "unfinished.html", "unfinished.png")
-OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the last says that all is ours
+OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the recipe last: it marks the folder as a run's
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether the folder holds a finished run: the report is written last, of a grid after each of its runs."""
-    if not (folder / LAST_FILE).is_file():
+    if not (folder / PAGE_FILE).is_file():
         return False
     grid = load_results(folder).grid if (folder / RESULTS_FILE).is_file() else None
     return grid is None or len(grid.cells) == grid.planned
@@ -163,7 +165,7 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     folder = Path(recipe.output_dir)
     _check_held(recipe, resume=resume, overwrite=overwrite)
     _check_writable(folder)
-    sweep(folder)
+    remove_parts(folder)
     if overwrite:
         _clear(folder)
     if not (folder / RECIPE_FILE).is_file():
@@ -278,7 +280,7 @@ def _clear(folder: Path) -> None:
 
 
 def _own(folder: Path) -> list[Path]:
-    """Return what the run in a folder may have written there; the file that says that all is ours comes last."""
+    """Return what the run in a folder may have written there; the recipe, which marks the folder as its own, comes last."""
     method = _read_recipe(folder).get("method")
     names = method.get("name") if isinstance(method, dict) else None
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed
 
 
@@ -23,3 +24,8 @@ def complete_at_load() -> Iterator[None]:
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
+
+
+def take_one_gpu(arguments: TrainingArguments) -> None:
+    """Let a trainer of one process use the first GPU alone, as transformers itself does where `device_map` splits a model."""
+    arguments._n_gpu = 1

@@ -13,7 +13,6 @@ from lora_null.recipes.config.schema import ProbeSection, Recipe
 from lora_null.utils.errors import UserError
 
 ROWS = {"retention": 32, "task": 8}  # of an entry, unless asked otherwise
-FOLDER = "probe"  # of the base's folder: its predictions on the probed rows
 
 
 @dataclass(frozen=True)
@@ -89,4 +88,4 @@ def _asked(task: Task, limit: int | None) -> list[tuple[int, Hashable]]:
 
 def probe_folder(base: Path) -> Path:
     """Return where the base's predictions on the probed rows are."""
-    return base / FOLDER
+    return base / "probe"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import json
 import math
 import pickle
 import shutil
@@ -24,6 +23,7 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.adapters.join import join_onto
+from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate
@@ -32,8 +32,8 @@ from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
 from lora_null.eval_harness.probe import Probe
 from lora_null.layer import active_adapter
 from lora_null.magnitude import norm_of_product, weight_changes
-from lora_null.recipes import base_cache, output, own_texts
-from lora_null.recipes.budget import KeepBudget, Measurement, check_base, keep_budget
+from lora_null.recipes import base_cache, output, texts_cache
+from lora_null.recipes.budget import KeepBudget, Measurement, check_bound, keep_budget
 from lora_null.recipes.callbacks import (
     KeepCard,
     ProgressBar,
@@ -46,6 +46,7 @@ from lora_null.recipes.callbacks import (
 )
 from lora_null.recipes.card import CARD_FILE, write_run_card
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
+from lora_null.recipes.config.load import CELLS_FOLDER
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
@@ -61,8 +62,7 @@ from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard
 from lora_null.recipes.models.plan import MethodPlan, adapter_config
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.dial_page import FOLDER as DIAL_FOLDER
-from lora_null.recipes.report.dial_page import Dial, write_dial
+from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, write_dial
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
@@ -88,17 +88,18 @@ from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import (
     count,
     get_logger,
+    is_first_process,
     is_launched_with_fsdp2,
     on_first_rank,
     together,
 )
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import link, replacing_folder, write_json, write_text
+from lora_null.utils.files import link, read_json, replacing_folder, write_json, write_text
 from lora_null.utils.model_state import release_freed_memory
 
 logger = get_logger(__name__)
 
-# Of an evaluation's settings, what moves its numbers slightly; the dtype, which methods of all weights raise, is the recipe's.
+# Settings of an evaluation that change its numbers slightly. Not the dtype, which full fine-tuning raises to float32.
 COMPUTING = ("device", "ranks", "batch_size")
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 
@@ -117,18 +118,18 @@ def run(
     job = together(check, what="checking the recipe")
     inputs = functools.partial(inputs_of, job)
     with output.claimed(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
-        if not job.tasks and job.is_main:
+        if not job.tasks and is_first_process():
             print("nothing to evaluate: eval.retention and eval.task are empty")
         results = run_job(job)
-    if job.is_main:
+    if is_first_process():
         print_table(results)
-        print(f"report: {job.folder / 'report.html'}")
+        print(f"report: {job.folder / output.PAGE_FILE}")
     return job.folder
 
 
 def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results:
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
-    if job.data.bad and job.is_main:
+    if job.data.bad and is_first_process():
         write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     rows = [base_row(job)]
     if job.windows is None:
@@ -136,19 +137,19 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
-        if job.is_main and not (job.folder / plan.name / CARD_FILE).is_file():
+        if is_first_process() and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
         rows.append(_method_row(job, plan, rows[0]))
         _free()  # the trainer, which nothing refers to any more
-        if job.is_main:
+        if is_first_process():
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
             after_row(rows[-1])
     results = _results(job, rows)
-    evaluations = read_evaluations(job.folder, results, base=job.base) if job.is_main else {}
+    evaluations = read_evaluations(job.folder, results, base=job.base) if is_first_process() else {}
     results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
     results.answers = side_by_side(job, results, evaluations)
-    if job.is_main:
+    if is_first_process():
         write_results(job.folder, results)
         write_report(job.folder)
     PartialState().wait_for_everyone()
@@ -163,7 +164,7 @@ def _results(job: Job, rows: list[Row]) -> Results:
 def _own_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
     cache = job.recipe.calibration.cache
-    with own_texts.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
+    with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
     _free()
     if any(plan.gram_bytes for plan in job.plans):
@@ -181,7 +182,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     found = evaluate(model, job.tokenizer, inside, **options)
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
-    if not base and job.is_main and (job.base / EVAL_FILE).is_file():
+    if not base and is_first_process() and (job.base / EVAL_FILE).is_file():
         _compare_settings(Evaluation.read(job.base / EVAL_FILE), found, folder)
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:
@@ -189,7 +190,7 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
             f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
             f"damaged, or {job.recipe.model.dtype} is too narrow for them"
         )
-    if job.is_main:
+    if is_first_process():
         write_text(folder / EVAL_FILE, found.to_json())
     return found
 
@@ -218,7 +219,7 @@ def _evaluate_by_vllm(
     _free()
     adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
     whole = job.model_name if adapter or folder is None else str(folder / "model")
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 0
+    rank = read_json(adapter / CONFIG_FILE)["r"] if adapter else 0
     section = job.recipe.model
     engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
     engine |= {"dtype": section.dtype, "revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -243,7 +244,7 @@ def base_row(job: Job) -> Row:
             folder = probe_folder(job.base)
             probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
             if job.bound is not None:
-                check_base(job.bound, probed, found)
+                check_bound(job.bound, probed, found)
         del load
         _free()
     unknown = ("rank", "trainable_params", "adapter_params", "drift", "tokens_per_second", "peak_memory_bytes")
@@ -266,7 +267,7 @@ def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Eval
     if on_first_rank(is_known):  # which writes the file that the others would look for
         return Evaluation.read(saved)
     found = measure()
-    if job.is_main and key:
+    if is_first_process() and key:
         base_cache.keep(key, folder, found)
     return found
 
@@ -276,7 +277,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
     folder = probe_folder(job.base)
     options = {"reference_dir": folder, "record_reference": True, "progress": False}
     found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
-    if job.is_main:
+    if is_first_process():
         write_text(folder / EVAL_FILE, found.to_json())
     PartialState().wait_for_everyone()
     return found
@@ -306,7 +307,7 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
     seconds = Seconds(init=init_before + trainer.init_seconds, train=train, eval=None)
     row = _outcome(job, plan, trainer, probe, seconds)
     trackers.finish(base, row)
-    if job.is_main:
+    if is_first_process():
         if row.budget is not None:
             print(f"{plan.name}: {row.budget.sentence()}")
         write_row(folder, row)
@@ -378,7 +379,9 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     """
     adapted = isinstance(model, PeftModel)
     goes_on = adapted and plan.saves == "adapter" and plan.name in job.starts
-    original = weight_reader(job.recipe.model, job.model_name) if job.is_main and (goes_on or not adapted) else None
+    original = (
+        weight_reader(job.recipe.model, job.model_name) if is_first_process() and (goes_on or not adapted) else None
+    )
     changes = {}
     if not goes_on:
         changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
@@ -386,7 +389,7 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
         saved = read_adapter(job.folder / plan.name / "adapter")
         moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
         changes = {name: (size, float(original(name).double().norm())) for name, size in moved.items()}
-    return Magnitude.of(changes) if job.is_main else None
+    return Magnitude.of(changes) if is_first_process() else None
 
 
 def dial(
@@ -416,7 +419,7 @@ def dial(
     base = Evaluation.read(job.base / EVAL_FILE)
     points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
-    if job.is_main:
+    if is_first_process():
         write_dial(own, found)
     PartialState().wait_for_everyone()
     return found
@@ -427,11 +430,11 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if not job.keep_weights:
         return None
     model, target = trainer.accelerator.unwrap_model(trainer.model), folder / plan.saves
-    if job.is_main:
+    if is_first_process():
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after it had saved
-    with replacing_folder(target) if job.is_main else contextlib.nullcontext(target) as made:
+    with replacing_folder(target) if is_first_process() else contextlib.nullcontext(target) as made:
         with trainer.whole_to_save():  # on all ranks together
-            if not job.is_main:
+            if not is_first_process():
                 return plan.saved
             saved = trainer.method.save(model, made)
         if plan.name in job.starts and plan.saves == "adapter":
@@ -530,7 +533,7 @@ def measurement(job: Job, model: Any) -> Measurement:
 def _run_name(job: Job, plan: MethodPlan) -> str:
     """Return what a tracker calls the training of one method: the recipe, the method, and a grid's settings."""
     parts = job.folder.parts
-    cell = parts[parts.index("cells") + 1 :] if "cells" in parts else ()
+    cell = parts[parts.index(CELLS_FOLDER) + 1 :] if CELLS_FOLDER in parts else ()
     return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
 
 
@@ -539,7 +542,7 @@ def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     source = job.initialized.get(plan.name)
     if source is None or not (source / "init" / REPORT_FILE).is_file():
         return False
-    if job.is_main:
+    if is_first_process():
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)
     PartialState().wait_for_everyone()
     return True

@@ -157,7 +157,7 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         for plan in job.plans
         if _rule(recipe, plan.name) is not None
     }
-    rows = [ids for other, _ in weighted for ids in rows_of(other)]
+    rows = [ids for other, _ in weighted for ids in training_ids(other)]
     own = job.recipe.model_copy(update={"method": method})
     knowledge = recipe.sequence.knowledge
     return dataclasses.replace(job, recipe=own, starts=starts, earlier=earlier, knowledge=knowledge, earlier_rows=rows)
@@ -169,7 +169,7 @@ def _rule(recipe: Recipe, name: str) -> Any:
     return rule if rule is not None and rule.needs_gram else None
 
 
-def rows_of(job: Job) -> list[list[int]]:
+def training_ids(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
     examples, training = job.data.examples[: job.recipe.calibration.samples], job.recipe.training
     length = training.get("max_length", 1024)  # None: whole rows
@@ -184,7 +184,7 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
         return
     if not (folder / "adapter").is_dir():
         return  # it diverged: there is nothing to go on from
-    rows = rows_of(job)
+    rows = training_ids(job)
     model = load_base_after(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
     names = read_adapter(folder / "adapter").pairs()
     keep_grams(folder / GRAMS, model, names, padded_batches(rows, 0), sketch=recipe.sequence.sketch)
@@ -203,7 +203,7 @@ def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
     write_results(root, results)
     write_report(root)
     print_table(results)
-    print(f"report: {root / 'report.html'}")
+    print(f"report: {root / output.PAGE_FILE}")
 
 
 def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:

@@ -11,15 +11,15 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from lora_null.adapters.base_hash import same_base
-from lora_null.adapters.inspection import check_layers
+from lora_null.adapters.inspection import check_modules
+from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, read_yaml
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
-from lora_null.recipes.output import RECIPE_FILE
 from lora_null.utils.errors import UserError, first_line, nearest
 
-MARKS = {"adapter": "adapter_config.json", "model": "tokenizer_config.json"}  # what is written last
+MARKS = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is written last
 TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 PROCESSOR = "*processor*.json"
 TOKENIZER += ["chat_template*", PROCESSOR]
@@ -160,7 +160,7 @@ def check_adapter_fits(source: Trained) -> None:
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
     adapter.pairs()  # refuses what is no A or B
-    if misfit := next(check_layers(adapter, source.base.empty()), None):
+    if misfit := next(check_modules(adapter, source.base.empty()), None):
         raise UserError(
             f"{source.folder}: made for another base than {source.base.name}: {misfit}; --base names the right one"
         )
@@ -179,7 +179,9 @@ def another_base(source: Trained) -> UserError:
 def methods_in(run: Path) -> list[str]:
     """Return where in a run's folder its finished methods lie, those of a grid's runs and of a sequence's tasks too."""
     marks = (
-        f"{place}/{kind}/{mark}" for place in ("*", "cells/**/seed=*/*", "tasks/*/*") for kind, mark in MARKS.items()
+        f"{place}/{kind}/{mark}"
+        for place in ("*", f"{CELLS_FOLDER}/**/seed=*/*", f"{TASKS_FOLDER}/*/*")
+        for kind, mark in MARKS.items()
     )
     found = {str(path.parents[1].relative_to(run)) for pattern in marks for path in run.glob(pattern)}
     return sorted(found) or ["none is finished"]

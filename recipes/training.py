@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, training_data
 from lora_null.recipes.environment import accelerator, choose_precision
+from lora_null.recipes.private_names import take_one_gpu
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError, first_line
@@ -90,7 +91,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         raise UserError(f"training: {first_line(error)}") from None
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
         _say(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
-        vars(found)["_n_gpu"] = 1  # as the Trainer does where `device_map` has split a model
+        take_one_gpu(found)
     return found
 
 

@@ -106,7 +106,7 @@ def zero_on_one():
 def kept_base(folder):
     """A base that an earlier run evaluated: the first process fetches it before the other one looks."""
     base_cache.folder = lambda: folder / "kept"
-    target, job = folder / "base", SimpleNamespace(is_main=RANK == 0)
+    target, job = folder / "base", SimpleNamespace()
     only_on(0, lambda: write_text(folder / "kept" / "key" / "eval.json", Evaluation({}, {}, 0.0).to_json()))
     end = time.monotonic() + 20
     while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:

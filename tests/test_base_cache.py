@@ -56,7 +56,7 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
 def key(recipe, *changes):
     recipe = load_recipe(str(recipe), changes)
     tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
-    return base_cache.key_of(recipe, recipe.model.name_or_path, None, tasks, recipe.eval.limit)
+    return base_cache.key_of(recipe, recipe.model.name_or_path, tasks, recipe.eval.limit)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.budget import Bound, Measurement, check_base, forgotten, hold, largest_strength, within
+from lora_null.recipes.budget import Bound, Measurement, check_bound, forgotten, hold, largest_strength, within
 from lora_null.recipes.results import Estimate
 from lora_null.utils.errors import UserError
 
@@ -187,7 +187,7 @@ def test_a_perplexity_bounds_nothing():
     found = Evaluation(metrics, {}, 0.0, samples={"l/perplexity": samples, "l/acc": [0.0, 1.0] * 20})
     bound = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
     with pytest.raises(UserError, match=r"'l/perplexity' is no mean of a value for each question.*l/acc"):
-        check_base(bound, found, found)
+        check_bound(bound, found, found)
 
 
 def recipe(folder, **changes):

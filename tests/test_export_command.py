@@ -433,7 +433,7 @@ def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
     assert export(world, "lora", tmp_path / "out", "--form", "gguf") == 2
     assert "pip install 'lora-null[gguf]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not know GPT2LMHeadModel, only LlamaForCausalLM"):
-        lora_null.adapters.gguf.architecture_of(GPT2Config(architectures=["GPT2LMHeadModel"]))
+        lora_null.adapters.gguf.gguf_architecture(GPT2Config(architectures=["GPT2LMHeadModel"]))
 
 
 def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):

@@ -32,11 +32,12 @@ from lora_null.recipes.job import check_asked_alike
 from lora_null.recipes.processes import WORKERS, grid_folder
 from lora_null.recipes.report import render, write_report
 from lora_null.recipes.report.drawing import svg
+from lora_null.recipes.report.equal_learning import equal_learning, reach
 from lora_null.recipes.report.grid_figures import Frontiers
-from lora_null.recipes.report.grid_page import equal_learning, grid_content, grid_headline, reach
+from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.results import Row, load_results, parse_results, variant_of, write_results
 from lora_null.utils.errors import WORKER, UserError
-from lora_null.utils.files import sweep
+from lora_null.utils.files import remove_parts
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]
@@ -312,7 +313,7 @@ def test_a_worker_that_comes_when_all_is_done_does_not_wait(tmp_path, monkeypatc
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
     with pytest.raises(pytest.fail.Exception, match="waits"), grid_folder(tmp_path, nullcontext()):
         pass
-    sweep(tmp_path)
+    remove_parts(tmp_path)
     assert not mark.exists()
 
 

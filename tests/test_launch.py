@@ -23,7 +23,7 @@ from lora_null.recipes import launch
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.errors import UserError
 
-CLUSTERS = load.FOLDER / "clusters"
+CLUSTERS = load.RECIPES / "clusters"
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TWO = {
     "slurm": {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "node-7"},
@@ -100,7 +100,7 @@ def test_skypilot_reads_its_task(monkeypatch, tmp_path):
     assert raw["envs"]["OUTPUT"].startswith("/shared/") and "$OUTPUT" in raw["run"]
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
-    monkeypatch.chdir(load.FOLDER.parent.resolve())
+    monkeypatch.chdir(load.RECIPES.parent.resolve())
     sky = pytest.importorskip("sky", reason="pip install skypilot in an environment of its own runs this")
     task = sky.Task.from_yaml(str(CLUSTERS / "skypilot.yaml"))
     assert task.num_nodes == 1 and task.run == raw["run"]

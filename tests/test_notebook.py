@@ -5,9 +5,9 @@ from pathlib import Path
 
 from world import make_world
 
-from lora_null.recipes.config.load import FOLDER
+from lora_null.recipes.config.load import RECIPES
 
-NOTEBOOK = Path(FOLDER) / "notebooks" / "quickstart.ipynb"
+NOTEBOOK = Path(RECIPES) / "notebooks" / "quickstart.ipynb"
 
 
 def test_every_cell_runs(tmp_path, capsys):

@@ -39,6 +39,8 @@ SEEN = {
     "trl.trainer.utils._use_triton": "trl 1.16.0",
     # How transformers decides to shard weights as it makes a model (recipes/private_names.py).
     "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "transformers 5.23.0",
+    # Lets one process of several GPUs train on one (recipes/private_names.py).
+    "transformers.TrainingArguments()._n_gpu": "transformers 5.23.0",
 }
 
 

@@ -23,7 +23,7 @@ from lora_null import UserError
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.models.quantization import check_pairs
+from lora_null.recipes.models.plan import check_methods
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer, mixin
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
 from lora_null.trainer.methods.sc_lora import first_rows
@@ -674,7 +674,7 @@ def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatc
 def test_vllm_serves_no_oft(tmp_path):
     recipe = load_recipe(str(make_world(tmp_path)), ["method.name=oft", "eval.backend=vllm"])
     with pytest.raises(UserError, match=r"eval\.backend: vllm runs no adapter of oft"):
-        check_pairs(recipe, None)
+        check_methods(recipe, None)
 
 
 def test_rivals_by_the_command(tmp_path, capsys):

@@ -25,7 +25,7 @@ from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import check_run
 from lora_null.recipes.results import Row, Seconds, load_results, write_results
-from lora_null.recipes.sequence import check_stages, collect, rows_of, space_of_sequence, transfer, with_earlier
+from lora_null.recipes.sequence import check_stages, collect, space_of_sequence, training_ids, transfer, with_earlier
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
 
@@ -256,7 +256,7 @@ def test_grams_of_a_task_are_of_the_tokens_that_training_reads(finished, trainin
     job = check_run(recipe)
     job.recipe.training |= training
     whole = [tokens.ids for tokens in tokenize(job.data.examples, recipe.data.template, job.tokenizer)]
-    assert rows_of(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 4
+    assert training_ids(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 4
 
 
 def test_a_recipe_whose_path_holds_an_equals_sign(finished, tmp_path, capsys):
@@ -392,7 +392,7 @@ def test_a_weight_of_zero_leaves_out_the_texts_too(finished, tmp_path):
     recipe.sequence.earlier = 0.0
     assert with_earlier(recipe, jobs[1], [before]).earlier_rows == []
     recipe.sequence.earlier = 1.0
-    assert len(with_earlier(recipe, jobs[1], [before]).earlier_rows) == len(rows_of(before)) > 0
+    assert len(with_earlier(recipe, jobs[1], [before]).earlier_rows) == len(training_ids(before)) > 0
 
 
 def test_the_space_of_a_sequence_counts_what_every_task_writes(finished):

@@ -29,7 +29,7 @@ from lora_null.earlier import after_earlier
 from lora_null.fingerprint import check_whole
 from lora_null.layer import is_started
 from lora_null.start import (
-    WHAT,
+    INITIALIZATION,
     InitOptions,
     LayerReport,
     NotAChain,
@@ -589,7 +589,9 @@ class LoraNullMixin(SavingMixin):
         knowledge = []
         if self.method.needs_gram:
             fewest = self._init_options.min_tokens
-            knowledge = together(lambda: checked_batches(self.model, self.calibration_batches, fewest), what=WHAT)
+            knowledge = together(
+                lambda: checked_batches(self.model, self.calibration_batches, fewest), what=INITIALIZATION
+            )
         return WholeModel(rule, [*looked_at, *knowledge], compute, type(self.method))
 
     def _begin_with(self, start: Start) -> None:

@@ -62,7 +62,7 @@ def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
         return None  # the trainer says what is wrong with it
 
 
-def check_architecture(config: PreTrainedConfig, mode: Mode, where: str = "model") -> None:
+def check_predicts_next_token(config: PreTrainedConfig, mode: Mode, where: str = "model") -> None:
     """Check that a model predicts the next token; `where` names it in the finding."""
     reason = unsupported(config)
     if reason:
@@ -79,7 +79,7 @@ def check_model(model: Any, args: Any, mode: Mode) -> None:
     """
     config = config_of(model, args)
     if config is not None:
-        check_architecture(config, mode)
+        check_predicts_next_token(config, mode)
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         tell(mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
 

@@ -241,7 +241,7 @@ def _load_from_file(task: LmEvalTask, manager: TaskManager) -> TaskDict:
                     raise KeyError(rule)
         return loaded
     except Exception as error:
-        raise unreadable(task, error) from error
+        raise explained(task, error) from error
 
 
 def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
     return documents
 
 
-def unreadable(task: LmEvalTask, error: Exception) -> UserError:
+def explained(task: LmEvalTask, error: Exception) -> UserError:
     """Return the mistake behind an error in a task's rules over a local file: mostly a missing field."""
     names = _read(task, task.path).column_names
     undefined = re.match(r"'(\w+)' is undefined", str(error))

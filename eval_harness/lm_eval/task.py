@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import held_by
-from lora_null.eval_harness.lm_eval.loading import hash_of_rules, load, seed_fewshot, unreadable
+from lora_null.eval_harness.lm_eval.loading import explained, hash_of_rules, load, seed_fewshot
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
-CHAT = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
+TWIN = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
 # Words in the names of metrics that are 0 to 1 for a document. The values found do not tell: a base may have 0 in all.
 SHARES = {"acc", "accuracy", "contains", "correct", "em", "exact", "f1", "included", "match", "pass", "precision"}
 SHARES |= {"rate", "recall", "rule", "verify"}
 # This package's tasks that are asked in the training prompt, and have a twin for chat templates.
-FRAMED = tuple(sorted(path.stem.removesuffix(CHAT) for path in TASK_FILES.rglob(f"*{CHAT}.yaml")))
+FRAMED = tuple(sorted(path.stem.removesuffix(TWIN) for path in TASK_FILES.rglob(f"*{TWIN}.yaml")))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LmEvalTask(Task):
 
     @property
     def in_training_template(self) -> bool:
-        return self.task in FRAMED or (self.chat and self.task.removesuffix(CHAT) in FRAMED)
+        return self.task in FRAMED or (self.chat and self.task.removesuffix(TWIN) in FRAMED)
 
     @property
     def runs_code(self) -> bool:
@@ -165,7 +165,7 @@ class LmEvalTask(Task):
                 raise
             except Exception as error:
                 if self.path is not None:
-                    raise unreadable(self, error) from error
+                    raise explained(self, error) from error
                 if self.include_path is not None:
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     raise UserError(f"{self} fails on its first document ({reason})") from error

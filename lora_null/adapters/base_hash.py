@@ -68,7 +68,7 @@ def _sample(tensor) -> bytes:
     return f"{tensor.get_dtype()} {shape}".encode() + b"".join(parts)
 
 
-def identity_of(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
+def base_metadata(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
     """Return what an adapter's metadata says of the base that the model was loaded from; less where it is not known."""
     config = peft_model.peft_config[adapter_name]
     dtype = peft_model.get_base_model().get_input_embeddings().weight.dtype  # a linear may be stored quantized

@@ -38,7 +38,7 @@ def load_gguf() -> Any:
         raise UserError("--form gguf: needs the package gguf, pip install 'lora-null[gguf]'") from None
 
 
-def architecture_of(config: Any) -> str:
+def gguf_architecture(config: Any) -> str:
     """Return gguf's name of a model's architecture.
 
     Raises:
@@ -53,7 +53,7 @@ def architecture_of(config: Any) -> str:
 def names_of(config: Any) -> Any:
     """Return gguf's table of tensor names for a model."""
     gguf = load_gguf()
-    architecture = getattr(gguf.MODEL_ARCH, architecture_of(config))
+    architecture = getattr(gguf.MODEL_ARCH, gguf_architecture(config))
     return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
@@ -71,7 +71,7 @@ def write_gguf(path: Path, pairs: Mapping[str, Pair], scaling: float, config: An
         UserError: gguf is not installed, or does not know the architecture or a module.
     """
     gguf, names = load_gguf(), names_of(config)
-    architecture = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture_of(config))]
+    architecture = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, gguf_architecture(config))]
     rank = len(next(iter(pairs.values()))[0])
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
@@ -101,7 +101,7 @@ def _gguf_name(names: Any, module: str) -> str:
 
 def heads_of(module: str, config: Any) -> int | None:
     """Return the number of heads whose rows llama.cpp orders in its own way; None for a module that keeps its rows."""
-    if architecture_of(config) != "LLAMA":
+    if gguf_architecture(config) != "LLAMA":
         return None
     leaf = module.rpartition(".")[2]
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(leaf)

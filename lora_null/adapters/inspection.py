@@ -50,7 +50,7 @@ def check_adapter(adapter: SavedAdapter, model: nn.Module, base: Path | None) ->
         base: folder of the base's files, to compare its hash; None where they are not at hand.
     """
     found = [*check_config(adapter), *check_files(adapter.folder), *check_keys(adapter)]
-    found += [*check_layers(adapter, model), *check_ranks(adapter), *check_values(adapter)]
+    found += [*check_modules(adapter, model), *check_ranks(adapter), *check_values(adapter)]
     if base is not None and same_base(adapter.metadata, base) is False:
         found.append(Finding(WEIGHTS_FILE, f"trained on another base than {base}: its weights differ"))
     return found
@@ -111,7 +111,7 @@ def _naming_hint(key: str) -> str:
     return ""
 
 
-def check_layers(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
+def check_modules(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
     """Yield modules that the base has not or that are no linear, shapes that do not fit, and targets left out."""
     modules = dict(model.named_modules())
     for name, pair in adapter.factors().items():

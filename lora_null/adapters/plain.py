@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lora_null.adapters.base_hash import identity_of
+from lora_null.adapters.base_hash import base_metadata
 from lora_null.factors import Pair
 from lora_null.layer import adapted_layers, factors_of, residual_of
 from lora_null.utils.errors import UserError
@@ -101,7 +101,7 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
     """
     state, config = plain_adapter(peft_model, adapter_name)
     _check_whole({key: tuple(tensor.shape) for key, tensor in state.items()}, peft_model, adapter_name, "the adapter")
-    write_safetensors(directory / WEIGHTS_FILE, state, identity_of(peft_model, adapter_name))
+    write_safetensors(directory / WEIGHTS_FILE, state, base_metadata(peft_model, adapter_name))
     with replacing(directory / CONFIG_FILE) as temporary:
         scratch = temporary.with_suffix(".dir")
         config.save_pretrained(scratch)

@@ -86,7 +86,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
+def remove_parts(folder: Path) -> None:
     """Remove what killed processes left half-written below a folder that nobody else writes."""
     for path in list(folder.rglob(f".*{PART}")):
         if path.is_dir():

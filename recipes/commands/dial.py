@@ -23,7 +23,7 @@ from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
-from lora_null.recipes.report.dial_page import FOLDER, read_dial, table_rows, told
+from lora_null.recipes.report.dial_page import DIAL_FOLDER, read_dial, table_rows, told
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.recipes.run import base_row, dial, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 def folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
     """Return the folder called `dial` that is written: in --out, or in RUN/METHOD."""
     out = arguments.out or source.home
-    return out if out.name == FOLDER else out / FOLDER
+    return out if out.name == DIAL_FOLDER else out / DIAL_FOLDER
 
 
 def _check_kept(source: Trained, arguments: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def _check_kept(source: Trained, arguments: argparse.Namespace) -> None:
         return
     if found.points[0].metrics == Evaluation.read(base).metrics:
         raise UserError(
-            f"--{own}: {source.home / FOLDER} holds the dial of the run's own questions; --out names a folder"
+            f"--{own}: {source.home / DIAL_FOLDER} holds the dial of the run's own questions; --out names a folder"
         )
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
-from lora_null.adapters.gguf import architecture_of, load_gguf, read_gguf, write_gguf
+from lora_null.adapters.gguf import gguf_architecture, load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import read_adapter
@@ -31,7 +31,7 @@ from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import hub_base, write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.config.load import FOLDER
+from lora_null.recipes.config.load import RECIPES
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import ends_with, load_tokenizer
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rank is not None:
         check_rank(read_adapter(source.folder).pairs(), arguments.rank)
     if arguments.form == "gguf":
-        architecture_of(source.base.config)
+        gguf_architecture(source.base.config)
     holds = source.base.folder if arguments.form == "merged" and source.kind == "adapter" else source.folder
     check_space(arguments.out, sum(file.stat().st_size for file in holds.glob("*.safetensors")), "--out")
     strength, note = _strength(source, arguments)
@@ -372,7 +372,7 @@ def verification_texts(export: Export) -> list[list[int]]:
         raise UserError(f"{own}: no tokenizer to verify the export with ({first_line(error)})") from None
     texts = []
     for name, fields in (("wikitext_test", ("prompt", "response")), ("gsm8k_test", ("question", "answer"))):
-        lines = (FOLDER / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+        lines = (RECIPES / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:4]
         texts += [" ".join(str(json.loads(line)[key]) for key in fields) for line in lines]
     return [tokenizer(text)["input_ids"] for text in texts]
 

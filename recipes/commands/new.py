@@ -22,6 +22,7 @@ from lora_null.eval_harness.documents import BadRow, Documents
 from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
+    YAML_SUFFIXES,
     CalibrationSection,
     DataSection,
     ModelSection,
@@ -49,7 +50,7 @@ from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
 from lora_null.targets import bypassed
-from lora_null.trainer.preflight import check_architecture
+from lora_null.trainer.preflight import check_predicts_next_token
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
 from lora_null.utils.limits import position_limit
@@ -171,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: a model or data that cannot be read or is of no known format, or a file that is there already.
     """
     out = arguments.out or Path(f"{Path(arguments.data.rstrip('/')).stem or 'recipe'}.yaml")
-    if out.suffix not in (".yaml", ".yml"):
+    if out.suffix not in YAML_SUFFIXES:
         raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
     if out.exists():
         raise UserError(f"--out: {out} exists already; choose another name")
@@ -192,7 +193,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     model = parse_section(ModelSection, "model", {"name_or_path": arguments.model, "dtype": "float32"})
     name = resolve_name(model)
     config = load_config(model, name)
-    check_architecture(config, "error", "--model")
+    check_predicts_next_token(config, "error", "--model")
     tokenizer = load_tokenizer(model, name)
     empty = empty_model(config, model)
     size = sum(p.numel() for p in empty.parameters())

@@ -13,7 +13,7 @@ import yaml
 
 from lora_null.recipes.config.schema import (
     DATA_FILES,
-    TASK_FILES,
+    YAML_SUFFIXES,
     CalibrationSource,
     Recipe,
     calibration_entry,
@@ -24,11 +24,14 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.utils.errors import UserError, first_line, nearest
 
-FOLDER = Path(__file__).parents[1]
+RECIPES = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
 MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
 SECTIONS = ("model", "method", "data", "training", "eval")  # which the recipe of every run has
-PARTS = ("tasks", "cells")  # folders of a sequence's tasks and a grid's runs, which are no runs by themselves
+TASKS_FOLDER, CELLS_FOLDER = (
+    "tasks",
+    "cells",
+)  # of a sequence's tasks and a grid's runs, which are no runs by themselves
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 LARGEST = 2.0**63  # beyond which PyTorch takes no whole number
 # What a key takes the place of where it is laid over it: another way of saying the same.
@@ -43,14 +46,14 @@ INSTEAD = {
 }
 # What names a source of calibration, which is laid before what is said of it.
 SOURCES = ("calibration", *(f"calibration.{key}" for key in ("path", "source", "self", "sources")))
-CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
-PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATIONS}
-PRESETS = FOLDER / "presets"  # what recipes include: default.yaml, and one file a model
+CONFIGURATION_KEYS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
+PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATION_KEYS}
+PRESETS = RECIPES / "presets"  # what recipes include: default.yaml, and one file a model
 
 
 def shipped() -> dict[str, Path]:
     """Return the shipped recipes by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find(name: str) -> Path:
@@ -63,7 +66,7 @@ def find(name: str) -> Path:
     if name in recipes:
         return recipes[name]
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in YAML_SUFFIXES or path.is_file():
         if not path.is_file():
             raise UserError(f"recipe: no file {name}")
         return path
@@ -398,7 +401,7 @@ def files_below(folder: Path) -> list[Path]:
 
 def whole_of(folder: Path) -> Path:
     """Return the folder of the sequence or the grid that a run's folder is a part of; a run's own by itself."""
-    wholes = (parent.parent for parent in folder.absolute().parents if parent.name in PARTS)
+    wholes = (parent.parent for parent in folder.absolute().parents if parent.name in (TASKS_FOLDER, CELLS_FOLDER))
     return next((whole for whole in wholes if is_of_run(whole / RECIPE_FILE)), folder)
 
 
@@ -437,7 +440,7 @@ def _resolve_path(path: str, folder: Path) -> str:
         path = str(Path(path).expanduser())
     if Path(path).exists():
         return path
-    folders = (folder, FOLDER) if path.startswith("samples/") else (folder,)
+    folders = (folder, RECIPES) if path.startswith("samples/") else (folder,)
     return str(next((beside / path for beside in folders if (beside / path).exists()), path))
 
 
@@ -490,5 +493,9 @@ def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
 def _put_paths(values: dict[str, Any], resolve: Callable[[str], str]) -> None:
     """Put what they mean in the place of the paths of a section, or of an entry of `eval`, whose task may be a YAML."""
     for key, value in values.items():
-        if isinstance(value, str) and value and (key in PATHS or (key == "task" and Path(value).suffix in TASK_FILES)):
+        if (
+            isinstance(value, str)
+            and value
+            and (key in PATHS or (key == "task" and Path(value).suffix in YAML_SUFFIXES))
+        ):
             values[key] = resolve(value)

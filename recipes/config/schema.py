@@ -92,7 +92,7 @@ MEANT = {
 MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
 # What `eval_harness.documents` reads.
 DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
-TASK_FILES = (".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
 LONGEST_NAME = 200  # bytes of a name that a folder takes, where a file system takes 255
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_null.recipes.config.load import merge
+from lora_null.recipes.config.load import TASKS_FOLDER, merge
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.utils.errors import UserError
 
-FOLDER = "tasks"
 OVERLAID = ("data", "training", "eval", "trainer")  # what a task may set for itself
 FROM_FIRST = ("model", "method", "calibration", "seed", "preflight")  # what all recipes of a sequence share
+
+
+def stage_folder(run: Path, number: int, name: str) -> Path:
+    """Return the folder of a sequence's task, counted from 1, in the folder of the whole."""
+    return run / TASKS_FOLDER / f"{number}-{name}"
 
 
 def join_recipes(recipes: Sequence[Recipe]) -> Recipe:
@@ -90,7 +94,7 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         _check_overlay(task)
         own = merge(raw, {key: value for key, value in task.items() if key != "name"})
         own |= {"sequence": None, "quick": {}, "name": task["name"]}
-        own["output_dir"] = str(Path(recipe.output_dir) / FOLDER / f"{number}-{task['name']}")
+        own["output_dir"] = str(stage_folder(Path(recipe.output_dir), number, task["name"]))
         every.append(own["eval"]["task"])
         stages.append(own)
     for own in stages:

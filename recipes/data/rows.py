@@ -14,7 +14,7 @@ from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
 
-# Of the data beside them; and what holds data that is not read, beside a text about it.
+# Files that describe a data set, which are skipped; and formats that cannot be read.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".pkl", ".db", ".sqlite")
 UNREAD += (".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls")

@@ -92,6 +92,15 @@ def hub_commit(model: ModelSection, name: str) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
+def model_identity(model: ModelSection, name: str) -> list[Any]:
+    """Return what tells a model's files from all others: their sizes and times, or the hub's commit."""
+    path = Path(name)
+    if not path.is_dir():
+        return [name, model.revision, hub_commit(model, name)]
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return [str(path.resolve()), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
 def _unreachable(name: str, error: Exception) -> UserError:
     text = str(error)
     if "gated" in text.lower() or "401" in text or "403" in text:

@@ -18,13 +18,15 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
+from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.models.bases import empty_model
-from lora_null.recipes.models.quantization import check_pairs, weight_bytes
+from lora_null.recipes.models.quantization import check_stored, weight_bytes
+from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
 from lora_null.recipes.training import optimizer_steps
 from lora_null.targets import put_on, refuse_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
-from lora_null.trainer.methods import METHODS, Method, make_method
+from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
 from lora_null.trainer.methods.base import distinct_inputs
 from lora_null.trainer.preflight import check_linears, check_targets
 from lora_null.utils.errors import UserError, first_line, nearest
@@ -82,13 +84,33 @@ def adapter_config(section: MethodSection, method: Method, rank: int | None) -> 
     )
 
 
+def check_methods(recipe: Recipe, model_config: Any) -> None:
+    """Refuse what does not go together with the base as it is stored.
+
+    Raises:
+        UserError: as `check_stored`; a method that needs plain weights or learns no preferences, or an engine that would
+            run other weights.
+    """
+    check_stored(recipe.model, model_config)
+    for name in recipe.method.name:
+        check_trainer(name, pairs=recipe.trainer == "dpo")
+        if recipe.eval.backend == "vllm" and not METHODS[name].plain:
+            raise UserError(f"eval.backend: vllm runs no adapter of {name}, which is no LoRA; use hf")
+    if recipe.model.quantization is None:
+        return
+    for name in recipe.method.name:
+        check_base(name, quantized=True)
+    if recipe.eval.backend == "vllm":
+        raise UserError("eval.backend: vllm does not run the quantized base that is trained on, use hf")
+
+
 def plan_methods(recipe: Recipe, model_config: Any) -> list[MethodPlan]:
     """Put each method's adapter on the model without weights and count.
 
     Raises:
         UserError: no module matched, r too large for a layer, or a method that cannot start from this base.
     """
-    check_pairs(recipe, model_config)
+    check_methods(recipe, model_config)
     return [_plan_method(recipe, model_config, name) for name in recipe.method.name]
 
 
@@ -243,12 +265,12 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
 
 def files_of(recipe: Recipe) -> list[str]:
     """Return what the run, or each run of a grid, will leave in its output folder."""
-    files = ["recipe.yaml", *(["base/eval.json"] if recipe.eval.before else [])]
-    cell = "cells/…/" if recipe.grid else ""
+    files = [RECIPE_FILE, *([f"base/{EVAL_FILE}"] if recipe.eval.before else [])]
+    cell = f"{CELLS_FOLDER}/…/" if recipe.grid else ""
     for name in recipe.method.name:
         saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
-        files += [f"{cell}{name}/{path}" for path in ("init/", *saved, "eval.json", "train_log.jsonl")]
-    return [*files, "results.json", "report.md", "report.html", "forgetting.png"]
+        files += [f"{cell}{name}/{path}" for path in ("init/", *saved, EVAL_FILE, LOG_FILE)]
+    return [*files, RESULTS_FILE, "report.md", "report.html", "forgetting.png"]
 
 
 def print_plan(

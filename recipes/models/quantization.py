@@ -12,33 +12,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.recipes.config.schema import ModelSection, Recipe
-from lora_null.trainer.methods import METHODS, check_base, check_trainer
+from lora_null.recipes.config.schema import ModelSection
 from lora_null.utils.errors import UserError
 
 MINIMUM = Version("0.50")  # the first with kernels for both forms on the CPU
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # bitsandbytes' blocks of weights, and of their scales under double quantization
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def check_pairs(recipe: Recipe, model_config: Any) -> None:
-    """Refuse what does not go together with the base as it is stored.
-
-    Raises:
-        UserError: as `check_stored`; a method that needs plain weights or learns no preferences, or an engine that would
-            run other weights.
-    """
-    check_stored(recipe.model, model_config)
-    for name in recipe.method.name:
-        check_trainer(name, pairs=recipe.trainer == "dpo")
-        if recipe.eval.backend == "vllm" and not METHODS[name].plain:
-            raise UserError(f"eval.backend: vllm runs no adapter of {name}, which is no LoRA; use hf")
-    if recipe.model.quantization is None:
-        return
-    for name in recipe.method.name:
-        check_base(name, quantized=True)
-    if recipe.eval.backend == "vllm":
-        raise UserError("eval.backend: vllm does not run the quantized base that is trained on, use hf")
 
 
 def check_stored(model: ModelSection, model_config: Any) -> None:

@@ -13,7 +13,7 @@ from lora_null.recipes.report.table import build_table, escape_markdown
 from lora_null.recipes.results import Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
-FOLDER, FILE = "dial", "dial.json"
+DIAL_FOLDER, FILE = "dial", "dial.json"
 SCHEMA = 1
 
 
@@ -95,7 +95,7 @@ def write_dial(folder: Path, dial: Dial) -> None:
 
 def read_dial(method_folder: Path) -> Dial | None:
     """Return what lies in METHOD/dial; None where there is none."""
-    path = method_folder / FOLDER / FILE
+    path = method_folder / DIAL_FOLDER / FILE
     return validated(Dial, read_json(path), str(path)) if path.is_file() else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
-from lora_null.recipes.report.dial_page import FOLDER, Dial, read_dial, table_rows, told
+from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, scale_of, show
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, settings_text
 
@@ -36,7 +36,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
     for row in results.rows[1:] if not results.grid else []:
         found = read_dial(output_dir / row.method)
         if found is not None:
-            picture, title = output_dir / row.method / FOLDER / "dial.png", display_name(row.method)
+            picture, title = output_dir / row.method / DIAL_FOLDER / "dial.png", display_name(row.method)
             data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
             shown = {"title": title, "picture": data and f"data:image/png;base64,{data}", "told": told(found)}
             head, *rows = table_rows(found)

@@ -25,7 +25,7 @@ from lora_null.recipes.report.drawing import (
     svg,
     wrapped,
 )
-from lora_null.recipes.report.grid_page import change, frontiers, mean_path, metric_pair
+from lora_null.recipes.report.equal_learning import change, frontiers, mean_path, metric_pair
 from lora_null.recipes.report.table import metric_title
 from lora_null.recipes.results import Estimate, Results, display_name
 
@@ -33,7 +33,7 @@ NOTHING = "No runs of the grid have both a retention and a task metric yet."
 
 
 @dataclass(frozen=True)
-class Path:
+class DrawnFrontier:
     """A frontier as it is drawn: means over the seeds, (learned, forgotten), with their errors."""
 
     name: str
@@ -46,7 +46,7 @@ class Path:
 class Frontiers:
     """All methods' frontiers, and how their axes are."""
 
-    paths: list[Path]
+    paths: list[DrawnFrontier]
     titles: tuple[str, str]
     log: bool
 
@@ -58,7 +58,7 @@ class Frontiers:
         if pair is None or not found:
             return None
         colors = colors_of(f.name for f in found)
-        paths = [Path(f.name, f.label, colors[f.name], mean_path(results, f, *pair)) for f in found]
+        paths = [DrawnFrontier(f.name, f.label, colors[f.name], mean_path(results, f, *pair)) for f in found]
         paths = [path for path in paths if path.points]
         if not paths:
             return None
@@ -73,7 +73,7 @@ class Frontiers:
         lora = [(COLORS["lora"], "--", "LoRA")] if any(path.name == "lora" for path in self.paths) else []
         return [*own, *lora, ("#9ca3af", "-", "the other methods")]
 
-    def draw_panel(self, axes: Axes, path: Path) -> None:
+    def draw_panel(self, axes: Axes, path: DrawnFrontier) -> None:
         """Draw one method's frontier, and the others' thin behind it: LoRA, what all are compared with, dashed."""
         start = [] if self.log else [0.0]
         for other in [*(other for other in self.paths if other is not path), path]:

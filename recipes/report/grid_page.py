@@ -1,334 +1,33 @@
-"""What a grid of runs says: each method's learning–forgetting frontier, and forgetting at equal learning.
-
-A frontier is the path from the untouched base (nothing learned, nothing forgotten) through a method's runs from the lowest
-learning rate to the highest, one for each of its other settings, or through all its runs in the order of the swept values
-where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches
-it, linearly between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so
-every question's part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
-(`eval_harness/statistics.py`). The level is LoRA's own, of the same questions, and moves with them: easier questions raise it
-as they raise what every method has learned, which is no difference in forgetting. A method that does not reach a level has
-no value there, nor has one whose runs all learned more: from the base to a method's first run KL rises with about the
-square of what is learned, not linearly.
-"""
+"""The part of a report that a grid of runs has: its headline, its tables at equal learning, and safe learning rates."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from operator import itemgetter
+from collections.abc import Sequence
 
-import numpy as np
-
-from lora_null.eval_harness.statistics import (
-    LEVEL,
-    Spread,
-    holm,
-    influence,
-    is_mean_of_samples,
-    stack,
-    t_tests,
-    two_level,
+from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.report.equal_learning import (
+    RATE,
+    AtEqual,
+    Target,
+    change_with_error,
+    equal_learning,
+    frontiers,
+    metric_pair,
+    retention_metrics,
+    runs_by_frontier,
 )
-from lora_null.recipes.comparisons import Evaluations, compared_means
-from lora_null.recipes.report.headline import gap_text, listed, p_text, task_metric, times
-from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
+from lora_null.recipes.report.headline import listed, p_text, times
+from lora_null.recipes.report.table import metric_title, show_all
 from lora_null.recipes.results import (
     Estimate,
     Results,
-    Row,
-    Run,
-    change_error,
     display_name,
-    settings_text,
     variant_of,
 )
 
-RATE = "training.learning_rate"
-FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
 FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
-Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
-Level = tuple[float, np.ndarray | None]  # what was learned, and what each question adds to it
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """One method's runs: `points[seed]` are (learned, forgotten) from the base on, in the order of the swept values.
-
-    Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
-    `rows` are the rows that average over the seeds, in the same order. `name` is the method's, with the settings of its second and later frontiers, such as "lora, weight_decay 3".
-    """
-
-    name: str
-    points: dict[int, list[tuple[float, float]]]
-    parts: dict[int, list[Parts]]
-    rows: list[int]
-
-    @property
-    def label(self) -> str:
-        return _label(self.name)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is read off a path at a level of learning: the forgetting, and what each question adds to it."""
-
-    value: float
-    parts: list[np.ndarray]
-
-    def __sub__(self, other: Reading) -> Reading:
-        return Reading(self.value - other.value, [a - b for a, b in zip(self.parts, other.parts)])
-
-
-@dataclass(frozen=True)
-class AtEqual:
-    """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
-
-    `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
-    `passed` is whether there is no value because the first run learned more already.
-    """
-
-    name: str
-    value: Estimate | None
-    reached: int
-    seeds: int
-    difference: Estimate | None = None
-    p: float | None = None
-    passed: bool = False
-
-    @property
-    def label(self) -> str:
-        return _label(self.name)
-
-    @property
-    def sense(self) -> int:
-        """-1 if it forgot less than LoRA, 1 if more, 0 if that cannot be told."""
-        known = self.difference is not None and self.p is not None and self.p < LEVEL
-        return int(np.sign(self.difference.value)) if known and self.difference else 0
-
-
-@dataclass(frozen=True)
-class Target:
-    """A level of learning: what LoRA reaches in the mean with one of the swept values."""
-
-    learned: float
-    where: str
-    rows: list[AtEqual]
-
-
-def retention_metrics(results: Results) -> list[str]:
-    """Return the names of what is read at equal learning: every KL on retention, or all of retention if there is none.
-
-    Then the KLs on the new task's own prompts, a measure of forgetting too.
-    """
-    kept, learned = results.directed_names("retention"), results.metric_names("task")
-    of_kept, of_learned = ([n for n in names if n.lower().split()[-1] == "kl"] for names in (kept, learned))
-    return (of_kept or kept) + of_learned
-
-
-def metric_pair(results: Results) -> tuple[str, str] | None:
-    """Return the names of the (retention, task) metrics that the frontier is drawn of."""
-    kept, task = retention_metrics(results), task_metric(results)
-    return (kept[0], task) if kept and task else None
-
-
-def frontiers(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Frontier]:
-    """Return the frontiers of the grid's methods, in the order of its rows; `found` are the evaluations behind them."""
-    return [_frontier(results, name, runs, kept, task, found or {}) for name, runs in _by_frontier(results).items()]
-
-
-def _by_frontier(results: Results) -> dict[str, list[Run]]:
-    """Return the runs of each frontier by its name; of LoRA's, the first in the grid is what others are compared with."""
-    found: dict[str, dict[str, list[Run]]] = {}
-    for run in results.grid.cells:
-        others = {key: value for key, value in run.point.items() if key != RATE} if RATE in run.point else {}
-        found.setdefault(run.method, {}).setdefault(settings_text(others), []).append(run)
-    return {
-        f"{method} ({settings})" if i else method: runs
-        for method, groups in found.items()
-        for i, (settings, runs) in enumerate(groups.items())
-    }
-
-
-def _label(name: str) -> str:
-    method, bracket, settings = name.partition(" (")
-    return display_name(method) + bracket + settings
-
-
-def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
-    frontier = Frontier(name, {}, {}, [])
-
-    def rising(run: Run) -> list[tuple]:
-        return [(0, v, "") if isinstance(v, int | float) else (1, 0, str(v)) for v in run.point.values()]
-
-    for run in sorted(runs, key=rising):
-        point = tuple(change(results, run, metric) for metric in (task, kept))
-        if None in point:
-            continue
-        frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        parts = tuple(_part(results, run, metric, found) for metric in (task, kept))
-        frontier.parts.setdefault(run.seed, [(None, None)]).append(parts)
-        i = _row_of(results, run)
-        if i is not None and i not in frontier.rows:
-            frontier.rows.append(i)
-    return frontier
-
-
-def _row_of(results: Results, run: Run) -> int | None:
-    """Return the number of the row that averages over a run and those of other seeds."""
-    place = (run.method, variant_of(run.point))
-    return next((i for i, row in enumerate(results.rows) if (row.method, row.variant) == place), None)
-
-
-def _part(results: Results, run: Run, name: str, found: Evaluations) -> np.ndarray | None:
-    """Return what each question adds to a run's `change`, paired with the base; None where that is not known."""
-    after, before = (found.get(i, {}).get(run.seed) for i in (_row_of(results, run), 0))
-    if before is None or after is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
-        return None
-    gaps = np.array(after.samples[name], dtype=float) - np.array(before.samples[name], dtype=float)
-    return _sign(results, name) * influence(gaps, after.weights.get(name))
-
-
-def _sign(results: Results, name: str) -> int:
-    """1 if a rise of the metric is learning, or forgetting; -1 if a fall is."""
-    metric = results.metric(name)
-    if metric.higher_is_better is None:
-        return 1  # how far the model moved on the new task: neither good nor bad, counted as forgetting
-    return (1 if metric.higher_is_better else -1) * (1 if metric.role == "task" else -1)
-
-
-def mean_path(results: Results, frontier: Frontier, kept: str, task: str) -> list[tuple[Estimate, Estimate]]:
-    """Return (learned, forgotten) of a method's rows, means over the seeds, with errors over questions and seeds.
-
-    A row that lacks one of them, as where a judge gave no grade for a seed, is left out.
-    """
-    pairs = ((_moved(results, i, task), _moved(results, i, kept)) for i in frontier.rows)
-    return [(learned, forgotten) for learned, forgotten in pairs if learned and forgotten]
-
-
-def _moved(results: Results, i: int, name: str) -> Estimate | None:
-    moved = change(results, results.rows[i], name)
-    before, after = (results.rows[k].estimate(name) for k in (0, i))
-    if moved is None or before is None or after is None:
-        return None
-    return Estimate(moved, change_error(before, after, results.difference(i, 0, name)))
-
-
-def change(results: Results, run: Row, name: str) -> float | None:
-    """Return how far a run moved from the base: upward for a task learned, and for knowledge forgotten."""
-    before, after = results.base.estimate(name), run.estimate(name)
-    return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
-
-
-def reach(
-    path: Sequence[tuple[float, float]],
-    learned: float,
-    parts: Sequence[Parts] = (),
-    of_level: np.ndarray | None = None,
-) -> Reading | None:
-    """Return the forgetting where a path first reaches `learned`, None where it never does, or long before its first run.
-
-    On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). A change of the
-    ends and of the level moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1) + slope d learned, which gives each
-    question's part. `of_level` is what each question adds to `learned`, None where that is a number by itself.
-    """
-    for k, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(path)):
-        if x0 < learned <= x1:
-            if k == 0 and learned < FIRST * x1:
-                return None
-            w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
-            ends = list(zip((1 - w, w), parts[k : k + 2]))
-            sets = [
-                [share * factor * part for share, pair in ends if (part := pair[axis]) is not None]
-                for axis, factor in ((1, 1.0), (0, -slope))
-            ]
-            if of_level is not None:
-                sets[1].append(slope * of_level)
-            return Reading((1 - w) * y0 + w * y1, [np.sum(known, axis=0) for known in sets if known])
-    return None
-
-
-def equal_learning(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Target]:
-    """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first.
-
-    A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much. The p-values are adjusted
-    for all methods and levels together.
-    """
-    every = frontiers(results, kept, task, found)
-    lora = next((frontier for frontier in every if frontier.name == "lora"), None)
-    targets = []
-    for where, reached in _levels(results, task, found or {}).items() if lora else ():
-        level, of_level = min([_mean_level(reached), *(_furthest(lora, s) for s in lora.points)], key=itemgetter(0))
-        if level > 0:
-            targets.append(Target(level, where, _at(every, lora, level, of_level)))
-    adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
-    targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
-    return sorted(targets, key=lambda target: target.learned)
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _levels(results: Results, task: str, found: Evaluations) -> dict[str, list[Level]]:
-    """Return what LoRA's seeds learned, by the swept values."""
-    levels: dict[str, list[Level]] = {}
-    for run in _by_frontier(results)["lora"]:
-        learned = change(results, run, task)
-        if learned is not None:
-            levels.setdefault(settings_text(run.point), []).append((learned, _part(results, run, task, found)))
-    return levels
-
-
-def _mean_level(reached: Sequence[Level]) -> Level:
-    parts = [part for _, part in reached if part is not None]
-    return float(np.mean([x for x, _ in reached])), np.mean(parts, axis=0) if len(parts) == len(reached) else None
-
-
-def _furthest(frontier: Frontier, seed: int) -> Level:
-    """Return the most that a seed's runs have learned."""
-    path = frontier.points[seed]
-    k = max(range(len(path)), key=lambda k: path[k][0])
-    return path[k][0], frontier.parts[seed][k][0]
-
-
-def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.ndarray | None) -> list[AtEqual]:
-    read = {
-        f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s], of_level))}
-        for f in every
-    }
-    theirs = read[lora.name]
-    gaps: dict[str, Spread] = {}
-    together: dict[frozenset[int], list[str]] = {}  # by the seeds that a method shares with LoRA
-    for f in every:
-        shared = {seed: r - theirs[seed] for seed, r in read[f.name].items() if seed in theirs}
-        if shared and f is not lora:
-            gaps[f.name] = spread_of(shared)
-            together.setdefault(frozenset(shared), []).append(f.name)
-    tested = {name: told for names in together.values() for name, told in _tested(gaps, names)}
-    rows = []
-    for f in every:
-        ours, (stderr, p) = read[f.name], tested.get(f.name, (None, None))
-        spread = spread_of(ours) if ours else None
-        value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
-        gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
-        passed = value is None and any(x >= learned for path in f.points.values() for x, _ in path)
-        rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p, passed))
-    return rows
-
-
-def _tested(gaps: Mapping[str, Spread], names: Sequence[str]) -> Iterator[tuple[str, tuple[float | None, ...]]]:
-    """Yield for methods of the same seeds, which are tested together, (error of their difference from LoRA, p)."""
-    difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
-    yield from ((n, (_known(e), _known(p))) for n, e, p in zip(names, difference.stderr, difference.p))
-
-
-def spread_of(readings: Mapping[int, Reading]) -> Spread:
-    """Return the mean of the seeds' readings and how it varies with questions and seeds."""
-    sets = zip(*(reading.parts for reading in readings.values()))
-    return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
 
 
 def grid_headline(results: Results, found: Evaluations) -> str:
@@ -443,14 +142,14 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         return []
 
     def is_safe(i: int) -> bool:
-        pairs = ((_moved(results, i, name), results.base.estimate(name)) for name in judged)
+        pairs = ((change_with_error(results, i, name), results.base.estimate(name)) for name in judged)
         return all(moved.value <= SAFE * abs(base.value) for moved, base in pairs if moved and base)
 
     rows = []
     for f in frontiers(results, kept, task):
-        tried = {variant_of(run.point) for run in _by_frontier(results)[f.name]}  # diverged ones too
-        safe = [i for i in f.rows if _moved(results, i, task) and is_safe(i)]
-        best = max(safe, key=lambda i: _moved(results, i, task).value, default=None)
+        tried = {variant_of(run.point) for run in runs_by_frontier(results)[f.name]}  # diverged ones too
+        safe = [i for i in f.rows if change_with_error(results, i, task) and is_safe(i)]
+        best = max(safe, key=lambda i: change_with_error(results, i, task).value, default=None)
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
         rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))])
@@ -465,21 +164,3 @@ def _equal_text(row: AtEqual, unit: str | None) -> str:
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
     test = f", {p_text(row.p)}" if row.p is not None else ""
     return f"{_forgotten(row.value, unit)}{some}{test}"
-
-
-def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
-    """Return (method, settings, metric, difference, adjusted p) of every row against LoRA at equal settings, as text."""
-    lines = []
-    labels = results.labels()
-    for i, row in enumerate(results.rows):
-        reference = reference_row(results, row.variant)
-        for compared, names in compared_means(results).items() if i and reference != i else ():
-            gap = None if reference is None else results.difference(i, reference, compared)
-            if gap is not None:
-                name, settings, first = display_name(row.method), row.variant, results.metric(names[0])
-                text, _, p = gap_text(gap, first.unit).rpartition(", ")
-                titles = ", ".join(map(metric_title, names))
-                title = f"{compared} ({titles})" if len(names) > 1 else titles
-                metric = f"{title} {ARROWS[first.higher_is_better]}"
-                lines.append((name if settings else labels[i], settings or "–", metric, text, p))
-    return lines

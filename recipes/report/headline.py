@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
-from lora_null.recipes.report.table import metric_title, show_all
-from lora_null.recipes.results import Estimate, Paired, Results, change_error, mean
+from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
+from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, mean
 
 
 @dataclass(frozen=True)
@@ -299,3 +299,21 @@ def _single(results: Results, measure: Measure) -> str:
 def listed(names: list[str]) -> str:
     """`names` as words: "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def against_reference(results: Results) -> list[tuple[str, str, str, str, str]]:
+    """Return (method, settings, metric, difference, adjusted p) of every row against LoRA at equal settings, as text."""
+    lines = []
+    labels = results.labels()
+    for i, row in enumerate(results.rows):
+        reference = reference_row(results, row.variant)
+        for compared, names in compared_means(results).items() if i and reference != i else ():
+            gap = None if reference is None else results.difference(i, reference, compared)
+            if gap is not None:
+                name, settings, first = display_name(row.method), row.variant, results.metric(names[0])
+                text, _, p = gap_text(gap, first.unit).rpartition(", ")
+                titles = ", ".join(map(metric_title, names))
+                title = f"{compared} ({titles})" if len(names) > 1 else titles
+                metric = f"{title} {ARROWS[first.higher_is_better]}"
+                lines.append((name if settings else labels[i], settings or "–", metric, text, p))
+    return lines

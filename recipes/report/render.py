@@ -26,8 +26,8 @@ from lora_null.recipes.report.figures import (
 )
 from lora_null.recipes.report.following import following, probe_curves
 from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png, magnitude_picture, magnitude_png
-from lora_null.recipes.report.grid_page import against_reference, grid_content, grid_headline
-from lora_null.recipes.report.headline import headline, verdicts
+from lora_null.recipes.report.grid_page import grid_content, grid_headline
+from lora_null.recipes.report.headline import against_reference, headline, verdicts
 from lora_null.recipes.report.paper import paper_table
 from lora_null.recipes.report.table import (
     Column,
@@ -66,7 +66,7 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
     if results.paired is None:  # written by a version that did not compare
         results.paired, results.noise = compare(results, found), noise_of(found)
     content = _content(results, found, output_dir) | {"picture_file": drawn}
-    pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the last stands for all
+    pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the page last: it marks a finished run
     for page, file in pages.items():
         templates = templates_in(Path(__file__).parent, escape=page.endswith(".html"))
         pages[page] = templates.get_template(file).render(content).encode()

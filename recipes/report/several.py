@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_null.eval_harness import Evaluation
-from lora_null.recipes.config.load import read_yaml, whole_of
-from lora_null.recipes.config.tasks import FOLDER
-from lora_null.recipes.output import RECIPE_FILE, check_place
+from lora_null.recipes.config.load import RECIPE_FILE, read_yaml, whole_of
+from lora_null.recipes.config.tasks import stage_folder
+from lora_null.recipes.output import PAGE_FILE, check_place
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
     EVAL_FILE,
@@ -44,7 +44,7 @@ def report(folder: Path) -> Path:
     folder = _standing_for(folder)
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         write_report(folder)
-        return folder / "report.html"
+        return folder / PAGE_FILE
     write_report(folder, results_so_far(folder), SO_FAR)
     return folder / f"{SO_FAR}.html"
 
@@ -54,7 +54,7 @@ def _standing_for(folder: Path) -> Path:
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         return folder
     named = (read_yaml(folder / RECIPE_FILE).get("sequence") or {}).get("tasks", [])
-    tasks = [folder / FOLDER / f"{number}-{task['name']}" for number, task in enumerate(named, 1)]
+    tasks = [stage_folder(folder, number, task["name"]) for number, task in enumerate(named, 1)]
     begun = [task for task in tasks[:1] if (task / RECIPE_FILE).is_file()]
     return [folder, *begun, *(task for task in tasks if (task / RESULTS_FILE).is_file())][-1]
 
@@ -127,7 +127,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     )
     write_results(out, results)
     write_report(out)
-    return out / "report.html"
+    return out / PAGE_FILE
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_null.recipes.grid import mean_row
-from lora_null.recipes.report.grid_page import equal_learning
+from lora_null.recipes.report.equal_learning import equal_learning
 from lora_null.recipes.results import Results, Run, load_results, variant_of
 
 STUDY = Path(__file__).parent / "study"

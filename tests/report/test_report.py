@@ -24,8 +24,7 @@ from lora_null.recipes.report.figures import (
     forgetting_png,
     row_colors,
 )
-from lora_null.recipes.report.grid_page import against_reference
-from lora_null.recipes.report.headline import forgetting, headline, learning, task_metric, verdicts
+from lora_null.recipes.report.headline import against_reference, forgetting, headline, learning, task_metric, verdicts
 from lora_null.recipes.report.table import build_table, count, decimals, escape_markdown, rank_marks, show, show_all
 from lora_null.recipes.results import (
     Estimate,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_null.start import InitOptions
 
 METHODS: dict[str, type[Method]] = {}
-# Of a LoRA alone; the first two come with every recipe, the others only where somebody asks for them.
+# LoRA's own arguments, which other PEFT configurations lack: every recipe gives the first two, the rest are refused if set.
 RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.recipes.base_cache import identity_of
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.data.calibration import Source
-from lora_null.recipes.models.bases import attention, base_to_run, hub_commit
+from lora_null.recipes.models.bases import attention, base_to_run, model_identity
 from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import is_first_process, on_first_rank
 from lora_null.utils.files import cache_root, hash_of, keep_newest, write_json
@@ -68,7 +67,7 @@ def writer(
 def _key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:
     """Return a hash over all that the texts depend on."""
     parts = {
-        "model": identity_of(name, section.revision, hub_commit(section, name)),
+        "model": model_identity(section, name),
         "compute": [section.dtype, section.quantization, attention(section), PartialState().device.type],
         "end": section.eos_token,
         "texts": [source.prompts, count, cut.max_length, cut.seed],
