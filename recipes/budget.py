@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_null.adapters.strength import Strength, beyond_scaling
-from lora_null.eval_harness import AnswerTask, Evaluation, Task
+from lora_null.eval_harness import AnswerTask, Evaluation, LmEvalTask, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
 from lora_null.eval_harness.statistics import is_mean_of_samples, mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
@@ -70,6 +70,10 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     if section is None or probe is None:
         return None
     task, measure = _find_measure(section.measure, tasks)
+    if isinstance(task, LmEvalTask) and task.is_of_group(measure):
+        raise UserError(
+            f"budget.measure: {measure!r} is a group's mean, without a value for each question; list its members instead"
+        )
     few = next((few for few in probe.tasks if few.role == "retention" and few.key == task.key), None)
     if few is None:
         raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")

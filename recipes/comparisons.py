@@ -48,8 +48,13 @@ def read_evaluations(folder: Path, results: Results, *, base: Path | None = None
             files = {run.seed: folder / run.folder / run.method / EVAL_FILE for run in own}
         if row.diverged is None:
             read = {seed: Evaluation.read(file) for seed, file in files.items() if file.is_file()}
-            found[i] = {seed: replace(x, samples=x.samples | x.group_samples) for seed, x in read.items()}
+            found[i] = {seed: with_samples_of_groups(evaluation) for seed, evaluation in read.items()}
     return {i: by_seed for i, by_seed in found.items() if by_seed}
+
+
+def with_samples_of_groups(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation whose `samples` hold those of lm-eval's groups too."""
+    return replace(evaluation, samples=evaluation.samples | evaluation.group_samples)
 
 
 def noise_of(found: Evaluations) -> dict[str, float]:

@@ -81,10 +81,14 @@ def eval_tasks(
 
 
 def probe_tasks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    allow_code_execution: bool | str = False,
 ) -> dict[Role, list[Task]]:
     """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
-    asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution=False), recipe.eval.probe
+    asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution), recipe.eval.probe
     entries = {role: getattr(held, role) if held else [] for role in get_args(Role)}
     return {role: _make_tasks(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
 

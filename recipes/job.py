@@ -168,7 +168,7 @@ def inspect_recipe(
         return job
     _read_inputs(job, training, reach, allow_code_execution)
     if not unreached:
-        _plan_measures(job, training.max_length)
+        _plan_measures(job, training.max_length, allow_code_execution)
     return job
 
 
@@ -225,7 +225,7 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
     length = training_arguments(recipe, base).max_length
     options = {"max_length": length, "allow_code_execution": allow_code_execution}
     job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
-    _plan_measures(job, length)
+    _plan_measures(job, length, allow_code_execution)
     return job
 
 
@@ -248,10 +248,11 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
             )
 
 
-def _plan_measures(job: Job, max_length: int | None) -> None:
+def _plan_measures(job: Job, max_length: int | None, allow_code_execution: bool | str) -> None:
     """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
     recipe, name, tasks = job.recipe, job.model_name, job.tasks
-    own = probe_tasks(recipe, job.tokenizer, max_length=max_length)
+    options = {"max_length": max_length, "allow_code_execution": allow_code_execution}
+    own = probe_tasks(recipe, job.tokenizer, **options)
     job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
     counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
     if counted and not recipe.eval.before:

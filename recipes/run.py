@@ -45,7 +45,7 @@ from lora_null.recipes.callbacks import (
     diverged_at,
 )
 from lora_null.recipes.card import CARD_FILE, write_run_card
-from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, with_samples_of_groups
 from lora_null.recipes.config.load import CELLS_FOLDER
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Windows, cut_windows
@@ -413,12 +413,19 @@ def dial(
     section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
     options["reference_dir"], own = job.base, folder / DIAL_FOLDER
 
-    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
-        return evaluate(model, job.tokenizer, job.tasks, output_dir=own / f"strength={strength:g}", **options)
-
     base = Evaluation.read(job.base / EVAL_FILE)
+    measured = {0.0: base, **known}
+
+    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
+        folder_of_answers = own / f"strength={strength:g}"
+        measured[strength] = evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
+        return measured[strength]
+
     points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
+    found.paired = compare(
+        found.results(), {i: {0: with_samples_of_groups(measured[point.strength])} for i, point in enumerate(points)}
+    )
     if is_first_process():
         write_dial(own, found)
     PartialState().wait_for_everyone()

@@ -129,6 +129,11 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
         ranks = [own.saved_rank for job in jobs for own in job.plans if own.name == plan.name and own.saved_rank]
         if recipe.eval.backend == "vllm" and ranks:
             max_lora_rank(sum(ranks), plan.name)  # they add up
+    if recipe.model.dtype != "float32" and is_first_process():
+        logger.warning(
+            f"sequence: in {recipe.model.dtype} the weights that a later task goes on from round small changes of earlier tasks "
+            "away, which METHOD/adapter keeps; model.dtype=float32 measures what is saved"
+        )
     for job in jobs[1:]:
         check_asked_alike(job, jobs[0], f"sequence.tasks, {job.recipe.name}")
     for job, tasks in zip(jobs, _tasks_by_stage(recipe, jobs[-1])):

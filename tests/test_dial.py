@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import PROBE, losses_over, random_batches, save_tiny
 from transformers import AutoModelForCausalLM
-from world import base, make_world
+from world import base, make_world, write_rows
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
@@ -120,6 +120,27 @@ def test_a_run_that_vllm_evaluated_is_measured_on_the_live_model(world, tmp_path
     path.write_text(MARK + yaml.safe_dump(raw))
     method = tmp_path / "out" / "lora-null-v1"
     assert main(["dial", str(method), "--strengths", "1", "--limit", "4", "--out", str(tmp_path / "found")]) == 0
+
+
+def test_questions_are_found_under_the_names_they_have(world, tmp_path):
+    """As an entry of a recipe finds them; conversations too."""
+    talk = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they"}]
+    for name, row in (("asked", {"prompt": "who?", "response": "they"}), ("talks", {"messages": talk})):
+        path = write_rows(tmp_path / f"{name}.jsonl", [row] * 3)
+        words = ["--keep", str(path), "--strengths", "1", "--out", str(tmp_path / name)]
+        assert main(["dial", str(world / "elsewhere"), *words]) == 0
+        assert points(tmp_path / name)[1.0][f"{name} nll"]["n"] == 3
+    found = [points(tmp_path / name)[1.0] for name in ("asked", "talks")]
+    assert found[0]["asked nll"]["value"] == found[1]["talks nll"]["value"]
+
+
+def test_every_point_is_paired_with_the_base(world):
+    """An accuracy that falls by no question has an error of 0, where two estimates apart have one each."""
+    found = read_dial(world / "out" / "lora-null-v1")
+    assert {(pair.row, pair.against, pair.questions) for pair in found.paired if "facts" in pair.metric} == {
+        (1, 0, 24),
+        (2, 0, 24),
+    }
 
 
 def test_a_files_name_is_no_markup(world, tmp_path, capsys):

@@ -20,6 +20,7 @@ from scipy import stats
 from tiny import tiny_tokenizer
 from world import make_world, results
 
+from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, PreferenceTask
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.recipes import run
@@ -68,6 +69,12 @@ def test_leaves_ordinary_runs_and_one_base(grid):
             assert [row["method"] for row in own["rows"]] == ["base", "lora", "lora-null-v2", "pissa"]
             assert own["seed"] == seed and own["settings"]["learning_rate"] == float(point.split("=")[1])
             assert (cell / "report.html").is_file() and (cell / "pissa" / "adapter").is_dir()
+
+
+def test_a_dial_of_one_run_takes_the_base_of_all(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    method = grid / "out" / "cells" / POINTS[0] / "seed=0" / "lora"
+    assert command(["dial", str(method), "--strengths", "0", "--out", str(tmp_path)]) == 0
 
 
 def test_rows_are_means_over_the_seeds(grid):

@@ -181,10 +181,13 @@ def test_what_cannot_start_is_told_in_a_line():
         launch.command(["--engine", "fsdp", "math"], {}, gpus=1)
 
 
+PATIENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}  # seconds that torch's agent waits for what it was told to end
+
+
 def preempted(command, folder, log):
     """Run a command, send its first process alone SIGTERM once it trains; return its status and what it said."""
     with open(folder / "said.txt", "w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **CPU}, cwd=folder)
+        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **CPU, **PATIENT}, cwd=folder)
         while process.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)

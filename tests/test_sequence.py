@@ -283,6 +283,23 @@ def test_a_dry_run_looks_at_the_folder_of_the_whole(finished, tmp_path, capsys):
     assert f"{finished / 'out'} holds a finished run" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_tasks_tells_their_space_and_their_rounding(finished, tmp_path, monkeypatch, capsys):
+    words = [
+        "train",
+        str(finished / "a.yaml"),
+        str(finished / "b.yaml"),
+        "--sequence",
+        "--output-dir",
+        str(tmp_path / "x"),
+    ]
+    said = "in bfloat16 the weights that a later task goes on from round small changes"
+    assert main([*words, "--dry-run"]) == 0 and said not in capsys.readouterr().err
+    monkeypatch.setattr("lora_null.recipes.sequence.space_of_sequence", lambda *_: 10**16)
+    assert main([*words, "--dry-run", "model.dtype=bfloat16"]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "GB free, this run needs about 10000000.0 GB" in told
+
+
 class Blow(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2 and "2-letters" in args.output_dir and "v1" in args.output_dir:

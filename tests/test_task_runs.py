@@ -162,6 +162,9 @@ def test_code_runs_only_when_allowed(tmp_path, capsys, caplog, monkeypatch):
     assert results(tmp_path)["rows"][1]["metrics"]["humaneval"]["value"] == pytest.approx(2 / 3)
     assert results(tmp_path)["settings"]["generated_code"] == "no jail, limits on time, memory and files alone"
     assert "no jail, limits" in (tmp_path / "out" / "report.html").read_text()
+    probed = f"eval.probe={{task: [{{task: sandbox_humaneval_completion, name: probed, path: {path}}}], retention: 0}}"
+    words = [str(recipe), probed, "--dry-run", "--output-dir", str(tmp_path / "other")]
+    assert main([*words, "--allow-code-execution=unsafe"]) == 0 and main(words) == 2
     monkeypatch.setenv("PATH", str(tmp_path))
     find_jail.cache_clear()
     capsys.readouterr()

@@ -140,7 +140,11 @@ class LmEvalTask(Task):
 
     @property
     def found_names(self) -> list[str]:
-        return self._tried["names"]
+        return list(self._tried["names"])
+
+    def is_of_group(self, name: str) -> bool:
+        """Return whether a result is a group's own, which has no value for each question alone."""
+        return self._tried["names"][name][0] in (self.loaded.get("groups") or {})
 
     @property
     def loaded(self) -> TaskDict:
@@ -170,7 +174,7 @@ class LmEvalTask(Task):
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     raise UserError(f"{self} fails on its first document ({reason})") from error
                 raise
-        return {"loaded": loaded, "jailed": held.used, "names": list(self.result_names(loaded, results))}
+        return {"loaded": loaded, "jailed": held.used, "names": self.result_names(loaded, results)}
 
     @cached_property
     def _rules(self) -> str:

@@ -17,7 +17,7 @@ from lora_null.utils.errors import UserError, nearest
 ALLOW, JAILED, UNSAFE = "--allow-code-execution", "jailed", "unsafe"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
-QUESTIONS = {"prompt": "question", "response": "answer", "template": "qa"}  # how files of questions are read
+QUESTIONS = ("prompt", "response", "template")  # how files of questions are read
 
 
 class Parser(argparse.ArgumentParser):
@@ -238,9 +238,9 @@ def _add_questions(add: Any) -> None:
         "--keep", metavar="FILE", help="measure on these questions with answers what is forgotten", complete=shtab.FILE
     )
     add("--learn", metavar="FILE", help="and on these what was learned", complete=shtab.FILE)
-    add("--prompt", help="field of the question (default question)")
-    add("--response", help="field of the answer (default answer)")
-    add("--template", help="alpaca, qa (default), plain, or a text with {prompt}")
+    add("--prompt", help="field of the question (default: found by its name)")
+    add("--response", help="field of the answer (default: found by its name)")
+    add("--template", help="alpaca, qa (default), plain, chat, or a text with {prompt}")
     add("--limit", type=int, help="first questions of every file only")
     _add_consent(add)
 

@@ -16,7 +16,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.budget import FEWEST, hold
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.config.load import RECIPE_FILE, whole_of
+from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
@@ -132,7 +132,10 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     raw["model"] = source.base.section.model_dump(mode="json")
     before = source.recipe.get("eval", {})
     shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
-    shared = shared and (source.run / "base" / EVAL_FILE).is_file()
+    of_run = (
+        whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run
+    ) / "base"  # a grid's runs share one
+    shared = shared and (of_run / EVAL_FILE).is_file()
     probe = before.get("probe") if shared else None  # whose rows of the base are known
     rows = probe.get("retention") if probe else None
     if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept
@@ -143,7 +146,7 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     if not recipe.eval.retention and not recipe.eval.task:
         raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
     try:
-        base = source.run / "base" if shared else out / "base"
+        base = of_run if shared else out / "base"
         return evaluation_job(recipe, base, allow_code_execution=arguments.allow_code_execution)
     except UserError as error:
         named = {"eval.retention.path": "--keep", "eval.task.path": "--learn"} if own else {}
@@ -166,7 +169,7 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
                 "questions with known answers"
             )
         return _of_run(source)
-    fields = {key: getattr(arguments, key) or default for key, default in QUESTIONS.items()}
+    fields = {key: value for key in QUESTIONS if (value := getattr(arguments, key)) is not None}
     stems = [Path(path).stem for path in (arguments.keep, arguments.learn) if path is not None]
 
     def entry(path: str | None, what: str) -> list[dict[str, Any]]:
@@ -181,8 +184,8 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
         "name": "dial",
         "model": {},
         "method": {"name": "lora"},
-        "calibration": {**used, "field": fields["prompt"]},
-        "data": used | fields,
+        "calibration": used,
+        "data": used | {"template": "qa"} | fields,
         "eval": evaluation | {"batch_size": 8},
     }
 

@@ -44,7 +44,7 @@ from lora_null.recipes.data.examples import (
 from lora_null.recipes.data.formats import Format, recognize
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.environment import accelerator
+from lora_null.recipes.environment import accelerator, computes_bf16
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.output import check_place
@@ -197,7 +197,9 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     tokenizer = load_tokenizer(model, name)
     empty = empty_model(config, model)
     size = sum(p.numel() for p in empty.parameters())
-    model.dtype = "float32" if machine.on_cpu and 4 * size < machine.memory / 3 else "bfloat16"
+    model.dtype = (
+        "float32" if (machine.on_cpu or not computes_bf16()) and 4 * size < machine.memory / 3 else "bfloat16"
+    )
     rows = _rows(arguments.data, arguments.split, "data", out)
     data, examples, bad = _data(rows, tokenizer)
     sides = _tokenized(examples, data["template"], tokenizer, rows.format.preferences)

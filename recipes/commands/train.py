@@ -65,10 +65,10 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.dry_run import dry_run
     from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
     from lora_null.recipes.grid import run_grid
-    from lora_null.recipes.output import check
+    from lora_null.recipes.output import check, check_space
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
-    from lora_null.recipes.sequence import check_stages, run_sequence
+    from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
     use_all_cores()
     keep_freed_memory()
@@ -84,6 +84,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         jobs = [dry_run(each, allow_code_execution=consent) for each in planned]
         if recipe.sequence:
             check_stages(recipe, jobs)
+            check_space(Path(recipe.output_dir), space_of_sequence(recipe, jobs))
         return
     try:
         (run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe)(recipe, **options)

@@ -10,7 +10,7 @@ from lora_null.eval_harness import Metric
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table, escape_markdown
-from lora_null.recipes.results import Results, Row, display_name, validated
+from lora_null.recipes.results import Paired, Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 DIAL_FOLDER, FILE = "dial", "dial.json"
@@ -32,19 +32,22 @@ class Dial(BaseModel):
         model: the base's name.
         points: by rising strength, the base first.
         seconds: that the evaluations took.
+        paired: every point compared with the base, question by question; None in a file of a version that did not compare.
     """
 
     method: str
     model: str
     points: list[DialPoint] = Field(min_length=1)
     seconds: float = 0.0
+    paired: list[Paired] | None = None
 
     def results(self) -> Results:
         """Return the points as rows of a comparison, so that one table and one choice of measures serve both."""
         base, *rest = self.points
         label = display_name(self.method)
         rows = [Row(method=label, variant=f"strength {p.strength:g}", metrics=p.metrics) for p in rest]
-        return Results(recipe="dial", model=self.model, rows=[Row(method="base", metrics=base.metrics), *rows])
+        rows = [Row(method="base", metrics=base.metrics), *rows]
+        return Results(recipe="dial", model=self.model, rows=rows, paired=self.paired)
 
     def frontier(self) -> tuple[Measure, Measure] | None:
         """Return what was kept and what was learned, one estimate a point; None where one side was not measured."""

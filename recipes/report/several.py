@@ -30,6 +30,7 @@ from lora_null.utils.files import link
 
 # What two evaluations of a task of one name must have in common, by its name in eval.json.
 DECISIVE = {"pairs_sha256": "rows", "texts_sha256": "texts", "questions_sha256": "questions", "beta": "beta"}
+DECISIVE |= {"path_sha256": "rows", "documents_sha256": "rows", "rules_sha256": "rules", "num_fewshot": "num_fewshot"}
 SO_FAR = "unfinished"  # report.html stands for a finished run
 
 
@@ -173,6 +174,6 @@ def _check_alike(one: Path, first: Results, other: Path, results: Results) -> No
     ours, theirs = _tasks_of(one), _tasks_of(other)
     for name in ours.keys() & theirs.keys():
         for key, what in DECISIVE.items():
-            if ours[name].get(key) != theirs[name].get(key):
-                values = f" ({ours[name].get(key)}, {theirs[name].get(key)})" if key == what else ""
+            if key in ours[name] and key in theirs[name] and ours[name][key] != theirs[name][key]:
+                values = f" ({ours[name][key]}, {theirs[name][key]})" if key == what else ""
                 raise UserError(f"report: {one} and {other} measured {name} differently, with other {what}{values}")

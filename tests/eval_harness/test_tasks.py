@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lora_null.eval_harness import AnswerTask, LmEvalTask, Metric, evaluate, validate_tasks
 from lora_null.eval_harness.lm_eval import loading
 from lora_null.eval_harness.lm_eval.model import ShardedLM
+from lora_null.recipes.budget import plan_budget
 from lora_null.utils.errors import UserError
 
 
@@ -109,7 +111,11 @@ def fake_hub(monkeypatch):
 
 def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_hub):
     fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
-    found = evaluate(model, tokenizer, [LmEvalTask("hendrycks_math", metric="exact_match", limit=3)], limit=2)
+    task = LmEvalTask("hendrycks_math", metric="exact_match", limit=3, role="retention")
+    recipe = SimpleNamespace(budget=SimpleNamespace(measure=None))
+    with pytest.raises(UserError, match="'hendrycks_math' is a group's mean, without a value for each question"):
+        plan_budget(recipe, [task], SimpleNamespace(tasks=[]))
+    found = evaluate(model, tokenizer, [task], limit=2)
     assert set(found.metrics) == {"hendrycks_math"} and not found.samples  # by which a budget counts rows
     assert found.group_samples == {"hendrycks_math": [0.0] * 14} and type(found).from_json(found.to_json()) == found
     assert found.metrics["hendrycks_math"].n == 7 * 2 and found.metrics["hendrycks_math"].unit == "fraction"

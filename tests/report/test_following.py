@@ -249,7 +249,15 @@ def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "message"), [("pairs_sha256", "with other rows"), ("beta", "with other beta (0.1, 0.5)"), ("limit", "")]
+    ("key", "message"),
+    [
+        ("pairs_sha256", "with other rows"),
+        ("documents_sha256", "with other rows"),
+        ("rules_sha256", "with other rules"),
+        ("num_fewshot", "with other num_fewshot (0.1, 0.5)"),
+        ("beta", "with other beta (0.1, 0.5)"),
+        ("limit", ""),
+    ],
 )
 def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(tmp_path, capsys, key, message):
     measured = {"P reward margin": Metric(0.0, 0.0, 50, True, "task", "nats")}
