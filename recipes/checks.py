@@ -56,9 +56,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     Raises:
         UserError: naming the key and what to install.
     """
-    if (
-        recipe.eval.backend == "vllm" and recipe.model.quantization is None
-    ):  # which vllm does not run: see `check_methods`
+    if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # else `check_methods` refuses it
         require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":

@@ -132,10 +132,8 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     raw["model"] = source.base.section.model_dump(mode="json")
     before = source.recipe.get("eval", {})
     shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
-    of_run = (
-        whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run
-    ) / "base"  # a grid's runs share one
-    shared = shared and (of_run / EVAL_FILE).is_file()
+    of_run = whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run  # a grid's runs share one base
+    shared = shared and (of_run / "base" / EVAL_FILE).is_file()
     probe = before.get("probe") if shared else None  # whose rows of the base are known
     rows = probe.get("retention") if probe else None
     if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept
@@ -146,7 +144,7 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     if not recipe.eval.retention and not recipe.eval.task:
         raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
     try:
-        base = of_run if shared else out / "base"
+        base = of_run / "base" if shared else out / "base"
         return evaluation_job(recipe, base, allow_code_execution=arguments.allow_code_execution)
     except UserError as error:
         named = {"eval.retention.path": "--keep", "eval.task.path": "--learn"} if own else {}

@@ -44,12 +44,10 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
 
 def _kept(training: SFTConfig | DPOConfig, length: int) -> range:
     """Return which tokens of a row the trainer takes."""
-    most = training.max_length
-    if most is None or (
-        cut_by_trainer(training) and getattr(training, "packing", False)
-    ):  # what is over goes on in a pack
+    most, by_trainer = training.max_length, cut_by_trainer(training)
+    if most is None or (by_trainer and getattr(training, "packing", False)):  # then the rest goes on in another pack
         return range(length)
-    return range(max(0, length - most), length) if cut_by_trainer(training) else range(min(most, length))
+    return range(max(0, length - most), length) if by_trainer else range(min(most, length))
 
 
 def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, kept: range, *, marked: bool) -> Text:
