@@ -86,12 +86,9 @@ def read_parts(folder: Path) -> dict[str, LayerResult]:
 
 
 def read_scalings(folder: Path) -> dict[str, float]:
-    """Return the scaling of every module in a folder, from the files' headers alone."""
-    return {
-        name: scaling
-        for path in parts_in(folder)
-        for name, scaling in json.loads(read_metadata(path)["facts"])["scaling"].items()
-    }
+    """Return the scaling of every module in a folder, from the files' headers alone; a damaged file tells none."""
+    facts = (json.loads(read_metadata(path).get("facts", "{}")) for path in parts_in(folder))
+    return {name: scaling for part in facts for name, scaling in part.get("scaling", {}).items()}
 
 
 def _read_part(path: Path) -> LayerResult:

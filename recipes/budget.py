@@ -277,6 +277,10 @@ class Measurement:
         left = self.bound.left(len(found.samples[self.bound.measure]))
         return forgotten(self.bound.measure, found, self.whole, self.bound.used), left
 
+    def on_task(self) -> Evaluation | None:
+        """Return what is learned on the probed rows; None where no task is probed."""
+        return self.evaluate(self.learning) if self.learning else None
+
 
 def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high: float = 1.0) -> float:
     """Return the largest strength up to `high` found by bisection that keeps a bound; 0 where not even the smallest does.
@@ -298,13 +302,18 @@ def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high:
     return low
 
 
-def hold(measured: Measurement, strength: Strength) -> Budget:
+def hold(measured: Measurement, strength: Strength, learned: Evaluation | None = None) -> Budget:
     """Set the largest strength at which a budget is kept: by bisection on the probed rows, then on all others.
+
+    Args:
+        measured: what is measured, and by what.
+        strength: of the model.
+        learned: what was learned before anything was given up for the budget; None measures it now.
 
     Returns:
         What became of the budget, of a state that is at no step of a training.
     """
-    section = measured.bound.section
+    section, before = measured.bound.section, learned or measured.on_task()
     at_most = section.at_most
 
     def forgets(value: float) -> Estimate:
@@ -321,6 +330,7 @@ def hold(measured: Measurement, strength: Strength) -> Budget:
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= SMALLEST else 0.0)
         checked, rows = measured.on_rest()
+    after = measured.on_task()
     return Budget(
         measure=measured.bound.measure,
         at_most=at_most,
@@ -333,21 +343,20 @@ def hold(measured: Measurement, strength: Strength) -> Budget:
         n=rows,
         kept=within(checked, at_most),
         first_check=first and first.value,
+        learned=_given_up(measured, before, after) if before and after else {},
     )
 
 
 def keep_budget(measured: Measurement, callback: KeepBudget, model: Any) -> Budget:
     """Make a trained model keep its budget, in place; return what became of it, and of what was learned."""
     trained_to, planned = callback.trainer.state.global_step, callback.trainer.state.max_steps
-    before = measured.evaluate(measured.learning) if measured.learning else None
+    learned = measured.on_task()
     rewound = callback.rewind()
-    held = hold(measured, Strength(model))
-    after = measured.evaluate(measured.learning) if measured.learning else None
+    held = hold(measured, Strength(model), learned)
     of_training = {
         "step": callback.last_within if rewound else trained_to,
         "reached": trained_to if callback.reached else None,
         "steps": planned,
-        "learned": _given_up(measured, before, after) if before and after else {},
     }
     return held.model_copy(update=of_training)
 

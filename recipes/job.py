@@ -47,7 +47,7 @@ from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_predicts_next_token, tell
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
-from lora_null.utils.limits import PositionLimit, fit_windows, position_limit
+from lora_null.utils.limits import PositionLimit, position_limit
 
 
 @dataclass
@@ -201,9 +201,9 @@ def _read_inputs(
         if limit.hard or (task.bounded and recipe.eval.backend == "hf"):
             task.check_positions(tokenizer, limit)
     section = recipe.calibration
-    length = fit_windows(section.max_length, CalibrationArgs.max_length, limit, "calibration.max_length")
     seed = recipe.seed if section.seed is None else section.seed
-    job.cut, job.sources = CalibrationArgs(section.samples, length, section.mode, seed), sources or []
+    asked = CalibrationArgs(section.samples, section.max_length, section.mode, seed)
+    job.cut, job.sources = asked.fitting(limit, "calibration.max_length"), sources or []
     windows = cut_windows(job.sources, tokenizer, job.cut)
     if sources and all(source.texts is not None for source in sources):
         job.windows = windows

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_null.recipes.commands.arguments import Parser
-from lora_null.utils.errors import UserError, exit_status
+from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status
 
 CONFIGURATIONS = Path(__file__).parent / "accelerate"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -30,7 +30,6 @@ VARIABLES = (
 )
 PORT = "29500"
 SECONDS_TO_SAVE = "600"  # torch kills its processes 30 s after a SIGTERM otherwise, in the midst of a large checkpoint
-PREEMPTED = 128 + signal.SIGTERM
 
 
 def machines(environment: Mapping[str, str]) -> tuple[int, int, str]:
@@ -111,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
         signal.signal(signal.SIGTERM, hand_on)
         status = process.wait()
-    return PREEMPTED if asked and status else status
+    return SIGTERM_STATUS if asked and status else status
 
 
 if __name__ == "__main__":

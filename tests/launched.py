@@ -5,12 +5,12 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 import lora_null.recipes.config.load as load
 
-RECIPES = load.RECIPES / "accelerate"
+CONFIGURATIONS = load.RECIPES / "accelerate"
 
 
 def arguments_of(name: str):
     """Return the launcher's arguments with the configuration's values laid in by accelerate itself."""
-    words = ["--config_file", str(RECIPES / f"{name}.yaml"), "-m", "lora_null.recipes", "math"]
+    words = ["--config_file", str(CONFIGURATIONS / f"{name}.yaml"), "-m", "lora_null.recipes", "math"]
     return _validate_launch_command(launch_command_parser().parse_args(words))[0]
 
 

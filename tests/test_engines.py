@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from engine_worlds import FEWER_METHODS, REFUSED
-from launched import FOLDER, arguments_of, environment_of
+from launched import CONFIGURATIONS, arguments_of, environment_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import random_batches, tiny_model
@@ -30,7 +30,7 @@ from lora_null.trainer.checkpoints import check_processes, record_processes
 
 METHODS = ("lora-null-v1", "nb-lora", "lora-null-v2", "full")
 FEWER = METHODS[:2]
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+NAMES = sorted(path.stem for path in CONFIGURATIONS.glob("*.yaml"))
 CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 WEIGHTS = "adapter_model.safetensors"
 
@@ -41,7 +41,7 @@ def test_all_engines_are_shipped():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_says_its_command_and_accelerate_knows_every_key(name):
-    path = FOLDER / f"{name}.yaml"
+    path = CONFIGURATIONS / f"{name}.yaml"
     text = path.read_text()
     assert text.startswith(f"# accelerate launch --config_file recipes/accelerate/{name}.yaml")
     assert "ot yet run on" in text or "Run on one GPU" in text  # what it has been tried on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.limits import tokenizer_of
+from lora_null.utils.limits import PositionLimit, tokenizer_of
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
@@ -56,6 +56,25 @@ class CalibrationArgs:
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise UserError(f"calibration_args.{name}: must be a whole number of at least {least}, not {value!r}")
+
+    def fitting(self, limit: PositionLimit | None, key: str = "calibration_args.max_length") -> CalibrationArgs:
+        """Return these arguments with windows that the model has positions for.
+
+        The default length is no wish of the user's and is cut to a position table, which one line says.
+
+        Args:
+            limit: the model's.
+            key: what the length is called where it was set.
+
+        Raises:
+            UserError: another length than the default, longer than the model's position table.
+        """
+        if limit is None or not limit.hard or self.max_length <= limit.tokens:
+            return self
+        if self.max_length != CalibrationArgs.max_length:
+            raise UserError(f"{key}: {self.max_length} tokens are too long, {limit}; at most {limit.tokens}")
+        logger.warning(f"{key}: {limit.tokens} tokens instead of {self.max_length}, {limit}")
+        return replace(self, max_length=limit.tokens)
 
 
 def calibration_windows(

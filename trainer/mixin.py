@@ -90,7 +90,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
-from lora_null.utils.limits import fit_windows, position_limit
+from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
@@ -248,7 +248,8 @@ class LoraNullMixin(SavingMixin):
         self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
         self.forget_terms()
         self._calibration_dataset = calibration_dataset
-        self._calibration_args = self._fit(calibration_args or CalibrationArgs(seed=self.args.seed))
+        limit = position_limit(self.model.config) if self._measures and calibration_dataset is not None else None
+        self._calibration_args = (calibration_args or CalibrationArgs(seed=self.args.seed)).fitting(limit)
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
         self._init_options = replace(init_options or defaults, weights=self._weights)
         self._init_folder = None if init_folder is None else find_initialization(Path(init_folder))
@@ -616,14 +617,6 @@ class LoraNullMixin(SavingMixin):
         if reason is not None:
             logger.warning(f"calibration_dataset: no drift is reported, {reason}")
         return reason is None
-
-    def _fit(self, calibration_args: CalibrationArgs) -> CalibrationArgs:
-        """Return the arguments with windows that the model has positions for."""
-        limit = position_limit(self.model.config) if self._measures and self._calibration_dataset is not None else None
-        length = fit_windows(
-            calibration_args.max_length, CalibrationArgs.max_length, limit, "calibration_args.max_length"
-        )
-        return replace(calibration_args, max_length=length)
 
     def init_options_here(self) -> InitOptions:
         """Return the options, with the accelerator as the place to run: engines that shard leave the model on the CPU."""

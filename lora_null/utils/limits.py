@@ -16,10 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
-
-logger = get_logger(__name__)
 
 # Families without rotary positions and without a table: convolutions, states or a bias by distance carry the order, or
 # the positions are computed. Their `max_position_embeddings` is what they were trained on.
@@ -138,28 +135,6 @@ def unsupported(config: PreTrainedConfig) -> str | None:
     if not {config.model_type, text.model_type} & known and not getattr(config, "auto_map", None):
         return f"{name} ({config.model_type}) is no language model that transformers knows"
     return None
-
-
-def fit_windows(asked: int, default: int, limit: PositionLimit | None, key: str) -> int:
-    """Return the tokens of a calibration window, at most: what was asked for, where the model takes it.
-
-    The default is no wish of the user's and is cut to a position table, which one line says.
-
-    Args:
-        asked: what is set.
-        default: what is set where the user sets nothing.
-        limit: the model's.
-        key: what the setting is called.
-
-    Raises:
-        UserError: another length than the default, longer than the model's position table.
-    """
-    if limit is None or not limit.hard or asked <= limit.tokens:
-        return asked
-    if asked != default:
-        raise UserError(f"{key}: {asked} tokens are too long, {limit}; at most {limit.tokens}")
-    logger.warning(f"{key}: {limit.tokens} tokens instead of {asked}, {limit}")
-    return limit.tokens
 
 
 def has_float64(device: torch.device) -> bool:

@@ -31,7 +31,7 @@ from lora_null.targets import check_layers, put_on
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.limits import fit_windows, position_limit
+from lora_null.utils.limits import position_limit
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,8 +87,8 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
     def check() -> tuple[Any, ...]:
         name = resolve_name(model)
         tokenizer, limit = load_tokenizer(model, name), position_limit(load_config(model, name))
-        length = fit_windows(calibration.max_length, CalibrationArgs.max_length, limit, "--max-length")
-        cut = CalibrationArgs(calibration.samples, length, calibration.mode, arguments.seed)
+        asked = CalibrationArgs(calibration.samples, calibration.max_length, calibration.mode, arguments.seed)
+        cut = asked.fitting(limit, "--max-length")
         sources = calibration_sources(calibration, tokenizer)
         if arguments.low_memory and any(source.texts is None for source in sources):
             raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")

@@ -95,11 +95,11 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
     from lora_null.recipes.output import what_is_kept
-    from lora_null.recipes.processes import is_launched_to_shard
+    from lora_null.recipes.processes import WORKERS, is_launched_to_shard
 
     if not (folder / RECIPE_FILE).is_file():
         return "stopped before anything was begun", "the same command starts it"
-    processes = os.environ.get("WORLD_SIZE", os.environ.get("LORA_NULL_WORKERS", "1"))
+    processes = os.environ.get("WORLD_SIZE", os.environ.get(WORKERS, "1"))
     launcher = "lora-null train" if processes == "1" else f"torchrun --nproc_per_node {processes} -m lora_null.recipes"
     told = "go on with"
     several_machines = os.environ.get("LOCAL_WORLD_SIZE", processes) != processes

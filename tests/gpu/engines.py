@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from launched import FOLDER
+from launched import CONFIGURATIONS
 from safetensors.torch import load_file
 from world import make_world
 
@@ -48,7 +48,7 @@ def on_gpus(folder: Path, recipe: Path, given: argparse.Namespace) -> Path:
     module = ["-m", "lora_null.recipes", str(recipe), "--overwrite", "--output-dir"]
     subprocess.run([sys.executable, *module, str(folder / "one-1")], check=True)
     name = folder / f"{given.engine}-{given.processes}"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{given.engine}.yaml")]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / f"{given.engine}.yaml")]
     launch += ["--num_processes", str(given.processes)]
     subprocess.run([sys.executable, *launch, *module, str(name)], check=True)
     return name
