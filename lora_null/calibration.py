@@ -30,10 +30,9 @@ from lora_null.utils.quantized import base_layer_of, weight_of
 
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024
-logger = get_logger(__name__)
-
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the last may be absent
 CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
+logger = get_logger(__name__)
 
 
 class NotFinite(UserError):

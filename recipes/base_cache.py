@@ -69,9 +69,8 @@ def fetch(key: str, target: Path) -> bool:
     if not (kept / EVAL_FILE).is_file():
         return False
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(
-        kept.rglob("*"), key=lambda file: file.name == EVAL_FILE
-    ):  # last: it says that the copy is whole
+    # eval.json comes last: it says that the copy is whole.
+    for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):
         if file.is_file():
             link(file, target / file.relative_to(kept))
     os.utime(kept)

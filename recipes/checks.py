@@ -175,8 +175,7 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         return
     folder = find_initialization(Path(recipe.method.init))
     report = LayerReport.from_json(read_report(folder))
-    scaling = read_scalings(folder)
-    found = {line.name: (line.r, scaling.get(line.name)) for line in report.layers}
+    ranks, scalings = {line.name: line.r for line in report.layers}, read_scalings(folder)
     for plan in plans:
         method = make_method(plan.name, recipe.method.options.get(plan.name))
         rule = method.rule_for(InitOptions())
@@ -185,17 +184,17 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         if rule.rule != report.rule:
             raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
         layers = method.layers(with_method(recipe, config, method, plan.rank))
-        asked = {name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in layers.items()}
-        if found.keys() != asked.keys():
+        if ranks.keys() != layers.keys():
             raise UserError(f"method.init: {folder} was written for other modules than {plan.name} adapts here")
-        for name, (rank, scale) in asked.items():
-            if found[name][0] != rank:
+        for name, layer in layers.items():
+            rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
+            if ranks[name] != rank:
                 raise UserError(
-                    f"method.init: {folder} holds rank {found[name][0]} for {name}, {plan.name} asks for rank {rank}"
+                    f"method.init: {folder} holds rank {ranks[name]} for {name}, {plan.name} asks for rank {rank}"
                 )
-            if found[name][1] not in (scale, None):
+            if (written := scalings.get(name, scaling)) != scaling:
                 raise UserError(
-                    f"method.init: {folder} was written for a scaling of {found[name][1]:g}, {plan.name} asks for {scale:g} "
+                    f"method.init: {folder} was written for a scaling of {written:g}, {plan.name} asks for {scaling:g} "
                     "(method.alpha / rank)"
                 )
 

@@ -79,6 +79,12 @@ class Job:
     knowledge: float = 1.0  # weight of the knowledge's Grams beside them
     earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
 
+    def take(self, windows: Windows) -> None:
+        """Calibrate on these windows; raise a UserError for fewer tokens than a method's start can be computed from."""
+        if any(plan.gram_bytes for plan in self.plans):
+            windows.check_tokens()
+        self.windows = windows
+
     @property
     def computing(self) -> dict[str, Any]:
         """How every evaluation of the job computes, as `evaluate` takes it."""
@@ -206,9 +212,7 @@ def _read_inputs(
     job.cut, job.sources = asked.fitting(limit, "calibration.max_length"), sources or []
     windows = cut_windows(job.sources, tokenizer, job.cut)
     if sources and all(source.texts is not None for source in sources):
-        job.windows = windows
-        if any(plan.gram_bytes for plan in job.plans):
-            windows.check_tokens()
+        job.take(windows)
 
 
 def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:

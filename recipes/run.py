@@ -133,7 +133,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     rows = [base_row(job)]
     if job.windows is None:
-        job.windows = _own_windows(job)
+        job.take(_own_windows(job))
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # of another run that shares this job
@@ -167,8 +167,6 @@ def _own_windows(job: Job) -> Windows:
     with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
     _free()
-    if any(plan.gram_bytes for plan in job.plans):
-        windows.check_tokens()
     return windows
 
 

@@ -47,6 +47,11 @@ def recipes_in(folder):
     return [str(folder / "a.yaml"), str(folder / "b.yaml")]
 
 
+def in_sequence(folder, out):
+    """The command that learns both recipes of a folder into another."""
+    return ["train", str(folder / "a.yaml"), str(folder / "b.yaml"), "--sequence", "--output-dir", str(out)]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
@@ -276,7 +281,7 @@ def test_a_sequence_goes_where_all_of_its_recipes_go(finished):
 
 def test_a_dry_run_looks_at_the_folder_of_the_whole(finished, tmp_path, capsys):
     (tmp_path / "thesis.tex").touch()
-    words = ["train", str(finished / "a.yaml"), str(finished / "b.yaml"), "--sequence", "--output-dir", str(tmp_path)]
+    words = in_sequence(finished, tmp_path)
     assert main([*words, "--dry-run"]) == 2
     assert "holds other files (thesis.tex)" in capsys.readouterr().err
     assert main([*words[:-1], str(finished / "out"), *WORDS, "--dry-run"]) == 2
@@ -284,14 +289,7 @@ def test_a_dry_run_looks_at_the_folder_of_the_whole(finished, tmp_path, capsys):
 
 
 def test_a_dry_run_of_tasks_tells_their_space_and_their_rounding(finished, tmp_path, monkeypatch, capsys):
-    words = [
-        "train",
-        str(finished / "a.yaml"),
-        str(finished / "b.yaml"),
-        "--sequence",
-        "--output-dir",
-        str(tmp_path / "x"),
-    ]
+    words = in_sequence(finished, tmp_path / "x")
     said = "in bfloat16 the weights that a later task goes on from round small changes"
     assert main([*words, "--dry-run"]) == 0 and said not in capsys.readouterr().err
     monkeypatch.setattr("lora_null.recipes.sequence.space_of_sequence", lambda *_: 10**16)
@@ -307,14 +305,7 @@ class Blow(TrainerCallback):
 
 
 def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path, monkeypatch):
-    words = [
-        "train",
-        str(finished / "a.yaml"),
-        str(finished / "b.yaml"),
-        "--sequence",
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
+    words = in_sequence(finished, tmp_path / "out")
     made = run._trainer
     with monkeypatch.context() as patch:
         patch.setattr(run, "_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow()))[0])

@@ -310,9 +310,9 @@ def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
             raise UserError(f"{task}: {path} has no field {given!r}; its fields: {', '.join(names)}")
         column = list(documents[given])
         documents = documents.remove_columns([wanted] if wanted in names else []).add_column(wanted, column)
-    for name in documents.column_names:
+    for name in (name for name in documents.column_names if re.search(rf"\b{re.escape(name)}\b", rules)):
         lacking = [number for number, value in zip(found.numbers, documents[name]) if value is None]
-        if lacking and len(lacking) < len(documents) and re.search(rf"\b{re.escape(name)}\b", rules):
+        if 0 < len(lacking) < len(documents):
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             raise UserError(f"{task}: {path} has no {name!r} in rows {', '.join(map(str, lacking[:5]))}{more}")
     return documents

@@ -236,9 +236,7 @@ class LmEvalTask(Task):
         results = [evaluated(runs=first and not later)]
         if later:
             lm.gives_again = True
-            slowly_on_first_rank(
-                lambda: results.append(evaluated(runs=True))
-            )  # kept here: it does not go between ranks
+            slowly_on_first_rank(lambda: results.append(evaluated(runs=True)))  # kept here, not sent
         results = results[-1]
         settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
         found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
