@@ -21,7 +21,8 @@ from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes import base_cache, run
-from lora_null.utils.distributed import on_first_rank, together
+from lora_null.trainer.methods.from_peft import EVA
+from lora_null.utils.distributed import all_gather, on_first_rank, together
 from lora_null.utils.files import write_text
 
 BATCHES = random_batches(count=4)
@@ -114,6 +115,16 @@ def kept_base(folder):
     run._of_base(job, target, "key", refuse)
 
 
+def eva():
+    """Two bases that differ: what rank 0 deals out is every rank's."""
+    args = SimpleNamespace(disable_tqdm=True)
+    config = EVA().config(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    trainer = SimpleNamespace(model=get_peft_model(tiny_model(seed=RANK), config), args=args)
+    found = EVA().compute(trainer, [{**b, "labels": b["input_ids"]} for b in BATCHES])
+    mine, other = all_gather({name: tensor.tolist() for name, tensor in found.items()})
+    assert mine and mine == other
+
+
 CASES = {
     "NaN, layers": lambda folder: dense("layers"),
     "NaN, hooks": lambda folder: dense("hooks"),
@@ -132,6 +143,7 @@ CASES = {
     "first": lambda folder: on_first_rank(refuse),
     "none": lambda folder: start(folder=folder / "fine"),
     "kept base": kept_base,
+    "EVA": lambda folder: eva(),
 }
 
 

@@ -59,5 +59,6 @@ def test_without_a_mistake_all_finish(told):
     assert told[0]["none"] is told[1]["none"] is None
 
 
-def test_what_one_process_fetches_sends_no_other_another_way(told):
-    assert told[0]["kept base"] is told[1]["kept base"] is None
+@pytest.mark.parametrize("case", ["kept base", "EVA"])
+def test_what_one_process_has_is_what_every_one_takes(told, case):
+    assert told[0][case] is told[1][case] is None
