@@ -28,9 +28,14 @@ from lora_null.utils.model_state import own_precision, preserve
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-_version = functools.cache(importlib.metadata.version)  # reading takes milliseconds, and probes ask again and again
 FEW_TOKENS = 64
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "math-verify")
+
+
+@functools.cache  # reading takes milliseconds, and probes ask again and again
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that an evaluation's numbers depend on."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def validate_tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
@@ -130,7 +135,7 @@ def evaluate(
                 noise |= _noise(task, found, model, tokenizer, task_options)
             described[task.key] = task.describe(task_options.limit) | found.settings
     settings = {
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": package_versions(),
         "dtype": str(model.dtype),
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "batch_size": batch_size,

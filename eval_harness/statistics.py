@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_null.eval_harness.results import Evaluation, TaskResult
 
 LEVEL = 0.05  # of the familywise error of all claims of one table
+DISCORDANT = 2.0  # squared differences of one question more that was won and one that was lost
 
 
 class Spread(NamedTuple):
@@ -94,7 +95,7 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
         influences: for each set of questions that the estimates are computed from, [..., seeds, questions]. Sets of equally
             many are taken for the same questions, such as two metrics of them, and added up question by question, which
             counts how they vary together. Of independent sets the products that this brings in are 0 in the mean.
-        discordant: a sum of squares to add to every set's: 2 for differences of what is right or wrong. Where few
+        discordant: a sum of squares to add to every set's: DISCORDANT for differences of what is right or wrong. Where few
             questions differ, their spread says little about itself: the error then counts one question more that was won
             and one that was lost, which agrees with the exact (McNemar's) test. So two models with equal answers have an
             error too.

@@ -44,7 +44,7 @@ def key_of(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int | 
     asked = [{"label": t.label, "role": t.role} | t.describe(t.within(limit)) for t in tasks]
     parts = {
         "model": model_identity(model, model_name),
-        "compute": [*compute, *filter(None, [model.eos_token, engine])],
+        "compute": [*compute, *filter(None, [model.eos_token, engine, recipe.training.get("tf32")])],
         "tasks": asked,
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],

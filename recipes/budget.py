@@ -22,7 +22,7 @@ from torch import nn
 from lora_null.adapters.strength import Strength, beyond_scaling
 from lora_null.eval_harness import AnswerTask, Evaluation, LmEvalTask, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
-from lora_null.eval_harness.statistics import is_mean_of_samples, mean_and_error
+from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples, mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import Budget, Estimate, GivenUp
@@ -116,8 +116,8 @@ def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
         probed, whole: the base's evaluations, of the probed rows with its noise, and of everything.
 
     Raises:
-        UserError: the budget is not above the base's own noise, is finer than one answer of the rows, counts a metric
-            without a value for each question, or there are too few of these.
+        UserError: the budget is not above the base's own noise, is finer than these rows can tell, is so large that nothing
+            could break it, counts a metric without a value for each question, or there are too few of these.
     """
     at_most, measure = bound.section.at_most, bound.measure
     if measure not in whole.metrics or measure not in probed.metrics:
@@ -136,11 +136,19 @@ def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
             f"weights differs by {noise:.2g}"
         )
     _check_rows(bound, len(whole.samples[measure]), len(probed.samples[measure]))
-    rows = bound.left(len(whole.samples[measure]))
-    if whole.metrics[measure].unit == "fraction" and at_most * rows < 1:
+    if whole.metrics[measure].unit != "fraction":
+        return
+    rows, finest = bound.left(len(whole.samples[measure])), forgotten(measure, whole, whole, bound.used).upper
+    if at_most < finest:
         raise UserError(
-            f"budget.at_most: {at_most:g} is less than one of the {rows} answers that {measure} is checked on; give more "
-            "rows, or a KL"
+            f"budget.at_most: {at_most:g} (a fraction) is finer than the {rows} answers that {measure} is checked on can "
+            f"tell ({finest:.2g}); give more rows, or a KL"
+        )
+    right = np.mean([answer for i, answer in enumerate(whole.samples[measure]) if i not in bound.used])
+    if whole.metrics[measure].higher_is_better and at_most >= right:
+        raise UserError(
+            f"budget.at_most: {at_most:g} (a fraction) is not below the {right:.2g} that the base has of {measure} on the "
+            f"{rows} rows of the check, so that nothing could break it; give less, or a KL"
         )
 
 
@@ -150,7 +158,11 @@ def within(estimate: Estimate, at_most: float) -> bool:
 
 
 def forgotten(
-    measure: str, found: Evaluation | Point, base: Evaluation, leave_out: frozenset[int] = frozenset()
+    measure: str,
+    found: Evaluation | Point,
+    base: Evaluation,
+    leave_out: frozenset[int] = frozenset(),
+    discordant: float = DISCORDANT,
 ) -> Estimate:
     """Return how much worse a model is than the base, question by question, with the standard error of that difference.
 
@@ -158,22 +170,34 @@ def forgotten(
         measure: the metric.
         found, base: what both measured on the same questions.
         leave_out: rows that do not count.
+        discordant: as for `difference`.
 
     Returns:
         The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
     """
     sign = 1 if found.metrics[measure].higher_is_better else -1
-    return difference(measure, base, found, sign, leave_out)
+    return difference(measure, base, found, sign, leave_out, discordant)
 
 
 def difference(
-    measure: str, one: Evaluation, other: Evaluation | Point, sign: int, leave_out: frozenset[int] = frozenset()
+    measure: str,
+    one: Evaluation,
+    other: Evaluation | Point,
+    sign: int,
+    leave_out: frozenset[int] = frozenset(),
+    discordant: float = DISCORDANT,
 ) -> Estimate:
-    """Return sign · (one − other), paired by question and weighted as the metric is; rows in `leave_out` do not count."""
+    """Return sign · (one − other), paired by question and weighted as the metric is; rows in `leave_out` do not count.
+
+    To the error of what is right or wrong `discordant` is added as in `two_level`: equal answers of a few rows are not proof.
+    """
     change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
     keep = [i for i in range(len(change)) if i not in leave_out]
     weights = np.array(one.weights.get(measure, np.ones(len(change))), dtype=float)
-    return Estimate(*mean_and_error(change[keep], weights[keep]))
+    value, error = mean_and_error(change[keep], weights[keep])
+    if one.metrics[measure].unit == "fraction" and error is not None:
+        error = math.sqrt(error**2 + discordant / (len(keep) * (len(keep) - 1)))
+    return Estimate(value, error)
 
 
 class KeepBudget(Probe):
@@ -203,7 +227,7 @@ class KeepBudget(Probe):
         """End the training at a point beyond the budget; remember the weights at one within it."""
         if self.bound.section.then == "scale":
             return
-        now = forgotten(self.bound.measure, point, self.base)
+        now = forgotten(self.bound.measure, point, self.base, discordant=0)
         if not within(now, self.bound.section.at_most):
             self.reached = control.should_training_stop = True
         elif self.bound.section.then == "rewind":
@@ -268,8 +292,8 @@ class Measurement:
     learning: list[Task] = field(default_factory=list)
 
     def on_probe(self) -> Estimate:
-        """Return what is forgotten on the probed rows."""
-        return forgotten(self.bound.measure, self.evaluate([self.bound.few]), self.probed)
+        """Return what is forgotten on the probed rows, which are too few to be counted strictly: the others are."""
+        return forgotten(self.bound.measure, self.evaluate([self.bound.few]), self.probed, discordant=0)
 
     def on_rest(self) -> tuple[Estimate, int]:
         """Return what is forgotten on the rows that no probe has used, and how many they are."""

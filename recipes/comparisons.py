@@ -13,6 +13,7 @@ import numpy as np
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Role
 from lora_null.eval_harness.statistics import (
+    DISCORDANT,
     Spread,
     holm,
     influence,
@@ -141,7 +142,7 @@ def _pair(
     share = 1 / len(names)
     estimates = share * sum(weighted_mean(gaps, weights) for gaps, weights in sets)
     influences = [share * influence(gaps, weights) for gaps, weights in sets]
-    spread = two_level(estimates, influences, discordant=2.0 * share**2 if fractions else 0.0)
+    spread = two_level(estimates, influences, discordant=DISCORDANT * share**2 if fractions else 0.0)
     questions = sum(gaps.shape[-1] for gaps, _ in sets)
     paired = Paired(row=j, against=i, metric=name, mean=float(spread.mean), questions=questions, seeds=len(seeds))
     return paired, spread

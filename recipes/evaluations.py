@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,8 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     section = DataSection(**fields, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
     settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
-    pairs = [_text_pair(example, section.template, asked.tokenizer.eos_token) for example in examples]
+    end = _end_of(section.template, asked.tokenizer)
+    pairs = [_text_pair(example, end) for example in examples]
     special = entry.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
@@ -154,11 +156,20 @@ def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
     )
 
 
-def _text_pair(example: Example, template: str, end: str) -> tuple[str, str]:
-    """Return what comes before the last answer, and the answer without its end token."""
+def _end_of(template: str, tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what a template writes behind an answer: the end token; of a chat any special one (Gemma's turns have their own)."""
+    eos = tokenizer.eos_token or ""
+    if template != CHAT:
+        return re.compile(rf"(?:{re.escape(eos)})?\Z")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = "|".join(re.escape(token) for token in [eos, *special] if token)
+    return re.compile(rf"(?:{ends}|\s)+\Z" if ends else r"\s+\Z")
+
+
+def _text_pair(example: Example, end: re.Pattern[str]) -> tuple[str, str]:
+    """Return what comes before the last answer, and the answer without what ends it."""
     text, (start, through) = example.written.text, example.written.spans[-1]
-    answer = text[start:through]
-    return text[:start], (answer.rstrip() if template == CHAT else answer).removesuffix(end)
+    return text[:start], end.sub("", text[start:through], count=1)
 
 
 def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:

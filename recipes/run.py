@@ -10,7 +10,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,11 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     if outside:
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
     if not base and is_first_process() and (job.base / EVAL_FILE).is_file():
-        _compare_settings(Evaluation.read(job.base / EVAL_FILE), found, folder)
+        before = Evaluation.read(job.base / EVAL_FILE).settings
+        if other := differences(before, found.settings, COMPUTING):
+            logger.warning(
+                f"{folder.name}: the base was measured under other settings ({other}); --overwrite measures both alike"
+            )
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:
         raise UserError(
@@ -193,19 +197,15 @@ def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     return found
 
 
-def _compare_settings(base: Evaluation, found: Evaluation, folder: Path) -> None:
-    """Say in one line what differs where a base was measured under other settings, by an earlier start of a run."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
 
-    def computing(evaluation: Evaluation) -> dict[str, Any]:
-        versions = evaluation.settings["versions"]
-        packages = {name: versions.get(name) for name in base_cache.PACKAGES}
-        return packages | {key: evaluation.settings.get(key) for key in COMPUTING}
+    def computing(settings: Mapping[str, Any]) -> dict[str, Any]:
+        packages = {name: settings["versions"].get(name) for name in base_cache.PACKAGES}
+        return packages | {key: settings.get(key) for key in keys}
 
-    before, now = computing(base), computing(found)
-    if other := [f"{key} {before[key]}, now {value}" for key, value in now.items() if value != before[key]]:
-        logger.warning(
-            f"{folder.name}: the base was measured under other settings ({'; '.join(other)}); --overwrite measures both alike"
-        )
+    old, new = computing(before), computing(now)
+    return "; ".join(f"{key} {old[key]}, now {value}" for key, value in new.items() if value != old[key])
 
 
 def _evaluate_by_vllm(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,7 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.budget import Bound, Measurement, check_bound, forgotten, hold, largest_strength, within
-from lora_null.recipes.results import Estimate
+from lora_null.recipes.results import Budget, Estimate
 from lora_null.utils.errors import UserError
 
 
@@ -118,8 +120,10 @@ def test_what_is_forgotten_is_paired_and_weighted_by_answer_tokens():
     error = np.sqrt(22 / 21 * np.sum((change - mean * t) ** 2)) / t.sum()
     assert found == pytest.approx((mean, error))
     answers, all_right = (evaluation(x, "fraction", True, "acc") for x in ([0, 1, 1, 0], [1, 1, 1, 1]))
-    right = forgotten("acc", answers, all_right)
-    assert right.value == 0.5 and right.stderr == pytest.approx(np.std([1, 0, 0, 1], ddof=1) / 2)
+    error = np.std([1, 0, 0, 1], ddof=1) / 2
+    assert forgotten("acc", answers, all_right, discordant=0) == pytest.approx((0.5, error))
+    assert forgotten("acc", answers, all_right) == pytest.approx((0.5, np.hypot(error, np.sqrt(2 / (4 * 3)))))
+    assert forgotten("acc", all_right, all_right) == pytest.approx((0, np.sqrt(2 / (4 * 3))))
 
 
 def _common(prompt, text):
@@ -188,6 +192,31 @@ def test_a_perplexity_bounds_nothing():
     bound = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
     with pytest.raises(UserError, match=r"'l/perplexity' is no mean of a value for each question.*l/acc"):
         check_bound(bound, found, found)
+
+
+@pytest.mark.parametrize(
+    ("at_most", "right", "message"),
+    [
+        (0.2, 0.1, "0.2 (a fraction) is not below the 0.1 that the base has of acc on the 40 rows of the check"),
+        (2, 0.9, "2 (a fraction) is not below the 0.9 that the base has of acc on the 40 rows"),
+        (0.03, 0.9, "0.03 (a fraction) is finer than the 40 answers that acc is checked on can tell (0.036)"),
+        (0.04, 0.9, None),
+    ],
+)
+def test_a_bound_on_an_accuracy_is_one_that_can_be_broken_and_told(at_most, right, message):
+    few, whole = (evaluation([i % 10 < 10 * right for i in range(n)], "fraction", True, "acc") for n in (10, 50))
+    bound = Bound(SimpleNamespace(at_most=at_most), "acc", None, None, frozenset(range(40, 50)))
+    with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
+        check_bound(bound, few, whole)
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"), [("facts kl", "facts kl"), ("facts nll", "rise of facts nll"), ("nq", "fall of nq")]
+)
+def test_what_is_lost_is_told_as_a_change(measure, said):
+    facts = {"strength": 1, "step": 1, "steps": 1, "value": 0.02, "n": 9, "kept": True}
+    told = Budget(measure=measure, at_most=0.1, then="scale", **facts).sentence()
+    assert told.startswith(f"{said} 0.02 on 9 rows that no probe used, at most 0.1 allowed")
 
 
 def recipe(folder, **changes):
@@ -327,7 +356,7 @@ dataset_path: json
 dataset_kwargs: {data_files: {test: ROWS}}
 test_split: test
 doc_to_text: "{{question}}"
-doc_to_target: 0
+doc_to_target: 1
 doc_to_choice: ["it is", "no"]
 output_type: multiple_choice
 metric_list: [{metric: acc}, {metric: acc_norm}]

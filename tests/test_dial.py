@@ -199,6 +199,24 @@ def test_exported_within_a_budget_of_the_rows_that_the_run_probed(world, tmp_pat
     assert "on 14 rows that no probe used" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_base_measured_under_other_settings_is_measured_anew(world, tmp_path, caplog, capsys):
+    shutil.copytree(world / "out", tmp_path / "out")
+    saved = tmp_path / "out" / "base" / "eval.json"
+    found = json.loads(saved.read_text())
+    found["settings"] |= {"device": "cuda", "ranks": 4}
+    found["metrics"]["numbers nll"]["value"] += 1
+    saved.write_text(json.dumps(found))
+    before = points(world / "out" / "lora-null-v1")
+    method = str(tmp_path / "out" / "lora-null-v1")
+    assert main(["dial", method, "--strengths", "1", "--out", str(tmp_path / "dial")]) == 0
+    said = caplog.text + capsys.readouterr().err
+    assert "the run's base was measured under other settings (device cuda, now cpu): it is measured anew" in said
+    after = points(tmp_path)[0.0]
+    assert after["numbers nll"]["value"] == pytest.approx(before[0.0]["numbers nll"]["value"])
+    assert main(["export", method, "--out", str(tmp_path / "a"), "--max-forgetting", "100"]) == 0
+    assert "it is measured anew" in caplog.text + capsys.readouterr().err
+
+
 def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     """Made elsewhere: measured on a file of questions, written at the largest strength that forgets no more."""
     files = ["--keep", str(world / "facts.jsonl"), "--learn", str(world / "numbers.jsonl")]
@@ -319,6 +337,16 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     assert "only one side was measured" in told(kept_alone) and "strength 0.5 keeps loss of a within 1: 0.500" in told(
         kept_alone, 1.0
     )
+    shares = {
+        "a": Metric(0.5, 0.1, 4, True, "retention", "fraction"),
+        "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
+    }
+    lower = {"a": Metric(0.48, 0.1, 4, True, "retention", "fraction"), "b": shares["b"]}
+    steps = sweep(
+        SimpleNamespace(at=nullcontext), [0.5], Evaluation(shares, {}, 1.0, {}), lambda _: Evaluation(lower, {}, 1.0, {}), {}
+    )  # fmt: skip
+    said = told(Dial(method="lora", model="m", points=steps[0]), 0.5)
+    assert "keeps loss of a within 50 points: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):
         read_dial(tmp_path)

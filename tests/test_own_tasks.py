@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from chats import assistant, user
+from chats import TOOLS, assistant, chat_tokenizer, user
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
@@ -247,3 +247,17 @@ def test_a_task_file_with_a_wrong_field_is_refused_with_its_name(own):
     with pytest.raises(UserError, match="wrong"):
         validate_tasks([LmEvalTask("wrong", include_path=str(own / "wrong"))])
     assert json.loads((own / "mine.jsonl").read_text().splitlines()[0])["answer"] == "x"
+
+
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_what_ends_an_answer_is_not_asked_for(tmp_path, eos):
+    """Of a chat neither the end token nor that of a turn, which are two in Gemma's; and there may be no end token."""
+    write_rows(tmp_path / "talk.jsonl", [{"q": "1+1?", "a": "2 </s> or 2"}, {"q": "2+2?", "a": "4"}])
+    entry = {"answers": "talk", "path": str(tmp_path / "talk.jsonl"), "prompt": "q", "response": "a"}
+    tokenizer = chat_tokenizer(TOOLS.replace("{{ eos_token }}", "<turn|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn|>"]})
+    tokenizer.eos_token = eos
+    for template, first in (("chat", "2 </s> or 2"), ("qa", " 2 </s> or 2")):
+        recipe = make_world(tmp_path, eval={"retention": [{**entry, "template": template}]})
+        (task,) = eval_tasks(load_recipe(str(recipe), []), tokenizer, max_length=None)
+        assert [answer for _, answer in task.pairs] == [first, first.replace("2 </s> or 2", "4")]

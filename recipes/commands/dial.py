@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
+from lora_null.eval_harness.evaluation import package_versions
 from lora_null.recipes.budget import FEWEST, hold
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
@@ -25,11 +27,13 @@ from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import DIAL_FOLDER, read_dial, table_rows, told
 from lora_null.recipes.results import EVAL_FILE
-from lora_null.recipes.run import base_row, dial, measurement
+from lora_null.recipes.run import base_row, dial, differences, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.utils.distributed import is_first_process, on_first_rank, together
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
+
+logger = get_logger(__name__)
 
 MARK = ".dial"  # in a folder that a dial may replace
 
@@ -133,7 +137,13 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     before = source.recipe.get("eval", {})
     shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
     of_run = whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run  # a grid's runs share one base
-    shared = shared and (of_run / "base" / EVAL_FILE).is_file()
+    if shared and (known := of_run / "base" / EVAL_FILE).is_file():
+        here = {"versions": package_versions(), "device": PartialState().device.type}
+        if other := differences(Evaluation.read(known).settings, here, ("device",)):
+            shared = False
+            logger.warning(f"the run's base was measured under other settings ({other}): it is measured anew")
+    else:
+        shared = False
     probe = before.get("probe") if shared else None  # whose rows of the base are known
     rows = probe.get("retention") if probe else None
     if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept

@@ -107,6 +107,13 @@ SUBSET = Field(None, description="configuration of a hub data set, or the folder
 SPLIT = "split of a hub data set or a folder; not read of a single file"
 
 
+def _without_slash(name: str) -> str:
+    if "/" in name:
+        raise ValueError("must hold no /, which stands between a task and what is measured of it")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_without_slash)]
 Template = Annotated[str, AfterValidator(check_template)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes them
 
@@ -485,7 +492,7 @@ class LmEvalEntry(Section):
         description="name of a task, group or tag of lm-eval, `eval_harness/task_files` or `eval.include_path`; or the path "
         "of a task's YAML",
     )
-    name: str | None = Field(None, description="what to call the results")
+    name: TaskName | None = Field(None, description="what to call the results, without a /")
     path: str | None = Field(None, description="local file of the documents; the task's own data set when not given")
     fewshot_path: str | None = Field(None, description="local file of the few-shot examples")
     fields: dict[str, str] | None = Field(None, description="the task's field → the file's field")
@@ -530,7 +537,7 @@ class AnswersEntry(Section):
 class PreferencesEntry(Section):
     """Held-out pairs, written as training writes them: how often the chosen has the higher reward, and by how much."""
 
-    preferences: str = Field(min_length=1, description="a name for the columns")
+    preferences: TaskName = Field(min_length=1, description="a name for the columns, without a /")
     path: str = PATH
     subset: str | None = SUBSET
     split: str = Field("test", description=SPLIT)

@@ -130,12 +130,13 @@ def told(dial: Dial, at_most: float | None = None) -> str:
         return "only one side was measured: a frontier needs eval.retention and eval.task"
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
     inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
-    if at_most is not None and not inside:
-        return f"no strength that was measured keeps {kept.title} within {at_most:g}"
+    bound = "" if at_most is None else f"{at_most * 100:g} points" if kept.unit == "points" else f"{at_most:g}"
+    if bound and not inside:
+        return f"no strength that was measured keeps {kept.title} within {bound}"
     if inside:
         best = max(inside, key=lambda i: dial.points[i].strength)
         and_learned = f", {learned.title} {learned.text(best)}" if learned else ""
-        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {at_most:g}: {kept.text(best)}{and_learned}"
+        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {bound}: {kept.text(best)}{and_learned}"
     lines = [
         f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
         for i, change, forgot in dial.shares()
