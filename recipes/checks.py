@@ -100,7 +100,7 @@ def check_engines(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         version = training.fsdp_plugin_args["fsdp_version"]  # which goes before the launcher's
     plugin = training.deepspeed_plugin
     for name in recipe.method.name:
-        check_engine(name, fsdp=version, zero=plugin and plugin.zero_stage)
+        check_engine(name, fsdp=version, zero=plugin and plugin.zero_stage, args=training)
 
 
 def check_weights(model: ModelSection, name: str) -> None:

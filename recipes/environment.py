@@ -114,12 +114,22 @@ def choose_precision(recipe: Recipe) -> None:
     native = computes_bf16()
     if "model.dtype" in keys:
         recipe.model.dtype = "bfloat16" if native else "float32"
-    if "training.bf16" in keys:
-        recipe.training["bf16"] = native and not recipe.training.get("fp16")
     if "eval.bf16" in keys:
         recipe.eval.bf16 = native
-    if PartialState().is_main_process:
+    if "training.bf16" in keys:
+        deepspeed = is_under_deepspeed(recipe)
+        recipe.training["bf16"] = native and not recipe.training.get("fp16") and not deepspeed
+        if deepspeed and native:
+            keys.remove("training.bf16")
+            if PartialState().is_main_process:
+                print("precision   float32: DeepSpeed would turn the adapter itself into bf16 (training.bf16 auto)")
+    if keys and PartialState().is_main_process:
         print(precision_line(native, keys))
+
+
+def is_under_deepspeed(recipe: Recipe) -> bool:
+    """Return whether DeepSpeed trains, by the recipe's wish or the launcher's."""
+    return bool(recipe.training.get("deepspeed")) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
 def precision_line(native: bool, keys: Sequence[str]) -> str:

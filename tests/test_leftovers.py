@@ -447,6 +447,10 @@ def test_auto_takes_what_the_processor_computes(native, monkeypatch, capsys, tmp
     assert recipe.model.dtype == ("bfloat16" if native else "float32")
     line = capsys.readouterr().out
     assert line.startswith("precision   bf16: this processor has bf16" if native else "precision   float32: this pro")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    recipe = load_recipe("quickstart")
+    environment.choose_precision(recipe)
+    assert recipe.training["bf16"] is False and "precision   float32: " in capsys.readouterr().out
 
 
 def test_auto_asks_a_gpu_itself(monkeypatch):

@@ -482,7 +482,15 @@ def forget_gradients(self, args, state, control, model, **_):
 )  # fmt: skip
 def test_engines_under_which_a_method_cannot_train(name, sharded, said):
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        check_engine(name, fsdp=None, zero=3 if sharded else 2)
+        check_engine(name, fsdp=None, zero=3 if sharded else 2, args=SimpleNamespace(bf16=False, fp16=False))
+
+
+@pytest.mark.parametrize("key", ["bf16", "fp16"])
+def test_deepspeed_does_not_round_what_trains(key):
+    args = SimpleNamespace(**{"bf16": False, "fp16": False, key: True})
+    check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
+    with pytest.raises(UserError, match=f"training.{key}: DeepSpeed turns what trains into {key} too"):
+        check_engine("lora-null-v1", fsdp=None, zero=2, args=args)
 
 
 def test_roselora_clamp(tmp_path):

@@ -38,7 +38,7 @@ class CalibrationArgs:
         max_length: tokens of a window, at most.
         mode: "packed" joins the texts by blank lines, in an order drawn with `seed`, and cuts windows of `max_length`
             tokens; "separate" draws `samples` texts and keeps each alone.
-        seed: of the draw.
+        seed: of the draw; where it is not given that of a trainer's `args`, else 0.
 
     Raises:
         UserError: another mode, or a number that cannot be.
@@ -47,13 +47,15 @@ class CalibrationArgs:
     samples: int = 256
     max_length: int = 1024
     mode: Literal["packed", "separate"] = "packed"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"calibration_args.mode: no {self.mode!r}{nearest(self.mode, MODES)}")
         for name, least in (("samples", 1), ("max_length", 1), ("seed", 0)):
             value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise UserError(f"calibration_args.{name}: must be a whole number of at least {least}, not {value!r}")
 
@@ -104,7 +106,7 @@ def calibration_windows(
         raise UserError("calibration: the data set holds no text")
     if len(texts) < len(given):
         logger.warning(f"calibration: {len(given) - len(texts)} of {len(given)} rows have no text and are left out")
-    shuffled = random.Random(args.seed).sample(texts, len(texts))
+    shuffled = random.Random(args.seed or 0).sample(texts, len(texts))
     if args.mode == "separate":
         windows = [tokenizer(text)["input_ids"][: args.max_length] for text in shuffled[: args.samples]]
     else:

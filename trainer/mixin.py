@@ -249,7 +249,8 @@ class LoraNullMixin(SavingMixin):
         self.forget_terms()
         self._calibration_dataset = calibration_dataset
         limit = position_limit(self.model.config) if self._measures and calibration_dataset is not None else None
-        self._calibration_args = (calibration_args or CalibrationArgs(seed=self.args.seed)).fitting(limit)
+        asked = calibration_args or CalibrationArgs()
+        self._calibration_args = (replace(asked, seed=self.args.seed) if asked.seed is None else asked).fitting(limit)
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
         self._init_options = replace(init_options or defaults, weights=self._weights)
         self._init_folder = None if init_folder is None else find_initialization(Path(init_folder))
@@ -449,7 +450,7 @@ class LoraNullMixin(SavingMixin):
             raise UserError(f"resume: no whole checkpoint in {folder}")
         checkpoint = Path(wanted) if wanted else None
         fsdp, zero = (getattr(self.accelerator.state, f"{engine}_plugin", None) for engine in ("fsdp", "deepspeed"))
-        check_engine(self.method, fsdp=fsdp and fsdp.fsdp_version, zero=zero and zero.zero_stage)
+        check_engine(self.method, fsdp=fsdp and fsdp.fsdp_version, zero=zero and zero.zero_stage, args=self.args)
         self._check_precision()
         self.resumed_from = checkpoint
         if checkpoint is not None:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # IMAGE=me/lora-null:cu130 BUCKET=me/runs bash recipes/clusters/hf-jobs.sh math --output-dir /shared/runs/math
 #
-# Fill in: the image (recipes/docker/Dockerfile with BUILD=cu130, pushed to where HF Jobs can pull), the bucket that keeps
+# Fill in: the image (recipes/docker/Dockerfile with --build-arg BUILD=cu130, pushed to where HF Jobs can pull), the bucket that keeps
 # the run, and HF_TOKEN in the environment. NNODES=2 starts two jobs that find each other. A job that fails is tried again,
 # and after its time is over the same line goes on. JOBS_OPTIONS=--dry-run submits nothing. Not yet run on HF Jobs.
 set -euo pipefail

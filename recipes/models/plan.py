@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +19,7 @@ from lora_null.config import starts_from_residual
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
+from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored, weight_bytes
 from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
@@ -200,8 +200,7 @@ def with_method(recipe: Recipe, model_config: Any, method: Method, rank: int | N
     try:
         check_decay_to_start(recipe.method.decay_to_start, config, decay)
         if decay and recipe.method.decay_to_start is not False and starts_from_residual(config):
-            deepspeed = bool(recipe.training.get("deepspeed")) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-            check_optimizer(str(recipe.training.get("optim") or "adamw"), deepspeed=deepspeed)
+            check_optimizer(str(recipe.training.get("optim") or "adamw"), deepspeed=is_under_deepspeed(recipe))
     except UserError as mistake:
         raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:

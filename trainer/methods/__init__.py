@@ -37,6 +37,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+from transformers import TrainingArguments
 
 from lora_null.config import LoraNullConfig, ResidualLoraConfig
 from lora_null.layer import active_adapter, is_started
@@ -154,13 +155,14 @@ def check_trainer(method: str | Method, *, pairs: bool) -> None:
         raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
 
 
-def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None) -> None:
-    """Refuse an engine that cuts across the layers of an adapter, or under which a method cannot train.
+def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None, args: TrainingArguments) -> None:
+    """Refuse an engine that cuts across the layers of an adapter, rounds it, or under which a method cannot train.
 
     Args:
         method: the method, or its name.
         fsdp: the version of FSDP that shards; None for none.
         zero: the stage of DeepSpeed's ZeRO; None where DeepSpeed does not train.
+        args: the trainer's.
 
     Raises:
         UserError: naming the engine to use.
@@ -169,6 +171,12 @@ def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None) ->
     if fsdp == 1:
         raise UserError(
             "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    mixed = next((key for key in ("bf16", "fp16") if getattr(args, key)), None)
+    if zero is not None and mixed:
+        raise UserError(
+            f"training.{mixed}: DeepSpeed turns what trains into {mixed} too, and saves that; training.{mixed}=false leaves "
+            "it float32, and the base as it is"
         )
     if zero is not None and not kind.supports_deepspeed:
         raise UserError(f"method: {kind.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
