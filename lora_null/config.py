@@ -10,17 +10,12 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.layer import lora_null_layer
+from lora_null.layer import NO_BASIS, lora_null_layer
 from lora_null.utils.errors import UserError
 
 VARIANTS = ("v1", "v2", "nb")
 STARTS = ("zero", "residual")
 MULTIPLE = 4  # directions of N for each rank, where nothing else is asked for
-
-NO_BASIS = (
-    "variant: a saved nb adapter is a plain LoRA without the basis that its A was kept in; go on with variant='v2', "
-    "which freezes A, or give the original model a new adapter"
-)
 
 # PEFT features that change what an adapter computes; LoRA-Null's equations hold for W0 x + s·B(A x) alone.
 _UNSUPPORTED = {
@@ -87,7 +82,7 @@ class LoraNullConfig(ResidualLoraConfig):
     """Configuration of a LoRA adapter that starts in the null space of the calibration activations.
 
     Every argument is `peft.LoraConfig`'s, and what it saves is a plain LoRA config. Two defaults differ: `lora_alpha`
-    is `r` (the paper's scaling s = 1) and `target_modules` is "all-linear" (the paper's seven linears of a block).
+    is `r` (the paper's scaling s = 1; s = √r with `use_rslora`) and `target_modules` is "all-linear" (the paper's seven linears of a block).
 
     Args:
         variant: "v2" (default) freezes A and trains B: the base is left untouched, B starts at zero. "v1" trains A and

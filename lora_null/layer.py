@@ -29,6 +29,10 @@ OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than roundi
 # In names of modules, of activation checkpointing and torch.compile.
 RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
+NO_BASIS = (
+    "variant: a saved nb adapter is a plain LoRA without the basis that its A was kept in; go on with variant='v2', "
+    "which freezes A, or give the original model a new adapter"
+)
 
 
 class Residual(NamedTuple):
@@ -218,6 +222,7 @@ class LoraNullLinear(Linear):
     kept_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
     _kept_versions: Mapping[str, int] = MappingProxyType({})
     _not_trained_yet: frozenset[str] = frozenset()  # adapters of a LoraNullConfig, until their first training pass
+    _of_null_basis: frozenset[str] = frozenset()  # adapters of variant nb
     _base_is_merging = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -239,6 +244,7 @@ class LoraNullLinear(Linear):
             freeze_factor(self, "lora_A", adapter_name)
         if hasattr(config, "variant") and adapter_name != TRL_REFERENCE:
             self._not_trained_yet |= {adapter_name}
+            self._of_null_basis |= {adapter_name} if config.variant == "nb" else frozenset()
         if counts_from_residual:
             with torch.no_grad():
                 for factor, start in zip(factors_of(self, adapter_name), (self._start.A, self._start.B)):
@@ -280,7 +286,13 @@ class LoraNullLinear(Linear):
                 self.keep_in_basis(name)
 
     def _look_at_start(self) -> None:
-        """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again."""
+        """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again.
+
+        Raises:
+            UserError: one whose A is to be kept in a basis was loaded without it.
+        """
+        if not self._of_null_basis.intersection(self.active_adapters, self.started) <= self.bases.keys():
+            raise UserError(NO_BASIS)
         for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
             B = factors_of(self, name)[1]
             if B.requires_grad and not (is_sharded(B) or B.is_meta) and not B.any():  # a combination has its B already
@@ -394,7 +406,7 @@ class LoraNullLinear(Linear):
         if hidden.dtype == B.dtype == result.dtype:
             flat = torch.addmm(result.view(-1, result.shape[-1]), hidden.view(-1, hidden.shape[-1]), B.T)
             return flat.view(result.shape)
-        return (result + nn.functional.linear(hidden, B)).to(result.dtype)
+        return (result + nn.functional.linear(hidden.to(B.dtype), B)).to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return ΔW, in the layout and dtype of PEFT's: the change of the original weight by one adapter.
@@ -436,6 +448,7 @@ class LoraNullLinear(Linear):
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
         self._not_trained_yet -= {adapter_name}
+        self._of_null_basis -= {adapter_name}
         self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
         frozen = self.frozen_peft_weight_names
         self.frozen_peft_weight_names = {name: parts for name, parts in frozen.items() if name != adapter_name}

@@ -20,8 +20,8 @@ from torch import nn
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import check_architecture
 from lora_null.checkpoint_reader import base_modules, in_checkpoint
-from lora_null.config import NO_BASIS, LoraNullConfig
-from lora_null.layer import LoraNullLinear, adapted_layers, is_started
+from lora_null.config import LoraNullConfig
+from lora_null.layer import NO_BASIS, LoraNullLinear, adapted_layers, is_started
 from lora_null.residual import hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of

@@ -318,6 +318,8 @@ class TestWhatTheModelWrites:
     def test_after_prompts(self):
         found = own_texts(tiny_model(), chat_tokenizer(), count=5, max_tokens=30, prompts=["who", "what is"])
         assert [text.startswith(("who", "what is")[i % 2]) for i, text in enumerate(found)] == [True] * 5
+        (one,) = own_texts(tiny_model(), chat_tokenizer(), count=1, max_tokens=30, prompts="what is")
+        assert one.startswith("what is")
 
     def test_prompts_that_leave_no_room(self):
         with pytest.raises(UserError, match="every prompt is longer than half of max_length"):

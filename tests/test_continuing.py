@@ -117,6 +117,18 @@ class TestGoingOn:
             assert torch.equal(layer.lora_A["default"].weight, before[name])
         assert far(second.model, first.model) > 1e-3
 
+    def test_one_loaded_as_v1_has_no_residual_for_decay_to_go_back_to(self, tmp_path):
+        first = make(tmp_path / "1", LoraNullConfig(r=4))
+        first.train()
+        first.save_model(tmp_path / "saved")
+        config = LoraNullConfig.from_pretrained(tmp_path / "saved", variant="v1")
+        load = lambda: PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", config=config, is_trainable=True)  # noqa: E731
+        second = make(tmp_path / "2", "none", model=load(), weight_decay=0.1, optim="adafactor", max_steps=1)
+        assert "DecayToStart" not in second.callback_handler.callback_list
+        second.train()
+        with pytest.raises(UserError, match="decay_to_start: there is no residual base to go back to"):
+            make(tmp_path / "3", "none", model=load(), weight_decay=0.1, decay_to_start=True)
+
     def test_one_that_has_taken_no_step_goes_on_from_its_start_too(self, tmp_path):
         first = make(tmp_path / "1", CONFIGS["v2"]())
         first._prepare(resuming=False)

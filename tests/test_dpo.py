@@ -119,6 +119,20 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
 
 
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_start_of_pefts_that_changes_the_base_is_no_reference(tmp_path, ready):
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, given = (get_peft_model(tiny_model(), config), None) if ready else (tiny_model(), config)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=r"^init_lora_weights: 'pissa' takes its factors out of the base.*make_method"):
+        make(tmp_path, given, model=model)
+    assert all(map(torch.equal, before, model.parameters()))
+    kept = {"args": DPOConfig(**quick(tmp_path, max_steps=1)), "train_dataset": PAIRS}
+    LoraNullDPOTrainer(
+        model=model, ref_model=tiny_model(), peft_config=given, processing_class=tiny_tokenizer(), **kept
+    ).train()
+
+
 def test_the_reference_is_of_the_adapter_that_trains(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
     with pytest.raises(UserError, match="model: TRL takes the adapter 'default' for the reference, and 'mine' trains"):

@@ -207,6 +207,11 @@ def test_from_disk_it_has_no_basis_and_says_so(tmp_path):
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved", config=config, is_trainable=True)
     with pytest.raises(UserError, match="plain LoRA without the basis"):
         make(tmp_path / "2", "none", model=model)
+    with pytest.raises(
+        UserError, match="plain LoRA without the basis"
+    ):  # and a loop without a trainer of this package
+        model.train()(**BATCHES[0])
+    model.eval()(**BATCHES[0])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tiny import PROBE, load_initialization, logits, losses_over, random_batches
 from torch import nn
 from torch.nn.utils import prune
 from trainers import CUT, PAIRS, TEXTS, quick
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 from world import make_world
 
@@ -383,11 +383,13 @@ def test_a_trainer_refuses_a_method_that_needs_plain_weights(folder, tmp_path):
         make(tmp_path, config, model=load(folder, "nf4"), method=method)
 
 
-@pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_dpo_starts_from_the_quantized_reference(folder, tmp_path, variant):
+@pytest.mark.parametrize(("variant", "ahead"), [("v1", False), ("v2", False), ("v2", True)])
+def test_dpo_starts_from_the_quantized_reference(folder, tmp_path, variant, ahead):
+    """Also where TRL computes the reference inside its constructor, on a model as transformers loads it."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     trainer = LoraNullDPOTrainer(
-        model=load(folder, "nf4"),
-        args=DPOConfig(**quick(tmp_path, max_steps=2)),
+        model=AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32),
+        args=DPOConfig(**quick(tmp_path, max_steps=2, precompute_ref_log_probs=ahead)),
         train_dataset=PAIRS,
         processing_class=tiny_tokenizer(),
         peft_config=LoraNullConfig(r=4, variant=variant),

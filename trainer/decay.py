@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.config import starts_from_residual
-from lora_null.layer import active_adapter, adapted_layers, factors_of, residual_of
+from lora_null.layer import active_adapter, adapted_layers, factors_of, is_started, residual_of
 from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
 
@@ -45,8 +45,9 @@ def decays_to_start(
     config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
     groups = optimizer.param_groups if optimizer is not None else [{"weight_decay": args.weight_decay}]
     decay = max(group.get("weight_decay", 0.0) for group in groups)
-    check_decay_to_start(asked, config, decay)
-    if asked is False or not starts_from_residual(config):
+    residual = starts_from_residual(config) and not _started_without_residual(model)
+    check_decay_to_start(asked, config, decay, residual=residual)
+    if asked is False or not residual:
         return False
     try:
         check_optimizer(optimizer_name(args, optimizer, kind), deepspeed=deepspeed)
@@ -55,6 +56,12 @@ def decays_to_start(
             raise
         return False
     return True  # without decay too: the optimizer of a checkpoint may bring one
+
+
+def _started_without_residual(model: nn.Module) -> bool:
+    """Return whether an adapter was loaded, as a plain LoRA on the untouched base, with a config that would start from one."""
+    name = active_adapter(model)
+    return is_started(model, name) and not any(residual_of(x, name) for x in adapted_layers(model, name).values())
 
 
 def optimizer_name(args: Any, optimizer: Any, kind: type | None) -> str:
@@ -76,17 +83,18 @@ def check_optimizer(name: str, *, deepspeed: bool) -> None:
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
 
 
-def check_decay_to_start(asked: bool | None, config: Any, decay: float) -> None:
+def check_decay_to_start(asked: bool | None, config: Any, decay: float, *, residual: bool) -> None:
     """Raise a UserError where decay to the start is asked for and means nothing.
 
     Args:
         asked: True, False, or None for the default.
         config: the adapter's; None for none.
         decay: the weight decay.
+        residual: whether the base is, or is going to be, a residual one.
     """
     if not asked:
         return
-    if not starts_from_residual(config):
+    if not residual:
         lora = isinstance(config, LoraConfig)
         why = "decay to zero is decay of the change here" if lora else "it is defined for methods that start from one"
         raise UserError(f"decay_to_start: there is no residual base to go back to; {why}, leave it out")

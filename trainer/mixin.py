@@ -506,6 +506,8 @@ class LoraNullMixin(SavingMixin):
         self._prepare_rows(resuming)
         if not self._measures:
             return
+        if not self.method.new_parameters:
+            self._check_trainable()
         if self._weights is None:
             check_whole(self.model)
         options, layers, start = self.init_options_here(), self.method.layers(self.model), None
@@ -535,6 +537,10 @@ class LoraNullMixin(SavingMixin):
         if self._weights is not None:
             release_freed_memory()
         self.accelerator.wait_for_everyone()
+        if self.method.new_parameters:
+            self._check_trainable()
+
+    def _check_trainable(self) -> None:
         if self._preflight != "off":
             check_trainable(self.model, self.method.trainable(self.model), self._preflight)
 

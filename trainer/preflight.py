@@ -113,7 +113,7 @@ def has_reference(trainer: type, args: Any) -> bool:
 
 
 def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
-    """Raise a UserError where TRL would load the reference by the name of a model that has none, or take another adapter.
+    """Raise a UserError where TRL would load the reference by the name of a model that has none, or take another model for it.
 
     Args:
         given: the trainer's arguments, by name.
@@ -124,6 +124,13 @@ def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
     if trained != "default" and given.get("ref_model") is None:
         raise UserError(
             f"model: TRL takes the adapter 'default' for the reference, and {trained!r} trains; load it under the name 'default'"
+        )
+    config = model.peft_config[trained] if isinstance(model, PeftModel) else given.get("peft_config")
+    start = None if config is None or given.get("ref_model") is not None else start_that_rewrites(config)
+    if start is not None:
+        raise UserError(
+            f"init_lora_weights: {start!r} takes its factors out of the base, which would be the reference without them; "
+            "give ref_model=, or a method of ours, such as make_method('pissa'), whose reference is the original model"
         )
     without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)

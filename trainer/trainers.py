@@ -9,6 +9,7 @@ import torch
 from trl import DPOTrainer, SFTTrainer
 
 from lora_null.trainer.mixin import LoraNullMixin
+from lora_null.utils.quantized import keep_layout
 
 
 class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
@@ -51,6 +52,11 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     learns_next_token = True
     learns_pairs = True
     nothing_learned = "chosen and rejected are equal, or only their prompts are left of them,"
+
+    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """As the parent trainer, which does so inside its constructor where it is ahead of the training."""
+        keep_layout(self.model)
+        return super().compute_ref_log_probs(model, inputs)
 
     def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the completions, first the chosen ones, then the rejected; a pair of equal ones teaches nothing."""

@@ -39,19 +39,19 @@ def own_texts(
         tokenizer: the model's, or a processor that holds it.
         count: number of texts.
         max_tokens: of a text, its prompt included, at most.
-        prompts: texts to go on from, in turn, with all special tokens but the one the tokenizer puts first; without any
+        prompts: texts, or one, to go on from, in turn, with all special tokens but the one the tokenizer puts first; without any
             the model begins with its first token (the end token, where it has none).
         seed: of the draws.
         progress: the bar's label.
 
     Returns:
-        The texts with their prompts, special tokens written out, such that the tokenizer gives the same ids again.
+        The texts with their prompts, special tokens written out; the tokenizer may cut some of them otherwise.
 
     Raises:
         UserError: no token to begin with, or prompts of which none leaves room to write.
     """
     tokenizer = tokenizer_of(tokenizer)
-    starts: Any = beginnings(tokenizer, prompts, max_tokens)
+    starts: Any = beginnings(tokenizer, [prompts] if isinstance(prompts, str) else prompts, max_tokens)
     limit = position_limit(model.config)
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]

@@ -198,8 +198,9 @@ def with_method(recipe: Recipe, model_config: Any, method: Method, rank: int | N
     method.check_bare(model)
     decay = float(recipe.training.get("weight_decay") or 0)
     try:
-        check_decay_to_start(recipe.method.decay_to_start, config, decay)
-        if decay and recipe.method.decay_to_start is not False and starts_from_residual(config):
+        residual = starts_from_residual(config)
+        check_decay_to_start(recipe.method.decay_to_start, config, decay, residual=residual)
+        if decay and recipe.method.decay_to_start is not False and residual:
             check_optimizer(str(recipe.training.get("optim") or "adamw"), deepspeed=is_under_deepspeed(recipe))
     except UserError as mistake:
         raise UserError(f"method.{mistake} ({method.name})") from None
