@@ -62,7 +62,7 @@ from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard
 from lora_null.recipes.models.plan import MethodPlan, adapter_config
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, write_dial
+from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, DialPoint, write_dial
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
@@ -411,18 +411,17 @@ def dial(
     section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
     options["reference_dir"], own = job.base, folder / DIAL_FOLDER
 
-    base = Evaluation.read(job.base / EVAL_FILE)
-    measured = {0.0: base, **known}
-
     def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
         folder_of_answers = own / f"strength={strength:g}"
-        measured[strength] = evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
-        return measured[strength]
+        return evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
 
-    points, seconds = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    base = Evaluation.read(job.base / EVAL_FILE)
+    measured = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
+    seconds = sum(found.seconds for strength, found in measured.items() if strength and strength not in known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
     found.paired = compare(
-        found.results(), {i: {0: with_samples_of_groups(measured[point.strength])} for i, point in enumerate(points)}
+        found.results(), {i: {0: with_samples_of_groups(e)} for i, e in enumerate(measured.values())}
     )
     if is_first_process():
         write_dial(own, found)

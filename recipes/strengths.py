@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
-from lora_null.recipes.report.dial_page import DialPoint
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 
@@ -57,8 +56,8 @@ def sweep(
     base: Evaluation,
     measure: Callable[[float], Evaluation],
     known: Mapping[float, Evaluation],
-) -> tuple[list[DialPoint], float]:
-    """Evaluate a live adapter at the strengths; return the points, and the seconds that they took.
+) -> dict[float, Evaluation]:
+    """Evaluate a live adapter at the strengths; return strength → evaluation, the base's at 0, in ascending order.
 
     A strength at which something is not finite is left out, with a warning.
 
@@ -69,16 +68,15 @@ def sweep(
         measure: strength → the evaluation of the model, which has it.
         known: strength → evaluation.
     """
-    points, seconds = [], 0.0
+    measured = {}
     for value in sorted({0.0, *strengths}):
         found = base if value == 0 else known.get(value)
         if found is None:
             with strength.at(value):
                 found = measure(value)
-            seconds += found.seconds
         bad = next((name for name, m in found.metrics.items() if not math.isfinite(m.value + (m.stderr or 0))), None)
         if bad is not None:
             logger.warning(f"strength {value:g} is left out: {bad} is not a finite number there")
             continue
-        points.append(DialPoint(strength=value, metrics=found.metrics))
-    return points, seconds
+        measured[value] = found
+    return measured

@@ -21,7 +21,7 @@ from lora_null.recipes import run, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.config.load import MARK
-from lora_null.recipes.report.dial_page import Dial, read_dial, table_rows, told, write_dial
+from lora_null.recipes.report.dial_page import Dial, DialPoint, read_dial, table_rows, told, write_dial
 from lora_null.recipes.strengths import sweep
 from lora_null.utils.errors import UserError
 
@@ -314,6 +314,11 @@ def test_two_files_of_one_name(world, tmp_path):
     assert {"kept test kl", "learned test nll"} <= points(tmp_path)[1.0].keys()
 
 
+def dial_of(measured):
+    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
+    return Dial(method="lora", model="m", points=points)
+
+
 def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     def evaluation(value):
         found = {
@@ -326,14 +331,15 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     measured = sweep(
         SimpleNamespace(at=nullcontext), [0.5, 2], evaluation(0.0), lambda _: evaluation(next(values)), {}
     )
-    assert [point.strength for point in measured[0]] == [0.0, 0.5] and measured[1] == 2
+    assert list(measured) == [0.0, 0.5]
     assert "strength 2 is left out: a is not a finite number there" in caplog.text
-    for points in (measured[0], measured[0][:1]):
-        write_dial(tmp_path / "dial", Dial(method="lora", model="m", points=points))
+    shown = dial_of(measured)
+    for points in (shown.points, shown.points[:1]):
+        write_dial(tmp_path / "dial", shown.model_copy(update={"points": points}))
         assert told(read_dial(tmp_path))
-    for point in measured[0]:
-        del point.metrics["b"]  # what is learned was not measured
-    kept_alone = Dial(method="lora", model="m", points=measured[0])
+    for found in measured.values():
+        del found.metrics["b"]  # what is learned was not measured
+    kept_alone = dial_of(measured)
     assert "only one side was measured" in told(kept_alone) and "strength 0.5 keeps loss of a within 1: 0.500" in told(
         kept_alone, 1.0
     )
@@ -345,7 +351,7 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     steps = sweep(
         SimpleNamespace(at=nullcontext), [0.5], Evaluation(shares, {}, 1.0, {}), lambda _: Evaluation(lower, {}, 1.0, {}), {}
     )  # fmt: skip
-    said = told(Dial(method="lora", model="m", points=steps[0]), 0.5)
+    said = told(dial_of(steps), 0.5)
     assert "keeps loss of a within 50 points: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):
