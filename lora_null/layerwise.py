@@ -295,26 +295,40 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
     few = _few_tokens(model, batches)
-    handle = final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out)))
-    try:
-        for batch in (*few, few[0]):
-            backbone(model)(**batch.inputs, use_cache=False)
-    finally:
-        handle.remove()
     device = next(final.parameters()).device
-    calls, states = _record(model, layers, few, device)
-    try:
-        for i, layer in enumerate(layers.values()):
-            for at, call in enumerate(calls):
-                states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
-    except torch.OutOfMemoryError:
-        raise
-    except CANNOT_RUN as error:
-        raise DoesNotFit(f"its decoder layers cannot be run alone ({error})") from error
+    with _attention_for(device, model):
+        handle = final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out)))
+        try:
+            for batch in (*few, few[0]):
+                backbone(model)(**batch.inputs, use_cache=False)
+        finally:
+            handle.remove()
+        calls, states = _record(model, layers, few, device)
+        try:
+            for i, layer in enumerate(layers.values()):
+                for at, call in enumerate(calls):
+                    states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_RUN as error:
+            raise DoesNotFit(f"its decoder layers cannot be run alone ({error})") from error
     *plain, again = seen
     noise = _difference(few[0], plain[0], again)
     if any(_difference(*found) > 4 * noise for found in zip(few, plain, states)):
         raise DoesNotFit("its decoder layers alone do not give what the whole decoder gives")
+
+
+@contextlib.contextmanager
+def _attention_for(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Let a model that lies on a CPU attend without flash-attn, whose kernels are for GPUs alone."""
+    config = base_model_of(model).config
+    before = config._attn_implementation
+    if device.type == "cpu" and "flash" in str(before):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _few_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[TokenBatch]:

@@ -70,19 +70,22 @@ def is_launched_to_shard() -> bool:
 def work_alone() -> None:
     """Turn one of several launched processes into one that knows of no other; call it before any of them has met.
 
-    The first one keeps the terminal: the others show no bars, and print only through `print_line`.
+    The first one keeps the terminal: the others show no bars, and print only through `print_line`. On GPUs the process
+    starts its program anew, because CUDA reads which of them it may use when it is first asked for any, and never again.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or is_launched_to_shard() or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
-        return
-    index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index % len(visible.split(","))]
-    for name in LAUNCH_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ |= {WORKER: str(index), WORKERS: str(world)}
-    if index:
+    if WORKER not in os.environ:
+        if world == 1 or is_launched_to_shard() or int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+            return
+        index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        for name in LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ |= {WORKER: str(index), WORKERS: str(world)}
+        if count := torch.cuda.device_count():
+            visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if not is_first_worker():
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

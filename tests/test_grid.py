@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from scipy import stats
 from tiny import tiny_tokenizer
+from tqdm import tqdm
 from world import make_world, results
 
 from lora_null.__main__ import main as command
@@ -30,7 +31,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
-from lora_null.recipes.processes import WORKERS, grid_folder
+from lora_null.recipes.processes import WORKERS, grid_folder, work_alone
 from lora_null.recipes.report import render, write_report
 from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.equal_learning import equal_learning, reach
@@ -308,6 +309,25 @@ def test_the_study_is_what_the_readme_says():
     sizes = {"NQ": 128, "WebQS": 128, "WikiText": 48, "Instructions": 64, "Code": 64, "GSM8K": 64}
     assert {task.name: len(task.pairs) for task in tasks} == sizes
     assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)
+
+
+@pytest.mark.parametrize(("visible", "index", "gpu"), [(None, 2, "2"), ("4,5,7", 2, "7"), ("4,5", 2, "4")])
+def test_each_worker_begins_anew_with_a_gpu_of_its_own(monkeypatch, visible, index, gpu):
+    """CUDA reads what it may use once, and that was before: at least to find out whether there is any."""
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_PORT": 1}
+    environment = {name: str(value) for name, value in place.items()} | {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr(os, "environ", {key: value for key, value in environment.items() if value is not None})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "lora_null.recipes", "study"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(tqdm, "__init__", tqdm.__init__)
+    began = []
+    monkeypatch.setattr(os, "execv", lambda *words: began.append(words))
+    for _ in range(2):  # as it was launched, and begun anew
+        work_alone()
+    assert began == [(sys.executable, [sys.executable, "-u", "-m", "lora_null.recipes", "study"])]
+    assert os.environ == {WORKER: "2", WORKERS: "3", "CUDA_VISIBLE_DEVICES": gpu}
+    assert sys.stdout.name == os.devnull
 
 
 def test_a_worker_that_comes_when_all_is_done_does_not_wait(tmp_path, monkeypatch):

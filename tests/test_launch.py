@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from kill_harness import outcome, run
 from torch.distributed.run import get_args_parser
 from world import make_world
@@ -143,6 +144,10 @@ def test_two_machines_meet_at_the_first(cluster, engine):
     assert found.rdzv_backend == "static" and found.module and found.training_script == "lora_null.recipes"
     assert found.training_script_args == ["math", "method.rank=64", "--resume"]
     assert (found.use_fsdp, found.use_deepspeed) == (engine == "fsdp2", engine.startswith("zero"))
+    if found.use_deepspeed:  # by torchrun on each machine, not by pdsh, with which each would be alone
+        found.deepspeed_fields_from_accelerate_config = ""
+        assert prepare_deepspeed_cmd_env(found)[0] is None  # no command of DeepSpeed's own
+        assert (found.nnodes, found.nproc_per_node, found.node_rank) == ("2", "8", 1)
 
 
 def test_one_machine_and_one_gpu(monkeypatch):

@@ -139,6 +139,14 @@ def test_a_model_that_is_no_chain_falls_back_to_hooks_and_says_so(capsys):
         )
 
 
+def test_a_model_on_the_cpu_is_compared_without_flash_attention():
+    """It is loaded there for a GPU that has flash-attn, whose kernels do not run here."""
+    model, batches = tiny_model(), random_batches(count=2)
+    model.config._attn_implementation = "flash_attention_2"
+    layerwise._check_chain(model, layerwise.decoder_layers(model, targets(model)), batches)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 def test_a_few_rows_at_a_time_measure_the_same(monkeypatch):
     model, found = tiny_model().double().eval(), []
     for tokens in (1024, 30):

@@ -17,6 +17,8 @@ SEEN = {
     "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "peft 0.21.0",
     # Makes a model of the same kind again, for the buffers that are computed and in no file.
     "transformers.PreTrainedModel._from_config": "transformers 5.23.0",
+    # How a model attends: with flash-attn a model that is on the CPU cannot be run there.
+    "transformers.PreTrainedConfig()._attn_implementation": "transformers 5.23.0",
     # Which buffers a checkpoint holds: PyTorch tells it nowhere else.
     "torch.nn.Module()._non_persistent_buffers_set": "torch 2.13.0",
     # Whether somebody's code runs before or after a module's own.

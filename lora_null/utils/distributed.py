@@ -149,7 +149,8 @@ def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]
             yield
             for p in {id(p): p for _, _, p in pieces}.values() if write else ():
                 with torch.no_grad():
-                    p.copy_(distribute_tensor(whole[id(p)].detach(), p.device_mesh, p.placements))
+                    here = whole[id(p)].detach()
+                    p.copy_(distribute_tensor(here, p.device_mesh, p.placements, src_data_rank=None))  # cut, not sent
         finally:
             for owner, name, p in pieces:
                 owner._parameters[name] = p

@@ -207,11 +207,14 @@ def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
 
 
 def fits(config: Any, model: ModelSection) -> bool:
-    """Return whether a copy of the model on every process takes no more than half of the memory that is free there."""
+    """Return whether a copy of the model on every process takes no more than half of the memory that is free there.
+
+    That is the CPU's, where each is loaded, and the GPU's.
+    """
     size = sum(parameter.nbytes for parameter in empty_model(config, model).parameters())
-    if PartialState().device.type == "cuda":
-        return 2 * size < torch.cuda.mem_get_info()[0]
-    return 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < psutil.virtual_memory().available
+    if 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= psutil.virtual_memory().available:
+        return False
+    return PartialState().device.type != "cuda" or 2 * size < torch.cuda.mem_get_info()[0]
 
 
 def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedModel:

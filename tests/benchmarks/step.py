@@ -171,9 +171,8 @@ def store_in_4_bit(model: nn.Module, device: torch.device) -> None:
 
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
-            stored = bnb.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
+            how = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
+            stored = bnb.Linear4bit(module.in_features, module.out_features, **how)
             weight = bnb.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             stored.weight = weight.to(device)  # here it is quantized
             model.model.set_submodule(name, stored)

@@ -28,7 +28,7 @@ def main() -> None:
     folder = given.out / "world"
     folder.mkdir(parents=True, exist_ok=True)
     methods = METHODS[1:] if given.device == "cpu" else METHODS
-    recipe = write_recipe(folder, methods)
+    recipe = write_recipe(folder, methods, given.processes)
     sharded = on_cpu(folder, recipe, given.engine) if given.device == "cpu" else on_gpus(folder, recipe, given)
     found = {"engine": given.engine, "processes": 2 if given.device == "cpu" else given.processes, "methods": {}}
     for method in methods:
@@ -38,8 +38,9 @@ def main() -> None:
     (given.out / "engines.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def write_recipe(folder: Path, methods: tuple[str, ...]) -> Path:
-    training = {"learning_rate": 1e-2, "max_steps": 4, "total_batch_size": 4, "per_device_train_batch_size": 1}
+def write_recipe(folder: Path, methods: tuple[str, ...], processes: int) -> Path:
+    batch = processes * -(-4 // processes)  # a multiple, of at least 4
+    training = {"learning_rate": 1e-2, "max_steps": 4, "total_batch_size": batch, "per_device_train_batch_size": 1}
     training |= {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
     return make_world(folder, method={"name": ",".join(methods), "rank": 4}, training=training, eval={"before": False})
 

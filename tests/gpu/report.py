@@ -36,10 +36,13 @@ Line = tuple[str, str, str, bool | None]  # claim, target, measured, whether it 
 
 def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Return every step's JSON, in order of parts."""
-    found = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("?/*/step.json"))]
-    done = {step["step"]: step["result"]["cases"]["whole"]["rows"] for step in found if _is_whole(step)}
-    if {"7b-whole", "7b-paper"} <= done.keys():
-        done["7b-whole"]["reference"] = done["7b-paper"]["reference"]
+    found = []
+    for folder in folders:  # a card each
+        own = [json.loads(path.read_text()) for path in sorted(folder.glob("?/*/step.json"))]
+        done = {step["step"]: step["result"]["cases"]["whole"]["rows"] for step in own if _is_whole(step)}
+        if {"7b-whole", "7b-paper"} <= done.keys():
+            done["7b-whole"]["reference"] = done["7b-paper"]["reference"]
+        found += own
     return sorted(found, key=lambda step: (step["part"], step["order"]))
 
 
