@@ -7,6 +7,7 @@ a memory-mapped file, weights wherever the model keeps them, also still in their
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -367,7 +368,7 @@ class _HiddenStates:
         size = sum(tensor.nbytes for tensor in self.tensors)
         if size <= DEVICE_SHARE * _free_bytes(device):
             self.tensors = [tensor.to(device) for tensor in self.tensors]
-        elif size <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
+        elif size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
             self.tensors = [tensor.cpu() for tensor in self.tensors]
         else:
             self.in_files = True

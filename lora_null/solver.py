@@ -184,7 +184,8 @@ class LayerSolver:
         for name in measured.modules:
             start = time.perf_counter()
             layer = self.layers[name]
-            r, scaling, weight = layer.r[self.adapter_name], layer.scaling[self.adapter_name], weight_of(layer)
+            r, scaling = layer.r[self.adapter_name], layer.scaling[self.adapter_name]
+            weight = weight_of(layer).to(measured.sketch.device if gram is None else gram.device)
             try:
                 found = start_of(weight, r, scaling)
             except ValueError as reason:

@@ -7,6 +7,7 @@ equal one from the cache, from a killed run or from an earlier one; `load_start`
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sys
 import time
@@ -45,7 +46,6 @@ from lora_null.utils.distributed import (
     all_gather,
     broadcast,
     get_logger,
-    is_first_process,
     on_first_rank,
     together,
 )
@@ -255,7 +255,9 @@ def compute_start(
         )
         options = replace(options, cache=False)
     path = store.cached_folder(key) if options.cache else folder
-    with store.in_use(path) if options.cache and is_first_process() else contextlib.nullcontext():
+    with contextlib.ExitStack() as locks:
+        if options.cache:
+            on_first_rank(lambda: locks.enter_context(store.in_use(path)))
         done = on_first_rank(lambda: _finished_parts(path, key))
         if rule is not None:
             solver = LayerSolver(layers, adapter_name, rule)
@@ -265,8 +267,8 @@ def compute_start(
             if done:
                 logger.info(REUSED.format(path))
             parts = done or {ALL: _measured_alone(model, layers, batches, options, whole, key)}
-            if path and not done and is_first_process():
-                store.write_part(path, ALL, parts[ALL])
+            if path and not done:
+                on_first_rank(lambda: store.write_part(path, ALL, parts[ALL]))
         lines = {line.name: line for part in parts.values() for line in part.stats}
         seconds = {
             "calibrate": sum(part.measured.seconds for part in parts.values()),
@@ -298,8 +300,8 @@ def _solve_layers(
             while some := dict(islice(measured, a_round)):
                 for name, part in solver.solve(some).items():
                     parts[name], part.key = part, key
-                    if path and is_first_process():
-                        store.write_part(path, name, part)
+                    if path:
+                        on_first_rank(functools.partial(store.write_part, path, name, part))
         except BaseException as error:
             _reset(layers, solver.adapter_name)
             if isinstance(error, NotFinite):
@@ -488,7 +490,7 @@ def _unmeasured(
     def part(inside: Mapping[str, nn.Module]) -> Calibration:
         inputs = []
         for name, layer in inside.items():
-            device = layer.get_base_layer().weight.device
+            device = options.device or layer.get_base_layer().weight.device
             sketch = torch.zeros(layer.in_features, 0, dtype=torch.float64, device=device)
             inputs.append(InputStats([name], None, sketch))
         balance.assign(inputs)

@@ -195,7 +195,7 @@ def test_ranks_that_vllm_does_not_take():
     )
     with pytest.raises(UserError, match="up to rank 512, lora-null-v1 saves 1024; use hf"):
         plan_methods(recipe, LlamaConfig(hidden_size=1024, num_hidden_layers=1))
-    plans = [MethodPlan("lora", 8, 0, 0, "adapter", rank, 0, 0, 0) for rank in (200, 400)]
+    plans = [MethodPlan("lora", 8, 0, 0, "adapter", rank, 0, 0, 0, 0) for rank in (200, 400)]
     with pytest.raises(UserError, match="up to rank 512, lora saves 600; use hf"):
         check_stages(load_recipe("sequence", ["eval.backend=vllm"]), [SimpleNamespace(plans=[plan]) for plan in plans])
 

@@ -378,6 +378,12 @@ def test_replay_mixes_whole_texts_evenly_among_all_rows(tmp_path, caplog):
     assert list(again.train_dataset) == rows
 
 
+def test_replay_hides_no_row_that_teaches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_methods.ROWS", Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8))
+    with pytest.raises(UserError, match="label"):
+        make(tmp_path, "replay", max_length=None).train()
+
+
 def test_replay_mixes_once_where_an_attempt_was_broken_off(tmp_path, monkeypatch):
     def broken_off(*args, **kwargs):
         raise KeyboardInterrupt

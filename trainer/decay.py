@@ -121,6 +121,8 @@ class DecayToStart(TrainerCallback):
             own = [shares.get(id(factor), 0.0) for factor in factors_of(layer, adapter)]
             if residual is None or not any(own):
                 continue
+            device = factors_of(layer, adapter)[0].device
+            layer.residual = residual = residual.to(device)  # and it stays: every step asks for it
             with whole_parameters(layer.lora_A, layer.lora_B, write=True):
                 for factor, start, share in zip(factors_of(layer, adapter), (residual.A, residual.B), own):
                     factor.add_(start.to(factor), alpha=share)

@@ -553,6 +553,8 @@ class LoraNullMixin(SavingMixin):
             if resuming:
                 check_settings(resuming, self._recorded)
         if self.train_dataset is not self._rows:  # or an attempt that was broken off has changed them already
+            if windows and self._preflight != "off":
+                check_rows(self, self._preflight)  # without the texts among which nothing of them would be missed
             self.train_dataset = self._rows = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)

@@ -21,7 +21,7 @@ export HF_HOME=${HF_HOME:-$SHARED/huggingface} LORA_NULL_CACHE=${LORA_NULL_CACHE
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 
-srun --wait=600 python -m lora_null.recipes.launch "$@"
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=600 python -m lora_null.recipes.launch "$@"
 status=$?
 if [ "$status" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"

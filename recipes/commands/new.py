@@ -513,7 +513,7 @@ def _fitting(
             output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch, max_length=length,
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
-        needed = weights + max(plan.gram_bytes, activation_bytes(config, training) + plan.extra_bytes)
+        needed = plan.peak_bytes(weights, activation_bytes(config, training))
         tried.append((needed, batch, checkpointing))
         if needed <= USED * machine.memory:
             return tried[-1]

@@ -47,7 +47,8 @@ class MethodPlan:
         saved_rank: rank of a plain LoRA as it is saved, that of its widest layer; None for what saves none.
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
         extra_bytes: adapter or trained weights in float32, gradients, the two AdamW moments, what the method keeps besides.
-        kept_bytes: the part of it that the method keeps besides: bases, projections, predictions.
+        start_bytes: held besides while the start is computed.
+        kept_bytes: the part of `extra_bytes` that the method keeps besides: bases, projections, predictions.
         costs: what the method computes or reads besides training, in words.
         input_widths: d_in of each input that its layers read.
     """
@@ -59,10 +60,16 @@ class MethodPlan:
     saves: str
     saved_rank: int | None
     gram_bytes: int
+    start_bytes: int
     extra_bytes: int
     kept_bytes: int
     costs: str = ""
     input_widths: tuple[int, ...] = ()
+
+    def peak_bytes(self, weights: int, activations: int) -> int:
+        """Return the most that a process takes at once, of weights and a step's activations in bytes."""
+        starting, stepping = self.gram_bytes + self.start_bytes, activations + max(self.start_bytes, self.extra_bytes)
+        return weights + max(starting, stepping)
 
     @property
     def written_bytes(self) -> int:
@@ -173,8 +180,9 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         if recipe.eval.backend == "vllm":
             max_lora_rank(widest, name)
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
-        if recipe.model.quantization and starts_from_residual(adapter_config(section, method, rank)):
-            held *= 2  # the residual is a second path there, not subtracted from the weight
+        to_start = bool(recipe.training.get("weight_decay")) and section.decay_to_start is not False
+        if starts_from_residual(adapter_config(section, method, rank)) and (recipe.model.quantization or to_start):
+            held *= 2  # the residual: a second path there, and where decay goes to
     kept = method.held_bytes(model)
     return MethodPlan(
         name=name,
@@ -184,6 +192,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         saves=method.saves,
         saved_rank=widest,
         gram_bytes=method.grams * _gram_bytes(layers) if method.needs_gram else 0,
+        start_bytes=method.start_bytes(model),
         extra_bytes=4 * held + (12 + method.state_bytes) * trainable + kept,
         kept_bytes=kept,
         costs=method.costs(),
@@ -299,6 +308,8 @@ def print_plan(
     for plan in plans:
         if plan.costs:
             console.print(f"{plan.name}: {plan.costs}")
+        if plan.start_bytes:
+            console.print(f"{plan.name}: {plan.start_bytes / GIB:.2f} GiB of gradients while its start is computed")
     for plan in (plan for plan in plans if plan.kept_bytes):
         share = plan.kept_bytes / weights
         console.print(
@@ -330,8 +341,7 @@ def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
     for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for plan in plans:
-        peak = weights + max(plan.gram_bytes, activations + plan.extra_bytes)
-        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, peak)
+        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, plan.peak_bytes(weights, activations))
         counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
         table.add_row(plan.name, str(plan.rank or "–"), *counts, *(f"{size / GIB:.1f}" for size in sizes))
     return table

@@ -162,22 +162,24 @@ class PaperTable:
 
 
 def paper_table(results: Results) -> PaperTable | None:
-    """Return the paper's figures for this model and task beside ours, None where the paper has none.
+    """Return the paper's figures for this model and task beside ours, matched by method and rank.
 
-    Ours are matched by method and rank.
+    Of another model ours stand alone where all that its columns count was measured; else there is None.
     """
     names = {name: paper_name(name) for role in ("retention", "task") for name in results.metric_names(role)}
     data = str(results.settings.get("training_data") or "")
-    rows = comparable(results.model, list(names), data)
+    titles = [title for title in dict.fromkeys(names.values()) if title]
+    known = comparable(results.model, list(names), data)
+    rows = known or _rows_of_ours(results, titles)
     if not rows:
         return None
-    titles = [title for title in dict.fromkeys(names.values()) if title]
     used = ", ".join(name for name, known in names.items() if known)
     table, notes = [], [f"Ours: trained on {data or 'what the settings say'}; {used}", AAAI_NOTE]
+    notes += [] if known else [f"The paper's tables have no {results.model}"]
     bases = {row.task_group: row.metrics for row in rows if row.method == "base"}
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""
-        label = f"{display_name(row.method)}{rank}, table {row.table}"
+        label = f"{display_name(row.method)}{rank}" + (f", table {row.table}" if row.table else "")
         matching = [r for r in results.rows if r.method == row.method and (r.rank == row.rank or not row.rank)]
         ours = matching[0] if len(matching) == 1 else None
         if len(matching) > 1:
@@ -191,6 +193,13 @@ def paper_table(results: Results) -> PaperTable | None:
         if row.doubtful:
             notes.append(f"{label}: {row.reading}; {row.note}")
     return PaperTable([*titles, "Avg", "Avg1 (Per)", "GM"], table, notes)
+
+
+def _rows_of_ours(results: Results, titles: Collection[str]) -> list[PaperRow]:
+    """Return a row without figures for each method and rank, where the knowledge and a group's tasks were all measured."""
+    group = next((group for group, tasks in TASK_METRICS.items() if {*KEPT, *tasks} <= {*titles}), None)
+    ours = dict.fromkeys((row.method, row.rank) for row in results.rows if group)
+    return [PaperRow("", "", str(group), method, rank, "", {}, None, "exact", "") for method, rank in ours]
 
 
 def _values(row: Row, names: Mapping[str, str | None]) -> dict[str, float]:

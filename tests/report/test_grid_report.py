@@ -111,6 +111,13 @@ def test_the_columns_of_the_aaai_version():
         f"{gm:.2f} / {geometric_mean([22.0, fmean([40.0, 5.0])]):.2f}",
     ]
     assert cells["base, table 1a"][-1].startswith("– /")  # the base has no task figures
+    raw["model"] = "google/gemma-3-1b-pt"  # which no table of the paper's has
+    alone = paper_table(parse_results(raw))
+    assert cells_of(alone)["LoRA-Null-v2 (r = 128)"][-2:] == [
+        "– / 22.00 (80.0%)",
+        f"– / {geometric_mean([22.0, fmean([40.0, 5.0])]):.2f}",
+    ]
+    assert "The paper's tables have no google/gemma-3-1b-pt" in alone.notes
     assert (
         paper.kept_share({"TriviaQA": 1.0}, base) is None and paper.kept_share(base, dict.fromkeys(base, 0.0)) is None
     )

@@ -136,6 +136,10 @@ class Method:
         """Return the memory that it takes besides what trains, in bytes, counted on the model without weights."""
         return 0
 
+    def start_bytes(self, model: nn.Module) -> int:
+        """Return the memory that is held while its start is computed, beside Grams, counted likewise."""
+        return 0
+
     def costs(self) -> str:
         """Return what it computes or reads besides training, for the plan of a run; empty where that is nothing."""
         return ""
@@ -289,10 +293,14 @@ def check_no_ranks(name: str, adapter: Mapping[str, Any]) -> None:
 def distinct_inputs(layers: Mapping[str, Any]) -> dict[str, Any]:
     """Return one layer an input.
 
-    Which modules share one is only known when tokens flow; by the shape alone q/k/v and gate/up count once.
+    Which modules share one is only known when tokens flow; by their names q/k/v and gate/up of one block count once.
     """
-    shared = {"k_proj", "v_proj", "up_proj"}
-    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in shared}
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    found: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, layer in layers.items():
+        block, _, leaf = name.rpartition(".")
+        found.setdefault((block, first.get(leaf, leaf)), (name, layer))
+    return dict(found.values())
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> set[str]:

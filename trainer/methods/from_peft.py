@@ -117,6 +117,9 @@ class LoRAGA(ResidualMethod):
     def __post_init__(self) -> None:
         need_count(self, "rows", "batch_rows")
 
+    def start_bytes(self, model: nn.Module) -> int:
+        return gradient_bytes(self.layers(model))
+
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(init_lora_weights="lora_ga", **{"lora_ga_config": LoraGAConfig(), **adapter})
 
@@ -179,6 +182,10 @@ class OSF(WeightMethod):
     def trainable(self, model: nn.Module) -> set[str]:
         return {name for name, _ in model.named_parameters() if ".osf_svd_params." in name}
 
+    def held_bytes(self, model: nn.Module) -> int:
+        """What is preserved, and where what trains began, in float32."""
+        return 4 * sum(buffer.numel() for name, buffer in model.named_buffers() if "._osf_" in name)
+
     def check(self, model: nn.Module) -> None:
         if not self.layers(model):
             raise UserError("target_modules: osf adapts torch.nn.Linear alone, and none of the model's matches")
@@ -214,6 +221,11 @@ def take_gradients(trainer: Any, layers: Mapping[str, nn.Module], batches: list[
             linear._backward_hooks.clear()
             linear._backward_hooks.update(before)
         raise
+
+
+def gradient_bytes(layers: Mapping[str, Any]) -> int:
+    """Return what `take_gradients` leaves: as many bytes as the adapted weights have."""
+    return sum(layer.get_base_layer().weight.nbytes for layer in layers.values())
 
 
 def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ from lora_null.layer import active_adapter, freeze_factor
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import Method, method, need, need_count, refuse_dora
-from lora_null.trainer.methods.from_peft import first_batches, take_gradients
+from lora_null.trainer.methods.from_peft import first_batches, gradient_bytes, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
@@ -54,6 +54,9 @@ class KeepLoRA(Method):
             share = getattr(self, name)
             fits = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1
             need(fits, f"{self.name}.{name}", "a share from 0 to below 1, such as 0.99", share)
+
+    def start_bytes(self, model: nn.Module) -> int:
+        return gradient_bytes(self.layers(model))
 
     def costs(self) -> str:
         return f"before it trains, a backward pass over the first {self.rows} training rows and two over the calibration texts"
