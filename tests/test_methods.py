@@ -312,7 +312,7 @@ def test_the_adapters_own_options_of_pefts_start_are_used(tmp_path, name, key, o
 
 
 @pytest.mark.parametrize("rows", [dict(packing=True, max_length=64), dict(padding_free=True, max_length=None)])
-@pytest.mark.parametrize("name", ["eva", "lora-ga", "keeplora"])
+@pytest.mark.parametrize("name", ["eva", "lora-ga", "keeplora", "sc-lora"])
 def test_starts_that_read_the_training_rows_read_them_without_padding_too(tmp_path, name, rows):
     trainer = started(tmp_path, name, **rows)
     padded = started(tmp_path, name)
@@ -491,6 +491,15 @@ def test_deepspeed_does_not_round_what_trains(key):
     check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
     with pytest.raises(UserError, match=f"training.{key}: DeepSpeed turns what trains into {key} too"):
         check_engine("lora-null-v1", fsdp=None, zero=2, args=args)
+
+
+def test_roselora_takes_no_earlier_checkpoint_for_its_result(tmp_path):
+    trainer = make(tmp_path, "roselora")
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(
+        UserError, match=r"load_best_model_at_end: roselora is as sparse as asked from 0\.8 of the steps"
+    ):
+        trainer.train()
 
 
 def test_roselora_clamp(tmp_path):

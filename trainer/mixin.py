@@ -680,7 +680,7 @@ class LoraNullMixin(SavingMixin):
         scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._now.count
         loss, *rest = found if return_outputs else (found,)
         for name, term in self.method.extra_loss(self, model, self._now).items():
-            loss = loss + (scale * term.weight) * term.value
+            loss = loss + (scale * term.weight) * term.value.to(loss.device)
             steps = self._terms.setdefault(name, {})
             steps[step] = steps.get(step, 0.0) + term.value.detach()
         return (loss, *rest) if return_outputs else loss

@@ -56,7 +56,8 @@ class CLoRA(Method):
             A, B = factors_of(layer, adapter)
             P, Q = self._bases_of(name, A, B, trainer.args.seed)
             with torch.autocast(A.device.type, enabled=False):
-                total = total + ((A @ P).square().sum() + (Q.T @ B).square().sum()) / 2
+                penalty = ((A @ P).square().sum() + (Q.T @ B).square().sum()) / 2
+            total = total + penalty.to(trainer.args.device)
         return {"subspace_penalty": Term(total, self.weight)}
 
     def _bases_of(self, name: str, A: torch.Tensor, B: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -90,6 +90,11 @@ class _Prune(TrainerCallback):
         self.sensitivity: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.load_best_model_at_end and self.method.final_fraction < 1:
+            raise UserError(
+                f"load_best_model_at_end: roselora is as sparse as asked from {self.method.end:g} of the steps on, and an "
+                "earlier checkpoint may be the best; leave it out"
+            )
         if not state.global_step:
             self.sensitivity = {}
 
@@ -128,7 +133,7 @@ class _Prune(TrainerCallback):
             )
         for name, parameter, dim in _factors(model):
             if fraction < 1 and name in self.sensitivity:
-                cut = ~top_mask(self.sensitivity[name], fraction, dim)
+                cut = ~top_mask(self.sensitivity[name].to(parameter.device), fraction, dim)
                 parameter.masked_fill_(cut, 0)
                 _cut_moments(optimizer.state.get(parameter, {}), cut)
             if self.method.clamp is not None:

@@ -101,21 +101,23 @@ def output_factors(
 
 
 def first_rows(trainer: Any, rows: int) -> list[list[int]]:
-    """Return the token ids of the first training rows; of preferences the prompt with the chosen answer, cut as TRL does.
+    """Return the token ids of the first training rows, of packed ones each document's, which do not see each other in training.
+
+    Of preferences it is the prompt with the chosen answer, cut as TRL does.
 
     Raises:
         UserError: the prepared rows hold no token ids.
     """
-    found = []
+    found: list[list[int]] = []
     for row in islice(iter(trainer.train_dataset), rows):
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
-        found.append(
-            list(row["input_ids"])
-            if "input_ids" in row
-            else _truncated(row["prompt_ids"] + row["chosen_ids"], trainer)
-        )
-    return found
+        if "input_ids" not in row:
+            found.append(_truncated(row["prompt_ids"] + row["chosen_ids"], trainer))
+            continue
+        ids = iter(row["input_ids"])
+        found += [list(islice(ids, length)) for length in row.get("seq_lengths") or [len(row["input_ids"])]]
+    return found[:rows]
 
 
 def _truncated(ids: list[int], trainer: Any) -> list[int]:
