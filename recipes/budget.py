@@ -2,8 +2,8 @@
 
 What counts as forgotten is the KL from the base, the rise of an NLL, or the fall of an accuracy, question by question
 against the base. A budget is kept where the estimate plus its standard error is at most what the recipe allows. Probes
-decide while the model trains and when its strength is chosen; the last word has the rest of the retention set, the rows
-that no probe has used.
+decide while the model trains and when its strength is chosen; the final check is on the rest of the retention set, the
+rows that no probe has used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HALVINGS = 9  # of the interval of its logarithm: the strength is found to 1.4%
 
 @dataclass(frozen=True)
 class Bound:
-    """A budget, resolved.
+    """The recipe's budget, with the tasks that measure it.
 
     Attributes:
         section: the recipe's.
@@ -170,27 +170,26 @@ def forgotten(
         measure: the metric.
         found, base: what both measured on the same questions.
         leave_out: rows that do not count.
-        discordant: as for `difference`.
+        discordant: as for `paired_gain`.
 
     Returns:
         The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
     """
-    sign = 1 if found.metrics[measure].higher_is_better else -1
-    return difference(measure, base, found, sign, leave_out, discordant)
+    return paired_gain(measure, base, found, leave_out, discordant)
 
 
-def difference(
+def paired_gain(
     measure: str,
     one: Evaluation,
     other: Evaluation | Point,
-    sign: int,
     leave_out: frozenset[int] = frozenset(),
     discordant: float = DISCORDANT,
 ) -> Estimate:
-    """Return sign · (one − other), paired by question and weighted as the metric is; rows in `leave_out` do not count.
+    """Return by how much `one` is better than `other`, paired by question; rows in `leave_out` do not count.
 
     To the error of what is right or wrong `discordant` is added as in `two_level`: equal answers of a few rows are not proof.
     """
+    sign = 1 if one.metrics[measure].higher_is_better else -1
     change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
     keep = [i for i in range(len(change)) if i not in leave_out]
     weights = np.array(one.weights.get(measure, np.ones(len(change))), dtype=float)
@@ -306,8 +305,8 @@ class Measurement:
         return self.evaluate(self.learning) if self.learning else None
 
 
-def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high: float = 1.0) -> float:
-    """Return the largest strength up to `high` found by bisection that keeps a bound; 0 where not even the smallest does.
+def largest_strength(forgets: Callable[[float], Estimate], at_most: float) -> float:
+    """Return the largest strength up to 1 found by bisection that keeps a bound; 0 where not even the smallest does.
 
     Halved is the interval of its logarithm, so that a small strength is found as closely as a large one.
 
@@ -315,11 +314,11 @@ def largest_strength(forgets: Callable[[float], Estimate], at_most: float, high:
         forgets: strength → what is forgotten at it.
         at_most: the bound.
     """
-    if within(forgets(high), at_most):
-        return high
+    if within(forgets(1.0), at_most):
+        return 1.0
     if not within(forgets(SMALLEST), at_most):
         return 0.0
-    low, top = SMALLEST, high
+    low, top = SMALLEST, 1.0
     for _ in range(HALVINGS):
         middle = math.sqrt(low * top)
         low, top = (middle, top) if within(forgets(middle), at_most) else (low, middle)
@@ -393,7 +392,7 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
             better = after.metrics[name].higher_is_better
             if better is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
                 continue
-            lost = difference(name, before, after, 1 if better else -1)
+            lost = paired_gain(name, before, after)
             metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])
             base, full, kept = (metric.value if metric else None for metric in metrics)
             found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr)

@@ -24,7 +24,7 @@ from lora_null.eval_harness.statistics import (
     weighted_mean,
 )
 from lora_null.recipes.config.load import whole_of
-from lora_null.recipes.results import EVAL_FILE, Paired, Results, variant_of
+from lora_null.recipes.results import EVAL_FILE, Paired, Results, kind_of, variant_of
 
 Evaluations = Mapping[int, Mapping[int, Evaluation]]  # row → seed → what was measured
 MEANS: dict[Role, str] = {"retention": "mean retention", "task": "mean task"}
@@ -85,7 +85,7 @@ def averaged(results: Results, role: Role) -> list[str]:
     for name in names:
         if metrics[name].unit == "fraction" and metrics[name].higher_is_better:
             of_task.setdefault(name.partition("/")[0], name)
-    kinds = {name: (metrics[name].unit, metrics[name].higher_is_better, name.split()[-1]) for name in names}
+    kinds = {name: (metrics[name].unit, metrics[name].higher_is_better, kind_of(name)) for name in names}
     return list(of_task.values()) or [name for name in names if kinds[name] == kinds[names[0]]]
 
 
@@ -160,6 +160,6 @@ def _gaps(
         if len({len(values) for values in (*ours, *theirs)}) > 1 or any(other != weights[0] for other in weights):
             continue
         gaps = np.array(ours, dtype=float) - np.array(theirs, dtype=float)
-        if against_base and name.lower().endswith(" kl"):
+        if against_base and kind_of(name) == "kl":
             continue  # a distance from the base: it cannot be negative, and only the noise floor says what is zero
         yield gaps, None if weights[0] is None else np.array(weights[0], dtype=float)

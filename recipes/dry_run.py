@@ -12,7 +12,7 @@ from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
 from lora_null.recipes.job import Job, check_run, space_of_run
 from lora_null.recipes.models.plan import print_plan
-from lora_null.recipes.training import total_batch, training_arguments
+from lora_null.recipes.training import training_arguments
 from lora_null.utils.distributed import is_first_process, together
 
 FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer takes about a millisecond for each
@@ -40,7 +40,7 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     free = output.check_space(Path(recipe.output_dir), size)
     if is_first_process():
         training = training_arguments(recipe, Path(recipe.output_dir))
-        print_plan(recipe, job.config, job.plans, training, total_batch(training), rows)
+        print_plan(recipe, job.config, job.plans, training, rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
         _print_checks(job, rows, size, free, unreached)

@@ -46,7 +46,7 @@ STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model
 
 @dataclass(frozen=True)
 class Asked:
-    """What tasks are made with, beside their entries.
+    """What every entry of `eval` needs to become a task.
 
     Attributes:
         recipe: the recipe.

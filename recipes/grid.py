@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -282,8 +281,6 @@ class Progress:
     def left(self) -> float:
         """Return the seconds that what is waiting will take, by the means of its methods so far."""
         every = [value for values in self.seconds.values() for value in values]
-        if not every:
-            return math.nan
         return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) / processes.workers()
 
     def line(self, cell: Cell, row: Row, spent: float) -> str:

@@ -107,7 +107,7 @@ def space_of_run(job: Job) -> int:
 
 
 def inputs_of(job: Job) -> dict[str, str]:
-    """Return a hash of what each path of a checked job's recipe holds, by what names it; a hub's data is told by its rows."""
+    """Return recipe key → hash of the content that it names, of a checked job; data from the hub is hashed by its rows."""
     found = inputs_beside_the_base(job)
     files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
     if files is not None and any(files.glob("*.safetensors")):

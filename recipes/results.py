@@ -18,6 +18,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json
 
 SCHEMA = 1
+FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
 LARGEST = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
 EVAL_FILE = "eval.json"  # an `Evaluation`, of the base or of a method
@@ -63,6 +64,11 @@ class Magnitude(BaseModel):
             return None
         moved, start = (math.hypot(*norms) for norms in zip(*changes.values()))
         return cls(total=moved / start, max=max(layers.values()), layers=layers)
+
+
+def kind_of(metric: str) -> str:
+    """Return what a metric measures, the last word of its name: "kl" of "NQ kl", "margin" of "pairs reward margin"."""
+    return metric.split()[-1].lower()
 
 
 class Seconds(BaseModel):
@@ -116,9 +122,8 @@ class Budget(BaseModel):
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
-        kind = self.measure.split()[-1].lower()
-        change = {"nll": "rise of ", "loss": "rise of "} | dict.fromkeys(("kl", "forgetting", "margin"), "")
-        told = f"{change.get(kind, 'fall of ')}{self.measure} {self.value:.3g}{error} on {self.n} rows that no probe used, "
+        change = {"nll": "rise of ", "loss": "rise of "} | dict.fromkeys(FROM_BASE, "")
+        told = f"{change.get(kind_of(self.measure), 'fall of ')}{self.measure} {self.value:.3g}{error} on {self.n} rows that no probe used, "
         told += f"at most {self.at_most:g} allowed"
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         if self.first_check is not None:
@@ -336,7 +341,11 @@ class Results(BaseModel):
         return names
 
     def _settings(self) -> list[str]:
-        """What each row's name says of its settings: of a grid not what a method always has and every method has somewhere."""
+        """Return each row's settings for its label.
+
+        In a grid, a setting that a method has in all its rows is left out if every method has it in some row: it tells
+        no rows apart.
+        """
         if not self.grid or len(self.rows) == 1:
             return [row.variant or "" for row in self.rows]
         settings = [(row.variant or "").split(", ") for row in self.rows]

@@ -327,7 +327,7 @@ def _spent_before(job: Job, plan: MethodPlan, checkpoint: Path | None) -> tuple[
 
 
 def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, seconds: Seconds) -> Row:
-    """Hold a trained method to its budget, save and evaluate it, and return its row; one that diverged is not saved."""
+    """Apply the budget, save, evaluate, and return the method's row; one that diverged is neither saved nor evaluated."""
     folder, model = job.folder / plan.name, trainer.accelerator.unwrap_model(trainer.model)
     diverged, kept, saved, found = diverged_at(trainer), None, None, None
     if diverged is None:
@@ -560,7 +560,7 @@ def _settings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
-        "optimizer_steps": optimizer_steps(training, len(job.data.rows), batch),
+        "optimizer_steps": optimizer_steps(training, len(job.data.rows)),
         "weight_decay": training.weight_decay,
         "batch": batch,
         "max_length": training.max_length,

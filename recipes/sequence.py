@@ -25,7 +25,7 @@ from lora_null.eval_harness import Evaluation, MTBenchTask, Task
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.eval_harness.statistics import is_mean_of_samples
 from lora_null.recipes import output
-from lora_null.recipes.budget import difference
+from lora_null.recipes.budget import paired_gain
 from lora_null.recipes.card import write_run_card
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
@@ -289,12 +289,8 @@ def transfer(method: str, base: Evaluation, after: Sequence[Evaluation], metrics
     stages, count = range(len(after)), len(metrics)
     matrix = [[after[i].metrics[metric] for i in stages] for metric in metrics]
 
-    def change(one: Evaluation, other: Evaluation, j: int) -> Estimate:
-        sign = 1 if one.metrics[metrics[j]].higher_is_better else -1
-        return difference(metrics[j], one, other, sign)
-
-    backward = [change(after[-1], after[j], j) for j in range(count - 1)]
-    forward = [change(after[j - 1], base, j) for j in range(1, count)]
+    backward = [paired_gain(metrics[j], after[-1], after[j]) for j in range(count - 1)]
+    forward = [paired_gain(metrics[j], after[j - 1], base) for j in range(1, count)]
     same = len({base.metrics[metric].unit for metric in metrics}) == 1
     return Transfer(
         method=method,

@@ -125,14 +125,14 @@ def total_batch(training: SFTConfig | DPOConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
 
 
-def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None, batch: int) -> int | None:
-    """Return the number of optimizer steps for `rows` training rows in batches of `batch`, None where the trainer decides."""
+def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None) -> int | None:
+    """Return the number of optimizer steps for `rows` training rows, None where the trainer decides."""
     if training.max_steps > 0:
         return training.max_steps
     if rows is None or getattr(training, "packing", False):  # several rows become one sequence
         return None
     whole = math.floor if training.dataloader_drop_last else math.ceil
-    passes = whole(rows * training.gradient_accumulation_steps / batch)
+    passes = whole(rows * training.gradient_accumulation_steps / total_batch(training))
     return math.ceil(math.ceil(passes / training.gradient_accumulation_steps) * training.num_train_epochs)
 
 

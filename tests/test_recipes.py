@@ -295,15 +295,16 @@ def test_a_model_with_code_of_its_own_is_planned(tmp_path, monkeypatch, capsys):
 
 def test_packed_rows_take_fewer_steps_than_there_are_rows_for():
     training = training_arguments(load_recipe("math"), Path("out"))
-    assert optimizer_steps(training, 1000, 128) == 8
-    training.dataloader_drop_last, training.gradient_accumulation_steps = True, 16
-    assert [optimizer_steps(training, rows, 128) for rows in (1000, 1023, 1024, 1031)] == [8, 8, 8, 8]
-    training.gradient_accumulation_steps = 1
-    assert optimizer_steps(training, 1000, 128) == 7
+    assert optimizer_steps(training, 1000) == 8
+    training.dataloader_drop_last = True
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = 8, 16
+    assert [optimizer_steps(training, rows) for rows in (1000, 1023, 1024, 1031)] == [8, 8, 8, 8]
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = 128, 1
+    assert optimizer_steps(training, 1000) == 7
     training.packing = True
-    assert optimizer_steps(training, 1000, 128) is None
+    assert optimizer_steps(training, 1000) is None
     training.max_steps = 3
-    assert optimizer_steps(training, 1000, 128) == 3
+    assert optimizer_steps(training, 1000) == 3
 
 
 def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):

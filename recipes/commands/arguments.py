@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 import shtab
 
 from lora_null import __version__
+from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.mt_bench.judge import add_options
 from lora_null.recipes.config.load import shipped
 from lora_null.utils.errors import UserError, nearest
 
-ALLOW, JAILED, UNSAFE = "--allow-code-execution", "jailed", "unsafe"
+ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
 QUESTIONS = ("prompt", "response", "template")  # how files of questions are read

@@ -82,7 +82,7 @@ def folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
 
 
 def _check_kept(source: Trained, arguments: argparse.Namespace) -> None:
-    """Raise a UserError where the run's own dial would give way, unasked, to one of other questions or fewer."""
+    """Raise a UserError where --keep, --learn or --limit would overwrite a dial of the run's own questions."""
     own = next((name for name in ("keep", "learn", "limit") if getattr(arguments, name) is not None), None)
     base, found = whole_of(source.run) / "base" / EVAL_FILE, read_dial(source.home)
     if own is None or arguments.out is not None or found is None or not base.is_file():

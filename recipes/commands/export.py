@@ -34,7 +34,7 @@ from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import RECIPES
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
-from lora_null.recipes.models.bases import ends_with, load_tokenizer
+from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.strengths import check_at_most, check_strength
 from lora_null.recipes.trained import PROCESSOR, TOKENIZER, Trained, another_base, check_adapter_fits, find_trained
@@ -272,7 +272,7 @@ def _end_with(export: Export, config: Any, end: int) -> None:
     """Let what reads the export's config or its generation settings stop at the recipe's `model.eos_token`."""
     file, text = export.folder / GENERATION_FILE, config.get_text_config(decoder=True)
     settings = read_json(file) if file.is_file() else {}
-    write_json(file, settings | {"eos_token_id": ends_with(end, settings.get("eos_token_id", text.eos_token_id))})
+    write_json(file, settings | {"eos_token_id": add_eos_id(end, settings.get("eos_token_id", text.eos_token_id))})
     text.eos_token_id = end
 
 

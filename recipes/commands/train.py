@@ -8,7 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from lora_null.recipes.commands.arguments import ALLOW, UNSAFE
+from lora_null.eval_harness.code.jails import UNSAFE
+from lora_null.recipes.commands.arguments import ALLOW
 from lora_null.recipes.config.load import RECIPE_FILE, dump, load_recipe, resume_command, shipped
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes

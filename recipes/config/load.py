@@ -34,7 +34,7 @@ TASKS_FOLDER, CELLS_FOLDER = (
 )  # of a sequence's tasks and a grid's runs, which are no runs by themselves
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 LARGEST = 2.0**63  # beyond which PyTorch takes no whole number
-# What a key takes the place of where it is laid over it: another way of saying the same.
+# Key → the keys of the lower layer that it replaces, since both say the same thing.
 PAIR = ("prompt", "response", "rejected")
 INSTEAD = {
     "total_batch_size": ("gradient_accumulation_steps",),
@@ -44,7 +44,7 @@ INSTEAD = {
     "text": ("messages", "system", "thinking", "template", *PAIR),
     **dict.fromkeys(PAIR, ("messages", "text")),
 }
-# What names a source of calibration, which is laid before what is said of it.
+# Keys that choose a source of calibration. They are applied first, since they reset the keys that describe one.
 SOURCES = ("calibration", *(f"calibration.{key}" for key in ("path", "source", "self", "sources")))
 CONFIGURATION_KEYS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
 PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATION_KEYS}
@@ -200,7 +200,7 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget_others(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Forget what keys that are laid over a section take the place of, see INSTEAD, unless it is given with them."""
+    """Drop the keys that the given keys replace (`INSTEAD`), unless both are given."""
     given = {key for key, value in over.items() if value is not None}
     for key in {other for name in given for other in INSTEAD.get(name, ())} - given:
         under.pop(key, None)
@@ -466,7 +466,7 @@ def paths_here(recipe: Recipe) -> list[Path]:
 
 
 def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
-    """Put what they mean in the place of all paths of a recipe."""
+    """Replace every path in a recipe by what it means, in place."""
     probe, calibration = recipe.eval.probe, recipe.calibration
     sections = [recipe.model, recipe.method, calibration, *calibration.sources, recipe.data, recipe.eval]
     sections += [*recipe.eval.retention, *recipe.eval.task, *([recipe.eval.judge] if recipe.eval.judge else [])]
@@ -491,7 +491,7 @@ def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
 
 
 def _put_paths(values: dict[str, Any], resolve: Callable[[str], str]) -> None:
-    """Put what they mean in the place of the paths of a section, or of an entry of `eval`, whose task may be a YAML."""
+    """Replace the paths of a section by what they mean, or those of an entry of `eval`, whose task may be a YAML; in place."""
     for key, value in values.items():
         if (
             isinstance(value, str)

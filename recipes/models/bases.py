@@ -252,7 +252,7 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     keep_layout(loaded)
     if model.eos_token is not None:  # as TRL's `eos_token` does
         end = load_tokenizer(model, name).eos_token_id
-        loaded.generation_config.eos_token_id = ends_with(end, loaded.generation_config.eos_token_id)
+        loaded.generation_config.eos_token_id = add_eos_id(end, loaded.generation_config.eos_token_id)
         loaded.config.get_text_config(decoder=True).eos_token_id = end
     return loaded
 
@@ -289,7 +289,7 @@ def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tenso
     return read
 
 
-def ends_with(end: int, ends: int | list[int] | None) -> list[int]:
-    """Return at what tokens generation stops that is to stop at one more: that first, then what it stopped at before."""
+def add_eos_id(end: int, ends: int | list[int] | None) -> list[int]:
+    """Return the ids of end tokens with `end` in front."""
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return [end, *(other for other in ends if other != end)]

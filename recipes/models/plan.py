@@ -23,7 +23,7 @@ from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored, weight_bytes
 from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
-from lora_null.recipes.training import optimizer_steps
+from lora_null.recipes.training import optimizer_steps, total_batch
 from lora_null.targets import put_on, refuse_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
@@ -287,7 +287,6 @@ def print_plan(
     model_config: Any,
     plans: list[MethodPlan],
     training: SFTConfig | DPOConfig,
-    batch: int,
     rows: int | None,
 ) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
@@ -298,7 +297,7 @@ def print_plan(
     if recipe.model.quantization:
         stored = f"linears in {recipe.model.quantization}, computed in {stored}"
     console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
-    _print_training(console, recipe, training, batch, rows)
+    _print_training(console, recipe, training, rows)
     cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
     console.print(
         f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
@@ -318,14 +317,12 @@ def print_plan(
     console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
 
 
-def _print_training(
-    console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, batch: int, rows: int | None
-) -> None:
+def _print_training(console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, rows: int | None) -> None:
     rows = rows or recipe.data.limit
     console.print(
         f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
     )
-    steps = optimizer_steps(training, rows, batch)
+    steps, batch = optimizer_steps(training, rows), total_batch(training)
     if steps is None:
         console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
         return

@@ -40,6 +40,7 @@ from lora_null.recipes.results import (
     Run,
     change_error,
     display_name,
+    kind_of,
     settings_text,
     variant_of,
 )
@@ -55,7 +56,7 @@ class Frontier:
     """One method's runs: `points[seed]` are (learned, forgotten) from the base on, in the order of the swept values.
 
     Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
-    `rows` are the rows that average over the seeds, in the same order. `name` is the method's, with the settings of its second and later frontiers, such as "lora, weight_decay 3".
+    `rows` are the rows that average over the seeds, in the same order. `name` is the method's, with the settings of its second and later frontiers, such as "lora (weight_decay 3)".
     """
 
     name: str
@@ -121,7 +122,7 @@ def retention_metrics(results: Results) -> list[str]:
     Then the KLs on the new task's own prompts, a measure of forgetting too.
     """
     kept, learned = results.directed_names("retention"), results.metric_names("task")
-    of_kept, of_learned = ([n for n in names if n.lower().split()[-1] == "kl"] for names in (kept, learned))
+    of_kept, of_learned = ([n for n in names if kind_of(n) == "kl"] for names in (kept, learned))
     return (of_kept or kept) + of_learned
 
 

@@ -36,7 +36,7 @@ from lora_null.recipes.report.drawing import (
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.headline import Measure, forgetting, learning, times
 from lora_null.recipes.report.table import reference_row, scale_of
-from lora_null.recipes.results import Results, TrainLog
+from lora_null.recipes.results import Results, TrainLog, kind_of
 
 NAMED = 5  # the most points that are named in the picture
 BASE = {"marker": "o", "linestyle": "", "label": "base", "color": "white", "markeredgecolor": COLORS["base"]}
@@ -124,7 +124,7 @@ def _along(measure: Measure, i: int, reference: int, noun: str, verb: str) -> st
 
 
 def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, reference: int) -> str:
-    word = "moved" if measure.compared.lower().endswith("kl") else "lost"
+    word = "moved" if kind_of(measure.compared) == "kl" else "lost"
     gap, ours, theirs = measure.gap(i, reference), points[i][1], points[reference][1]
     if gap is None:
         return f"{word}: not compared"

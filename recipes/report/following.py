@@ -14,7 +14,7 @@ import numpy as np
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, read_dial, table_rows, told
 from lora_null.recipes.report.table import metric_title, scale_of, show
-from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, settings_text
+from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
@@ -135,14 +135,14 @@ def _by_curve(results: Results, log: TrainLog, label: str) -> list[Advice]:
 
 def _learned(results: Results, log: TrainLog) -> list[tuple[str, list[float], list[float]]]:
     """The probed losses of the task that are long enough to judge: title, steps and values."""
-    names = [f"{PREFIX}{name}" for name in results.directed_names("task") if name.endswith(" nll")]
+    names = [f"{PREFIX}{name}" for name in results.directed_names("task") if kind_of(name) == "nll"]
     curves = [(title.removeprefix("Probe: "), *log.series(key)) for key, title in probe_curves([log]) if key in names]
     return [curve for curve in curves if len(curve[2]) >= 4]
 
 
 def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
     """Other calibration texts, where a method that calibrates forgets far more in another form than in the first."""
-    kls = [name for name in results.directed_names("retention") if name.lower().endswith(" kl")]
+    kls = [name for name in results.directed_names("retention") if kind_of(name) == "kl"]
     estimates = {name: row.estimate(name) for name in kls}
     first = estimates.get(kls[0]) if kls else None
     if len(kls) < 2 or first is None or not first.value > 0 or not row.method.startswith(("lora-null", "nb-lora")):

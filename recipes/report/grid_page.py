@@ -19,15 +19,9 @@ from lora_null.recipes.report.equal_learning import (
 )
 from lora_null.recipes.report.headline import listed, p_text, times
 from lora_null.recipes.report.table import metric_title, show_all
-from lora_null.recipes.results import (
-    Estimate,
-    Results,
-    display_name,
-    variant_of,
-)
+from lora_null.recipes.results import FROM_BASE, Estimate, Results, display_name, kind_of, variant_of
 
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
-FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
 
 
 def grid_headline(results: Results, found: Evaluations) -> str:
@@ -135,7 +129,7 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
     KL is no such metric: it tells that predictions moved, not that they got worse. No table where only KL was measured.
     Nor is what is counted from the base, which has 0 and no share of it: a rise of the loss is judged as the loss.
     """
-    judged = [name for name in results.directed_names("retention") if name.lower().split()[-1] not in FROM_BASE]
+    judged = [name for name in results.directed_names("retention") if kind_of(name) not in FROM_BASE]
     rates_of = {variant_of(run.point): run.point[RATE] for run in results.grid.cells if RATE in run.point}
     unit = results.metric(task).unit
     if not judged or not rates_of:

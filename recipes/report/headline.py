@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
 from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
-from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, mean
+from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, kind_of, mean
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,8 @@ class Verdict:
 def forgetting(results: Results) -> Measure | None:
     """KL to base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
     for name in results.directed_names("retention"):
-        words = name.lower().split()
-        if words[-1] == "kl":
-            on = metric_title(" ".join(words[:-1]))
+        if kind_of(name) == "kl":
+            on = metric_title(name.rpartition(" ")[0])
             estimates = [row.estimate(name) for row in results.rows]
             estimates[0] = estimates[0] or Estimate(0.0, 0.0)  # by definition
             title = f"KL to base on {on}" if on else "KL to base"

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from lora_null.recipes.report.table import scale_of
-from lora_null.recipes.results import Results, Row, display_name
+from lora_null.recipes.results import Results, Row, display_name, kind_of
 
 TABLES = Path(__file__).parent / "paper_tables.csv"
 MODELS = {
@@ -110,7 +110,7 @@ def paper_name(metric: str) -> str | None:
 
     Those are NLL, KL, other tasks, single turns of MT-Bench, and GSM8K and MATH by other rules than MetaMath's own.
     """
-    if metric.split(" ")[-1].lower() in ("nll", "kl") or " turn " in metric or metric.endswith(OWN_RULES):
+    if kind_of(metric) in ("nll", "kl") or " turn " in metric or metric.endswith(OWN_RULES):
         return None
     return METRICS.get(metric.split("/")[0].split(" ")[0])
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row, mean
+from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
@@ -196,7 +196,7 @@ def _metric_column(results: Results, name: str) -> Column:
 
 
 def _definition(name: str, unit: str | None) -> str:
-    kind = name.lower().split()[-1]
+    kind = kind_of(name)
     if kind == "kl":
         return "KL(base ‖ method) of the next-token distributions over the answers (nats per token; 0 is the base)"
     if kind == "nll":
