@@ -15,6 +15,7 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, OSFConfig, Peft
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from tiny import logits, tiny_model, tiny_tokenizer
+from torch import nn
 from trainers import CUT, ROWS, TEXTS, quick
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -24,6 +25,8 @@ from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.layerwise import measure_in_parts
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.models.plan import plan_methods
 from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods import (
     METHODS,
@@ -34,6 +37,7 @@ from lora_null.trainer.methods import (
     load_method_file,
     make_method,
 )
+from lora_null.trainer.methods.base import distinct_inputs
 from lora_null.trainer.methods.residual import CorDA, PiSSA
 from lora_null.trainer.methods.roselora import _cut_moments, top_mask
 
@@ -483,6 +487,26 @@ def forget_gradients(self, args, state, control, model, **_):
 def test_engines_under_which_a_method_cannot_train(name, sharded, said):
     with pytest.raises(UserError, match=said) if said else nullcontext():
         check_engine(name, fsdp=None, zero=3 if sharded else 2, args=SimpleNamespace(bf16=False, fp16=False))
+
+
+@pytest.mark.parametrize(
+    ("adapted", "counted"), [("qkv", "q"), ("kv", "k"), ("v", "v"), ("qvo", "qo"), (["gate", "up"], ["gate"]), (["up"], ["up"])]
+)  # fmt: skip
+def test_an_input_counts_once_whichever_of_its_linears_are_adapted(adapted, counted):
+    names = lambda leaves: [f"layers.{i}.{leaf}_proj" for i in (0, 1) for leaf in leaves]  # noqa: E731
+    assert list(distinct_inputs(dict.fromkeys(names(adapted)))) == names(counted)
+
+
+def test_the_plan_counts_the_gradients_that_a_start_holds():
+    plan = lambda name: plan_methods(load_recipe("math", ["method.rank=4"], methods=name), tiny_model().config)[0]  # noqa: E731
+    linears = sum(
+        x.weight.numel() for n, x in tiny_model().named_modules() if isinstance(x, nn.Linear) and n != "lm_head"
+    )
+    assert plan("lora").start_bytes == 0
+    assert plan("keeplora").start_bytes == plan("lora-ga").start_bytes == 2 * linears  # in the weights' bfloat16
+    whole = plan("osf")
+    assert whole.kept_bytes > 0 and whole.peak_bytes(0, 0) == whole.extra_bytes
+    assert plan("keeplora").peak_bytes(1, 10**9) == 1 + 10**9 + max(plan("keeplora").extra_bytes, 2 * linears)
 
 
 @pytest.mark.parametrize("key", ["bf16", "fp16"])
