@@ -87,7 +87,7 @@ def test_grams_catch_what_float64_catches(dtype):
     for part in rows.split(1500):
         gram.add(part)
     assert not gram.exact
-    if dtype == torch.bfloat16 and DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    if dtype == torch.bfloat16 and rows.is_cuda and torch.cuda.get_device_capability() >= (8, 0):
         assert gram.kernel is not None  # or else the float32 product would be tested in its place
     total, X = exact(gram.result()), exact(rows).T
     truth = X @ X.T
