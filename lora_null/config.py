@@ -82,7 +82,8 @@ class LoraNullConfig(ResidualLoraConfig):
     """Configuration of a LoRA adapter that starts in the null space of the calibration activations.
 
     Every argument is `peft.LoraConfig`'s, and what it saves is a plain LoRA config. Two defaults differ: `lora_alpha`
-    is `r` (the paper's scaling s = 1; s = √r with `use_rslora`) and `target_modules` is "all-linear" (the paper's seven linears of a block).
+    is `r` (the paper's scaling s = 1; s = √r with `use_rslora`) and `target_modules` is "all-linear" (the paper's seven
+    linears of a block).
 
     Args:
         variant: "v2" (default) freezes A and trains B: the base is left untouched, B starts at zero. "v1" trains A and

@@ -29,9 +29,11 @@ def initialize_lora_null_weights(
 
     v2: A = A0 frozen, B = 0, the base untouched. v1: A = A0, B = B0, the base becomes W0 − s·B0A0. nb: as one or the
     other, with A in the span of N, where the layers and the trainers of this package keep it; see `keep_in_null_basis`
-    for a loop of your own. Where v1 or nb changes the base, weight decay in a trainer that is not of this package pulls away
-    from the original model; `trainer.add_callback(lora_null.trainer.decay.DecayToStart())` turns it to the start. In every case the model computes what it did before. Under `torch.distributed` all processes
+    for a loop of your own. In every case the model computes what it did before. Under `torch.distributed` all processes
     call this together with the same batches.
+
+    Where v1 or nb changes the base, weight decay in a trainer that is not of this package pulls away from the original
+    model; `trainer.add_callback(lora_null.trainer.decay.DecayToStart())` turns it to the start.
 
     Args:
         peft_model: made by `get_peft_model(model, LoraNullConfig(…))`, not merged.

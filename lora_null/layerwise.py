@@ -7,7 +7,6 @@ a memory-mapped file, weights wherever the model keeps them, also still in their
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from lora_null.calibration import (
     token_batches,
 )
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.utils.distributed import get_logger, is_first_process, together
+from lora_null.utils.distributed import get_logger, is_first_process, processes_here, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, release_freed_memory, replaced
 
@@ -368,7 +367,7 @@ class _HiddenStates:
         size = sum(tensor.nbytes for tensor in self.tensors)
         if size <= DEVICE_SHARE * _free_bytes(device):
             self.tensors = [tensor.to(device) for tensor in self.tensors]
-        elif size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
+        elif size * processes_here() <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
             self.tensors = [tensor.cpu() for tensor in self.tensors]
         else:
             self.in_files = True

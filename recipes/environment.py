@@ -23,6 +23,7 @@ from accelerate.utils import parse_flag_from_env
 
 from lora_null import __version__
 from lora_null.recipes.config.schema import Recipe
+from lora_null.utils.distributed import processes_here
 from lora_null.utils.limits import has_float64
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
@@ -149,7 +150,7 @@ def use_all_cores() -> None:
     if accelerator() is not None or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(max(1, cores // processes_here()))
 
 
 def keep_freed_memory() -> None:

@@ -123,8 +123,8 @@ class Budget(BaseModel):
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         change = {"nll": "rise of ", "loss": "rise of "} | dict.fromkeys(FROM_BASE, "")
-        told = f"{change.get(kind_of(self.measure), 'fall of ')}{self.measure} {self.value:.3g}{error} on {self.n} rows that no probe used, "
-        told += f"at most {self.at_most:g} allowed"
+        told = f"{change.get(kind_of(self.measure), 'fall of ')}{self.measure} {self.value:.3g}{error} "
+        told += f"on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         if self.first_check is not None:
             told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"

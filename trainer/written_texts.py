@@ -39,8 +39,8 @@ def own_texts(
         tokenizer: the model's, or a processor that holds it.
         count: number of texts.
         max_tokens: of a text, its prompt included, at most.
-        prompts: texts, or one, to go on from, in turn, with all special tokens but the one the tokenizer puts first; without any
-            the model begins with its first token (the end token, where it has none).
+        prompts: texts, or one, to go on from, in turn, with all special tokens but the one the tokenizer puts first;
+            without any the model begins with its first token (the end token, where it has none).
         seed: of the draws.
         progress: the bar's label.
 

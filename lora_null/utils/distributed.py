@@ -174,6 +174,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def processes_here() -> int:
+    """Return how many processes of this launch run on this machine and share its memory and cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_first_process() -> bool:
     """Return whether this is the one process of all that writes files and prints."""
     return rank_and_world()[0] == 0

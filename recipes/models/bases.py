@@ -6,7 +6,6 @@ import difflib
 import functools
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
-from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, shard_layers, together
+from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, processes_here, shard_layers, together
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.limits import architecture_of, unsupported
 from lora_null.utils.quantized import keep_layout, weight_of
@@ -212,7 +211,7 @@ def fits(config: Any, model: ModelSection) -> bool:
     That is the CPU's, where each is loaded, and the GPU's.
     """
     size = sum(parameter.nbytes for parameter in empty_model(config, model).parameters())
-    if 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= psutil.virtual_memory().available:
+    if 2 * size * processes_here() >= psutil.virtual_memory().available:
         return False
     return PartialState().device.type != "cuda" or 2 * size < torch.cuda.mem_get_info()[0]
 
