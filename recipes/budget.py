@@ -199,7 +199,7 @@ def paired_gain(
     return Estimate(value, error)
 
 
-class KeepBudget(Probe):
+class BudgetProbe(Probe):
     """A probe that ends the training where a budget is reached, and remembers the last state within it.
 
     Args:
@@ -275,7 +275,7 @@ def _owners(model: nn.Module) -> list[nn.Module]:
 
 @dataclass
 class Measurement:
-    """What `hold` measures with: a live model and the base's evaluations.
+    """What `scale_to_budget` measures with: a live model and the base's evaluations.
 
     Attributes:
         evaluate: returns the evaluation of tasks by the live model as it is.
@@ -290,17 +290,17 @@ class Measurement:
     whole: Evaluation
     learning: list[Task] = field(default_factory=list)
 
-    def on_probe(self) -> Estimate:
+    def forgotten_on_probe(self) -> Estimate:
         """Return what is forgotten on the probed rows, which are too few to be counted strictly: the others are."""
         return forgotten(self.bound.measure, self.evaluate([self.bound.few]), self.probed, discordant=0)
 
-    def on_rest(self) -> tuple[Estimate, int]:
+    def forgotten_on_rest(self) -> tuple[Estimate, int]:
         """Return what is forgotten on the rows that no probe has used, and how many they are."""
         found = self.evaluate([self.bound.task])
         left = self.bound.left(len(found.samples[self.bound.measure]))
         return forgotten(self.bound.measure, found, self.whole, self.bound.used), left
 
-    def on_task(self) -> Evaluation | None:
+    def learned_on_probe(self) -> Evaluation | None:
         """Return what is learned on the probed rows; None where no task is probed."""
         return self.evaluate(self.learning) if self.learning else None
 
@@ -325,7 +325,7 @@ def largest_strength(forgets: Callable[[float], Estimate], at_most: float) -> fl
     return low
 
 
-def hold(measured: Measurement, strength: Strength, learned: Evaluation | None = None) -> Budget:
+def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluation | None = None) -> Budget:
     """Set the largest strength at which a budget is kept: by bisection on the probed rows, then on all others.
 
     Args:
@@ -336,15 +336,15 @@ def hold(measured: Measurement, strength: Strength, learned: Evaluation | None =
     Returns:
         What became of the budget, of a state that is at no step of a training.
     """
-    section, before = measured.bound.section, learned or measured.on_task()
+    section, before = measured.bound.section, learned or measured.learned_on_probe()
     at_most = section.at_most
 
     def forgets(value: float) -> Estimate:
         with strength.at(value):
-            return measured.on_probe()
+            return measured.forgotten_on_probe()
 
     strength.set(largest_strength(forgets, at_most))
-    checked, rows = measured.on_rest()
+    checked, rows = measured.forgotten_on_rest()
     first = None
     while not within(checked, at_most) and strength.value:
         first = first or checked
@@ -352,8 +352,8 @@ def hold(measured: Measurement, strength: Strength, learned: Evaluation | None =
         factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= SMALLEST else 0.0)
-        checked, rows = measured.on_rest()
-    after = measured.on_task()
+        checked, rows = measured.forgotten_on_rest()
+    after = measured.learned_on_probe()
     return Budget(
         measure=measured.bound.measure,
         at_most=at_most,
@@ -370,12 +370,12 @@ def hold(measured: Measurement, strength: Strength, learned: Evaluation | None =
     )
 
 
-def keep_budget(measured: Measurement, callback: KeepBudget, model: Any) -> Budget:
+def apply_budget(measured: Measurement, callback: BudgetProbe, model: Any) -> Budget:
     """Make a trained model keep its budget, in place; return what became of it, and of what was learned."""
     trained_to, planned = callback.trainer.state.global_step, callback.trainer.state.max_steps
-    learned = measured.on_task()
+    learned = measured.learned_on_probe()
     rewound = callback.rewind()
-    held = hold(measured, Strength(model), learned)
+    held = scale_to_budget(measured, Strength(model), learned)
     of_training = {
         "step": callback.last_within if rewound else trained_to,
         "reached": trained_to if callback.reached else None,

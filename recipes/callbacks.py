@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import math
@@ -20,11 +19,11 @@ from transformers.integrations import WandbCallback, get_reporting_integration_c
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX
+from lora_null.recipes.environment import free_memory
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process, whole_parameters
 from lora_null.utils.errors import SIGTERM_STATUS
 from lora_null.utils.files import write_text
-from lora_null.utils.model_state import release_freed_memory
 
 LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean", "drift_max")}  # Trainer's name → ours
 LOGGED |= {"num_tokens": "tokens", "rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
@@ -82,8 +81,7 @@ class ReleaseMemory(TrainerCallback):
     """Give what calibration and solving have freed back to the system before the first step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        gc.collect()
-        release_freed_memory()
+        free_memory()
 
 
 class WriteLog(TrainerCallback):
@@ -212,11 +210,13 @@ class SaveOnSignal(TrainerCallback):
         self.asked = self.asked or number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        asked = self.asked
         if self.group is not None:
-            asked = torch.tensor(self.asked)
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-            self.asked = int(asked)
-        if self.asked:
+            of_all = torch.tensor(asked)
+            dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+            asked = int(of_all)
+        if asked:  # else what came meanwhile waits for the next step, upon which all agree
+            self.asked = asked
             control.should_log = control.should_save = control.should_training_stop = self.saved = True
 
     def on_epoch_end(self, *now: Any, **_: Any) -> None:
@@ -226,6 +226,8 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         while self.before:
             signal.signal(*self.before.popitem())
+        if self.asked and not self.saved:  # it came after the last step: as if it came now
+            signal.raise_signal(self.asked)
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self.asked:

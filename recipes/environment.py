@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -25,6 +26,7 @@ from lora_null import __version__
 from lora_null.recipes.config.schema import Recipe
 from lora_null.utils.distributed import processes_here
 from lora_null.utils.limits import has_float64
+from lora_null.utils.model_state import release_freed_memory
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
 OPTIONAL = ("bitsandbytes",)
@@ -168,6 +170,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 1 << 25)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 1 << 26)
+
+
+def free_memory() -> None:
+    """Free what nothing refers to any more, and give it back to the system and to the GPU."""
+    gc.collect()
+    release_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> None:

@@ -35,6 +35,7 @@ from lora_null.recipes.job import (
     inputs_of,
     inspect_recipe,
 )
+from lora_null.recipes.measure import base_row
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
@@ -55,7 +56,7 @@ from lora_null.recipes.results import (
     variant_of,
     write_results,
 )
-from lora_null.recipes.run import base_row, run_job
+from lora_null.recipes.run import run_job
 from lora_null.recipes.training import training_arguments
 from lora_null.utils.distributed import is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
 import pickle
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -23,17 +20,14 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.adapters.join import join_onto
-from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
-from lora_null.adapters.strength import Strength
-from lora_null.eval_harness import Evaluation, Task, assert_logits_differ, evaluate
-from lora_null.eval_harness.lm_eval.vllm import open_vllm
+from lora_null.eval_harness import Evaluation, assert_logits_differ
 from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
 from lora_null.eval_harness.probe import Probe
 from lora_null.layer import active_adapter
 from lora_null.magnitude import norm_of_product, weight_changes
-from lora_null.recipes import base_cache, output, texts_cache
-from lora_null.recipes.budget import KeepBudget, Measurement, check_bound, keep_budget
+from lora_null.recipes import output, texts_cache
+from lora_null.recipes.budget import BudgetProbe, apply_budget
 from lora_null.recipes.callbacks import (
     KeepCard,
     ProgressBar,
@@ -45,12 +39,12 @@ from lora_null.recipes.callbacks import (
     diverged_at,
 )
 from lora_null.recipes.card import CARD_FILE, write_run_card
-from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, with_samples_of_groups
+from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.load import CELLS_FOLDER
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
-from lora_null.recipes.environment import environment, peak_memory_bytes, reset_peak_memory
+from lora_null.recipes.environment import environment, free_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.evaluations import templates_of
 from lora_null.recipes.job import (
     Job,
@@ -58,11 +52,11 @@ from lora_null.recipes.job import (
     inputs_of,
     space_of_run,
 )
-from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, load_base_after, weight_reader
+from lora_null.recipes.measure import base_row, budget_measurement, dial, evaluate_live
+from lora_null.recipes.models.bases import attention, base_to_shard, load_base_after, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, DialPoint, write_dial
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
@@ -77,7 +71,6 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.recipes.side_by_side import side_by_side
-from lora_null.recipes.strengths import sweep
 from lora_null.recipes.training import TRAINERS, optimizer_steps, total_batch, training_arguments
 from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
@@ -90,17 +83,13 @@ from lora_null.utils.distributed import (
     get_logger,
     is_first_process,
     is_launched_with_fsdp2,
-    on_first_rank,
     together,
 )
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import link, read_json, replacing_folder, write_json, write_text
-from lora_null.utils.model_state import release_freed_memory
+from lora_null.utils.files import link, replacing_folder, write_json
 
 logger = get_logger(__name__)
 
-# Settings of an evaluation that change its numbers slightly. Not the dtype, which full fine-tuning raises to float32.
-COMPUTING = ("device", "ranks", "batch_size")
 AnyTrainer = LoraNullSFTTrainer | LoraNullDPOTrainer
 
 
@@ -140,7 +129,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         if is_first_process() and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
         rows.append(_method_row(job, plan, rows[0]))
-        _free()  # the trainer, which nothing refers to any more
+        free_memory()  # the trainer, which nothing refers to any more
         if is_first_process():
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
@@ -166,119 +155,8 @@ def _own_windows(job: Job) -> Windows:
     cache = job.recipe.calibration.cache
     with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
-    _free()
+    free_memory()
     return windows
-
-
-def _evaluate(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
-    """Evaluate the live model in all processes and write `eval.json`, with the same settings before and after."""
-    section = job.recipe.eval
-    options = job.computing | {"limit": section.limit, "output_dir": folder}
-    options |= {"reference_dir": job.base, "record_reference": base}
-    outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
-    inside = [task for task in job.tasks if task not in outside]
-    found = evaluate(model, job.tokenizer, inside, **options)
-    if outside:
-        found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
-    if not base and is_first_process() and (job.base / EVAL_FILE).is_file():
-        before = Evaluation.read(job.base / EVAL_FILE).settings
-        if other := differences(before, found.settings, COMPUTING):
-            logger.warning(
-                f"{folder.name}: the base was measured under other settings ({other}); --overwrite measures both alike"
-            )
-    bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
-    if base and bad:
-        raise UserError(
-            f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
-            f"damaged, or {job.recipe.model.dtype} is too narrow for them"
-        )
-    if is_first_process():
-        write_text(folder / EVAL_FILE, found.to_json())
-    return found
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
-
-    def computing(settings: Mapping[str, Any]) -> dict[str, Any]:
-        packages = {name: settings["versions"].get(name) for name in base_cache.PACKAGES}
-        return packages | {key: settings.get(key) for key in keys}
-
-    old, new = computing(before), computing(now)
-    return "; ".join(f"{key} {old[key]}, now {value}" for key, value in new.items() if value != old[key])
-
-
-def _evaluate_by_vllm(
-    job: Job, model: Any, folder: Path | None, tasks: list[Task], options: dict[str, Any]
-) -> Evaluation:
-    """Evaluate what is saved in a method's folder (None: the base), the live model out of the accelerator's memory."""
-    device = model.device
-    model.to("cpu")
-    _free()
-    adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
-    whole = job.model_name if adapter or folder is None else str(folder / "model")
-    rank = read_json(adapter / CONFIG_FILE)["r"] if adapter else 0
-    section = job.recipe.model
-    engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
-    engine |= {"dtype": section.dtype, "revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = Path(scratch) / "tokenizer"  # with the recipe's own end token
-        job.tokenizer.save_pretrained(tokenizer)
-        lm = open_vllm(whole, adapter, rank=rank, tokenizer=tokenizer, **engine)
-        found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
-        del lm
-    _free()
-    model.to(device)
-    return found
-
-
-def base_row(job: Job) -> Row:
-    """Evaluate the untouched base, or read back what a run that shares it found."""
-    found = None
-    if job.recipe.eval.before and job.tasks:
-        load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
-        found = _of_base(job, job.base, job.base_key, lambda: _evaluate(job, load(), job.base, base=True))
-        if job.probe is not None:
-            folder = probe_folder(job.base)
-            probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
-            if job.bound is not None:
-                check_bound(job.bound, probed, found)
-        del load
-        _free()
-    unknown = ("rank", "trainable_params", "adapter_params", "drift", "tokens_per_second", "peak_memory_bytes")
-    seconds = Seconds(init=None, train=None, eval=found.seconds if found else None)
-    metrics = found.metrics if found else {}
-    return Row(method="base", metrics=metrics, seconds=seconds, **dict.fromkeys(unknown))
-
-
-def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
-    """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
-    saved = folder / EVAL_FILE
-
-    def is_known() -> bool:
-        if saved.is_file():
-            return True
-        if fetched := key is not None and base_cache.fetch(key, folder):
-            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
-        return fetched
-
-    if on_first_rank(is_known):  # which writes the file that the others would look for
-        return Evaluation.read(saved)
-    found = measure()
-    if is_first_process() and key:
-        base_cache.keep(key, folder, found)
-    return found
-
-
-def _record_probe(job: Job, model: Any) -> Evaluation:
-    """Measure the base on the probed rows, with its noise, and write it down."""
-    folder = probe_folder(job.base)
-    options = {"reference_dir": folder, "record_reference": True, "progress": False}
-    found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
-    if is_first_process():
-        write_text(folder / EVAL_FILE, found.to_json())
-    PartialState().wait_for_everyone()
-    return found
 
 
 def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
@@ -331,15 +209,15 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
     folder, model = job.folder / plan.name, trainer.accelerator.unwrap_model(trainer.model)
     diverged, kept, saved, found = diverged_at(trainer), None, None, None
     if diverged is None:
-        if isinstance(probe, KeepBudget):
-            kept = keep_budget(measurement(job, model), probe, model)
+        if isinstance(probe, BudgetProbe):
+            kept = apply_budget(budget_measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
         back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
             assert_logits_differ(model, job.tokenizer, job.data.examples[0].written.text)
         if job.recipe.eval.backend == "vllm":
             _drop_optimizer(trainer)
-        found = _evaluate(job, model, folder, base=False) if job.tasks else None
+        found = evaluate_live(job, model, folder, base=False) if job.tasks else None
     if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
         diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     if found and job.recipe.eval.strengths:
@@ -388,45 +266,6 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
         moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
         changes = {name: (size, float(original(name).double().norm())) for name, size in moved.items()}
     return Magnitude.of(changes) if is_first_process() else None
-
-
-def dial(
-    job: Job,
-    method: str,
-    model: Any,
-    folder: Path,
-    known: dict[float, Evaluation],
-    strengths: Sequence[float] | None = None,
-) -> Dial:
-    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
-
-    Args:
-        job: with the base evaluated.
-        method: for the title.
-        model: a PEFT model.
-        folder: of the method, or of the adapter.
-        known: strength → what was measured already.
-        strengths: instead of the recipe's.
-    """
-    section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
-    options["reference_dir"], own = job.base, folder / DIAL_FOLDER
-
-    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
-        folder_of_answers = own / f"strength={strength:g}"
-        return evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
-
-    base = Evaluation.read(job.base / EVAL_FILE)
-    measured = sweep(Strength(model), strengths or section.strengths, base, measure, known)
-    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
-    seconds = sum(found.seconds for strength, found in measured.items() if strength and strength not in known)
-    found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
-    found.paired = compare(
-        found.results(), {i: {0: with_samples_of_groups(e)} for i, e in enumerate(measured.values())}
-    )
-    if is_first_process():
-        write_dial(own, found)
-    PartialState().wait_for_everyone()
-    return found
 
 
 def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:
@@ -515,23 +354,9 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
         base = Evaluation.read(folder_of_base / EVAL_FILE)
-        probe = KeepBudget(trainer, job.probe.tasks, job.bound, base, **options)
+        probe = BudgetProbe(trainer, job.probe.tasks, job.bound, base, **options)
     trainer.add_callback(probe)
     return probe
-
-
-def measurement(job: Job, model: Any) -> Measurement:
-    """Return what measures how a live model keeps the budget."""
-    whole, few = job.base, probe_folder(job.base)
-
-    def measure(tasks: Sequence[Task]) -> Evaluation:
-        complete = tasks == [job.bound.task]
-        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
-        return evaluate(model, job.tokenizer, tasks, **limits, **job.computing, progress=False)
-
-    learning = [task for task in job.probe.tasks if task.role == "task"]
-    bases = [Evaluation.read(folder / EVAL_FILE) for folder in (few, whole)]
-    return Measurement(measure, job.bound, *bases, learning)
 
 
 def _run_name(job: Job, plan: MethodPlan) -> str:
@@ -582,10 +407,3 @@ def _settings(job: Job) -> dict[str, Any]:
         "attention": attention(recipe.model, job.config),
         **{key: text for task in job.tasks for key, text in task.remarks().items()},
     }
-
-
-def _free() -> None:
-    gc.collect()
-    release_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

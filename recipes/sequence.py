@@ -49,6 +49,7 @@ from lora_null.recipes.results import (
     write_results,
 )
 from lora_null.recipes.run import run_job
+from lora_null.recipes.trained import weights_in
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods import make_method
@@ -150,7 +151,7 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         return job
     weights = recipe.sequence.weights(len(before))
     starts = {plan.name: before[-1].folder / plan.name for plan in job.plans}
-    alive = [name for name, folder in starts.items() if (folder / "adapter").is_dir() or (folder / "model").is_dir()]
+    alive = [name for name, folder in starts.items() if weights_in(folder)]
     if not alive:
         raise UserError(
             f"sequence: no method is left after {before[-1].recipe.name}, all have diverged; lower the rate"
@@ -199,10 +200,8 @@ def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
     """Write the results of the whole, with the last task's adapter of each method in RUN/METHOD."""
     results = collect(recipe, jobs)
     for plan in jobs[-1].plans:
-        for trained in (jobs[-1].folder / plan.name / kind for kind in ("adapter", "model")):
-            if trained.is_dir():
-                target = root / plan.name / trained.name
-                shutil.copytree(trained, target, dirs_exist_ok=True, copy_function=link)
+        if trained := weights_in(jobs[-1].folder / plan.name):
+            shutil.copytree(trained, root / plan.name / trained.name, dirs_exist_ok=True, copy_function=link)
         rows = [row for row in results.rows if row.method in ("base", plan.name)]
         write_run_card(root / plan.name, recipe, plan, results.model_copy(update={"rows": rows}))
     write_results(root, results)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -18,13 +18,12 @@ from peft import PeftModel
 from lora_null.eval_harness import AnswerTask
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.job import Job
 from lora_null.recipes.models.bases import base_to_run, load_base
 from lora_null.recipes.results import Answered, Answers, Results
+from lora_null.recipes.trained import weights_in
 from lora_null.utils.distributed import on_first_rank
 from lora_null.utils.model_state import own_precision, preserve
-
-if TYPE_CHECKING:
-    from lora_null.recipes.job import Job
 
 MAX_NEW_TOKENS = 32
 
@@ -40,7 +39,9 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
         found: the evaluations behind them, on the first process.
     """
     task = next((t for t in job.tasks if isinstance(t, AnswerTask) and t.role == "retention"), None)
-    weights = {i: folder for i, row in enumerate(results.rows) if i and (folder := _weights(job.folder / row.method))}
+    weights = {
+        i: folder for i, row in enumerate(results.rows) if i and (folder := weights_in(job.folder / row.method))
+    }
     if task is None or not weights:
         return None
     chosen = on_first_rank(lambda: choose(results, found, task.name, job.recipe.eval.examples))
@@ -88,11 +89,6 @@ def _largest_and_median(change: np.ndarray, number: int) -> list[tuple[int, floa
     median = rest[start : start + number - len(largest)]
     chosen = [(i, "largest change") for i in largest] + [(i, "median change") for i in median]
     return [(i, float(change[i]), why) for i, why in chosen]
-
-
-def _weights(folder: Path) -> Path | None:
-    """Return the folder of what a method trained; None where it was not kept."""
-    return next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
 
 
 def _answer(job: Job, folders: Sequence[Path], prompts: Sequence[str], special_tokens: bool) -> list[list[str]]:

@@ -26,6 +26,11 @@ TOKENIZER += ["chat_template*", PROCESSOR]
 READ = ["*.safetensors", "*.json", *TOKENIZER]
 
 
+def weights_in(home: Path) -> Path | None:
+    """Return RUN/METHOD/adapter or RUN/METHOD/model, what a method left; None where it kept nothing."""
+    return next((home / kind for kind in MARKS if (home / kind).is_dir()), None)
+
+
 @dataclass
 class Base:
     """A base model by its name: nothing is loaded before it is asked for."""

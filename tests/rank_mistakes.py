@@ -20,7 +20,7 @@ from lora_null.calibration import measure_inputs
 from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes import base_cache, run
+from lora_null.recipes import base_cache, measure
 from lora_null.trainer.methods.from_peft import EVA
 from lora_null.utils.distributed import all_gather, on_first_rank, together
 from lora_null.utils.files import write_text
@@ -112,7 +112,7 @@ def kept_base(folder):
     end = time.monotonic() + 20
     while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
         time.sleep(0.01)
-    run._of_base(job, target, "key", refuse)
+    measure._of_base(job, target, "key", refuse)
 
 
 def eva():

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_tokenizer
 from world import make_world
 
-from lora_null.recipes import base_cache, run
+from lora_null.recipes import base_cache, measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
@@ -27,13 +27,13 @@ def folder(tmp_path_factory, monkeypatch):
 def measured(monkeypatch):
     """The folders of the base evaluations that were really made."""
     found = []
-    original = run._evaluate
+    original = measure.evaluate_live
 
     def spy(job, model, folder, *, base):
         found.extend([folder.parent.name] * base)
         return original(job, model, folder, base=base)
 
-    monkeypatch.setattr(run, "_evaluate", spy)
+    monkeypatch.setattr(measure, "evaluate_live", spy)
     return found
 
 

@@ -19,9 +19,17 @@ from lora_null import LoraNullConfig, initialize_lora_null_weights
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
-from lora_null.recipes import run
+from lora_null.recipes import measure, run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.budget import Bound, Measurement, check_bound, forgotten, hold, largest_strength, within
+from lora_null.recipes.budget import (
+    Bound,
+    Measurement,
+    check_bound,
+    forgotten,
+    largest_strength,
+    scale_to_budget,
+    within,
+)
 from lora_null.recipes.results import Budget, Estimate
 from lora_null.utils.errors import UserError
 
@@ -171,7 +179,7 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
     bound = Bound(section, "facts kl", task, few, frozenset(range(8)))
     model = Fake(worse)
     zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
-    held = hold(Measurement(model.evaluate, bound, zero, zeros), model)
+    held = scale_to_budget(Measurement(model.evaluate, bound, zero, zeros), model)
     assert held.n == 16 and held.kept and model.value == held.strength
     assert held.value <= 0.09 and held.value == pytest.approx(held.strength**2 * worse)
     assert (held.first_check is not None) == again
@@ -336,7 +344,7 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_loads(tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     path = str(recipe(tmp_path))
     capsys.readouterr()
     assert main([path, *words]) == 2

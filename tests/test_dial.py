@@ -17,7 +17,7 @@ from world import base, make_world, write_rows
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
-from lora_null.recipes import run, trained
+from lora_null.recipes import measure, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.config.load import MARK
@@ -70,7 +70,7 @@ def test_a_run_measures_the_strengths_of_its_recipe(world):
 
 
 def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     method = world / "out" / "lora-null-v1"
     assert (
         main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "100"])
@@ -170,7 +170,7 @@ def test_a_dial_that_was_broken_off_goes_on_in_its_folder(world, tmp_path, monke
     words = ["--keep", str(world / "facts.jsonl"), "--limit", "8", "--strengths", "1", "--out", str(tmp_path)]
     half = tmp_path / "dial" / "base" / "half.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", break_off)
+        patch.setattr(measure, "evaluate", break_off)
         assert main(["dial", str(world / "elsewhere"), *words]) == 2
     assert half.is_file()
     assert main(["dial", str(world / "elsewhere"), *words]) == 0
@@ -193,7 +193,7 @@ def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
 
 
 def test_exported_within_a_budget_of_the_rows_that_the_run_probed(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     words = ["--out", str(tmp_path / "a"), "--max-forgetting", "100"]
     assert main(["export", str(world / "out" / "lora-null-v1"), *words]) == 0
     assert "on 14 rows that no probe used" in capsys.readouterr().out.replace("\n", " ")
@@ -272,7 +272,7 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
-    for place in ((run, "base_to_run"), (trained, "load_base")):
+    for place in ((measure, "base_to_run"), (trained, "load_base")):
         monkeypatch.setattr(*place, lambda *_: pytest.fail("a model was loaded"))
     places = {
         "world": world,

@@ -16,7 +16,7 @@ from world import make_world, write_rows
 
 from lora_null.eval_harness import AnswerTask
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
-from lora_null.recipes import checks, output, run
+from lora_null.recipes import checks, measure, output
 from lora_null.recipes.__main__ import main
 
 OTHERS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"  # a chat template without an end
@@ -50,7 +50,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def fails(base, monkeypatch, capsys):
     """Return the one line of a dry run that has to fail, and its seconds."""
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -157,7 +157,7 @@ def test_told_in_one_line_before_anything_is_spent(fails, stub, monkeypatch, wor
 
 
 def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
     before = sorted(base.rglob("*"))
     assert main([str(base / "tiny.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
 
 def test_the_run_itself_looks_too(base, monkeypatch, capsys):
     """Whoever forgets --dry-run is told the same, before weights are loaded."""
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
     assert main([str(base / "tiny.yaml"), "training.loss_type=nnl"]) == 2
     assert "Invalid `loss_type`" in capsys.readouterr().err and not (base / "out").exists()
 

@@ -24,7 +24,7 @@ from world import make_world, results
 from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, PreferenceTask
 from lora_null.eval_harness.likelihood import TokenizedPair
-from lora_null.recipes import run
+from lora_null.recipes import measure, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
@@ -73,7 +73,7 @@ def test_leaves_ordinary_runs_and_one_base(grid):
 
 
 def test_a_dial_of_one_run_takes_the_base_of_all(grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     method = grid / "out" / "cells" / POINTS[0] / "seed=0" / "lora"
     assert command(["dial", str(method), "--strengths", "0", "--out", str(tmp_path)]) == 0
 
@@ -260,7 +260,7 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
         raise AssertionError("a model was loaded")
 
     recipe = make_world(tmp_path)
-    monkeypatch.setattr(run, "base_to_run", load)
+    monkeypatch.setattr(measure, "base_to_run", load)
     assert main([str(recipe), *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
-from lora_null.recipes import run as run_module
+from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import load_base, load_tokenizer
@@ -385,7 +385,7 @@ class TestRecipeTokens:
         assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, END]
 
     def test_one_that_is_not_there_is_refused_before_a_model_loads(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(run_module, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
         recipe = make_world(tmp_path)
         assert main([str(recipe), "model.pad_token='<pda>'"]) == 2
         assert "has no token '<pda>' (did you mean '<pad>'?)" in capsys.readouterr().err

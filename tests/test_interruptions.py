@@ -76,6 +76,37 @@ def test_a_signal_ends_a_saved_step_before_others_take_it_for_the_last():
     assert ended.value.code == 143
 
 
+def test_a_signal_during_the_exchange_is_kept_for_the_next_step(monkeypatch):
+    """Python's handler runs when the exchange returns, whose result does not know of it yet."""
+    callback, control = SaveOnSignal(), TrainerControl()
+    callback.group = object()
+    arrives = iter([signal.SIGTERM])
+
+    def exchange(asked, *_, group):
+        for number in arrives:
+            callback._remember(number, None)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", exchange)
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+    callback.on_step_end(None, state, control)
+    assert not control.should_training_stop  # the other processes do not know of it
+    callback.on_step_end(None, state, control)
+    assert control.should_save and control.should_training_stop
+
+
+def test_a_signal_after_the_last_step_is_not_said_to_have_saved_it(capsys):
+    callback, state = SaveOnSignal(), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        callback.on_train_begin(None, state, None)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            callback.on_train_end(None, state, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "--resume" not in capsys.readouterr().err
+
+
 def make_checkpoint(folder, step, size=100):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)

@@ -21,7 +21,7 @@ from lora_null.__main__ import main as command
 from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.layer import adapted_layers
-from lora_null.recipes import run as run_module
+from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main
 from lora_null.targets import refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -181,7 +181,7 @@ class TestEvaluation:
             evaluate(model, tiny_tokenizer(), [LmEvalTask("metamath_gsm8k", path=path)])
 
     def test_a_recipe_says_so_before_a_model_loads(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("weights were loaded"))
+        monkeypatch.setattr("lora_null.recipes.measure.base_to_run", lambda *_: pytest.fail("weights were loaded"))
         recipe = make_world(tmp_path)
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
@@ -200,7 +200,7 @@ class TestEvaluation:
 @pytest.fixture
 def gpt2_recipe(tmp_path, monkeypatch):
     """A recipe on a model of 64 learned positions; a model load fails the test."""
-    monkeypatch.setattr(run_module, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     recipe = make_world(tmp_path, method={"name": "lora-null-v2", "rank": 4})
     gpt2().save_pretrained(tmp_path / "model")
     return recipe

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from world import make_world, write_rows
 
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
-from lora_null.recipes import run
+from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
@@ -31,7 +31,7 @@ def fails(recipe, monkeypatch, capsys):
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "base_to_run", load)
+    monkeypatch.setattr(measure, "base_to_run", load)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def call(*words, name=None):

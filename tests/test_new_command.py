@@ -45,7 +45,7 @@ KINDS = {  # name → (row by number, format, keys of `data`, held-out rows aske
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lora_null.recipes.measure.base_to_run", lambda *_: pytest.fail("weights were loaded"))
     save_tiny(Path("model"))
     chat_tokenizer().save_pretrained("model")
     return tmp_path
@@ -272,7 +272,7 @@ def test_held_out_prompts_that_are_also_learned(world, capsys, row):
 
 
 def test_it_trains(world, monkeypatch, capsys):
-    monkeypatch.setattr("lora_null.recipes.run.base_to_run", bases.base_to_run)
+    monkeypatch.setattr("lora_null.recipes.measure.base_to_run", bases.base_to_run)
     monkeypatch.chdir(world)
     Path("notes").mkdir()
     for i in range(40):

@@ -315,7 +315,7 @@ def test_a_run_reports_as_any_other(tmp_path, capsys):
     ],
 )
 def test_pairs_that_do_not_work_are_refused_before_anything_loads(tmp_path, capsys, monkeypatch, words, said):
-    monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_null.recipes.measure.base_to_run", lambda *_: pytest.fail("a model was loaded"))
     assert main([str(make_world(tmp_path)), "model.quantization=nf4", *words]) == 2
     told = capsys.readouterr().err
     assert said in told and len(told.splitlines()) == 1
@@ -323,7 +323,7 @@ def test_pairs_that_do_not_work_are_refused_before_anything_loads(tmp_path, caps
 
 def test_what_is_missing_is_told_before_anything_loads(tmp_path, capsys, monkeypatch):
     recipe = make_world(tmp_path)
-    monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_null.recipes.measure.base_to_run", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(quantization.importlib.metadata, "version", lambda name: "0.49.2")
     assert main([str(recipe), "model.quantization=int8"]) == 2
     assert "int8 needs bitsandbytes>=0.50, version 0.49.2 is installed" in capsys.readouterr().err

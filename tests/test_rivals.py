@@ -670,7 +670,7 @@ def test_conv1d(tmp_path):
 )
 def test_mistakes_are_one_line_before_a_model_loads(tmp_path, capsys, monkeypatch, words, said):
     recipe = make_world(tmp_path)
-    monkeypatch.setattr("lora_null.recipes.run.base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_null.recipes.measure.base_to_run", lambda *_: pytest.fail("a model was loaded"))
     capsys.readouterr()
     assert main([str(recipe), "--dry-run", *words]) == 2
     error = capsys.readouterr().err.strip()

@@ -19,7 +19,7 @@ from lora_null.__main__ import main
 from lora_null.calibration import InputStats
 from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
-from lora_null.recipes import run
+from lora_null.recipes import measure, run
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
@@ -345,7 +345,7 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
     ],
 )
 def test_a_mistake_between_tasks(finished, tmp_path, monkeypatch, capsys, change, message):
-    monkeypatch.setattr(run, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("a model was loaded"))
     write_rows(finished / "talk.jsonl", [{"question_id": 1, "category": "math", "turns": ["a", "b"]}])
     one, other = (yaml.safe_load((finished / name).read_text()) for name in ("a.yaml", "b.yaml"))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(change(one, other)))

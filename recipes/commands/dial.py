@@ -16,18 +16,18 @@ from rich.table import Table
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
-from lora_null.recipes.budget import FEWEST, hold
+from lora_null.recipes.budget import FEWEST, scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.environment import keep_freed_memory, use_all_cores
 from lora_null.recipes.job import Job, evaluation_job
+from lora_null.recipes.measure import base_row, budget_measurement, dial, differing_settings
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial_page import DIAL_FOLDER, read_dial, table_rows, told
 from lora_null.recipes.results import EVAL_FILE
-from lora_null.recipes.run import base_row, dial, differences, measurement
 from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
@@ -139,7 +139,7 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     of_run = whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run  # a grid's runs share one base
     if shared and (known := of_run / "base" / EVAL_FILE).is_file():
         here = {"versions": package_versions(), "device": PartialState().device.type}
-        if other := differences(Evaluation.read(known).settings, here, ("device",)):
+        if other := differing_settings(Evaluation.read(known).settings, here, ("device",)):
             shared = False
             logger.warning(f"the run's base was measured under other settings ({other}): it is measured anew")
     else:
@@ -207,7 +207,7 @@ def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Pat
     job = together(lambda: job_for(source, arguments, scratch, budget), what="checking the adapter")
     base_row(job)
     model = load_adapted(source)
-    held = hold(measurement(job, model), Strength(model))
+    held = scale_to_budget(budget_measurement(job, model), Strength(model))
     if held.strength == 0:
         raise UserError(
             f"--max-forgetting: {arguments.max_forgetting:g} leaves nothing of the adapter; at the smallest strength "

@@ -1,0 +1,209 @@
+"""What a run measures of a live model: the base before, each method after, its strengths, and whether it keeps a budget."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lora_null.adapters.plain import CONFIG_FILE
+from lora_null.adapters.strength import Strength
+from lora_null.eval_harness import Evaluation, Task, evaluate
+from lora_null.eval_harness.lm_eval.vllm import open_vllm
+from lora_null.recipes import base_cache
+from lora_null.recipes.budget import Measurement, check_bound
+from lora_null.recipes.comparisons import compare, with_samples_of_groups
+from lora_null.recipes.environment import free_memory
+from lora_null.recipes.job import (
+    Job,
+)
+from lora_null.recipes.models.bases import base_to_run
+from lora_null.recipes.probes import probe_folder
+from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, DialPoint, write_dial
+from lora_null.recipes.results import (
+    EVAL_FILE,
+    Row,
+    Seconds,
+)
+from lora_null.recipes.strengths import sweep
+from lora_null.utils.distributed import (
+    get_logger,
+    is_first_process,
+    on_first_rank,
+)
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import read_json, write_text
+
+logger = get_logger(__name__)
+
+# Settings of an evaluation that change its numbers slightly. Not the dtype, which full fine-tuning raises to float32.
+COMPUTING = ("device", "ranks", "batch_size")
+
+
+def base_row(job: Job) -> Row:
+    """Evaluate the untouched base, or read back what a run that shares it found."""
+    found = None
+    if job.recipe.eval.before and job.tasks:
+        load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
+        found = _of_base(job, job.base, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True))
+        if job.probe is not None:
+            folder = probe_folder(job.base)
+            probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
+            if job.bound is not None:
+                check_bound(job.bound, probed, found)
+        del load
+        free_memory()
+    unknown = ("rank", "trainable_params", "adapter_params", "drift", "tokens_per_second", "peak_memory_bytes")
+    seconds = Seconds(init=None, train=None, eval=found.seconds if found else None)
+    metrics = found.metrics if found else {}
+    return Row(method="base", metrics=metrics, seconds=seconds, **dict.fromkeys(unknown))
+
+
+def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
+    """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
+    saved = folder / EVAL_FILE
+
+    def is_known() -> bool:
+        if saved.is_file():
+            return True
+        if fetched := key is not None and base_cache.fetch(key, folder):
+            print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
+        return fetched
+
+    if on_first_rank(is_known):  # which writes the file that the others would look for
+        return Evaluation.read(saved)
+    found = measure()
+    if is_first_process() and key:
+        base_cache.keep(key, folder, found)
+    return found
+
+
+def _record_probe(job: Job, model: Any) -> Evaluation:
+    """Measure the base on the probed rows, with its noise, and write it down."""
+    folder = probe_folder(job.base)
+    options = {"reference_dir": folder, "record_reference": True, "progress": False}
+    found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
+    if is_first_process():
+        write_text(folder / EVAL_FILE, found.to_json())
+    PartialState().wait_for_everyone()
+    return found
+
+
+def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
+    """Evaluate the live model in all processes and write `eval.json`, with the same settings before and after."""
+    section = job.recipe.eval
+    options = job.computing | {"limit": section.limit, "output_dir": folder}
+    options |= {"reference_dir": job.base, "record_reference": base}
+    outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
+    inside = [task for task in job.tasks if task not in outside]
+    found = evaluate(model, job.tokenizer, inside, **options)
+    if outside:
+        found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
+    if not base and is_first_process() and (job.base / EVAL_FILE).is_file():
+        before = Evaluation.read(job.base / EVAL_FILE).settings
+        if other := differing_settings(before, found.settings, COMPUTING):
+            logger.warning(
+                f"{folder.name}: the base was measured under other settings ({other}); --overwrite measures both alike"
+            )
+    bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
+    if base and bad:
+        raise UserError(
+            f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
+            f"damaged, or {job.recipe.model.dtype} is too narrow for them"
+        )
+    if is_first_process():
+        write_text(folder / EVAL_FILE, found.to_json())
+    return found
+
+
+def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
+
+    def computing(settings: Mapping[str, Any]) -> dict[str, Any]:
+        packages = {name: settings["versions"].get(name) for name in base_cache.PACKAGES}
+        return packages | {key: settings.get(key) for key in keys}
+
+    old, new = computing(before), computing(now)
+    return "; ".join(f"{key} {old[key]}, now {value}" for key, value in new.items() if value != old[key])
+
+
+def _evaluate_by_vllm(
+    job: Job, model: Any, folder: Path | None, tasks: list[Task], options: dict[str, Any]
+) -> Evaluation:
+    """Evaluate what is saved in a method's folder (None: the base), the live model out of the accelerator's memory."""
+    device = model.device
+    model.to("cpu")
+    free_memory()
+    adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
+    whole = job.model_name if adapter or folder is None else str(folder / "model")
+    rank = read_json(adapter / CONFIG_FILE)["r"] if adapter else 0
+    section = job.recipe.model
+    engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()
+    engine |= {"dtype": section.dtype, "revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch) / "tokenizer"  # with the recipe's own end token
+        job.tokenizer.save_pretrained(tokenizer)
+        lm = open_vllm(whole, adapter, rank=rank, tokenizer=tokenizer, **engine)
+        found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
+        del lm
+    free_memory()
+    model.to(device)
+    return found
+
+
+def dial(
+    job: Job,
+    method: str,
+    model: Any,
+    folder: Path,
+    known: dict[float, Evaluation],
+    strengths: Sequence[float] | None = None,
+) -> Dial:
+    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
+
+    Args:
+        job: with the base evaluated.
+        method: for the title.
+        model: a PEFT model.
+        folder: of the method, or of the adapter.
+        known: strength → what was measured already.
+        strengths: instead of the recipe's.
+    """
+    section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
+    options["reference_dir"], own = job.base, folder / DIAL_FOLDER
+
+    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
+        folder_of_answers = own / f"strength={strength:g}"
+        return evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
+
+    base = Evaluation.read(job.base / EVAL_FILE)
+    measured = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
+    seconds = sum(found.seconds for strength, found in measured.items() if strength and strength not in known)
+    found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
+    found.paired = compare(
+        found.results(), {i: {0: with_samples_of_groups(e)} for i, e in enumerate(measured.values())}
+    )
+    if is_first_process():
+        write_dial(own, found)
+    PartialState().wait_for_everyone()
+    return found
+
+
+def budget_measurement(job: Job, model: Any) -> Measurement:
+    """Return what measures how a live model keeps the budget."""
+    whole, few = job.base, probe_folder(job.base)
+
+    def measure(tasks: Sequence[Task]) -> Evaluation:
+        complete = tasks == [job.bound.task]
+        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
+        return evaluate(model, job.tokenizer, tasks, **limits, **job.computing, progress=False)
+
+    learning = [task for task in job.probe.tasks if task.role == "task"]
+    bases = [Evaluation.read(folder / EVAL_FILE) for folder in (few, whole)]
+    return Measurement(measure, job.bound, *bases, learning)
