@@ -126,7 +126,8 @@ def t_tests(spread: Spread, methods: int) -> Difference:
     two seeds). So the spread over seeds is taken relative to that over questions, in the mean of all pairs, or the pair's
     own where that is larger; it has (methods − 1)(seeds − 1) degrees of freedom. Two methods that answer nearly alike can
     differ a hundred times more with the seed than with the question, which alone would raise the mean for all: it is
-    taken for no more than the median of all pairs says it is.
+    taken for no more than the median of all pairs says it is. Where nothing is known of the questions there is no such ratio:
+    each pair is tested by its own seeds alone, of which t has seeds − 1.
     """
     variance, freedom = spread.over_questions, spread.questions - 1
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -135,7 +136,7 @@ def t_tests(spread: Spread, methods: int) -> Difference:
             common = _common_ratio(ratio, spread.seeds - 1)
             variance = variance + np.maximum(spread.over_seeds, common * variance)
             fewest = (methods - 1) * (spread.seeds - 1)
-            freedom = fewest if spread.questions == 0 else min(freedom, fewest)
+            freedom = spread.seeds - 1 if spread.questions == 0 else min(freedom, fewest)
         stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
         p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, freedom)
     return Difference(spread.mean, stderr, freedom, p)

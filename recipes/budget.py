@@ -25,7 +25,7 @@ from lora_null.eval_harness.probe import Point, Probe, rows_of
 from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples, mean_and_error
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
-from lora_null.recipes.results import Budget, Estimate, GivenUp
+from lora_null.recipes.results import Budget, Estimate, GivenUp, kind_of
 from lora_null.utils.distributed import is_first_process, on_first_rank, whole_parameters
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.files import read_safetensors, write_safetensors
@@ -136,6 +136,12 @@ def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
             f"weights differs by {noise:.2g}"
         )
     _check_rows(bound, len(whole.samples[measure]), len(probed.samples[measure]))
+    base_nll = whole.metrics.get(f"{bound.task.name} nll") if kind_of(measure) == "kl" else None
+    if base_nll and at_most >= base_nll.value:
+        raise UserError(
+            f"budget.at_most: {at_most:g} nats a token is not below the {base_nll.value:.2g} that the base's own answers cost, "
+            "so that nothing could break it; 0.01 to 0.1 is usual, or name an accuracy, of which a fraction may be lost"
+        )
     if whole.metrics[measure].unit != "fraction":
         return
     rows, finest = bound.left(len(whole.samples[measure])), forgotten(measure, whole, whole, bound.used).upper

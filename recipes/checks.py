@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,34 @@ def check_batches(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
         raise UserError(
             f"training.dataloader_drop_last: {len(data.rows)} rows fill no batch of {batch}, so that none is left to train on"
         )
+
+
+def tell_of_shared_rows(recipe: Recipe) -> None:
+    """Warn where rows that are trained or calibrated on are measured as well, as far as paths and ranges of rows tell."""
+    trained = [("trained on", recipe.data)]
+    calibrated = [("calibrated on", source) for source in recipe.calibration.each if source.path is not None]
+    for role, read in (("task", trained), ("retention", trained + calibrated)):
+        for entry in getattr(recipe.eval, role):
+            for used, section in read:
+                if _share_rows(entry, section, recipe.eval.limit):
+                    logger.warning(
+                        f"eval.{role}: rows of {entry.path} that are {used} are measured too; offset and limit set them apart"
+                    )
+
+
+def _share_rows(entry: Any, section: Any, most: int | None) -> bool:
+    path = getattr(entry, "path", None)
+    if path is None or Path(path).resolve() != Path(section.path).resolve():
+        return False
+    if not Path(path).is_file() and any(getattr(entry, k, None) != getattr(section, k) for k in ("subset", "split")):
+        return False
+
+    def rows(read: Any, most: int | None) -> tuple[int, float]:
+        first, counts = getattr(read, "offset", 0), (getattr(read, "limit", None), most)
+        return first, first + min(math.inf if count is None else count for count in counts)
+
+    (first, last), (start, end) = rows(entry, most), rows(section, None)
+    return max(first, start) < min(last, end)
 
 
 def check_answers_end(

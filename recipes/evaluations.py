@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.code.jails import UNSAFE
-from lora_null.eval_harness.documents import BadRow, read_documents
+from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.task import FRAMED, TWIN
@@ -33,10 +33,18 @@ from lora_null.recipes.config.schema import (
     Recipe,
 )
 from lora_null.recipes.data.conversations import ask
-from lora_null.recipes.data.examples import Example, Tokenized, read_examples, settle_bad_rows, tokenize
+from lora_null.recipes.data.examples import (
+    Example,
+    Tokenized,
+    describe_bad_rows,
+    read_examples,
+    settle_bad_rows,
+    tokenize,
+)
 from lora_null.recipes.data.formats import askable, question_and_answer, recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
+from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
 # What entries of rows have in common with `data`.
@@ -130,24 +138,35 @@ def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
     where, thinking = f"eval.{role}", asked.recipe.data.thinking
     fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
     if entry.messages is None:
-        fields |= _fields_of(entry, where)
+        fields = _fields_of(entry, where) | fields
+    fields.setdefault("template", CHAT if "messages" in fields and asked.tokenizer.chat_template else "qa")
     section = DataSection(**fields, thinking=thinking)
     examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
-    settle_bad_rows(bad, len(examples) + len(bad), asked.recipe.data.on_bad_row or "error", where=where)
+    _leave_out(bad, len(examples), asked.recipe.data.on_bad_row or "error", where)
     end = _end_of(section.template, asked.tokenizer)
     pairs = [_text_pair(example, end) for example in examples]
-    special = entry.template != CHAT
+    special = section.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
 
 
+def _leave_out(bad: Sequence[BadRow], measured: int, policy: str | None, where: str) -> None:
+    """Refuse bad rows unless `data.on_bad_row` allows to leave them out, which is then said."""
+    total = measured + len(bad)
+    settle_bad_rows(bad, total, policy, where=where)
+    if bad and is_first_process():
+        print(f"left out {len(bad)} of {total} rows of {where}: {describe_bad_rows(bad)}")
+
+
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
-    """Return the fields of question and answer: those that are given, else those with usual names, else a conversation's."""
+    """Return the fields of question and answer: those that are given, else those with usual names, else a conversation's or a text's."""
     if entry.prompt and entry.response:
         return {"prompt": entry.prompt, "response": entry.response}
     first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
     if found := question_and_answer(askable(first.columns, first.rows), entry.prompt, entry.response):
         return found
     if entry.prompt is None and entry.response is None:
+        if first.columns == TEXT_FIELDS:
+            return {"prompt": "beginning", "response": "ending", "template": "plain"}
         with contextlib.suppress(UserError, KeyError):
             return {"messages": recognize(first.rows, first.columns, where).keys["messages"]}
     raise UserError(
@@ -183,7 +202,7 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
-    settle_bad_rows(bad, len(kept) + len(bad), recipe.data.on_bad_row, where=where)
+    _leave_out(bad, len(kept), recipe.data.on_bad_row, where)
     beta = recipe.training.get("beta", 0.1)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 

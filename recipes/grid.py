@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -351,7 +352,8 @@ def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
 
-    `stderr` is that over the seeds, s/√n, of a single seed the evaluation's own; `set_errors` puts both together.
+    `stderr` puts that over the seeds, s/√n, and the evaluations' own together, as if the questions of each seed were the same;
+    `set_errors` does it question by question where these are known.
     """
     first, bad = rows[0], [row.diverged for row in rows if row.diverged]
     metrics = {}
@@ -359,7 +361,10 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         if not all(name in row.metrics for row in rows):  # grades that a judge did not give
             continue
         values = [row.metrics[name].value for row in rows]
-        stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else metric.stderr
+        own = [row.metrics[name].stderr or 0.0 for row in rows]
+        stderr = metric.stderr
+        if len(values) > 1:
+            stderr = math.sqrt(statistics.variance(values) / len(values) + statistics.mean(e * e for e in own))
         metrics[name] = dataclasses.replace(metric, value=statistics.mean(values), stderr=stderr)
     drifts = [row.drift for row in rows if row.drift and not bad]
     sizes = [row.magnitude for row in rows if row.magnitude and not bad]

@@ -31,6 +31,7 @@ from lora_null.recipes.checks import (
     check_weights,
     reference_bytes,
     rehearse,
+    tell_of_shared_rows,
 )
 from lora_null.recipes.config.load import CONFIGURATION_KEYS
 from lora_null.recipes.config.schema import Recipe
@@ -189,6 +190,7 @@ def _read_inputs(
     `reach` computes what may lie on a hub, and returns None where that does not answer.
     """
     recipe, tokenizer, config = job.recipe, job.tokenizer, job.config
+    tell_of_shared_rows(recipe)
     job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))

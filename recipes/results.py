@@ -122,7 +122,7 @@ class Budget(BaseModel):
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
-        change = {"nll": "rise of ", "loss": "rise of "} | dict.fromkeys(FROM_BASE, "")
+        change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
         told = f"{change.get(kind_of(self.measure), 'fall of ')}{self.measure} {self.value:.3g}{error} "
         told += f"on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
@@ -380,12 +380,15 @@ class Results(BaseModel):
         return next(row.metrics[name] for row in self.rows if name in row.metrics)
 
 
-def mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
-    """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable."""
+def mean(estimates: Sequence[Estimate | None], *, same_seeds: bool = False) -> Estimate | None:
+    """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable.
+
+    Of `same_seeds` they are not independent: their errors are added, which is the most that the mean's can be.
+    """
     if not estimates or None in estimates:
         return None
     errors = [estimate.stderr for estimate in estimates]
-    error = None if None in errors else math.hypot(*errors) / len(errors)
+    error = None if None in errors else (sum(errors) if same_seeds else math.hypot(*errors)) / len(errors)
     return Estimate(sum(estimate.value for estimate in estimates) / len(estimates), error)
 
 

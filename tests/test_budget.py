@@ -218,8 +218,25 @@ def test_a_bound_on_an_accuracy_is_one_that_can_be_broken_and_told(at_most, righ
         check_bound(bound, few, whole)
 
 
+def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
+    """As 5 for "no more than 5%": in nats a token nothing could break it."""
+    few, whole = (evaluation([0.0] * n, "nats", False, "facts kl") for n in (10, 50))
+    whole.metrics["facts nll"] = Metric(1.9, 0.1, 50, False, "retention", "nats")
+    for at_most, refused in ((5, True), (0.05, False)):
+        task = SimpleNamespace(name="facts")
+        bound = Bound(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
+        with pytest.raises(UserError, match="5 nats a token is not below the 1.9") if refused else nullcontext():
+            check_bound(bound, few, whole)
+
+
 @pytest.mark.parametrize(
-    ("measure", "said"), [("facts kl", "facts kl"), ("facts nll", "rise of facts nll"), ("nq", "fall of nq")]
+    ("measure", "said"),
+    [
+        ("facts kl", "facts kl"),
+        ("facts nll", "rise of facts nll"),
+        ("nq", "fall of nq"),
+        ("pairs reward margin", "fall of pairs reward margin"),
+    ],
 )
 def test_what_is_lost_is_told_as_a_change(measure, said):
     facts = {"strength": 1, "step": 1, "steps": 1, "value": 0.02, "n": 9, "kept": True}

@@ -87,6 +87,18 @@ class TestWhatRowsAreIsFoundOut:
         assert texts(path, answers=False) == ["<user>1+1?\n<assistant>"]
         assert texts(path, tiny_tokenizer(), answers=False) == ["Question: 1+1?\nAnswer:"]
 
+    def test_rows_without_answers(self, tmp_path, capsys):
+        rows = [
+            {"question": "1+1?", "answer": "2"},
+            {"question": "1+1?", "answer": ""},
+            {"question": "1+1?", "answer": None},
+        ]
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        assert texts(path, answers=False) == ["<user>1+1?\n<assistant>"] * 3
+        assert "hold no text" not in capsys.readouterr().out
+        assert texts(path) == [WRITTEN]
+        assert "2 of 3 rows of calibration hold no text" in capsys.readouterr().out
+
     def test_system_texts_tools_and_several_turns(self, tmp_path):
         talk, tools = [user("1+1?"), call(), tool("2"), assistant("It is 2.")], [{"name": "add"}]
         named = [{"tools": tools}, {"functions": tools}, {"functions": json.dumps(tools), "tools": []}]
@@ -177,8 +189,15 @@ class TestTextFiles:
         (notes / "run").mkdir()  # such as `lora-null train` leaves where its user keeps notes
         (notes / "run" / "recipe.yaml").write_text(MARK)
         (notes / "run" / "report.md").write_text("not a note either")
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "e.md").write_text("Linked.")
+        for link, to in {notes / "x": elsewhere, notes / "y": elsewhere, notes / "up": tmp_path, elsewhere / "self": elsewhere, notes / "z": notes / "deep"}.items():  # fmt: skip
+            link.symlink_to(to)
+        (notes / "gone.md").symlink_to(tmp_path / "nowhere.md")
         found = texts(notes)
-        assert found == ["The mill was built in 1832.\n\nIt burned down.", "# Bakery\n\nBread at six.", "Étang"]
+        assert found[3:] == ["Linked."]
+        assert found[:3] == ["The mill was built in 1832.\n\nIt burned down.", "# Bakery\n\nBread at six.", "Étang"]
         assert texts(notes / "a.txt") == found[:1]
 
     def test_the_end_of_a_piece_can_be_asked_for(self, tmp_path):
@@ -399,10 +418,14 @@ def test_a_downloaded_data_set_is_not_its_card(tmp_path):
     assert any("mill" in text for text in texts(tmp_path, split="test"))
 
 
-@pytest.mark.parametrize("name", ["train.jsonl.gz", "data/data-00000-of-00001.arrow"])
-def test_data_that_is_not_read_is_not_its_card(tmp_path, name):
+UNREAD = ["train.jsonl.gz", "data/data-00000-of-00001.arrow", "a.docx", "data/a.org", "a.markdown", "a.py"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("card", ["README.md", "index.md"])
+def test_data_that_is_not_read_is_not_its_card(tmp_path, name, card):
     (tmp_path / "data").mkdir()
-    for written in ("README.md", "dataset_infos.json", "data/state.json", name):
+    for written in (card, "dataset_infos.json", "data/state.json", name):
         (tmp_path / written).write_text('{"about": "the data"}')
     with pytest.raises(
         UserError, match=rf"calibration\.path: {tmp_path / name} is of no kind that is read \(\.json, "
@@ -410,6 +433,20 @@ def test_data_that_is_not_read_is_not_its_card(tmp_path, name):
         texts(tmp_path)
     (tmp_path / "notes.md").write_text("The mill was built in 1832.\n")  # a folder of notes with something else in it
     assert any("mill" in text for text in texts(tmp_path))
+
+
+def test_what_is_not_read_in_a_folder_is_told_once(tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    names = ["a.md", "mill.png", "LICENSE", ".hidden.docx", "b.docx", "deep/c.DOCX", "deep/d.jsonl", "e"]
+    for name in (*names, *(f"deep/more.{i}" for i in range(6))):
+        (tmp_path / name).write_text("{}")
+    texts(tmp_path), texts(tmp_path)
+    told = f"not read in {tmp_path}: 2 .docx, 1 .0, 1 .1, 1 .2, 1 .3, 1 .4, 3 others\n"
+    assert capsys.readouterr().out == told
+    write_rows(tmp_path / "train-0.jsonl", [{"text": "row"}])
+    write_rows(tmp_path / "train-1.jsonl.gz", [{"text": "row"}])
+    assert texts(tmp_path) == ["row"]
+    assert capsys.readouterr().out == f"not read in {tmp_path}: 1 .docx, 1 without a suffix, 1 .gz, 1 .md\n"
 
 
 def test_texts_in_a_wrong_encoding_are_bad_rows(tmp_path):

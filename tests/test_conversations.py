@@ -208,6 +208,12 @@ REFUSED = {  # reason → messages
     "a conversation with a str among its messages": ["a", "b"],
     "a message without role": [{"content": "a"}, assistant("b")],
     "an empty turn of the user": [user(" "), assistant("b")],
+    "a turn of the tool without content (its keys: role, output)": [
+        user("a"),
+        {"role": "tool", "output": "42"},
+        assistant("b"),
+    ],
+    "a turn of the Alice without content (its keys: from, text)": [{"from": "Alice", "text": "a"}, assistant("b")],
     "an empty turn of the assistant": [user("a"), assistant(None)],
     "a turn of the user whose content is NaN, not text": [user(float("nan")), assistant("b")],
     "a turn of the user whose content is a dict, not text": [user({"a": 1}), assistant("b")],
@@ -350,13 +356,19 @@ BESIDE = [
     assistant("3", reasoning_content="so"),
 ]
 INSIDE = [user("1+1?"), assistant("<think>hm</think>2"), user("and 1?"), assistant("<think>so</think>3")]
+OPENED = [
+    user("1+1?"),
+    assistant("hm</think>2"),
+    user("and 1?"),
+    assistant("so</think>\n3"),
+]  # by the template's prompt
 SHOWS = TOOLS.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% if m.thinking %}({{ m.thinking }}){% endif %}")  # fmt: skip
 
 
 class TestThoughts:
     """Reasoning beside the content or in it, kept or dropped by a key."""
 
-    @pytest.mark.parametrize("messages", [BESIDE, INSIDE])
+    @pytest.mark.parametrize("messages", [BESIDE, INSIDE, OPENED])
     @pytest.mark.parametrize("template", [TOOLS, BLOCKS, SHOWS, THINKING, DEAF])
     def test_dropped(self, tmp_path, messages, template):
         found, text = spans(tmp_path, messages, template, thinking="drop")

@@ -37,7 +37,7 @@ from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.equal_learning import equal_learning, reach
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
-from lora_null.recipes.results import Row, load_results, parse_results, variant_of, write_results
+from lora_null.recipes.results import Estimate, Row, load_results, mean, parse_results, variant_of, write_results
 from lora_null.utils.errors import WORKER, UserError
 from lora_null.utils.files import remove_parts
 
@@ -467,6 +467,41 @@ def test_the_level_moves_with_its_questions():
         variance += np.square(parts).sum() / (n * (n - 1))
     assert mine.difference.stderr == pytest.approx(variance**0.5, rel=1e-3)
     assert mine.p < 0.001 and "mine forgot less than LoRA" in grid_headline(results, found)
+
+
+def test_an_error_that_half_of_the_questions_tell_is_none():
+    """Forgetting as word_perplexity has no value for each question: what the task's questions tell is not its error."""
+    learned = {"lora": np.full((2, 9), 1.4), "mine": np.full((2, 9), 1.5)}
+    for method, end in (("lora", 1.0), ("mine", 0.9)):
+        learned[method][1] = end + np.linspace(-0.1, 0.1, 9)
+    kept = {"lora": np.outer([0.1, 0.4], np.ones(8)), "mine": np.outer([0.01, 0.04], np.ones(8))}
+    results, found = with_answers(learned, kept)
+    assert equal_learning(results, "q kl", "t nll", found)[-1].rows[1].p is not None
+    for evaluations in found.values():
+        del evaluations[0].samples["q kl"]
+    lora, mine = equal_learning(results, "q kl", "t nll", found)[-1].rows
+    assert (lora.value.stderr, mine.value.stderr, mine.p) == (None, None, None)
+    said = grid_headline(results, found)
+    assert "no other method could be compared with it" in said and "distinguishable" not in said
+    assert "Neither by question nor over seeds compared with LoRA: mine." in said
+
+
+def test_one_of_several_seeds_is_no_test():
+    lora, never = [[(1.0, 0.40)], [(1.0, 0.44)], [(1.0, 0.42)]], [(1.5, 0.01), (1.2, 0.03)]
+    found = made({"lora": lora, "mine": [[(1.6, 0.01), (1.0, 0.04)], never, never]})
+    (target,) = equal_learning(found, "q kl", "t nll")
+    assert target.rows[1].reached == 1 and target.rows[1].difference.value == pytest.approx(-0.36)
+    assert target.rows[1].p is None and "forgot less" not in grid_headline(found, {})
+
+
+def test_the_error_of_a_mean_over_seeds_has_that_of_the_questions():
+    rows = [
+        Row(method="lora", metrics={"MT-Bench": Metric(value, 0.25, 8, True, "task", "points")})
+        for value in (6.1, 6.2)
+    ]
+    assert mean_row(rows, None).metrics["MT-Bench"].stderr == pytest.approx((0.05**2 + 0.25**2) ** 0.5)
+    assert mean([Estimate(1.0, 0.3), Estimate(2.0, 0.4)]) == Estimate(1.5, 0.25)
+    assert mean([Estimate(1.0, 0.3), Estimate(2.0, 0.4)], same_seeds=True) == Estimate(1.5, 0.35)
 
 
 def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():

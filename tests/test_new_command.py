@@ -21,10 +21,31 @@ def sharegpt(i):
     return [{"from": "human", "value": f"what is {i}"}, {"from": "gpt", "value": f"it is {i}"}]
 
 
+def chatgpt(i):
+    said = [None, ("user", f"what is {i}"), ("assistant", f"it is {i}")]
+    nodes = [
+        each and {"author": {"role": each[0]}, "content": {"content_type": "text", "parts": [each[1]]}}
+        for each in said
+    ]
+    tree = {str(n): {"message": message, "parent": str(n - 1) if n else None} for n, message in enumerate(nodes)}
+    return {"title": "t", "mapping": tree, "current_node": "2"}
+
+
+def claude(i):
+    said = [("human", f"what is {i}"), ("assistant", f"it is {i}")]
+    return {
+        "uuid": i,
+        "name": "",
+        "chat_messages": [{"sender": who, "text": text, "content": []} for who, text in said],
+    }
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 KINDS = {  # name → (row by number, format, keys of `data`, held-out rows asked for by)
     "messages": (lambda i: {"messages": [system("S"), user(f"q {i}"), assistant("a")]}, "messages", {"messages": "messages", "template": "chat"}, "messages"),
     "sharegpt": (lambda i: {"id": i, "conversations": sharegpt(i)}, "ShareGPT conversations", {"messages": "conversations"}, "messages"),
+    "an export of ChatGPT": (chatgpt, "messages", {"messages": "messages", "template": "chat"}, "messages"),
+    "an export of Claude": (claude, "messages", {"messages": "messages", "template": "chat"}, "messages"),
     "tools": (lambda i: {"messages": [user(f"{i}?"), call(), tool("2"), assistant("2")], "tools": [TOOL]}, "messages", {"messages": "messages"}, "messages"),
     "system": (lambda i: {"system": "Be kind." * (i % 2), "prompt": f"q {i}", "completion": "a"}, "prompt and completion, with system texts", {"prompt": "prompt", "response": "completion", "system": "system"}, "prompt"),
     "alpaca": (lambda i: {"instruction": f"do {i}", "input": "x" * (i % 2), "output": "done"}, "instruction, input and output", {"prompt": "{instruction}\n\n{input}", "response": "output"}, "prompt"),

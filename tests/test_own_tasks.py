@@ -10,6 +10,7 @@ from world import make_world, write_rows
 
 from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.checks import tell_of_shared_rows
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.evaluations import eval_tasks
 from lora_null.utils.errors import UserError
@@ -214,6 +215,42 @@ def test_a_file_of_conversations_in_one_line(own):
     path = write_rows(own / "chats.jsonl", [{"messages": [user(f"{i}?"), assistant(f"{i}!")]} for i in range(3)])
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
     assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: 1?\nAnswer:", " 1!")
+    (chats,) = eval_tasks(recipe, chat_tokenizer(TOOLS), max_length=None)  # as calibration writes them
+    assert chats.pairs[1] == ("<user>1?\n<assistant>", "1!") and not chats.special_tokens
+
+
+def test_notes_are_an_entry(own):
+    (own / "notes.md").write_text("The harbor is closed in winter.\n\nAsk for the key at the office next door.\n")
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{own}/notes.md]", "eval.task="])
+    (task,) = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    assert "".join(task.pairs[0]).startswith("The harbor is closed") and "Question" not in task.pairs[0][0]
+
+
+def test_rows_that_are_left_out_are_said(own, capsys):
+    rows = [{"messages": [user(f"{i}?"), *[assistant(f"{i}!")] * (i > 2)]} for i in range(4)]
+    path = write_rows(own / "chats.jsonl", rows)
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task=", "data.on_bad_row=skip"])
+    assert len(eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs) == 1
+    assert "left out 3 of 4 rows of eval.retention: 3 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["eval.task=[{answers: a, path: rows.jsonl}]"], ["eval.task", "trained on"]),
+        (["eval.task=[{answers: a, path: rows.jsonl, offset: 4}]", "data.limit=4"], []),
+        (["eval.task=[{answers: a, path: rows.jsonl, offset: 3}]", "data.limit=4"], ["eval.task", "trained on"]),
+        (["eval.retention=[{answers: a, path: kept.jsonl}]", "calibration={path: kept.jsonl}"], ["eval.retention", "calibrated on"]),
+        (["eval.retention=[{answers: a, path: kept.jsonl, offset: 4}]", "calibration={path: kept.jsonl, limit: 4}"], []),
+    ],
+)  # fmt: skip
+def test_measuring_what_was_read_is_told(own, caplog, monkeypatch, words, told):
+    monkeypatch.chdir(own)
+    for name in ("rows", "kept"):
+        write_rows(own / f"{name}.jsonl", [{"question": f"{i}?", "answer": str(i)} for i in range(8)])
+    data = "data={path: rows.jsonl, prompt: question, response: answer}"
+    tell_of_shared_rows(load_recipe(str(own / "tiny.yaml"), ["eval.retention=", "eval.task=", data, *words]))
+    assert all(word in caplog.text for word in told) and bool(caplog.text) == bool(told)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,65 @@ WHOLE_FILES = {  # what stands in a .json file → its rows
 }  # fmt: skip
 
 
+def node(parent, role=None, *parts, **more):
+    """A message of ChatGPT's export, below another one."""
+    message = {"author": {"role": role}, "content": {"content_type": "text", "parts": list(parts)}, "recipient": "all"}
+    return {"parent": parent, "message": message | {"metadata": {}} | more if role else None, "children": []}
+
+
+def turn(sender, text, *content):
+    return {"uuid": "u", "sender": sender, "text": text, "content": list(content), "attachments": []}
+
+
+HIDDEN, PICTURE = {"is_visually_hidden_from_conversation": True}, {"content_type": "image_asset_pointer"}
+CHATGPT = {
+    "root": node(None), "s": node("root", "system", ""),
+    "memo": node("s", "user", "be brief", metadata=HIDDEN), "u": node("memo", "user", PICTURE, "what is 6*7?", content={"content_type": "multimodal_text", "parts": [PICTURE, "what is 6*7?"]}),
+    "first": node("u", "assistant", "43"),  # written again
+    "call": node("u", "assistant", "6*7", recipient="python"), "ran": node("call", "tool", "42"),
+    "thought": node("ran", "assistant", content={"content_type": "thoughts", "thoughts": []}), "a": node("thought", "assistant", "It is 42."),
+    "more": node("a", "assistant", "Anything else?"), "unanswered": node("more", "user", "no"),
+}  # fmt: skip
+NOTE = "This block is not supported on your current device yet."
+CLAUDE = [
+    turn("human", "what is 6*7?", {"type": "text", "text": "what is 6*7?"}),
+    turn("human", ""),
+    turn("assistant", f"Wait.\n```\n{NOTE}\n```\n\nIt is 42.", {"type": "text", "text": "It is 42."}, {"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "name": "x", "input": {}}),
+    turn("assistant", f"```\n{NOTE}\n```\nAnything else?"),
+]  # fmt: skip
+EXPORTS = {
+    "ChatGPT": {"title": "t", "create_time": 1.5, "mapping": CHATGPT, "current_node": "unanswered"},
+    "Claude": {"uuid": "u", "name": "n", "account": {"uuid": "u"}, "chat_messages": CLAUDE},
+}
+EMPTY = {  # other keys of such a chat, which leave no question with its answer
+    "ChatGPT": [{"current_node": "u"}, {"current_node": None}, {"mapping": {"u": node("u", "user", "q")}, "current_node": "u"}],
+    "Claude": [{"chat_messages": []}, {"chat_messages": CLAUDE[:2]}, {"chat_messages": [None, {"sender": []}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("of", EXPORTS)
+def test_exported_chats_are_conversations(tmp_path, of):
+    chat = EXPORTS[of]
+    (tmp_path / "conversations.json").write_text(json.dumps([chat, *(chat | other for other in EMPTY[of])]))
+    (tmp_path / "user.json").write_text('{"id": "me"}')
+    (tmp_path / "shared_conversations.json").write_text('[{"id": "s"}]')
+    found = load_documents(str(tmp_path), subset=None, split="train", where="data", keep_bad=True)
+    said = [user("what is 6*7?"), assistant("It is 42.\n\nAnything else?")]
+    assert [row["messages"] for row in found.rows] == [said, [], [], []]
+    kept = CalibrationSection(path=str(tmp_path))
+    assert len(calibration_sources(kept, chat_tokenizer())[0].texts) == 1  # a row without a text is left out
+    assert read_documents([tmp_path / "user.json"], "x").rows == [{"id": "me"}]
+    write_rows(tmp_path / "rows.jsonl", [{"chat_messages": said, "mapping": {}}])
+    assert read_documents([tmp_path / "rows.jsonl"], "x").rows == [{"chat_messages": said, "mapping": {}}]
+    data = DataSection(path=str(tmp_path / "rows.jsonl"), messages="messages", template="chat")
+    write_rows(tmp_path / "rows.jsonl", [chat, chat | EMPTY[of][0]])
+    data.on_bad_row = "skip"
+    found = training_data(data, chat_tokenizer(), preferences=False, max_length=None)
+    assert [(row.row, row.reason) for row in found.bad] == [(2, "a conversation without turns")]
+    (example,) = found.examples
+    assert example.written.text == "<user>what is 6*7?\n<assistant>It is 42.\n\nAnything else?</s>\n"
+
+
 @pytest.mark.parametrize("kind", WHOLE_FILES)
 def test_a_json_file_that_is_one_object(tmp_path, kind):
     whole, rows = WHOLE_FILES[kind]

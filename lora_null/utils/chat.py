@@ -19,7 +19,8 @@ from lora_null.utils.values import Message, as_messages, chat_options
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
 PYTHON = ("{'", "None")  # what a template writes that prints a dict or a missing value
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what data and templates call thoughts beside the content
-THINK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+# Where a template's generation prompt opens the thought, the answer begins within it.
+THINK = re.compile(r"(?:\A|\s*<think>)(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)

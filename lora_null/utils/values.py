@@ -164,6 +164,8 @@ def _message(given: Any) -> Message:
     if thought:
         message.setdefault("reasoning_content", thought)
     text = _content(content, role)
+    if not {"content", "value"} & given.keys() and not calls and not thought and role not in ("user", "assistant"):
+        raise ValueError(f"a turn of the {role} without content (its keys: {', '.join(map(str, given))})")
     if not text.strip() and not calls and role in ("user", "assistant"):
         raise ValueError(f"an empty turn of the {role}")
     said = {"role": role} | ({} if content is None else {"content": text}) | ({"tool_calls": calls} if calls else {})

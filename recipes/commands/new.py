@@ -18,7 +18,7 @@ import torch
 import yaml
 from trl import DPOConfig, SFTConfig
 
-from lora_null.eval_harness.documents import BadRow, Documents
+from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, Documents
 from lora_null.recipes.budget import FEWEST
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
@@ -64,7 +64,6 @@ BATCHES = (64, 32, 16, 8, 4, 2, 1)
 STEPS = 60  # optimizer steps that a run should have at least, if the rows allow it
 USED = 0.8  # of the memory there is, at most
 LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
-TEXT_FIELDS = ["text", "beginning", "ending", "file"]  # of rows that are pieces of texts
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
 DROPPED = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most

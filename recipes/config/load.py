@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -393,10 +394,22 @@ def is_of_run(path: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return what lies in a folder and its folders, sorted; nothing hidden, and nothing of a run whose folder is among them."""
-    runs = {path.parent for path in folder.rglob(RECIPE_FILE) if is_of_run(path)} - {folder}
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if runs.isdisjoint((path, *path.parents))]
-    return [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
+    """Return the files in a folder and its folders, sorted; nothing hidden, and nothing of a run whose folder is among them.
+
+    Folders that links lead to are among them, each once, unless they lie in this one, or it in them.
+    """
+    root, seen, found = folder.resolve(), set(), []
+    for name, folders, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        real = place.resolve()
+        around = place.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
+        if real in seen or (place != folder and (around or is_of_run(place / RECIPE_FILE))):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        found += [place / file for file in files if not file.startswith(".") and (place / file).is_file()]
+    return sorted(found)
 
 
 def whole_of(folder: Path) -> Path:

@@ -524,7 +524,10 @@ class AnswersEntry(Section):
         description="field of a conversation whose last learned answer counts, instead of prompt and response",
     )
     system: str | None = Field(None, min_length=1, description="field of a system text, put before the conversation")
-    template: Template = Field("qa", description="alpaca, qa, plain, chat, or a text with {prompt}")
+    template: Template | None = Field(
+        None,
+        description="alpaca, qa, plain, chat, or a text with {prompt}; not given: chat for conversations, plain for texts, else qa",
+    )
     offset: int = OFFSET
     limit: int | None = ROWS_AFTER
 

@@ -163,7 +163,7 @@ def _texts(
         path, subset=section.subset, split=section.split, where=where, keep_bad=True, limit=section.limit
     )
     last = math.inf if section.limit is None else section.limit
-    texts, kinds, bad = [], Counter(), [row for row in documents.bad if row.row <= last]
+    texts, kinds, bad, empty = [], Counter(), [row for row in documents.bad if row.row <= last], 0
     if not documents.rows:
         raise UserError(f"{where}: no row can be used: {describe_bad_rows(bad)}")
     text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
@@ -174,13 +174,16 @@ def _texts(
             text = without_bos(text_of(row), tokenizer)
             check_encoding([text])
         except EmptyValue:
-            continue
+            text = ""
         except ValueError as error:
             bad.append(BadRow(number, str(error)))
             continue
+        empty += not text
         if text:
             texts.append(text)
             kinds[row.get("kind", "")] += section.source == "general"
+    if empty and is_first_process():
+        print(f"{empty} of {empty + len(texts) + len(bad)} rows of {where} hold no text")
     if bad:
         total = len(texts) + len(bad)
         if len(bad) > MOST_BAD * total:
@@ -226,6 +229,8 @@ def _found_text(row: Mapping[str, Any], reader: RowReader, tokenizer: PreTrained
     talk = reader.data.messages
     if talk is not None and row.get(talk) is None and isinstance(row.get("text"), str):
         return row["text"]  # the general mix holds texts beside conversations
+    if not answers and talk is None and row.get(reader.data.response) in (None, ""):
+        row = {**row, reader.data.response: "-"}  # which is left out as any other answer
     return _talk_text(reader.messages(row)[0], row, tokenizer, answers=answers)
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
+from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, is_export, read_documents
 from lora_null.recipes.config.load import files_below
 from lora_null.recipes.data.templates import fill, split_fields
+from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
 
-# Files that describe a data set, which are skipped; and formats that cannot be read.
+# Files that describe a data set, and pictures, which are skipped.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".pkl", ".db", ".sqlite")
-UNREAD += (".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls")
-ABOUT = ("readme", "license", "notice", "citation", "changelog")  # texts about the data beside them
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+ABOUT = ("readme", "index", "license", "notice", "citation", "changelog")  # texts about the data beside them
+TOLD = 6  # kinds of files that are not read
 
 
 def load_documents(
@@ -65,7 +68,8 @@ def load_documents(
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     """Return a split's data files, those of its folders where it holds none itself, as a downloaded hub data set does.
 
-    A folder without any is one of texts (.txt, .md), those in its folders too.
+    Of exported chats it is their `conversations.json` where the split is not there. A folder without any is one of texts
+    (.txt, .md), those in its folders too. What else lies there is told by its kinds.
     """
 
     def is_split(file: Path) -> bool:
@@ -73,6 +77,10 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
 
     files = [file for file in files_below(folder) if file.name not in DESCRIPTIONS]
     found = [(file, kind) for file in files if (kind := FILE_KINDS.get(file.suffix.lower()))]
+    texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
+    notes = [file for file in texts if file.stem.lower() not in ABOUT]
+    unread = [file for file in files if file.suffix.lower() not in (*FILE_KINDS, *PICTURES)]
+    unread = [file for file in unread if file.stem.lower() not in ABOUT]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
     data = data or [file for file, kind in found if kind != "text" and is_split(file)]
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
@@ -81,20 +89,38 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
             f"{where}.path: {folder} holds {split!r} in {' and '.join(several)}; name one of these folders"
         )
     if not data:
-        texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
-        unread = next((file for file in files if file.suffix.lower() in UNREAD), None)
-        if unread is not None and all(file.stem.lower() in ABOUT for file in texts):
-            raise UserError(f"{where}.path: {unread} is of no kind that is read ({', '.join(FILE_KINDS)})")
+        below = [file for file, kind in found if kind != "text"]
+        if below and texts and not notes:
+            raise UserError(f"{where}.path: {folder} holds data in {below[0].parent}; name that folder, or the split")
+        if unread and not notes:
+            raise UserError(f"{where}.path: {unread[0]} is of no kind that is read ({', '.join(FILE_KINDS)})")
         if not texts:
             raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
-        below = next((file.parent for file, kind in found if kind != "text"), None)
-        if below is not None and all(file.stem.lower() in ABOUT for file in texts):
-            raise UserError(f"{where}.path: {folder} holds data in {below}; name that folder, or the split")
+        _tell_unread(folder, [*unread, *below])
         return texts
-    chosen = list(filter(is_split, data))
+    chosen = [file for file in data if is_split(file)] or [
+        file for file in data if file.stem.startswith("conversations") and is_export(file)
+    ]
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
+    _tell_unread(folder, [file for file in (*unread, *notes) if file.parent == chosen[0].parent])
     return chosen
+
+
+def _tell_unread(folder: Path, files: Iterable[Path]) -> None:
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    told = counts.most_common(TOLD)
+    others = counts.total() - sum(count for _, count in told)
+    if told:
+        kinds = [f"{count} {kind}" for kind, count in [*told, *([("others", others)] if others else [])]]
+        _print_once(f"not read in {folder}: {', '.join(kinds)}")
+
+
+@cache
+def _print_once(line: str) -> None:
+    """Print what is found each time that a run reads its data."""
+    if is_first_process():
+        print(line)
 
 
 class RowText:

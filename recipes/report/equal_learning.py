@@ -239,6 +239,9 @@ def reach(
             if k == 0 and learned < FIRST * x1:
                 return None
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
+            of_runs = parts[max(k, 1) : k + 2]  # the base is the same for all
+            if not of_runs or any(part is None for pair in of_runs for part in pair):
+                return Reading((1 - w) * y0 + w * y1, [])  # half of what questions add would pass for the whole
             ends = list(zip((1 - w, w), parts[k : k + 2]))
             sets = [
                 [share * factor * part for share, pair in ends if (part := pair[axis]) is not None]
@@ -306,7 +309,8 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.
         shared = {seed: r - theirs[seed] for seed, r in read[f.name].items() if seed in theirs}
         if shared and f is not lora:
             gaps[f.name] = spread_of(shared)
-            together.setdefault(frozenset(shared), []).append(f.name)
+            if len(shared) > 1 or len(lora.points) == 1:  # one of several seeds says nothing of how seeds differ
+                together.setdefault(frozenset(shared), []).append(f.name)
     tested = {name: told for names in together.values() for name, told in _tested(gaps, names)}
     rows = []
     for f in every:

@@ -297,7 +297,7 @@ def _name_points(
 def _draw_distance(axes: Axes, results: Results, kept: Measure, points: Mapping[int, tuple[float, float]]) -> None:
     """A dotted line from the reference's forgetting down to that of the method that forgot least, with the ratio."""
     reference, best = reference_row(results), min(points, key=lambda i: points[i][1])
-    if reference not in points or best == reference or not kept.separated(best, reference):
+    if reference not in points or best == reference or not kept.beats(best, reference):
         return
     (x, low), high = points[best], points[reference][1]
     axes.plot([x, x], [low, high], ":", color=INK, linewidth=1.2, zorder=2)

@@ -56,9 +56,13 @@ def _not_read(target: Target) -> list[str]:
 
 
 def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | None) -> str:
-    less, more, same = ([row for row in rows if row is not lora and row.sense == sense] for sense in (-1, 1, 0))
+    others = [row for row in rows if row is not lora]
+    less, more, same = ([row for row in others if row.p is not None and row.sense == sense] for sense in (-1, 1, 0))
+    untested = [row for row in others if row.p is None]
     if rows == [lora]:
         said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method can be read there."
+    elif untested == others:
+        said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method could be compared with it."
     elif not less:
         said = f"no method forgot distinguishably less than LoRA ({title} {_forgotten(lora.value, unit)})."
     else:
@@ -72,6 +76,8 @@ def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | Non
         said += f" {listed([row.label for row in more])} forgot more than LoRA."
     if same:
         said += f" Not distinguishable from LoRA: {listed([row.label for row in same])}."
+    if untested:
+        said += f" Neither by question nor over seeds compared with LoRA: {listed([row.label for row in untested])}."
     return said
 
 

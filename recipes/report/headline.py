@@ -70,6 +70,11 @@ class Measure:
         gap = self.gap(i, j)
         return gap is not None and gap.significant
 
+    def beats(self, i: int, j: int) -> bool:
+        """Whether row i may be called better than row j."""
+        gap = self.gap(i, j)
+        return gap is not None and gap.significant and (gap.mean > 0) == self.higher_is_better
+
     def moved(self, i: int) -> bool:
         """Whether row i may be called different from the base; by twice the error where nothing was compared."""
         if self.results.paired:
@@ -130,7 +135,7 @@ def forgetting(results: Results) -> Measure | None:
         unit = "points" if first.unit == "fraction" else first.unit
         return Measure(title, losses, False, unit, results, compared, turned=bool(first.higher_is_better))
     title = "mean retention" if several else metric_title(names[0])
-    values = [mean([row.estimate(name) for name in names]) for row in results.rows]
+    values = [mean([row.estimate(name) for name in names], same_seeds=(row.runs or 1) > 1) for row in results.rows]
     found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
     return found if any(values[1:]) else None
 
@@ -212,7 +217,7 @@ def _verdict(
     if measure.untested(ranked):
         sentence = f"Nobody can be called best in {noun}, which was not compared question by question: {extremes}."
         return Verdict(title, [], f"Not compared. {extremes}", sentence, unmeasured)
-    ties = [i for i in rest if not measure.separated(best, i)]
+    ties = [i for i in rest if not measure.beats(best, i)]
     if len(ties) == len(rest):
         sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
         if any(measure.separated(i, j) for i, j in itertools.combinations(rest, 2)):
@@ -276,7 +281,7 @@ def _meanwhile(other: Measure | None, best: int, against: int) -> str:
     first = min((best, against), key=other.measured.index)
     if other.untested([best, against]) or _not_above_base(other, first):
         return f", at {numbers}"
-    if not other.separated(best, against):
+    if not other.beats(first, best if first == against else against):
         return f", with learning not distinguishable ({numbers})"
     return f", {'and learned more' if first == best else 'but learned less'} ({numbers})"
 

@@ -226,7 +226,7 @@ def _mean_column(results: Results, role: Role) -> list[Column]:
     names = averaged(results, role)
     if len(names) < 2 or results.metric(names[0]).unit != "fraction":
         return []
-    estimates = [mean([row.estimate(name) for name in names]) for row in results.rows]
+    estimates = [mean([row.estimate(name) for name in names], same_seeds=(row.runs or 1) > 1) for row in results.rows]
     titles = ", ".join(metric_title(name) for name in names)
     cells = _marked_cells(results, estimates, "fraction", MEANS[role], True)
     return [Column("Mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]

@@ -101,6 +101,13 @@ def test_questions_and_seeds_by_hand():
     assert three.stderr[0] == pytest.approx(math.sqrt(questions + 3 * seeds / math.log(2)))
 
 
+def test_of_seeds_alone_each_pair_is_tested_by_its_own():
+    """Many methods beside it do not make three seeds tell more than three seeds do."""
+    gaps = np.random.default_rng(1).normal(size=(6, 3)) + 1
+    found = t_tests(stack([two_level(own, []) for own in gaps]), methods=7)
+    assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0, axis=1).pvalue) and found.freedom == 2
+
+
 def test_two_metrics_of_the_same_questions_vary_together():
     """The mean of two forms of a question has the error of a question's own mean, not that of twice as many questions."""
     gaps = np.random.default_rng(0).normal(size=(1, 2, 30)) + np.random.default_rng(1).normal(size=30)
