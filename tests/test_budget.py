@@ -225,7 +225,7 @@ def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
     for at_most, refused in ((5, True), (0.05, False)):
         task = SimpleNamespace(name="facts")
         bound = Bound(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
-        with pytest.raises(UserError, match="5 nats a token is not below the 1.9") if refused else nullcontext():
+        with pytest.raises(UserError, match=r"5 nats a token is not below the 1\.9") if refused else nullcontext():
             check_bound(bound, few, whole)
 
 

@@ -70,6 +70,12 @@ FOUND = {  # rows → whether they are talk that a chat template writes
     "a body and its answer": ({"title": "t", "body": "1+1?", "answer": "2"}, True),
     "text": ({"text": "one and one"}, False),
     "a single field": ({"sentence": "one and one"}, False),
+    "a field that says who": ({"name": "one and one"}, False),
+    "who said it": ({"Author": "Ann", "Message": "one and one"}, False),
+    "who and when": ({"date": "1832-05-01", "time": "12:00", "sender": "Ann", "message": "one and one"}, False),
+    "a mail": ({"from": "ann@mill", "to": "bob@mill", "value": "one and one"}, False),
+    "a file": ({"path": "notes/a.md", "markdown": "one and one"}, False),
+    "an address": ({"url": "https://mill", "story": "one and one"}, False),
 }
 
 
@@ -128,12 +134,24 @@ class TestWhatRowsAreIsFoundOut:
         (tmp_path / "rows.json").write_text(json.dumps([{"messages": TALK}]))
         assert texts(tmp_path / "rows.parquet") == texts(tmp_path / "rows.json") == [WRITTEN]
 
-    @pytest.mark.parametrize("names", ["c d e", "system chat", "system_prompt response", "id story", "post_id story", "role text", "role content", "id role text lang"])  # fmt: skip
+    @pytest.mark.parametrize("names", ["c d e", "system chat", "system_prompt response", "id story", "post_id story", "role text", "role content", "id role text lang", "from to", "author id story"])  # fmt: skip
     def test_unknown_fields(self, tmp_path, names):
         path = write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(names.split(), "x")])
         listed = ", ".join(names.split())
         with pytest.raises(UserError, match=rf"calibration\.path: the fields {listed} are no conversation"):
             texts(path)
+
+    @pytest.mark.parametrize(
+        "names", [("from", "value"), ("Role", "content"), ("sender", "text"), ("from", "content")]
+    )
+    def test_rows_of_single_turns(self, tmp_path, names):
+        (tmp_path / "talk.json").write_text(
+            json.dumps([dict(zip(names, said)) for said in (("human", "1+1?"), ("gpt", "2"))])
+        )
+        with pytest.raises(
+            UserError, match=r'no conversation; if each row is a turn of one, .*: \{"messages": \[...\]\}'
+        ):
+            texts(tmp_path / "talk.json")
 
     def test_a_system_text_stands_once(self, tmp_path):
         talk = [system("S"), *TALK]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import as_conversation, as_text, is_conversation, messages_in
+from lora_null.utils.values import KNOWN, as_conversation, as_text, is_conversation, messages_in
 
 LOOKED_AT = 50  # rows
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
@@ -21,6 +21,9 @@ PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), (
 TEXTS = ("text", "content", "document", "body", "passage", "sentence")
 SYSTEMS = ("system", "system_prompt")
 NO_TALK = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "url", "source")  # neither asks nor answers
+SAID_BY = ("role", "from", "sender", "speaker", "author")  # of a single turn, where they hold roles
+ABOUT = (*SAID_BY[1:], "to", "name", "user", "username")  # who, when and where, beside a text
+ABOUT += ("date", "time", "timestamp", "datetime", "created_at", "file", "filename", "path", "folder", "url")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,13 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
             f"{where}: {' and '.join(pair)} are texts without a prompt; what both begin with belongs into a field of its own, "
             "such as prompt"
         )
+    listed = f"{where}: the fields {', '.join(columns)} are no conversation"
+    if found is None and _are_turns(fields, rows):
+        raise UserError(f'{listed}; if each row is a turn of one, put its turns into one row: {{"messages": [...]}}')
     if found is None:
         raise UserError(
-            f"{where}: the fields {', '.join(columns)} are no conversation, prompt and response, or text that is known; "
-            "rename them, or name them in a recipe (data.prompt, data.response)"
+            f"{listed}, prompt and response, or text that is known; "
+            "rename them, or name them in a recipe (data.prompt, data.response, data.text)"
         )
     keys, system = found.keys, _first(SYSTEMS, fields)
     name = " ".join(found.name.split())  # a field's name may hold line breaks
@@ -140,19 +146,27 @@ def _answered(fields: Mapping[str, str]) -> Format | None:
 
 
 def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tuple[str, str] | None) -> Format | None:
-    """Return plain text, or, of two fields of text with names that say nothing, a prompt and its response.
+    """Return plain text, also beside who, when and where; or, of two fields with names that say nothing, prompt and response.
 
     None for rows that are single messages, whose text is a turn.
     """
-    if "role" in fields:
+    if _are_turns(fields, rows):
         return None
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    talk = pair is None and not any(name in NO_TALK or name.endswith("_id") for name in fields)
+    talk = pair is None and not any(name in (*NO_TALK, *ABOUT) or name.endswith("_id") for name in fields)
     if name is None and len(fields) == len(texts) == 2 and talk:  # of a pair the second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
-    name = name or (texts[0] if len(fields) == len(texts) == 1 else None)
+    rest = [column for name, column in fields.items() if name not in ABOUT] or list(fields.values())
+    name = name or (rest[0] if len(rest) == 1 and rest[0] in texts else None)
     return Format("plain text", {"text": name}) if name else None
+
+
+def _are_turns(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each row is a single message: it has a role, or the names of roles stand where it says who speaks."""
+    who = _first(SAID_BY, fields)
+    said_by = {str(row.get(who)).lower() for row in rows[:LOOKED_AT]}
+    return "role" in fields or (who is not None and said_by <= KNOWN.keys())
 
 
 def _is_text(value: Any) -> bool:
