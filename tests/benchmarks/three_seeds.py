@@ -1,16 +1,21 @@
-"""The study's methods at equal learning over three seeds: two of an H200 and one of a CPU, tested over the seeds alone.
+"""The study's methods over three seeds, tested over the seeds alone: at equal learning on the first task, at one rate on the second.
 
-    python tests/benchmarks/three_seeds.py        # in seconds: reads study/rivals.json and study/rivals_seed_2.json
+    python tests/benchmarks/three_seeds.py        # in seconds: reads study/rivals.json, study/rivals_seed_2.json, study/code*.json
 
-Each seed is read off its own path over the rates, where it has learned what LoRA has at 1e-3: the mean of the seeds, or what all
+On the first task two seeds are of an H200 and one of a CPU. Each seed is read off its own path over the rates, where it has learned what LoRA has at 1e-3: the mean of the seeds, or what all
 of them reach. Settings of which the third seed was not run are left out. p is that of the difference from this LoRA, over
 the seeds, adjusted for all methods and levels of a set (Holm).
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
+from lora_null.eval_harness.statistics import holm, stack, t_tests, two_level
 from lora_null.recipes.grid import mean_row
 from lora_null.recipes.report.equal_learning import equal_learning
 from lora_null.recipes.results import Results, Run, load_results, variant_of
@@ -32,7 +37,7 @@ def merged(reference: int) -> Results:
     return results.model_copy(update={"rows": rows, "grid": grid, "paired": [], "noise": {}})
 
 
-def main() -> None:
+def at_equal_learning() -> None:
     """Print what every method has forgotten where it has learned as much as LoRA without and with weight decay."""
     for decay in (0, 3):
         results = merged(decay)
@@ -50,5 +55,30 @@ def main() -> None:
                 print(f"  {row.label:30} {read}")
 
 
+def second_task() -> None:
+    """Print the means of every setting's seeds and the p of their differences from the first, LoRA without decay, by Holm."""
+    settings: dict[str, dict[int, Run]] = {}
+    cells = [run for file in sorted(STUDY.glob("code*.json")) for run in load_results(file).grid.cells]
+    for run in sorted(cells, key=lambda run: (run.method != "lora", run.method, run.point[DECAY])):
+        settings.setdefault(f"{run.method}, decay {run.point[DECAY]:g}", {})[run.seed] = run
+    lora, *_ = settings.values()
+    for name in (f"{kept} nll" if kept == "Code" else f"{kept} kl" for kept in (*reversed(SETS), "GSM8K")):
+        values = {key: {seed: run.metrics[name].value for seed, run in runs.items()} for key, runs in settings.items()}
+        theirs = next(iter(values.values()))
+        several = {key: found for key, found in values.items() if len(found) == len(lora) > 1}
+        gaps = [two_level(np.array([found[s] - theirs[s] for s in theirs]), []) for found in several.values()]
+        p = dict(zip(several, holm(t_tests(stack(gaps), len(gaps)).p))) if gaps else {}
+        print(f"\n{name} on the second task")
+        for key, found in values.items():
+            print(f"  {key:24} {mean_of(list(found.values()))}, {len(found)} seeds, p {p.get(key, math.nan):.4f}")
+
+
+def mean_of(values: list[float]) -> str:
+    """Return mean ± s/√n as text."""
+    error = f" ± {stats.sem(values):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}"
+
+
 if __name__ == "__main__":
-    main()
+    at_equal_learning()
+    second_task()
