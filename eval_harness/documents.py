@@ -28,7 +28,9 @@ FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
 DELIMITERS = ",;\t|"  # of a csv
 PIECE = 1500  # characters of a text file that make a row, about
 END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt
-TEXT_FIELDS = ["text", "beginning", "ending", "file"]  # of such a row
+TEXT_FIELDS = ["text", "beginning", "ending", "file", "last"]  # of such a row
+# Where a long paragraph is cut: at the end of a line, of a sentence, of a word.
+CUTS = [re.compile(end) for end in (r"(?=\n)", r"[.!?…؟।][\"'”’»)\]]*(?=\s)|[。！？｡][”’」』）]*", r"(?=\s)")]
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant"}  # in exported chats, and their roles here
 SHOWN = ("text", "multimodal_text")  # what ChatGPT shows as text
 # what Claude writes in the place of a tool's call
@@ -163,30 +165,41 @@ def _rows_like_the_header(text: str, delimiter: str) -> int:
 
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the pieces of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`."""
-    rows = []
-    for piece in pieces(path.read_bytes().decode("utf-8-sig")):
+    """Return the pieces of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`; `last` in it."""
+    rows, found = [], pieces(path.read_bytes().decode("utf-8-sig"))
+    for number, piece in enumerate(found, start=1):
         words = list(re.finditer(r"\S+", piece))
         cut = words[-min(END_WORDS, max(len(words) // 3, 1))].start()
-        rows.append({"text": piece, "beginning": piece[:cut].rstrip(), "ending": piece[cut:], "file": path.name})
+        values = piece, piece[:cut].rstrip(), piece[cut:], path.name, number == len(found)
+        rows.append(dict(zip(TEXT_FIELDS, values)))
     return rows
 
 
 def pieces(text: str) -> list[str]:
-    """Cut a text at blank lines, or at the ends of words where a paragraph is long, into pieces of up to PIECE characters."""
+    """Cut a text at blank lines, and a long paragraph within, see `CUTS`, into pieces of up to PIECE characters."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+        begins = True
         while paragraph := paragraph.strip("\n").rstrip():
-            cut = len(paragraph) if len(paragraph) <= PIECE else paragraph.rfind(" ", 1, PIECE)
-            cut = cut if cut > 0 else PIECE
+            cut = _cut(paragraph)
             part, paragraph = paragraph[:cut], paragraph[cut:].lstrip(" ")
             if not part.strip():  # the indentation of a line that has no other space
                 continue
-            if found and len(found[-1]) + len(part) + 2 <= PIECE:
+            if begins and found and len(found[-1]) + len(part) + 2 <= PIECE:
                 found[-1] += f"\n\n{part}"
             else:
                 found.append(part)
+            begins = False
     return found
+
+
+def _cut(paragraph: str) -> int:
+    """Return where to cut what is longer than a piece: at the last good place of its second half, else at any word's end."""
+    if len(paragraph) <= PIECE:
+        return len(paragraph)
+    places = ([end.end() for end in ends.finditer(paragraph, PIECE // 2, PIECE)] for ends in CUTS)
+    space = paragraph.rfind(" ", 1, PIECE)
+    return next((found[-1] for found in places if found), space if space > 0 else PIECE)
 
 
 def _is_integer(cell: str) -> bool:

@@ -157,7 +157,7 @@ def tell_of_shared_rows(recipe: Recipe) -> None:
 
 def _share_rows(entry: Any, section: Any, most: int | None) -> bool:
     path = getattr(entry, "path", None)
-    if path is None or Path(path).resolve() != Path(section.path).resolve():
+    if path is None or os.path.realpath(path) != os.path.realpath(section.path):
         return False
     if not Path(path).is_file() and any(getattr(entry, k, None) != getattr(section, k) for k in ("subset", "split")):
         return False

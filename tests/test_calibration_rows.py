@@ -227,6 +227,12 @@ class TestAnEndlessStreamIsReadAsFarAsNeeded:
 
     def test_packed_until_the_windows_are_full(self):
         args = CalibrationArgs(samples=6, max_length=200)
+        rows = Dataset.from_list([{"text": TEXTS[i % 40]} for i in range(500)])
+        taken, original = [], Dataset.__getitem__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Dataset, "__getitem__", lambda self, i: taken.append(i) or original(self, i))
+            assert len(same(rows)) == 6
+        assert len(taken) == 16 * 6 and len(set(taken)) == 16 * 6 and max(taken) > 16 * 6  # at random, not the first
         stream = Endless(lambda i: "abc")
         assert [len(window) for window in same(stream, args)] == [200] * 6
         assert stream.read == 400

@@ -45,6 +45,7 @@ FOUND = {  # rows → whether they are talk that a chat template writes
     "question and answers": ({"question": "1+1?", "answer": ["2", "two"]}, True),
     "instruction, input, output": ({"instruction": "1+1?", "input": "", "output": "2"}, True),
     "other names": ({"Frage": "1+1?", "Antwort": "2"}, True),
+    "roles": ({"user": "1+1?", "bot": "2"}, True),
     "capitals": ({"Question": "1+1?", "Answer": 2}, True),
     "messages and a text": ({"prompt": TALK[:1], "response": "2"}, True),
     "a text and messages": ({"question": "1+1?", "response": TALK[1:]}, True),
@@ -193,6 +194,14 @@ class TestTextFiles:
         text = "\n\n".join(f"{i} " + "word " * (i * 37 % 200) for i in range(60)) + "\n\n" + "x" * (3 * PIECE)
         found = pieces(text)
         assert all(len(piece) <= PIECE for piece in found) and len(found) < 40
+        assert "".join("".join(found).split()) == "".join(text.split())
+
+    @pytest.mark.parametrize("line, end", [("12:00 Ann: the mill, e.g. its wheel. It", "It"), ("Bread at six. ", "."), ("The mill burned「早い。」", "」"), ("おはようです。", "。"), ("mill ", "mill"), ("x" * 700 + " " + "x" * 900, "x")])  # fmt: skip
+    def test_a_long_paragraph_is_cut_at_a_line_a_sentence_or_a_word(self, line, end):
+        text = "\n".join([line] * 200) if end == "It" else line * 1100
+        found = pieces(text)
+        assert len(found) > 2 and all(piece.endswith(end) and len(piece) <= PIECE for piece in found)
+        assert all(len(piece) >= PIECE // 2 for piece in found[:-1]) or line[0] == "x"
         assert "".join("".join(found).split()) == "".join(text.split())
 
     def test_a_folder_of_notes(self, tmp_path):

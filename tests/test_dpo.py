@@ -119,6 +119,28 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
 
 
+def test_a_reference_is_of_the_precision_that_the_method_gives_the_model(tmp_path):
+    given = {"train_dataset": PAIRS, "processing_class": tiny_tokenizer(), "method": make_method("full")}
+    half = lambda: tiny_model().to(torch.bfloat16)  # noqa: E731
+    trainer = LoraNullDPOTrainer(
+        model=half(), ref_model=half(), args=DPOConfig(**quick(tmp_path, max_steps=1)), **given
+    )
+    trainer.train()
+    assert logged(trainer, "rewards/margins")[0] == 0 and logged(trainer, "rewards/chosen")[0] == 0
+    ahead = DPOConfig(**quick(tmp_path, max_steps=1, precompute_ref_log_probs=True))
+    with pytest.raises(UserError, match=r"precompute_ref_log_probs: full trains in torch.float32, and the references"):
+        LoraNullDPOTrainer(model=half(), args=ahead, **given)
+
+
+def test_a_second_round_says_what_becomes_of_the_first_ones_reference(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    first = make(tmp_path / "1", None, model=model)
+    with pytest.raises(UserError, match=r"model: holds the reference of an earlier trainer; after .*delete_adapter"):
+        make(tmp_path / "2", None, model=first.model)
+    first.model.delete_adapter("ref")
+    make(tmp_path / "2", None, model=first.model)
+
+
 @pytest.mark.parametrize("ready", [True, False])
 def test_a_start_of_pefts_that_changes_the_base_is_no_reference(tmp_path, ready):
     config = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")

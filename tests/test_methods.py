@@ -511,8 +511,11 @@ def test_the_plan_counts_the_gradients_that_a_start_holds():
 
 @pytest.mark.parametrize("key", ["bf16", "fp16"])
 def test_deepspeed_does_not_round_what_trains(key):
-    args = SimpleNamespace(**{"bf16": False, "fp16": False, key: True})
+    args = SimpleNamespace(**{"bf16": False, "fp16": False, "torch_compile": False, key: True})
     check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
+    args.torch_compile = True
+    with pytest.raises(UserError, match="torch_compile: under FSDP2 the adapter would be saved under names"):
+        check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
     with pytest.raises(UserError, match=f"training.{key}: DeepSpeed turns what trains into {key} too"):
         check_engine("lora-null-v1", fsdp=None, zero=2, args=args)
 

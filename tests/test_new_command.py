@@ -183,7 +183,8 @@ ODD = {  # rows of which some cannot be used, or named so that they are mistaken
     "a text with an ending": [{"text": f"the mill of town {i}", "ending": "burned"} for i in range(60)],
     "held-out rows without an answer": [{"prompt": f"q {i}", "response": "a" * (i < 57)} for i in range(60)],
     "only such rows held out": [{"prompt": f"q {i}", "response": "a" * (i < 50)} for i in range(60)],
-    "texts that are not measured": [{"text": "x" * 1400, "beginning": "", "ending": "", "file": ""}] * 60,
+    "texts that are not measured": [{"text": "x" * 1400, "beginning": "", "ending": "", "file": "", "last": True}]
+    * 60,
     "a conversation and an answer": [
         {"prompt": [user("a"), assistant("b"), user(f"{i}")], "response": "d"} for i in range(60)
     ],

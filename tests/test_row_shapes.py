@@ -296,6 +296,19 @@ def test_what_no_file_holds(bad):
             reader.example(1, {**good, name: bad}, chat_tokenizer())
 
 
+def test_only_the_last_piece_of_a_text_has_an_end(tmp_path):
+    (tmp_path / "a.txt").write_text("The mill was built in 1832. " * 150)
+    (tmp_path / "b.md").write_text("It burned.")
+    data = DataSection(path=str(tmp_path), text="text", template="plain")
+    examples = training_data(data, tiny_tokenizer(), preferences=False, max_length=None).examples
+    assert [example.written.text.endswith("</s>") for example in examples] == [False, False, True, True]
+    assert all(example.written.text.removesuffix("</s>").endswith(".") for example in examples)
+    row = {"text": "a", "last": False}
+    data.path = str(write_rows(tmp_path / "rows.jsonl", [row]))  # a field of a data file means nothing
+    (example,) = training_data(data, tiny_tokenizer(), preferences=False, max_length=None).examples
+    assert example.written.text == "a</s>"
+
+
 @pytest.mark.parametrize(
     "text", ["<s>a question, an answer</s>", "<s>a question, an answer </s>\n", "a question, an answer"]
 )

@@ -20,6 +20,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import _say_never_initialized, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
+from lora_null.trainer.checkpoints import last_checkpoint, mark_complete
 
 
 def make(
@@ -294,14 +295,33 @@ def test_gradient_checkpointing_trains(tmp_path, variant):
     assert losses(with_it) == pytest.approx(losses(without), rel=1e-4)
 
 
-def test_an_evaluation_that_has_rounded_the_model_is_not_trained_after(tmp_path):
-    trainer = make(tmp_path, bf16_full_eval=True, max_steps=1, eval_rows=ROWS.select(range(4)), eval_strategy="steps")
-    trainer.evaluate()
-    with pytest.raises(
-        UserError, match="bf16_full_eval: an evaluation before training has rounded the model for good"
-    ):
+def test_an_evaluation_that_would_round_the_model_is_refused(tmp_path):
+    """Before the training or after it, when it is to be saved."""
+    with pytest.raises(UserError, match="bf16_full_eval: an evaluation would round what trains for good"):
+        make(tmp_path, bf16_full_eval=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError), ({"optim": "galore_adamw"}, Exception)],
+)
+def test_a_schedule_or_optimizer_that_cannot_be_is_found_before_the_initialization(
+    tmp_path, monkeypatch, wrong, error
+):
+    trainer = make(tmp_path, LoraNullConfig(r=4), **wrong)
+    monkeypatch.setattr(trainer, "_prepare", lambda **_: pytest.fail("the initialization began"))
+    with pytest.raises(error):
         trainer.train()
-    make(tmp_path, bf16_full_eval=True, max_steps=1, eval_rows=ROWS.select(range(4)), eval_strategy="steps").train()
+
+
+def test_a_checkpoint_saved_for_a_signal_by_transformers_is_whole(tmp_path):
+    """As `enable_jit_checkpoint` writes it: a mark lies in the folder until the save has ended."""
+    (tmp_path / "checkpoint-3").mkdir()
+    for name in ("optimizer.pt", "checkpoint-is-incomplete.txt"):
+        (tmp_path / "checkpoint-3" / name).write_text("x")
+    mark_complete(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "checkpoint-is-incomplete.txt").unlink()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):

@@ -10,9 +10,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas
 import torch
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -169,7 +170,8 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
             they are padded `attention_mask`, and maybe `position_ids`; or batches of windows, (batch, length) each. In a
             list, a data set (of a `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that
             can be iterated. A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
-            windows; or 16 texts for each, from which they are drawn, and more only until these fill them.
+            windows; or 16 texts for each, from which they are drawn, and more only until these fill them. Of a large
+            `Dataset` of texts as many, at random.
         tokenizer: for texts, and for its padding token; or a processor that holds it. None goes with ready windows.
         args: how windows are cut from texts. Ready windows are used as they are, without their padding.
 
@@ -189,7 +191,11 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
     if not isinstance(first, Mapping) or "input_ids" not in first:
         if tokenizer is None:
             raise UserError("processing_class: calibration texts need a tokenizer, and the trainer has none")
-        rows = _enough(rows, tokenizer, args) if is_stream else rows
+        if is_stream:
+            rows = _enough(enumerate(rows, start=1), tokenizer, args)
+        elif isinstance(source, Dataset) and len(source) > STREAM * args.samples:  # read from the disk row by row
+            order = np.random.default_rng(args.seed or 0).permutation(len(source))
+            rows = _enough(((i + 1, source[i]) for i in map(int, order)), tokenizer, args)
         return padded_batches(calibration_windows(rows, tokenizer, args), pad)
     batches, windows, dimensions = [], 0, 0
     for number, row in enumerate(rows, start=1):
@@ -254,17 +260,19 @@ def _is_column(value: Any) -> bool:
     )
 
 
-def _enough(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs) -> Iterator[str]:
-    """Yield the texts of a stream from which the windows are drawn; see `as_batches`."""
+def _enough(
+    rows: Iterable[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase, args: CalibrationArgs
+) -> Iterator[str]:
+    """Yield the texts of numbered rows from which the windows are drawn; see `as_batches`."""
     wanted, texts, tokens = args.samples * args.max_length, 0, 0
-    for number, row in enumerate(rows, start=1):
+    for count, (number, row) in enumerate(rows, start=1):
         text = _text(row, number, tokenizer)
         yield text
         texts += bool(text.strip())
         if args.mode == "packed":
             tokens += len(tokenizer(text, add_special_tokens=False)["input_ids"])
         enough = texts >= STREAM * args.samples and (args.mode == "separate" or tokens >= wanted)
-        if enough or number >= STREAM * wanted:  # never more, should a stream hold empty texts alone
+        if enough or count >= STREAM * wanted:  # never more, should a stream hold empty texts alone
             return
 
 

@@ -40,6 +40,7 @@ logger = get_logger(__name__)
 COMPLETE_FILE, PROCESSES_FILE, METHOD_FILE = "complete.json", "processes.json", "method.json"
 SCALED_BY = ("r", "lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter's config, which its weights go with
 BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
+JIT_FILE = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint, which removes it after the save
 # Of an output folder: large; the base's predictions on held-out rows; a pickle, with any token in it.
 NOT_PUSHED = ("init/*", "probe/*", TRAINING_ARGS_NAME)
 # Of an optimizer's group: what a checkpoint holds in the place of what the training arguments ask for.
@@ -68,7 +69,8 @@ def is_whole(checkpoint: Path) -> bool:
 
 def mark_complete(checkpoint: Path) -> None:
     """Flush every file of a finished checkpoint to disk and list them in `complete.json`."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (COMPLETE_FILE, BEGUN_FILE))
+    passing = (COMPLETE_FILE, BEGUN_FILE, JIT_FILE)
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in passing)
     for path in files:
         flush(path)
     write_json(checkpoint / COMPLETE_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})

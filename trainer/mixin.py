@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, get_scheduler, set_seed
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
@@ -240,7 +240,6 @@ class LoraNullMixin(SavingMixin):
         self._take_method(method, given.get("optimizers"))
         to_start = self._guard_steps(decay_to_start)
         self._recorded = self._settings(to_start) if self._measures else {}
-        self._dtypes = self._trained_dtypes()
         self._prepared, self._rows = False, object()
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
@@ -326,7 +325,11 @@ class LoraNullMixin(SavingMixin):
                 elif isinstance(self.model, PeftModel):
                     say_what_is_fused(self.model.get_base_model())
                 self.method.check(self.model)
+            before = getattr(self.model, "dtype", None)
             self.method.prepare(self.model)
+            if self.method.saves == "model" and self.model.dtype != before:
+                self._take_reference_along(before)
+        self._check_precision()
         if self._goes_on:
             check_basis(self.model, self.adapter_name)
         elif self.method.new_parameters and (optimizers or (None,))[0] is not None:
@@ -334,6 +337,26 @@ class LoraNullMixin(SavingMixin):
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
             )
+
+    def _take_reference_along(self, before: torch.dtype) -> None:
+        """Give the reference the dtype that a method has given the model, without which rewards do not start at 0."""
+        if getattr(self.args, "precompute_ref_log_probs", False):
+            raise UserError(
+                f"precompute_ref_log_probs: {self.method.name} trains in {self.model.dtype}, and the references were computed in "
+                f"{before}; give model.float(), or set it to False"
+            )
+        reference = getattr(self, "ref_model", None)
+        if reference is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            reference.to(self.model.dtype)
+
+    def _check_precision(self) -> None:
+        """Refuse what would round the model for good: an evaluation before or after the training casts it in place."""
+        trained = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
+        for key, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)):
+            if getattr(self.args, key) and trained - {dtype}:
+                raise UserError(
+                    f"{key}: an evaluation would round what trains for good; leave it out, bf16 evaluates so too"
+                )
 
     def _guard_steps(self, decay_to_start: bool | None) -> bool:
         """Add the callbacks that correct a step; return whether weight decay pulls to the start."""
@@ -451,7 +474,6 @@ class LoraNullMixin(SavingMixin):
         checkpoint = Path(wanted) if wanted else None
         fsdp, zero = (getattr(self.accelerator.state, f"{engine}_plugin", None) for engine in ("fsdp", "deepspeed"))
         check_engine(self.method, fsdp=fsdp and fsdp.fsdp_version, zero=zero and zero.zero_stage, args=self.args)
-        self._check_precision()
         self.resumed_from = checkpoint
         if checkpoint is not None:
             check_whole_checkpoint(checkpoint)
@@ -460,6 +482,7 @@ class LoraNullMixin(SavingMixin):
             warn_without_optimizer(checkpoint)
             check_processes(checkpoint, *self._processes_and_batch(), self._engine())
         if not self._prepared:
+            self._check_optimizer()
             start = time.perf_counter()
             self._prepare(resuming=checkpoint)
             self._prepared = True
@@ -479,6 +502,18 @@ class LoraNullMixin(SavingMixin):
             )
         return output
 
+    def _check_optimizer(self) -> None:
+        """Make the schedule once, and look for the optimizer: what Transformers refuses, it refuses before the initialization."""
+        args, probe = self.args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
+        if self.lr_scheduler is None and not self.is_deepspeed_enabled:
+            options = dict(args.lr_scheduler_kwargs or {})
+            get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if (
+            not given and not self.is_deepspeed_enabled and "layerwise" not in str(args.optim)
+        ):  # which puts hooks on the model
+            self.get_optimizer_cls_and_kwargs(args, self.model)
+
     def _place(self, *, in_pieces: bool) -> None:
         """Put the model where training would: engines do it with the first step, which does not come any more."""
         if parameters_are_sharded(self.model):
@@ -487,15 +522,6 @@ class LoraNullMixin(SavingMixin):
             shard_layers(self.model, self.accelerator.device)
         elif not self.place_model_on_device and not quantized_layers(self.model):
             self._move_model_to_device(self.model, self.args.device)
-
-    def _trained_dtypes(self) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
-
-    def _check_precision(self) -> None:
-        """Refuse to train what an evaluation has rounded for good: it casts the model in place."""
-        name = next((key for key in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, key)), None)
-        if name is not None and self._trained_dtypes() != self._dtypes:
-            raise UserError(f"{name}: an evaluation before training has rounded the model for good; set it to False")
 
     def _prepare(self, *, resuming: Path | None) -> None:
         """Check the data, and put the model at its start, before an engine cuts the weights into pieces.

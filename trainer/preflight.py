@@ -125,6 +125,10 @@ def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
         raise UserError(
             f"model: TRL takes the adapter 'default' for the reference, and {trained!r} trains; load it under the name 'default'"
         )
+    if isinstance(model, PeftModel) and "ref" in model.peft_config and given.get("ref_model") is None:
+        raise UserError(
+            "model: holds the reference of an earlier trainer; after model.delete_adapter('ref') it is compared with what it is now"
+        )
     config = model.peft_config[trained] if isinstance(model, PeftModel) else given.get("peft_config")
     start = None if config is None or given.get("ref_model") is not None else start_that_rewrites(config)
     if start is not None:

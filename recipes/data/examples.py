@@ -15,7 +15,7 @@ import datasets
 from datasets import Json, List
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.documents import BadRow
+from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.conversations import (
     SYSTEM,
@@ -171,6 +171,7 @@ class RowReader:
         self, data: DataSection, columns: Sequence[str], where: str, *, preferences: bool, first: Mapping[str, Any]
     ) -> None:
         self.data, self.preferences = data, preferences
+        self.of_pieces = list(columns) == TEXT_FIELDS
         self.prompt = None
         if data.system:
             of_data = preferences and where != "data"  # an entry of held-out pairs has no such key
@@ -197,7 +198,8 @@ class RowReader:
         if data.text:
             text = _text_of(row, data.text, answer=False)
             check_encoding([text])
-            end, text = str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
+            goes_on = self.of_pieces and row.get("last") is False
+            end, text = "" if goes_on else str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
         messages, learned = self.messages(row)

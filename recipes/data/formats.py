@@ -20,7 +20,7 @@ WORKED = ("response", "completion", "solution")  # what is learned before a shor
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "rejected"))
 TEXTS = ("text", "content", "document", "body", "passage", "sentence")
 SYSTEMS = ("system", "system_prompt")
-NO_TALK = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "url", "source")  # neither asks nor answers
+NO_TALK = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "source")  # neither asks nor answers
 SAID_BY = ("role", "from", "sender", "speaker", "author")  # of a single turn, where they hold roles
 ABOUT = (*SAID_BY[1:], "to", "name", "user", "username")  # who, when and where, beside a text
 ABOUT += ("date", "time", "timestamp", "datetime", "created_at", "file", "filename", "path", "folder", "url")
@@ -154,7 +154,10 @@ def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tu
         return None
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    talk = pair is None and not any(name in (*NO_TALK, *ABOUT) or name.endswith("_id") for name in fields)
+    talk = pair is None and not any(name in NO_TALK or name.endswith("_id") for name in fields)
+    talk = talk and (
+        fields.keys() <= KNOWN.keys() or fields.keys().isdisjoint(ABOUT)
+    )  # user and bot, no user and note
     if name is None and len(fields) == len(texts) == 2 and talk:  # of a pair the second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
     rest = [column for name, column in fields.items() if name not in ABOUT] or list(fields.values())

@@ -35,6 +35,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainingArguments
@@ -171,6 +172,14 @@ def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None, ar
     if fsdp == 1:
         raise UserError(
             "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    if (
+        fsdp is not None
+        and args.torch_compile
+        and not parse_flag_from_env("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
+    ):
+        raise UserError(
+            "torch_compile: under FSDP2 the adapter would be saved under names that PEFT does not load; set it to False"
         )
     mixed = next((key for key in ("bf16", "fp16") if getattr(args, key)), None)
     if zero is not None and mixed:
