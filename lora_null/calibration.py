@@ -244,6 +244,8 @@ def check_architecture(model: nn.Module) -> None:
     """
     inner = base_model_of(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None) or type(inner).__name__
+    if not hasattr(inner, "get_input_embeddings"):
+        raise UserError(f"model: {kind} is no model of transformers, whose input_ids calibration texts are; take one")
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UserError(
             f"model: {kind} is an encoder and a decoder, and calibration texts are one sequence; take a decoder-only model"

@@ -105,7 +105,8 @@ class DriftMeter(_Meter):
         stats = calibration.input_of(name)
         scale = calibration.output_energy[name] ** -0.5
         A = layer.lora_A[self.adapter_name].weight
-        if not A.requires_grad and (name in calibration.projected or stats.gram is not None):
+        frozen = "lora_A" in layer.frozen_peft_weight_names.get(self.adapter_name, ())  # an inactive one trains later
+        if frozen and (name in calibration.projected or stats.gram is not None):
             projected = calibration.projected.get(name)
             self.inputs[name] = projected_inputs(A, stats.gram) if projected is None else projected
             return _Probe(name, True, scale)

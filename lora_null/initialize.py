@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_null.calibration import Calibration
+from lora_null.earlier import after_earlier
 from lora_null.layer import adapted_layers, freeze_factor
 from lora_null.residual import subtract_residuals
 from lora_null.start import DEFAULTS, INITIALIZATION, InitOptions, LayerReport, compute_start, rule_of
@@ -75,6 +76,7 @@ def start_adapter(
     together(lambda: check_layers(peft_model, layers, adapter_name), what=INITIALIZATION)
     say_what_is_fused(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
+    rule = after_earlier(rule, options.earlier, options.knowledge)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)
     finish_initialization(peft_model, adapter_name)
     return start.report, start.calibration

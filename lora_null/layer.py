@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.tuners_utils import onload_layer
+from peft.utils import hotswap
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -19,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null.utils.distributed import get_logger, is_sharded, own_piece, whole_parameters
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import full_precision, replaced
+from lora_null.utils.model_state import full_precision, replaced, rewriting
 from lora_null.utils.quantized import is_quantized, weight_of
 
 logger = get_logger(__name__)
@@ -28,6 +30,7 @@ TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained
 OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
 # In names of modules, of activation checkpointing and torch.compile.
 RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+READ_THE_BASE = ("use_dora", "arrow_config")  # options that compute with W0' alone, or with BA without B0A0
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
 NO_BASIS = (
     "variant: a saved nb adapter is a plain LoRA without the basis that its A was kept in; go on with variant='v2', "
@@ -191,6 +194,23 @@ def _say_never_initialized(adapter_name: str) -> None:
     )
 
 
+def check_beside_residual(adapter_name: str, config: Any, *, started: bool = False) -> None:
+    """Raise a UserError for an adapter that would take W0 − s·B0A0, the base of another one, for W0.
+
+    Args:
+        adapter_name, config: of the adapter that does not count from the residual.
+        started: whether it is there already: how it started no longer matters.
+    """
+    reads = next((name for name in READ_THE_BASE if getattr(config, name, None)), None)
+    if not started and (start := rewriting(getattr(config, "init_lora_weights", None))):
+        reads = f"init_lora_weights={start!r}"
+    if reads is not None:
+        raise UserError(
+            f"adapter {adapter_name!r}: {reads} reads the base weights, and another adapter's residual is out of them; load "
+            "it onto the original model"
+        )
+
+
 def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") -> None:
     """Keep `lora_A` or `lora_B` out of training through PEFT's own record, which survives `set_adapter`."""
     frozen = {**layer.frozen_peft_weight_names}
@@ -238,6 +258,9 @@ class LoraNullLinear(Linear):
             raise UserError(
                 f"adapter {adapter_name!r}: this config belongs to an adapter that was started; make a new one"
             )
+        lacks = self.residual is not None and self.residual_adapters != {adapter_name}
+        if lacks and not counts_from_residual and not is_quantized(self.get_base_layer()):
+            check_beside_residual(adapter_name, config)
         self._forget(adapter_name)  # PEFT draws an adapter of this name anew
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if getattr(config, "variant", None) == "v2":
@@ -289,10 +312,12 @@ class LoraNullLinear(Linear):
         """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again.
 
         Raises:
-            UserError: one whose A is to be kept in a basis was loaded without it.
+            UserError: one whose A is to be kept in a basis was loaded or combined without it.
         """
-        if not self._of_null_basis.intersection(self.active_adapters, self.started) <= self.bases.keys():
-            raise UserError(NO_BASIS)
+        for name in self._of_null_basis.intersection(self.active_adapters) - self.bases.keys():
+            B = factors_of(self, name)[1]
+            if name in self.started or (not (is_sharded(B) or B.is_meta) and B.any()):  # or combined from others
+                raise UserError(NO_BASIS)
         for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
             B = factors_of(self, name)[1]
             if B.requires_grad and not (is_sharded(B) or B.is_meta) and not B.any():  # a combination has its B already
@@ -355,13 +380,18 @@ class LoraNullLinear(Linear):
         if self.disable_adapters or self.merged:
             return 0.0 if self._residual_is_merged() else self.residual.scaling
         active = [name for name in self.active_adapters if name in self.residual_adapters]
-        swapped = next((name for name in active if len(self.lora_A[name].weight) != len(self.residual.A)), None)
-        if swapped is not None and not is_sharded(self.lora_A[swapped].weight):
-            raise UserError(
-                f"adapter {swapped!r}: its factors were replaced from outside (a hot swap?), but its base carries the "
-                "residual of its own; load the new adapter under another name"
-            )
+        for name in active:
+            self._check_rank(name)
         return self.residual.scaling - sum(self.scaling[name] for name in active)
+
+    def _check_rank(self, adapter_name: str) -> None:
+        """Raise a UserError where an A of another rank is in the place of one that counts from the residual."""
+        A = self.lora_A[adapter_name].weight
+        if len(A) != len(self._start.A) and not is_sharded(A):
+            raise UserError(
+                f"adapter {adapter_name!r}: its factors were replaced from outside, but its base carries the residual of "
+                "its own; load the new adapter under another name"
+            )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._keep_in_bases()
@@ -387,7 +417,8 @@ class LoraNullLinear(Linear):
         name = self.active_adapters[0]
         plain = name in self.lora_A and name not in self.lora_variant
         plain = plain and self.lora_B[name].bias is None
-        whole = plain and not is_sharded(self.lora_A[name].weight)  # its own forward pass gathers it
+        A = self.lora_A[name].weight if plain else None
+        whole = plain and not (is_sharded(A) or A.is_meta)  # or its own forward pass gathers it
         return whole and isinstance(self.lora_dropout[name], nn.Identity)
 
     def _plain_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -413,19 +444,19 @@ class LoraNullLinear(Linear):
 
         While merging, it is what makes W0' (or a base with another such adapter merged) the merged weight.
         """
-        delta = super().get_delta_weight(adapter)
-        residual = residual_of(self, adapter)
-        if residual is None:
-            return delta
-        share = -self.scaling[adapter]
-        if self._base_is_merging and not self._residual_is_merged():
-            share += residual.scaling
-        if share:
-            exact = torch.promote_types(delta.dtype, torch.float32)
-            A, B = (factor.to(delta.device, exact) for factor in (residual.A, residual.B))
-            start = (B @ A) * share
-            delta = (delta.to(exact) + (start.T if self.fan_in_fan_out else start)).to(delta.dtype)
-        return delta
+        residual, share = residual_of(self, adapter), 0.0
+        if residual is not None:
+            share -= self.scaling[adapter]
+            if self._base_is_merging and not self._residual_is_merged():
+                share += residual.scaling
+        if residual is None or not share:
+            return super().get_delta_weight(adapter)
+        now = factors_of(self, adapter)
+        stored = now[1]
+        exact = torch.promote_types(stored.dtype, torch.float32)  # 16 bits of a difference, not of what it is taken of
+        A, B, A0, B0 = (factor.to(stored).to(exact) for factor in (*now, residual.A, residual.B))
+        delta = self.scaling[adapter] * (B @ A) + share * (B0 @ A0)
+        return (delta.T if self.fan_in_fan_out else delta).to(stored.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         with replaced(self, "_base_is_merging", True):
@@ -442,9 +473,10 @@ class LoraNullLinear(Linear):
     def _forget(self, adapter_name: str) -> None:
         """Forget how an adapter was started; put back what the last one that counts from a residual took out."""
         if self.residual_adapters == {adapter_name}:
-            if self._residual_is_merged():
-                self.unmerge()
-            self.restore_base()
+            with onload_layer(self):  # of a base that accelerate keeps elsewhere
+                if self._residual_is_merged():
+                    self.unmerge()
+                self.restore_base()
         self.residual_adapters -= {adapter_name}
         self.started -= {adapter_name}
         self._not_trained_yet -= {adapter_name}
@@ -574,6 +606,7 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     def _offset_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute W0 x + (s·B A x − s·B0 A0 x), the difference first: at the start it is exactly zero."""
         name = self.active_adapters[0]
+        self._check_rank(name)
         (A, B), scaling, residual = factors_of(self, name), self.scaling[name], self._start
         if (residual.A.device, residual.A.dtype) != (A.device, A.dtype):  # the model was moved or cast
             self.residual = residual = residual._replace(A=residual.A.to(A), B=residual.B.to(B))
@@ -586,6 +619,24 @@ class LoraNullQuantizedLinear(LoraNullLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UserError("merge: the base is quantized, and its stored weights are left alone; merge into the original")
+
+
+_swap = hotswap.hotswap_adapter_from_state_dict
+
+
+@functools.wraps(_swap)
+def _swap_unless_started(
+    model: nn.Module, state_dict: Mapping[str, Any], adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraNullLinear) and adapter_name in {*layer.residual_adapters, *layer.bases}:
+            why = "its A is kept in a basis" if layer.residual is None else "its base carries a residual"
+            raise UserError(f"adapter {adapter_name!r}: no hot swap, {why}; load the new adapter under another name")
+    _swap(model, state_dict, adapter_name, *args, **kwargs)
+
+
+# A swap writes past the layer, into the factors' data: it has no method of the layer's to refuse it in, and leaves no trace.
+hotswap.hotswap_adapter_from_state_dict = _swap_unless_started
 
 
 def _scaled(hidden: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftModel
 from torch import nn
 
 from lora_null.config import ResidualLoraConfig
-from lora_null.layer import LoraNullLinear, adapted_layers, factors_of, residual_of
+from lora_null.layer import LoraNullLinear, adapted_layers, check_beside_residual, factors_of, residual_of
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import own_code_at
-from lora_null.utils.quantized import unreadable
+from lora_null.utils.quantized import is_quantized, unreadable
 
 
 def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -28,9 +28,13 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
             nothing is changed then.
     """
     layers = adapted_layers(peft_model, adapter_name)
+    refuse_head(peft_model, layers)
     for name, layer in layers.items():
         if reason := unreadable(layer.get_base_layer()) or hooked(layer.get_base_layer()):
             raise UserError(f"target_modules: {name} {reason}")
+        for other in layer.r.keys() & peft_model.peft_config.keys() - {adapter_name}:
+            if not is_quantized(layer.get_base_layer()):
+                check_beside_residual(other, peft_model.peft_config[other], started=True)
     for layer in layers.values():
         layer.subtract_residual(adapter_name)
         layer.started |= {adapter_name}
@@ -38,6 +42,17 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
     config.carries_residual = True
     peft_model.peft_config[adapter_name] = config
     peft_model.base_model.__class__ = ResidualLoraModel
+
+
+def refuse_head(peft_model: PeftModel, layers: Mapping[str, nn.Module]) -> None:
+    """Raise a UserError where the model's head, which PEFT saves beside an adapter of it, would be saved as W0 − s·B0A0."""
+    head = getattr(peft_model.get_base_model(), "get_output_embeddings", lambda: None)()
+    for name, layer in layers.items():
+        if layer is head and not is_quantized(layer.get_base_layer()):
+            raise UserError(
+                f"target_modules: {name} is the model's head, whose weight is saved with its adapter and would lack the "
+                "residual; leave it out (exclude_modules)"
+            )
 
 
 def hooked(base: nn.Module) -> str | None:

@@ -472,6 +472,11 @@ def _measured(
         return
     place: dict[str, Any] = {"form": options.form, "device": options.device, "weights": options.weights}
     measure: dict[str, Any] = {"gram": gram, "seed": options.seed, "progress": options.progress}
+    where = next(model.parameters()).device
+    if options.form == "hooks" and options.device is not None and torch.device(options.device).type != where.type:
+        logger.warning(
+            f"device: form='hooks' measures on {where}, where the model is; form='auto' may use {options.device}"
+        )
     try:
         yield from measure_in_parts(model, layers, batches, skip=done, **place, **measure)
     except DoesNotFit as reason:

@@ -22,7 +22,7 @@ from lora_null.calibration import check_architecture
 from lora_null.checkpoint_reader import base_modules, in_checkpoint
 from lora_null.config import LoraNullConfig
 from lora_null.layer import NO_BASIS, LoraNullLinear, adapted_layers, is_started
-from lora_null.residual import hooked
+from lora_null.residual import hooked, refuse_head
 from lora_null.solver import directions
 from lora_null.start import rule_of
 from lora_null.utils.distributed import get_logger, is_sharded
@@ -105,6 +105,8 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
             f"target_modules: {name} shares its weight with {', '.join(others)}, which would change with it; "
             f"{out} (exclude_modules)"
         )
+    if config.starts_from_residual:
+        refuse_head(peft_model, layers)
 
 
 def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:

@@ -11,7 +11,9 @@ import io
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
+    ArrowConfig,
     LoraConfig,
     LoraModel,
     PeftModel,
@@ -32,6 +34,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, k
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import adapted_layers
 from lora_null.residual import subtract_residuals
+from lora_null.trainer.methods import make_method
 
 BATCHES = random_batches()
 NULL = {"nb": {"variant": "nb"}, "nb on a residual base": {"variant": "nb", "start": "residual"}}
@@ -174,6 +177,12 @@ def adds_beside(live, path):
     live.model.delete_adapter("other")
     live.model.set_adapter(live.name)
     return before and as_base and live.is_right()
+
+
+def adds_dora_beside(live, path):
+    live.model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    live.model.set_adapter("other")
+    return live.is_base()
 
 
 def saves_one_of_two(live, path):
@@ -387,7 +396,8 @@ def wrapped_again(live, path):
 
 
 def hot_swaps(live, path):
-    other = Live("v2", r=8, lora_alpha=12)
+    other = Live("v2")
+    other.change(torch.Generator().manual_seed(11))
     other.model.save_pretrained(path)
     hotswap_adapter(live.model, str(path), live.name, torch_device="cpu")
     return other.is_right(live.model)
@@ -415,6 +425,7 @@ DOORS = {
     "load_adapter(another name)": loads_beside,
     "load_adapter(a foreign adapter under this name)": foreign_into_slot,
     "add_adapter, set_adapter": adds_beside,
+    "add_adapter(with DoRA)": adds_dora_beside,
     "add_adapter(the adapter's own config)": twin_of_its_config,
     "add_adapter('ref') by TRL": reference_of_trl,
     "get_peft_model(the adapter's own config)": config_serves_another_model,
@@ -450,6 +461,7 @@ DOORS = {
 }
 REFUSED_WITH_RESIDUAL = {
     "load_adapter(a foreign adapter under this name)": "do not start where adapter 'default' does",
+    "add_adapter(with DoRA)": "use_dora reads the base weights",
     "add_adapter(the adapter's own config)": "belongs to an adapter that was started",
     "get_peft_model(the adapter's own config)": "belongs to an adapter that was started",
     "load_state_dict(onto a fresh model)": "start the model from the same initialization first",
@@ -458,10 +470,13 @@ REFUSED_WITH_RESIDUAL = {
     "set_base_model_state_dict": "residual_taken_out_of_base",
     "set_base_weight": "carries a residual",
     "forward(adapter_names)": "rows cannot choose",
-    "hotswap_adapter": "hot swap",
+    "hotswap_adapter": "no hot swap, its base carries a residual",
     "reduce_intruder_dimension": "belongs to an adapter that was started",
 }
-REFUSED_IN_BASIS = {"load_state_dict(of a whole plain model)": "leave the null basis"}  # the foreign A of v2 is inside
+REFUSED_IN_BASIS = {
+    "load_state_dict(of a whole plain model)": "leave the null basis",  # the foreign A of v2 is inside
+    "hotswap_adapter": "no hot swap, its A is kept in a basis",
+}
 NOT_DOORS = {
     "reads nothing of the adapter": "create_or_update_model_card get_base_model get_layer_status get_model_status "
     "get_nb_trainable_parameters print_trainable_parameters prepare_model_for_gradient_checkpointing get_model_config "
@@ -511,6 +526,67 @@ def test_every_door_of_peft_is_in_the_table():
     known = {word.strip(",") for door in DOORS for word in door.replace("(", " ").replace(")", " ").split()}
     known |= {name for names in NOT_DOORS.values() for name in names.split()} | set(other.split())
     assert offered - known == set()
+
+
+@pytest.mark.parametrize("reads, said", [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' reads"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights='olora' reads"),
+    ({"use_dora": True}, "use_dora reads"),
+])  # fmt: skip
+def test_what_reads_the_base_is_refused_beside_a_residual(reads, said, tmp_path):
+    """Added, loaded, or there before the residual is taken out."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], **reads)
+    live = Live("v1")
+    with pytest.raises(UserError, match=said):
+        live.model.add_adapter("other", config)
+    with pytest.raises(UserError, match="arrow_config reads"):
+        live.model.add_adapter("router", LoraConfig(target_modules=["q_proj"], arrow_config=ArrowConfig()))
+    get_peft_model(tiny_model(), copy.copy(config)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=said):
+        live.model.load_adapter(tmp_path, "other")
+    assert live.is_right() and list(live.model.peft_config) == ["default"]
+    live.model.add_adapter("elsewhere", LoraConfig(r=2, target_modules=["up_proj"], use_dora=True))
+    if "init_lora_weights" not in reads:
+        model = get_peft_model(base(), ResidualLoraConfig(r=4, target_modules=["q_proj"]))
+        model.add_adapter("other", config)
+        with pytest.raises(UserError, match=said):
+            subtract_residuals(model)
+
+
+def test_a_combination_of_adapters_in_a_basis_has_none_and_says_so():
+    live = Live("nb")
+    live.model.add_weighted_adapter([live.name], [1.0], "mixed", combination_type="linear")
+    live.model.set_adapter("mixed")
+    live.model.eval()(**BATCHES[0])
+    with pytest.raises(UserError, match="plain LoRA without the basis"):
+        live.model.train()(**BATCHES[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_by_accelerate(kind, tmp_path):
+    """With its hooks the weights are there only while their own module is called.
+
+    They are given: a residual adapter's own `state_dict` has other factors, which accelerate refuses in the forward pass.
+    """
+    live = Live(kind)
+    tensors = [*live.model.named_parameters(), *live.model.named_buffers()]
+    cpu_offload(live.model, state_dict={name: tensor.detach() for name, tensor in tensors})
+    assert adapted_layers(live.model)["model.layers.0.self_attn.q_proj"].lora_A["default"].weight.is_meta
+    assert live.is_right() and disables(live, tmp_path) and deletes(live, tmp_path)
+
+
+@pytest.mark.parametrize("start", [
+    subtract_residuals,
+    make_method("pissa").check,
+    lambda model: initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False),
+])  # fmt: skip
+def test_the_head_is_refused_before_anything_changes(start):
+    """PEFT saves its weight beside its adapter, which would be what is left of it."""
+    model = get_peft_model(base(), LoraNullConfig(r=4, variant="v1", target_modules=["lm_head", "q_proj"]))
+    before = logits(model)
+    with pytest.raises(UserError, match="lm_head is the model's head"):
+        start(model)
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("door", ["save_pretrained, from_pretrained", "merge_adapter", "deepcopy", "delete_adapter"])

@@ -16,13 +16,20 @@ CONFIGS = {
     "lora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     "v1": LoraNullConfig(r=4, variant="v1"),
     "v2": LoraNullConfig(r=4, lora_alpha=8, variant="v2"),
+    "nb": LoraNullConfig(r=4, variant="nb"),
 }
 
 
-def moved(name, batches=BATCHES):
-    """A model, its meter, and W0 and X of every layer; the adapter has moved from its start."""
+def moved(name, batches=BATCHES, beside=False):
+    """A model, its meter, and W0 and X of every layer; the adapter has moved from its start.
+
+    `beside` another one, which is the active one until it moves.
+    """
     model = tiny_model().double().eval()
-    peft_model = get_peft_model(model, CONFIGS[name], autocast_adapter_dtype=False)
+    first = "first" if beside else "default"
+    peft_model = get_peft_model(model, CONFIGS["v2" if beside else name], first, autocast_adapter_dtype=False)
+    if beside:
+        peft_model.add_adapter("default", CONFIGS[name], autocast_adapter_dtype=False)
     layers = adapted_layers(peft_model)
     W = {key: layer.get_base_layer().weight.detach().numpy().copy() for key, layer in layers.items()}
     X = oracle.capture_inputs(tiny_model().double().eval(), W, batches)
@@ -32,6 +39,7 @@ def moved(name, batches=BATCHES):
         _, calibration = start_adapter(peft_model, batches, InitOptions(progress=False, min_tokens=1))
     meter = DriftMeter(peft_model, calibration)
     assert max(meter.measure().values()) == 0
+    peft_model.set_adapter("default")
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in peft_model.parameters():
@@ -47,8 +55,9 @@ def exact_drift(layer, W0, X):
     return np.linalg.norm((effective.numpy() - W0) @ X) / np.linalg.norm(W0 @ X)
 
 
-def test_frozen_a_is_measured_exactly():
-    peft_model, meter, W, X = moved("v2")
+@pytest.mark.parametrize("beside", [False, True])
+def test_frozen_a_is_measured_exactly(beside):
+    peft_model, meter, W, X = moved("v2", beside=beside)
     for name, value in meter.measure().items():
         # A X is nearly zero: what counts is the difference to rounding of ‖ΔW X‖ itself
         assert value == pytest.approx(
@@ -56,9 +65,10 @@ def test_frozen_a_is_measured_exactly():
         )
 
 
-@pytest.mark.parametrize("name", ["lora", "v1"])
-def test_the_sketch_is_unbiased_and_close(name):
-    peft_model, meter, W, X = moved(name)
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", ["lora", "v1", "nb"])
+def test_the_sketch_is_unbiased_and_close(name, beside):
+    peft_model, meter, W, X = moved(name, beside=beside)
     found = meter.measure()
     ratios = [found[key] / exact_drift(adapted_layers(peft_model)[key], W[key], X[key]) for key in found]
     assert np.mean(np.square(ratios)) == pytest.approx(1, abs=0.15)

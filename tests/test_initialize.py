@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassifica
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
 from lora_null.calibration import InputMeter, measure_inputs
+from lora_null.earlier import Earlier, keep_grams
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.store import KEPT
@@ -485,6 +487,37 @@ def test_a_device_may_be_given_by_its_name(device):
     peft_model = wrapped()
     initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, device=device)
     assert all(layer.started for layer in adapted_layers(peft_model).values())
+
+
+def test_earlier_tasks_are_left_alone_too(tmp_path):
+    """U spans the least directions of w₀ C₀/N₀ + w₁ C₁/N₁, here from an SVD of the inputs themselves."""
+    others, names = random_batches(seed=9), ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+    model = tiny_model().double()
+    W = {name: model.get_submodule(name).weight.detach().numpy().copy() for name in names}
+    knowledge, task = (oracle.capture_inputs(model, names, batches) for batches in (BATCHES, others))
+    keep_grams(tmp_path, model, names, others, progress=False)
+    peft_model = get_peft_model(model, LoraNullConfig(r=4, target_modules=names), autocast_adapter_dtype=False)
+    options = {"earlier": (Earlier(tmp_path, 3.0),), "knowledge": 0.5}
+    initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, solver="eigh", **options)
+    for name, layer in adapted_layers(peft_model).items():
+        parts = ((knowledge[name], 0.5), (task[name], 3.0))
+        X = np.concatenate([part * (weight / part.shape[1]) ** 0.5 for part, weight in parts], axis=1)
+        A0 = oracle.factors(oracle.projection(W[name], X, 4), 4, 1.0)[0]
+        A = layer.lora_A["default"].weight.detach().numpy()
+        assert np.abs(A.T @ A - A0.T @ A0).max() < 1e-4 * np.abs(A0.T @ A0).max()  # kept Grams are float32
+
+
+def test_a_device_that_the_whole_model_is_not_on_is_told(caplog):
+    options = {"form": "hooks", "device": "meta", "min_tokens": 1, "progress": False}
+    with contextlib.suppress(Exception):  # nothing can be solved there
+        initialize_lora_null_weights(wrapped(), BATCHES, **options)
+    assert "device: form='hooks' measures on cpu, where the model is; form='auto' may use meta" in caplog.text
+
+
+def test_a_model_that_is_none_of_transformers_is_one_line():
+    peft_model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraNullConfig(r=4, target_modules=["0"]))
+    with pytest.raises(UserError, match="model: Sequential is no model of transformers"):
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
 
 
 def test_a_device_without_float64_is_one_line():

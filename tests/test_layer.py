@@ -1,13 +1,19 @@
 """The training forward pass of `LoraNullLinear`: PEFT's numbers, and nothing of A's input kept where A is frozen."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
-from lora_null.layer import _say_never_initialized, adapted_layers
+from lora_null.config import ResidualLoraConfig
+from lora_null.layer import _say_never_initialized, adapted_layers, factors_of
+from lora_null.residual import subtract_residuals
 
 BASE = {"base_model.model.linear." + part for part in ("lora_A.default.weight", "lora_B.default.weight")}
 
@@ -55,6 +61,29 @@ def test_forward_and_gradients_are_pefts(dtype, autocast, close, alpha):
         pairs = [(ours[0], theirs[0]), (ours[1], theirs[1]), *((ours[2][n], theirs[2][n]) for n in trains)]
         for one, other in pairs:
             assert (one.double() - other.double()).abs().max() <= close * other.double().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("linear", [nn.Linear(24, 40), Conv1D(40, 24)])
+def test_a_small_change_from_the_residual_survives_16_bits(linear, dtype):
+    """s·(BA − B0A0) of the factors as they are stored, rounded once; against numpy in float64."""
+    model = One()
+    model.linear = copy.deepcopy(linear)
+    config = ResidualLoraConfig(r=4, lora_alpha=6, target_modules=["linear"])
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, config)
+    layer = adapted_layers(peft_model)["linear"]
+    A, B = factors_of(layer)
+    nn.init.normal_(B)
+    subtract_residuals(peft_model)
+    B.data += 0.01 * torch.randn_like(B)
+    peft_model.to(dtype)
+    A, B, A0, B0 = (x.detach().to(dtype).double().numpy() for x in (*factors_of(layer), *layer.residual[:2]))
+    wanted = 1.5 * (B @ A - B0 @ A0)
+    got = layer.get_delta_weight("default").detach()
+    assert got.dtype == dtype
+    got = got.double().numpy().T if isinstance(linear, Conv1D) else got.double().numpy()
+    assert np.abs(got - wanted).max() <= max(torch.finfo(dtype).eps, 1e-4) * np.abs(wanted).max()
 
 
 def saved_elements(peft_model):

@@ -19,7 +19,7 @@ from lora_null.calibration import InputStats
 from lora_null.config import ResidualLoraConfig
 from lora_null.factors import LayerStart
 from lora_null.layer import active_adapter
-from lora_null.residual import subtract_residuals
+from lora_null.residual import refuse_head, subtract_residuals
 from lora_null.solver import Rule
 from lora_null.start import InitOptions
 from lora_null.targets import check_fits, sharing
@@ -45,12 +45,13 @@ class ResidualMethod(Method):
         return 2 * r
 
     def check(self, model: nn.Module) -> None:
-        """Raise a UserError for an r that a layer does not have room for, or a weight that another module holds too."""
+        """Raise a UserError for an r that a layer has no room for, the head, or a weight that another module holds too."""
         adapter, layers = active_adapter(model), self.layers(model)
         for name, others in sharing(model.get_base_model(), layers).items():
             raise UserError(
                 f"target_modules: {name} shares its weight with {', '.join(others)}, {self.name} needs its own"
             )
+        refuse_head(model, layers)
         for name, layer in layers.items():
             check_fits(name, layer, layer.r[adapter], times=self.room)
 
