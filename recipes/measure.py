@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lora_null.adapters.plain import CONFIG_FILE
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
+from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
+from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
 from lora_null.eval_harness import Evaluation, Task, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.recipes import base_cache
@@ -37,7 +40,7 @@ from lora_null.utils.distributed import (
     on_first_rank,
 )
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import read_json, write_text
+from lora_null.utils.files import read_json, write_safetensors, write_text
 
 logger = get_logger(__name__)
 
@@ -148,12 +151,27 @@ def _evaluate_by_vllm(
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch) / "tokenizer"  # with the recipe's own end token
         job.tokenizer.save_pretrained(tokenizer)
+        if adapter is not None:
+            adapter = _as_it_is_served(adapter, Path(scratch))
         lm = open_vllm(whole, adapter, rank=rank, tokenizer=tokenizer, **engine)
         found = evaluate(model, job.tokenizer, tasks, lm=lm, **options)
         del lm
     free_memory()
     model.to(device)
     return found
+
+
+def _as_it_is_served(adapter: Path, scratch: Path) -> Path:
+    """Return an adapter that 16 bits hold, as an export writes it: vLLM rounds factors to the model's dtype."""
+    saved = read_adapter(adapter)
+    pairs, lost = balanced_where_they_cancel(saved.pairs())
+    if lost <= MOST_LOST:
+        return adapter
+    copied = Path(shutil.copytree(adapter, scratch / "adapter"))
+    write_safetensors(
+        copied / WEIGHTS_FILE, state_of(pairs), {k: v for k, v in saved.metadata.items() if k != "format"}
+    )
+    return copied
 
 
 def dial(

@@ -7,12 +7,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from world import make_world, write_rows
 
+from lora_null.adapters.plain import state_of
+from lora_null.adapters.saved import read_adapter
 from lora_null.eval_harness.lm_eval.model import BlankLM
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.measure import _as_it_is_served
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_safetensors
 
 
 @pytest.fixture
@@ -69,6 +74,26 @@ def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
     assert rows[2]["metrics"]["gsm8k/flexible-extract"]["value"] == pytest.approx(1 / 3)  # it always says 0
     assert rows[2]["metrics"]["numbers nll"]["n"] == 4
     assert json.loads((out / "lora" / "eval.json").read_text())["settings"]["backend"] == "vllm"
+
+
+def test_an_adapter_whose_products_cancel_is_measured_as_16_bits_hold_it(tmp_path):
+    torch.manual_seed(0)
+    A0, B0 = torch.randn(4, 32), torch.randn(24, 4)
+    pair = torch.cat([A0 + 1e-3, A0]), torch.cat([B0 + 1e-3, -B0], dim=1)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_safetensors(
+        folder / "adapter_model.safetensors", state_of({"model.layers.0.mlp.up_proj": pair}), {"base": "x"}
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    (tmp_path / "scratch").mkdir()
+    served = _as_it_is_served(folder, tmp_path / "scratch")
+    (A, B), metadata = read_adapter(served).pairs()["model.layers.0.mlp.up_proj"], read_adapter(served).metadata
+    assert served != folder and metadata["base"] == "x" and (served / "adapter_config.json").is_file()
+    assert torch.allclose(B.double() @ A.double(), pair[1].double() @ pair[0].double(), atol=1e-6)
+    balanced = {"model.layers.0.mlp.up_proj": (A, B)}
+    write_safetensors(folder / "adapter_model.safetensors", state_of(balanced), {})
+    assert _as_it_is_served(folder, tmp_path) == folder
 
 
 def test_its_keys_are_not_for_another_engine(tmp_path, capsys):

@@ -43,6 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check_free(path: Path) -> None:
     """Raise a UserError for a path that is there already and no empty folder."""
+    if os.path.ismount(path):
+        raise UserError(f"{path}: is a mount point, which cannot be replaced; give a folder inside it")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists already; choose another folder")
 
@@ -55,7 +57,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         UserError: `path` is there already and not an empty folder.
     """
     check_free(path)
-    path = path.absolute()
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     temporary.mkdir()

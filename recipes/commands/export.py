@@ -26,7 +26,7 @@ from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
-from lora_null.adapters.truncate import check_rank, truncate_all
+from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel, check_rank, truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.card import hub_base, write_card
@@ -42,6 +42,7 @@ from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
 
 GGUF_FILE, GENERATION_FILE = "adapter.gguf", "generation_config.json"
+MUCH = 0.25  # of what training changed, lost by rounding
 EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
 
 
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
         elif arguments.push_to_hub:  # where a path of this machine says nothing, and is nobody's business
             export.recorded = hub_base(name) or Path(name).name
         _note_base(export)
+        _note_end(export)
         _write(export, arguments)
         difference = verify(export)
         write_card(export, difference, license_id=arguments.license)
@@ -175,6 +177,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
         load_gguf()
 
 
+def _note_end(export: Export) -> None:
+    """Say what ends an answer, where the base that an adapter is put on does not know of it."""
+    base = export.source.base
+    if base.section.eos_token is not None and export.form != "merged":
+        end = load_tokenizer(base.section, base.name).eos_token_id
+        export.notes.append(f"Answers end with {base.section.eos_token!r}: generate with eos_token_id={end}.")
+
+
 def _write(export: Export, arguments: argparse.Namespace) -> None:
     if export.form == "merged":
         _write_merged(export, arguments.dtype)
@@ -215,6 +225,13 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"{largest:.2g} at most."
         )
         export.truncated, export.bound = True, math.inf
+    else:
+        pairs, lost = balanced_where_they_cancel(pairs)
+        if lost > MOST_LOST:
+            export.notes.append(
+                f"The factors are those of ΔW by SVD, at the same rank: of those that were trained, whose products cancel, "
+                f"rounding to bfloat16 (as vLLM does) would take {100 * lost:.0f}% of ΔW."
+            )
     if export.form == "gguf" and scaling * export.strength == 0:
         raise UserError(
             "--form gguf: the adapter's strength is 0, it is the base; llama.cpp takes an alpha of 0 for 1"
@@ -253,27 +270,34 @@ def _write_merged(export: Export, dtype: str | None) -> None:
         folder = base.folder
     wanted = getattr(torch, dtype or _stored_dtype(export)) if dtype or export.source.kind == "model" else None
     untied = write_checkpoint(folder, export.folder, deltas, empty, dtype=wanted)
-    config = base.config
-    config.dtype = wanted or getattr(torch, _stored_dtype(export))
-    config.tie_word_embeddings = config.tie_word_embeddings and not untied
-    config.architectures = config.architectures or [type(empty).__name__]
+    written = str(wanted or _stored_dtype(export)).removeprefix("torch.")
+    # The base's own file, as other versions of transformers, and other programs, read it: only what changed is changed.
+    config = read_json(base.folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict) and "model_type" in part)]
+    if not any(key in config for key in ("dtype", "torch_dtype")):
+        config["torch_dtype"] = written
+    for part in parts:
+        part |= {key: written for key in ("dtype", "torch_dtype") if key in part}
+        part |= {"tie_word_embeddings": False} if untied and (part is config or "tie_word_embeddings" in part) else {}
+    config["architectures"] = config.get("architectures") or [type(empty).__name__]
     _copy_tokenizer(export)
     if base.section.eos_token is not None:
-        _end_with(export, config, load_tokenizer(base.section, base.name).eos_token_id)
-    config.save_pretrained(export.folder)
+        _end_with(export, config.get("text_config", config), load_tokenizer(base.section, base.name).eos_token_id)
+    write_json(export.folder / "config.json", config)
     if base.section.quantization:
         export.bound = math.inf  # what differs is mostly the base
-    elif config.dtype != torch.float32:
+    elif written != "float32":
         export.bound = ROUNDED
-    export.notes.append(f"Merged in float32 and rounded once, to {str(config.dtype).removeprefix('torch.')}.")
+    export.notes.append(f"Merged in float32 and rounded once, to {written}.")
 
 
-def _end_with(export: Export, config: Any, end: int) -> None:
+def _end_with(export: Export, config: dict[str, Any], end: int) -> None:
     """Let what reads the export's config or its generation settings stop at the recipe's `model.eos_token`."""
-    file, text = export.folder / GENERATION_FILE, config.get_text_config(decoder=True)
+    file = export.folder / GENERATION_FILE
     settings = read_json(file) if file.is_file() else {}
-    write_json(file, settings | {"eos_token_id": add_eos_id(end, settings.get("eos_token_id", text.eos_token_id))})
-    text.eos_token_id = end
+    ends = settings.get("eos_token_id", config.get("eos_token_id"))
+    write_json(file, settings | {"eos_token_id": add_eos_id(end, ends)})
+    config["eos_token_id"] = end
 
 
 def _stored_dtype(export: Export) -> str:
@@ -324,6 +348,8 @@ def verify(export: Export) -> Any:
         if export.form == "merged" and export.bound >= ROUNDED:
             raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
         raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
+    if export.form == "merged" and difference.of_change >= MUCH and export.bound == ROUNDED:
+        export.notes.append(f"Rounding lost much of what training changed ({difference}); --dtype float32 keeps it.")
     return difference
 
 
