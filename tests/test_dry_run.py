@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -49,7 +48,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def fails(base, monkeypatch, capsys):
-    """Return the one line of a dry run that has to fail, and its seconds."""
+    """Return the one line of a dry run that has to fail before it loads weights."""
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -151,9 +150,7 @@ def test_told_in_one_line_before_anything_is_spent(fails, stub, monkeypatch, wor
         monkeypatch.setattr(output.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         words = []
         message = message.replace("0.1 GB", "")
-    start = time.perf_counter()
     assert message in fails(*(word.replace("STUB", stub) for word in words))
-    assert time.perf_counter() - start < 15
 
 
 def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):

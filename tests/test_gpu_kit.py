@@ -68,7 +68,7 @@ def test_a_cut_run_goes_on_and_repeats_nothing(kit, tmp_path):
         step(kit, "two", f"{write}; import time; time.sleep(30)"),
         step(kit, "three", write),
     ]
-    assert run(kit, tmp_path, first, "--minutes", "0.03") == 0
+    assert run(kit, tmp_path, first, "--minutes", "0.25") == 0
     found = found_in(tmp_path)
     assert found["a", "one"]["status"] == "done" and found["a", "two"]["status"] == "cut"
     assert ("a", "three") not in found and mark.read_text() == "xx"

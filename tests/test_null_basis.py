@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, keep_in_null_basis
 from lora_null.initialize import InitOptions, start_adapter
-from lora_null.layer import adapted_layers, factors_of
+from lora_null.layer import NullBasis, adapted_layers, factors_of
 from lora_null.nullspace import outer_eigenspace
 
 BATCHES = random_batches()
@@ -135,6 +135,17 @@ def test_a_stays_inside_in_a_loop_of_ones_own(dtype, autocast, how):
     assert outside(peft_model) < ROUNDED[dtype]
     for name, layer in adapted_layers(peft_model).items():
         assert not torch.equal(factors_of(layer)[0], start[name])
+
+
+def test_a_projection_is_exact_although_its_basis_is_rounded():
+    draw = torch.Generator().manual_seed(0)
+    A = torch.randn(4, 96, generator=draw)
+    basis = NullBasis.for_factor(torch.linalg.qr(torch.randn(96, 24, generator=draw, dtype=torch.float64)).Q, A)
+    assert basis.vectors.dtype == torch.float16
+    Q = torch.linalg.qr(basis.vectors.double()).Q
+    wanted = A.double() @ Q @ Q.T
+    basis.keep(A)
+    assert torch.dist(A.double(), wanted) < 1e-6 * wanted.norm()
 
 
 def test_a_stays_inside_compiled_copied_and_under_transformers_own_trainer(tmp_path):

@@ -6,6 +6,8 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 import torch
 import yaml
@@ -19,7 +21,8 @@ from lora_null.__main__ import main
 from lora_null.calibration import InputStats
 from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
-from lora_null.recipes import measure, run
+from lora_null.layer import adapted_layers, factors_of
+from lora_null.recipes import measure, run, sequence
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.tasks import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
@@ -80,17 +83,25 @@ def test_the_adapters_add_up_to_one_for_the_original_base(finished):
         assert again.metrics["facts kl"].value == pytest.approx(row["metrics"]["facts kl"]["value"], rel=1e-3)
 
 
-def test_a_start_leaves_the_knowledge_and_the_earlier_task_alone(finished):
-    """Its A0 spans the bottom eigenspace of the sum, in float64, of what the model after task 1 reads."""
-    folder = finished / "out" / "tasks"
-    factors = load_file(folder / "2-letters" / "lora-null-v2" / "init" / "factors.model.layers.1.safetensors")
-    kept = load_file(folder / "1-numbers" / "lora-null-v2" / "grams" / "model.layers.1.mlp.down_proj.safetensors")
-    A = torch.linalg.qr(factors["model.layers.1.mlp.down_proj.A"].double().T)[0]
-    earlier = kept["gram"].double()
-    alone = load_file(folder / "1-numbers" / "lora-null-v2" / "init" / "factors.model.layers.1.safetensors")
-    before = torch.linalg.qr(alone["model.layers.1.mlp.down_proj.A"].double().T)[0]
-    caught, without = (float((U.T @ earlier @ U).trace() / earlier.trace()) for U in (A, before))
-    assert caught < without
+def test_a_start_leaves_the_knowledge_and_the_earlier_task_alone(finished, tmp_path):
+    """Its A0 spans the bottom eigenspace of the weighted sum, in float64, of what the model after task 1 reads."""
+    recipe = join_recipes([load_recipe(path, methods="lora-null-v2") for path in recipes_in(finished)])
+    recipe.sequence.knowledge, recipe.sequence.earlier = 0.3, 2.0
+    jobs = [check_run(stage) for stage in stage_recipes(recipe)]
+    jobs[0].folder = finished / "out" / "tasks" / "1-numbers"
+    job = with_earlier(recipe, jobs[1], jobs[:1])
+    trainer = run._trainer(job, job.plans[0], tmp_path)
+    trainer._prepare(resuming=False)
+    after = PeftModel.from_pretrained(base(finished), jobs[0].folder / "lora-null-v2" / "adapter").merge_and_unload()
+    layers, grams = adapted_layers(trainer.model), []
+    for rows in (job.windows.ids, training_ids(jobs[0])):
+        batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))} for ids in rows]
+        inputs = oracle.capture_inputs(after, layers, batches)
+        grams.append({name: X @ X.T / X.shape[1] for name, X in inputs.items()})
+    for name, layer in layers.items():
+        C = 0.3 * grams[0][name] + 2.0 * grams[1][name]
+        U = np.linalg.qr(factors_of(layer)[0].detach().double().numpy().T)[0]
+        assert np.trace(U.T @ C @ U) == pytest.approx(np.linalg.eigvalsh(C)[:4].sum(), rel=1e-3)
 
 
 def test_grams_are_added_with_their_weights(tmp_path):
@@ -110,6 +121,8 @@ def test_grams_are_added_with_their_weights(tmp_path):
     C, N = X.T @ X, len(X)
     found = Earlier(tmp_path / "whole").mean([name], torch.device("cpu"))
     assert torch.allclose(found, C / N, rtol=1e-5, atol=1e-7 * C.norm() / N)
+    found, F = Earlier(tmp_path / "sketch").mean([name], torch.device("cpu")), sketch_of(C, 20)
+    assert torch.dist(found, F @ F.T / N) < 1e-5 * found.norm() < 1e-2 * torch.dist(found, C / N)
     gram = torch.diag(torch.linspace(0, 5, 32, dtype=torch.float64))
     rule = WithEarlier(NullSpace("eigh"), [Earlier(tmp_path / "whole", 3.0)], knowledge=0.5)
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
@@ -401,6 +414,31 @@ def test_a_weight_of_zero_leaves_out_the_texts_too(finished, tmp_path):
     assert with_earlier(recipe, jobs[1], [before]).earlier_rows == []
     recipe.sequence.earlier = 1.0
     assert len(with_earlier(recipe, jobs[1], [before]).earlier_rows) == len(training_ids(before)) > 0
+
+
+def test_each_earlier_task_has_its_own_weight(finished, tmp_path):
+    recipe = join_recipes([load_recipe(path, methods="lora-null-v2") for path in recipes_in(finished)])
+    first, second = (check_run(stage) for stage in stage_recipes(recipe))
+    first.folder, second.folder = tmp_path / "1", tmp_path / "2"
+    shutil.copytree(finished / "out" / "tasks" / "1-numbers" / "lora-null-v2", tmp_path / "2" / "lora-null-v2")
+    recipe.sequence.knowledge, recipe.sequence.earlier = 0.3, [0.5, 2.0]
+    job = with_earlier(recipe, second, [first, second])
+    found = [(task.folder, task.weight) for task in job.earlier["lora-null-v2"]]
+    assert found == [(tmp_path / i / "lora-null-v2" / "grams", weight) for i, weight in (("1", 0.5), ("2", 2.0))]
+    assert job.knowledge == 0.3
+
+
+def test_a_sequence_keeps_sketches_where_it_is_asked_to(finished, tmp_path):
+    recipe = join_recipes([load_recipe(path, methods="lora-null-v2") for path in recipes_in(finished)])
+    job = check_run(stage_recipes(recipe)[0])
+    job.folder, kept = tmp_path, Path("lora-null-v2", "grams", "model.layers.1.mlp.down_proj.safetensors")
+    shutil.copytree(finished / "out" / "tasks" / "1-numbers", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / kept.parent)
+    recipe.sequence.sketch = 4
+    sequence._keep_grams(recipe, job, job.plans[0])
+    F, gram = load_file(tmp_path / kept)["sketch"], load_file(finished / "out" / "tasks" / "1-numbers" / kept)["gram"]
+    wanted = sketch_of(gram.double(), 4).float()
+    assert F.shape == (48, 4) and torch.dist(F @ F.T, wanted @ wanted.T) < 1e-4 * (wanted @ wanted.T).norm()
 
 
 def test_the_space_of_a_sequence_counts_what_every_task_writes(finished):

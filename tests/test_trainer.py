@@ -100,19 +100,6 @@ def test_initializes_once_before_the_first_step(tmp_path, variant, caplog):
     assert len(report["layers"]) == 14 and report["tokens"] > 256
 
 
-@pytest.mark.parametrize("variant, trains", [("v1", {"lora_A", "lora_B"}), ("v2", {"lora_B"})])
-def test_exactly_the_right_parameters_move(tmp_path, variant, trains):
-    trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant))
-    trainer._prepare(resuming=False)
-    trainer._prepared = True
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    trainer.train()
-    changed = {
-        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
-    }
-    assert changed == {name for name in before if any(part in name for part in trains)}
-
-
 def test_zero_b_form_is_the_papers_residual_form_in_float64():
     """v2 as the paper writes it: base W0 − s·B0A0, A0 frozen, B trained from B0; the same losses over 20 Adam steps."""
     batches = random_batches()
@@ -128,19 +115,10 @@ def test_zero_b_form_is_the_papers_residual_form_in_float64():
     assert zero_b[0] - min(zero_b) > 0.1
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraNullConfig(r=4, variant="v1"),
-        LoraNullConfig(r=4, variant="v2"),
-        LoraConfig(r=4, target_modules="all-linear"),
-    ],
-    ids=["v1", "v2", "lora"],
-)
-def test_resumed_run_ends_in_the_same_bits(tmp_path, config):
-    whole = make(tmp_path / "whole", config, save_strategy="steps", save_steps=3)
+def test_resumed_run_ends_in_the_same_bits(tmp_path):
+    whole = make(tmp_path / "whole", save_strategy="steps", save_steps=3)
     whole.train()
-    resumed = make(tmp_path / "whole", config, save_strategy="steps", save_steps=3)
+    resumed = make(tmp_path / "whole", save_strategy="steps", save_steps=3)
     resumed._calibration_dataset = "must not be read"
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
