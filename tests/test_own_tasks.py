@@ -1,6 +1,7 @@
 """Evaluations of one's own: task files, groups, Python classes, and a bare file of questions."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
 from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
+from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.checks import tell_of_shared_rows
 from lora_null.recipes.config.load import load_recipe
@@ -141,6 +143,71 @@ def test_what_a_task_includes_and_imports_decides_it_too(own, tmp_path):
         first = now
 
 
+def test_groups_of_groups_have_a_direction_and_count_who_has_the_metric(own, tmp_path):
+    """As leaderboard and mmlu: lm-eval knows no direction of theirs, and not every member has every metric."""
+    for name in ("mine_lls", "mine_gen"):
+        shutil.copy(own / "tasks" / f"{name}.yaml", tmp_path)
+    inner = "{group: inner, task: [mine_lls], aggregate_metric_list: [{metric: acc}]}"
+    means = "[{metric: acc}, {metric: exact_match, filter_list: none}]"
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [{inner}, mine_gen]\naggregate_metric_list: {means}\n")
+    found = evaluate(tiny_model(), tiny_tokenizer(), [LmEvalTask("outer", include_path=str(tmp_path))], limit=3)
+    assert found.metrics.keys() == {"outer/acc", "outer/exact_match"}
+    for name, metric in found.metrics.items():
+        assert (metric.higher_is_better, metric.n, metric.unit) == (True, 3, "fraction")
+        assert len(found.group_samples[name]) == 3
+
+
+SHUFFLES = """
+import random
+
+def docs(rows):
+    return rows.map(lambda row: {"order": random.sample(range(8), 8)})
+
+def score(doc, results):
+    import numpy as np
+    return {"acc": np.bool_(doc["question"] != "q0")}
+"""
+
+
+def test_what_rules_draw_is_drawn_once_whatever_the_seed(own, tmp_path):
+    """GPQA shuffles its choices: the right answer is that of the question that was asked."""
+    text = TASK.format(name="drawn", data=own / "mine.jsonl", kind="generate_until", metric="acc")
+    text += "process_docs: !function draws.docs\nprocess_results: !function draws.score\n"
+    (tmp_path / "drawn.yaml").write_text(text)
+    (tmp_path / "draws.py").write_text(SHUFFLES)
+    orders = []
+    for seed in (1, 2):
+        random.seed(seed)
+        task = LmEvalTask("drawn", include_path=str(tmp_path), path=str(own / "mine.jsonl"))
+        (member,) = task.loaded["tasks"].values()
+        orders += [[doc["order"] for doc in member.eval_docs] for _ in range(2)]
+        assert random.random() == random.Random(seed).random()  # the run's own draws are left alone
+    assert orders[0] == orders[1] == orders[2] == orders[3] and orders[0][0] != orders[0][1]
+    assert evaluate(tiny_model(), tiny_tokenizer(), [task], limit=3).samples["drawn"] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["Paris", ["NYC", "New York"]], "answers that are texts and others that are lists; write all as lists"),
+        ([["Paris"], "NYC"], "answers that are texts and others that are lists"),
+    ],
+)
+def test_every_row_of_a_local_file_is_tried(tmp_path, answers, message):
+    path = write_rows(tmp_path / "f.jsonl", [{"question": "q?", "answer": answer} for answer in answers])
+    with pytest.raises(UserError, match=message):
+        validate_tasks([LmEvalTask("nq_open", path=str(path))])
+
+
+def test_a_bad_row_is_named_before_a_model_loads(tmp_path):
+    rows = [{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": answer} for answer in ("1", "2", "")]
+    with pytest.raises(UserError, match=r"'winogrande' cannot use row 3 of .*f.jsonl \(KeyError"):
+        validate_tasks([LmEvalTask("winogrande", path=str(write_rows(tmp_path / "f.jsonl", rows)))])
+    (tmp_path / "mine.yml").write_text("task: mine\n")
+    with pytest.raises(UserError, match=r"mine.yml: lm-eval reads task files that end in .yaml; rename it"):
+        name_in(tmp_path / "mine.yml")
+
+
 UNSAFE_CODE = """
 def score(doc, results):
     open({path!r}, "w").close()
@@ -249,7 +316,8 @@ def test_measuring_what_was_read_is_told(own, caplog, monkeypatch, words, told):
     for name in ("rows", "kept"):
         write_rows(own / f"{name}.jsonl", [{"question": f"{i}?", "answer": str(i)} for i in range(8)])
     data = "data={path: rows.jsonl, prompt: question, response: answer}"
-    tell_of_shared_rows(load_recipe(str(own / "tiny.yaml"), ["eval.retention=", "eval.task=", data, *words]))
+    nothing = [f"{key}=" for key in ("eval.retention", "eval.task") if not words[0].startswith(key)]
+    tell_of_shared_rows(load_recipe(str(own / "tiny.yaml"), [*nothing, data, *words]))
     assert all(word in caplog.text for word in told) and bool(caplog.text) == bool(told)
 
 

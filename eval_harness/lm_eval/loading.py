@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import glob
 import hashlib
 import logging
+import random
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import lm_eval.tasks
+import numpy as np
 import pyarrow
 import yaml
 from lm_eval.tasks import TaskManager
@@ -52,7 +55,8 @@ def load(task: LmEvalTask) -> TaskDict:
     entry = manager.task_index[task.task]
     _check_consent(task, (entry.cfg or {}).get("unsafe_code"), entry)
     try:
-        loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
+        with _seeded_as_lm_evals_command():
+            loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
     except ImportError as error:
         raise UserError(f"{task} needs another package ({first_line(error)})") from error
     except UserError:
@@ -64,6 +68,10 @@ def load(task: LmEvalTask) -> TaskDict:
             raise
         raise UserError(f"{task} cannot be made ({type(error).__name__}: {first_line(error)})") from error
     for name, member in loaded["tasks"].items():
+        if member.get_config("process_docs") and hasattr(member, "task_docs"):
+            # It may shuffle choices, and lm-eval calls it anew for the questions and for the right answers.
+            docs = functools.partial(getattr, member, "task_docs")
+            setattr(member, "test_docs" if member.has_test_docs() else "validation_docs", docs)
         own = member.get_config("num_fewshot")
         if own == 0 and task.num_fewshot:  # as lm-eval's command line, which never changes a task's own 0
             raise UserError(f"{task} allows no few-shot examples; leave num_fewshot out")
@@ -71,6 +79,19 @@ def load(task: LmEvalTask) -> TaskDict:
         _check_consent(task, needs_consent(member), manager.task_index.get(name, entry))
     seed_fewshot(loaded, 0)
     return loaded
+
+
+@contextlib.contextmanager
+def _seeded_as_lm_evals_command() -> Iterator[None]:
+    """Seed what a task's rules may draw with, such as the order of choices, whatever the run's own seed is."""
+    before, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(of_numpy)
 
 
 def seed_fewshot(loaded: TaskDict, seed: int) -> None:
@@ -165,6 +186,8 @@ def name_in(path: Path) -> str:
     """
     if not path.is_file():
         raise UserError(f"no task file {path}")
+    if path.suffix != ".yaml":
+        raise UserError(f"{path}: lm-eval reads task files that end in .yaml; rename it")
     index = folder_manager(path.parent).task_index
     found = [name for name, entry in index.items() if entry.yaml_path and Path(entry.yaml_path).samefile(path)]
     if not found:
@@ -239,9 +262,30 @@ def _load_from_file(task: LmEvalTask, manager: TaskManager) -> TaskDict:
                 # lm-eval takes a bare field name that is not in the data for literal text, and scores that.
                 if isinstance(rule := leaf.get_config(key), str) and rule.isidentifier() and rule not in leaf.features:
                     raise KeyError(rule)
+            _try_all(task, leaf)
         return loaded
+    except UserError:
+        raise
     except Exception as error:
         raise explained(task, error) from error
+
+
+def _try_all(task: LmEvalTask, leaf: Any) -> None:
+    """Apply a task's rules to every document of a local file: what they cannot use would end the evaluation.
+
+    lm-eval takes all answers for what the first is, texts or lists of accepted ones.
+    """
+    kinds = set()
+    for number, document in enumerate(leaf.task_docs, start=1):
+        try:
+            leaf.doc_to_text(document)
+            kinds.add(isinstance(leaf.doc_to_target(document), list))
+        except Exception as error:
+            raise explained(task, error, None if leaf.get_config("process_docs") else number) from error
+    if len(kinds) > 1:
+        raise UserError(
+            f"{task}: {task.path} has answers that are texts and others that are lists; write all as lists"
+        )
 
 
 def _local_config(task: LmEvalTask, manager: TaskManager) -> dict[str, Any]:
@@ -318,8 +362,8 @@ def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
     return documents
 
 
-def explained(task: LmEvalTask, error: Exception) -> UserError:
-    """Return the mistake behind an error in a task's rules over a local file: mostly a missing field."""
+def explained(task: LmEvalTask, error: Exception, row: int | None = None) -> UserError:
+    """Return the mistake behind an error in a task's rules over a local file, or a row of it: mostly a missing field."""
     names = _read(task, task.path).column_names
     undefined = re.match(r"'(\w+)' is undefined", str(error))
     missing = error.args[0] if isinstance(error, KeyError) and error.args else undefined and undefined.group(1)
@@ -329,5 +373,5 @@ def explained(task: LmEvalTask, error: Exception) -> UserError:
             f"map one with fields: {{{missing}: FIELD}}"
         )
     return UserError(
-        f"{task} cannot use {task.path} ({type(error).__name__}: {first_line(error)}); its fields: {', '.join(names)}"
+        f"{task} cannot use {f'row {row} of ' if row else ''}{task.path} ({type(error).__name__}: {first_line(error)}); its fields: {', '.join(names)}"
     )

@@ -230,6 +230,7 @@ class LmEvalTask(Task):
                     bootstrap_iters=BOOTSTRAP_ITERATIONS if first else 0,
                     confirm_run_unsafe_code=self.confirm_run_unsafe_code,
                     apply_chat_template=self.chat,
+                    fewshot_as_multiturn=self.chat,  # as lm-eval's command does
                 )
 
         later = self._tried["jailed"] and rank_and_world()[1] > 1 and isinstance(lm, ShardedLM)
@@ -243,17 +244,19 @@ class LmEvalTask(Task):
         for name, (owner, metric, filter_) in self.result_names(self.loaded, results).items():
             scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
             members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
+            members = [member for member in members if f"{metric},{filter_}" in results["results"][member]]
             stderr = scores.get(f"{metric}_stderr,{filter_}")
             samples = (doc for member in members for doc in results["samples"].get(member, []))
             documents = [document for document in samples if document["filter"] == filter_]
             values = [document.get(metric) for document in documents]
-            known = bool(values) and all(isinstance(value, int | float | np.number) for value in values)
+            known = bool(values) and all(isinstance(value, int | float | np.number | np.bool_) for value in values)
+            directions = {results["higher_is_better"].get(member, {}).get(metric) for member in members}
             share = tasks[members[0]].aggregation().get(metric) is mean and is_share(metric)
             found.metrics[name] = Metric(
                 float(scores[f"{metric},{filter_}"]),
                 float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
                 sum(results["n-samples"][member]["effective"] for member in members),
-                results["higher_is_better"].get(owner, {}).get(metric),
+                directions.pop() if len(directions) == 1 else None,
                 self.role,
                 "fraction" if share else metric,
             )
