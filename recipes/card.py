@@ -19,7 +19,7 @@ from lora_null.recipes.report import render
 from lora_null.recipes.report.dial_page import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import RESULTS_FILE, Results, Row, display_name, load_results
-from lora_null.recipes.trained import Trained
+from lora_null.recipes.trained import QUANTIZED, Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
 
@@ -39,7 +39,7 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
     source, name = export.source, export.base_name
     text = _render(
         source.recipe, source.method, source.kind, export.form, name,
-        license_id=license_id or license_of(name, source.base.folder / CARD_FILE, hub_base(name)),
+        terms=license_of(name, source.base.folder / CARD_FILE, hub_base(name), given=license_id),
         rank=export.rank,
         plain=True,
         revision=None if name != source.base.section.name_or_path else source.base.section.revision,
@@ -64,15 +64,16 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     exports = f"; `lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it" if plain else ""
     saved = f"The {plan.saves} is in `{plan.saves}/`{exports}." if kept.is_dir() else "Its weights were not kept."
     config = kept / CONFIG_FILE  # of an adapter
+    quantized = recipe.model.quantization and f"{QUANTIZED.format(recipe.model.quantization).capitalize()}."
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
     text = _render(
         recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
-        license_id=license_of(name, Path(name) / CARD_FILE),
+        terms=license_of(name, Path(name) / CARD_FILE),
         rank=read_json(config).get("r") if config.is_file() else None,
         plain=plain,
         revision=recipe.model.revision,
         table=results and _table_of(results),
-        notes=[saved if results else state],
+        notes=[saved if results else state, *filter(None, [quantized])],
         difference=None,
     )  # fmt: skip
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
@@ -80,7 +81,7 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
 
 
 def _render(
-    recipe: dict[str, Any], method: str, kind: str, form: str, base_name: str, *, license_id: str | None, **shown: Any
+    recipe: dict[str, Any], method: str, kind: str, form: str, base_name: str, *, terms: dict[str, str], **shown: Any
 ) -> str:
     """Return the card.
 
@@ -90,20 +91,20 @@ def _render(
         kind: "adapter" or "model", what was trained.
         form: what the folder holds: adapter, merged or gguf.
         base_name: folder or hub id of the base.
-        license_id: of the base.
+        terms: the license of the base, as the fields of a card; empty where it is not known.
         shown: rank, plain, revision, table, notes and difference, as the template shows them.
     """
     title, base, shared = display_name(method), hub_base(base_name), shareable(recipe)
     short = base or base_name.rstrip("/").rpartition("/")[2]
     templates = render.templates_in(Path(__file__).parent, Path(render.__file__).parent)
     return templates.get_template(TEMPLATE).render(
-        metadata=_metadata(recipe, kind == "adapter" and shown["plain"], form, base, license_id).to_yaml(),
+        metadata=_metadata(recipe, kind == "adapter" and shown["plain"], form, base, terms).to_yaml(),
         title=f"{title} on {short.rpartition('/')[2]}",
         method=title,
         base=short,
         form=form,
         whole=kind == "model",
-        license=license_id,
+        license=terms.get("license_name") or terms.get("license"),
         recipe=yaml.safe_dump(shared, sort_keys=False, allow_unicode=True).strip(),
         data=data_lines(shared),
         peft=base or f"path/to/{short}",  # the name under which a reader loads the base
@@ -111,16 +112,14 @@ def _render(
     )
 
 
-def _metadata(
-    recipe: dict[str, Any], lora: bool, form: str, base: str | None, license_id: str | None
-) -> ModelCardData:
+def _metadata(recipe: dict[str, Any], lora: bool, form: str, base: str | None, terms: dict[str, str]) -> ModelCardData:
     """Return the card's YAML head."""
     library = {"adapter": "peft", "merged": "transformers"}.get(form)
     relation = "finetune" if form == "merged" else "adapter"
     tags = ["lora-null", *["lora"] * lora, *([form] * (library is None))]
     tags += [f"base_model:{relation}:{base}"] if base else []
     known = {"base_model": base, "base_model_relation": relation} if base else {}
-    known |= {"library_name": library, "license": license_id, "pipeline_tag": "text-generation", "tags": tags}
+    known |= {"library_name": library, "license": None, **terms, "pipeline_tag": "text-generation", "tags": tags}
     return ModelCardData(**known, datasets=datasets_of(recipe) or None)
 
 
@@ -131,18 +130,23 @@ def hub_base(name: str) -> str | None:
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def license_of(name: str, *cards: Path | str | None) -> str | None:
-    """Return what the base's own card says, a file or on the hub; None where none of them can be read."""
-    if name == smollm2.NAME:
-        return smollm2.LICENSE
-    return next(filter(None, map(_license_in, filter(None, cards))), None)
+def license_of(name: str, *cards: Path | str | None, given: str | None = None) -> dict[str, str]:
+    """Return the fields of a card that say the license: `given`, or what the base's own says, a file or on the hub.
+
+    Empty where none of them can be read.
+    """
+    if given or name == smollm2.NAME:
+        return {"license": given or smollm2.LICENSE}
+    return next(filter(None, map(_license_in, filter(None, cards))), {})
 
 
-def _license_in(card: Path | str) -> str | None:
+def _license_in(card: Path | str) -> dict[str, str]:
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
     except Exception:  # not there, unreachable or without metadata: then it is not known here
-        return None
+        return {}
+    found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: x for key, x in found.items() if x and (key != "license_link" or "://" in x)}  # no file beside it
 
 
 def _tasks_of(recipe: dict[str, Any]) -> list[dict[str, Any]]:

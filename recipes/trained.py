@@ -14,7 +14,7 @@ from lora_null.adapters.base_hash import same_base
 from lora_null.adapters.inspection import check_modules
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, read_yaml
+from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, read_yaml
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
 from lora_null.utils.errors import UserError, first_line, nearest
@@ -23,6 +23,7 @@ MARKS = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is wr
 TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 PROCESSOR = "*processor*.json"
 TOKENIZER += ["chat_template*", PROCESSOR]
+QUANTIZED = "trained on the base quantized to {}; on the base as it is, figures differ"  # what cards and checks say
 READ = ["*.safetensors", "*.json", *TOKENIZER]
 
 
@@ -44,7 +45,11 @@ class Base:
 
     @cached_property
     def config(self) -> Any:
-        return load_config(self.section, self.name)
+        try:
+            return load_config(self.section, self.name)
+        except UserError as error:
+            told = str(error).replace("model.trust_remote_code=true", "--trust-remote-code")
+            raise type(error)(told) from None
 
     @cached_property
     def folder(self) -> Path:
@@ -101,12 +106,13 @@ class Trained:
         return self.elsewhere or self.run / self.method
 
 
-def find_trained(folder: Path, base: str | None = None) -> Trained:
+def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) -> Trained:
     """Return what lies in RUN/METHOD.
 
     Args:
         folder: RUN/METHOD, or the folder of any PEFT LoRA.
         base: folder or hub id of the base, where it is no longer what the recipe names.
+        trust: run the base's own code, also where the recipe does not say so.
 
     Raises:
         UserError: the folder is something else, or the method has not finished.
@@ -118,7 +124,7 @@ def find_trained(folder: Path, base: str | None = None) -> Trained:
     if (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
     if (folder / MARKS["adapter"]).is_file():
-        return _made_elsewhere(folder, base)
+        return _made_elsewhere(folder, base, trust)
     if not recipe_file.is_file():
         raise UserError(f"{folder}: not a method of a run, {recipe_file} is missing; give RUN/METHOD")
     recipe = read_yaml(recipe_file)
@@ -126,12 +132,13 @@ def find_trained(folder: Path, base: str | None = None) -> Trained:
     if kind is None:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
+    section |= {"trust_remote_code": True} if trust else {}
     return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
-def _made_elsewhere(folder: Path, base: str | None) -> Trained:
+def _made_elsewhere(folder: Path, base: str | None, trust: bool) -> Trained:
     """Return any PEFT LoRA, with the base that its config names, in the dtype that the base's own config names."""
-    named = base_of(read_adapter(folder), base)
+    named = base_of(read_adapter(folder), base, trust=trust)
     try:
         dtype = str(named.config.dtype).removeprefix("torch.")
     except UserError as error:
@@ -140,8 +147,10 @@ def _made_elsewhere(folder: Path, base: str | None) -> Trained:
     return Trained(folder.parent, folder.name, "adapter", {}, named, folder)
 
 
-def base_of(adapter: Any, base: str | None) -> Base:
+def base_of(adapter: Any, base: str | None, *, trust: bool = False) -> Base:
     """Return the base that `base` or the config of a saved adapter names.
+
+    Its own code runs with `trust`, or where the recipe of a run that the adapter lies in says so.
 
     Raises:
         UserError: neither does.
@@ -150,7 +159,12 @@ def base_of(adapter: Any, base: str | None) -> Base:
     if not name:
         raise UserError(f"{adapter.folder}: its config names no base; --base says which")
     revision = None if base else adapter.config.get("revision")
-    return Base(parse_section(ModelSection, "model", {"name_or_path": str(name), "revision": revision}))
+    recipe = adapter.folder.resolve().parent.parent / RECIPE_FILE
+    trust = trust or (
+        read_yaml(recipe).get("model", {}).get("trust_remote_code", False) if is_of_run(recipe) else False
+    )
+    section = {"name_or_path": str(name), "revision": revision, "trust_remote_code": trust}
+    return Base(parse_section(ModelSection, "model", section))
 
 
 def check_adapter_fits(source: Trained) -> None:

@@ -2,20 +2,37 @@
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import logits, save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_null.__main__ import main
 from lora_null.adapters import base_hash
 from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.adapters.plain import save_plain_adapter
+from lora_null.recipes.card import license_of, write_run_card
+from lora_null.recipes.commands.arguments import build_parser
+from lora_null.recipes.config.load import MARK, load_recipe
+from lora_null.recipes.trained import find_trained
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +150,107 @@ def test_a_sound_adapter_and_its_serve_command(adapter, base, capsys):
         f"serve: vllm serve {base} --enable-lora --max-lora-rank 8 --dtype float32 "
         f"--lora-modules {adapter.parent.name}={adapter}"
     )
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_is_saved_without_the_head(tmp_path, capsys, tied, bias):
+    base = save_tiny(tmp_path / "model", tie_word_embeddings=tied, attention_bias=True)
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # noqa: E731
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, bias=bias)
+    live = get_peft_model(load(), config)
+    save_plain_adapter(live, tmp_path / "adapter")
+    assert main(["check", str(tmp_path / "adapter")]) == (bias == "all")
+    assert "lm_head" not in capsys.readouterr().out
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(key.endswith("q_proj.base_layer.bias") for key in keys) == (bias == "all")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), logits(live))
+
+
+def test_a_base_with_code_of_its_own(adapter, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", None)  # nobody is asked
+    own = shutil.copytree(base, tmp_path / "own")
+    (own / "own.py").write_text(OWN_MODEL)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((own / "config.json").read_text()) | {"model_type": "own", "auto_map": code}
+    (own / "config.json").write_text(json.dumps(config))
+    change_config(adapter, base_model_name_or_path=str(own))
+    for command in (["check"], ["dial", "--keep", "x"], ["export", "--out", str(tmp_path / "out")]):
+        assert main([*command, str(adapter)]) == 2
+        assert "once you have read that, --trust-remote-code runs it" in capsys.readouterr().err
+        arguments = build_parser()[0].parse_args([*command, str(adapter), "--trust-remote-code"])
+        assert arguments.trust_remote_code
+    assert main(["check", str(adapter), "--trust-remote-code"]) == 0
+    assert "--trust-remote-code" in capsys.readouterr().out.partition("serve: ")[2]
+    assert find_trained(adapter, trust=True).base.empty()
+    adapter.rename((tmp_path / "run" / "lora").mkdir(parents=True) or tmp_path / "run" / "lora" / "adapter")
+    recipe = {"model": {"name_or_path": str(own), "trust_remote_code": False}}
+    (tmp_path / "run" / "recipe.yaml").write_text(MARK + json.dumps(recipe))
+    assert main(["check", str(tmp_path / "run" / "lora")]) == 2
+    assert find_trained(tmp_path / "run" / "lora", trust=True).base.empty()
+    (tmp_path / "run" / "recipe.yaml").write_text(MARK + json.dumps(recipe).replace("false", "true"))
+    assert main(["check", str(tmp_path / "run" / "lora")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("quantized", "name"),
+    [
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"),
+        (BitsAndBytesConfig(load_in_8bit=True), "int8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ],
+)
+def test_an_adapter_of_a_quantized_base_says_so(base, tmp_path, capsys, quantized, name):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.config.quantization_config = quantized
+    live = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    save_plain_adapter(live, tmp_path / "adapter")
+    assert main(["check", str(tmp_path / "adapter")]) == 0
+    note = f"note: trained on the base quantized to {name}; on the base as it is, figures differ"
+    assert capsys.readouterr().out.splitlines()[0] == note
+    own = shutil.copytree(base, tmp_path / "own")  # whose files are quantized: nothing is to be said
+    config = json.loads((own / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
+    (own / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(tmp_path / "adapter"), "--base", str(own)]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_the_card_of_a_run_on_a_quantized_base_under_a_license_with_a_name(tmp_path):
+    head = {"license": "other", "license_name": "some-research", "license_link": "https://some.where/LICENSE"}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
+    words = ["model.quantization=nf4", f"model.name_or_path={tmp_path / 'base'}"]
+    plan = SimpleNamespace(name="lora", saves="adapter")
+    write_run_card(tmp_path / "run" / "lora", load_recipe("quickstart", words), plan, None)
+    card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
+    assert card.data.to_dict() | head == card.data.to_dict()
+    assert "The base is under some-research, which" in card.text
+    assert "Trained on the base quantized to nf4; on the base as it is, figures differ." in card.text
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n")
+    assert license_of("base", tmp_path / "base" / "README.md") == {"license": "llama3"}
+
+
+def test_the_hash_of_another_revision_is_left_out(base, tmp_path, monkeypatch):
+    """The hub's cache holds `main`, and no one can say which revision the live model was loaded from."""
+    other = save_tiny(tmp_path / "other", seed=1)
+    monkeypatch.setattr(base_hash, "try_to_load_from_cache", lambda name, file, revision=None: str(base / file))
+    for folder, dtype, revision, known in (
+        (base, torch.float32, None, True),
+        (base, torch.bfloat16, None, True),
+        (other, torch.float32, None, False),
+        (other, torch.float32, "v1", True),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        config = LoraConfig(target_modules=["q_proj"], revision=revision)
+        live = get_peft_model(model, config)
+        live.peft_config["default"].base_model_name_or_path = "org/model"
+        for _ in range(2):
+            assert (base_hash.FINGERPRINT in base_hash.base_metadata(live)) is known
+            live.resize_token_embeddings(120)  # tokens were added
+            live.float()
 
 
 def test_the_serve_command_names_the_revision_of_the_base(adapter, capsys):

@@ -73,7 +73,7 @@ def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_pat
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     method = world / "out" / "lora-null-v1"
     assert (
-        main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "100"])
+        main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "5"])
         == 0
     )
     told, found, before = capsys.readouterr().out, points(tmp_path), points(method)
@@ -194,7 +194,7 @@ def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
 
 def test_exported_within_a_budget_of_the_rows_that_the_run_probed(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
-    words = ["--out", str(tmp_path / "a"), "--max-forgetting", "100"]
+    words = ["--out", str(tmp_path / "a"), "--max-forgetting", "5"]
     assert main(["export", str(world / "out" / "lora-null-v1"), *words]) == 0
     assert "on 14 rows that no probe used" in capsys.readouterr().out.replace("\n", " ")
 
@@ -213,7 +213,7 @@ def test_a_base_measured_under_other_settings_is_measured_anew(world, tmp_path, 
     assert "the run's base was measured under other settings (device cuda, now cpu): it is measured anew" in said
     after = points(tmp_path)[0.0]
     assert after["numbers nll"]["value"] == pytest.approx(before[0.0]["numbers nll"]["value"])
-    assert main(["export", method, "--out", str(tmp_path / "a"), "--max-forgetting", "100"]) == 0
+    assert main(["export", method, "--out", str(tmp_path / "a"), "--max-forgetting", "5"]) == 0
     assert "it is measured anew" in caplog.text + capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
-"""Which base an adapter belongs to: a hash of the base's checkpoint and the dtype that it ran in.
+"""Which base an adapter belongs to: a hash of the base's checkpoint, the dtype that it ran in and how it was quantized.
 
-Both are written into the metadata of `adapter_model.safetensors` when a run saves its adapter, and compared before the
+They are written into the metadata of `adapter_model.safetensors` when a run saves its adapter, and compared before the
 adapter is exported.
 """
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
+from torch import nn
 
-from lora_null.checkpoint_reader import WeightFiles
+from lora_null.checkpoint_reader import WeightFiles, base_tensors
+from lora_null.utils.distributed import is_sharded
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened
 
-FINGERPRINT, DTYPE = "base_fingerprint", "base_dtype"
+FINGERPRINT, DTYPE, QUANTIZATION = "base_fingerprint", "base_dtype", "base_quantization"
 ROWS = 16  # of each tensor, evenly spaced: another checkpoint differs everywhere, and 7B hash in a second
 
 
@@ -63,22 +66,52 @@ def _sample(tensor) -> bytes:
     shape = tensor.get_shape()
     if not shape:
         return f"{tensor.get_dtype()} []".encode() + tensor[...].view(1).view(torch.uint8).numpy().tobytes()
-    rows = sorted({i * (shape[0] - 1) // (ROWS - 1) for i in range(ROWS)}) if shape[0] else []
-    parts = [tensor[i : i + 1].contiguous().view(torch.uint8).numpy().tobytes() for i in rows]
+    parts = [tensor[i : i + 1].contiguous().view(torch.uint8).numpy().tobytes() for i in _rows(shape[0])]
     return f"{tensor.get_dtype()} {shape}".encode() + b"".join(parts)
+
+
+def _rows(size: int) -> list[int]:
+    """Return which rows of a tensor of so many are looked at."""
+    return sorted({i * (size - 1) // (ROWS - 1) for i in range(ROWS)}) if size else []
 
 
 def base_metadata(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
     """Return what an adapter's metadata says of the base that the model was loaded from; less where it is not known."""
-    config = peft_model.peft_config[adapter_name]
-    dtype = peft_model.get_base_model().get_input_embeddings().weight.dtype  # a linear may be stored quantized
+    config, base = peft_model.peft_config[adapter_name], peft_model.get_base_model()
+    dtype = base.get_input_embeddings().weight.dtype  # a linear may be stored quantized
     identity = {DTYPE: str(dtype).removeprefix("torch.")}
-    commit = getattr(peft_model.get_base_model().config, "_commit_hash", None)  # of the hub, what was really loaded
-    folder = checkpoint_on_disk(config.base_model_name_or_path, commit or config.revision)
+    if quantized := getattr(base.config, "quantization_config", None):
+        identity[QUANTIZATION] = _quantization(quantized)
+    folder = checkpoint_on_disk(config.base_model_name_or_path, config.revision)
     try:
+        if folder and config.revision is None and folder != Path(config.base_model_name_or_path):
+            folder = folder if _was_loaded_from(folder, base) else None  # main in the hub's cache, or another revision
         return identity | ({FINGERPRINT: base_fingerprint(folder)} if folder else {})
     except UserError:  # a base in another format, which has no hash
         return identity
+
+
+def _was_loaded_from(folder: Path, base: nn.Module) -> bool:
+    """Return whether a few rows of the input embedding are those of the files; True where it cannot be compared."""
+    files, weights = WeightFiles(folder), {id(x) for x in base.get_input_embeddings().parameters()}
+    owned = next((x for x in base_tensors(base) if id(x.tensor) in weights and x.key in files.file_of), None)
+    if owned is None or is_sharded(owned.tensor) or owned.tensor.is_meta or not owned.tensor.numel():
+        return True
+    with opened(folder / files.file_of[owned.key]) as stored:
+        part = stored.get_slice(owned.key)
+        rows = _rows(min(part.get_shape()[0], len(owned.tensor)))  # tokens may have been added
+        found = torch.cat([part[i : i + 1] for i in rows])
+    live = owned.tensor.detach()[rows].cpu()
+    return torch.equal(found.to(live.dtype), live) or torch.equal(found.bfloat16(), live.bfloat16())  # or cast twice
+
+
+def _quantization(config: Any) -> str:
+    """Return nf4, fp4 or int8 of a configuration of bitsandbytes, and of another one its method."""
+    said = config if isinstance(config, Mapping) else config.to_dict()
+    if said.get("load_in_4bit"):
+        return said.get("bnb_4bit_quant_type", "fp4")
+    method = said.get("quant_method")
+    return "int8" if said.get("load_in_8bit") else str(getattr(method, "value", method))
 
 
 def same_base(metadata: Mapping[str, str], folder: Path) -> bool | None:

@@ -201,10 +201,14 @@ def describe(adapter: SavedAdapter) -> str:
     )
 
 
-def serve_command(adapter: SavedAdapter, base: str, revision: str | None = None) -> str:
-    """Return the command with which vLLM serves the adapter on a base, at a revision of the hub where it has one."""
+def serve_command(adapter: SavedAdapter, base: str, revision: str | None = None, *, trust: bool = False) -> str:
+    """Return the command with which vLLM serves the adapter on a base, at a revision of the hub where it has one.
+
+    With `trust` it runs the base's own code.
+    """
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(vllm_rank(adapter.config["r"]))]
     words += ["--revision", revision] if revision else []
+    words += ["--trust-remote-code"] if trust else []
     if adapter.metadata.get(DTYPE):
         words += ["--dtype", adapter.metadata[DTYPE]]
     folder = adapter.folder.resolve()

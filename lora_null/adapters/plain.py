@@ -47,6 +47,9 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
     scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
     factors, rank, scaling = uniform(factors, scalings)
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) | state_of(factors)
+    trained = getattr(peft_model.peft_config[adapter_name], "bias", "none") != "none"
+    unchanged = tuple(f"base_model.model.{name}.base_layer." for name in layers)  # of the head, which PEFT saves whole
+    state = {k: x for k, x in state.items() if not k.startswith(unchanged) or (trained and k.endswith(".bias"))}
     for name in layers:
         bias = f"base_model.model.{name}.lora_B.bias"  # of `lora_bias`; PEFT scales it as it does B
         if bias in state and scalings[name] != scaling:

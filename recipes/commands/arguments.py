@@ -203,6 +203,7 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
     add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
     add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
+    _add_trust(add)
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
     add("--strength", type=float, metavar="S", help="write ΔW times S; 1 is as saved")
     add("--max-forgetting", type=float, metavar="X", help="the largest strength that forgets no more than X, measured")
@@ -219,6 +220,15 @@ def _add_source(add: Any) -> None:
     """Add the trained adapter that a command works on."""
     about = "one method of a run, or any PEFT LoRA"
     add("source", type=Path, metavar="RUN/METHOD", help=about, complete=shtab.DIRECTORY)
+
+
+def _add_trust(add: Any) -> None:
+    """Add the consent that bases need which bring code of their own."""
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that the base's repository ships, once you have read it",
+    )
 
 
 def _add_consent(add: Any) -> None:
@@ -258,6 +268,7 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     add("--strengths", metavar="S,S", help="1 is as saved (default 0,0.2,0.4,0.6,0.8,1,1.25)")
     add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    _add_trust(add)
     add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
     return parser
@@ -273,6 +284,7 @@ def _check(commands: Any) -> argparse.ArgumentParser:
     add = _adder(parser)
     add("folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD", complete=shtab.DIRECTORY)
     add("--base", help="folder or hub id of the base (default: what the adapter's config names)")
+    _add_trust(add)
     return parser
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lora_null.adapters.base_hash import FINGERPRINT, checkpoint_on_disk
+from lora_null.adapters.base_hash import FINGERPRINT, QUANTIZATION, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.trained import base_of
+from lora_null.recipes.trained import QUANTIZED, base_of
 from lora_null.utils.errors import UserError
 
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.folder}: no such folder")
     inner = arguments.folder / "adapter"
     adapter = read_adapter(inner if inner.is_dir() else arguments.folder)
-    base = base_of(adapter, arguments.base)
+    base = base_of(adapter, arguments.base, trust=arguments.trust_remote_code)
     files = checkpoint_on_disk(base.name, base.section.revision)
     findings = check_adapter(adapter, base.empty(), files)
     for finding in findings:
@@ -31,8 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if files is None or FINGERPRINT not in adapter.metadata:
         print("note: the base could not be compared, its files or its hash are not here")
+    if QUANTIZATION in adapter.metadata and getattr(base.config, "quantization_config", None) is None:
+        print(f"note: {QUANTIZED.format(adapter.metadata[QUANTIZATION])}")
     if is_untrained(adapter):
         print("note: not trained yet, every B is zero: served as it is, it changes nothing")
     print(f"sound: {describe(adapter)}, for {base.name}")
-    print(f"serve: {serve_command(adapter, base.name, base.section.revision)}")
+    own = base.section.trust_remote_code
+    print(f"serve: {serve_command(adapter, base.name, base.section.revision, trust=own)}")
     return 0

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     join_processes()
 
     def check() -> tuple[Trained, Job]:
-        source = find_trained(arguments.source, arguments.base)
+        source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
         check_adapter_fits(source)
         _check_kept(source, arguments)
         check_place(folder_for(source, arguments), "--out")

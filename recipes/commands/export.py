@@ -37,7 +37,15 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.strengths import check_at_most, check_strength
-from lora_null.recipes.trained import PROCESSOR, TOKENIZER, Trained, another_base, check_adapter_fits, find_trained
+from lora_null.recipes.trained import (
+    PROCESSOR,
+    QUANTIZED,
+    TOKENIZER,
+    Trained,
+    another_base,
+    check_adapter_fits,
+    find_trained,
+)
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
 
@@ -87,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_options(arguments)
     choose_device()
-    source = find_trained(arguments.source, arguments.base)
+    source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
     if source.kind == "model" and arguments.form != "merged":
         raise UserError(
             f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
@@ -142,7 +150,7 @@ def _note_base(export: Export) -> None:
     """Say where others will not find the base under the name that the export gives it, or find other weights."""
     quantization = export.source.base.section.quantization
     if quantization:
-        export.notes.append(f"Trained on the base quantized to {quantization}; on the base as it is, figures differ.")
+        export.notes.append(f"{QUANTIZED.format(quantization).capitalize()}.")
     if export.base_name == smollm2.NAME:
         export.notes.append(
             f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
