@@ -70,7 +70,8 @@ def second_task() -> None:
         p = dict(zip(several, holm(t_tests(stack(gaps), len(gaps)).p))) if gaps else {}
         print(f"\n{name} on the second task")
         for key, found in values.items():
-            print(f"  {key:24} {mean_of(list(found.values()))}, {len(found)} seeds, p {p.get(key, math.nan):.4f}")
+            tested = f", p {p[key]:.4f}" if math.isfinite(p.get(key, math.nan)) else ""
+            print(f"  {key:24} {mean_of(list(found.values()))}, {len(found)} seeds{tested}")
 
 
 def mean_of(values: list[float]) -> str:
