@@ -71,7 +71,7 @@ def fetch(key: str, target: Path) -> bool:
     target.mkdir(parents=True, exist_ok=True)
     # eval.json comes last: it says that the copy is whole.
     for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):
-        if file.is_file():
+        if file.is_file() and file.name[0] != ".":  # as the lock of a folder is, which is held in it
             link(file, target / file.relative_to(kept))
     os.utime(kept)
     return True
@@ -84,7 +84,7 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder(), prefix=".new-") as scratch:
-            shutil.copytree(source, Path(scratch) / key, copy_function=link)
+            shutil.copytree(source, Path(scratch) / key, copy_function=link, ignore=shutil.ignore_patterns(".*"))
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
         keep_newest((path for path in folder().iterdir() if path.name[0] != "."), KEPT)

@@ -17,7 +17,7 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
 from lora_null.earlier import Earlier
-from lora_null.eval_harness import Task, validate_tasks
+from lora_null.eval_harness import PreferenceTask, Task, validate_tasks
 from lora_null.recipes import base_cache
 from lora_null.recipes.budget import Bound, plan_budget, require_strength
 from lora_null.recipes.checks import (
@@ -46,9 +46,12 @@ from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.preflight import check_predicts_next_token, tell
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, position_limit
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Job:
     data: TrainingData | None = None
     sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
     cut: CalibrationArgs = field(default_factory=CalibrationArgs)
-    windows: Windows | None = None  # None until the model has written its own texts
+    windows: Windows | None = None  # None until the model has written its own texts, and where none are read
     tasks: list[Task] = field(default_factory=list)
     base_key: str | None = None  # of its kept evaluation; None where none is to be kept
     reference_bytes: int = 0  # what the base's predictions will take on the disk
@@ -87,6 +90,13 @@ class Job:
         self.windows = windows
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether texts are calibrated on, or read while it trains; start and drift of `method.init` are those of its folder."""
+        section = self.recipe.method
+        methods = (make_method(plan.name, section.options.get(plan.name)) for plan in self.plans)
+        return section.init is None or any(method.needs_texts for method in methods)
+
+    @property
     def computing(self) -> dict[str, Any]:
         """How every evaluation of the job computes, as `evaluate` takes it."""
         section = self.recipe.eval
@@ -96,7 +106,10 @@ class Job:
 def check_run(recipe: Recipe, **options: Any) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
     job = inspect_recipe(recipe, **options)
+    tell_of_shared_rows(recipe)
     check_judge(recipe, job.tasks)
+    if not recipe.eval.before and any(task.reference_file for task in job.tasks):
+        logger.warning("eval.before=false: no KL and no forgetting, which are counted from the base")
     if not options.get("unreached"):
         rehearse(recipe, job.tokenizer, job.data)
     return job
@@ -190,7 +203,6 @@ def _read_inputs(
     `reach` computes what may lie on a hub, and returns None where that does not answer.
     """
     recipe, tokenizer, config = job.recipe, job.tokenizer, job.config
-    tell_of_shared_rows(recipe)
     job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
@@ -213,7 +225,7 @@ def _read_inputs(
     asked = CalibrationArgs(section.samples, section.max_length, section.mode, seed)
     job.cut, job.sources = asked.fitting(limit, "calibration.max_length"), sources or []
     windows = cut_windows(job.sources, tokenizer, job.cut)
-    if sources and all(source.texts is not None for source in sources):
+    if job.reads_texts and sources and all(source.texts is not None for source in sources):
         job.take(windows)
 
 
@@ -263,11 +275,17 @@ def _plan_measures(job: Job, max_length: int | None, allow_code_execution: bool 
     counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
     if counted and not recipe.eval.before:
         raise UserError(f"{counted}: is counted from the base, which eval.before=false does not evaluate")
+    against = next((task for task in tasks if isinstance(task, PreferenceTask)), None)
+    if against and not recipe.eval.before:
+        raise UserError(f"eval.before: {against.label} is measured against the base; leave it at true")
     if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
         raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
     job.bound = plan_budget(recipe, tasks, job.probe)
     for plan in job.plans if job.bound or recipe.eval.strengths else ():
-        require_strength(plan.name, adapter_config(recipe.method, make_method(plan.name), plan.rank))
+        method = make_method(plan.name, recipe.method.options.get(plan.name))
+        require_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
+        if job.bound and job.bound.section.then != "scale" and not method.ends_anywhere:
+            raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
     if recipe.eval.cache:
         job.base_key = base_cache.key_of(recipe, name, tasks, recipe.eval.limit)
         job.probe_key = job.probe and base_cache.key_of(recipe, name, job.probe.tasks, None)

@@ -121,7 +121,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     if job.data.bad and is_first_process():
         write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     rows = [base_row(job)]
-    if job.windows is None:
+    if job.windows is None and job.reads_texts:
         job.take(_own_windows(job))
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
@@ -327,8 +327,8 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         init_folder=recipe.method.init,
         preflight=recipe.preflight,
         init_options=start,
-        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows],
-        calibration_args=CalibrationArgs(max_length=max(map(len, windows))),
+        calibration_dataset=[{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows] or None,
+        calibration_args=CalibrationArgs(max_length=max(map(len, windows))) if windows else None,
     )
     for callback in ProgressBar.REPLACES:
         trainer.remove_callback(callback)
@@ -382,6 +382,7 @@ def _settings(job: Job) -> dict[str, Any]:
     training = training_arguments(recipe, job.folder)
     batch = total_batch(training)
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
+    texts = job.windows  # none where the start and the drift are those of method.init
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
@@ -396,10 +397,10 @@ def _settings(job: Job) -> dict[str, Any]:
         "template": templates_of(job.tasks, recipe.data.template),
         "rank": rank,
         "alpha": recipe.method.alpha or rank,
-        "calibration_data": "; ".join(job.windows.covered) if job.windows else None,
-        "calibration_windows": len(job.windows.ids) if job.windows else 0,
-        "calibration_tokens": sum(map(len, job.windows.ids)) if job.windows else 0,
-        "calibration_mode": recipe.calibration.mode,
+        "calibration_data": "; ".join(texts.covered) if texts else f"that of {recipe.method.init}",
+        "calibration_windows": len(texts.ids) if texts else None,
+        "calibration_tokens": sum(map(len, texts.ids)) if texts else None,
+        "calibration_mode": recipe.calibration.mode if texts else None,
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,

@@ -45,6 +45,7 @@ from lora_null.recipes.results import (
     Transfer,
     load_results,
     mean,
+    read_row,
     shared_and_differing,
     write_results,
 )
@@ -151,7 +152,7 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
         return job
     weights = recipe.sequence.weights(len(before))
     starts = {plan.name: before[-1].folder / plan.name for plan in job.plans}
-    alive = [name for name, folder in starts.items() if weights_in(folder)]
+    alive = [name for name, folder in starts.items() if _goes_on(folder)]
     if not alive:
         raise UserError(
             f"sequence: no method is left after {before[-1].recipe.name}, all have diverged; lower the rate"
@@ -167,6 +168,12 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
     own = job.recipe.model_copy(update={"method": method})
     knowledge = recipe.sequence.knowledge
     return dataclasses.replace(job, recipe=own, starts=starts, earlier=earlier, knowledge=knowledge, earlier_rows=rows)
+
+
+def _goes_on(folder: Path) -> bool:
+    """Return whether a later task can go on from METHOD, which has not diverged: its evaluation may have after it was saved."""
+    row = read_row(folder)
+    return weights_in(folder) is not None and (row is None or row.diverged is None)
 
 
 def _rule(recipe: Recipe, name: str) -> Any:
@@ -188,8 +195,8 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     folder = job.folder / plan.name
     if _rule(recipe, plan.name) is None or on_first_rank(lambda: (folder / GRAMS / COMPLETE).is_file()):
         return
-    if not (folder / "adapter").is_dir():
-        return  # it diverged: there is nothing to go on from
+    if not _goes_on(folder):
+        return
     rows = training_ids(job)
     model = load_base_after(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
     names = read_adapter(folder / "adapter").pairs()

@@ -117,3 +117,15 @@ def test_the_newest_evaluations_are_kept(tmp_path, monkeypatch):
     (tmp_path / "eval.json").write_text("{}")
     base_cache.keep("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
     assert {path.name for path in base_cache.folder().iterdir()} == {"c", "d"}
+
+
+def test_the_lock_of_a_folder_is_not_kept_with_what_is_in_it(tmp_path):
+    """Of a grid over several processes; one that an earlier version kept is left where it is."""
+    for name in ("eval.json", ".lock"):
+        (tmp_path / name).write_text("{}")
+    base_cache.keep("key", tmp_path, SimpleNamespace(settings={"tasks": {}}))
+    kept = base_cache.folder() / "key"
+    assert [path.name for path in kept.iterdir()] == ["eval.json"]
+    (kept / ".lock").write_text("another")
+    held = (tmp_path / ".lock").stat().st_ino
+    assert base_cache.fetch("key", tmp_path) and (tmp_path / ".lock").stat().st_ino == held

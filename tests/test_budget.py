@@ -30,6 +30,8 @@ from lora_null.recipes.budget import (
     scale_to_budget,
     within,
 )
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.tasks import stage_recipes
 from lora_null.recipes.results import Budget, Estimate
 from lora_null.utils.errors import UserError
 
@@ -352,6 +354,7 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
         (["--max-forgetting", "0.1", "eval.probe.retention=36"], "at least 8 are needed for the probe"),
         (["--max-forgetting", "0.1", "eval.probe=null", "eval.retention=[{forgetting: web, path: facts.jsonl, field: question, limit: 14}]"], "web has 14 rows, 7 of them probed"),
         (["--max-forgetting", "0.1", "eval.probe.retention=0"], "not measured by eval.probe.retention"),
+        (["budget={at_most: 0.1, then: stop}", "--method", "roselora"], "budget.then: roselora is as sparse as asked only at"),
         (["--max-forgetting", "0.1", "--method", "full"], "full leaves no plain LoRA"),
         (["eval.strengths=[0.5,half]"], "eval.strengths.1: input should be a valid number"),
         (["eval.strengths=[3]"], "less than or equal to 2"),
@@ -365,8 +368,17 @@ def test_mistakes_are_told_before_a_model_loads(tmp_path, monkeypatch, capsys, w
     path = str(recipe(tmp_path))
     capsys.readouterr()
     assert main([path, *words]) == 2
-    told = capsys.readouterr().err.strip()
-    assert message in told and told.count("\n") == 0 and told.startswith("error: ")
+    *told, last = capsys.readouterr().err.strip().splitlines()
+    assert message in last and last.startswith("error: ") and not any("error" in line for line in told)
+
+
+def test_a_budget_is_shared_out_among_the_tasks_of_a_sequence():
+    for then in ("scale", "rewind"):
+        stages = stage_recipes(load_recipe("sequence", [f"budget={{at_most: 0.3, then: {then}}}"]))
+        assert [(stage.budget.at_most, stage.budget.then) for stage in stages] == [
+            (pytest.approx(0.3 * part), then) for part in (1 / 3, 2 / 3, 1)
+        ]
+    assert [stage.budget for stage in stage_recipes(load_recipe("sequence"))] == [None] * 3
 
 
 def test_a_budget_below_the_bases_own_noise_is_refused_before_training(tmp_path, monkeypatch, capsys):

@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(world, tmp_path, capsys, monkeypatch, words, line
 
 def test_each_option_is_named_once(capsys):
     assert main(["check", "x", "--zzz"]) == 2
-    assert "no option '--zzz' (choose from: --base, --help)" in capsys.readouterr().err
+    assert "no option '--zzz' (choose from: --base, --help, --trust-remote-code)" in capsys.readouterr().err
 
 
 def test_an_existing_adapter_is_not_overwritten(world, tmp_path, capsys):

@@ -73,8 +73,7 @@ def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_pat
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
     method = world / "out" / "lora-null-v1"
     assert (
-        main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "5"])
-        == 0
+        main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "5"]) == 0
     )
     told, found, before = capsys.readouterr().out, points(tmp_path), points(method)
     assert list(found) == [0.0, 0.5, 1.0, 1.25] and "strength 1.25 keeps" in told

@@ -247,6 +247,8 @@ def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
         (["--sweep", "training.learning_rat=1e-3,1e-2"], "no key 'learning_rat' (did you mean"),
         (["--sweep", "training.learning_rate=1e-3,-1"], "must be a number greater than 0"),
         (["--sweep", "method.rank=4,33"], "r: 33 is larger than"),
+        (["--sweep", "calibration.samples=9,12", "method.init=x"], "calibration.samples changes nothing, method.init"),
+        (["--sweep", "method.rank=2,4", "method.match=9K"], "method.rank changes nothing, method.match=9K sets it"),
         (["--seeds", "0,0"], "a seed is named twice"),
         (["--seeds", "0,x"], "grid.seeds"),
         (["--quick"], "has no quick form"),
@@ -265,6 +267,15 @@ def test_mistakes_are_said_before_a_model_loads(tmp_path, monkeypatch, capsys, w
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_swept_decay_is_checked_where_it_is_none(tmp_path, capsys):
+    recipe = make_world(tmp_path)
+    recipe.write_text(recipe.read_text().replace("max_steps: 4", "max_steps: 4\n  weight_decay: 1"))
+    words = ["--method", "pissa", "method.decay_to_start=true", "--dry-run", "--sweep"]
+    assert main([str(recipe), *words, "training.weight_decay=1,0"]) == 2
+    assert "method.decay_to_start: there is no decay" in capsys.readouterr().err
+    assert main([str(recipe), *words, "training.weight_decay=1,0.1"]) == 0
 
 
 def test_a_metric_that_some_runs_lack_is_left_out_of_the_mean():

@@ -268,6 +268,18 @@ def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_pa
     assert f"the content has changed of {named}; put it back" in line_of(capsys, *words, "--resume")
 
 
+def test_the_texts_are_those_of_a_start_from_elsewhere(tmp_path, monkeypatch):
+    """None are read, and the base writes none."""
+    recipe, start = make_world(tmp_path), tmp_path / "start"
+    init = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl"), "--rank", "4"]
+    assert command([*init, "--dtype", "float32", "--out", str(start)]) == 0
+    monkeypatch.setattr(run, "_own_windows", lambda job: (_ for _ in ()).throw(AssertionError("texts were written")))
+    assert main([str(recipe), "--method", "lora-null-v2", f"method.init={start}", "calibration.self=bos"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    told = [found["settings"][f"calibration_{key}"] for key in ("data", "windows", "tokens", "mode")]
+    assert told == [f"that of {start}", None, None, None] and found["rows"][1]["drift"]["mean"] > 0
+
+
 def test_what_was_not_known_when_a_run_began_has_not_changed(tmp_path):
     for known in ({"a": "1"}, {"a": "1", "b": "2"}, {"b": "2"}):
         output._check_inputs(tmp_path, known)

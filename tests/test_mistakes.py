@@ -77,17 +77,6 @@ CASES = [
         "method.decay_to_start: is defined for AdamW, not for adafactor",
     ),
     (
-        [
-            "--method",
-            "pissa",
-            "method.decay_to_start=true",
-            "training.weight_decay=1",
-            "--sweep",
-            "training.weight_decay=1,0",
-        ],
-        "method.decay_to_start: there is no decay",
-    ),
-    (
         ["calibration.self=data", "calibration.max_length=16"],
         "every prompt is longer than half of max_length (16 tokens)",
     ),

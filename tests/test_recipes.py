@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +222,56 @@ def test_options_over_what_a_file_has():
     for words in ([], ["grid.per_method=[1]"]):
         grid = load_recipe("study", words, sweeps=["training.learning_rate=1e-4,1e-3"]).grid
         assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})
+
+
+RATES = "--sweep training.learning_rate=…"
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (
+            ["training.learning_rate=1e-4"],
+            {},
+            f"training.learning_rate: the grid has values of its own for it; {RATES}",
+        ),
+        (["training={learning_rate: 1e-4}"], {}, "argument training.learning_rate: the grid has"),
+        (
+            ["seed=5"],
+            {},
+            "argument seed: the grid has values of its own for it; --seeds … replaces them, grid={} runs",
+        ),
+        (
+            ["training.max_steps=3"],
+            {"sweeps": ["training.num_train_epochs=1,2"]},
+            "own for training.num_train_epochs; --s",
+        ),
+        (["calibration=a.jsonl"], {"sweeps": ["calibration.path=b.jsonl"]}, "argument calibration.path: the grid"),
+        (["training.max_steps=3", "training.max_steps=50"], {}, "argument training.max_steps: is given twice"),
+        (["training.max_steps=3", "training={max_steps: 50}"], {}, "argument training.max_steps: is given twice"),
+        (["method.name=full"], {"methods": "lora"}, "--method: method.name is given too; give one of the two"),
+        (["budget={at_most: 0.5}"], {"max_forgetting": "0.1"}, "--max-forgetting: budget.at_most is given too"),
+        (["grid.seeds=[7]"], {"seeds": "0,1"}, "--seeds: grid.seeds is given too"),
+        (["grid={sweep: {}}"], {"sweeps": ["method.rank=4,8"]}, "--sweep: grid.sweep is given too"),
+        (["output_dir=b"], {"output_dir": "a"}, "--output-dir: output_dir is given too"),
+    ],
+)
+def test_what_another_would_take_the_place_of_is_refused(words, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("study", words, **options)
+
+
+def test_words_that_replace_a_grid_leave_its_keys_free():
+    words = ["training.learning_rate=1e-4", "seed=5"]
+    for grid in (["grid={}"], ["grid.sweep={method.rank: [4]}", "grid.per_method={}", "grid.seeds=[]"]):
+        recipe = load_recipe("study", [*words, *grid])
+        assert (recipe.training["learning_rate"], recipe.seed) == (1e-4, 5)
+
+
+@pytest.mark.parametrize("word", ["eval.task=[gsm8k]", "eval={task: [gsm8k]}"])
+def test_the_evaluations_of_a_sequences_tasks_are_their_own(word):
+    with pytest.raises(UserError, match=r"argument eval\.task: the tasks of a sequence set their own"):
+        load_recipe("sequence", [word])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -13,6 +14,8 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.results import Row, Seconds, write_row
+from lora_null.recipes.sequence import _keep_grams, with_earlier
 from lora_null.utils.errors import UserError
 
 CODE = {
@@ -246,3 +249,26 @@ def test_a_judge_with_nothing_to_grade_is_said(tmp_path, capsys):
     command = [str(world(tmp_path)), "--dry-run", "eval.judge.model=gpt-4"]
     assert main(command) == 0
     assert "eval.judge: has nothing to grade, since no evaluation is MT-Bench" in capsys.readouterr().err
+
+
+def test_what_is_counted_from_a_base_that_is_not_measured(tmp_path, capsys):
+    path = str(write_rows(tmp_path / "pairs.jsonl", [{"prompt": "say", "chosen": "yes", "rejected": "no"}] * 12))
+    command = [str(world(tmp_path)), "--dry-run", "eval.before=false"]
+    assert main(command) == 0
+    assert "eval.before=false: no KL and no forgetting, which are counted from the base" in capsys.readouterr().err
+    task = f"eval.task=[{{preferences: pairs, path: {path}}}]"
+    assert main([*command, task]) == 2
+    assert "eval.before: pairs is measured against the base; leave it at true" in capsys.readouterr().err
+    assert main([*command, "eval.retention=[]", "eval.task=[]"]) == 0 and "no KL" not in capsys.readouterr().err
+
+
+def test_no_task_goes_on_from_a_method_whose_evaluation_overflowed(tmp_path):
+    """Its weights were finite and are saved; its row says that it diverged."""
+    (tmp_path / "lora-null-v2" / "adapter").mkdir(parents=True)
+    write_row(tmp_path / "lora-null-v2", Row(method="lora-null-v2", diverged=3, seconds=Seconds()))
+    recipe, plan = load_recipe("sequence"), SimpleNamespace(name="lora-null-v2")
+    job = SimpleNamespace(folder=tmp_path, plans=[plan], recipe=SimpleNamespace(name="math"))
+    with pytest.raises(UserError, match="no method is left after math, all have diverged"):
+        with_earlier(recipe, job, [job])
+    _keep_grams(recipe, job, plan)  # loads no model
+    assert not (tmp_path / "lora-null-v2" / "grams").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from lora_null.recipes.config.schema import (
     DATA_FILES,
     YAML_SUFFIXES,
     CalibrationSource,
+    GridSection,
     Recipe,
     calibration_entry,
     is_text,
@@ -240,18 +240,13 @@ def _is_of_texts(path: Path) -> bool:
     return bool(kinds) and kinds <= {".txt", ".md"}
 
 
-def override(raw: Mapping[str, Any], assignments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Lay `key.subkey=value` assignments over a recipe; values are read as YAML, nothing is null.
-
-    Args:
-        raw: the recipe.
-        assignments: of the command line.
-        folder: of the recipe's file, beside which paths may lie.
+def read_words(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return key.subkey → value of a command line's `key.subkey=value`; values are read as YAML, nothing is null.
 
     Raises:
-        UserError: for an argument without "=", a value that is no YAML, or a key below one that holds no keys.
+        UserError: for an argument without "=", a value that is no YAML, or a key that is given twice, also in a whole section.
     """
-    given = {}
+    given: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -263,8 +258,21 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str], folder: Path) -
             if not is_text(key):
                 raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
             value = text
-        given[key] = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
-    return lay(copy.deepcopy(dict(raw)), given, "argument ", folder)
+        value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
+        if twice := next((own for own in keys_of({key: value}) if own in keys_of(given)), None):
+            raise UserError(f"argument {twice}: is given twice")
+        given[key] = value
+    return given
+
+
+def keys_of(given: Mapping[str, Any]) -> list[str]:
+    """Return the `key.subkey`s that are given, those inside of a whole section among them."""
+    keys = []
+    for key, value in given.items():
+        inside = calibration_entry(value) if key == "calibration" else value
+        below = {f"{key}.{inner}": own for inner, own in inside.items()} if isinstance(inside, dict) else {}
+        keys += [key, *keys_of(below)]
+    return keys
 
 
 def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path = Path()) -> dict[str, Any]:
@@ -273,7 +281,7 @@ def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path 
     The order decides nothing: what names a source of calibration takes the place of another's fields, and comes first.
 
     Raises:
-        UserError: naming `where` and the key, for one below a key that holds no keys.
+        UserError: naming `where` and the key, for one below a key that holds no keys, or what no task would take.
     """
     for key in sorted(given, key=lambda key: key not in SOURCES):
         value = given[key]
@@ -286,6 +294,9 @@ def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path 
     sequence = raw.get("sequence")
     tasks = sequence.get("tasks") if isinstance(sequence, dict) else None
     for task in tasks if isinstance(tasks, list) else ():
+        own = task.get("eval") if isinstance(task, dict) else None
+        if isinstance(own, dict) and "task" in own and "eval.task" in keys_of(given):
+            raise UserError(f"{where}eval.task: the tasks of a sequence set their own; give sequence.tasks")
         of_task = {"data", "training", "trainer"} & set(task) if isinstance(task, dict) else set()
         own = {key: value for key, value in given.items() if key.partition(".")[0] in of_task}
         for key, value in own.items():
@@ -340,13 +351,24 @@ def load_recipe(
     """Return the validated recipe with all overrides laid over it.
 
     Args:
-        name, assignments: as in `find` and `override`.
+        name, assignments: as in `find` and `read_words`.
         methods, output_dir, preset, seeds, sweeps, quick, max_forgetting: as the options of `lora-null train` take them.
 
     Raises:
-        UserError: for anything wrong with the name, the YAML or an override.
+        UserError: for anything wrong with the name, the YAML or an override, or one that another takes the place of.
     """
     path, known = find(name), presets()
+    given = read_words(assignments)
+    keys = keys_of(given)
+    for option, key, value in (
+        ("--method", "method.name", methods),
+        ("--output-dir", "output_dir", output_dir),
+        ("--seeds", "grid.seeds", seeds),
+        ("--sweep", "grid.sweep", sweeps or None),
+        ("--max-forgetting", "budget.at_most", max_forgetting),
+    ):
+        if value is not None and key in keys:
+            raise UserError(f"{option}: {key} is given too; give one of the two")
     raw = resolve_includes(path)
     if is_of_run(path):
         raw["output_dir"] = str(path.parent)  # wherever that lies now
@@ -358,7 +380,8 @@ def load_recipe(
     if quick and not (isinstance(short, dict) and short):
         raise UserError(f"--quick: {path} has no quick form")
     raw = lay(raw, {str(key): value for key, value in short.items()}, f"{path}: quick.", path.parent)
-    raw = override(raw, [*assignments, *([] if methods is None else [f"method.name={methods}"])], path.parent)
+    given |= {} if methods is None else read_words([f"method.name={methods}"])
+    raw = lay(raw, given, "argument ", path.parent)
     if max_forgetting is not None:
         put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
@@ -367,6 +390,7 @@ def load_recipe(
             if isinstance(given := one_or_more(method.get(key)), list):
                 method[key] = [_resolve_path(v, path.parent) if str(v).endswith(".py") else v for v in given]
     recipe = parse_recipe(raw, path.stem)
+    _check_swept(keys, recipe.grid)
     recipe.name = recipe.name or path.stem
     if output_dir == "":
         raise UserError("--output-dir: is empty, give a folder")
@@ -438,6 +462,21 @@ def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> 
         if not equals or not values:
             raise UserError(f"--sweep {sweep!r}: expected key.subkey=value,value")
         raw["grid"]["sweep"].setdefault(key, []).extend(_swept_values(values))
+
+
+def _check_swept(keys: Sequence[str], grid: GridSection) -> None:
+    """Raise a UserError for a key of the command line in whose place every run of the grid has a value of its own."""
+    replaced = {"seed": ("seed", "--seeds …")} if grid.seeds else {}
+    for swept in grid.sweep:
+        section, _, name = swept.partition(".")
+        for key in (name, *INSTEAD.get(name, ())):
+            replaced[f"{section}.{key}"] = swept, f"--sweep {swept}=…"
+    if key := next((key for key in keys if key in replaced), None):
+        swept, option = replaced[key]
+        raise UserError(
+            f"argument {key}: the grid has values of its own for {'it' if key == swept else swept}; {option} replaces them, "
+            "grid={} runs it once"
+        )
 
 
 def _swept_values(text: str) -> list[Any]:

@@ -890,6 +890,16 @@ class Recipe(Section):
             known = type(getattr(self, section)).model_fields if section != "training" else of_training
             if name not in known:
                 raise ValueError(f"grid.sweep: {section} has no key {name!r}{hint(name, known)}")
+            if section == "calibration" and (self.method.init is not None or "method.init" in self.grid.sweep):
+                raise ValueError(
+                    f"grid.sweep: {key} changes nothing, method.init holds start and drift; leave one out"
+                )
+            matches = self.grid.sweep.get("method.match", [self.method.match])
+            count = next((match for match in matches if match not in (None, "lora")), None)
+            if key == "method.rank" and count is not None:
+                raise ValueError(
+                    f"grid.sweep: method.rank changes nothing, method.match={count} sets it; leave one out"
+                )
         for name, chosen in self.method.options.items():
             from lora_null.trainer.methods import make_method  # PyTorch and PEFT, where all else is right
 

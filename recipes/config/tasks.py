@@ -67,6 +67,8 @@ def _check_dropped(first: Recipe, recipe: Recipe) -> None:
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
     """Return the ordinary recipe of every task; all evaluate every task.
 
+    What a budget allows is counted from the original base: it grows by the same share from task to task, to all of it.
+
     Raises:
         UserError: a grid, names that collide, a quantized base, or what a task may not set.
     """
@@ -94,6 +96,8 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         _check_overlay(task)
         own = merge(raw, {key: value for key, value in task.items() if key != "name"})
         own |= {"sequence": None, "quick": {}, "name": task["name"]}
+        if recipe.budget is not None:
+            own["budget"] = raw["budget"] | {"at_most": recipe.budget.at_most * number / len(section.tasks)}
         own["output_dir"] = str(stage_folder(Path(recipe.output_dir), number, task["name"]))
         every.append(own["eval"]["task"])
         stages.append(own)

@@ -162,6 +162,11 @@ class Method:
         """Whether it reads the calibration's texts themselves, where Gram matrices that were kept do not serve it."""
         return self.needs_texts or (self.needs_gram and self.computes_whole)
 
+    @property
+    def ends_anywhere(self) -> bool:
+        """Whether it is what its options ask for after any step, not only after all that were planned."""
+        return True
+
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.
 

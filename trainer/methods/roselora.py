@@ -65,6 +65,10 @@ class RoseLoRA(Method):
         rest = 1 - (step - first) / (last - first)
         return self.final_fraction + (1 - self.final_fraction) * rest**3
 
+    @property
+    def ends_anywhere(self) -> bool:
+        return self.final_fraction == 1
+
     def callbacks(self) -> list[TrainerCallback]:
         return [_Prune(self)]
 
@@ -90,7 +94,7 @@ class _Prune(TrainerCallback):
         self.sensitivity: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.load_best_model_at_end and self.method.final_fraction < 1:
+        if args.load_best_model_at_end and not self.method.ends_anywhere:
             raise UserError(
                 f"load_best_model_at_end: roselora is as sparse as asked from {self.method.end:g} of the steps on, and an "
                 "earlier checkpoint may be the best; leave it out"
