@@ -247,8 +247,11 @@ RATES = "--sweep training.learning_rate=…"
             "own for training.num_train_epochs; --s",
         ),
         (["calibration=a.jsonl"], {"sweeps": ["calibration.path=b.jsonl"]}, "argument calibration.path: the grid"),
-        (["training.max_steps=3", "training.max_steps=50"], {}, "argument training.max_steps: is given twice"),
-        (["training.max_steps=3", "training={max_steps: 50}"], {}, "argument training.max_steps: is given twice"),
+        (
+            ["training.max_steps=3", "training={max_steps: 50}"],
+            {},
+            "argument training.max_steps: is given twice, alone and",
+        ),
         (["method.name=full"], {"methods": "lora"}, "--method: method.name is given too; give one of the two"),
         (["budget={at_most: 0.5}"], {"max_forgetting": "0.1"}, "--max-forgetting: budget.at_most is given too"),
         (["grid.seeds=[7]"], {"seeds": "0,1"}, "--seeds: grid.seeds is given too"),
@@ -465,3 +468,10 @@ def test_attention_is_what_the_model_has(tmp_path, kind, chosen):
     section = ModelSection(name_or_path=str(tmp_path))
     assert attention(section, shape[kind]) == chosen
     assert load_base(section, str(tmp_path)).config._attn_implementation == chosen
+
+
+def test_of_a_word_that_is_given_twice_the_last_counts_and_is_told(caplog):
+    """As where a script's own words and the user's stand in one line."""
+    recipe = load_recipe("math", ["training.max_steps=3", "seed=1", "training.max_steps=50"])
+    assert recipe.training["max_steps"] == 50
+    assert caplog.text.count("argument training.max_steps: is given twice, the last counts") == 1

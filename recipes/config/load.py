@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -24,6 +25,8 @@ from lora_null.recipes.config.schema import (
     parse_recipe,
 )
 from lora_null.utils.errors import UserError, first_line, nearest
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parents[1]
 RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
@@ -244,7 +247,7 @@ def read_words(assignments: Sequence[str]) -> dict[str, Any]:
     """Return key.subkey → value of a command line's `key.subkey=value`; values are read as YAML, nothing is null.
 
     Raises:
-        UserError: for an argument without "=", a value that is no YAML, or a key that is given twice, also in a whole section.
+        UserError: for an argument without "=", a value that is no YAML, or a key that is given alone and within its section.
     """
     given: dict[str, Any] = {}
     for assignment in assignments:
@@ -259,8 +262,10 @@ def read_words(assignments: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
             value = text
         value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
-        if twice := next((own for own in keys_of({key: value}) if own in keys_of(given)), None):
-            raise UserError(f"argument {twice}: is given twice")
+        if key in given:  # as a line that is put together of a script's words and one's own has it
+            logger.warning(f"argument {key}: is given twice, the last counts")
+        elif twice := next((own for own in keys_of({key: value}) if own in keys_of(given)), None):
+            raise UserError(f"argument {twice}: is given twice, alone and within its section")
         given[key] = value
     return given
 
