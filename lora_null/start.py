@@ -374,24 +374,31 @@ def load_start(
         raise UserError(f"{folder}: was written for other base weights than these")
     parts = {name: part for name, part in store.read_parts(folder).items() if part.key == report.key}
     if rule:
-        _check_parts(folder, parts, layers, adapter_name)
+        of = {name: part for part in parts.values() for name in part.factors}
+        ranks = {name: len(part.factors[name][0]) for name, part in of.items()}
+        scalings = {name: part.scaling[name] for name, part in of.items()}
+        check_made_for(f"{folder}", ranks, scalings, layers, adapter_name)
     for part in parts.values():
         _write_factors(part, layers, adapter_name)
     return _start_of(report, parts)
 
 
-def _check_parts(
-    folder: Path, parts: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], adapter_name: str
+def check_made_for(
+    where: str,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    layers: Mapping[str, LoraLayer],
+    adapter_name: str = "default",
 ) -> None:
-    found = {name: part for part in parts.values() for name in part.factors}
-    if set(found) != set(layers):
-        raise UserError(f"{folder}: was written for other modules than this model adapts")
+    """Raise a UserError, with `where` first, for a start of other modules, ranks or scalings than those of an adapter."""
+    if ranks.keys() != layers.keys():
+        raise UserError(f"{where}: was written for other modules than this model adapts")
     for name, layer in layers.items():
-        rank, scaling = len(found[name].factors[name][0]), found[name].scaling[name]
-        if (rank, scaling) != (layer.r[adapter_name], layer.scaling[adapter_name]):
+        rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
+        if (ranks[name], scalings.get(name, scaling)) != (rank, scaling):
             raise UserError(
-                f"{folder}: {name} was written for rank {rank} and scaling {scaling:g}, this run asks for rank "
-                f"{layer.r[adapter_name]} and scaling {layer.scaling[adapter_name]:g}"
+                f"{where}: {name} was written for rank {ranks[name]} and scaling {scalings.get(name, scaling):g}, this run "
+                f"asks for rank {rank} and scaling {scaling:g} (alpha / rank)"
             )
 
 

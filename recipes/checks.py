@@ -34,7 +34,7 @@ from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, with_method
 from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
-from lora_null.start import InitOptions, LayerReport
+from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
 from lora_null.trainer.methods import check_engine, make_method
 from lora_null.trainer.preflight import check_labels, tell
@@ -43,7 +43,6 @@ from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
 
-ADAPTER = "default"
 LOOKED_AT, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a rehearsal does not take from the recipe: it ends after a step, tells nobody, and compiles nothing.
@@ -213,19 +212,7 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         if rule.rule != report.rule:
             raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
         layers = method.layers(with_method(recipe, config, method, plan.rank))
-        if ranks.keys() != layers.keys():
-            raise UserError(f"method.init: {folder} was written for other modules than {plan.name} adapts here")
-        for name, layer in layers.items():
-            rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
-            if ranks[name] != rank:
-                raise UserError(
-                    f"method.init: {folder} holds rank {ranks[name]} for {name}, {plan.name} asks for rank {rank}"
-                )
-            if (written := scalings.get(name, scaling)) != scaling:
-                raise UserError(
-                    f"method.init: {folder} was written for a scaling of {written:g}, {plan.name} asks for {scaling:g} "
-                    "(method.alpha / rank)"
-                )
+        check_made_for(f"method.init: {folder}, {plan.name}", ranks, scalings, layers)
 
 
 def check_task_names(recipe: Recipe) -> None:

@@ -201,9 +201,12 @@ def test_a_run_starts_from_an_earlier_initialization(finished, tmp_path, capsys)
     assert main([*words, f"method.init={tmp_path}", f"output_dir={tmp_path / 'b'}"]) == 2
     assert "holds no complete initialization" in capsys.readouterr().err
     assert main([*words, f"method.init={source}", "method.rank=3", f"output_dir={tmp_path / 'c'}"]) == 2
-    assert "holds rank 4 for model.layers.0.self_attn.q_proj, lora-null-v2 asks for rank 3" in capsys.readouterr().err
+    line = (
+        "lora-null-v2: model.layers.0.self_attn.q_proj was written for rank 4 and scaling 1, this run asks for rank 3"
+    )
+    assert line in capsys.readouterr().err
     assert main([*words, f"method.init={source}", "method.alpha=8", "--dry-run", f"output_dir={tmp_path / 'c'}"]) == 2
-    assert "was written for a scaling of 1, lora-null-v2 asks for 2" in capsys.readouterr().err
+    assert "for rank 4 and scaling 1, this run asks for rank 4 and scaling 2 (alpha / rank)" in capsys.readouterr().err
 
 
 def test_print_config_and_overrides(capsys, tmp_path):
