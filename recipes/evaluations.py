@@ -36,15 +36,14 @@ from lora_null.recipes.data.conversations import ask
 from lora_null.recipes.data.examples import (
     Example,
     Tokenized,
-    describe_bad_rows,
     read_examples,
     settle_bad_rows,
+    tell_of_bad_rows,
     tokenize,
 )
 from lora_null.recipes.data.formats import askable, question_and_answer, recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
-from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
 # What entries of rows have in common with `data`.
@@ -153,8 +152,7 @@ def _leave_out(bad: Sequence[BadRow], measured: int, policy: str | None, where: 
     """Refuse bad rows unless `data.on_bad_row` allows to leave them out, which is then said."""
     total = measured + len(bad)
     settle_bad_rows(bad, total, policy, where=where)
-    if bad and is_first_process():
-        print(f"left out {len(bad)} of {total} rows of {where}: {describe_bad_rows(bad)}")
+    tell_of_bad_rows(bad, total, f"rows of {where}")
 
 
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:

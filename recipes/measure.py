@@ -22,23 +22,13 @@ from lora_null.recipes import base_cache
 from lora_null.recipes.budget import Measurement, check_bound
 from lora_null.recipes.comparisons import compare, with_samples_of_groups
 from lora_null.recipes.environment import free_memory
-from lora_null.recipes.job import (
-    Job,
-)
+from lora_null.recipes.job import Job
 from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, DialPoint, write_dial
-from lora_null.recipes.results import (
-    EVAL_FILE,
-    Row,
-    Seconds,
-)
+from lora_null.recipes.results import EVAL_FILE, Row, Seconds
 from lora_null.recipes.strengths import sweep
-from lora_null.utils.distributed import (
-    get_logger,
-    is_first_process,
-    on_first_rank,
-)
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_safetensors, write_text
 
@@ -168,9 +158,7 @@ def _as_it_is_served(adapter: Path, scratch: Path) -> Path:
     if lost <= MOST_LOST:
         return adapter
     copied = Path(shutil.copytree(adapter, scratch / "adapter"))
-    write_safetensors(
-        copied / WEIGHTS_FILE, state_of(pairs), {k: v for k, v in saved.metadata.items() if k != "format"}
-    )
+    write_safetensors(copied / WEIGHTS_FILE, state_of(pairs), saved.metadata)
     return copied
 
 

@@ -380,6 +380,11 @@ class Results(BaseModel):
         return next(row.metrics[name] for row in self.rows if name in row.metrics)
 
 
+def mean_in(row: Row, names: Sequence[str]) -> Estimate | None:
+    """Return the mean of a row's metrics; of a row over seeds the same trained models stand behind all of them."""
+    return mean([row.estimate(name) for name in names], same_seeds=(row.runs or 1) > 1)
+
+
 def mean(estimates: Sequence[Estimate | None], *, same_seeds: bool = False) -> Estimate | None:
     """Mean of independent estimates; None if any is missing, since a mean over fewer would not be comparable.
 

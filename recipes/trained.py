@@ -160,9 +160,8 @@ def base_of(adapter: Any, base: str | None, *, trust: bool = False) -> Base:
         raise UserError(f"{adapter.folder}: its config names no base; --base says which")
     revision = None if base else adapter.config.get("revision")
     recipe = adapter.folder.resolve().parent.parent / RECIPE_FILE
-    trust = trust or (
-        read_yaml(recipe).get("model", {}).get("trust_remote_code", False) if is_of_run(recipe) else False
-    )
+    if is_of_run(recipe):
+        trust = trust or read_yaml(recipe).get("model", {}).get("trust_remote_code", False)
     section = {"name_or_path": str(name), "revision": revision, "trust_remote_code": trust}
     return Base(parse_section(ModelSection, "model", section))
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.examples import TrainingData, describe_bad_rows, training_data
+from lora_null.recipes.data.examples import TrainingData, tell_of_bad_rows, training_data
 from lora_null.recipes.environment import accelerator, choose_precision
 from lora_null.recipes.private_names import take_one_gpu
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
@@ -149,7 +149,5 @@ def read_training_data(
     """Return the checked training rows; print which were left out."""
     cut = None if cut_by_trainer(training) else training.max_length
     data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
-    if data.bad and is_first_process():
-        total = len(data.bad) + len(data.examples)
-        print(f"left out {len(data.bad)} of {total} training rows: {describe_bad_rows(data.bad)}")
+    tell_of_bad_rows(data.bad, len(data.bad) + len(data.examples), "training rows")
     return data

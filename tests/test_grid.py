@@ -37,7 +37,16 @@ from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.equal_learning import equal_learning, reach
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
-from lora_null.recipes.results import Estimate, Row, load_results, mean, parse_results, variant_of, write_results
+from lora_null.recipes.results import (
+    Estimate,
+    Row,
+    load_results,
+    mean,
+    mean_in,
+    parse_results,
+    variant_of,
+    write_results,
+)
 from lora_null.utils.errors import WORKER, UserError
 from lora_null.utils.files import remove_parts
 
@@ -513,6 +522,12 @@ def test_the_error_of_a_mean_over_seeds_has_that_of_the_questions():
     assert mean_row(rows, None).metrics["MT-Bench"].stderr == pytest.approx((0.05**2 + 0.25**2) ** 0.5)
     assert mean([Estimate(1.0, 0.3), Estimate(2.0, 0.4)]) == Estimate(1.5, 0.25)
     assert mean([Estimate(1.0, 0.3), Estimate(2.0, 0.4)], same_seeds=True) == Estimate(1.5, 0.35)
+    both = {
+        name: Metric(value, error, 8, True, "retention", "points")
+        for name, value, error in (("a", 1.0, 0.3), ("b", 2.0, 0.4))
+    }
+    assert mean_in(Row(method="lora", metrics=both), ["a", "b"]) == Estimate(1.5, 0.25)
+    assert mean_in(Row(method="lora", metrics=both, runs=2), ["a", "b"]) == Estimate(1.5, 0.35)
 
 
 def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():

@@ -509,9 +509,8 @@ class LoraNullMixin(SavingMixin):
             options = dict(args.lr_scheduler_kwargs or {})
             get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if (
-            not given and not self.is_deepspeed_enabled and "layerwise" not in str(args.optim)
-        ):  # which puts hooks on the model
+        hooks = "layerwise" in str(args.optim)  # which it puts on the model
+        if not given and not hooks and not self.is_deepspeed_enabled:
             self.get_optimizer_cls_and_kwargs(args, self.model)
 
     def _place(self, *, in_pieces: bool) -> None:

@@ -372,6 +372,5 @@ def explained(task: LmEvalTask, error: Exception, row: int | None = None) -> Use
             f"{task}: {task.path} has no field {missing!r}; its fields: {', '.join(names)}; "
             f"map one with fields: {{{missing}: FIELD}}"
         )
-    return UserError(
-        f"{task} cannot use {f'row {row} of ' if row else ''}{task.path} ({type(error).__name__}: {first_line(error)}); its fields: {', '.join(names)}"
-    )
+    where, reason = f"row {row} of " if row else "", f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"{task} cannot use {where}{task.path} ({reason}); its fields: {', '.join(names)}")

@@ -47,12 +47,11 @@ def join_onto(before: Path, folder: Path) -> int:
     after = read_adapter(folder)
     pairs, scaling = join({"before": read_adapter(before), "after": after})
     rank = len(next(iter(pairs.values()))[0])
-    metadata = {key: value for key, value in after.metadata.items() if key != "format"}
     fields = plain_fields(rank, scaling)
     if pairs.keys() != after.factors().keys():  # what chose the later one's modules leaves some of the earlier one out
         fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         fields["target_modules"] = sorted(pairs)
-    write_safetensors(folder / WEIGHTS_FILE, state_of(pairs), metadata)
+    write_safetensors(folder / WEIGHTS_FILE, state_of(pairs), after.metadata)
     write_json(folder / CONFIG_FILE, after.config | fields)
     return sum(A.numel() + B.numel() for A, B in pairs.values())
 

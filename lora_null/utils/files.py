@@ -184,7 +184,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(plain, temporary, metadata={"format": "pt", **metadata})
+        save_file(plain, temporary, metadata={**metadata, "format": "pt"})
         _sort_metadata(temporary)
         temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be another user
 

@@ -248,7 +248,7 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
 
 
 def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling: float) -> None:
-    metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
+    metadata = dict(adapter.metadata)
     if FINGERPRINT not in metadata:
         with contextlib.suppress(UserError):  # weights in another format than safetensors have none
             metadata[FINGERPRINT] = base_fingerprint(export.source.base.folder)

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
 from lora_null.recipes.data.conversations import ask
-from lora_null.recipes.data.examples import MOST_BAD, Example, RowReader, check_encoding, describe_bad_rows
+from lora_null.recipes.data.examples import (
+    MOST_BAD,
+    Example,
+    RowReader,
+    check_encoding,
+    describe_bad_rows,
+    tell_of_bad_rows,
+)
 from lora_null.recipes.data.formats import recognize
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
@@ -188,8 +195,7 @@ def _texts(
         total = len(texts) + len(bad)
         if len(bad) > MOST_BAD * total:
             raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}")
-        if is_first_process():
-            print(f"left out {len(bad)} of {total} rows of {where}: {describe_bad_rows(bad)}")
+        tell_of_bad_rows(bad, total, f"rows of {where}")
     return texts, {kind: count for kind, count in kinds.items() if count}
 
 

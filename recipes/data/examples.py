@@ -27,6 +27,7 @@ from lora_null.recipes.data.conversations import (
 from lora_null.recipes.data.rows import RowText, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
+from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
 
@@ -357,6 +358,12 @@ def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None, *, wh
     if bad and (not allowed or len(bad) == total):
         hint = "" if len(bad) == total else "; data.on_bad_row=skip leaves them out"
         raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}{hint}")
+
+
+def tell_of_bad_rows(bad: Sequence[BadRow], total: int, rows: str) -> None:
+    """Say which of `rows`, such as "training rows", are left out."""
+    if bad and is_first_process():
+        print(f"left out {len(bad)} of {total} {rows}: {describe_bad_rows(bad)}")
 
 
 def describe_bad_rows(bad: Iterable[BadRow]) -> str:

@@ -155,9 +155,8 @@ def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tu
     name = _first(TEXTS, fields)
     texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
     talk = pair is None and not any(name in NO_TALK or name.endswith("_id") for name in fields)
-    talk = talk and (
-        fields.keys() <= KNOWN.keys() or fields.keys().isdisjoint(ABOUT)
-    )  # user and bot, no user and note
+    # not user and note, but user and bot
+    talk = talk and (fields.keys() <= KNOWN.keys() or fields.keys().isdisjoint(ABOUT))
     if name is None and len(fields) == len(texts) == 2 and talk:  # of a pair the second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
     rest = [column for name, column in fields.items() if name not in ABOUT] or list(fields.values())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
 from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
-from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, kind_of, mean
+from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, kind_of, mean_in
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def forgetting(results: Results) -> Measure | None:
         unit = "points" if first.unit == "fraction" else first.unit
         return Measure(title, losses, False, unit, results, compared, turned=bool(first.higher_is_better))
     title = "mean retention" if several else metric_title(names[0])
-    values = [mean([row.estimate(name) for name in names], same_seeds=(row.runs or 1) > 1) for row in results.rows]
+    values = [mean_in(row, names) for row in results.rows]
     found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
     return found if any(values[1:]) else None
 
@@ -196,7 +196,7 @@ def _sentences(found: list[Verdict], results: Results) -> list[str]:
 
 def _loss(results: Results, i: int, names: Sequence[str], compared: str) -> Estimate | None:
     """How much worse row `i` is than the base in the mean, with the error of that change."""
-    before, after = (mean([row.estimate(name) for name in names]) for row in (results.base, results.rows[i]))
+    before, after = (mean_in(row, names) for row in (results.base, results.rows[i]))
     if before is None or after is None:
         return None
     sign, gap = (1 if results.metric(names[0]).higher_is_better else -1), results.difference(i, 0, compared)

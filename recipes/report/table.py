@@ -15,7 +15,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean
+from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
@@ -226,7 +226,7 @@ def _mean_column(results: Results, role: Role) -> list[Column]:
     names = averaged(results, role)
     if len(names) < 2 or results.metric(names[0]).unit != "fraction":
         return []
-    estimates = [mean([row.estimate(name) for name in names], same_seeds=(row.runs or 1) > 1) for row in results.rows]
+    estimates = [mean_in(row, names) for row in results.rows]
     titles = ", ".join(metric_title(name) for name in names)
     cells = _marked_cells(results, estimates, "fraction", MEANS[role], True)
     return [Column("Mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]
