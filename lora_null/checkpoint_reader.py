@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lora_null.layer import LoraNullLinear, plain_name
 from lora_null.utils.distributed import get_logger, own_piece, together
@@ -98,17 +100,41 @@ def in_checkpoint(name: str) -> str:
     return ".".join(part for part in plain_name(name).split(".") if part not in WRAPPERS)
 
 
+def keys_by_name(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Return under what key a checkpoint holds each weight of a model, by the weight's name in the model.
+
+    They differ where transformers renames weights as it loads them, as those of most models that read images too. Left out
+    are weights that it makes of several, such as fused experts.
+    """
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    made_of_several = [change for change in changes if not isinstance(change, WeightRenaming)]
+    names, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    for key in sorted(keys):
+        name, made_by = rename_source_key(key, renamings, made_of_several, prefix, names)
+        if name not in names and key in names:
+            name, made_by = key, None
+        if made_by is None:
+            found[name] = key
+    return found
+
+
 class WeightFiles:
-    """The safetensors files of a checkpoint folder, for a model that was made on the meta device.
+    """The safetensors files of a checkpoint folder.
 
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        model: the model they are for, by whose names weights are asked for; None where only the files' own keys matter.
+
+    Attributes:
+        file_of: key in the files → name of the file.
+        key_of: name in the model → key in the files.
 
     Raises:
         UserError: the folder holds no safetensors, or damaged ones.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
@@ -121,17 +147,18 @@ class WeightFiles:
                 self.file_of = dict.fromkeys(file.keys(), single.name)
         else:
             raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
+        self.key_of = keys_by_name(model, self.file_of) if model is not None else {key: key for key in self.file_of}
 
     @classmethod
-    def of_model(cls, name: str, revision: str | None = None) -> WeightFiles:
-        """Return the files of a local folder, or of a model of the hub that was loaded before."""
+    def of_model(cls, model: PreTrainedModel, name: str, revision: str | None = None) -> WeightFiles:
+        """Return the files of a model that was loaded from a local folder or from the hub."""
         if Path(name).is_dir():
-            return cls(Path(name))
-        return cls(Path(snapshot_download(name, revision=revision, allow_patterns="*.safetensors*")))
+            return cls(Path(name), model)
+        return cls(Path(snapshot_download(name, revision=revision, allow_patterns="*.safetensors*")), model)
 
     def check(self, model: nn.Module) -> None:
         """Raise a UserError that names a weight of the model which the files do not have."""
-        lacking = next((x.key for x in base_tensors(model) if x.saved and x.key not in self.file_of), None)
+        lacking = next((x.key for x in base_tensors(model) if x.saved and x.key not in self.key_of), None)
         if lacking is not None:
             raise UserError(f"{self.folder}: its files have no weight {lacking!r}, load the model whole instead")
 
@@ -141,17 +168,18 @@ class WeightFiles:
         Raises:
             UserError: it has another shape in the files.
         """
-        with opened(self.folder / self.file_of[owned.key]) as file:
-            stored = file.get_slice(owned.key)
+        key = self.key_of[owned.key]
+        with opened(self.folder / self.file_of[key]) as file:
+            stored = file.get_slice(key)
             if stored.get_shape() != list(owned.tensor.shape):
-                raise UserError(f"{self.folder}: {owned.key} is {stored.get_shape()}, not {list(owned.tensor.shape)}")
+                raise UserError(f"{self.folder}: {key} is {stored.get_shape()}, not {list(owned.tensor.shape)}")
             if not isinstance(owned.tensor, DTensor):
-                return file.get_tensor(owned.key).to(owned.tensor.dtype)
+                return file.get_tensor(key).to(owned.tensor.dtype)
             return stored[own_piece(owned.tensor)[1]].to(owned.tensor.dtype)
 
     def of(self, owned: Owned) -> torch.Tensor | None:
         """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right."""
-        if not owned.saved or not (owned.tensor.is_meta or owned.key in self.file_of):
+        if not owned.saved or not (owned.tensor.is_meta or owned.key in self.key_of):
             return None
         return self.read(owned)
 
@@ -230,11 +258,11 @@ def open_in_files(
         options: more arguments of `load`.
 
     Raises:
-        UserError: there are no safetensors, or they hold a weight under another name (fused experts are such).
+        UserError: there are no safetensors, or a weight is made of several of theirs (fused experts are).
     """
     model = load(name, device_map="meta", **options)
     vars(model).pop("hf_device_map", None)  # by which a trainer would take it for one that is spread over devices
-    files = WeightFiles.of_model(name, revision)
+    files = WeightFiles.of_model(model, name, revision)
     files.check(model)
     with init_empty_weights(include_buffers=False):
         computed = dict(type(model)._from_config(copy.deepcopy(model.config)).named_buffers())

@@ -18,6 +18,8 @@ from world import make_world, write_rows
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.__main__ import main as command
+from lora_null.adapters.merge import Delta, write_checkpoint
+from lora_null.checkpoint_reader import adapters_in_memory, open_in_files
 from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.layer import adapted_layers
@@ -318,6 +320,35 @@ def test_a_model_that_sees_trains_on_text_with_its_processor(tmp_path, name, var
     trainer.train()
     assert len(trainer.layer_report.layers) == len(adapted_layers(trainer.model)) == 6
     assert trainer.drift_meter.summary()["mean"] > 0
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_its_files_name_weights_otherwise_than_the_model_does(tmp_path, name):
+    """Llava's `language_model.model.layers…` is `model.language_model.layers…` in the model; read and merged by either."""
+    torch.manual_seed(0)
+    made, batches = SEEING[name]().eval(), random_batches(6)
+    made.save_pretrained(tmp_path / "model")
+    load, config = type(made).from_pretrained, LoraNullConfig(r=4, variant="v2", target_modules=INSIDE)
+    live = get_peft_model(load(tmp_path / "model", dtype=torch.float32), config)
+    initialize_lora_null_weights(live, batches, progress=False)
+    empty, files = open_in_files(load, str(tmp_path / "model"), dtype=torch.float32)
+    with adapters_in_memory():
+        apart = get_peft_model(empty, config)
+    initialize_lora_null_weights(apart, batches, progress=False, weights=files)
+    layers, others = adapted_layers(live, "default"), adapted_layers(apart, "default")
+    assert len(layers) == 6
+    deltas = {}
+    for path, layer in layers.items():
+        A, B = layer.lora_A["default"].weight.detach(), torch.randn_like(layer.lora_B["default"].weight)
+        torch.testing.assert_close(others[path].lora_A["default"].weight.detach(), A)
+        deltas[path] = Delta(A, B, 0.5)
+    write_checkpoint(tmp_path / "model", tmp_path / "merged", deltas, made)
+    made.config.save_pretrained(tmp_path / "merged")
+    merged = dict(load(tmp_path / "merged", dtype=torch.float32).named_parameters())
+    for path, weight in made.named_parameters():
+        delta = deltas.get(path.removesuffix(".weight"))
+        wanted = weight.double() + (0.5 * delta.B.double() @ delta.A.double() if delta else 0)
+        torch.testing.assert_close(merged[path].double(), wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])

@@ -93,12 +93,13 @@ def base_metadata(peft_model: PeftModel, adapter_name: str = "default") -> dict[
 
 def _was_loaded_from(folder: Path, base: nn.Module) -> bool:
     """Return whether a few rows of the input embedding are those of the files; True where it cannot be compared."""
-    files, weights = WeightFiles(folder), {id(x) for x in base.get_input_embeddings().parameters()}
-    owned = next((x for x in base_tensors(base) if id(x.tensor) in weights and x.key in files.file_of), None)
+    files, weights = WeightFiles(folder, base), {id(x) for x in base.get_input_embeddings().parameters()}
+    owned = next((x for x in base_tensors(base) if id(x.tensor) in weights and x.key in files.key_of), None)
     if owned is None or is_sharded(owned.tensor) or owned.tensor.is_meta or not owned.tensor.numel():
         return True
-    with opened(folder / files.file_of[owned.key]) as stored:
-        part = stored.get_slice(owned.key)
+    key = files.key_of[owned.key]
+    with opened(folder / files.file_of[key]) as stored:
+        part = stored.get_slice(key)
         rows = _rows(min(part.get_shape()[0], len(owned.tensor)))  # tokens may have been added
         found = torch.cat([part[i : i + 1] for i in rows])
     live = owned.tensor.detach()[rows].cpu()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.factors import Pair
@@ -49,7 +50,7 @@ def write_checkpoint(
     base: Path,
     folder: Path,
     deltas: Mapping[str, Delta],
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     dtype: torch.dtype | None = None,
     shard_size: str = SHARD_SIZE,
@@ -70,7 +71,7 @@ def write_checkpoint(
     Raises:
         UserError: the base's files have no weight that an adapted module names, or a quantized one.
     """
-    files = WeightFiles(base)
+    files = WeightFiles(base, model)
     sources, untied = plan(files, deltas, model)
     skeleton = {}
     for name, source in sources.items():
@@ -86,7 +87,7 @@ def write_checkpoint(
     return untied
 
 
-def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> tuple[dict[str, Source], bool]:
+def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: PreTrainedModel) -> tuple[dict[str, Source], bool]:
     """Return the tensors to write by name, and whether a tied output embedding comes apart."""
     sources = {}
     for file in dict.fromkeys(files.file_of.values()):
@@ -97,11 +98,11 @@ def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> t
                 sources[key] = Source(key, dtype, part.get_shape())
     untied = False
     for module, delta in deltas.items():
-        key = _key_of(module, sources, model)
+        key = files.key_of.get(f"{module}.weight")
         tied = _is_tied_head(module, model)
         untied = untied or tied
         if key is None and tied:
-            twin = _key_of(_name_of(model, model.get_input_embeddings()), sources, model)
+            twin = files.key_of[f"{_name_of(model, model.get_input_embeddings())}.weight"]
             key = f"{module}.weight"
             sources[key] = Source(twin, sources[twin].dtype, sources[twin].shape)
         if key is None:
@@ -113,18 +114,11 @@ def plan(files: WeightFiles, deltas: Mapping[str, Delta], model: nn.Module) -> t
     return sources, untied
 
 
-def _key_of(module: str, sources: Mapping[str, Source], model: nn.Module) -> str | None:
-    """Return the checkpoint's name of a module's weight; older checkpoints leave out the inner model's prefix."""
-    key = f"{module}.weight"
-    bare = key.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-    return next((name for name in (key, bare) if name in sources), None)
-
-
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _is_tied_head(module: str, model: nn.Module) -> bool:
+def _is_tied_head(module: str, model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and _name_of(model, head) == module and bool(model.config.tie_word_embeddings)
 
