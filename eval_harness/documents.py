@@ -20,21 +20,18 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import as_conversation, is_conversation
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
 DELIMITERS = ",;\t|"  # of a csv
-PIECE = 1500  # characters of a text file that make a row, about
+CHUNK_CHARACTERS = 1500  # characters of a text file that make a row, about
 END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt
 TEXT_FIELDS = ["text", "beginning", "ending", "file", "last"]  # of such a row
 # Where a long paragraph is cut: at the end of a line, of a sentence, of a word.
 CUTS = [re.compile(end) for end in (r"(?=\n)", r"[.!?…؟।][\"'”’»)\]]*(?=\s)|[。！？｡][”’」』）]*", r"(?=\s)")]
-SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant"}  # in exported chats, and their roles here
-SHOWN = ("text", "multimodal_text")  # what ChatGPT shows as text
-# what Claude writes in the place of a tool's call
-UNSHOWN = re.compile(r"(?:```\s*)?This block is not supported on your current device yet\.(?:\s*```)?")
 
 
 @dataclass(frozen=True)
@@ -165,27 +162,28 @@ def _rows_like_the_header(text: str, delimiter: str) -> int:
 
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the pieces of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`; `last` in it."""
-    rows, found = [], pieces(path.read_bytes().decode("utf-8-sig"))
-    for number, piece in enumerate(found, start=1):
-        words = list(re.finditer(r"\S+", piece))
-        cut = words[-min(END_WORDS, max(len(words) // 3, 1))].start()
-        values = piece, piece[:cut].rstrip(), piece[cut:], path.name, number == len(found)
+    """Return the chunks of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`; `last` in it."""
+    rows, found = [], chunks(path.read_bytes().decode("utf-8-sig"))
+    for number, chunk in enumerate(found, start=1):
+        words = list(re.finditer(r"\S+", chunk))
+        # Where no space parts words, as in Chinese, Japanese and Thai, the ending is the last third.
+        cut = words[-min(END_WORDS, max(len(words) // 3, 1))].start() or 2 * len(chunk) // 3
+        values = chunk, chunk[:cut].rstrip(), chunk[cut:], path.name, number == len(found)
         rows.append(dict(zip(TEXT_FIELDS, values)))
     return rows
 
 
-def pieces(text: str) -> list[str]:
-    """Cut a text at blank lines, and a long paragraph within, see `CUTS`, into pieces of up to PIECE characters."""
+def chunks(text: str) -> list[str]:
+    """Cut a text at blank lines, and a long paragraph within, see `CUTS`, into chunks of up to CHUNK_CHARACTERS."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
         begins = True
         while paragraph := paragraph.strip("\n").rstrip():
-            cut = _cut(paragraph)
+            cut = _chunk_end(paragraph)
             part, paragraph = paragraph[:cut], paragraph[cut:].lstrip(" ")
             if not part.strip():  # the indentation of a line that has no other space
                 continue
-            if begins and found and len(found[-1]) + len(part) + 2 <= PIECE:
+            if begins and found and len(found[-1]) + len(part) + 2 <= CHUNK_CHARACTERS:
                 found[-1] += f"\n\n{part}"
             else:
                 found.append(part)
@@ -193,13 +191,14 @@ def pieces(text: str) -> list[str]:
     return found
 
 
-def _cut(paragraph: str) -> int:
-    """Return where to cut what is longer than a piece: at the last good place of its second half, else at any word's end."""
-    if len(paragraph) <= PIECE:
+def _chunk_end(paragraph: str) -> int:
+    """Return where to cut what is longer than a chunk: at the last good place of its second half, else at any word's end."""
+    if len(paragraph) <= CHUNK_CHARACTERS:
         return len(paragraph)
-    places = ([end.end() for end in ends.finditer(paragraph, PIECE // 2, PIECE)] for ends in CUTS)
-    space = paragraph.rfind(" ", 1, PIECE)
-    return next((found[-1] for found in places if found), space if space > 0 else PIECE)
+    half = CHUNK_CHARACTERS // 2
+    places = ([end.end() for end in ends.finditer(paragraph, half, CHUNK_CHARACTERS)] for ends in CUTS)
+    space = paragraph.rfind(" ", 1, CHUNK_CHARACTERS)
+    return next((found[-1] for found in places if found), space if space > 0 else CHUNK_CHARACTERS)
 
 
 def _is_integer(cell: str) -> bool:
@@ -250,68 +249,13 @@ def _row(entry: Any) -> dict[str, Any] | str:
             return "no complete JSON"
     if not isinstance(entry, dict) or not entry:
         return "no JSON object"
-    said = _said(entry)
-    entry = entry if said is None else {"messages": _conversation(said)}
+    turns = exported_turns(entry)
+    entry = entry if turns is None else {"messages": joined_messages(turns)}
     try:
         json.dumps(entry, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return "half a character (a lone surrogate)"
     return entry
-
-
-def is_export(path: Path) -> bool:
-    """Whether a file holds chats as ChatGPT or Claude exports them, by how it begins."""
-    with path.open("rb") as file:
-        start = file.read(2**16)
-    return path.suffix.lower() == ".json" and (b'"mapping"' in start or b'"chat_messages"' in start)
-
-
-def _said(entry: dict[str, Any]) -> list[tuple[Any, str]] | None:
-    """Return (who, text) of each turn of a chat as ChatGPT or Claude exports it, "" for what is not shown; None for other rows."""
-    turns = entry.get("chat_messages")
-    if isinstance(turns, list) and not is_conversation(turns):
-        turns = [_dict(turn) for turn in turns]
-        # `text` has a note in the place of each tool, `content` in parts has none
-        return [
-            (turn.get("sender"), _text(turn.get("content"), "text") or _text([turn.get("text")])) for turn in turns
-        ]
-    tree, name, found = entry.get("mapping"), entry.get("current_node"), []
-    if not isinstance(tree, dict) or "current_node" not in entry:
-        return None
-    while isinstance(name, str) and name in tree and len(found) < len(tree):  # the way up from the last message shown
-        message, name = _dict(_dict(tree[name]).get("message")), _dict(tree[name]).get("parent")
-        content, notes = _dict(message.get("content")), _dict(message.get("metadata"))
-        is_shown = content.get("content_type") in SHOWN and not notes.get("is_visually_hidden_from_conversation")
-        is_shown = is_shown and message.get("recipient") in ("all", None)  # others are tools
-        found.append((_dict(message.get("author")).get("role"), _text(content.get("parts")) if is_shown else ""))
-    return found[::-1]
-
-
-def _conversation(said: Iterable[tuple[Any, str]]) -> list[dict[str, str]]:
-    """Return the messages of a chat through its last answer, turns of one speaker joined; none where no question has one."""
-    messages: list[dict[str, str]] = []
-    for role, text in ((SPEAKERS.get(str(who)), text) for who, text in said):
-        if role and text and messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f"\n\n{text}"
-        elif role and text:
-            messages.append({"role": role, "content": text})
-    messages = messages[:-1] if messages and messages[-1]["role"] == "user" else messages
-    return messages if len(messages) > 1 else []
-
-
-def _text(parts: Any, kind: str | None = None) -> str:
-    """Return the texts among the parts of a turn, of one kind alone where it is given."""
-    parts = parts if isinstance(parts, list) else []
-    found = [
-        _dict(part).get("text") if isinstance(part, dict) else part
-        for part in parts
-        if kind in (None, _dict(part).get("type"))
-    ]
-    return "\n\n".join(text for part in found if isinstance(part, str) and (text := UNSHOWN.sub("", part).strip()))
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 READERS: dict[str, Callable[[Path], Sequence[dict[str, Any] | str | None]]] = {

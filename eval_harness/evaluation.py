@@ -49,15 +49,16 @@ def validate_tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
     keys = [task.key for task in tasks]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(f"evaluation task {twice!r} is listed twice; give one of them another name")
-    writers = {task.leaves: task for task in tasks if task.leaves}
-    if other := next((task for task in tasks if task.leaves and writers[task.leaves] is not task), None):
+    writers = {task.output_folder: task for task in tasks if task.output_folder}
+    if other := next((task for task in tasks if task.output_folder and writers[task.output_folder] is not task), None):
         raise UserError(
-            f"{other}: {writers[other.leaves].label!r} would write over its {other.leaves}; evaluate one alone"
+            f"{other}: {writers[other.output_folder].label!r} would write over its {other.output_folder}; "
+            "evaluate one alone"
         )
     owners: dict[str, Task] = {}
     for task in tasks:
         task.check()
-        for name in task.found_names:
+        for name in task.all_metric_names:
             if (other := owners.setdefault(name, task)) is not task:
                 raise UserError(f"{task}: {name!r} is measured by {other.label!r} too; give one of them another name")
     return tasks
@@ -119,18 +120,18 @@ def evaluate(
         engine=lm,
         progress=progress,
     )
-    metrics, samples, weights, noise, described, of_groups = {}, {}, {}, {}, {}, {}
+    metrics, samples, weights, noise, described, group_samples = {}, {}, {}, {}, {}, {}
     with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
             set_seed(seed)
-            batch = min(filter(None, (task.largest_batch, batch_size)))
-            task_options = replace(options, limit=task.within(limit), batch_size=batch)
+            batch = min(filter(None, (task.max_batch_size, batch_size)))
+            task_options = replace(options, limit=task.effective_limit(limit), batch_size=batch)
             found = broadcast(task.run(model, tokenizer, task_options))
             metrics |= found.metrics
             samples |= found.samples
             weights |= found.weights
-            of_groups |= found.group_samples
+            group_samples |= found.group_samples
             if record_reference:
                 noise |= _noise(task, found, model, tokenizer, task_options)
             described[task.key] = task.describe(task_options.limit) | found.settings
@@ -145,7 +146,15 @@ def evaluate(
         "backend": "hf" if lm is None else "vllm",
         "tasks": described,
     }
-    return Evaluation(metrics, settings, broadcast(time.perf_counter() - began), samples, weights, noise, of_groups)
+    return Evaluation(
+        metrics=metrics,
+        settings=settings,
+        seconds=broadcast(time.perf_counter() - began),
+        samples=samples,
+        weights=weights,
+        noise=noise,
+        group_samples=group_samples,
+    )
 
 
 def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, options: RunOptions) -> dict[str, float]:
@@ -154,13 +163,13 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     Other batches add in another order and pad otherwise, which changes rounding and nothing else: a change of a method
     that is no larger says nothing. It is not measured where each answer costs money, nor on another engine.
     """
-    if task.measured_twice == 0 or (options.engine is not None and task.runs_on_engine):
+    if task.noise_documents == 0 or (options.engine is not None and task.runs_on_engine):
         return {}
-    limit = min(filter(None, (task.measured_twice, options.limit)), default=None)
+    limit = min(filter(None, (task.noise_documents, options.limit)), default=None)
     set_seed(options.seed)
     options = replace(options, limit=limit, batch_size=options.batch_size // 2 or 2, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
-    names = [name for name in again.samples if is_mean_of_samples(first, name) and task.rounds(name)]
+    names = [name for name in again.samples if is_mean_of_samples(first, name) and task.has_noise(name)]
     both = {name: len(again.samples[name]) for name in names}
     return {name: abs(float(_head_mean(first, name, n) - _head_mean(again, name, n))) for name, n in both.items()}
 

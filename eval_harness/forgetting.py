@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, of_base, score_answers
+from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, record_or_read_base, score_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
@@ -41,8 +41,8 @@ class ForgettingTask(Task):
     max_length: int = 768
     role: Role = "retention"
 
-    measured_twice: ClassVar[int | None] = None
-    largest_batch: ClassVar[int | None] = 4  # PEFT's; logits are computed at every token
+    noise_documents: ClassVar[int | None] = None
+    max_batch_size: ClassVar[int | None] = 4  # PEFT's; logits are computed at every token
 
     @property
     def metric_names(self) -> list[str]:
@@ -79,9 +79,9 @@ class ForgettingTask(Task):
         tokens = np.array([len(pair.ids) - 1 for pair in pairs])
         sums = score_answers(model, pairs, **options.scoring(self.name)).nll
         found, measures = TaskResult(), {"loss": sums}
-        path = options.reference(self.reference_file)
+        path = options.find_reference(self.reference_file)
         if path is not None:
-            measures["forgetting"] = sums - of_base(path, pairs, sums, record=options.record_reference)
+            measures["forgetting"] = sums - record_or_read_base(path, pairs, sums, record=options.record_reference)
         for measure, values in measures.items():
             metric = Metric(*mean_and_error(values / tokens, tokens), len(pairs), False, self.role, "nats")
             found.add(f"{self.name} {measure}", metric, values / tokens, tokens)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -184,7 +183,7 @@ def generate_texts(
     ends = end_ids(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stopped, generator = StopWords(tokenizer, stops), torch.Generator(device_of(model)).manual_seed(seed)
-    autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
+    autocast = torch.autocast(device_of(model).type, autocast_dtype, enabled=autocast_dtype is not None)
 
     def compute() -> dict[int, str]:
         texts = {}

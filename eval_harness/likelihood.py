@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +65,7 @@ class AnswerTask(Task):
     role: Role = "task"
     special_tokens: bool = True
 
-    measured_twice: ClassVar[int | None] = None
+    noise_documents: ClassVar[int | None] = None
 
     @property
     def metric_names(self) -> list[str]:
@@ -102,7 +101,7 @@ class AnswerTask(Task):
         beyond = limit.tokens if limit is not None and limit.hard else None
         texts, special = self.pairs[: options.limit], self.special_tokens
         pairs = tokenize_pairs(tokenizer, texts, self.name, beyond, special_tokens=special)
-        reference = options.reference(self.reference_file)
+        reference = options.find_reference(self.reference_file)
         record = options.record_reference and reference is not None
         scores = score_answers(model, pairs, reference=reference, record=record, **options.scoring(self.name))
         found = TaskResult(settings={} if scores.kept is None else {"kl_kept_tokens": scores.kept})
@@ -199,35 +198,37 @@ def score_answers(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
     *,
+    name: str = "",
     batch_size: int = 8,
     reference: Path | None = None,
     record: bool = False,
     autocast_dtype: torch.dtype | None = None,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> AnswerScores:
     """Score every answer once over all ranks, and return the same scores on every rank.
 
     Args:
         model: in eval mode, on its device; the same on every rank.
+        name: of the task, for messages and before the bar.
         batch_size: pairs in a forward pass, on each rank.
         reference: a file of the base model's log-probabilities; None measures no KL.
         record: write `reference` from this model, and report a KL of 0, instead of comparing with it.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
-        progress: the label of a progress bar on rank 0; None for no bar.
+        progress: show a progress bar on rank 0.
 
     Raises:
         UserError: if `reference` was recorded for other tokens or another vocabulary.
     """
     limit, longest = position_limit(model.config), max(len(pair.ids) for pair in pairs)
     if limit is not None and longest > limit.tokens:
-        logger.warning(f"evaluation task {progress or ''!r}: a pair has {longest} tokens, {limit}")
+        logger.warning(f"evaluation task {name!r}: a pair has {longest} tokens, {limit}")
     share = my_share(range(len(pairs)), model)
     recorded: dict[str, torch.Tensor] = {}
 
     def compute() -> dict[int, tuple[float, float, int]]:
         known = None if reference is None or record else Reference(reference, pairs)
         scores = {}
-        for i, log_probs in _forward(model, pairs, share, batch_size, autocast_dtype, progress):
+        for i, log_probs in _forward(model, pairs, share, name, batch_size, autocast_dtype, progress):
             targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
             kl = 0.0 if known is None else known.kl(i, log_probs)
             losses = -log_probs.gather(-1, targets[:, None]).double()
@@ -316,7 +317,7 @@ def save_reference(
     write_safetensors(path, tensors, {TOKENS_HASH: hash_pairs(pairs), VOCABULARY: str(vocabulary)})
 
 
-def of_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
+def record_or_read_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
     """Return the base model's values, one a pair, on every rank: `values` themselves where this is the base.
 
     Args:
@@ -349,14 +350,15 @@ def _forward(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
     share: Sequence[int],
+    name: str,
     batch_size: int,
     autocast_dtype: torch.dtype | None,
-    progress: str | None,
+    progress: bool,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
     order = sorted(share, key=lambda i: -len(pairs[i].ids))
-    bar = tqdm(total=len(order), desc=progress, disable=progress is None or not is_first_process())
-    autocast = nullcontext() if autocast_dtype is None else torch.autocast(device_of(model).type, autocast_dtype)
+    bar = tqdm(total=len(order), desc=name, disable=not progress or not is_first_process())
+    autocast = torch.autocast(device_of(model).type, autocast_dtype, enabled=autocast_dtype is not None)
     with bar, torch.no_grad():
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]

@@ -9,7 +9,13 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness.likelihood import TokenizedPair, check_pairs_fit, hash_pairs, of_base, score_answers
+from lora_null.eval_harness.likelihood import (
+    TokenizedPair,
+    check_pairs_fit,
+    hash_pairs,
+    record_or_read_base,
+    score_answers,
+)
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
@@ -39,13 +45,13 @@ class PreferenceTask(Task):
     beta: float = 0.1
     role: Role = "task"
 
-    measured_twice: ClassVar[int | None] = None
+    noise_documents: ClassVar[int | None] = None
 
     @property
     def metric_names(self) -> list[str]:
         return [f"{self.name} reward accuracy", f"{self.name} reward margin"]
 
-    def rounds(self, metric: str) -> bool:
+    def has_noise(self, metric: str) -> bool:
         """The base's margins are rounding alone, and its accuracy would be that of their signs."""
         return not metric.endswith("accuracy")
 
@@ -76,10 +82,10 @@ class PreferenceTask(Task):
         """
         pairs = self._pairs(options.limit)
         log_probs = -score_answers(model, pairs, **options.scoring(self.name)).nll
-        path = options.reference(self.reference_file)
+        path = options.find_reference(self.reference_file)
         if path is None:
             return TaskResult()
-        base = of_base(path, pairs, log_probs, record=options.record_reference)
+        base = record_or_read_base(path, pairs, log_probs, record=options.record_reference)
         chosen, rejected = np.split(self.beta * (log_probs - base), 2)
         margins, found = chosen - rejected, TaskResult()
         measures = {"accuracy": (np.heaviside(margins, 0.5), "fraction"), "margin": (margins, "nats")}

@@ -118,8 +118,8 @@ class Probe(TrainerCallback):
             the first step: from the model with its adapter disabled, or from the model itself. Not given, it is `probe`
             in the trainer's output folder.
         batch_size, autocast_dtype: as in `evaluate`.
-        keep: file that remembers what "auto" chose, so that a run which is killed and started again probes where it
-            did before. Checkpoints remember it too.
+        every_file: file that remembers what "auto" chose, so that a run which is killed and started again probes
+            where it did before. Checkpoints remember it too.
 
     Raises:
         UserError: an `every` or a `share` that is none, or a mistake in the tasks.
@@ -136,7 +136,7 @@ class Probe(TrainerCallback):
         reference_dir: Path | str | None = None,
         batch_size: int = 8,
         autocast_dtype: torch.dtype | None = None,
-        keep: Path | None = None,
+        every_file: Path | None = None,
     ) -> None:
         if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise UserError(f"every: must be a whole number of steps, or auto, not {every!r}")
@@ -146,17 +146,17 @@ class Probe(TrainerCallback):
         self.tasks = validate_tasks(tasks)
         self.tokenizer = tokenizer or trainer.processing_class
         self.every: int | None = None if every == "auto" else every
-        self.chosen_here = every == "auto"
+        self.auto = every == "auto"
         self.share = share
         self.options = {"batch_size": batch_size, "autocast_dtype": autocast_dtype, "progress": False}
         self.reference_dir = Path(reference_dir) if reference_dir else Path(trainer.args.output_dir) / "probe"
-        self.records = reference_dir is None  # a folder of its own is written anew: another model's may lie there
-        self.keep = keep
+        self.owns_reference_dir = reference_dir is None  # and writes it anew: another model's may lie there
+        self.every_file = every_file
         self.points: list[Point] = []
         self.begun = time.perf_counter()
         self.first_step = 0
 
-    def probed(self, point: Point, control: Any) -> None:
+    def on_probe(self, point: Point, control: Any) -> None:
         """Do what follows from a measurement; nothing here. All processes call it with the same point."""
 
     @property
@@ -166,8 +166,8 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
             self.points = []
-        self._record_reference(anew=self.records and not state.global_step)
-        self._remember()
+        self._record_reference(anew=self.owns_reference_dir and not state.global_step)
+        self._load_every()
         if not self.points:
             self._measure(state, control)
         self.begun, self.first_step = time.perf_counter(), state.global_step
@@ -187,7 +187,7 @@ class Probe(TrainerCallback):
         here = [point.seconds for point in self.points if point.step > self.first_step]
         spent = time.perf_counter() - self.begun
         if len(here) > 1 and sum(here) > self.share * spent:
-            advice = "fewer rows" if self.chosen_here else "every=auto, or fewer rows,"
+            advice = "fewer rows" if self.auto else "every=auto, or fewer rows,"
             logger.warning(
                 f"probe: took {sum(here) / spent:.0%} of the training's time, {len(here)} times {sum(here) / len(here):.2g} "
                 f"s; {advice} would keep it below {self.share:.0%}"
@@ -225,20 +225,20 @@ class Probe(TrainerCallback):
         due = control.should_log
         Trainer.log(self.trainer, logs | {SECONDS: round(found.seconds, 3)})
         control.should_log = self.trainer.control.should_log = due
-        self.probed(point, control)
+        self.on_probe(point, control)
 
     def _choose(self, steps: int) -> None:
         """Choose the number of steps so that probes take no more than their share of the time."""
         probing = sum(point.seconds for point in self.points if point.step > self.first_step)
         step = broadcast(time.perf_counter() - self.begun - probing) / steps
         self.every = nice_number(self.points[-1].seconds * (1 - self.share) / (self.share * step))
-        if self.keep is not None and is_first_process():
-            write_text(self.keep, json.dumps({"every": self.every}) + "\n")
+        if self.every_file is not None and is_first_process():
+            write_text(self.every_file, json.dumps({"every": self.every}) + "\n")
 
-    def _remember(self) -> None:
+    def _load_every(self) -> None:
         """Take up what an earlier start of this run has chosen."""
-        if self.every is None and self.keep is not None:
-            self.every = on_first_rank(lambda: read_json(self.keep)["every"] if self.keep.is_file() else None)
+        if self.every is None and (file := self.every_file) is not None:
+            self.every = on_first_rank(lambda: read_json(file)["every"] if file.is_file() else None)
 
     def save_state(self, checkpoint: Path) -> None:
         """Write what was found so far into a checkpoint; trainers of `lora_null.trainer` call it."""

@@ -38,7 +38,7 @@ class Metric:
     unit: str = "fraction"
 
     def __getitem__(self, key: str) -> Any:
-        """Return a field by its name in JSON, so that `metric["value"]` keeps working."""
+        """Return a field by its name in JSON: `metric["value"]`."""
         if key not in self.__dataclass_fields__:
             raise KeyError(key)
         return getattr(self, key)
@@ -112,9 +112,8 @@ class Evaluation:
         tasks = self.settings["tasks"] | other.settings["tasks"]
         settings = self.settings | {"backend": other.settings["backend"], "tasks": tasks}
         kinds = ("metrics", "samples", "weights", "noise", "group_samples")
-        both = (getattr(self, name) | getattr(other, name) for name in kinds)
-        metrics, *rest = both
-        return Evaluation(metrics, settings, self.seconds + other.seconds, *rest)
+        both = {name: getattr(self, name) | getattr(other, name) for name in kinds}
+        return Evaluation(settings=settings, seconds=self.seconds + other.seconds, **both)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers, as eval.json holds them."""

@@ -40,7 +40,8 @@ class Spread(NamedTuple):
 
     @property
     def stderr(self) -> np.ndarray:
-        """SE² = Var over questions + Var over seeds. Their interaction is in both, so it is never too small in the mean."""
+        """SE² = Var over questions + Var over seeds. The interaction of questions and seeds is counted in both terms, so on
+        average the error is not too small."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self.over_questions + np.nan_to_num(self.over_seeds))
 
@@ -50,7 +51,7 @@ class Difference(NamedTuple):
 
     mean: np.ndarray
     stderr: np.ndarray
-    freedom: int
+    df: int
     p: np.ndarray
 
 
@@ -84,7 +85,7 @@ def mean_and_error(
     return float(weighted_mean(values, weights)), None if error is None else float(error)
 
 
-def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordant: float = 0.0) -> Spread:
+def crossed_variance(estimates: np.ndarray, influences: Sequence[np.ndarray], discordant: float = 0.0) -> Spread:
     """Return the mean over seeds and how it varies with questions and with seeds.
 
     Questions and seeds are crossed random effects (every seed is asked the same questions), estimated by moments: the
@@ -120,35 +121,35 @@ def two_level(estimates: np.ndarray, influences: Sequence[np.ndarray], discordan
 def t_tests(spread: Spread, methods: int) -> Difference:
     """Test differences between methods, of one metric at one setting, [..., pairs].
 
-    Of one seed, t has the freedom of the questions, and a test speaks of the models that were trained, not of another
+    Of one seed, t has questions − 1 degrees of freedom, and a test speaks of the models that were trained, not of another
     seed. Of several, two to five seeds tell too little of their own spread: a pair whose seeds agree by chance would look
-    certain, and between equal methods something would be claimed in up to half of all tables (Satterthwaite's freedom,
-    two seeds). So the spread over seeds is taken relative to that over questions, in the mean of all pairs, or the pair's
+    certain, and between equal methods something would be claimed in up to half of all tables (two seeds, degrees of
+    freedom by Satterthwaite). So the spread over seeds is taken relative to that over questions, in the mean of all pairs, or the pair's
     own where that is larger; it has (methods − 1)(seeds − 1) degrees of freedom. Two methods that answer nearly alike can
     differ a hundred times more with the seed than with the question, which alone would raise the mean for all: it is
     taken for no more than the median of all pairs says it is. Where nothing is known of the questions there is no such ratio:
     each pair is tested by its own seeds alone, of which t has seeds − 1.
     """
-    variance, freedom = spread.over_questions, spread.questions - 1
+    variance, df = spread.over_questions, spread.questions - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         if spread.seeds > 1:
             ratio = np.where(variance > 0, spread.over_seeds / variance, np.nan)
             common = _common_ratio(ratio, spread.seeds - 1)
             variance = variance + np.maximum(spread.over_seeds, common * variance)
             fewest = (methods - 1) * (spread.seeds - 1)
-            freedom = spread.seeds - 1 if spread.questions == 0 else min(freedom, fewest)
+            df = spread.seeds - 1 if spread.questions == 0 else min(df, fewest)
         stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
-        p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, freedom)
-    return Difference(spread.mean, stderr, freedom, p)
+        p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, df)
+    return Difference(spread.mean, stderr, df, p)
 
 
-def _common_ratio(ratio: np.ndarray, freedom: int) -> np.ndarray:
-    """Return what all pairs share of their ratios, on the last axis, kept: the mean of those that are finite, but at most what
-    their median says it is (the ratios of equal pairs are as χ² / freedom); 0 where none is finite.
+def _common_ratio(ratio: np.ndarray, df: int) -> np.ndarray:
+    """Return the ratio taken for all pairs (last axis kept as length 1): the mean of the finite ratios, at most what their
+    median implies, as those of equal pairs are as χ² / df; 0 where none is finite.
     """
     known = np.isfinite(ratio)
     ratio = np.where(known, ratio, np.where(known.any(axis=-1, keepdims=True), np.nan, 0.0))
-    median = np.nanmedian(ratio, axis=-1, keepdims=True) * freedom / stats.chi2.median(freedom)
+    median = np.nanmedian(ratio, axis=-1, keepdims=True) * df / stats.chi2.median(df)
     return np.minimum(np.nanmean(ratio, axis=-1, keepdims=True), median)
 
 

@@ -51,13 +51,16 @@ class RunOptions:
     engine: LM | None = None
     progress: bool = True
 
-    def scoring(self, label: str) -> dict[str, Any]:
-        """Return what `score_answers` takes of these; `label` stands before its bar."""
-        progress = label if self.progress else None
-        return {"batch_size": self.batch_size, "autocast_dtype": self.autocast_dtype, "progress": progress}
+    def scoring(self, name: str) -> dict[str, Any]:
+        """Return what `score_answers` takes of these, for the task of that name."""
+        options = {"batch_size": self.batch_size, "autocast_dtype": self.autocast_dtype, "progress": self.progress}
+        return {"name": name, **options}
 
-    def reference(self, file: str | None) -> Path | None:
-        """Return the path of a reference file; None if there is no file, no folder, or nothing to read in it."""
+    def find_reference(self, file: str | None) -> Path | None:
+        """Return the path of a reference file; None if there is no file, no folder, or nothing to read in it.
+
+        Every process calls this together.
+        """
         if self.reference_dir is None or file is None:
             return None
         path = reference_path(self.reference_dir, file)
@@ -79,22 +82,22 @@ class Task(ABC):
         name: what to call the results.
         role: "retention" for what the model should keep knowing, "task" for what it is trained on.
         limit: documents, at most, whatever the whole evaluation allows; None for no limit of its own.
-        measured_twice: the first documents on which a base model is measured again, in other batches, for its noise; None
+        noise_documents: the first documents on which a base model is measured again, in other batches, for its noise; None
             for all.
-        largest_batch: sequences of a forward pass, at most, whatever the whole evaluation takes; None for no limit of its own.
-        bounded: whether it cannot go beyond the positions that a rotary model was trained on, as other tasks can.
+        max_batch_size: sequences of a forward pass, at most, whatever the whole evaluation takes; None for no limit of its own.
+        hard_position_limit: whether it cannot go beyond the positions that a rotary model was trained on, as other tasks can.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
-        leaves: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
+        output_folder: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
     """
 
     name: str | None
     role: Role
     limit: int | None = None
-    measured_twice: ClassVar[int | None] = 0
-    largest_batch: ClassVar[int | None] = None
-    bounded: ClassVar[bool] = False
+    noise_documents: ClassVar[int | None] = 0
+    max_batch_size: ClassVar[int | None] = None
+    hard_position_limit: ClassVar[bool] = False
     runs_on_engine: ClassVar[bool] = False
-    leaves: ClassVar[str] = ""
+    output_folder: ClassVar[str] = ""
 
     @property
     def label(self) -> str:
@@ -108,11 +111,14 @@ class Task(ABC):
 
     @property
     def metric_names(self) -> list[str]:
-        """The names of its metrics, the one first that tells most; of several that begin with the label, the label."""
+        """Names of its metrics, the most informative first.
+
+        A task whose metrics are known only after `check` gives its label alone; theirs begin with it.
+        """
         return [self.label]
 
     @property
-    def found_names(self) -> list[str]:
+    def all_metric_names(self) -> list[str]:
         """The names of all its metrics, none left to the label; known after `check`."""
         return self.metric_names
 
@@ -121,7 +127,7 @@ class Task(ABC):
         """The name of the file with what the base model gave, where it compares with that."""
         return None
 
-    def within(self, limit: int | None) -> int | None:
+    def effective_limit(self, limit: int | None) -> int | None:
         """Return how many documents are evaluated at most, where the whole evaluation allows `limit`."""
         return min(filter(None, (self.limit, limit)), default=None)
 
@@ -131,7 +137,7 @@ class Task(ABC):
             self.metric_names == [self.label] and metric.startswith((f"{self.label}/", f"{self.label}: "))
         )
 
-    def rounds(self, metric: str) -> bool:
+    def has_noise(self, metric: str) -> bool:
         """Return whether measuring a base model again tells by how much rounding changes that metric."""
         return True
 
@@ -140,7 +146,7 @@ class Task(ABC):
         """Whether its prompts are framed by the template of the training data."""
         return False
 
-    def remarks(self) -> dict[str, str]:
+    def report_notes(self) -> dict[str, str]:
         """Return what a report should say of how this is measured, by a name: who grades, what holds the code."""
         return {}
 

@@ -47,7 +47,7 @@ class InputStats:
         modules: names of the modules that read this input, in the order of their first call.
         gram: C = X Xᵀ, (d_in, d_in) float64; None where it was not asked for, is another rank's, or has been solved.
         sketch: X Ω / √k, (d_in, k) float64 with Ω standard normal, so that E[S Sᵀ] = C; k = 64.
-        tokens: N, the columns of X: calibration tokens, padding excluded; as often as the modules are called on them.
+        tokens: N, the columns of X: calibration tokens, padding excluded; counted once for each call of the module.
         owner: the rank that holds the Gram and solves it.
     """
 
@@ -230,7 +230,7 @@ def measure_inputs(
         return meter.result()
 
     with measuring(model), meter.attached():
-        calibration = together(measure, what="calibration")
+        calibration = together(measure)
     sum_over_ranks(calibration)
     calibration.seconds = time.perf_counter() - start
     return calibration
@@ -245,7 +245,7 @@ def check_architecture(model: nn.Module) -> None:
     inner = base_model_of(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None) or type(inner).__name__
     if not hasattr(inner, "get_input_embeddings"):
-        raise UserError(f"model: {kind} is no model of transformers, whose input_ids calibration texts are; take one")
+        raise UserError(f"model: {kind} is not a transformers model; calibration needs one that reads input_ids")
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UserError(
             f"model: {kind} is an encoder and a decoder, and calibration texts are one sequence; take a decoder-only model"
@@ -476,12 +476,12 @@ class InputMeter:
             self.stats[name].gram = gram.result()
             for module in filter(self._has_bias, self.stats[name].modules):
                 self.output_energy[module] = _energy(weight_of(self.modules[module]), self.stats[name].gram)
-        energies = dict(zip(self.output_energy, numbers(self.output_energy.values())))
+        energies = dict(zip(self.output_energy, to_floats(self.output_energy.values())))
         return Calibration(list(self.stats.values()), energies)
 
     def _check_finite(self) -> None:
         """Refuse NaN and infinity, asked once for all batches: on an accelerator every question waits for it."""
-        if all(numbers(torch.cat([whole for _, whole in flags]).all() for flags in self.finite.values())):
+        if all(to_floats(torch.cat([whole for _, whole in flags]).all() for flags in self.finite.values())):
             return
         for name, flags in self.finite.items():
             for batch, whole in flags:
@@ -496,7 +496,7 @@ class InputMeter:
                     )
 
 
-def numbers(scalars: Iterable[torch.Tensor]) -> list[float]:
+def to_floats(scalars: Iterable[torch.Tensor]) -> list[float]:
     """Return the values of tensors of one element, wherever they are, waiting for the first one's device once."""
     found = list(scalars)
     return torch.stack([scalar.to(found[0].device) for scalar in found]).tolist() if found else []
@@ -540,7 +540,7 @@ def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None)
             with for_collective(stats.sketch) as here:
                 dist.all_reduce(here)
         _sum_numbers(calibration)
-    for stats, any_left in zip(calibration.inputs, numbers(stats.sketch.any() for stats in calibration.inputs)):
+    for stats, any_left in zip(calibration.inputs, to_floats(stats.sketch.any() for stats in calibration.inputs)):
         if not any_left:
             raise UserError(f"calibration: the input of {stats.modules[0]} is zero on every token")
 

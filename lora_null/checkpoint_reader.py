@@ -81,7 +81,7 @@ def base_tensors(model: nn.Module, name: str = "") -> Iterator[Owned]:
                 seen.add(id(tensor))
                 saved = is_parameter or leaf not in module._non_persistent_buffers_set
                 yield Owned(
-                    in_checkpoint(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
+                    checkpoint_name(f"{name}.{full}" if name else full), storage, leaf, tensor, is_parameter, saved
                 )
 
 
@@ -91,11 +91,11 @@ def base_numbers(model: nn.Module) -> dict[str, int | float]:
     for path, module in base_modules(model):
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | _DropoutNd):
             held = vars(module).items()
-            found |= {in_checkpoint(f"{path}.{leaf}"): x for leaf, x in held if type(x) in (int, float)}
+            found |= {checkpoint_name(f"{path}.{leaf}"): x for leaf, x in held if type(x) in (int, float)}
     return found
 
 
-def in_checkpoint(name: str) -> str:
+def checkpoint_name(name: str) -> str:
     """Return the name that a parameter has in a checkpoint of the base."""
     return ".".join(part for part in plain_name(name).split(".") if part not in WRAPPERS)
 
@@ -208,7 +208,7 @@ class WeightFiles:
         new = {id(tensor) for tensor in filled.values()}
         for layer in inner.modules():
             if isinstance(layer, LoraNullLinear) and layer.residual and id(layer.get_base_layer().weight) in new:
-                layer.take_out_residual()
+                layer.subtract_from_loaded_base()
 
     def loaded(self, module: nn.Module, name: str) -> AbstractContextManager[None]:
         """Give `module`, called `name` in the checkpoint, its weights; afterwards it is without again."""
@@ -277,7 +277,7 @@ def open_to_shard(
 ) -> tuple[PreTrainedModel, WeightFiles] | None:
     """Return what `open_in_files` does, on every rank; None, after a line that says why, where it cannot on one of them."""
     try:
-        return together(lambda: open_in_files(load, name, revision, **options), what="opening the weights")
+        return together(lambda: open_in_files(load, name, revision, **options))
     except UserError as reason:
         logger.warning(f"every process loads the whole model: {reason}")
         return None

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_null.calibration import Calibration, numbers
+from lora_null.calibration import Calibration, to_floats
 from lora_null.factors import projected_inputs
 from lora_null.layer import adapted_layers, factors_of, residual_of
 from lora_null.utils.distributed import whole_parameters
@@ -87,7 +87,7 @@ class DriftMeter(_Meter):
         for name, layer in self.layers.items():
             with whole_parameters(layer.lora_A, layer.lora_B):
                 found[name] = self._layer_drift(layer, self.probes[name])
-        return dict(zip(found, numbers(found.values())))
+        return dict(zip(found, to_floats(found.values())))
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
         A, B = factors_of(layer, self.adapter_name)
@@ -148,9 +148,14 @@ class WeightDriftMeter(_Meter):
         found = {}
         for name, layer in self.layers.items():
             with whole_parameters(layer):
-                moved = _outputs(layer, self.sketches[name])
-            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved - self.starts[name].to(moved))
-        return dict(zip(found, numbers(found.values())))
+                moved = self._moved(name, layer)
+            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved)
+        return dict(zip(found, to_floats(found.values())))
+
+    def _moved(self, name: str, layer: nn.Module) -> torch.Tensor:
+        """Return W S − W0 S, (d_out, 64), of a layer whose weight is whole."""
+        now = _outputs(layer, self.sketches[name])
+        return now - self.starts[name].to(now)
 
 
 def _with_outputs(layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, nn.Module]:

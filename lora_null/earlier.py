@@ -151,7 +151,7 @@ class WithEarlier:
     def __init__(self, inner: Rule, earlier: Sequence[Earlier], knowledge: float = 1.0) -> None:
         self.inner, self.earlier, self.knowledge = inner, list(earlier), knowledge
         weights = [(task.key, task.weight) for task in self.earlier]
-        self.rule = f"{inner.rule} after {hashlib.sha256(repr((weights, knowledge)).encode()).hexdigest()[:16]}"
+        self.label = f"{inner.label} after {hashlib.sha256(repr((weights, knowledge)).encode()).hexdigest()[:16]}"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -16,7 +16,6 @@ from torch import nn
 
 from lora_null.calibration import INPUTS
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
-from lora_null.layerwise import INITIALIZATION
 from lora_null.utils.distributed import all_gather, is_sharded, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of
@@ -68,7 +67,7 @@ def fingerprint_of(
         yield from stored_statistics(model)
 
     config = computation(getattr(model, "config", None), base_numbers(model))
-    found = all_gather(together(lambda: fingerprint(tensors(), config), what=INITIALIZATION))
+    found = all_gather(together(lambda: fingerprint(tensors(), config)))
     if len(set(found)) > 1:
         raise UserError(
             "initialization: the base weights differ between the processes; every process has to load them"

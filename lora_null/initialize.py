@@ -14,8 +14,8 @@ from lora_null.calibration import Calibration
 from lora_null.earlier import after_earlier
 from lora_null.layer import adapted_layers, freeze_factor
 from lora_null.residual import subtract_residuals
-from lora_null.start import DEFAULTS, INITIALIZATION, InitOptions, LayerReport, compute_start, rule_of
-from lora_null.targets import check_layers, say_what_is_fused
+from lora_null.start import DEFAULTS, InitOptions, LayerReport, compute_start, rule_of
+from lora_null.targets import check_layers, warn_about_fused_experts
 from lora_null.utils.distributed import together
 from lora_null.utils.errors import UserError, nearest
 
@@ -73,8 +73,8 @@ def start_adapter(
     if adapter_name not in peft_model.peft_config:
         raise UserError(f"adapter_name: no {adapter_name!r}{nearest(adapter_name, peft_model.peft_config)}")
     layers = adapted_layers(peft_model, adapter_name)
-    together(lambda: check_layers(peft_model, layers, adapter_name), what=INITIALIZATION)
-    say_what_is_fused(peft_model.get_base_model())
+    together(lambda: check_layers(peft_model, layers, adapter_name))
+    warn_about_fused_experts(peft_model.get_base_model())
     rule = rule_of(peft_model.peft_config[adapter_name], options)
     rule = after_earlier(rule, options.earlier, options.knowledge)
     start = compute_start(peft_model, layers, batches, options, rule=rule, adapter_name=adapter_name, folder=folder)

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
 OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
-# In names of modules, of activation checkpointing and torch.compile.
+# Parts that activation checkpointing and torch.compile insert into module names.
 RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 READ_THE_BASE = ("use_dora", "arrow_config")  # options that compute with W0' alone, or with BA without B0A0
 TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
@@ -67,7 +67,7 @@ class Residual(NamedTuple):
         return (A[:r], B[:, :r]) if same else None
 
 
-_CONFINED: weakref.WeakSet[LoraNullLinear] = weakref.WeakSet()  # all layers that have a basis
+_LAYERS_WITH_BASIS: weakref.WeakSet[LoraNullLinear] = weakref.WeakSet()
 
 
 class NullBasis:
@@ -87,7 +87,7 @@ class NullBasis:
         return cls(vectors.to(torch.float64 if A.dtype == torch.float64 else torch.float16).contiguous())
 
     @torch.no_grad()
-    def keep(self, A: torch.Tensor) -> None:
+    def project_(self, A: torch.Tensor) -> None:
         """Project A (r, d_in) onto the span of N, in place: exact to the rounding of A's dtype, float32 at best.
 
         Rounded columns are not quite orthonormal: N Nᵀ is the projection but for an error E of about 1e-4. A second round,
@@ -115,25 +115,25 @@ def keep_in_null_basis(peft_model: nn.Module) -> None:
     for layer in peft_model.modules():
         if not isinstance(layer, LoraNullLinear):
             continue
-        if moved := [name for name in layer.bases if not layer.is_kept(name)]:
+        if moved := [name for name in layer.bases if not layer.is_projected(name)]:
             with whole_parameters(layer.lora_A, write=True):
                 for adapter_name in moved:
-                    layer.keep_in_basis(adapter_name)
-        layer.kept_by_step = frozenset()
+                    layer.project_A(adapter_name)
+        layer.projected_by_step = frozenset()
 
 
-def _keep_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _project_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Put every A back that an optimizer has moved; a fused one leaves no trace of that in the version of a tensor."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in list(_CONFINED):
+    for layer in list(_LAYERS_WITH_BASIS):
         for name in layer.bases:
             A = factors_of(layer, name)[0]
             if id(A) in moved and A.requires_grad and not is_sharded(A):
-                layer.keep_in_basis(name)
-                layer.kept_by_step |= {name}
+                layer.project_A(name)
+                layer.projected_by_step |= {name}
 
 
-register_optimizer_step_post_hook(_keep_after_step)
+register_optimizer_step_post_hook(_project_after_step)
 
 
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -239,8 +239,8 @@ class LoraNullLinear(Linear):
     residual_adapters: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
     bases: Mapping[str, NullBasis] = MappingProxyType({})
-    kept_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
-    _kept_versions: Mapping[str, int] = MappingProxyType({})
+    projected_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
+    _projected_versions: Mapping[str, int] = MappingProxyType({})
     _not_trained_yet: frozenset[str] = frozenset()  # adapters of a LoraNullConfig, until their first training pass
     _of_null_basis: frozenset[str] = frozenset()  # adapters of variant nb
     _base_is_merging = False
@@ -270,45 +270,47 @@ class LoraNullLinear(Linear):
             self._of_null_basis |= {adapter_name} if config.variant == "nb" else frozenset()
         if counts_from_residual:
             with torch.no_grad():
-                for factor, start in zip(factors_of(self, adapter_name), (self._start.A, self._start.B)):
+                for factor, start in zip(
+                    factors_of(self, adapter_name), (self._known_residual.A, self._known_residual.B)
+                ):
                     factor.copy_(start)
             self.residual_adapters |= {adapter_name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.bases:  # a copy, or one that was pickled
-            _CONFINED.add(self)
+            _LAYERS_WITH_BASIS.add(self)
 
-    def confine(self, adapter_name: str, basis: NullBasis) -> None:
+    def set_basis(self, adapter_name: str, basis: NullBasis) -> None:
         """Keep A, which lies in the span of a basis, there from now on."""
         self.bases = {**self.bases, adapter_name: basis}
-        self._kept_versions = {}
-        _CONFINED.add(self)
+        self._projected_versions = {}
+        _LAYERS_WITH_BASIS.add(self)
 
-    def keep_in_basis(self, adapter_name: str) -> None:
+    def project_A(self, adapter_name: str) -> None:
         """Put A, whole on this rank, back into the span of its basis."""
         A = factors_of(self, adapter_name)[0]
-        self.bases[adapter_name].keep(A)
-        self._kept_versions = {**self._kept_versions, adapter_name: A._version}
+        self.bases[adapter_name].project_(A)
+        self._projected_versions = {**self._projected_versions, adapter_name: A._version}
 
-    def is_kept(self, adapter_name: str) -> bool:
+    def is_projected(self, adapter_name: str) -> bool:
         """Return whether an optimizer's step has put A back, and nobody has written to it since."""
         version = factors_of(self, adapter_name)[0]._version
-        return adapter_name in self.kept_by_step and self._kept_versions.get(adapter_name) == version
+        return adapter_name in self.projected_by_step and self._projected_versions.get(adapter_name) == version
 
-    def _keep_in_bases(self) -> None:
+    def _project_moved(self) -> None:
         """Put those A back that something else than an optimizer has moved since.
 
         What was written or loaded just now is inside; its very bits stay.
         """
         for name in self.bases if self.training and not torch.compiler.is_compiling() else ():
             A = factors_of(self, name)[0]
-            if name not in self._kept_versions:
-                self._kept_versions = {**self._kept_versions, name: A._version}
-            elif A.requires_grad and not is_sharded(A) and A._version != self._kept_versions[name]:
-                self.keep_in_basis(name)
+            if name not in self._projected_versions:
+                self._projected_versions = {**self._projected_versions, name: A._version}
+            elif A.requires_grad and not is_sharded(A) and A._version != self._projected_versions[name]:
+                self.project_A(name)
 
-    def _look_at_start(self) -> None:
+    def _warn_if_not_initialized(self) -> None:
         """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again.
 
         Raises:
@@ -334,11 +336,13 @@ class LoraNullLinear(Linear):
             raise RuntimeError(f"the base already carries the residual of {', '.join(sorted(self.residual_adapters))}")
         # Copies: A and B go on to be trained.
         A, B = (factor.detach().clone() for factor in factors_of(self, adapter_name))
-        self.residual = self._take_out(Residual(A, B, self.scaling[adapter_name]))
+        residual = Residual(A, B, self.scaling[adapter_name])
+        self._add_to_base(residual, -1)
+        self.residual = residual.to(torch.device("cpu"))
         self.residual_adapters = frozenset({adapter_name})
 
     @property
-    def _start(self) -> Residual:
+    def _known_residual(self) -> Residual:
         """The residual, where it is known that there is one."""
         if self.residual is None:
             raise RuntimeError("the base carries no residual")
@@ -350,13 +354,9 @@ class LoraNullLinear(Linear):
             self._add_to_base(self.residual, 1)
             self.residual, self.residual_adapters = None, frozenset()
 
-    def _take_out(self, residual: Residual) -> Residual:
-        self._add_to_base(residual, -1)
-        return residual.to(torch.device("cpu"))
-
-    def take_out_residual(self) -> None:
-        """Take s·B0A0 out of a base that lacked its numbers when the adapter started, and has just been given W0."""
-        self._take_out(self._start)
+    def subtract_from_loaded_base(self) -> None:
+        """Subtract s·B0A0 from a base that lacked its numbers when the adapter started, and has just been given W0."""
+        self._add_to_base(self._known_residual, -1)
 
     @torch.no_grad()
     def _add_to_base(self, residual: Residual, sign: int) -> None:
@@ -373,7 +373,7 @@ class LoraNullLinear(Linear):
         """Return whether an adapter that counts from the residual is merged: the base then lacks nothing."""
         return not self.residual_adapters.isdisjoint(self.merged_adapters)
 
-    def _missing(self) -> float:
+    def _missing_scale(self) -> float:
         """Return c, where c·B0A0 x is to be added to what base and adapters give now."""
         if self.residual is None:
             return 0.0
@@ -387,25 +387,25 @@ class LoraNullLinear(Linear):
     def _check_rank(self, adapter_name: str) -> None:
         """Raise a UserError where an A of another rank is in the place of one that counts from the residual."""
         A = self.lora_A[adapter_name].weight
-        if len(A) != len(self._start.A) and not is_sharded(A):
+        if len(A) != len(self._known_residual.A) and not is_sharded(A):
             raise UserError(
                 f"adapter {adapter_name!r}: its factors were replaced from outside, but its base carries the residual of "
                 "its own; load the new adapter under another name"
             )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._keep_in_bases()
+        self._project_moved()
         if self._not_trained_yet and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._look_at_start()
-        if self._has_one_adapter(args, kwargs) and not self._missing():
+            self._warn_if_not_initialized()
+        if self._has_one_adapter(args, kwargs) and not self._missing_scale():
             return self._plain_forward(x)
         if self.residual is not None and kwargs.get("adapter_names"):
             raise UserError("adapter_names: rows cannot choose their adapter while the base carries a residual")
         result = super().forward(x, *args, **kwargs)
-        missing = self._missing()  # only now: PEFT unmerges in there what is merged and disabled
+        missing = self._missing_scale()  # only now: PEFT unmerges in there what is merged and disabled
         if not missing:
             return result
-        self.residual = self._start.to(x.device)  # and it stays: DPO's reference asks for it in every step
+        self.residual = self._known_residual.to(x.device)  # and it stays: DPO's reference asks for it in every step
         A, B, _ = self.residual
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
         return result + offset.to(result.dtype)
@@ -511,14 +511,14 @@ class LoraNullLinear(Linear):
     @property
     def residual_taken_out_of_base(self) -> torch.Tensor:
         """The entry of that name in the state dict; PyTorch's distributed checkpoints look each one up."""
-        return torch.tensor(self._start.scaling)
+        return torch.tensor(self._known_residual.scaling)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """Return PEFT's state, an adapter that counts from a residual as [A; A0], [B, −B0]: for the original weight.
 
         The base's own weight is W0' there, as an entry says: nothing but a layer with this same residual takes the state.
         """
-        self._keep_in_bases()
+        self._project_moved()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.residual is None:
             return state
@@ -551,7 +551,7 @@ class LoraNullLinear(Linear):
             if not any(key in state_dict and state_dict[key].numel() for key in keys):
                 continue  # not there, or ZeRO-3's empty stand-in
             complete = all(key in state_dict for key in keys)
-            found = self._start.split(*(state_dict[key] for key in keys)) if complete else None
+            found = self._known_residual.split(*(state_dict[key] for key in keys)) if complete else None
             if found is None:
                 raise UserError(
                     f"{module}: the factors to load do not start where adapter {name!r} does; load them under another "
@@ -562,7 +562,7 @@ class LoraNullLinear(Linear):
             A = state_dict.get(f"{prefix}lora_A.{name}.weight")
             if A is not None and A.numel() and A.shape == factors_of(self, name)[0].shape:
                 self._check_inside(name, A, module)
-        self._kept_versions = {}
+        self._projected_versions = {}
         self.started |= {name for name in self.lora_A if f"{prefix}lora_A.{name}.weight" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -570,7 +570,7 @@ class LoraNullLinear(Linear):
         """Raise a UserError for an A to load that is not in the span where the adapter's is kept."""
         basis = self.bases[adapter_name]
         A = A.detach().to(basis.vectors.device)
-        basis.keep(inside := A.clone())
+        basis.project_(inside := A.clone())
         if torch.dist(A, inside) > OUTSIDE * torch.linalg.matrix_norm(A):
             raise UserError(
                 f"{module}: the factors to load leave the null basis that adapter {adapter_name!r} is kept in; load them "
@@ -585,8 +585,10 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     part; disabling the adapter leaves exactly the base.
     """
 
-    def _take_out(self, residual: Residual) -> Residual:
-        return residual
+    def subtract_residual(self, adapter_name: str) -> None:
+        super().subtract_residual(adapter_name)
+        # Every forward pass reads it, and one that moves it first breaks the graph of torch.compile.
+        self.residual = self._known_residual.to(factors_of(self, adapter_name)[0].device)
 
     def _add_to_base(self, residual: Residual, sign: int) -> None:
         """Leave the stored weight alone: nothing was taken out of it."""
@@ -594,11 +596,11 @@ class LoraNullQuantizedLinear(LoraNullLinear):
     def get_base_weight(self) -> torch.Tensor:
         return weight_of(self)
 
-    def _missing(self) -> float:
-        return super()._missing() - (0.0 if self.residual is None else self.residual.scaling)
+    def _missing_scale(self) -> float:
+        return super()._missing_scale() - (0.0 if self.residual is None else self.residual.scaling)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._keep_in_bases()
+        self._project_moved()
         if self._has_one_adapter(args, kwargs) and self.active_adapters[0] in self.residual_adapters:
             return self._offset_forward(x)
         return super().forward(x, *args, **kwargs)
@@ -607,7 +609,7 @@ class LoraNullQuantizedLinear(LoraNullLinear):
         """Compute W0 x + (s·B A x − s·B0 A0 x), the difference first: at the start it is exactly zero."""
         name = self.active_adapters[0]
         self._check_rank(name)
-        (A, B), scaling, residual = factors_of(self, name), self.scaling[name], self._start
+        (A, B), scaling, residual = factors_of(self, name), self.scaling[name], self._known_residual
         if (residual.A.device, residual.A.dtype) != (A.device, A.dtype):  # the model was moved or cast
             self.residual = residual = residual._replace(A=residual.A.to(A), B=residual.B.to(B))
         result = self.base_layer(x)

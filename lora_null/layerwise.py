@@ -43,16 +43,19 @@ from lora_null.utils.model_state import base_model_of, release_freed_memory, rep
 logger = get_logger(__name__)
 
 CHECK_TOKENS = 16
-INITIALIZATION = "initialization"
 Form = Literal["auto", "layers", "hooks"]
 ALL = "all"  # the one part of a model that is not walked layer by layer
 # What a decoder or a layer raises that was not made for being run in parts.
 CANNOT_RUN = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError)
-DEVICE_SHARE = 0.25  # of the free memory, at most, for hidden states
+MEMORY_SHARE = 0.25  # of the free memory, at most, for hidden states
 
 
 class DoesNotFit(Exception):
     """The model's forward pass is not a chain of decoder layers that hand one tensor on."""
+
+
+class NotAChain(UserError):
+    """A model has to be read layer by layer, and is no chain of decoder layers."""
 
 
 @dataclass
@@ -122,13 +125,13 @@ def walk_layers(
     last = max(i for i, name in enumerate(layers) if _inside(name, modules))
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
-            together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit), what=INITIALIZATION)
+            together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit))
         device = device or next(next(iter(layers.values())).parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
         with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
             own = token_batches(batches, input_device(model), seed, runs_on=device)
             record = partial(_record, model, layers, own, device)
-            calls, hidden = together(record, alike=(UserError, DoesNotFit), what=INITIALIZATION)
+            calls, hidden = together(record, alike=(UserError, DoesNotFit))
         states = _HiddenStates(hidden, device, stack)
         del hidden  # or the first ones would stay in memory beside all later ones
         balance = LoadBalance()
@@ -141,7 +144,7 @@ def walk_layers(
                 meter = InputMeter(targets, gram=gram, tokens=tokens)
                 run = partial(_run_layer, layers[name], own, [of_batch[i] for of_batch in calls], states, meter)
                 with meter.attached():
-                    part = together(run, what=INITIALIZATION)
+                    part = together(run)
                 if targets:
                     sum_over_ranks(part, balance)
                     part.seconds = time.perf_counter() - start
@@ -177,9 +180,12 @@ def visit_layers(
         progress: show a progress bar (of the first process).
 
     Raises:
-        DoesNotFit: the modules are not all inside one list of decoder layers.
+        NotAChain: the modules are not all inside one list of decoder layers.
     """
-    layers = decoder_layers(model, modules)
+    try:
+        layers = decoder_layers(model, modules)
+    except DoesNotFit as reason:
+        raise _not_a_chain(reason) from None
     found = {name: inside for name in layers if (inside := _inside(name, modules))}
     for name in tqdm(found, desc="initializing", unit="layer", disable=not (progress and is_first_process())):
         with _resident(layers[name], name, device or torch.device("cpu"), weights):
@@ -207,7 +213,7 @@ def measure_in_parts(
         model, modules, batches, device, weights, skip, gram, seed, progress: as in `walk_layers`.
 
     Raises:
-        DoesNotFit: the model is no such chain, and `form` or weights in files ask for it.
+        NotAChain: the model is no such chain, and `form` or weights in files ask for it.
         UserError: as `measure_inputs`.
     """
     measure: dict[str, Any] = {"gram": gram, "seed": seed, "progress": progress}
@@ -217,16 +223,20 @@ def measure_in_parts(
             return
         except DoesNotFit as reason:
             if form == "layers" or weights is not None:
-                raise
+                raise _not_a_chain(reason) from None
             if gram:
                 where = next(model.parameters()).device
                 moved = f", on {where}, where the model is" if device is not None and device.type != where.type else ""
                 logger.warning(
-                    f"{INITIALIZATION}: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
+                    f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
                 )
     part = measure_inputs(model, modules, batches, **measure)
     LoadBalance().assign(part.inputs)
     yield ALL, part
+
+
+def _not_a_chain(reason: DoesNotFit) -> NotAChain:
+    return NotAChain(f"initialization: this model cannot be walked layer by layer, {reason}")
 
 
 def _inside(layer: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -365,9 +375,9 @@ class _HiddenStates:
         self.device = device
         self.tensors, self.in_files = list(first), False
         size = sum(tensor.nbytes for tensor in self.tensors)
-        if size <= DEVICE_SHARE * _free_bytes(device):
+        if size <= MEMORY_SHARE * _free_bytes(device):
             self.tensors = [tensor.to(device) for tensor in self.tensors]
-        elif size * processes_here() <= DEVICE_SHARE * _free_bytes(torch.device("cpu")):
+        elif size * processes_here() <= MEMORY_SHARE * _free_bytes(torch.device("cpu")):
             self.tensors = [tensor.cpu() for tensor in self.tensors]
         else:
             self.in_files = True

@@ -18,7 +18,7 @@ SOLVERS = ("auto", "eigh", "krylov")
 RESIDUAL, EXCESS = 5e-4, 0.02
 FIRST_TEST, TEST_EVERY = 2.5, 2  # test once the basis has 2.5 r columns, then at every second block
 ANSWERS = 2  # of blocks of one width, before they are made wider
-PROBE = 4
+PROBE = 4  # columns tried first for an exact null space
 
 
 @dataclass(frozen=True)

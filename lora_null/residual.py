@@ -14,7 +14,7 @@ from lora_null.config import ResidualLoraConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, check_beside_residual, factors_of, residual_of
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import own_code_at
-from lora_null.utils.quantized import is_quantized, unreadable
+from lora_null.utils.quantized import is_quantized, why_unreadable
 
 
 def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -30,7 +30,7 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
     layers = adapted_layers(peft_model, adapter_name)
     refuse_head(peft_model, layers)
     for name, layer in layers.items():
-        if reason := unreadable(layer.get_base_layer()) or hooked(layer.get_base_layer()):
+        if reason := why_unreadable(layer.get_base_layer()) or why_hooked(layer.get_base_layer()):
             raise UserError(f"target_modules: {name} {reason}")
         for other in layer.r.keys() & peft_model.peft_config.keys() - {adapter_name}:
             if not is_quantized(layer.get_base_layer()):
@@ -55,7 +55,7 @@ def refuse_head(peft_model: PeftModel, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def hooked(base: nn.Module) -> str | None:
+def why_hooked(base: nn.Module) -> str | None:
     """Return why a linear under an adapter may read or give something else than W0 x; None where it does not.
 
     PEFT puts A and B beside the linear: they read what no hook in front of it has changed, and a hook behind it sees

@@ -33,12 +33,12 @@ class Rule(Protocol):
     """How a method's A0 and B0 follow from a layer's weight and from what the layer reads.
 
     Attributes:
-        rule: its name, a part of what an initialization is known by.
+        label: its name, a part of what an initialization is known by.
         needs_gram: whether it reads the Gram matrices of the inputs.
     """
 
     @property
-    def rule(self) -> str: ...
+    def label(self) -> str: ...
 
     needs_gram: ClassVar[bool]
 
@@ -71,14 +71,14 @@ class NullSpace:
     needs_gram: ClassVar[bool] = True
 
     @property
-    def rule(self) -> str:
+    def label(self) -> str:
         if self.energy is not None:
             return f"null basis outside {self.energy:g} of the energy"
         return "null-space" if self.multiple is None else f"null basis of {self.multiple:g} r"
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         spaces: dict[int | None, Eigenspace] = {}  # one for each distinct width among the layers that read this input
-        confines = self.multiple is not None or self.energy is not None
+        has_basis = self.multiple is not None or self.energy is not None
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
             k = None if self.energy is not None else directions(r, self.multiple or 1)
@@ -99,7 +99,7 @@ class NullSpace:
                 solver=space.solver,
                 gram_rank=min(space.rank, inputs.tokens),
                 kernel=space.vectors if space.exact else None,
-                basis=space.vectors if confines else None,
+                basis=space.vectors if has_basis else None,
             )
 
         return start
@@ -126,8 +126,11 @@ class LayerSolver:
     rule: Rule
     seconds: float = 0.0
 
-    def layers_a_round(self) -> int:
-        """Return how many parts to solve together: one a rank, of narrow layers on a CPU one a thread of it."""
+    def parts_per_round(self) -> int:
+        """Return how many parts to solve together.
+
+        That is the number of ranks; on a CPU, where all layers are narrow, times its threads, since each solves one.
+        """
         narrow = all(
             _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
         )
@@ -138,7 +141,7 @@ class LayerSolver:
         """Write A0 and B0 of the parts on every rank and drop their Grams; return the solved parts by name, in order."""
         start = time.perf_counter()
         inputs = [measured for part in parts.values() for measured in part.inputs]
-        solved = together(partial(self._solve_owned, inputs), what="initialization")
+        solved = together(partial(self._solve_owned, inputs))
         if rank_and_world()[1] > 1:
             solved = self._share(inputs, solved)
         self.seconds += time.perf_counter() - start
@@ -195,8 +198,8 @@ class LayerSolver:
             B.copy_(found.B)
             if found.basis is not None:
                 basis = bases.setdefault(id(found.basis), NullBasis.for_factor(found.basis, A))
-                layer.confine(self.adapter_name, basis)
-                layer.keep_in_basis(self.adapter_name)  # in its rounding
+                layer.set_basis(self.adapter_name, basis)
+                layer.project_A(self.adapter_name)  # in its rounding
             projected = None if gram is None else projected_inputs(A, gram, found.kernel)
             line = LayerStats(
                 name=name,
@@ -228,7 +231,7 @@ class LayerSolver:
         gathered = all_gather((own, {name: moved[id(basis)] for name, basis in bases.items()}))
         for _, bases in gathered:
             for name, basis in bases.items():
-                self.layers[name].confine(self.adapter_name, basis)
+                self.layers[name].set_basis(self.adapter_name, basis)
         return {name: found for share, _ in gathered for name, found in share.items()}
 
     def _bases(self, names: Iterable[str]) -> dict[str, NullBasis]:

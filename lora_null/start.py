@@ -38,7 +38,7 @@ from lora_null.earlier import Earlier
 from lora_null.factors import LayerStats
 from lora_null.fingerprint import fingerprint_of, initialization_key
 from lora_null.layer import factors_of, plain_name
-from lora_null.layerwise import ALL, INITIALIZATION, DoesNotFit, Form, measure_in_parts, visit_layers
+from lora_null.layerwise import ALL, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
@@ -57,11 +57,6 @@ from lora_null.utils.model_state import base_model_of, own_code_at
 logger = get_logger(__name__)
 
 MIN_TOKENS = 256
-REUSED = "initialization: reused, model, calibration and settings are the same ({})"
-
-
-class NotAChain(UserError):
-    """The weights are in their files, and the model is no chain of decoder layers that could be read one by one."""
 
 
 @dataclass
@@ -112,7 +107,7 @@ class LayerReport:
         told += f"; leakage at most {worst.leakage:.1e} ({worst.name})"
         energies = [layer.energy for layer in self.layers if layer.energy is not None]
         share = f", {sum(energies) / len(energies):.2%} of the weights' energy" if energies else ""
-        return f"{'LoRA-Null' if self.rule == NullSpace().rule else self.rule}: {told}{share}"
+        return f"{'LoRA-Null' if self.rule == NullSpace().label else self.rule}: {told}{share}"
 
 
 @dataclass(frozen=True)
@@ -180,13 +175,13 @@ class WholeModel:
     """What a method computes of the model as a whole, instead of layer by layer.
 
     Attributes:
-        rule: its name and settings, a part of what an initialization is known by.
+        label: its name and settings, a part of what an initialization is known by.
         batches: what it looks at, which decides the result: training batches, and calibration batches where it reads them.
         compute: returns the tensors that start the model again in the same bits.
         method: the class whose code does.
     """
 
-    rule: str
+    label: str
     batches: Sequence[Mapping[str, Any]]
     compute: Callable[[], dict[str, torch.Tensor]]
     method: type
@@ -240,33 +235,31 @@ def compute_start(
     start = time.perf_counter()
     need_float64(options.device or next(model.parameters()).device)
     needs_gram = rule is not None and rule.needs_gram
-    min_tokens, given = options.min_tokens if needs_gram else 1, () if batches is None else batches
-    unmeasured = batches is None and not needs_gram
-    batches = together(lambda: [] if unmeasured else checked_batches(model, given, min_tokens), what=INITIALIZATION)
-    name, adapted = (rule.rule, layers) if rule is not None else ("", {})
+
+    def checked() -> list[dict[str, torch.Tensor]]:
+        if batches is None and not needs_gram:
+            return []
+        return checked_batches(model, () if batches is None else batches, options.min_tokens if needs_gram else 1)
+
+    measured = together(checked)
+    name, adapted = (rule.label, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
-    key = _key(base, layers, adapter_name, batches, options, whole, f"{name}{_code_of(whole or rule)}")
+    key = _key(base, layers, adapter_name, measured, options, whole, f"{name}{_code_of(whole or rule)}")
     if hook := _hook_in(model):
-        key, options = broadcast(uuid.uuid4().hex[:24]), replace(options, cache=False)
+        key = broadcast(uuid.uuid4().hex[:24])  # which no other run asks for
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
-    if options.cache and not on_first_rank(store.can_keep):
-        logger.warning(
-            f"initialization: not kept, {cache_root()} cannot be written ($LORA_NULL_CACHE names another place)"
-        )
-        options = replace(options, cache=False)
-    path = store.cached_folder(key) if options.cache else folder
+    cached = options.cache and hook is None and _can_write_cache()
+    path = store.cached_folder(key) if cached else folder
     with contextlib.ExitStack() as locks:
-        if options.cache:
+        if cached:
             on_first_rank(lambda: locks.enter_context(store.in_use(path)))
         done = on_first_rank(lambda: _finished_parts(path, key))
+        _report_reuse(done, adapted, path)
         if rule is not None:
             solver = LayerSolver(layers, adapter_name, rule)
-            _say_what_is_reused(done, layers, path)
-            parts = _solve_layers(model, batches, options, done, solver, path, key)
+            parts = _solve_layers(model, measured, options, done, solver, path, key)
         else:
-            if done:
-                logger.info(REUSED.format(path))
-            parts = done or {ALL: _measured_alone(model, layers, batches, options, whole, key)}
+            parts = done or {ALL: _measured_alone(model, layers, measured, options, whole, key)}
             if path and not done:
                 on_first_rank(lambda: store.write_part(path, ALL, parts[ALL]))
         lines = {line.name: line for part in parts.values() for line in part.stats}
@@ -275,7 +268,7 @@ def compute_start(
             "solve": solver.seconds if rule is not None else 0.0,
             "all": time.perf_counter() - start,
         }
-        report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(batches), base, key, name)
+        report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(measured), base, key, name)
         on_first_rank(lambda: _finish(report, path, folder))
     return _start_of(report, parts)
 
@@ -292,13 +285,13 @@ def _solve_layers(
     """Solve all layers, each part written to the folder as soon as it is there; where that fails, no layer is changed."""
     layers, parts = solver.layers, dict(done)
     # Of weights in files only one layer's are at hand, and only while it is yielded.
-    a_round = 1 if options.weights is not None else solver.layers_a_round()
+    per_round = 1 if options.weights is not None else solver.parts_per_round()
     with contextlib.closing(_measured(model, layers, batches, options, done, solver.rule.needs_gram)) as measured:
         try:
             for part in done.values():
                 _write_factors(part, layers, solver.adapter_name)
-            while some := dict(islice(measured, a_round)):
-                for name, part in solver.solve(some).items():
+            while batch_of_parts := dict(islice(measured, per_round)):
+                for name, part in solver.solve(batch_of_parts).items():
                     parts[name], part.key = part, key
                     if path:
                         on_first_rank(functools.partial(store.write_part, path, name, part))
@@ -365,11 +358,15 @@ def load_start(
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
     need_float64(next(model.parameters()).device)
-    report = together(lambda: LayerReport.from_json(store.read_report(folder)), what=INITIALIZATION)
+    report = together(lambda: LayerReport.from_json(store.read_report(folder)))
     if len(set(all_gather(report.key))) > 1:
-        raise UserError(f"{folder}: holds another start on another machine; copy one to all, or compute it anew")
+        raise UserError(
+            f"{folder}: holds another initialization on another machine; copy one to all, or compute it anew"
+        )
     if report.rule != rule:
-        raise UserError(f"{folder}: holds a start by {report.rule or 'no rule'}, this run starts by {rule or 'none'}")
+        raise UserError(
+            f"{folder}: holds an initialization by {report.rule or 'no rule'}, this run needs {rule or 'none'}"
+        )
     if report.base != fingerprint_of(model, weights):
         raise UserError(f"{folder}: was written for other base weights than these")
     parts = {name: part for name, part in store.read_parts(folder).items() if part.key == report.key}
@@ -435,7 +432,7 @@ def _key(
 ) -> str:
     kind = None if options.device is None else torch.device(options.device).type  # each process has a card of its own
     settings = {"solver": options.solver, "form": options.form, "seed": options.seed, "on": str(kind)}
-    settings |= {"rule": rule, "whole": whole.rule if whole is not None else ""}
+    settings |= {"rule": rule, "whole": whole.label if whole is not None else ""}
     looked_at = [*batches, *(whole.batches if whole is not None else ())]
     keys = all_gather(initialization_key(base, layers, adapter_name, looked_at, **settings))
     if len(set(keys)) > 1:
@@ -455,12 +452,23 @@ def _code_of(start: Rule | WholeModel | None) -> str:
     return f" {hashlib.sha256(code).hexdigest()[:16]}"
 
 
-def _say_what_is_reused(done: Mapping[str, LayerResult], layers: Mapping[str, LoraLayer], path: Path | None) -> None:
+def _can_write_cache() -> bool:
+    """Return whether the cache can be written; a line says so where it cannot. All ranks call it."""
+    able = on_first_rank(store.can_keep)
+    if not able:
+        logger.warning(
+            f"initialization: not kept, {cache_root()} cannot be written ($LORA_NULL_CACHE names another place)"
+        )
+    return able
+
+
+def _report_reuse(done: Mapping[str, LayerResult], adapted: Mapping[str, LoraLayer], path: Path | None) -> None:
+    """Say in a line whether all is there already, or the factors of some of the layers that get any."""
     found = sum(len(part.factors) for part in done.values())
-    if found == len(layers):
-        logger.info(REUSED.format(path))
-    elif found:
-        logger.info(f"initialization: continued, {found} of {len(layers)} modules are there already ({path})")
+    if done and found == len(adapted):
+        logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
+    elif done:
+        logger.info(f"initialization: continued, {found} of {len(adapted)} modules are there already ({path})")
 
 
 def _measured(
@@ -477,21 +485,23 @@ def _measured(
     if not batches:
         yield from _unmeasured(model, layers, options, done)
         return
-    place: dict[str, Any] = {"form": options.form, "device": options.device, "weights": options.weights}
-    measure: dict[str, Any] = {"gram": gram, "seed": options.seed, "progress": options.progress}
     where = next(model.parameters()).device
     if options.form == "hooks" and options.device is not None and torch.device(options.device).type != where.type:
         logger.warning(
             f"device: form='hooks' measures on {where}, where the model is; form='auto' may use {options.device}"
         )
-    try:
-        yield from measure_in_parts(model, layers, batches, skip=done, **place, **measure)
-    except DoesNotFit as reason:
-        raise _no_chain(reason) from None
-
-
-def _no_chain(reason: DoesNotFit) -> NotAChain:
-    return NotAChain(f"initialization: this model cannot be walked layer by layer, {reason}")
+    yield from measure_in_parts(
+        model,
+        layers,
+        batches,
+        form=options.form,
+        device=options.device,
+        weights=options.weights,
+        skip=done,
+        gram=gram,
+        seed=options.seed,
+        progress=options.progress,
+    )
 
 
 def _unmeasured(
@@ -512,14 +522,9 @@ def _unmeasured(
     if options.weights is None:
         yield ALL, part(layers)
         return
-    try:
-        for name, inside in visit_layers(
-            model, layers, options.weights, device=options.device, progress=options.progress
-        ):
-            if name not in done:
-                yield name, part(inside)
-    except DoesNotFit as reason:
-        raise _no_chain(reason) from None
+    for name, inside in visit_layers(model, layers, options.weights, device=options.device, progress=options.progress):
+        if name not in done:
+            yield name, part(inside)
 
 
 def _finish(report: LayerReport, path: Path | None, folder: Path | None) -> None:
@@ -535,4 +540,4 @@ def _write_factors(part: LayerResult, layers: Mapping[str, LoraLayer], adapter_n
         layers[name].lora_A[adapter_name].weight.copy_(A)
         layers[name].lora_B[adapter_name].weight.copy_(B)
         if name in part.bases:
-            layers[name].confine(adapter_name, part.bases[name])
+            layers[name].set_basis(adapter_name, part.bases[name])

@@ -35,7 +35,7 @@ from lora_null.utils.files import (
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
 WHOLE = "model/"  # before the names of tensors that are of the model as a whole
-KEPT = 8
+KEPT = 8  # initializations left in the cache
 
 
 @dataclass

@@ -19,16 +19,16 @@ from torch import nn
 
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import check_architecture
-from lora_null.checkpoint_reader import base_modules, in_checkpoint
+from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
 from lora_null.layer import NO_BASIS, LoraNullLinear, adapted_layers, is_started
-from lora_null.residual import hooked, refuse_head
+from lora_null.residual import refuse_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
 from lora_null.utils.distributed import get_logger, is_sharded
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.model_state import base_model_of
-from lora_null.utils.quantized import unreadable
+from lora_null.utils.quantized import why_unreadable
 
 logger = get_logger(__name__)
 
@@ -60,9 +60,9 @@ def check_unadapted(model: Any) -> None:
 def check_named(model: nn.Module, targets: Any) -> None:
     """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches.
 
-    Fused experts count, of which `say_what_is_fused` tells.
+    Fused experts count, of which `warn_about_fused_experts` tells.
     """
-    modules = {in_checkpoint(name): module for name, module in base_modules(model)}
+    modules = {checkpoint_name(name): module for name, module in base_modules(model)}
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
     for wanted in sorted(targets) if isinstance(targets, list | tuple | set) else ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
@@ -99,7 +99,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
             raise UserError(
                 f"null_multiple: {multiple:g} r are {k} directions, more than {name} reads (d_in = {layer.in_features})"
             )
-    for name, others in sharing(peft_model.get_base_model(), layers).items():
+    for name, others in modules_sharing_weight(peft_model.get_base_model(), layers).items():
         out = "leave both out" if any(other in layers for other in others) else "leave it out"
         raise UserError(
             f"target_modules: {name} shares its weight with {', '.join(others)}, which would change with it; "
@@ -129,7 +129,7 @@ def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     )
 
 
-def bypassed(base: nn.Module, names: Iterable[str]) -> list[str]:
+def bypassed_linears(base: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the linears whose weight a fused kernel may take in training, past an adapter, as Mamba's projections."""
     found = []
     for name in names:
@@ -141,16 +141,16 @@ def bypassed(base: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def refuse_bypassed(base: nn.Module, names: Iterable[str]) -> None:
-    """Refuse adapters on what `bypassed` finds.
+    """Refuse adapters on what `bypassed_linears` finds.
 
     Raises:
         UserError: naming the first, and the ends of all names.
     """
-    if found := bypassed(base, names):
+    if found := bypassed_linears(base, names):
         leaves = sorted({name.rpartition(".")[2] for name in found})
         raise UserError(
-            f"target_modules: a kernel of {type(base.get_submodule(found[0].rpartition('.')[0])).__name__} takes the weight of "
-            f"{found[0]} past its adapter; leave out {', '.join(leaves)}"
+            f"target_modules: {type(base.get_submodule(found[0].rpartition('.')[0])).__name__}'s fused kernel reads the weight of "
+            f"{found[0]} directly and would bypass its adapter; leave out {', '.join(leaves)}"
         )
 
 
@@ -163,7 +163,7 @@ def _source(kind: type) -> str:
         return ""
 
 
-def put_on(base: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
+def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
     """Return `get_peft_model(base, config, **options)`; a target that PEFT refuses, or takes and ignores, is one line.
 
     Raises:
@@ -190,7 +190,7 @@ def refusing_in_one_line() -> Iterator[None]:
         raise UserError(f"target_modules: a pattern is no regular expression ({error})") from None
 
 
-def say_what_is_fused(base: nn.Module) -> None:
+def warn_about_fused_experts(base: nn.Module) -> None:
     """Say how much of a mixture of experts is no linear and gets no adapter: three-dimensional parameters."""
     own = {name: p for name, p in base.named_parameters() if "lora_" not in name}
     fused = {n: p.numel() for n, p in own.items() if p.ndim == 3 and "expert" in n and "base_layer" not in n}
@@ -202,7 +202,7 @@ def say_what_is_fused(base: nn.Module) -> None:
         )
 
 
-def sharing(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
+def modules_sharing_weight(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
     """Return, by adapted layer, the other modules that hold its weight or memory of it, under whatever name.
 
     One parameter of two modules, one module in two places, or tensors that are views of the same memory.
@@ -235,7 +235,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         )
     base = layer.get_base_layer()
     ours = isinstance(layer, LoraNullLinear)
-    if reason := (unreadable(base) or hooked(base)) if ours else f"carries a {type(layer).__name__} of PEFT":
+    if reason := (why_unreadable(base) or why_hooked(base)) if ours else f"carries a {type(layer).__name__} of PEFT":
         raise UserError(f"target_modules: {name} {reason}")
     scaling = layer.scaling[adapter_name]
     if not 0 < scaling < float("inf"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -22,7 +23,7 @@ from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
-KEPT = 16  # the most evaluations that are kept; the longest unused goes first
+MAX_ENTRIES = 16  # the most evaluations that are kept; the longest unused goes first
 
 
 def folder() -> Path:
@@ -41,7 +42,7 @@ def key_of(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int | 
     packages += ("vllm",) * (section.backend == "vllm" and find_spec("vllm") is not None)
     engine = None if section.vllm is None else section.vllm.model_dump()
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
-    asked = [{"label": t.label, "role": t.role} | t.describe(t.within(limit)) for t in tasks]
+    asked = [{"label": t.label, "role": t.role} | t.describe(t.effective_limit(limit)) for t in tasks]
     parts = {
         "model": model_identity(model, model_name),
         "compute": [*compute, *filter(None, [model.eos_token, engine, recipe.training.get("tf32")])],
@@ -73,7 +74,8 @@ def fetch(key: str, target: Path) -> bool:
     for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):
         if file.is_file() and file.name[0] != ".":  # as the lock of a folder is, which is held in it
             link(file, target / file.relative_to(kept))
-    os.utime(kept)
+    with contextlib.suppress(OSError):  # another user's, in a cache that several share
+        os.utime(kept)
     return True
 
 
@@ -87,6 +89,6 @@ def keep(key: str, source: Path, found: Evaluation) -> None:
             shutil.copytree(source, Path(scratch) / key, copy_function=link, ignore=shutil.ignore_patterns(".*"))
             if not (folder() / key).exists():
                 os.replace(Path(scratch) / key, folder() / key)
-        keep_newest((path for path in folder().iterdir() if path.name[0] != "."), KEPT)
+        keep_newest((path for path in folder().iterdir() if path.name[0] != "."), MAX_ENTRIES)
     except OSError:
         return

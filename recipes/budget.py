@@ -22,7 +22,8 @@ from torch import nn
 from lora_null.adapters.strength import Strength, beyond_scaling
 from lora_null.eval_harness import AnswerTask, Evaluation, LmEvalTask, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
-from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples, mean_and_error
+from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples
+from lora_null.recipes.comparisons import paired_gain
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import Budget, Estimate, GivenUp, kind_of
@@ -31,35 +32,35 @@ from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.files import read_safetensors, write_safetensors
 
 STATE_FILE = "budget.safetensors"
-FEWEST = 8  # rows, of the probe and of the check: fewer give no standard error worth the name
-SMALLEST = 2**-10  # strength: after a training that went far a thousandth of it may be all that is within
+MIN_ROWS = 8  # rows, of the probe and of the check: fewer give no standard error worth the name
+MIN_STRENGTH = 2**-10  # strength: after a training that went far a thousandth of it may be all that is within
 HALVINGS = 9  # of the interval of its logarithm: the strength is found to 1.4%
 
 
 @dataclass(frozen=True)
-class Bound:
+class BudgetPlan:
     """The recipe's budget, with the tasks that measure it.
 
     Attributes:
         section: the recipe's.
         measure: name of the metric.
         task: the task of the whole evaluation that gives it.
-        few: the same task on the probed rows.
-        used: numbers of the whole task's rows that the probes use.
+        probe_task: the same task on the probed rows.
+        probed_rows: numbers of the whole task's rows that the probes use.
     """
 
     section: BudgetSection
     measure: str
     task: Task
-    few: Task
-    used: frozenset[int]
+    probe_task: Task
+    probed_rows: frozenset[int]
 
-    def left(self, rows: int) -> int:
+    def rows_left(self, rows: int) -> int:
         """Return how many of the whole task's rows no probe uses."""
-        return len(set(range(rows)) - self.used)
+        return len(set(range(rows)) - self.probed_rows)
 
 
-def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) -> Bound | None:
+def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) -> BudgetPlan | None:
     """Return the budget of a recipe, checked against what the run measures; None where it sets none.
 
     Raises:
@@ -74,14 +75,14 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
         raise UserError(
             f"budget.measure: {measure!r} is a group's mean, without a value for each question; list its members instead"
         )
-    few = next((few for few in probe.tasks if few.role == "retention" and few.key == task.key), None)
-    if few is None:
+    probe_task = next((own for own in probe.tasks if own.role == "retention" and own.key == task.key), None)
+    if probe_task is None:
         raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")
-    bound = Bound(section, measure, task, few, frozenset(probe.rows.get(task.key, ())))
-    rows, probed = rows_of(task, recipe.eval.limit), rows_of(few)
+    budget = BudgetPlan(section, measure, task, probe_task, frozenset(probe.rows.get(task.key, ())))
+    rows, probed = rows_of(task, recipe.eval.limit), rows_of(probe_task)
     if rows is not None:  # how many documents there are else is known when the base has been evaluated
-        _check_rows(bound, len(rows), len(probed or ()))
-    return bound
+        _check_rows(budget, len(rows), len(probed or ()))
+    return budget
 
 
 def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]:
@@ -90,36 +91,36 @@ def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
     if wanted is None:
         task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
-        return task, task.found_names[0]
+        return task, task.all_metric_names[0]
     for task in kept:
-        if wanted in task.found_names:
+        if wanted in task.all_metric_names:
             return task, wanted
-    choices = [name for task in kept for name in task.found_names]
+    choices = [name for task in kept for name in task.all_metric_names]
     raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
 
 
-def _check_rows(bound: Bound, total: int, probed: int) -> None:
+def _check_rows(budget: BudgetPlan, total: int, probed: int) -> None:
     """Raise a UserError where too few rows are probed, or too few of all are left for the check."""
-    left = bound.left(total)
-    if probed < FEWEST or left < FEWEST:
+    left = budget.rows_left(total)
+    if probed < MIN_ROWS or left < MIN_ROWS:
         raise UserError(
-            f"budget: {bound.task.label} has {total} rows, {total - left} of them probed; at least {FEWEST} are needed for "
-            f"the probe (eval.probe.retention) and {FEWEST} others for the check"
+            f"budget: {budget.task.label} has {total} rows, {total - left} of them probed; at least {MIN_ROWS} are needed for "
+            f"the probe (eval.probe.retention) and {MIN_ROWS} others for the check"
         )
 
 
-def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
+def check_budget(budget: BudgetPlan, probed: Evaluation, whole: Evaluation) -> None:
     """Refuse, before any training, a budget that the base itself does not keep or that its rows cannot see.
 
     Args:
-        bound: the budget.
+        budget: the budget.
         probed, whole: the base's evaluations, of the probed rows with its noise, and of everything.
 
     Raises:
         UserError: the budget is not above the base's own noise, is finer than these rows can tell, is so large that nothing
             could break it, counts a metric without a value for each question, or there are too few of these.
     """
-    at_most, measure = bound.section.at_most, bound.measure
+    at_most, measure = budget.section.at_most, budget.measure
     if measure not in whole.metrics or measure not in probed.metrics:
         raise UserError(f"budget.measure: the run has no {measure!r}{nearest(measure, whole.metrics)}")
     directed = [name for name, metric in whole.metrics.items() if metric.higher_is_better is not None]
@@ -135,8 +136,8 @@ def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
             f"budget.at_most: {at_most:g} is not above the base's own noise: measured twice, {measure} of the same "
             f"weights differs by {noise:.2g}"
         )
-    _check_rows(bound, len(whole.samples[measure]), len(probed.samples[measure]))
-    base_nll = whole.metrics.get(f"{bound.task.name} nll") if kind_of(measure) == "kl" else None
+    _check_rows(budget, len(whole.samples[measure]), len(probed.samples[measure]))
+    base_nll = whole.metrics.get(f"{budget.task.name} nll") if kind_of(measure) == "kl" else None
     if base_nll and at_most >= base_nll.value:
         raise UserError(
             f"budget.at_most: {at_most:g} nats a token is not below the {base_nll.value:.2g} that the base's own answers cost, "
@@ -144,13 +145,14 @@ def check_bound(bound: Bound, probed: Evaluation, whole: Evaluation) -> None:
         )
     if whole.metrics[measure].unit != "fraction":
         return
-    rows, finest = bound.left(len(whole.samples[measure])), forgotten(measure, whole, whole, bound.used).upper
+    rows = budget.rows_left(len(whole.samples[measure]))
+    finest = forgotten(measure, whole, whole, budget.probed_rows).upper
     if at_most < finest:
         raise UserError(
             f"budget.at_most: {at_most:g} (a fraction) is finer than the {rows} answers that {measure} is checked on can "
             f"tell ({finest:.2g}); give more rows, or a KL"
         )
-    right = np.mean([answer for i, answer in enumerate(whole.samples[measure]) if i not in bound.used])
+    right = np.mean([answer for i, answer in enumerate(whole.samples[measure]) if i not in budget.probed_rows])
     if whole.metrics[measure].higher_is_better and at_most >= right:
         raise UserError(
             f"budget.at_most: {at_most:g} (a fraction) is not below the {right:.2g} that the base has of {measure} on the "
@@ -170,39 +172,8 @@ def forgotten(
     leave_out: frozenset[int] = frozenset(),
     discordant: float = DISCORDANT,
 ) -> Estimate:
-    """Return how much worse a model is than the base, question by question, with the standard error of that difference.
-
-    Args:
-        measure: the metric.
-        found, base: what both measured on the same questions.
-        leave_out: rows that do not count.
-        discordant: as for `paired_gain`.
-
-    Returns:
-        The KL; the rise of an NLL; the fall of an accuracy. Means over answer tokens as in `mean_and_error`.
-    """
+    """Return by how much `found` is worse than the base, see `paired_gain`: the KL, an NLL's rise, an accuracy's fall."""
     return paired_gain(measure, base, found, leave_out, discordant)
-
-
-def paired_gain(
-    measure: str,
-    one: Evaluation,
-    other: Evaluation | Point,
-    leave_out: frozenset[int] = frozenset(),
-    discordant: float = DISCORDANT,
-) -> Estimate:
-    """Return by how much `one` is better than `other`, paired by question; rows in `leave_out` do not count.
-
-    To the error of what is right or wrong `discordant` is added as in `two_level`: equal answers of a few rows are not proof.
-    """
-    sign = 1 if one.metrics[measure].higher_is_better else -1
-    change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
-    keep = [i for i in range(len(change)) if i not in leave_out]
-    weights = np.array(one.weights.get(measure, np.ones(len(change))), dtype=float)
-    value, error = mean_and_error(change[keep], weights[keep])
-    if one.metrics[measure].unit == "fraction" and error is not None:
-        error = math.sqrt(error**2 + discordant / (len(keep) * (len(keep) - 1)))
-    return Estimate(value, error)
 
 
 class BudgetProbe(Probe):
@@ -210,13 +181,15 @@ class BudgetProbe(Probe):
 
     Args:
         trainer, tasks, options: as for `Probe`; the tasks with that of the budget among them.
-        bound: the budget.
+        budget: the budget.
         base: the base's evaluation of the tasks.
     """
 
-    def __init__(self, trainer: Any, tasks: Sequence[Task], bound: Bound, base: Evaluation, **options: Any) -> None:
+    def __init__(
+        self, trainer: Any, tasks: Sequence[Task], budget: BudgetPlan, base: Evaluation, **options: Any
+    ) -> None:
         super().__init__(trainer, tasks, **options)
-        self.bound, self.base = bound, base
+        self.budget, self.base = budget, base
         self.reached = False
         self.last_within: int | None = None
         self.kept: dict[str, torch.Tensor] = {}
@@ -228,14 +201,14 @@ class BudgetProbe(Probe):
         if self.reached:
             control.should_training_stop = True
 
-    def probed(self, point: Point, control: Any) -> None:
+    def on_probe(self, point: Point, control: Any) -> None:
         """End the training at a point beyond the budget; remember the weights at one within it."""
-        if self.bound.section.then == "scale":
+        if self.budget.section.then == "scale":
             return
-        now = forgotten(self.bound.measure, point, self.base, discordant=0)
-        if not within(now, self.bound.section.at_most):
+        now = forgotten(self.budget.measure, point, self.base, discordant=0)
+        if not within(now, self.budget.section.at_most):
             self.reached = control.should_training_stop = True
-        elif self.bound.section.then == "rewind":
+        elif self.budget.section.then == "rewind":
             self.last_within = point.step
             with whole_parameters(*_owners(self.model)):
                 if is_first_process():
@@ -285,26 +258,26 @@ class Measurement:
 
     Attributes:
         evaluate: returns the evaluation of tasks by the live model as it is.
-        bound: the budget.
+        budget: the budget.
         probed, whole: the base's evaluations, of the probed rows and of everything.
         learning: the probed tasks of role "task".
     """
 
     evaluate: Callable[[Sequence[Task]], Evaluation]
-    bound: Bound
+    budget: BudgetPlan
     probed: Evaluation
     whole: Evaluation
     learning: list[Task] = field(default_factory=list)
 
     def forgotten_on_probe(self) -> Estimate:
         """Return what is forgotten on the probed rows, which are too few to be counted strictly: the others are."""
-        return forgotten(self.bound.measure, self.evaluate([self.bound.few]), self.probed, discordant=0)
+        return forgotten(self.budget.measure, self.evaluate([self.budget.probe_task]), self.probed, discordant=0)
 
     def forgotten_on_rest(self) -> tuple[Estimate, int]:
         """Return what is forgotten on the rows that no probe has used, and how many they are."""
-        found = self.evaluate([self.bound.task])
-        left = self.bound.left(len(found.samples[self.bound.measure]))
-        return forgotten(self.bound.measure, found, self.whole, self.bound.used), left
+        found = self.evaluate([self.budget.task])
+        left = self.budget.rows_left(len(found.samples[self.budget.measure]))
+        return forgotten(self.budget.measure, found, self.whole, self.budget.probed_rows), left
 
     def learned_on_probe(self) -> Evaluation | None:
         """Return what is learned on the probed rows; None where no task is probed."""
@@ -322,9 +295,9 @@ def largest_strength(forgets: Callable[[float], Estimate], at_most: float) -> fl
     """
     if within(forgets(1.0), at_most):
         return 1.0
-    if not within(forgets(SMALLEST), at_most):
+    if not within(forgets(MIN_STRENGTH), at_most):
         return 0.0
-    low, top = SMALLEST, 1.0
+    low, top = MIN_STRENGTH, 1.0
     for _ in range(HALVINGS):
         middle = math.sqrt(low * top)
         low, top = (middle, top) if within(forgets(middle), at_most) else (low, middle)
@@ -340,9 +313,10 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
         learned: what was learned before anything was given up for the budget; None measures it now.
 
     Returns:
-        What became of the budget, of a state that is at no step of a training.
+        What became of the budget; `step` and `steps` are 0, `apply_budget` sets them.
     """
-    section, before = measured.bound.section, learned or measured.learned_on_probe()
+    section = measured.budget.section
+    before = learned or measured.learned_on_probe()
     at_most = section.at_most
 
     def forgets(value: float) -> Estimate:
@@ -357,11 +331,11 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
         # Forgetting grows about as the square of a small change: aim just below, and check again.
         factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
-        strength.set(lower if lower >= SMALLEST else 0.0)
+        strength.set(lower if lower >= MIN_STRENGTH else 0.0)
         checked, rows = measured.forgotten_on_rest()
     after = measured.learned_on_probe()
     return Budget(
-        measure=measured.bound.measure,
+        measure=measured.budget.measure,
         at_most=at_most,
         then=section.then,
         strength=strength.value,

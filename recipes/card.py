@@ -16,10 +16,10 @@ from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Reci
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
-from lora_null.recipes.report.dial_page import read_dial
+from lora_null.recipes.report.dial import read_dial
 from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import RESULTS_FILE, Results, Row, display_name, load_results
-from lora_null.recipes.trained import QUANTIZED, Trained
+from lora_null.recipes.trained import QUANTIZED_NOTE, Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
 
@@ -60,11 +60,11 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
         results: the base's row and this method's; None while it trains.
     """
     state = f"Not finished: `{resume_command(folder.parent)}` goes on."
-    plain, kept = METHODS[plan.name].plain, folder / plan.saves
+    plain, kept = METHODS[plan.name].saves_plain_lora, folder / plan.saves
     exports = f"; `lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it" if plain else ""
     saved = f"The {plan.saves} is in `{plan.saves}/`{exports}." if kept.is_dir() else "Its weights were not kept."
     config = kept / CONFIG_FILE  # of an adapter
-    quantized = recipe.model.quantization and f"{QUANTIZED.format(recipe.model.quantization).capitalize()}."
+    quantized = recipe.model.quantization and f"{QUANTIZED_NOTE.format(recipe.model.quantization).capitalize()}."
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
     text = _render(
         recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,

@@ -24,6 +24,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
+from lora_null.adapters.saved import CONFIG_FILE
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
@@ -31,19 +32,19 @@ from lora_null.eval_harness.lm_eval.vllm import require_vllm
 from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.models.bases import attention, load_config
-from lora_null.recipes.models.plan import MethodPlan, with_method
+from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
 from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
-from lora_null.trainer.methods import check_engine, make_method
-from lora_null.trainer.preflight import check_labels, tell
+from lora_null.trainer.methods import METHODS, check_engine
+from lora_null.trainer.preflight import check_labels, raise_or_warn
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
 
-LOOKED_AT, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
+CHECKED_ROWS, REHEARSED_ROWS, REHEARSED_TOKENS = 4096, 8, 64
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a rehearsal does not take from the recipe: it ends after a step, tells nobody, and compiles nothing.
 REHEARSAL = {"max_steps": 1, "report_to": "none", "torch_compile": False, "disable_tqdm": True}
@@ -100,18 +101,23 @@ def check_engines(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         version = training.fsdp_plugin_args["fsdp_version"]  # which goes before the launcher's
     plugin = training.deepspeed_plugin
     for name in recipe.method.name:
-        check_engine(name, fsdp=version, zero=plugin and plugin.zero_stage, args=training)
+        check_engine(METHODS[name], fsdp=version, zero=plugin and plugin.zero_stage, args=training)
 
 
 def check_weights(model: ModelSection, name: str) -> None:
     """Check that a local folder holds the model's weights, each file complete; nothing of them is loaded.
 
     Raises:
-        UserError: naming the file that is missing or cut short.
+        UserError: naming the file that is missing or cut short, or an adapter beside them.
     """
     folder = Path(name)
     if not folder.is_dir():
         return
+    if (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"model.name_or_path: {folder} holds an adapter too ({CONFIG_FILE}), which transformers would load into the model; "
+            "move it away, or train on the model of `lora-null export --form merged`"
+        )
     files = [file for file in WEIGHTS if (folder / file).is_file()]
     indices = (folder / f"{file}.index.json" for file in WEIGHTS)
     index = next(filter(Path.is_file, indices), None)
@@ -175,7 +181,7 @@ def check_answers_end(
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.preflight == "off":
         return
-    rows = tokenize(data.examples[:LOOKED_AT], recipe.data.template, tokenizer)
+    rows = tokenize(data.examples[:CHECKED_ROWS], recipe.data.template, tokenizer)
     cut = None if cut_by_trainer(training) else training.max_length
     looked_at = [(row.ids[:cut], row.labels[:cut]) for row in rows]
     ends = _listed(tokenizer.eos_token_id)
@@ -203,14 +209,19 @@ def check_start(recipe: Recipe, config: Any, plans: Sequence[MethodPlan]) -> Non
         return
     folder = find_initialization(Path(recipe.method.init))
     report = LayerReport.from_json(read_report(folder))
-    ranks, scalings = {line.name: line.r for line in report.layers}, read_scalings(folder)
+    ranks = {line.name: line.r for line in report.layers}
+    scalings = read_scalings(folder)
     for plan in plans:
-        method = make_method(plan.name, recipe.method.options.get(plan.name))
+        method = recipe_method(recipe, plan.name)
         rule = method.rule_for(InitOptions())
         if rule is None:
-            raise UserError(f"method.init: would not be read, {plan.name} computes no start; run it by itself")
-        if rule.rule != report.rule:
-            raise UserError(f"method.init: {folder} holds a start by {report.rule or 'no rule'}, not for {plan.name}")
+            raise UserError(
+                f"method.init: would not be read, {plan.name} computes no initialization; run it by itself"
+            )
+        if rule.label != report.rule:
+            raise UserError(
+                f"method.init: {folder} holds an initialization by {report.rule or 'no rule'}, not for {plan.name}"
+            )
         layers = method.layers(with_method(recipe, config, method, plan.rank))
         check_made_for(f"method.init: {folder}, {plan.name}", ranks, scalings, layers)
 
@@ -229,7 +240,8 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
     Raises:
         UserError: an answer that cannot be scored.
     """
-    size, vocabulary = 0, config.get_text_config(decoder=True).vocab_size
+    size = 0
+    vocabulary = config.get_text_config(decoder=True).vocab_size
     for task in tasks:
         if isinstance(task, AnswerTask):
             pairs = tokenize_pairs(tokenizer, task.pairs[:limit], task.name, None, special_tokens=task.special_tokens)
@@ -244,7 +256,7 @@ def check_judge(recipe: Recipe, tasks: Sequence[Task]) -> None:
     if recipe.eval.judge is not None and not any(isinstance(entry, MTBenchEntry) for entry in asked):
         logger.warning("eval.judge: has nothing to grade, since no evaluation is MT-Bench")
     for judge in {task.judge for task in tasks if isinstance(task, MTBenchTask) and task.judge is not None}:
-        judge.reach()
+        judge.check_endpoint()
 
 
 def rehearse(
@@ -284,7 +296,7 @@ def rehearse(
     finally:
         set_seed(recipe.seed)
     if finding is not None:
-        tell(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
+        raise_or_warn(recipe.preflight, f"training: one step on a stand-in for the model fails: {finding}")
 
 
 @contextlib.contextmanager

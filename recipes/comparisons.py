@@ -11,20 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from lora_null.eval_harness import Evaluation
+from lora_null.eval_harness.probe import Point
 from lora_null.eval_harness.results import Role
 from lora_null.eval_harness.statistics import (
     DISCORDANT,
     Spread,
+    crossed_variance,
     holm,
     influence,
     is_mean_of_samples,
+    mean_and_error,
     stack,
     t_tests,
-    two_level,
     weighted_mean,
 )
 from lora_null.recipes.config.load import whole_of
-from lora_null.recipes.results import EVAL_FILE, Paired, Results, kind_of, variant_of
+from lora_null.recipes.results import EVAL_FILE, Estimate, Paired, Results, kind_of, variant_of
 
 Evaluations = Mapping[int, Mapping[int, Evaluation]]  # row → seed → what was measured
 MEANS: dict[Role, str] = {"retention": "mean retention", "task": "mean task"}
@@ -58,9 +60,9 @@ def with_samples_of_groups(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, samples=evaluation.samples | evaluation.group_samples)
 
 
-def noise_of(found: Evaluations) -> dict[str, float]:
+def noise_of(evaluations: Evaluations) -> dict[str, float]:
     """Return by how much each metric of the base changes when it is measured again in other batches."""
-    return next((evaluation.noise for evaluation in found.get(0, {}).values()), {})
+    return next((evaluation.noise for evaluation in evaluations.get(0, {}).values()), {})
 
 
 def compared_means(results: Results) -> dict[str, tuple[str, ...]]:
@@ -89,7 +91,7 @@ def averaged(results: Results, role: Role) -> list[str]:
     return list(of_task.values()) or [name for name in names if kinds[name] == kinds[names[0]]]
 
 
-def compare(results: Results, found: Evaluations) -> list[Paired]:
+def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
     """Compare every two rows of equal settings, and each with the base, on every metric.
 
     `p` belongs to one test alone, `p_adjusted` to it among all that are returned (Holm). A metric is compared only
@@ -99,8 +101,8 @@ def compare(results: Results, found: Evaluations) -> list[Paired]:
     for name, names in compared_means(results).items():
         for i, j in itertools.combinations(range(len(results.rows)), 2):
             alike = i == 0 or results.rows[i].variant == results.rows[j].variant
-            seeds = [seed for seed in found.get(j, {}) if seed in found.get(i, {})]
-            if alike and seeds and (pair := _pair(results, found, name, names, i, j, seeds)):
+            seeds = [seed for seed in evaluations.get(j, {}) if seed in evaluations.get(i, {})]
+            if alike and seeds and (pair := _pair(results, evaluations, name, names, i, j, seeds)):
                 groups.setdefault((name, results.rows[j].variant, frozenset(seeds)), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])
@@ -119,30 +121,52 @@ def _tested(group: Sequence[tuple[Paired, Spread]]) -> Iterator[Paired]:
         yield pair.model_copy(update={"stderr": float(stderr), "p": float(p)} if known else {})
 
 
-def set_errors(results: Results, found: Evaluations) -> None:
+def set_errors(results: Results, evaluations: Evaluations) -> None:
     """Set the errors of a grid's rows to those over questions and seeds together, where a row has several seeds."""
-    for i, by_seed in found.items():
+    for i, by_seed in evaluations.items():
         row = results.rows[i]
         for name, metric in row.metrics.items() if i and len(by_seed) > 1 else ():
             if all(is_mean_of_samples(evaluation, name) for evaluation in by_seed.values()):
                 values = np.array([evaluation.samples[name] for evaluation in by_seed.values()])
                 weights = next(iter(by_seed.values())).weights.get(name)
-                error = two_level(weighted_mean(values, weights), [influence(values, weights)]).stderr
+                error = crossed_variance(weighted_mean(values, weights), [influence(values, weights)]).stderr
                 row.metrics[name] = replace(metric, stderr=float(error) if np.isfinite(error) else 0.0)
 
 
+def paired_gain(
+    measure: str,
+    one: Evaluation,
+    other: Evaluation | Point,
+    leave_out: frozenset[int] = frozenset(),
+    discordant: float = DISCORDANT,
+) -> Estimate:
+    """Return by how much `one` is better than `other`, paired by question, as `mean_and_error` weighs these.
+
+    Rows in `leave_out` do not count. To the error of what is right or wrong `discordant` is added as in `crossed_variance`: equal
+    answers of a few rows are not proof.
+    """
+    sign = 1 if one.metrics[measure].higher_is_better else -1
+    change = sign * (np.array(one.samples[measure]) - np.array(other.samples[measure]))
+    keep = [i for i in range(len(change)) if i not in leave_out]
+    weights = np.array(one.weights.get(measure, np.ones(len(change))), dtype=float)
+    value, error = mean_and_error(change[keep], weights[keep])
+    if one.metrics[measure].unit == "fraction" and error is not None:
+        error = math.sqrt(error**2 + discordant / (len(keep) * (len(keep) - 1)))
+    return Estimate(value, error)
+
+
 def _pair(
-    results: Results, found: Evaluations, name: str, names: Sequence[str], i: int, j: int, seeds: Sequence[int]
+    results: Results, evaluations: Evaluations, name: str, names: Sequence[str], i: int, j: int, seeds: Sequence[int]
 ) -> tuple[Paired, Spread] | None:
     """Return row j minus row i over the seeds and its spread, None where they have not been asked the same questions."""
-    sets = list(_gaps([(found[j][seed], found[i][seed]) for seed in seeds], names, against_base=i == 0))
+    sets = list(_gaps([(evaluations[j][seed], evaluations[i][seed]) for seed in seeds], names, against_base=i == 0))
     if len(sets) < len(names):
         return None
     fractions = all(results.metric(n).unit == "fraction" for n in names)
     share = 1 / len(names)
     estimates = share * sum(weighted_mean(gaps, weights) for gaps, weights in sets)
     influences = [share * influence(gaps, weights) for gaps, weights in sets]
-    spread = two_level(estimates, influences, discordant=DISCORDANT * share**2 if fractions else 0.0)
+    spread = crossed_variance(estimates, influences, discordant=DISCORDANT * share**2 if fractions else 0.0)
     questions = sum(gaps.shape[-1] for gaps, _ in sets)
     paired = Paired(row=j, against=i, metric=name, mean=float(spread.mean), questions=questions, seeds=len(seeds))
     return paired, spread

@@ -29,13 +29,13 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     Raises:
         UserError: the mistake that the run would end with.
     """
-    rows, unreached = _count_rows(recipe), []
+    rows = _count_rows(recipe)
     seen = recipe.model_copy(deep=True)
     seen.data.limit = min(recipe.data.limit or FIRST_ROWS, FIRST_ROWS)
-    options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
+    options = {"allow_code_execution": allow_code_execution, "may_be_unreached": True}
     cells = grid_cells(seen) if recipe.grid else []
     check = functools.partial(check_grid, seen, cells) if cells else functools.partial(check_run, seen)
-    job = together(functools.partial(check, **options), what="checking the recipe")
+    job = together(functools.partial(check, **options))
     size = space_of_grid(recipe, cells, job) if cells else space_of_run(job)
     free = output.check_space(Path(recipe.output_dir), size)
     if is_first_process():
@@ -43,7 +43,7 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
         print_plan(recipe, job.config, job.plans, training, rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
-        _print_checks(job, rows, size, free, unreached)
+        _print_checks(job, rows, size, free)
     return job
 
 
@@ -67,7 +67,7 @@ def _values(sweep: dict[str, list[Any]]) -> str:
     return "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in sweep.items())
 
 
-def _print_checks(job: Job, rows: int | None, size: int, free: int, unreached: list[str]) -> None:
+def _print_checks(job: Job, rows: int | None, size: int, free: int) -> None:
     """Print what was looked at, and what could not be."""
     looked_at = []
     if job.data is not None:
@@ -81,8 +81,8 @@ def _print_checks(job: Job, rows: int | None, size: int, free: int, unreached: l
     looked_at += [f"{len(job.tasks)} evaluation tasks", f"{size / 1e9:.1f} GB of {free / 1e9:.1f} free on the disk"]
     if job.tokenizer is None:
         looked_at = ["the counts, and the names of the evaluation tasks", looked_at[-1]]
-    elif not unreached:
+    elif not job.unreached:
         looked_at.append("one training step of a stand-in")
     print(f"checked: {', '.join(looked_at)}")
-    for line in unreached:
+    for line in job.unreached:
         print(f"not checked, the hub does not answer: {line}")

@@ -1,4 +1,4 @@
-"""What a result depends on besides its recipe: versions, source, device, memory."""
+"""The machine: what a result depends on besides its recipe, and how the process is set up for it."""
 
 from __future__ import annotations
 
@@ -143,6 +143,12 @@ def precision_line(native: bool, keys: Sequence[str]) -> str:
     return f"precision   {chosen}: {name} has {'' if native else 'no '}bf16 instructions ({', '.join(keys)} auto)"
 
 
+def prepare_cpu() -> None:
+    """Set up a process that may compute on the CPU; call it before processes join."""
+    use_all_cores()
+    keep_freed_memory()
+
+
 def use_all_cores() -> None:
     """Share this machine's cores among its processes where there is no accelerator.
 
@@ -197,4 +203,5 @@ def peak_memory_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

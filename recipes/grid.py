@@ -25,8 +25,8 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import CELLS_FOLDER, lay, put
-from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.recipes.config.load import CELLS_FOLDER, apply_overrides, set_key
+from lora_null.recipes.config.schema import GridSection, Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import (
     Job,
@@ -36,7 +36,7 @@ from lora_null.recipes.job import (
     inputs_of,
     inspect_recipe,
 )
-from lora_null.recipes.measure import base_row
+from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
@@ -71,7 +71,7 @@ STEPS_ONLY = {
         "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "total_batch_size", "gradient_accumulation_steps",
     )
 }  # fmt: skip
-# Those whose every valid value trains, so that no rehearsal is needed.
+# Keys of which any valid value trains: no rehearsal for them.
 NUMBERS = STEPS_ONLY - {"training.lr_scheduler_type"}
 
 
@@ -99,8 +99,8 @@ class Cell:
     def recipe(self, grid: Recipe, root: Path) -> Recipe:
         """Return the ordinary recipe of this run."""
         raw = grid.model_dump(mode="json") | {"seed": self.seed, "grid": {}, "output_dir": str(root / self.folder)}
-        put(raw, "method.name", list(self.methods), "grid")
-        return parse_recipe(lay(raw, dict(self.point), "grid: "), self.title)
+        set_key(raw, "method.name", list(self.methods), "grid")
+        return parse_recipe(apply_overrides(raw, dict(self.point), "grid: "), self.title)
 
 
 def grid_cells(recipe: Recipe) -> list[Cell]:
@@ -124,21 +124,23 @@ def run_grid(
     Raises:
         UserError: a mistake in the recipe, its data or its output folder, found before a model loads.
     """
-    root, cells = Path(recipe.output_dir), grid_cells(recipe)
+    root = Path(recipe.output_dir)
+    cells = grid_cells(recipe)
     first = is_first_process() and processes.is_first_worker()
     if first:
-        output.check(recipe, resume=resume, overwrite=overwrite)
+        output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
-    job = together(check, what="checking the recipe")
-    size, inputs = space_of_grid(recipe, cells, job), functools.partial(inputs_of, job)
-    lock = output.claimed(recipe, size, inputs, resume=resume, overwrite=overwrite)
-    with processes.grid_folder(root, lock):
+    job = together(check)
+    size = space_of_grid(recipe, cells, job)
+    inputs = functools.partial(inputs_of, job)
+    lock = output.hold_output_folder(recipe, size, inputs, resume=resume, overwrite=overwrite)
+    with processes.hold_grid_folder(root, lock):
         results = _run_cells(recipe, cells, job, allow_code_execution=allow_code_execution)
         if first:
             write_results(root, results)
             write_report(root)
     if first:
-        print_table(results, found=read_evaluations(root, results))
+        print_table(results, evaluations=read_evaluations(root, results))
         ended = [run for run in results.grid.cells if run.metrics and not run.diverged]
         if lacking := sorted({name for run in ended for name in results.base.metrics.keys() - run.metrics.keys()}):
             print(f"missing in some of the runs, and left out of their means: {', '.join(lacking)}")
@@ -153,17 +155,26 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     Of several workers, the first comes back for what the others hold until all is finished.
     """
     root = Path(recipe.output_dir)
-    with processes.run_folder(root / "base", wait=True):
-        base = base_row(of_grid)
+    with processes.hold_run_folder(root / "base", wait=True):
+        base = evaluate_base(of_grid)
     progress = Progress(root, cells)
     job: Job | None = None
     passes = (False, True) if processes.workers() > 1 and processes.is_first_worker() else (False,)
     for wait, cell in itertools.product(passes, cells):
-        with processes.run_folder(root / cell.folder, wait=wait) as held:
+        with processes.hold_run_folder(root / cell.folder, wait=wait) as held:
             if not held or output.is_finished(root / cell.folder):
                 continue
-            before = job if job is not None and job.recipe.seed == cell.seed else None
-            job = cell_job(recipe, root, cell, before, allow_code_execution=allow_code_execution)
+            own = cell.recipe(recipe, root)
+            on_first_rank(lambda own=own: output.claim(own, resume=True, overwrite=False))
+            if job is None or job.recipe.seed != cell.seed or not starts_alike(recipe.grid):
+                job = _checked_job(recipe, own, root / "base", allow_code_execution)
+            job = dataclasses.replace(
+                job,  # with the windows that a run of the seed has had the model write
+                recipe=own,
+                folder=Path(own.output_dir),
+                shared_init=_started_alike(recipe, root, cell) if starts_alike(recipe.grid) else {},
+                keep_weights=recipe.grid.keep_weights,
+            )
 
             def row_done(row: Row, cell: Cell = cell) -> None:
                 progress.row_done(cell, row)
@@ -186,7 +197,7 @@ def check_grid(
     cells: Sequence[Cell],
     *,
     allow_code_execution: bool | str = False,
-    unreached: list[str] | None = None,
+    may_be_unreached: bool = False,
 ) -> Job:
     """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
 
@@ -196,21 +207,23 @@ def check_grid(
         raise UserError("eval.backend: vllm runs what is saved, and grid.keep_weights is false; use hf")
     root = Path(recipe.output_dir)
     first = cells[0].seed
-    options = {"allow_code_execution": allow_code_execution, "unreached": unreached}
-    job, planned = check_run(recipe, **options), set()
+    options = {"allow_code_execution": allow_code_execution, "may_be_unreached": may_be_unreached}
+    job = check_run(recipe, **options)
+    planned = set()
     for cell in cells:
         own = cell.recipe(recipe, root)
         training_arguments(own, root)
-        if cell.seed == first and not starts_alike(cell):
+        if cell.seed == first and not starts_alike(recipe.grid):
             checked = inspect_recipe(own, **options)
             check_asked_alike(checked, job, f"grid.sweep, {cell.title}")
-            if unreached is None:
+            job.unreached += [line for line in checked.unreached if line not in job.unreached]
+            if not may_be_unreached:
                 job.swept_inputs |= _inputs_of_cell(cell, checked)
         decays = cell.methods, dict(cell.point).get("training.weight_decay")
-        if starts_alike(cell) and decays[1] is not None and decays not in planned:
+        if starts_alike(recipe.grid) and decays[1] is not None and decays not in planned:
             plan_methods(own, job.config)  # which ask where decay pulls to
             planned.add(decays)
-        if cell.seed == first and not unreached and any(key not in NUMBERS for key, _ in cell.point):
+        if cell.seed == first and not job.unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data)
     return job
 
@@ -222,25 +235,16 @@ def _inputs_of_cell(cell: Cell, checked: Job) -> dict[str, str]:
     return {f"{name} ({settings})": value for name, value in found if name.partition(".")[0] in swept}
 
 
-def starts_alike(cell: Cell) -> bool:
-    """Return whether the swept keys leave data, windows and the start of every method as they are."""
-    return all(key in STEPS_ONLY for key, _ in cell.point)
+def starts_alike(grid: GridSection) -> bool:
+    """Whether the swept keys leave data, windows and every method's start as they are, so that a seed's runs share them."""
+    return all(key in STEPS_ONLY for key in grid.sweep)
 
 
-def cell_job(
-    recipe: Recipe, root: Path, cell: Cell, before: Job | None, *, allow_code_execution: bool | str = False
-) -> Job:
-    """Take the cell's folder and return its job; what does not differ from the seed's job before is not done again."""
-    own = cell.recipe(recipe, root)
-    on_first_rank(lambda: output.claim(own, resume=True, overwrite=False))
-    if before is None or not starts_alike(cell):
-        checked = {"method": recipe.method, "training": recipe.training}  # as it was: one job for a seed's alike runs
-        every = own.model_copy(update=checked if starts_alike(cell) else {})
-        options = {"base": root / "base", "allow_code_execution": allow_code_execution}
-        before = together(lambda: inspect_recipe(every, **options), what="checking the recipe")
-    started = _started_alike(recipe, root, cell) if starts_alike(cell) else {}
-    keep = recipe.grid.keep_weights
-    return dataclasses.replace(before, recipe=own, folder=Path(own.output_dir), initialized=started, keep_weights=keep)
+def _checked_job(recipe: Recipe, own: Recipe, base: Path, allow_code_execution: bool | str) -> Job:
+    """Return the job of a run's `own` recipe, which a seed's runs share where they start alike."""
+    unswept = {"method": recipe.method, "training": recipe.training}  # as the grid's recipe has them
+    every = own.model_copy(update=unswept if starts_alike(recipe.grid) else {})
+    return together(lambda: inspect_recipe(every, base=base, allow_code_execution=allow_code_execution))
 
 
 def _started_alike(recipe: Recipe, root: Path, cell: Cell) -> dict[str, Path]:

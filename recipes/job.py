@@ -19,7 +19,7 @@ from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import PreferenceTask, Task, validate_tasks
 from lora_null.recipes import base_cache
-from lora_null.recipes.budget import Bound, plan_budget, require_strength
+from lora_null.recipes.budget import BudgetPlan, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
     check_batches,
@@ -37,15 +37,14 @@ from lora_null.recipes.config.load import CONFIGURATION_KEYS
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
-from lora_null.recipes.evaluations import eval_tasks, probe_tasks
+from lora_null.recipes.eval_tasks import eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import known_shape, load_config, load_tokenizer, resolve_name
-from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
-from lora_null.trainer.methods import make_method
-from lora_null.trainer.preflight import check_predicts_next_token, tell
+from lora_null.trainer.preflight import check_predicts_next_token, raise_or_warn
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
@@ -56,34 +55,67 @@ logger = get_logger(__name__)
 
 @dataclass
 class Job:
-    """All that a run needs, checked, before any weight is loaded."""
+    """All that a run needs, checked, before any weight is loaded.
+
+    Attributes:
+        recipe: of the run.
+        folder: of the run.
+        model_name: folder or hub id of the base.
+        plans: of the methods.
+        base: folder of the base's evaluation.
+        config: the model's.
+        tokenizer: the model's; it and all inputs that follow may be missing in a dry run without a hub.
+        data: the training rows.
+        sources: of the texts to calibrate on.
+        calibration_args: how windows are cut from these texts.
+        windows: None until the model has written its own texts, and where none are read.
+        tasks: of `eval.retention` and `eval.task`.
+        max_length: tokens of a training sequence; None where rows are not cut.
+        allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
+        base_key: of the base's kept evaluation; None where none is to be kept.
+        reference_bytes: what the base's predictions will take on the disk.
+        probe: what is measured while it trains.
+        probe_key: of the base's kept evaluation on the probed rows.
+        budget: how much may be forgotten.
+        shared_init: method → folder of a run that started the same way.
+        keep_weights: whether what is trained is saved.
+        swept_inputs: of a grid: `inputs_of` its runs, in swept sections.
+        previous: of a task after others: method → METHOD of the task before.
+        earlier: method → Grams of the tasks before.
+        knowledge: weight of the knowledge's Grams beside them.
+        earlier_rows: token ids of the tasks before, for methods that read texts again.
+        unreached: of a dry run: what lies on a hub that did not answer; with any of it the job is incomplete.
+    """
 
     recipe: Recipe
     folder: Path
     model_name: str
     plans: list[MethodPlan]
     base: Path
-    config: Any  # the model's
-    tokenizer: Any = None  # this and what follows may be missing in a dry run without a hub
+    config: Any
+    tokenizer: Any = None
     data: TrainingData | None = None
-    sources: list[Source] = field(default_factory=list)  # of the texts to calibrate on
-    cut: CalibrationArgs = field(default_factory=CalibrationArgs)
-    windows: Windows | None = None  # None until the model has written its own texts, and where none are read
+    sources: list[Source] = field(default_factory=list)
+    calibration_args: CalibrationArgs = field(default_factory=CalibrationArgs)
+    windows: Windows | None = None
     tasks: list[Task] = field(default_factory=list)
-    base_key: str | None = None  # of its kept evaluation; None where none is to be kept
-    reference_bytes: int = 0  # what the base's predictions will take on the disk
+    max_length: int | None = None
+    allow_code_execution: bool | str = False
+    base_key: str | None = None
+    reference_bytes: int = 0
     probe: ProbePlan | None = None
-    probe_key: str | None = None  # of the base's kept evaluation on the probed rows
-    bound: Bound | None = None
-    initialized: dict[str, Path] = field(default_factory=dict)  # method → folder of a run that started the same way
+    probe_key: str | None = None
+    budget: BudgetPlan | None = None
+    shared_init: dict[str, Path] = field(default_factory=dict)
     keep_weights: bool = True
-    swept_inputs: dict[str, str] = field(default_factory=dict)  # of a grid: `inputs_of` its runs, in swept sections
-    starts: dict[str, Path] = field(default_factory=dict)  # of a task after others: method → METHOD of the task before
-    earlier: dict[str, list[Earlier]] = field(default_factory=dict)  # method → Grams of the tasks before
-    knowledge: float = 1.0  # weight of the knowledge's Grams beside them
-    earlier_rows: list[list[int]] = field(default_factory=list)  # token ids, for methods that read texts again
+    swept_inputs: dict[str, str] = field(default_factory=dict)
+    previous: dict[str, Path] = field(default_factory=dict)
+    earlier: dict[str, list[Earlier]] = field(default_factory=dict)
+    knowledge: float = 1.0
+    earlier_rows: list[list[int]] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
 
-    def take(self, windows: Windows) -> None:
+    def use_windows(self, windows: Windows) -> None:
         """Calibrate on these windows; raise a UserError for fewer tokens than a method's start can be computed from."""
         if any(plan.gram_bytes for plan in self.plans):
             windows.check_tokens()
@@ -92,12 +124,11 @@ class Job:
     @property
     def reads_texts(self) -> bool:
         """Whether texts are calibrated on, or read while it trains; start and drift of `method.init` are those of its folder."""
-        section = self.recipe.method
-        methods = (make_method(plan.name, section.options.get(plan.name)) for plan in self.plans)
-        return section.init is None or any(method.needs_texts for method in methods)
+        methods = (recipe_method(self.recipe, plan.name) for plan in self.plans)
+        return self.recipe.method.init is None or any(method.needs_texts for method in methods)
 
     @property
-    def computing(self) -> dict[str, Any]:
+    def eval_options(self) -> dict[str, Any]:
         """How every evaluation of the job computes, as `evaluate` takes it."""
         section = self.recipe.eval
         return {"batch_size": section.batch_size, "autocast_dtype": torch.bfloat16 if section.bf16 else None}
@@ -110,7 +141,7 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
     check_judge(recipe, job.tasks)
     if not recipe.eval.before and any(task.reference_file for task in job.tasks):
         logger.warning("eval.before=false: no KL and no forgetting, which are counted from the base")
-    if not options.get("unreached"):
+    if not job.unreached:
         rehearse(recipe, job.tokenizer, job.data)
     return job
 
@@ -137,7 +168,7 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
     found["calibration"] = hash_of([[source.texts, source.prompts] for source in job.sources])
     probed = [("eval.probe", task, None) for task in job.probe.tasks] if job.probe else []
     for where, task, most in [*((f"eval.{task.role}", task, limit) for task in job.tasks), *probed]:
-        asked = task.describe(task.within(most)).items()
+        asked = task.describe(task.effective_limit(most)).items()
         found[f"{where} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
     judge = job.recipe.eval.judge
     read = {"method.files": job.recipe.method.files, "eval.judge.prompts": [judge and judge.prompts]}
@@ -156,7 +187,7 @@ def inspect_recipe(
     *,
     base: Path | None = None,
     allow_code_execution: bool | str = False,
-    unreached: list[str] | None = None,
+    may_be_unreached: bool = False,
 ) -> Job:
     """Check everything that can be known before a model loads; nothing is written.
 
@@ -164,40 +195,37 @@ def inspect_recipe(
         recipe: what to run.
         base: the folder of the base's evaluation, where runs share one; the run's own when not given.
         allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
-        unreached: of a dry run: where to say what lies on the hub while nobody answers there, instead of refusing it. The
-            job is then incomplete.
+        may_be_unreached: of a dry run: what lies on a hub that does not answer is noted in `unreached`, not refused.
     """
     set_seed(recipe.seed)
     training = training_arguments(recipe, Path(recipe.output_dir))
     check_packages(recipe, training)
     check_engines(recipe, training)
-    name, reach = resolve_name(recipe.model), functools.partial(_reach, unreached)
+    name = resolve_name(recipe.model)
+    unreached: list[str] = []
+    reach = functools.partial(_reach, unreached if may_be_unreached else None)
     config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
     if config is None:
-        raise UserError(unreached[-1])  # pyright: ignore[reportOptionalSubscript]  # where it may not be noted, it was raised
+        raise UserError(unreached[-1])
     check_predicts_next_token(config, recipe.preflight, "model.name_or_path")
     check_weights(recipe.model, name)
     plans = plan_methods(recipe, config)
     check_start(recipe, config, plans)
     folder = Path(recipe.output_dir)
-    job = Job(recipe, folder, name, plans, base or folder / "base", config)
+    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
+    job = Job(recipe, folder, name, plans, base or folder / "base", config, unreached=unreached, **options)
     if not unreached:
         job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
     if job.tokenizer is None:  # without which no row, window or answer is read
         check_task_names(recipe)
         return job
-    _read_inputs(job, training, reach, allow_code_execution)
+    _read_inputs(job, training, reach)
     if not unreached:
-        _plan_measures(job, training.max_length, allow_code_execution)
+        _plan_measures(job)
     return job
 
 
-def _read_inputs(
-    job: Job,
-    training: SFTConfig | DPOConfig,
-    reach: Callable[[Callable[[], Any]], Any],
-    allow_code_execution: bool | str,
-) -> None:
+def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Callable[[], Any]], Any]) -> None:
     """Read training rows, evaluation tasks and calibration windows, and check them against the model.
 
     `reach` computes what may lie on a hub, and returns None where that does not answer.
@@ -206,7 +234,7 @@ def _read_inputs(
     job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
-    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
+    options = {"max_length": job.max_length, "allow_code_execution": job.allow_code_execution}
     tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
     job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
     validate_tasks(job.tasks)  # against each other
@@ -218,15 +246,16 @@ def _read_inputs(
         if limit is not None and limit.hard:
             _check_rows(recipe, tokenizer, training, job.data, limit)
     for task in job.tasks if limit is not None else ():
-        if limit.hard or (task.bounded and recipe.eval.backend == "hf"):
+        if limit.hard or (task.hard_position_limit and recipe.eval.backend == "hf"):
             task.check_positions(tokenizer, limit)
     section = recipe.calibration
     seed = recipe.seed if section.seed is None else section.seed
     asked = CalibrationArgs(section.samples, section.max_length, section.mode, seed)
-    job.cut, job.sources = asked.fitting(limit, "calibration.max_length"), sources or []
-    windows = cut_windows(job.sources, tokenizer, job.cut)
+    job.calibration_args = asked.fitting(limit, "calibration.max_length")
+    job.sources = sources or []
+    windows = cut_windows(job.sources, tokenizer, job.calibration_args)
     if job.reads_texts and sources and all(source.texts is not None for source in sources):
-        job.take(windows)
+        job.use_windows(windows)
 
 
 def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | str = False) -> Job:
@@ -238,12 +267,14 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
         allow_code_execution: whether tasks may run what the model writes.
     """
     name = resolve_name(recipe.model)
-    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
+    options = {
+        "max_length": training_arguments(recipe, base).max_length,
+        "allow_code_execution": allow_code_execution,
+    }
+    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name), **options)
     job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
-    length = training_arguments(recipe, base).max_length
-    options = {"max_length": length, "allow_code_execution": allow_code_execution}
     job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
-    _plan_measures(job, length, allow_code_execution)
+    _plan_measures(job)
     return job
 
 
@@ -255,7 +286,7 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
     """
 
     def asked(task: Task) -> dict[str, Any]:
-        described = task.describe(task.within(base.recipe.eval.limit))
+        described = task.describe(task.effective_limit(base.recipe.eval.limit))
         return {key: value for key, value in described.items() if key != "beta"}  # by which rewards are multiplied
 
     for task, other in zip(own.tasks, base.tasks):
@@ -266,10 +297,10 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
             )
 
 
-def _plan_measures(job: Job, max_length: int | None, allow_code_execution: bool | str) -> None:
+def _plan_measures(job: Job) -> None:
     """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
     recipe, name, tasks = job.recipe, job.model_name, job.tasks
-    options = {"max_length": max_length, "allow_code_execution": allow_code_execution}
+    options = {"max_length": job.max_length, "allow_code_execution": job.allow_code_execution}
     own = probe_tasks(recipe, job.tokenizer, **options)
     job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
     counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
@@ -280,11 +311,11 @@ def _plan_measures(job: Job, max_length: int | None, allow_code_execution: bool 
         raise UserError(f"eval.before: {against.label} is measured against the base; leave it at true")
     if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
         raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
-    job.bound = plan_budget(recipe, tasks, job.probe)
-    for plan in job.plans if job.bound or recipe.eval.strengths else ():
-        method = make_method(plan.name, recipe.method.options.get(plan.name))
+    job.budget = plan_budget(recipe, tasks, job.probe)
+    for plan in job.plans if job.budget or recipe.eval.strengths else ():
+        method = recipe_method(recipe, plan.name)
         require_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
-        if job.bound and job.bound.section.then != "scale" and not method.ends_anywhere:
+        if job.budget and job.budget.section.then != "scale" and not method.can_stop_early:
             raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
     if recipe.eval.cache:
         job.base_key = base_cache.key_of(recipe, name, tasks, recipe.eval.limit)
@@ -316,4 +347,4 @@ def _check_rows(
     longest = min(max(map(len, rows), default=0), training.max_length or math.inf)
     if longest > limit.tokens:
         line = f"training.max_length: a row of {longest} tokens is too long, {limit}"
-        tell(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")
+        raise_or_warn(recipe.preflight, f"{line}; training.max_length={limit.tokens} cuts it")

@@ -19,13 +19,13 @@ from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
 from lora_null.eval_harness import Evaluation, Task, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
 from lora_null.recipes import base_cache
-from lora_null.recipes.budget import Measurement, check_bound
+from lora_null.recipes.budget import Measurement, check_budget
 from lora_null.recipes.comparisons import compare, with_samples_of_groups
 from lora_null.recipes.environment import free_memory
 from lora_null.recipes.job import Job
 from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.probes import probe_folder
-from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, DialPoint, write_dial
+from lora_null.recipes.report.dial import Dial, DialPoint, write_dial
 from lora_null.recipes.results import EVAL_FILE, Row, Seconds
 from lora_null.recipes.strengths import sweep
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank
@@ -35,20 +35,20 @@ from lora_null.utils.files import read_json, write_safetensors, write_text
 logger = get_logger(__name__)
 
 # Settings of an evaluation that change its numbers slightly. Not the dtype, which full fine-tuning raises to float32.
-COMPUTING = ("device", "ranks", "batch_size")
+COMPARED_SETTINGS = ("device", "ranks", "batch_size")
 
 
-def base_row(job: Job) -> Row:
+def evaluate_base(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
     found = None
     if job.recipe.eval.before and job.tasks:
         load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
-        found = _of_base(job, job.base, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True))
+        found = _find_or_measure(job, job.base, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True))
         if job.probe is not None:
             folder = probe_folder(job.base)
-            probed = _of_base(job, folder, job.probe_key, lambda: _record_probe(job, load()))
-            if job.bound is not None:
-                check_bound(job.bound, probed, found)
+            probed = _find_or_measure(job, folder, job.probe_key, lambda: _record_probe(job, load()))
+            if job.budget is not None:
+                check_budget(job.budget, probed, found)
         del load
         free_memory()
     unknown = ("rank", "trainable_params", "adapter_params", "drift", "tokens_per_second", "peak_memory_bytes")
@@ -57,18 +57,18 @@ def base_row(job: Job) -> Row:
     return Row(method="base", metrics=metrics, seconds=seconds, **dict.fromkeys(unknown))
 
 
-def _of_base(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
+def _find_or_measure(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
     """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
     saved = folder / EVAL_FILE
 
-    def is_known() -> bool:
+    def restore() -> bool:
         if saved.is_file():
             return True
         if fetched := key is not None and base_cache.fetch(key, folder):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         return fetched
 
-    if on_first_rank(is_known):  # which writes the file that the others would look for
+    if on_first_rank(restore):  # which writes the file that the others would look for
         return Evaluation.read(saved)
     found = measure()
     if is_first_process() and key:
@@ -80,7 +80,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
     """Measure the base on the probed rows, with its noise, and write it down."""
     folder = probe_folder(job.base)
     options = {"reference_dir": folder, "record_reference": True, "progress": False}
-    found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.computing)
+    found = evaluate(model, job.tokenizer, job.probe.tasks, **options, **job.eval_options)
     if is_first_process():
         write_text(folder / EVAL_FILE, found.to_json())
     PartialState().wait_for_everyone()
@@ -90,7 +90,7 @@ def _record_probe(job: Job, model: Any) -> Evaluation:
 def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluation:
     """Evaluate the live model in all processes and write `eval.json`, with the same settings before and after."""
     section = job.recipe.eval
-    options = job.computing | {"limit": section.limit, "output_dir": folder}
+    options = job.eval_options | {"limit": section.limit, "output_dir": folder}
     options |= {"reference_dir": job.base, "record_reference": base}
     outside = [task for task in job.tasks if section.backend == "vllm" and task.runs_on_engine]
     inside = [task for task in job.tasks if task not in outside]
@@ -99,7 +99,7 @@ def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluati
         found |= _evaluate_by_vllm(job, model, None if base else folder, outside, options)
     if not base and is_first_process() and (job.base / EVAL_FILE).is_file():
         before = Evaluation.read(job.base / EVAL_FILE).settings
-        if other := differing_settings(before, found.settings, COMPUTING):
+        if other := differing_settings(before, found.settings, COMPARED_SETTINGS):
             logger.warning(
                 f"{folder.name}: the base was measured under other settings ({other}); --overwrite measures both alike"
             )
@@ -117,11 +117,11 @@ def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluati
 def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
 
-    def computing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
         packages = {name: settings["versions"].get(name) for name in base_cache.PACKAGES}
         return packages | {key: settings.get(key) for key in keys}
 
-    old, new = computing(before), computing(now)
+    old, new = compared(before), compared(now)
     return "; ".join(f"{key} {old[key]}, now {value}" for key, value in new.items() if value != old[key])
 
 
@@ -162,33 +162,32 @@ def _as_it_is_served(adapter: Path, scratch: Path) -> Path:
     return copied
 
 
-def dial(
+def measure_strengths(
     job: Job,
     method: str,
     model: Any,
-    folder: Path,
-    known: dict[float, Evaluation],
-    strengths: Sequence[float] | None = None,
+    out: Path,
+    strengths: Sequence[float],
+    known: Mapping[float, Evaluation] = {},
 ) -> Dial:
-    """Evaluate a live adapter at the strengths of the recipe, or others, and write FOLDER/dial.
+    """Evaluate a live adapter at the strengths and write the folder `out`.
 
     Args:
         job: with the base evaluated.
         method: for the title.
         model: a PEFT model.
-        folder: of the method, or of the adapter.
+        out: the folder.
+        strengths: to measure; at 0 it is the base.
         known: strength → what was measured already.
-        strengths: instead of the recipe's.
     """
-    section, options = job.recipe.eval, job.computing | {"limit": job.recipe.eval.limit}
-    options["reference_dir"], own = job.base, folder / DIAL_FOLDER
+    options = job.eval_options | {"limit": job.recipe.eval.limit, "reference_dir": job.base}
 
     def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
-        folder_of_answers = own / f"strength={strength:g}"
+        folder_of_answers = out / f"strength={strength:g}"
         return evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
 
     base = Evaluation.read(job.base / EVAL_FILE)
-    measured = sweep(Strength(model), strengths or section.strengths, base, measure, known)
+    measured = sweep(Strength(model), strengths, base, measure, known)
     points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
     seconds = sum(found.seconds for strength, found in measured.items() if strength and strength not in known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
@@ -196,20 +195,20 @@ def dial(
         found.results(), {i: {0: with_samples_of_groups(e)} for i, e in enumerate(measured.values())}
     )
     if is_first_process():
-        write_dial(own, found)
+        write_dial(out, found)
     PartialState().wait_for_everyone()
     return found
 
 
 def budget_measurement(job: Job, model: Any) -> Measurement:
     """Return what measures how a live model keeps the budget."""
-    whole, few = job.base, probe_folder(job.base)
+    whole, probed = job.base, probe_folder(job.base)
 
     def measure(tasks: Sequence[Task]) -> Evaluation:
-        complete = tasks == [job.bound.task]
-        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": few}
-        return evaluate(model, job.tokenizer, tasks, **limits, **job.computing, progress=False)
+        complete = tasks == [job.budget.task]
+        limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": probed}
+        return evaluate(model, job.tokenizer, tasks, **limits, **job.eval_options, progress=False)
 
     learning = [task for task in job.probe.tasks if task.role == "task"]
-    bases = [Evaluation.read(folder / EVAL_FILE) for folder in (few, whole)]
-    return Measurement(measure, job.bound, *bases, learning)
+    bases = [Evaluation.read(folder / EVAL_FILE) for folder in (probed, whole)]
+    return Measurement(measure, job.budget, *bases, learning)

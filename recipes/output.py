@@ -38,7 +38,7 @@ PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
-MOST_TOLD = 3
+MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
 OWN_FILES += ("unfinished.md", "unfinished.html", "unfinished.png")
 OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the recipe last: it marks the folder as a run's
@@ -53,7 +53,7 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(
+def hold_output_folder(
     recipe: Recipe, size: int, inputs: Callable[[], Mapping[str, str]], *, resume: bool, overwrite: bool
 ) -> Iterator[None]:
     """Hold the output folder for as long as a run of all processes lasts: claimed by the first, locked against others.
@@ -72,7 +72,6 @@ def claimed(
     with contextlib.ExitStack() as stack:
 
         def claim_and_lock() -> None:
-            check(recipe, resume=resume, overwrite=overwrite)  # before anything of ours is in the folder
             _check_writable(folder)
             _check_writable(cache_root(), "LORA_NULL_CACHE")
             if not stack.enter_context(locked(folder)):
@@ -117,9 +116,9 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     before = validated(RootModel[dict[str, str]], read_json(path), str(path)).root if path.is_file() else {}
     changed = [name for name, found in inputs.items() if before.get(name, found) != found]
     if changed:
-        more = f" and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
+        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
         raise UserError(
-            f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MOST_TOLD])}{more}; "
+            f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MAX_LISTED])}{more}; "
             "put it back, or begin anew with --overwrite"
         )
     write_json(path, {**inputs, **before})  # a model of the hub has files only once it was downloaded
@@ -172,7 +171,7 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         write_text(folder / RECIPE_FILE, MARK + dump(whole_paths(recipe)))
 
 
-def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def check_output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Raise a UserError unless the folder is free, or what it holds may be continued or replaced, as a whole."""
     folder = Path(recipe.output_dir)
     if resume and overwrite:
@@ -214,9 +213,9 @@ def _check_held(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         )
     differing = _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe))))
     if differing:
-        more = f" and {len(differing) - MOST_TOLD} more" if len(differing) > MOST_TOLD else ""
+        more = f" and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         raise UserError(
-            f"--resume: the run in {folder} has another recipe: {'; '.join(differing[:MOST_TOLD])}{more}; "
+            f"--resume: the run in {folder} has another recipe: {'; '.join(differing[:MAX_LISTED])}{more}; "
             f"`{resume_command(folder)}` goes on with its own"
         )
 
@@ -243,7 +242,7 @@ def what_is_kept(folder: Path) -> str:
     """Say what of a run that was stopped goes on where it was: methods that are finished, and the last checkpoint."""
     finished = sorted(path.parent for path in folder.rglob(ROW_FILE))
     names = [str(path.relative_to(folder)) for path in finished]
-    named = f"{', '.join(names[:MOST_TOLD])}{', …' if len(names) > MOST_TOLD else ''}"
+    named = f"{', '.join(names[:MAX_LISTED])}{', …' if len(names) > MAX_LISTED else ''}"
     kept = [f"{len(names)} finished ({named})"] if names else []
     for method in sorted({path.parent for path in folder.rglob("checkpoint-*")} - set(finished)):
         checkpoint = last_checkpoint(method)

@@ -66,7 +66,7 @@ def plan_probes(recipe: Recipe, tasks: Sequence[Task], own: Mapping[str, Sequenc
 def _rows_unasked(task: Task, recipe: Recipe) -> int:
     """Return as many rows as are probed unasked: of what is to be kept at most half, the others are there to check a budget on."""
     rows = rows_of(task, recipe.eval.limit)
-    most = task.within(recipe.eval.limit) if rows is None else len(rows)
+    most = task.effective_limit(recipe.eval.limit) if rows is None else len(rows)
     if task.role == "task" or most is None:
         return ROWS[task.role]
     return max(1, min(ROWS["retention"], most // 2))
@@ -81,7 +81,7 @@ def _same_rows(task: Task, probed: Sequence[Task], limit: int | None) -> list[in
 def _asked(task: Task, limit: int | None) -> list[tuple[int, Hashable]]:
     """Return (number, row) of what a task asks: the rows that it holds, or the documents of lm-eval's tasks."""
     if isinstance(task, LmEvalTask):
-        members = (islice(member.eval_docs, task.within(limit)) for member in task.loaded["tasks"].values())
+        members = (islice(member.eval_docs, task.effective_limit(limit)) for member in task.loaded["tasks"].values())
         return [(i, repr(document)) for documents in members for i, document in enumerate(documents)]
     return list(enumerate(rows_of(task, limit) or ()))
 

@@ -108,10 +108,10 @@ def print_line(line: str) -> None:
 
 
 @contextlib.contextmanager
-def grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
-    """Enter `lock`, which claims a grid's folder, in the first worker; the others wait until it has, or had.
+def hold_grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter `lock`, which claims a grid's folder, in the first worker.
 
-    A UserError of another worker than the first is printed here; `exit_status` prints the first one's.
+    The others wait until the first has claimed it, in this launch. A UserError of another worker than the first is printed here; `exit_status` prints the first one's.
     """
     launcher = psutil.Process(os.getppid())  # the parent of all; its number may have been another's before
     launch, ready = f"{platform.node()} {launcher.pid} {launcher.create_time():.2f}", folder / f".launch{PART}"
@@ -131,7 +131,7 @@ def grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+def hold_run_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Yield whether this worker holds the lock on a run's folder: False while another does, unless told to wait."""
     if workers() == 1:
         yield True

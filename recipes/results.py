@@ -19,7 +19,7 @@ from lora_null.utils.files import read_json, write_json
 
 SCHEMA = 1
 FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
-LARGEST = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
+MAX_METRIC = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
 EVAL_FILE = "eval.json"  # an `Evaluation`, of the base or of a method
 
@@ -176,11 +176,11 @@ class Row(BaseModel):
         error is that of one right and one wrong answer more.
         """
         metric = self.metrics.get(name)
-        if metric is None or not abs(metric.value) < LARGEST:
+        if metric is None or not abs(metric.value) < MAX_METRIC:
             return None
         if metric.unit == "fraction" and metric.value in (0, 1) and metric.stderr == 0 and metric.n:
             return Estimate(metric.value, math.sqrt((metric.n + 1) / metric.n) / (metric.n + 2))
-        known = metric.stderr is not None and metric.stderr < LARGEST
+        known = metric.stderr is not None and metric.stderr < MAX_METRIC
         return Estimate(metric.value, metric.stderr if known else None)
 
 

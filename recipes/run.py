@@ -45,18 +45,19 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, free_memory, peak_memory_bytes, reset_peak_memory
-from lora_null.recipes.evaluations import templates_of
+from lora_null.recipes.eval_tasks import templates_of
 from lora_null.recipes.job import (
     Job,
     check_run,
     inputs_of,
     space_of_run,
 )
-from lora_null.recipes.measure import base_row, budget_measurement, dial, evaluate_live
+from lora_null.recipes.measure import budget_measurement, evaluate_base, evaluate_live, measure_strengths
 from lora_null.recipes.models.bases import attention, base_to_shard, load_base_after, weight_reader
-from lora_null.recipes.models.plan import MethodPlan, adapter_config
+from lora_null.recipes.models.plan import MethodPlan, adapter_config, recipe_method
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.report.dial import DIAL_FOLDER
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
@@ -76,7 +77,6 @@ from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
-from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import (
     count,
@@ -102,11 +102,11 @@ def run(
         UserError: a mistake in the recipe, its data or its output folder; all that can be known before a model loads
             is reported before.
     """
-    output.check(recipe, resume=resume, overwrite=overwrite)
+    output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
     check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
-    job = together(check, what="checking the recipe")
+    job = together(check)
     inputs = functools.partial(inputs_of, job)
-    with output.claimed(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
+    with output.hold_output_folder(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
         if not job.tasks and is_first_process():
             print("nothing to evaluate: eval.retention and eval.task are empty")
         results = run_job(job)
@@ -120,15 +120,15 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     """Evaluate the base, train and evaluate each method, write results and report; return the results."""
     if job.data.bad and is_first_process():
         write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
-    rows = [base_row(job)]
+    rows = [evaluate_base(job)]
     if job.windows is None and job.reads_texts:
-        job.take(_own_windows(job))
+        job.use_windows(_write_windows(job))
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
-            continue  # of another run that shares this job
+            continue  # the job is shared by the runs of a grid, and this run trains other methods
         if is_first_process() and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
-        rows.append(_method_row(job, plan, rows[0]))
+        rows.append(_train_method(job, plan, rows[0]))
         free_memory()  # the trainer, which nothing refers to any more
         if is_first_process():
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
@@ -150,23 +150,23 @@ def _results(job: Job, rows: list[Row]) -> Results:
     return Results(**about, environment=environment(), settings=_settings(job), rows=rows)
 
 
-def _own_windows(job: Job) -> Windows:
+def _write_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
     cache = job.recipe.calibration.cache
-    with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.cut, cache) as write:
-        windows = cut_windows(job.sources, job.tokenizer, job.cut, write)
+    with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache) as write:
+        windows = cut_windows(job.sources, job.tokenizer, job.calibration_args, write)
     free_memory()
     return windows
 
 
-def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
+def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
     if (finished := read_row(folder)) is not None:
         return finished
     reset_peak_memory()
-    trainer = _trainer(job, plan, folder)
-    probe = _probe(job, trainer, folder)
+    trainer = _make_trainer(job, plan, folder)
+    probe = _add_probe(job, trainer, folder)
     trackers = Trackers(trainer)
     start = time.perf_counter()
     checkpoint = last_checkpoint(folder)
@@ -181,7 +181,7 @@ def _method_row(job: Job, plan: MethodPlan, base: Row) -> Row:
         ) from None
     train = train_before + time.perf_counter() - start - trainer.init_seconds
     seconds = Seconds(init=init_before + trainer.init_seconds, train=train, eval=None)
-    row = _outcome(job, plan, trainer, probe, seconds)
+    row = _save_and_evaluate(job, plan, trainer, probe, seconds)
     trackers.finish(base, row)
     if is_first_process():
         if row.budget is not None:
@@ -199,15 +199,17 @@ def _spent_before(job: Job, plan: MethodPlan, checkpoint: Path | None) -> tuple[
         return 0.0, 0.0
     folder, step = checkpoint.parent, int(checkpoint.name.rpartition("-")[2])
     logged = [entry for entry in load_log(folder / LOG_FILE).entries if entry["step"] <= step]
-    own = plan.name not in job.initialized and (folder / "init" / REPORT_FILE).is_file()
+    own = plan.name not in job.shared_init and (folder / "init" / REPORT_FILE).is_file()
     init = read_report(folder / "init").get("seconds", {}).get("all", 0.0) if own else 0.0
     return init, max((entry.get("seconds", 0.0) for entry in logged), default=0.0)
 
 
-def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, seconds: Seconds) -> Row:
+def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, seconds: Seconds) -> Row:
     """Apply the budget, save, evaluate, and return the method's row; one that diverged is neither saved nor evaluated."""
-    folder, model = job.folder / plan.name, trainer.accelerator.unwrap_model(trainer.model)
-    diverged, kept, saved, found = diverged_at(trainer), None, None, None
+    folder = job.folder / plan.name
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    diverged = diverged_at(trainer)
+    kept, saved, found = None, None, None
     if diverged is None:
         if isinstance(probe, BudgetProbe):
             kept = apply_budget(budget_measurement(job, model), probe, model)
@@ -221,7 +223,7 @@ def _outcome(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | Non
     if found and not all(math.isfinite(metric.value) for metric in found.metrics.values()):
         diverged, found = trainer.state.global_step, None  # finite weights that overflow on other texts
     if found and job.recipe.eval.strengths:
-        dial(job, plan.name, model, folder, {1.0: found})
+        measure_strengths(job, plan.name, model, folder / DIAL_FOLDER, job.recipe.eval.strengths, {1.0: found})
     if found:
         seconds.eval = found.seconds
     drift = trainer.drift_meter.summary() if trainer.drift_meter and diverged is None else None
@@ -254,7 +256,7 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     In a sequence these hold the tasks before, and the saved adapter is the change of them all.
     """
     adapted = isinstance(model, PeftModel)
-    goes_on = adapted and plan.saves == "adapter" and plan.name in job.starts
+    goes_on = adapted and plan.saves == "adapter" and plan.name in job.previous
     original = (
         weight_reader(job.recipe.model, job.model_name) if is_first_process() and (goes_on or not adapted) else None
     )
@@ -280,24 +282,25 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
             if not is_first_process():
                 return plan.saved
             saved = trainer.method.save(model, made)
-        if plan.name in job.starts and plan.saves == "adapter":
-            saved = join_onto(job.starts[plan.name] / "adapter", made)  # all tasks so far, for the original base
+        if plan.name in job.previous and plan.saves == "adapter":
+            saved = join_onto(job.previous[plan.name] / "adapter", made)  # all tasks so far, for the original base
         shutil.copyfile(folder / CARD_FILE, made / CARD_FILE)
         job.tokenizer.save_pretrained(made)
     return saved
 
 
-def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
-    recipe, windows = job.recipe, job.windows.ids if job.windows else []
+def _make_trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
+    recipe = job.recipe
+    windows = job.windows.ids if job.windows else []
     named = {"run_name": _run_name(job, plan)} if recipe.training.get("report_to", "none") != "none" else {}
     arguments = training_arguments(recipe, folder, **named)
-    method = make_method(plan.name, recipe.method.options.get(plan.name))
+    method = recipe_method(recipe, plan.name)
     windows = windows + (job.earlier_rows if method.rereads_texts else [])
-    reuses = _take_initialization(job, plan, folder)
+    reuses = _copy_initialization(job, plan, folder)
     config = adapter_config(recipe.method, method, plan.rank)
     if config is not None:
         config.revision = recipe.model.revision  # by which PEFT and others load the base
-    before, weights = job.starts.get(plan.name), None
+    before, weights = job.previous.get(plan.name), None
     set_seed(recipe.seed)  # so that a start drawn at random depends on the seed alone, not on what ran before
     if (
         before is None
@@ -340,7 +343,7 @@ def _trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     return trainer
 
 
-def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
+def _add_probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     """Let the trainer measure the recipe's probes while it trains, and keep the budget where there is one.
 
     After the log's callback: that one begins the log anew before the first step is measured.
@@ -348,13 +351,13 @@ def _probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     if job.probe is None:
         return None
     section, folder_of_base = job.probe.section, probe_folder(job.base)
-    options = job.computing | {"every": section.every, "share": section.share, "keep": folder / PROBE_FILE}
+    options = job.eval_options | {"every": section.every, "share": section.share, "every_file": folder / PROBE_FILE}
     options |= {"tokenizer": job.tokenizer, "reference_dir": folder_of_base}
-    if job.bound is None:
+    if job.budget is None:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
         base = Evaluation.read(folder_of_base / EVAL_FILE)
-        probe = BudgetProbe(trainer, job.probe.tasks, job.bound, base, **options)
+        probe = BudgetProbe(trainer, job.probe.tasks, job.budget, base, **options)
     trainer.add_callback(probe)
     return probe
 
@@ -366,9 +369,9 @@ def _run_name(job: Job, plan: MethodPlan) -> str:
     return " ".join((job.recipe.training.get("run_name") or job.recipe.name, plan.name, *cell))
 
 
-def _take_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
+def _copy_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
-    source = job.initialized.get(plan.name)
+    source = job.shared_init.get(plan.name)
     if source is None or not (source / "init" / REPORT_FILE).is_file():
         return False
     if is_first_process():
@@ -406,5 +409,5 @@ def _settings(job: Job) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         "attention": attention(recipe.model, job.config),
-        **{key: text for task in job.tasks for key, text in task.remarks().items()},
+        **{key: text for task in job.tasks for key, text in task.report_notes().items()},
     }

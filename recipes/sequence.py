@@ -25,15 +25,15 @@ from lora_null.eval_harness import Evaluation, MTBenchTask, Task
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.eval_harness.statistics import is_mean_of_samples
 from lora_null.recipes import output
-from lora_null.recipes.budget import paired_gain
 from lora_null.recipes.card import write_run_card
+from lora_null.recipes.comparisons import paired_gain
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
 from lora_null.recipes.models.bases import load_base_after
-from lora_null.recipes.models.plan import MethodPlan
+from lora_null.recipes.models.plan import MethodPlan, recipe_method
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.results import (
     EVAL_FILE,
@@ -53,7 +53,6 @@ from lora_null.recipes.run import run_job
 from lora_null.recipes.trained import weights_in
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods import make_method
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
@@ -64,7 +63,7 @@ GRAMS = "grams"
 
 
 def run_sequence(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool = False
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
 ) -> Path:
     """Run the tasks that are not finished, one after the other, and return the folder.
 
@@ -72,7 +71,7 @@ def run_sequence(
         UserError: a mistake in any task, found before a model loads.
     """
     root = Path(recipe.output_dir)
-    output.check(recipe, resume=resume, overwrite=overwrite)
+    output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
@@ -80,12 +79,14 @@ def run_sequence(
         check_stages(recipe, jobs)
         return jobs
 
-    jobs = together(check, what="checking the recipe")
+    jobs = together(check)
 
     def inputs() -> dict[str, str]:
         return {f"{job.recipe.name}: {name}": found for job in jobs for name, found in inputs_of(job).items()}
 
-    with output.claimed(recipe, space_of_sequence(recipe, jobs), inputs, resume=resume, overwrite=overwrite):
+    with output.hold_output_folder(
+        recipe, space_of_sequence(recipe, jobs), inputs, resume=resume, overwrite=overwrite
+    ):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
             if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
@@ -94,7 +95,7 @@ def run_sequence(
             for plan in job.plans if number + 1 < len(jobs) else ():
                 _keep_grams(recipe, job, plan)
         if is_first_process():
-            _finish(recipe, root, jobs)
+            _write_results(recipe, root, jobs)
     return root
 
 
@@ -103,7 +104,7 @@ def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:
     size = jobs[0].reference_bytes
     for number, plan in ((number, plan) for number, job in enumerate(jobs) for plan in job.plans):
         size += plan.written_bytes + 4 * plan.saved * number
-        if number + 1 < len(jobs) and _rule(recipe, plan.name) is not None:
+        if number + 1 < len(jobs) and _uses_grams(recipe, plan.name):
             size += sum(4 * width * min(width, recipe.sequence.sketch or width) for width in plan.input_widths)
     return size
 
@@ -118,13 +119,13 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
     section = recipe.sequence
     weighted = section.knowledge != 1 or any(weight not in (0, 1) for weight in section.weights(len(jobs) - 1))
     for plan in jobs[0].plans:
-        method = make_method(plan.name, recipe.method.options.get(plan.name))
+        method = recipe_method(recipe, plan.name)
         if weighted and method.rereads_texts:
             raise UserError(
                 f"sequence.knowledge, sequence.earlier: {plan.name} reads texts, the knowledge's and those of earlier tasks "
                 "with a weight of 1 or not at all; leave it out, or give 1, and 0 or 1"
             )
-        if plan.saves == "adapter" and not method.plain:
+        if plan.saves == "adapter" and not method.saves_plain_lora:
             raise UserError(
                 f"method: {plan.name} leaves no plain LoRA, upon which a later task could go on; leave it out"
             )
@@ -151,8 +152,8 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
     if not before:
         return job
     weights = recipe.sequence.weights(len(before))
-    starts = {plan.name: before[-1].folder / plan.name for plan in job.plans}
-    alive = [name for name, folder in starts.items() if _goes_on(folder)]
+    previous = {plan.name: before[-1].folder / plan.name for plan in job.plans}
+    alive = [name for name, folder in previous.items() if _goes_on(folder)]
     if not alive:
         raise UserError(
             f"sequence: no method is left after {before[-1].recipe.name}, all have diverged; lower the rate"
@@ -162,12 +163,13 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
     earlier = {
         plan.name: [Earlier(other.folder / plan.name / GRAMS, weight) for other, weight in weighted]
         for plan in job.plans
-        if _rule(recipe, plan.name) is not None
+        if _uses_grams(recipe, plan.name)
     }
     rows = [ids for other, _ in weighted for ids in training_ids(other)]
     own = job.recipe.model_copy(update={"method": method})
     knowledge = recipe.sequence.knowledge
-    return dataclasses.replace(job, recipe=own, starts=starts, earlier=earlier, knowledge=knowledge, earlier_rows=rows)
+    of_earlier = {"previous": previous, "earlier": earlier, "knowledge": knowledge, "earlier_rows": rows}
+    return dataclasses.replace(job, recipe=own, **of_earlier)
 
 
 def _goes_on(folder: Path) -> bool:
@@ -176,10 +178,10 @@ def _goes_on(folder: Path) -> bool:
     return weights_in(folder) is not None and (row is None or row.diverged is None)
 
 
-def _rule(recipe: Recipe, name: str) -> Any:
-    """Return a method's rule where it reads Grams."""
-    rule = make_method(name, recipe.method.options.get(name)).rule_for(DEFAULTS)
-    return rule if rule is not None and rule.needs_gram else None
+def _uses_grams(recipe: Recipe, name: str) -> bool:
+    """Return whether a method's start is computed from Grams."""
+    rule = recipe_method(recipe, name).rule_for(DEFAULTS)
+    return rule is not None and rule.needs_gram
 
 
 def training_ids(job: Job) -> list[list[int]]:
@@ -193,7 +195,7 @@ def training_ids(job: Job) -> list[list[int]]:
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     """Measure what a task's rows look like to the model after it, for the tasks to come."""
     folder = job.folder / plan.name
-    if _rule(recipe, plan.name) is None or on_first_rank(lambda: (folder / GRAMS / COMPLETE).is_file()):
+    if not _uses_grams(recipe, plan.name) or on_first_rank(lambda: (folder / GRAMS / COMPLETE).is_file()):
         return
     if not _goes_on(folder):
         return
@@ -203,7 +205,7 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     keep_grams(folder / GRAMS, model, names, padded_batches(rows, 0), sketch=recipe.sequence.sketch)
 
 
-def _finish(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
+def _write_results(recipe: Recipe, root: Path, jobs: Sequence[Job]) -> None:
     """Write the results of the whole, with the last task's adapter of each method in RUN/METHOD."""
     results = collect(recipe, jobs)
     for plan in jobs[-1].plans:
@@ -261,7 +263,8 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
 def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
     """Return the evaluations of each task, in the order of the tasks."""
     counts = [len(merge(recipe.model_dump(mode="json"), task)["eval"]["task"]) for task in recipe.sequence.tasks]
-    learned, found = [task for task in job.tasks if task.role == "task"], []
+    learned = [task for task in job.tasks if task.role == "task"]
+    found = []
     for count in counts:
         found.append(learned[:count])
         learned = learned[count:]

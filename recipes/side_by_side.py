@@ -28,7 +28,7 @@ from lora_null.utils.model_state import own_precision, preserve
 MAX_NEW_TOKENS = 32
 
 
-def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | None:
+def side_by_side(job: Job, results: Results, evaluations: Evaluations) -> Answers | None:
     """Return the answers to `eval.examples` questions; None where nothing can be asked, or no weights were kept.
 
     All processes call this together.
@@ -36,7 +36,7 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
     Args:
         job: of the run.
         results: its results.
-        found: the evaluations behind them, on the first process.
+        evaluations: those behind them, on the first process.
     """
     task = next((t for t in job.tasks if isinstance(t, AnswerTask) and t.role == "retention"), None)
     weights = {
@@ -44,7 +44,7 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
     }
     if task is None or not weights:
         return None
-    chosen = on_first_rank(lambda: choose(results, found, task.name, job.recipe.eval.examples))
+    chosen = on_first_rank(lambda: choose(results, evaluations, task.name, job.recipe.eval.examples))
     if not chosen:
         return None
     metric, questions = chosen
@@ -59,7 +59,7 @@ def side_by_side(job: Job, results: Results, found: Evaluations) -> Answers | No
 
 
 def choose(
-    results: Results, found: Evaluations, task: str, number: int
+    results: Results, evaluations: Evaluations, task: str, number: int
 ) -> tuple[str, list[tuple[int, float, str]]] | None:
     """Choose questions by how far their predictions moved, in the mean over the methods.
 
@@ -69,7 +69,7 @@ def choose(
     """
     for metric in (f"{task} kl", f"{task} nll"):
         base, *methods = (
-            [evaluation.samples.get(metric) for evaluation in found.get(i, {}).values()]
+            [evaluation.samples.get(metric) for evaluation in evaluations.get(i, {}).values()]
             for i in range(len(results.rows))
         )
         known = [np.array(samples) for of_row in methods for samples in of_row if samples]

@@ -16,7 +16,7 @@ from lora_null.utils.errors import UserError
 logger = get_logger(__name__)
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25)
-MOST = 2.0
+MAX_STRENGTH = 2.0
 
 
 def parse_strengths(text: str) -> list[float]:
@@ -37,14 +37,14 @@ def parse_strengths(text: str) -> list[float]:
 
 def check_strength(value: float, where: str) -> float:
     """Return a strength; raise a UserError for one that is no number from 0 to 2."""
-    if not 0 <= value <= MOST:
+    if not 0 <= value <= MAX_STRENGTH:
         raise UserError(
-            f"{where}: a strength is a number from 0 (the base) to {MOST:g}, 1 being as saved, not {value}"
+            f"{where}: a strength is a number from 0 (the base) to {MAX_STRENGTH:g}, 1 being as saved, not {value}"
         )
     return value
 
 
-def check_at_most(value: float | None) -> None:
+def check_max_forgetting(value: float | None) -> None:
     """Raise a UserError for a --max-forgetting that is no number above 0."""
     if value is not None and not 0 < value < math.inf:
         raise UserError(f"--max-forgetting: must be a number above 0, not {value}")

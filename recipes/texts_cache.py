@@ -20,7 +20,7 @@ from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import is_first_process, on_first_rank
 from lora_null.utils.files import cache_root, hash_of, keep_newest, write_json
 
-KEPT = 32  # the most sets of texts that are kept; the longest unused goes first
+MAX_ENTRIES = 32  # the most sets of texts that are kept; the longest unused goes first
 
 
 def folder() -> Path:
@@ -89,4 +89,4 @@ def _read(path: Path) -> list[str] | None:
 def _keep(path: Path, texts: list[str]) -> None:
     with contextlib.suppress(OSError):  # what cannot be written is not kept
         write_json(path, texts)
-        keep_newest(path.parent.glob("*.json"), KEPT)
+        keep_newest(path.parent.glob("*.json"), MAX_ENTRIES)

@@ -19,17 +19,19 @@ from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
 from lora_null.utils.errors import UserError, first_line, nearest
 
-MARKS = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is written last
+LAST_WRITTEN = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is written last
 TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 PROCESSOR = "*processor*.json"
 TOKENIZER += ["chat_template*", PROCESSOR]
-QUANTIZED = "trained on the base quantized to {}; on the base as it is, figures differ"  # what cards and checks say
-READ = ["*.safetensors", "*.json", *TOKENIZER]
+QUANTIZED_NOTE = (
+    "trained on the base quantized to {}; on the base as it is, figures differ"  # what cards and checks say
+)
+BASE_FILES = ["*.safetensors", "*.json", *TOKENIZER]
 
 
 def weights_in(home: Path) -> Path | None:
     """Return RUN/METHOD/adapter or RUN/METHOD/model, what a method left; None where it kept nothing."""
-    return next((home / kind for kind in MARKS if (home / kind).is_dir()), None)
+    return next((home / kind for kind in LAST_WRITTEN if (home / kind).is_dir()), None)
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Base:
         if Path(self.name).is_dir():
             return Path(self.name)
         try:
-            return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=READ))
+            return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=BASE_FILES))
         except Exception as error:
             reason = first_line(error)
             raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
@@ -123,12 +125,12 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     recipe_file = folder.parent / RECIPE_FILE
     if (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
-    if (folder / MARKS["adapter"]).is_file():
+    if (folder / LAST_WRITTEN["adapter"]).is_file():
         return _made_elsewhere(folder, base, trust)
     if not recipe_file.is_file():
         raise UserError(f"{folder}: not a method of a run, {recipe_file} is missing; give RUN/METHOD")
     recipe = read_yaml(recipe_file)
-    kind = next((kind for kind, mark in MARKS.items() if (folder / kind / mark).is_file()), None)
+    kind = next((kind for kind, mark in LAST_WRITTEN.items() if (folder / kind / mark).is_file()), None)
     if kind is None:
         raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
@@ -199,7 +201,7 @@ def methods_in(run: Path) -> list[str]:
     marks = (
         f"{place}/{kind}/{mark}"
         for place in ("*", f"{CELLS_FOLDER}/**/seed=*/*", f"{TASKS_FOLDER}/*/*")
-        for kind, mark in MARKS.items()
+        for kind, mark in LAST_WRITTEN.items()
     )
     found = {str(path.parents[1].relative_to(run)) for pattern in marks for path in run.glob(pattern)}
     return sorted(found) or ["none is finished"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from pathlib import Path
@@ -13,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.examples import TrainingData, tell_of_bad_rows, training_data
+from lora_null.recipes.data.examples import TrainingData, training_data
 from lora_null.recipes.environment import accelerator, choose_precision
 from lora_null.recipes.private_names import take_one_gpu
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
-from lora_null.utils.distributed import is_first_process
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line
 
 
@@ -65,7 +64,9 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         if total % each == total % world == 0 and "gradient_accumulation_steps" not in options:
             fitting = next(size for size in range(min(each, total // world), 0, -1) if total // world % size == 0)
             if fitting != each:
-                _say(f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {world} processes")
+                print_once(
+                    f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {world} processes"
+                )
                 each = options["per_device_train_batch_size"] = fitting
         one_pass = each * world
         if total % one_pass:
@@ -90,16 +91,9 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
-        _say(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
+        print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """Print a line once, by the first process: arguments are made for every method, and to check them."""
-    if is_first_process():
-        print(line)
 
 
 def _check_positive(options: dict[str, Any]) -> None:
@@ -148,6 +142,4 @@ def read_training_data(
 ) -> TrainingData:
     """Return the checked training rows; print which were left out."""
     cut = None if cut_by_trainer(training) else training.max_length
-    data = training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
-    tell_of_bad_rows(data.bad, len(data.bad) + len(data.examples), "training rows")
-    return data
+    return training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)

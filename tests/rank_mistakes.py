@@ -112,7 +112,7 @@ def kept_base(folder):
     end = time.monotonic() + 20
     while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
         time.sleep(0.01)
-    measure._of_base(job, target, "key", refuse)
+    measure._find_or_measure(job, target, "key", refuse)
 
 
 def eva():

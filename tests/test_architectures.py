@@ -188,12 +188,12 @@ def test_what_is_no_sequence_of_tokens_is_named_before_work(message, monkeypatch
         (
             "mamba",
             ["dt_proj", "in_proj"],
-            "a kernel of MambaMixer takes the weight of backbone.layers.0.mixer.dt_proj",
+            "MambaMixer's fused kernel reads the weight of backbone.layers.0.mixer.dt_proj",
         ),
         (
             "granite",
             ["out_proj"],
-            "a kernel of GraniteMoeHybridMambaLayer takes the weight of model.layers.0.mamba.out",
+            "GraniteMoeHybridMambaLayer's fused kernel reads the weight of model.layers.0.mamba.out",
         ),
     ],
 )

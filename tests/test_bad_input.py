@@ -134,6 +134,9 @@ CASES = {
     "empty config": (lambda f: (f / "model/config.json").write_text(""), NEW, 2, "model.name_or_path: cannot load"),
     "binary config": (lambda f: (f / "model/config.json").write_bytes(b"\x93\x00\xff"), NEW, 2, "cannot load"),
     "no tokenizer": (lambda f: (f / "model/tokenizer.json").unlink(), NEW, 2, "model.name_or_path: cannot load"),
+    "an adapter beside the weights": (
+        lambda f: (f / "model/adapter_config.json").write_text("{}"), NEW, 2, "model holds an adapter too"
+    ),
     "no config": (lambda f: (f / "model/config.json").unlink(), NEW, 2, "holds no model (config.json is missing)"),
     "empty data": (data(""), NEW, 2, "is empty"),
     "binary data": (data(b"\x00\x93NUMPY\xff" * 50), NEW, 2, "not UTF-8 at byte 1 (row 1)"),

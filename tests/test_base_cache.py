@@ -11,7 +11,7 @@ from world import make_world
 from lora_null.recipes import base_cache, measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.eval_tasks import eval_tasks
 from lora_null.utils.files import keep_newest
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
@@ -110,13 +110,23 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_the_newest_evaluations_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_cache, "KEPT", 2)
+    monkeypatch.setattr(base_cache, "MAX_ENTRIES", 2)
     for age, name in enumerate("abc"):
         (base_cache.folder() / name).mkdir(parents=True)
         os.utime(base_cache.folder() / name, (age, age))
     (tmp_path / "eval.json").write_text("{}")
     base_cache.keep("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
     assert {path.name for path in base_cache.folder().iterdir()} == {"c", "d"}
+
+
+def test_another_users_evaluation_is_taken_though_it_cannot_be_touched(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    (base_cache.folder() / "theirs").mkdir(parents=True)
+    (base_cache.folder() / "theirs" / "eval.json").write_text("{}")
+    monkeypatch.setattr(os, "utime", refuse)
+    assert base_cache.fetch("theirs", tmp_path) and (tmp_path / "eval.json").is_file()
 
 
 def test_the_lock_of_a_folder_is_not_kept_with_what_is_in_it(tmp_path):

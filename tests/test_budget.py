@@ -22,16 +22,16 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.recipes import measure, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.budget import (
-    Bound,
+    BudgetPlan,
     Measurement,
-    check_bound,
+    check_budget,
     forgotten,
     largest_strength,
     scale_to_budget,
     within,
 )
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.results import Budget, Estimate
 from lora_null.utils.errors import UserError
 
@@ -178,10 +178,10 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
         AnswerTask("facts", PAIRS[:8], kl=True, role="retention"),
     )
     section = SimpleNamespace(at_most=0.09, measure=None, then="scale")
-    bound = Bound(section, "facts kl", task, few, frozenset(range(8)))
+    budget = BudgetPlan(section, "facts kl", task, few, frozenset(range(8)))
     model = Fake(worse)
     zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
-    held = scale_to_budget(Measurement(model.evaluate, bound, zero, zeros), model)
+    held = scale_to_budget(Measurement(model.evaluate, budget, zero, zeros), model)
     assert held.n == 16 and held.kept and model.value == held.strength
     assert held.value <= 0.09 and held.value == pytest.approx(held.strength**2 * worse)
     assert (held.first_check is not None) == again
@@ -199,9 +199,9 @@ def test_a_perplexity_bounds_nothing():
         "l/acc": Metric(0.5, 0.1, 40, True, "retention"),
     }
     found = Evaluation(metrics, {}, 0.0, samples={"l/perplexity": samples, "l/acc": [0.0, 1.0] * 20})
-    bound = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
+    budget = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
     with pytest.raises(UserError, match=r"'l/perplexity' is no mean of a value for each question.*l/acc"):
-        check_bound(bound, found, found)
+        check_budget(budget, found, found)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_a_perplexity_bounds_nothing():
 )
 def test_a_bound_on_an_accuracy_is_one_that_can_be_broken_and_told(at_most, right, message):
     few, whole = (evaluation([i % 10 < 10 * right for i in range(n)], "fraction", True, "acc") for n in (10, 50))
-    bound = Bound(SimpleNamespace(at_most=at_most), "acc", None, None, frozenset(range(40, 50)))
+    budget = BudgetPlan(SimpleNamespace(at_most=at_most), "acc", None, None, frozenset(range(40, 50)))
     with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
-        check_bound(bound, few, whole)
+        check_budget(budget, few, whole)
 
 
 def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
@@ -226,9 +226,9 @@ def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
     whole.metrics["facts nll"] = Metric(1.9, 0.1, 50, False, "retention", "nats")
     for at_most, refused in ((5, True), (0.05, False)):
         task = SimpleNamespace(name="facts")
-        bound = Bound(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
+        budget = BudgetPlan(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
         with pytest.raises(UserError, match=r"5 nats a token is not below the 1\.9") if refused else nullcontext():
-            check_bound(bound, few, whole)
+            check_budget(budget, few, whole)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +316,9 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
     reached = row(finished / then)["budget"]["reached"] or 6
     with monkeypatch.context() as patch:
         if isinstance(where, int):
-            made = run._trainer
+            made = run._make_trainer
             step = min(where, reached - 1)
-            patch.setattr(run, "_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow(step)))[0])
+            patch.setattr(run, "_make_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow(step)))[0])
         else:
             stop = (run, "_save")
             patch.setattr(*stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -382,7 +382,7 @@ def test_a_budget_is_shared_out_among_the_tasks_of_a_sequence():
 
 
 def test_a_budget_below_the_bases_own_noise_is_refused_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_trainer", lambda *_: pytest.fail("a training began"))
+    monkeypatch.setattr(run, "_make_trainer", lambda *_: pytest.fail("a training began"))
     assert main([str(recipe(tmp_path)), "--max-forgetting", "1e-14"]) == 2
     assert "is not above the base's own noise: measured twice, facts kl of the same weights" in capsys.readouterr().err
 

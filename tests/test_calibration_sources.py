@@ -11,7 +11,7 @@ from chats import assistant, call, chat_tokenizer, system, tool, user
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
-from lora_null.eval_harness.documents import PIECE, pieces
+from lora_null.eval_harness.documents import CHUNK_CHARACTERS, chunks
 from lora_null.recipes import texts_cache
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands import main as command
@@ -190,18 +190,19 @@ class TestWhatRowsAreIsFoundOut:
 
 
 class TestTextFiles:
-    def test_pieces(self):
-        text = "\n\n".join(f"{i} " + "word " * (i * 37 % 200) for i in range(60)) + "\n\n" + "x" * (3 * PIECE)
-        found = pieces(text)
-        assert all(len(piece) <= PIECE for piece in found) and len(found) < 40
+    def test_chunks(self):
+        text = "\n\n".join(f"{i} " + "word " * (i * 37 % 200) for i in range(60))
+        text += "\n\n" + "x" * (3 * CHUNK_CHARACTERS)
+        found = chunks(text)
+        assert all(len(chunk) <= CHUNK_CHARACTERS for chunk in found) and len(found) < 40
         assert "".join("".join(found).split()) == "".join(text.split())
 
     @pytest.mark.parametrize("line, end", [("12:00 Ann: the mill, e.g. its wheel. It", "It"), ("Bread at six. ", "."), ("The mill burned「早い。」", "」"), ("おはようです。", "。"), ("mill ", "mill"), ("x" * 700 + " " + "x" * 900, "x")])  # fmt: skip
     def test_a_long_paragraph_is_cut_at_a_line_a_sentence_or_a_word(self, line, end):
         text = "\n".join([line] * 200) if end == "It" else line * 1100
-        found = pieces(text)
-        assert len(found) > 2 and all(piece.endswith(end) and len(piece) <= PIECE for piece in found)
-        assert all(len(piece) >= PIECE // 2 for piece in found[:-1]) or line[0] == "x"
+        found = chunks(text)
+        assert len(found) > 2 and all(chunk.endswith(end) and len(chunk) <= CHUNK_CHARACTERS for chunk in found)
+        assert all(len(chunk) >= CHUNK_CHARACTERS // 2 for chunk in found[:-1]) or line[0] == "x"
         assert "".join("".join(found).split()) == "".join(text.split())
 
     def test_a_folder_of_notes(self, tmp_path):
@@ -227,10 +228,12 @@ class TestTextFiles:
         assert found[:3] == ["The mill was built in 1832.\n\nIt burned down.", "# Bakery\n\nBread at six.", "Étang"]
         assert texts(notes / "a.txt") == found[:1]
 
-    def test_the_end_of_a_piece_can_be_asked_for(self, tmp_path):
+    def test_the_end_of_a_chunk_can_be_asked_for(self, tmp_path):
         (tmp_path / "a.txt").write_text("one two three four five six seven eight nine")
         path = tmp_path / "a.txt"
         assert texts(path, template="{beginning}|{ending}") == ["one two three four five six|seven eight nine"]
+        path.write_text("今日は六時半に起きた", encoding="utf-8")  # no space parts its words
+        assert texts(path, template="{beginning}|{ending}") == ["今日は六時半|に起きた"]
 
     def test_wrong_encoding(self, tmp_path):
         (tmp_path / "a.txt").write_text("fine")
@@ -511,7 +514,8 @@ def test_a_template_of_empty_fields_is_no_text(tmp_path):
 def test_windows_may_have_a_seed_of_their_own(tmp_path):
     path = str(make_world(tmp_path))
     found = [
-        inspect_recipe(load_recipe(path, words)).cut.seed for words in (["seed=3"], ["seed=3", "calibration.seed=7"])
+        inspect_recipe(load_recipe(path, words)).calibration_args.seed
+        for words in (["seed=3"], ["seed=3", "calibration.seed=7"])
     ]
     assert found == [3, 7]
 

@@ -173,7 +173,7 @@ class TestGoingOn:
         first.train()
         with pytest.raises(UserError, match="init_folder: would not be read, the adapter is started"):
             make(tmp_path / "2", "none", model=first.model, init_folder=tmp_path / "1")
-        with pytest.raises(UserError, match="init_folder: would not be read, lora computes no such start"):
+        with pytest.raises(UserError, match="init_folder: would not be read, lora computes no initialization"):
             make(tmp_path / "2", CONFIGS["lora"](), init_folder=tmp_path / "1")
         with pytest.raises(UserError, match="calibration_dataset: corda needs texts"):
             make(tmp_path / "2", make_method("corda").config(r=4), method=make_method("corda"), calibration=None)
@@ -559,7 +559,7 @@ class TestTheStartIsTheCheckpointsOwn:
     def test_two_starts_are_refused(self, tmp_path):
         for folder, texts in (("1", TEXTS), ("2", OTHER)):
             make(tmp_path / folder, CONFIGS["v2"](), calibration=texts)._prepare(resuming=False)
-        with pytest.raises(UserError, match="holds another start than"):
+        with pytest.raises(UserError, match="holds another initialization than"):
             make(tmp_path / "1", CONFIGS["v2"](), reuse_init=True, init_folder=tmp_path / "2")
         make(tmp_path / "1", CONFIGS["v2"](), reuse_init=True, init_folder=tmp_path / "1")
 

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
 
@@ -21,6 +21,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.nullspace import bottom_eigenspace
 from lora_null.solver import NullSpace
+from lora_null.trainer.methods import make_method
 
 BATCHES = random_batches()
 QUIET = InitOptions(min_tokens=1, progress=False)
@@ -152,6 +153,13 @@ def test_the_drift_of_a_layer_that_gives_only_zeros_is_left_out(tmp_path):
     calibration = measure_inputs(only, adapted_layers(only), BATCHES, progress=False)
     with pytest.raises(UserError, match="drift: no adapted layer"):
         DriftMeter(only, calibration)
+    rotated = get_peft_model(
+        change(zero, 0), OFTConfig(oft_block_size=8, target_modules=r".*layers\.1\.self_attn\.o_proj")
+    )
+    method = make_method("oft", {"block_size": 8})
+    calibration = measure_inputs(rotated, method.layers(rotated), BATCHES, progress=False)
+    with pytest.raises(UserError, match="drift: no adapted layer"):
+        method.drift_meter(rotated, calibration)
 
 
 @pytest.mark.parametrize("fill", [0.0, math.nan, math.inf])

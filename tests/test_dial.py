@@ -21,7 +21,7 @@ from lora_null.recipes import measure, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.config.load import MARK
-from lora_null.recipes.report.dial_page import Dial, DialPoint, read_dial, table_rows, told, write_dial
+from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, read_dial, table_rows, write_dial
 from lora_null.recipes.strengths import sweep
 from lora_null.utils.errors import UserError
 
@@ -335,13 +335,12 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     shown = dial_of(measured)
     for points in (shown.points, shown.points[:1]):
         write_dial(tmp_path / "dial", shown.model_copy(update={"points": points}))
-        assert told(read_dial(tmp_path))
+        assert dial_summary(read_dial(tmp_path))
     for found in measured.values():
         del found.metrics["b"]  # what is learned was not measured
     kept_alone = dial_of(measured)
-    assert "only one side was measured" in told(kept_alone) and "strength 0.5 keeps loss of a within 1: 0.500" in told(
-        kept_alone, 1.0
-    )
+    assert "only one side was measured" in dial_summary(kept_alone)
+    assert "strength 0.5 keeps loss of a within 1: 0.500" in dial_summary(kept_alone, 1.0)
     shares = {
         "a": Metric(0.5, 0.1, 4, True, "retention", "fraction"),
         "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
@@ -350,7 +349,7 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
     steps = sweep(
         SimpleNamespace(at=nullcontext), [0.5], Evaluation(shares, {}, 1.0, {}), lambda _: Evaluation(lower, {}, 1.0, {}), {}
     )  # fmt: skip
-    said = told(dial_of(steps), 0.5)
+    said = dial_summary(dial_of(steps), 0.5)
     assert "keeps loss of a within 50 points: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):

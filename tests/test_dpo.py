@@ -72,7 +72,7 @@ def test_precomputed_references_give_the_same_run(tmp_path, config):
 
 def test_a_v1_reference_is_not_the_residual_base(tmp_path, monkeypatch):
     """Without the compensation the reference would be W0 − s·B0A0: this is what the first test would catch."""
-    monkeypatch.setattr("lora_null.layer.LoraNullLinear._missing", lambda self: 0)
+    monkeypatch.setattr("lora_null.layer.LoraNullLinear._missing_scale", lambda self: 0)
     trainer = make(tmp_path, LNULL[0])
     trainer.train()
     assert abs(logged(trainer, "rewards/chosen")[0]) > 1e-3

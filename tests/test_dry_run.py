@@ -172,7 +172,7 @@ def test_the_run_itself_looks_too(base, monkeypatch, capsys):
 
 def test_a_finding_of_the_rehearsal_can_be_a_warning(base, monkeypatch, caplog):
     asked = []
-    monkeypatch.setattr(checks, "tell", lambda mode, line: asked.append((mode, line)))
+    monkeypatch.setattr(checks, "raise_or_warn", lambda mode, line: asked.append((mode, line)))
     words = ["--dry-run", "training.loss_type=nnl", "preflight=warn"]
     assert main([str(base / "tiny.yaml"), *words]) == 0
     assert asked[0][0] == "warn" and main([str(base / "tiny.yaml"), *words[:2], "preflight=off"]) == 0

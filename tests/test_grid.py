@@ -28,13 +28,14 @@ from lora_null.recipes import measure, run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.config.schema import GridSection
+from lora_null.recipes.eval_tasks import eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
-from lora_null.recipes.processes import WORKERS, grid_folder, work_alone
+from lora_null.recipes.processes import WORKERS, hold_grid_folder, work_alone
 from lora_null.recipes.report import render, write_report
 from lora_null.recipes.report.drawing import svg
-from lora_null.recipes.report.equal_learning import equal_learning, reach
+from lora_null.recipes.report.equal_learning import equal_learning, forgetting_at
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
 from lora_null.recipes.results import (
@@ -134,7 +135,7 @@ def test_every_two_methods_are_compared_at_equal_settings(grid):
 
 
 def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys):
-    recipe, trained, original = make_world(tmp_path), [], run._trainer
+    recipe, trained, original = make_world(tmp_path), [], run._make_trainer
 
     def counted(job, plan, folder):
         trained.append((job.recipe.seed, job.recipe.training["learning_rate"], plan.name))
@@ -142,7 +143,7 @@ def test_a_killed_grid_goes_on_where_it_was(grid, tmp_path, monkeypatch, capsys)
             raise KeyboardInterrupt
         return original(job, plan, folder)
 
-    monkeypatch.setattr(run, "_trainer", counted)
+    monkeypatch.setattr(run, "_make_trainer", counted)
     assert main([str(recipe), *WORDS]) == 130
     assert "stopped; kept in" in capsys.readouterr().err
     assert len(results(tmp_path)["grid"]["cells"]) == 4  # one of them in a cell whose other methods are not done
@@ -210,9 +211,9 @@ def test_a_method_may_have_values_of_its_own(tmp_path, capsys):
 
 
 def test_only_what_starts_alike_shares_its_start():
-    rate, length = ("training.learning_rate", 1e-3), ("training.max_length", 64)
-    assert starts_alike(Cell(0, (rate,), ("eva",))) and starts_alike(Cell(0, (), ("eva",)))
-    assert not starts_alike(Cell(0, (rate, length), ("eva",))) and not starts_alike(Cell(0, (("method.rank", 4),), ()))
+    rates, lengths = {"training.learning_rate": [1e-3]}, {"training.max_length": [64]}
+    assert all(starts_alike(GridSection(sweep=sweep)) for sweep in (rates, {}))
+    assert not any(starts_alike(GridSection(sweep=sweep)) for sweep in (rates | lengths, {"method.rank": [4]}))
 
 
 def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
@@ -354,11 +355,11 @@ def test_a_worker_that_comes_when_all_is_done_does_not_wait(tmp_path, monkeypatc
     monkeypatch.setenv(WORKERS, "2")
     for index in ("0", "1", "1"):
         monkeypatch.setenv(WORKER, index)
-        with grid_folder(tmp_path, nullcontext()):
+        with hold_grid_folder(tmp_path, nullcontext()):
             (mark,) = tmp_path.iterdir()  # of this launch
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)  # another launcher with the same number
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
-    with pytest.raises(pytest.fail.Exception, match="waits"), grid_folder(tmp_path, nullcontext()):
+    with pytest.raises(pytest.fail.Exception, match="waits"), hold_grid_folder(tmp_path, nullcontext()):
         pass
     remove_parts(tmp_path)
     assert not mark.exists()
@@ -415,13 +416,13 @@ def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None, of_kep
     return parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows, "grid": grid})
 
 
-def test_reach_by_hand():
+def test_forgetting_at_by_hand():
     path = [(0, 0), (1.0, 0.2), (0.8, 0.5), (2.0, 1.2)]
-    assert reach(path, 0.995).value == pytest.approx(0.199)
-    assert reach(path, 1.4).value == pytest.approx(0.5 + 0.5 * 0.7)
-    assert reach(path, 2.1) is None and reach(path, 0.995).parts == []
+    assert forgetting_at(path, 0.995).value == pytest.approx(0.199)
+    assert forgetting_at(path, 1.4).value == pytest.approx(0.5 + 0.5 * 0.7)
+    assert forgetting_at(path, 2.1) is None and forgetting_at(path, 0.995).influences == []
     for far_below in (0.5, 0.95):  # between the base and the first run forgetting does not rise linearly
-        assert reach(path, far_below) is None
+        assert forgetting_at(path, far_below) is None
 
 
 def test_each_questions_part_is_how_the_reading_follows_it():
@@ -431,10 +432,10 @@ def test_each_questions_part_is_how_the_reading_follows_it():
     kept = generator.normal([[0.3], [0.7]], 0.05, (2, 9))
 
     def read(learned, kept):
-        return reach([(0, 0), *zip(learned.mean(1), kept.mean(1))], 1.5)
+        return forgetting_at([(0, 0), *zip(learned.mean(1), kept.mean(1))], 1.5)
 
     parts = [(None, None), *((x - x.mean(), y - y.mean()) for x, y in zip(learned, kept))]
-    of_kept, of_learned = reach([(0, 0), *zip(learned.mean(1), kept.mean(1))], 1.5, parts).parts
+    of_kept, of_learned = forgetting_at([(0, 0), *zip(learned.mean(1), kept.mean(1))], 1.5, parts).influences
     for which, part, n in ((1, of_kept, 9), (0, of_learned, 6)):
         for q in range(n):  # a question counted a little more
             moved = [learned.copy(), kept.copy()]
@@ -503,7 +504,7 @@ def test_an_error_that_half_of_the_questions_tell_is_none():
     assert (lora.value.stderr, mine.value.stderr, mine.p) == (None, None, None)
     said = grid_headline(results, found)
     assert "no other method could be compared with it" in said and "distinguishable" not in said
-    assert "Neither by question nor over seeds compared with LoRA: mine." in said
+    assert "Not compared with LoRA (no shared questions or seeds): mine." in said
 
 
 def test_one_of_several_seeds_is_no_test():
@@ -547,7 +548,7 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert next(row for row in high.rows if row.name == "weak").value is None
     said = grid_headline(found, {})
     assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers: p = 0.037 alone
-    assert "Not reached by weak" in said and "learning_rate 2" in said
+    assert "weak never learned that much." in said and "learning_rate 2" in said
 
 
 def test_forgetting_of_an_accuracy_is_in_points():
@@ -591,11 +592,15 @@ def test_a_setting_that_all_methods_have_is_not_said_of_one_that_has_no_other():
 def test_nothing_is_read_where_all_runs_learned_more():
     found = made({"lora": [[(1.8, 0.1), (1.0, 0.4)]], "fast": [[(1.0, 0.3), (0.8, 0.5)]]})
     low, high = equal_learning(found, "q kl", "t nll")
-    assert low.rows[-1].value is None and low.rows[-1].passed and high.rows[-1].value.value == pytest.approx(0.3)
+    assert (
+        low.rows[-1].value is None
+        and low.rows[-1].beyond_first_run
+        and high.rows[-1].value.value == pytest.approx(0.3)
+    )
     first, second = grid_content(found, {})["tables"][:2]
     assert [label for label, *_ in first["rows"]] == ["LoRA"] and first[
         "note"
-    ] == "Learned more in the first of their runs: fast."
+    ] == "fast learned more than that already in its first run."
     assert dict(row[:2] for row in second["rows"])["fast"].startswith("0.300") and second["note"] == ""
 
 
@@ -618,14 +623,14 @@ def test_a_grid_of_seeds_alone_is_compared_as_it_is():
     assert "distinguishably" not in render._headline(found, {}) and "LoRA" in render._headline(found, {})
     assert grid_content(found, {})["tables"][0]["title"].count("(LoRA, learning_rate 1)") == 1
     said = grid_headline(made({"lora": [[(1.0, 0.4), (0.9, 0.5)]], "mine": [[(0.1, 0.1), (0.05, 0.2)]]}), {})
-    assert "no other method can be read there. Learned more in the first of their runs: mine." in said
+    assert "no other method can be read there. mine learned more than that already in its first run." in said
 
 
 def test_rates_are_safe_where_nothing_kept_is_worse_by_more_than_two_percent():
     points = {"lora": [[(1.5, 1.01), (1.0, 1.03)]], "mine": [[(1.4, 0.99), (0.9, 1.019)]], "bad": [[(1.9, 1.2)]]}
     found = made(points, base=(2.0, 1.0), kept="q nll")
     table = grid_content(found, {})["tables"][-1]
-    assert table["title"] == "Safe learning rates" and "over 2% worse" in table["columns"][0]
+    assert table["title"] == "Safe learning rates" and "is more than 2% worse than the base's" in table["columns"][0]
     assert [(label, rates) for label, rates, _ in table["rows"]] == [
         ("LoRA", "1 (1 of 2)"), ("mine", "1, 2 (2 of 2)"), ("bad", "none (0 of 1)"),
     ]  # fmt: skip

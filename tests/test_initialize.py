@@ -516,7 +516,7 @@ def test_a_device_that_the_whole_model_is_not_on_is_told(caplog):
 
 def test_a_model_that_is_none_of_transformers_is_one_line():
     peft_model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraNullConfig(r=4, target_modules=["0"]))
-    with pytest.raises(UserError, match="model: Sequential is no model of transformers"):
+    with pytest.raises(UserError, match="model: Sequential is not a transformers model"):
         initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
 
 

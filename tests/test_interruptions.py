@@ -42,7 +42,7 @@ def test_sigterm_outside_training_ends_at_once(tmp_path):
     script = f"""
 import os, signal
 from lora_null.recipes import run
-run.base_row = lambda job: os.kill(os.getpid(), signal.SIGTERM)
+run.evaluate_base = lambda job: os.kill(os.getpid(), signal.SIGTERM)
 from lora_null.recipes.__main__ import main
 main([{str(recipe)!r}])
 """
@@ -246,7 +246,7 @@ raise SystemExit(main([{str(recipe)!r}]))
 
 def test_a_full_disk_is_known_in_every_wrapping(capsys):
     def torch_says():
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos") from OSError(28, "full")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
     def safetensors_says():
         raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")

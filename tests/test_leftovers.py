@@ -25,6 +25,7 @@ from lora_null.recipes.config.load import MARK, dump, load_recipe, read_yaml, re
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
 from lora_null.trainer.checkpoints import is_whole
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError
 
 ALREADY = {"bf16": False, "report_to": "none", "use_cpu": True, "gradient_checkpointing": False}
@@ -118,7 +119,7 @@ def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
     output.claim(begun, resume=False, overwrite=False)
     assert begun.data.path == "numbers.jsonl"  # as it was given
     monkeypatch.chdir(tmp_path)
-    output.check(load_recipe(str(recipe), words, output_dir=out), resume=True, overwrite=False)
+    output.check_output_folder(load_recipe(str(recipe), words, output_dir=out), resume=True, overwrite=False)
     left = load_recipe(f"{out}/recipe.yaml")
     assert {left.data.path, left.eval.task[0].path} == {str(tmp_path / "here" / "numbers.jsonl")}
     assert left.calibration.path == str(tmp_path / "here" / "facts.jsonl")
@@ -170,7 +171,7 @@ def test_overwrite_removes_nothing_that_the_run_reads(tmp_path, key, named):
     (tmp_path / "recipe.yaml").write_text(f"{MARK}method: {{name: [lora]}}\n")
     recipe = load_recipe("quickstart", [f"{key}={needed}"], output_dir=str(tmp_path))
     with pytest.raises(UserError, match=f"--overwrite: would remove {needed}, which this run reads"):
-        output.check(recipe, resume=False, overwrite=True)
+        output.check_output_folder(recipe, resume=False, overwrite=True)
     assert needed.is_dir()
 
 
@@ -247,7 +248,7 @@ def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkey
 def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_paths(tmp_path, capsys, monkeypatch):
     for module in (run, grid):
         monkeypatch.setattr(module, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(grid, "base_row", lambda job: None)
+    monkeypatch.setattr(grid, "evaluate_base", lambda job: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     recipe, kept = make_world(tmp_path), tmp_path / "hub" / "models--me--tiny"
@@ -273,7 +274,7 @@ def test_the_texts_are_those_of_a_start_from_elsewhere(tmp_path, monkeypatch):
     recipe, start = make_world(tmp_path), tmp_path / "start"
     init = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl"), "--rank", "4"]
     assert command([*init, "--dtype", "float32", "--out", str(start)]) == 0
-    monkeypatch.setattr(run, "_own_windows", lambda job: (_ for _ in ()).throw(AssertionError("texts were written")))
+    monkeypatch.setattr(run, "_write_windows", lambda job: (_ for _ in ()).throw(AssertionError("texts were written")))
     assert main([str(recipe), "--method", "lora-null-v2", f"method.init={start}", "calibration.self=bos"]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     told = [found["settings"][f"calibration_{key}"] for key in ("data", "windows", "tokens", "mode")]
@@ -312,13 +313,13 @@ def test_the_command_that_goes_on_starts_as_many_processes_of_the_same_engine(tm
 
 
 def test_seconds_before_a_checkpoint_count(tmp_path):
-    job, plan = SimpleNamespace(initialized={}), SimpleNamespace(name="lora")
+    job, plan = SimpleNamespace(shared_init={}), SimpleNamespace(name="lora")
     assert run._spent_before(job, plan, None) == (0, 0)
     (tmp_path / "init").mkdir()
     (tmp_path / "init" / "layers.json").write_text('{"key": "k", "seconds": {"all": 7.0}}')
     (tmp_path / "train_log.jsonl").write_text("".join(f'{{"step": {i}, "seconds": {10 * i}}}\n' for i in (1, 2, 3)))
     assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (7, 20)
-    job.initialized["lora"] = tmp_path  # copied, not computed
+    job.shared_init["lora"] = tmp_path  # copied, not computed
     assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (0, 20)
 
 
@@ -411,7 +412,7 @@ def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
 )
 def test_processes_share_out_the_total_batch(words, processes, batch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
-    training._say.cache_clear()
+    print_once.cache_clear()
     recipe = load_recipe("quickstart", words)
     if batch is None:
         with pytest.raises(UserError, match="is not a multiple of per_device_train_batch_size × processes"):

@@ -28,7 +28,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.targets import refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.calibration_data import calibration_windows
-from lora_null.utils.limits import position_limit, tokenizer_of, unsupported
+from lora_null.utils.limits import position_limit, tokenizer_of, why_unsupported
 
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 WIDE = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **IDS)
@@ -164,9 +164,12 @@ class TestEvaluation:
 
     def test_beyond_what_rotary_positions_were_trained_on_is_said(self, capsys):
         model = tiny_model(max_position_embeddings=32)
-        found = evaluate(model, tiny_tokenizer(), [AnswerTask("long", [("Q:", "x" * 80)])])
-        assert found.metrics["long nll"]["n"] == 1
-        assert "a pair has 82 tokens, LlamaForCausalLM was trained on 32" in capsys.readouterr().err
+        for progress in (True, False):  # probes show no bar
+            found = evaluate(model, tiny_tokenizer(), [AnswerTask("long", [("Q:", "x" * 80)])], progress=progress)
+            assert found.metrics["long nll"].n == 1
+            said = capsys.readouterr().err
+            assert "evaluation task 'long': a pair has 82 tokens, LlamaForCausalLM was trained on 32" in said
+            assert ("1/1" in said) is progress
 
     def test_answers_leave_room_for_the_prompt(self, capsys):
         options = {"temperatures": [0.0, 0.0], "batch_size": 1}
@@ -416,12 +419,12 @@ def test_a_recipe_names_it_before_anything_loads(tmp_path, capsys, kind, dry):
     "config", [tf.ViTConfig(), tf.WhisperConfig(), tf.CLIPConfig()], ids=["vit", "whisper", "clip"]
 )
 def test_what_is_no_language_model(config):
-    assert config.model_type in unsupported(config).lower()
+    assert config.model_type in why_unsupported(config).lower()
 
 
 @pytest.mark.parametrize("name", ["bert", "bart's decoder", "gpt2", "mamba", "llama"])
 def test_decoders_are_able(name):
-    assert unsupported(POSITIONS[name][0]) is None
+    assert why_unsupported(POSITIONS[name][0]) is None
 
 
 def test_a_state_space_trains(tmp_path):

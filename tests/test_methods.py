@@ -504,7 +504,7 @@ def forget_gradients(self, args, state, control, model, **_):
 )  # fmt: skip
 def test_engines_under_which_a_method_cannot_train(name, sharded, said):
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        check_engine(name, fsdp=None, zero=3 if sharded else 2, args=SimpleNamespace(bf16=False, fp16=False))
+        check_engine(METHODS[name], fsdp=None, zero=3 if sharded else 2, args=SimpleNamespace(bf16=False, fp16=False))
 
 
 @pytest.mark.parametrize(
@@ -530,12 +530,12 @@ def test_the_plan_counts_the_gradients_that_a_start_holds():
 @pytest.mark.parametrize("key", ["bf16", "fp16"])
 def test_deepspeed_does_not_round_what_trains(key):
     args = SimpleNamespace(**{"bf16": False, "fp16": False, "torch_compile": False, key: True})
-    check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
+    check_engine(METHODS["lora-null-v1"], fsdp=2, zero=None, args=args)
     args.torch_compile = True
     with pytest.raises(UserError, match="torch_compile: under FSDP2 the adapter would be saved under names"):
-        check_engine("lora-null-v1", fsdp=2, zero=None, args=args)
+        check_engine(METHODS["lora-null-v1"], fsdp=2, zero=None, args=args)
     with pytest.raises(UserError, match=f"training.{key}: DeepSpeed turns what trains into {key} too"):
-        check_engine("lora-null-v1", fsdp=None, zero=2, args=args)
+        check_engine(METHODS["lora-null-v1"], fsdp=None, zero=2, args=args)
 
 
 def test_roselora_takes_no_earlier_checkpoint_for_its_result(tmp_path):
@@ -582,9 +582,9 @@ def test_unknown_method_and_option():
 def test_a_quantized_base_is_refused_with_the_methods_that_work():
     for name in ("pissa", "milora", "corda", "full", "osf", "mica"):
         with pytest.raises(UserError, match=f"{name} needs plain weights.*lora, lora-fa"):
-            check_base(name, quantized=True)
+            check_base(METHODS[name], quantized=True)
     for name in ("lora", "lora-fa", "roselora", "lora-null-v1", "lora-null-v2"):
-        check_base(name, quantized=True)
+        check_base(METHODS[name], quantized=True)
 
 
 def test_a_method_of_ones_own_is_one_file(tmp_path, monkeypatch):
@@ -796,8 +796,8 @@ def test_a_residual_methods_options_are_a_part_of_its_rule():
         name = "scaled"
         gain: float = 1.0
 
-    rules = {PiSSA().rule, Scaled().rule, Scaled(2.0).rule, Scaled(gain=2.0).rule}
-    assert len(rules) == 3 and PiSSA().rule == "pissa"
+    rules = {PiSSA().label, Scaled().label, Scaled(2.0).label, Scaled(gain=2.0).label}
+    assert len(rules) == 3 and PiSSA().label == "pissa"
 
 
 @pytest.mark.parametrize("name", ["pissa", "milora", "corda", "lora-ga"])

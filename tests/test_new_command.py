@@ -305,7 +305,7 @@ def test_it_trains(world, monkeypatch, capsys):
     assert main(["train", "deep/mine.yaml", *words]) == 0
     results = json.loads(Path("runs/mine/results.json").read_text())
     assert {"kept kl", "facts kl", "code kl", "learned nll"} <= set(results["rows"][-1]["metrics"])
-    assert next(iter(results["rows"][-1]["metrics"])) != "kept nll"  # of 4 pieces, too few for a budget
+    assert next(iter(results["rows"][-1]["metrics"])) != "kept nll"  # of 4 chunks, too few for a budget
     assert "notes: 24 windows" in results["settings"]["calibration_data"].replace("deep/../", "").replace("../", "")
 
 

@@ -144,7 +144,7 @@ def test_a_projection_is_exact_although_its_basis_is_rounded():
     assert basis.vectors.dtype == torch.float16
     Q = torch.linalg.qr(basis.vectors.double()).Q
     wanted = A.double() @ Q @ Q.T
-    basis.keep(A)
+    basis.project_(A)
     assert torch.dist(A.double(), wanted) < 1e-6 * wanted.norm()
 
 
@@ -194,9 +194,11 @@ def test_layers_that_share_an_input_share_a_basis_in_memory_and_on_disk(tmp_path
         assert torch.equal(N, bases(peft_model)[name]) and N.dtype == torch.float16
     held = sum(N.nbytes for N in {id(N): N for N in bases(peft_model).values()}.values())
     assert held == 2 * (3 * 32 + 48) * 12 * 2
-    with pytest.raises(UserError, match="holds a start by null basis of 3 r, this run starts by null basis of 2 r"):
+    with pytest.raises(
+        UserError, match="holds an initialization by null basis of 3 r, this run needs null basis of 2 r"
+    ):
         load_initialization(tmp_path, other)
-    with pytest.raises(UserError, match="holds a start by null basis of 3 r, this run starts by null-space"):
+    with pytest.raises(UserError, match="holds an initialization by null basis of 3 r, this run needs null-space"):
         load_initialization(tmp_path, wrapped(variant="v2", null_multiple=None))
 
 

@@ -16,7 +16,7 @@ import lora_null
 from lora_null.recipes import __main__ as recipes_main
 from lora_null.recipes.commands import main
 from lora_null.recipes.commands.arguments import build_parser
-from lora_null.recipes.config.known import CONFIGS, method_options, training_types
+from lora_null.recipes.config.parsed_sources import CONFIGS, method_options, training_types
 from lora_null.recipes.config.reference import README, describe_keys
 from lora_null.recipes.config.schema import JudgeSection
 from lora_null.trainer.methods import METHODS

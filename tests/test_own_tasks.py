@@ -14,7 +14,7 @@ from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.checks import tell_of_shared_rows
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.eval_tasks import eval_tasks
 from lora_null.utils.errors import UserError
 
 TASK = """
@@ -112,15 +112,35 @@ def test_what_decides_them_is_described(own, tmp_path, name):
     first = described()
     assert described() == first
     changed = [
-        folder / "mine_lls.yaml",
         folder / "code.py",
         folder / "prompts.json",
-        *([] if name == "mine_class" else [tmp_path / "mine.jsonl"]),
+        *([] if name == "mine_class" else [folder / "mine_lls.yaml", tmp_path / "mine.jsonl"]),
     ]
     for path in changed:
         path.write_text((path.read_text() if path.is_file() else "") + "\n")
         assert described() != first
         first = described()
+
+
+def test_what_merely_lies_beside_a_task_does_not_decide_it(own, tmp_path):
+    """A recipe, a log, an environment of Python: a run that began before they changed goes on."""
+    shutil.copy(own / "tasks" / "mine_lls.yaml", tmp_path)
+    (tmp_path / "recipe.yaml").write_text("include: default\n")
+
+    def described():
+        return LmEvalTask("mine_lls", include_path=str(tmp_path)).describe(3)
+
+    first = described()
+    (tmp_path / "recipe.yaml").write_text("include: default  # mine\n")
+    (tmp_path / "log.txt").write_text("step 1\n")
+    assert described() == first
+    (tmp_path / "code.py").write_text("NAMES = open('names.lst')\n")
+    with_code = described()
+    assert with_code != first
+    (tmp_path / "recipe.yaml").write_text("include: default\n")
+    assert described() == with_code
+    (tmp_path / "names.lst").write_text("a\n")
+    assert described() != with_code
 
 
 def test_what_a_task_includes_and_imports_decides_it_too(own, tmp_path):
@@ -221,7 +241,7 @@ def test_code_that_a_task_runs_itself_is_not_said_to_be_in_a_jail(own, tmp_path,
     (tmp_path / "code_rules.py").write_text(UNSAFE_CODE.format(path=str(tmp_path / "made")))
     task = LmEvalTask("runs", include_path=str(tmp_path), confirm_run_unsafe_code=True)
     assert validate_tasks([task]) and (tmp_path / "made").exists()
-    assert "without a jail" in caplog.text and task.remarks() == {
+    assert "without a jail" in caplog.text and task.report_notes() == {
         "generated_code": "by the rules of runs, without a jail"
     }
 
@@ -233,7 +253,7 @@ def test_lm_evals_own_code_tasks_need_the_consent_to_no_jail(name):
 
 
 def test_the_lesser_of_two_limits_counts():
-    assert [LmEvalTask("x", limit=own).within(of_all) for own in (None, 100) for of_all in (None, 10)] == [
+    assert [LmEvalTask("x", limit=own).effective_limit(of_all) for own in (None, 100) for of_all in (None, 10)] == [
         None,
         10,
         100,

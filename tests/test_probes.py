@@ -133,7 +133,7 @@ def test_a_base_that_peft_has_changed_is_not_taken_for_the_base(tmp_path):
 
 def test_auto_keeps_to_its_share_and_too_many_are_said(tmp_path, caplog):
     run = trainer(tmp_path, steps=8)
-    auto = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every="auto", share=0.05, keep=tmp_path / "probe.json")
+    auto = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every="auto", share=0.05, every_file=tmp_path / "probe.json")
     often = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every=1, share=0.01)
     run.add_callback(auto)
     run.add_callback(often)
@@ -141,8 +141,8 @@ def test_auto_keeps_to_its_share_and_too_many_are_said(tmp_path, caplog):
         run.train()
     assert auto.every == json.loads((tmp_path / "probe.json").read_text())["every"] >= 1
     assert "of the training's time" in caplog.text and "every=auto" in caplog.text
-    again = Probe(run, TASKS, tokenizer=tiny_tokenizer(), keep=tmp_path / "probe.json")
-    again._remember()
+    again = Probe(run, TASKS, tokenizer=tiny_tokenizer(), every_file=tmp_path / "probe.json")
+    again._load_every()
     assert again.every == auto.every  # a run that is started again probes where it did
 
 

@@ -31,7 +31,7 @@ from lora_null.residual import subtract_residuals
 from lora_null.trainer import LoraNullDPOTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.utils.model_state import preserve
-from lora_null.utils.quantized import quantized_layers, unreadable, weight_of
+from lora_null.utils.quantized import quantized_layers, weight_of, why_unreadable
 
 FORMS = ("nf4", "int8")
 BATCHES = random_batches()
@@ -354,7 +354,7 @@ def test_weights_of_unknown_storage_are_refused_by_class():
 
     layer = Packed(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
-    assert unreadable(nn.Linear(8, 8)) is None
+    assert why_unreadable(nn.Linear(8, 8)) is None
     with pytest.raises(UserError, match="is a Packed, only plain linears and bitsandbytes' quantized ones"):
         weight_of(layer)
 

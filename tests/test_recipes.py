@@ -13,10 +13,10 @@ from world import make_world
 
 from lora_null.recipes import output
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.config.known import method_options
 from lora_null.recipes.config.load import dump, load_recipe, merge, presets, read_yaml, shipped
+from lora_null.recipes.config.parsed_sources import method_options
 from lora_null.recipes.config.schema import ModelSection
-from lora_null.recipes.config.tasks import stage_recipes
+from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.grid import Cell, grid_cells
 from lora_null.recipes.models.bases import attention, load_base
 from lora_null.recipes.training import optimizer_steps, training_arguments
@@ -376,6 +376,11 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     found += recipe.grid.per_method["lora"]["data.path"]
     names = ("model", "start", "prompts.jsonl", "numbers.jsonl", "facts.jsonl", "facts.jsonl")
     assert found == [str(tmp_path / name) for name in names] and recipe.output_dir == "/home/me/out"
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    recipe = load_recipe(str(tmp_path / "me.yaml"), ["output_dir=$SCRATCH/out", "method.init=${SCRATCH}/start"])
+    assert (recipe.output_dir, recipe.method.init) == (str(tmp_path / "out"), str(tmp_path / "start"))
+    with pytest.raises(UserError, match=r"\$SCRATCHES/out: the environment has no variable SCRATCHES"):
+        load_recipe(str(tmp_path / "me.yaml"), ["output_dir=$SCRATCHES/out"])
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         recipe = load_recipe("me.yaml", ["output_dir=out"])

@@ -17,7 +17,7 @@ from lora_null.eval_harness.documents import read_documents
 from lora_null.recipes.config.schema import CalibrationSection, DataSection
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import RowReader, tokenize, training_data
-from lora_null.recipes.data.formats import recognize
+from lora_null.recipes.data.formats import detect_format
 from lora_null.trainer import CalibrationArgs, calibration_windows
 from lora_null.utils.chat import adds_bos
 from lora_null.utils.values import as_text, is_conversation
@@ -276,7 +276,7 @@ def test_messages_as_text_are_messages_in_every_door(tmp_path, write):
     assert source.texts == [text]
     window = calibration_windows([{"messages": write(talk)}], chat_tokenizer(), CalibrationArgs(mode="separate"))
     assert chat_tokenizer().decode(window[0]) == text
-    assert recognize(rows, ["talk"], "data").keys == {"messages": "talk"}
+    assert detect_format(rows, ["talk"], "data").keys == {"messages": "talk"}
 
 
 def test_an_answer_in_json_is_no_conversation():

@@ -92,7 +92,7 @@ def test_training_under_autocast_does_not_look_like_forgetting(tmp_path):
 
 
 def test_a_methods_model_is_gone_before_the_next_one_loads(tmp_path, monkeypatch):
-    original, models = run._trainer, weakref.WeakSet()
+    original, models = run._make_trainer, weakref.WeakSet()
 
     def watched(job, plan, folder):
         assert not models
@@ -100,7 +100,7 @@ def test_a_methods_model_is_gone_before_the_next_one_loads(tmp_path, monkeypatch
         models.add(trainer.model)
         return trainer
 
-    monkeypatch.setattr(run, "_trainer", watched)
+    monkeypatch.setattr(run, "_make_trainer", watched)
     words = ["--method", "lora,full,lora-null-v2", "training.max_steps=1", "training.save_strategy=no"]
     assert main([str(make_world(tmp_path)), *words, "eval.retention=[]", "eval.task=[]"]) == 0
 
@@ -135,12 +135,12 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3 and "lora-null-v1" in args.output_dir:
             os.kill(os.getpid(), signal.SIGKILL)
-original = run._trainer
+original = run._make_trainer
 def with_kill(job, plan, folder):
     trainer = original(job, plan, folder)
     trainer.add_callback(Kill())
     return trainer
-run._trainer = with_kill
+run._make_trainer = with_kill
 from lora_null.recipes.__main__ import main
 main([{str(recipe)!r}])
 """

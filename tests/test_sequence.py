@@ -24,7 +24,7 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes import measure, run, sequence
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.tasks import join_recipes, stage_recipes
+from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import check_run
 from lora_null.recipes.results import Row, Seconds, load_results, write_results
@@ -90,7 +90,7 @@ def test_a_start_leaves_the_knowledge_and_the_earlier_task_alone(finished, tmp_p
     jobs = [check_run(stage) for stage in stage_recipes(recipe)]
     jobs[0].folder = finished / "out" / "tasks" / "1-numbers"
     job = with_earlier(recipe, jobs[1], jobs[:1])
-    trainer = run._trainer(job, job.plans[0], tmp_path)
+    trainer = run._make_trainer(job, job.plans[0], tmp_path)
     trainer._prepare(resuming=False)
     after = PeftModel.from_pretrained(base(finished), jobs[0].folder / "lora-null-v2" / "adapter").merge_and_unload()
     layers, grams = adapted_layers(trainer.model), []
@@ -130,7 +130,7 @@ def test_grams_are_added_with_their_weights(tmp_path):
     _, vectors = torch.linalg.eigh(0.5 * gram + 3 * 7 * C / N)
     overlap = torch.linalg.svdvals(torch.linalg.qr(A.double().T)[0].T @ vectors[:, :4])
     assert overlap.min() > 1 - 1e-5
-    assert rule.rule != WithEarlier(NullSpace("eigh"), [Earlier(tmp_path / "whole", 2.0)], 0.5).rule
+    assert rule.label != WithEarlier(NullSpace("eigh"), [Earlier(tmp_path / "whole", 2.0)], 0.5).label
     with pytest.raises(UserError, match="holds no Gram of elsewhere"):
         Earlier(tmp_path / "whole").mean(["elsewhere"], torch.device("cpu"))
     with pytest.raises(UserError, match="no complete Grams"):
@@ -319,9 +319,9 @@ class Blow(TrainerCallback):
 
 def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path, monkeypatch):
     words = in_sequence(finished, tmp_path / "out")
-    made = run._trainer
+    made = run._make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow()))[0])
+        patch.setattr(run, "_make_trainer", lambda *a: (trainer := made(*a), trainer.add_callback(Blow()))[0])
         assert main([*words, *WORDS]) == 130
     assert not (tmp_path / "out" / "results.json").exists()
     assert main([*words, *WORDS, "--resume"]) == 0

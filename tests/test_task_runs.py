@@ -13,7 +13,7 @@ from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
-from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.eval_tasks import eval_tasks
 from lora_null.recipes.results import Row, Seconds, write_row
 from lora_null.recipes.sequence import _keep_grams, with_earlier
 from lora_null.utils.errors import UserError

@@ -1,6 +1,7 @@
 import json
 import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from trainers import CUT, ROWS, TEXTS, quick
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils
 
-from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
+from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, layerwise
 from lora_null.layer import _say_never_initialized, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
@@ -449,3 +450,12 @@ def test_two_trainers_from_one_seed_start_equal(tmp_path):
         trainer._prepare(resuming=False)
     for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_a_walk_that_was_asked_for_is_refused_where_there_is_no_chain(tmp_path, monkeypatch):
+    unfit = layerwise.DoesNotFit("no chain")
+    monkeypatch.setattr(layerwise, "walk_layers", lambda *_, **__: (_ for _ in ()).throw(unfit))
+    trainer = make(tmp_path)
+    trainer._init_options = replace(trainer._init_options, form="layers")
+    with pytest.raises(UserError, match="this model cannot be walked layer by layer, no chain"):
+        trainer._prepare(resuming=False)

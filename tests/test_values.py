@@ -22,7 +22,7 @@ from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Data
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.evaluations import eval_tasks
+from lora_null.recipes.eval_tasks import eval_tasks
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text
 
@@ -233,6 +233,16 @@ def test_a_long_line_behind_spaces(tmp_path):
     (tmp_path / "a.txt").write_text("  " + "x" * 1600 + "\n\n\t\t " + "y" * 1600)
     texts = [row["text"] for row in read_documents([tmp_path / "a.txt"], "x").rows]
     assert [len(text) for text in texts] == [1500, 100, 1500, 100]
+
+
+@pytest.mark.parametrize("path", ["", "train"])
+def test_a_split_may_be_a_folder(tmp_path, path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write_rows(tmp_path / split / "part-0.jsonl", [{"question": split, "answer": "a"}] * 2)
+    (tmp_path / "datasheet.md").write_text("About these data.")
+    found = load_documents(str(tmp_path / path), subset=None, split="train", where="data")
+    assert [row["question"] for row in found.rows] == ["train"] * 2
 
 
 def test_files_of_two_kinds(tmp_path):

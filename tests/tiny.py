@@ -89,7 +89,7 @@ def load_initialization(folder: Path, peft_model):
     """Start the adapter of a fresh model from a saved initialization, as trainers do; return report and calibration."""
     layers = adapted_layers(peft_model, "default")
     check_layers(peft_model, layers)
-    rule = rule_of(peft_model.peft_config["default"]).rule
+    rule = rule_of(peft_model.peft_config["default"]).label
     start = load_start(folder, peft_model, layers, rule=rule)
     finish_initialization(peft_model, "default")
     return start.report, start.calibration

@@ -22,24 +22,29 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
 from lora_null.calibration import checked_batches
-from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, in_checkpoint, open_to_shard
+from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, checkpoint_name, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.earlier import after_earlier
 from lora_null.fingerprint import check_whole
 from lora_null.layer import is_started
+from lora_null.layerwise import NotAChain
 from lora_null.start import (
-    INITIALIZATION,
     InitOptions,
     LayerReport,
-    NotAChain,
     Start,
     WholeModel,
     compute_start,
     load_start,
 )
 from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization, read_report
-from lora_null.targets import check_basis, check_unadapted, refuse_bypassed, refusing_in_one_line, say_what_is_fused
+from lora_null.targets import (
+    check_basis,
+    check_unadapted,
+    refuse_bypassed,
+    refusing_in_one_line,
+    warn_about_fused_experts,
+)
 from lora_null.trainer.calibration_data import CalibrationArgs, as_batches
 from lora_null.trainer.checkpoints import (
     METHOD_FILE,
@@ -229,25 +234,28 @@ class LoraNullMixin(SavingMixin):
         start |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
         self._check_given(given, method, start, preflight)
         self._preflight = preflight
-        self._weights, self._in_files = init_options and init_options.weights, given.get("model")
+        self._weights, self._given_model = init_options and init_options.weights, given.get("model")
         in_files = can_start_in_files(given.get("peft_config"), method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
-            self._weights, self._in_files = _leave_in_files(given)
+            self._weights, self._given_model = _leave_in_files(given)
         self._construct(given)
         self.add_callback(_Begin(self))
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
         self._take_method(method, given.get("optimizers"))
-        to_start = self._guard_steps(decay_to_start)
-        self._recorded = self._settings(to_start) if self._measures else {}
-        self._prepared, self._rows = False, object()
+        to_start = self._decays_to_start(decay_to_start)
+        self._add_step_callbacks(to_start)
+        self._checkpoint_settings = self._settings(to_start) if self._has_method else {}
+        self._prepared, self._prepared_dataset = False, object()
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        self._optimized: list[list[str]] = []  # of weights in files that train: their names, by the optimizer's groups
+        self._optimizer_names: list[
+            list[str]
+        ] = []  # of weights in files that train: their names, by the optimizer's groups
         self.forget_terms()
         self._calibration_dataset = calibration_dataset
-        limit = position_limit(self.model.config) if self._measures and calibration_dataset is not None else None
+        limit = position_limit(self.model.config) if self._has_method and calibration_dataset is not None else None
         asked = calibration_args or CalibrationArgs()
         self._calibration_args = (replace(asked, seed=self.args.seed) if asked.seed is None else asked).fitting(limit)
         defaults = InitOptions(cache=True, seed=self.args.seed, progress=not self.args.disable_tqdm)
@@ -310,27 +318,27 @@ class LoraNullMixin(SavingMixin):
 
     def _take_method(self, method: Method | None, optimizers: tuple[Any, Any] | None) -> None:
         """Find out what is initialized, trained and measured, and prepare the adapter for it."""
-        self._measures = method is not None or isinstance(self.model, PeftModel)
-        self._goes_on = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
-        self.method = method or (Method() if self._goes_on else method_of(self.model))
-        if self._measures:
+        self._has_method = method is not None or isinstance(self.model, PeftModel)
+        self._already_trained = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
+        self.method = method or (Method() if self._already_trained else method_of(self.model))
+        if self._has_method:
             self._keep_quantized_base()
             if isinstance(self.model, PeftModel):
                 refuse_bypassed(self.model.get_base_model(), self.method.layers(self.model))
-            if not self._goes_on:
+            if not self._already_trained:
                 if method is not None:
                     check_linears(method, self.model)
                 if self.method.needs_gram or self.method.terms:
                     check_targets(self.model, self._preflight)
                 elif isinstance(self.model, PeftModel):
-                    say_what_is_fused(self.model.get_base_model())
+                    warn_about_fused_experts(self.model.get_base_model())
                 self.method.check(self.model)
             before = getattr(self.model, "dtype", None)
             self.method.prepare(self.model)
             if self.method.saves == "model" and self.model.dtype != before:
                 self._take_reference_along(before)
         self._check_precision()
-        if self._goes_on:
+        if self._already_trained:
             check_basis(self.model, self.adapter_name)
         elif self.method.new_parameters and (optimizers or (None,))[0] is not None:
             raise UserError(
@@ -358,12 +366,27 @@ class LoraNullMixin(SavingMixin):
                     f"{key}: an evaluation would round what trains for good; leave it out, bf16 evaluates so too"
                 )
 
-    def _guard_steps(self, decay_to_start: bool | None) -> bool:
-        """Add the callbacks that correct a step; return whether weight decay pulls to the start."""
-        kind = (self.optimizer_cls_and_kwargs or [None])[0]
-        how = {"deepspeed": self.is_deepspeed_enabled, "kind": kind}
-        to_start = decays_to_start(decay_to_start, self.model, self.args, self.optimizer, **how)
-        optimizer = optimizer_name(self.args, self.optimizer, kind)
+    def _decays_to_start(self, asked: bool | None) -> bool:
+        """Return whether weight decay pulls to the start."""
+        return decays_to_start(
+            asked,
+            self.model,
+            self.args,
+            self.optimizer,
+            deepspeed=self.is_deepspeed_enabled,
+            kind=(self.optimizer_cls_and_kwargs or [None])[0],
+        )
+
+    def _add_step_callbacks(self, to_start: bool) -> None:
+        """Add the callbacks that correct a step.
+
+        Args:
+            to_start: whether weight decay pulls to the start.
+
+        Raises:
+            UserError: an optimizer whose steps cannot be corrected.
+        """
+        optimizer = optimizer_name(self.args, self.optimizer, (self.optimizer_cls_and_kwargs or [None])[0])
         config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
         if averages(optimizer) and getattr(config, "variant", None) == "nb":
             raise UserError(
@@ -372,20 +395,25 @@ class LoraNullMixin(SavingMixin):
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
-        return to_start
 
     def _check_start(self) -> None:
         """Check that what decides the start is there and will be read, now that the method is known."""
         method, folder, texts = self.method, self._init_folder, self._calibration_dataset is not None
-        if folder is not None and (self._goes_on or method.rule_for(self._init_options) is None):
-            reason = "the adapter is started already" if self._goes_on else f"{method.name} computes no such start"
+        if folder is not None and (self._already_trained or method.rule_for(self._init_options) is None):
+            reason = (
+                "the adapter is started already"
+                if self._already_trained
+                else f"{method.name} computes no initialization"
+            )
             raise UserError(f"init_folder: would not be read, {reason}")
         if texts and folder is not None and not method.needs_texts:
             logger.info(f"calibration_dataset: not read, start and drift are those of {folder}")
         both = [self.init_dir, folder] if self._reuse_init and folder else []
         if len({read_report(found)["key"] for found in both}) > 1:
-            raise UserError(f"reuse_init: {self.init_dir} holds another start than {folder}; give one of the two")
-        starts = method.needs_gram and not self._goes_on and folder is None
+            raise UserError(
+                f"reuse_init: {self.init_dir} holds another initialization than {folder}; give one of the two"
+            )
+        starts = method.needs_gram and not self._already_trained and folder is None
         if not texts and (starts or method.needs_texts):
             raise UserError(f"calibration_dataset: {method.name} needs texts that carry the knowledge to keep")
 
@@ -413,7 +441,7 @@ class LoraNullMixin(SavingMixin):
             self._read_whole()
 
     def _read_whole(self) -> None:
-        self._weights.fill(self._in_files, torch.device("cpu"))
+        self._weights.fill(self._given_model, torch.device("cpu"))
         self._weights = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -421,12 +449,12 @@ class LoraNullMixin(SavingMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._weights is not None and any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._optimized = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+            self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         return optimizer
 
     def forget_terms(self) -> None:
         """Forget which pass it was, and what the method added to the loss of the steps since the last log line."""
-        self._now: MicroBatch | None = None
+        self._micro_batch: MicroBatch | None = None
         self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value
 
     def read_shards(self) -> None:
@@ -435,13 +463,15 @@ class LoraNullMixin(SavingMixin):
             return
         offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
         device = torch.device("cpu") if offloaded else self.accelerator.device
-        together(lambda: self._weights.fill(self.model, device), what="reading the weights")
+        together(lambda: self._weights.fill(self.model, device))
         if isinstance(self.drift_meter, WeightDriftMeter):
             self.drift_meter.begin()
-        if self._optimized:  # accelerate finds an optimizer's shards by their address, which these did not have yet
-            shards = {in_checkpoint(name): parameter for name, parameter in self.model.named_parameters()}
-            for group, names in zip(self.optimizer.param_groups, self._optimized):
-                group["params"] = [shards[in_checkpoint(name)] for name in names]
+        if (
+            self._optimizer_names
+        ):  # accelerate finds an optimizer's shards by their address, which these did not have yet
+            shards = {checkpoint_name(name): parameter for name, parameter in self.model.named_parameters()}
+            for group, names in zip(self.optimizer.param_groups, self._optimizer_names):
+                group["params"] = [shards[checkpoint_name(name)] for name in names]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As the parent trainer; what it loads over has to be there."""
@@ -478,7 +508,7 @@ class LoraNullMixin(SavingMixin):
         if checkpoint is not None:
             check_whole_checkpoint(checkpoint)
             self._take_batch_size(checkpoint)
-            check_settings(checkpoint, self._recorded)
+            check_settings(checkpoint, self._checkpoint_settings)
             warn_without_optimizer(checkpoint)
             check_processes(checkpoint, *self._processes_and_batch(), self._engine())
         if not self._prepared:
@@ -487,7 +517,7 @@ class LoraNullMixin(SavingMixin):
             self._prepare(resuming=checkpoint)
             self._prepared = True
             self.init_seconds = time.perf_counter() - start
-        elif self.train_dataset is not self._rows:  # other rows than those of the training before
+        elif self.train_dataset is not self._prepared_dataset:  # other rows than those of the training before
             self._prepare_rows(checkpoint)
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             if hasattr(callback, "load_state"):
@@ -529,33 +559,13 @@ class LoraNullMixin(SavingMixin):
             resuming: the checkpoint to go on from.
         """
         self._prepare_rows(resuming)
-        if not self._measures:
+        if not self._has_method:
             return
         if not self.method.new_parameters:
             self._check_trainable()
         if self._weights is None:
             check_whole(self.model)
-        options, layers, start = self.init_options_here(), self.method.layers(self.model), None
-        rule = None if self._goes_on else self.method.rule_for(options)
-        rule = after_earlier(rule, options.earlier, options.knowledge)
-        finished = self._finished_start(resuming)
-        if finished is not None:
-            expected = {"rule": rule.rule if rule is not None else "", "adapter_name": self.adapter_name}
-            start = load_start(finished, self.model, layers, weights=self._weights, **expected)
-            if self.args.should_save:
-                copy_store(finished, self.init_dir)
-        elif self.args.should_save:  # what an earlier run started from goes, but for parts that this one may continue
-            clear(self.init_dir, parts=options.cache)
-        self.accelerator.wait_for_everyone()
-        asked = self._what_to_compute(rule) if finished is None and not resuming else None
-        if asked is not None:
-            with own_precision(self.model):  # an evaluation before has put autocast around it
-                try:
-                    start = compute_start(self.model, layers, options=options, **asked)
-                except NotAChain as reason:
-                    logger.warning(f"{reason}; every process loads it whole")
-                    self._read_whole()
-                    start = compute_start(self.model, layers, options=replace(options, weights=None), **asked)
+        start = self._load_or_compute(resuming)
         if start is not None:
             self._begin_with(start)
         del start
@@ -564,6 +574,60 @@ class LoraNullMixin(SavingMixin):
         self.accelerator.wait_for_everyone()
         if self.method.new_parameters:
             self._check_trainable()
+
+    def _load_or_compute(self, resuming: Path | None) -> Start | None:
+        """Return what the model starts from, out of a folder or computed; None for nothing."""
+        options, layers = self.init_options_here(), self.method.layers(self.model)
+        rule = None if self._already_trained else self.method.rule_for(options)
+        rule = after_earlier(rule, options.earlier, options.knowledge)
+        finished = self._finished_start(resuming)
+        if finished is not None:
+            start = load_start(
+                finished,
+                self.model,
+                layers,
+                rule=rule.label if rule is not None else "",
+                adapter_name=self.adapter_name,
+                weights=self._weights,
+            )
+            if self.args.should_save:
+                copy_store(finished, self.init_dir)
+            self.accelerator.wait_for_everyone()
+            return start
+        if self.args.should_save:  # what an earlier run started from goes, but for parts that this one may continue
+            clear(self.init_dir, parts=options.cache)
+        self.accelerator.wait_for_everyone()
+        return None if resuming else self._compute(options, layers, rule)
+
+    def _compute(self, options: InitOptions, layers: Mapping[str, nn.Module], rule: Rule | None) -> Start | None:
+        """Measure and compute what the model starts from; None where there is nothing to measure or to compute."""
+        whole = None if self._already_trained else self._whole_model()
+        measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
+        if not measures and rule is None and whole is None:
+            return None
+        batches = self.calibration_batches if measures else None
+
+        def compute(options: InitOptions) -> Start:
+            return compute_start(
+                self.model,
+                layers,
+                batches,
+                options,
+                rule=rule,
+                whole=whole,
+                adapter_name=self.adapter_name,
+                folder=self.init_dir,
+            )
+
+        with own_precision(self.model):  # an evaluation before has put autocast around it
+            try:
+                return compute(options)
+            except NotAChain as reason:
+                if self._weights is None:  # asked for by `form`
+                    raise
+                logger.warning(f"{reason}; every process loads it whole")
+                self._read_whole()
+                return compute(replace(options, weights=None))
 
     def _check_trainable(self) -> None:
         if self._preflight != "off":
@@ -574,13 +638,15 @@ class LoraNullMixin(SavingMixin):
         windows = self.calibration_texts if self.method.needs_texts else []
         if self.method.needs_texts:
             digest = hashlib.sha256(repr(windows).encode()).hexdigest()[:8]
-            self._recorded |= {"calibration texts": f"{len(windows)} ({digest})"}
+            self._checkpoint_settings |= {"calibration texts": f"{len(windows)} ({digest})"}
             if resuming:
-                check_settings(resuming, self._recorded)
-        if self.train_dataset is not self._rows:  # or an attempt that was broken off has changed them already
+                check_settings(resuming, self._checkpoint_settings)
+        if (
+            self.train_dataset is not self._prepared_dataset
+        ):  # or an attempt that was broken off has changed them already
             if windows and self._preflight != "off":
                 check_rows(self, self._preflight)  # without the texts among which nothing of them would be missed
-            self.train_dataset = self._rows = self.method.training_data(self, windows)
+            self.train_dataset = self._prepared_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
 
@@ -591,21 +657,13 @@ class LoraNullMixin(SavingMixin):
         kept = resuming / self.init_dir.name
         if (kept / REPORT_FILE).is_file():
             return kept
-        if not self._goes_on and (self.method.computes_whole or self.method.rule_for(self._init_options) is not None):
+        if not self._already_trained and (
+            self.method.computes_whole or self.method.rule_for(self._init_options) is not None
+        ):
             raise UserError(
                 f"resume: {resuming} does not hold what it started from ({kept.name}/{REPORT_FILE} is missing)"
             )
         return None
-
-    def _what_to_compute(self, rule: Rule | None) -> dict[str, Any] | None:
-        """Return what `compute_start` is asked to measure and compute; None for nothing."""
-        whole = None if self._goes_on else self._whole_model()
-        measures = self._calibration_dataset is not None and (rule is not None or self._drift_is_measurable())
-        if not measures and rule is None and whole is None:
-            return None
-        batches = self.calibration_batches if measures else None
-        place = {"adapter_name": self.adapter_name, "folder": self.init_dir}
-        return {"batches": batches, "rule": rule, "whole": whole, **place}
 
     def _whole_model(self) -> WholeModel | None:
         """Return what the method computes of the model as a whole, the same whatever was drawn before; None for nothing."""
@@ -624,14 +682,12 @@ class LoraNullMixin(SavingMixin):
         knowledge = []
         if self.method.needs_gram:
             fewest = self._init_options.min_tokens
-            knowledge = together(
-                lambda: checked_batches(self.model, self.calibration_batches, fewest), what=INITIALIZATION
-            )
+            knowledge = together(lambda: checked_batches(self.model, self.calibration_batches, fewest))
         return WholeModel(rule, [*looked_at, *knowledge], compute, type(self.method))
 
     def _begin_with(self, start: Start) -> None:
         """Make the model what it is before the first step, and follow its drift from there."""
-        if not self._goes_on:
+        if not self._already_trained:
             self.method.apply(self.model, start.tensors)
         if start.report.layers:
             self.layer_report = start.report
@@ -663,7 +719,7 @@ class LoraNullMixin(SavingMixin):
     @functools.cached_property
     def calibration_batches(self) -> list[dict[str, Any]]:
         """The calibration windows in padded batches, read once; all processes ask for them together."""
-        return together(self._batches, what="calibration")
+        return together(self._batches)
 
     @property
     def calibration_texts(self) -> list[list[int]]:
@@ -679,8 +735,8 @@ class LoraNullMixin(SavingMixin):
         return batches
 
     def _keep_start(self, checkpoint: Path) -> None:
-        if self._measures:
-            write_json(checkpoint / METHOD_FILE, self._recorded)
+        if self._has_method:
+            write_json(checkpoint / METHOD_FILE, self._checkpoint_settings)
         clear(checkpoint / self.init_dir.name)  # of an earlier run's checkpoint of this step
         if (self.init_dir / REPORT_FILE).is_file():
             copy_store(self.init_dir, checkpoint / self.init_dir.name)
@@ -698,13 +754,13 @@ class LoraNullMixin(SavingMixin):
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.method.terms or not self.model.training:
             return found
-        step, before = self.state.global_step, self._now
+        step, before = self.state.global_step, self._micro_batch
         index = before.index + 1 if before is not None and before.step == step else 0
-        self._now = MicroBatch(step, index, self.current_gradient_accumulation_steps)
+        self._micro_batch = MicroBatch(step, index, self.current_gradient_accumulation_steps)
         # Where the trainer goes on to divide by the passes of a step, a share of the term must not be divided again.
-        scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._now.count
+        scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._micro_batch.count
         loss, *rest = found if return_outputs else (found,)
-        for name, term in self.method.extra_loss(self, model, self._now).items():
+        for name, term in self.method.extra_loss(self, model, self._micro_batch).items():
             loss = loss + (scale * term.weight) * term.value.to(loss.device)
             steps = self._terms.setdefault(name, {})
             steps[step] = steps.get(step, 0.0) + term.value.detach()

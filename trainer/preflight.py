@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.targets import refuse_experts, say_what_is_fused
+from lora_null.targets import refuse_experts, warn_about_fused_experts
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
-from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, unsupported
+from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, why_unsupported
 from lora_null.utils.model_state import preserve, start_that_rewrites, trains_biases
-from lora_null.utils.quantized import unreadable
+from lora_null.utils.quantized import why_unreadable
 
 logger = get_logger(__name__)
 
@@ -41,7 +41,7 @@ def check_mode(mode: str) -> None:
         raise UserError(f"preflight: no {mode!r}{nearest(mode, get_args(Mode))}")
 
 
-def tell(mode: Mode, finding: str) -> None:
+def raise_or_warn(mode: Mode, finding: str) -> None:
     """Refuse, say or leave out a finding."""
     if mode == "error":
         raise UserError(f"{finding} (preflight: 'warn' goes on all the same)")
@@ -64,9 +64,9 @@ def config_of(model: Any, args: Any) -> PreTrainedConfig | None:
 
 def check_predicts_next_token(config: PreTrainedConfig, mode: Mode, where: str = "model") -> None:
     """Check that a model predicts the next token; `where` names it in the finding."""
-    reason = unsupported(config)
+    reason = why_unsupported(config)
     if reason:
-        tell(mode, f"{where}: {reason}")
+        raise_or_warn(mode, f"{where}: {reason}")
 
 
 def check_model(model: Any, args: Any, mode: Mode) -> None:
@@ -81,7 +81,9 @@ def check_model(model: Any, args: Any, mode: Mode) -> None:
     if config is not None:
         check_predicts_next_token(config, mode)
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
-        tell(mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+        raise_or_warn(
+            mode, f"model: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
 
 
 def check_rows_given(name: str, rows: Any) -> None:
@@ -177,12 +179,12 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
     refuse_experts(base, layers)
-    say_what_is_fused(base)
+    warn_about_fused_experts(base)
     decoder = _language_model(base)
     outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
     if outside:
         inside = sorted({name.rpartition(".")[2] for name in layers.keys() - set(outside)})
-        tell(
+        raise_or_warn(
             mode,
             f"target_modules: {outside[0]} and {len(outside) - 1} more lie outside the language model of "
             f"{type(base).__name__}, no text reaches them; "
@@ -309,9 +311,9 @@ def check_labels(
 def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) -> None:
     seen = f"in the {look.rows} rows looked at"
     if not look.rows:
-        tell(mode, "training data: no row is left to train on")
+        raise_or_warn(mode, "training data: no row is left to train on")
     elif not look.learned:
-        tell(mode, f"training data: {nothing_learned} {seen}, nothing would be learned")
+        raise_or_warn(mode, f"training data: {nothing_learned} {seen}, nothing would be learned")
     elif look.is_fine:
         return
     elif not look.whole and look.prompted:
@@ -319,7 +321,7 @@ def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) 
             f"training data: every row is cut at max_length ({look.max_length}), so no end of an answer is learned"
         )
     elif look.prompted:
-        tell(
+        raise_or_warn(
             mode,
             f"training data: the end token {eos_token!r} is in no label {seen}, so the model would never "
             "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
@@ -345,7 +347,7 @@ def _check_lengths(trainer: Any, limit: PositionLimit, seen: int, mode: Mode) ->
         return
     line = f"max_length: a row has {longest} tokens, {limit}"
     if limit.hard:
-        tell(mode, f"{line}; max_length={limit.tokens} cuts it")
+        raise_or_warn(mode, f"{line}; max_length={limit.tokens} cuts it")
     else:
         logger.warning(line)
 
@@ -373,7 +375,7 @@ def check_windows(batches: Iterable[Mapping[str, Any]], config: PreTrainedConfig
     limit = position_limit(config)
     longest = max((torch.as_tensor(batch["input_ids"]).shape[-1] for batch in batches), default=0)
     if limit is not None and limit.hard and longest > limit.tokens:
-        tell(mode, f"calibration: a window has {longest} tokens, {limit}")
+        raise_or_warn(mode, f"calibration: a window has {longest} tokens, {limit}")
 
 
 def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
@@ -394,7 +396,9 @@ def check_trainable(model: nn.Module, expected: set[str], mode: Mode) -> None:
             "model: no parameter trains; an adapter from disk trains with PeftModel.from_pretrained(…, is_trainable=True)"
         )
     if extra:
-        tell(mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it")
+        raise_or_warn(
+            mode, f"model: {extra[0]} ({len(extra)} parameters) trains and is no part of the adapter, freeze it"
+        )
     elif missing:
         logger.warning(
             f"model: {missing[0]} ({len(missing)} of {len(expected)} parameters of the adapter) does not train"
@@ -411,7 +415,7 @@ def why_not_measured(model: nn.Module, adapter_name: str = "default") -> str | N
         return f"{type(config).__name__} has no factors A and B"
     for name, layer in layers.items():
         variant = layer.lora_variant.get(adapter_name, layer)
-        if variant is not layer or not _is_linear(layer) or unreadable(layer.get_base_layer()):
+        if variant is not layer or not _is_linear(layer) or why_unreadable(layer.get_base_layer()):
             return f"{name} has a {type(variant).__name__} of PEFT instead of W0 x + s·BA x"
     return None
 

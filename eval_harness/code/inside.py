@@ -310,7 +310,7 @@ def examine():
     try:
         ask("run", job["code"])
         names = Names(__name__="tests", **{name: Remote(name) for name in job["names"]})
-        for part in ("given", "tests"):
+        for part in ("setup", "tests"):
             exec(compile(job[part], f"{part}.py", "exec"), names)
         passed = True
     except Ended:

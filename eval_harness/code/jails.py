@@ -32,7 +32,7 @@ BWRAP, UNSAFE, ENGINES = "bwrap", "unsafe", ("podman", "docker")
 JAILS = (BWRAP, *ENGINES, UNSAFE)
 IMAGE = "python:3.11-slim"
 FILES_MB = 16  # of all files that a program writes, and of each of them
-TASKS = 8  # processes and threads of a program
+MAX_PROCESSES = 8  # processes and threads of a program
 NOBODY = 65534
 TRIAL_SECONDS = 60
 PACKAGES = ("site-packages", "dist-packages")  # others', in the library's folder
@@ -60,11 +60,11 @@ class Jail:
 
     Attributes:
         name: what a recipe calls it.
-        describe: what the report says.
+        description: what the report says.
     """
 
     name: str
-    describe: str
+    description: str
 
     def command(self, name: str) -> list[str]:
         """Return the command line up to Python's arguments; `name` is unique to this start."""
@@ -74,9 +74,9 @@ class Jail:
         """Return further options of `subprocess.Popen`."""
         return {}
 
-    def tasks(self) -> int:
+    def process_limit(self) -> int:
         """Return the limit on processes and threads that is set from inside; 0 where the jail itself limits them."""
-        return TASKS
+        return MAX_PROCESSES
 
     def problem(self) -> str | None:
         """Return in a few words why it does not work here, None where it does."""
@@ -86,7 +86,7 @@ class Jail:
     def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
         """Start `inside.py` as "program" or "examiner"; when the block ends, nothing of it is left running."""
         name = f"lora-null-code-{secrets.token_hex(8)}"
-        numbers = (limits.memory_mb, math.ceil(limits.seconds) + 1, FILES_MB, self.tasks())
+        numbers = (limits.memory_mb, math.ceil(limits.seconds) + 1, FILES_MB, self.process_limit())
         python = ["-I", "-S", "-B", "-c", INSIDE.read_text(encoding="utf-8"), role, *map(str, numbers)]
         process = subprocess.Popen([*self.command(name), *python], start_new_session=True, **self.options(), **pipes)
         try:
@@ -116,7 +116,7 @@ def trial(command: Sequence[str], **options: Any) -> str | None:
 class Bubblewrap(Jail):
     """bubblewrap (`bwrap`), 0.8 or newer."""
 
-    name, describe = "bwrap", "bubblewrap"
+    name, description = "bwrap", "bubblewrap"
 
     def command(self, name: str) -> list[str]:
         return list(bubblewrap_command())
@@ -202,16 +202,17 @@ class Container(Jail):
     """podman or docker; the program runs on the Python of an image, in a container without network."""
 
     def __init__(self, name: str, image: str) -> None:
-        self.name, self.image, self.describe = name, image, f"{name}, {image}"
+        self.name, self.image, self.description = name, image, f"{name}, {image}"
 
     def command(self, name: str) -> list[str]:
         words = [self.name, "run", "--rm", "--interactive", "--init", "--name", name, "--network", "none"]
         words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--ipc", "private"]
-        words += ["--user", f"{NOBODY}:{NOBODY}", "--pids-limit", str(TASKS), "--memory", "2g", "--memory-swap", "2g"]
+        words += ["--user", f"{NOBODY}:{NOBODY}", "--pids-limit", str(MAX_PROCESSES)]
+        words += ["--memory", "2g", "--memory-swap", "2g"]
         words += ["--tmpfs", f"/tmp:rw,size={FILES_MB}m,mode=1777", "--shm-size", "1m", "--workdir", "/tmp"]
         return [*words, "--env", "HOME=/tmp", "--oom-score-adj", "1000", "--entrypoint", "python3", self.image]
 
-    def tasks(self) -> int:
+    def process_limit(self) -> int:
         return 0
 
     def problem(self) -> str | None:
@@ -228,7 +229,7 @@ class Container(Jail):
 class LimitsAlone(Jail):
     """No jail: limits on time, memory and files. The program may read and write what its user may, and use the network."""
 
-    name, describe = UNSAFE, "no jail, limits on time, memory and files alone"
+    name, description = UNSAFE, "no jail, limits on time, memory and files alone"
 
     def command(self, name: str) -> list[str]:
         return [interpreter()]
@@ -236,13 +237,13 @@ class LimitsAlone(Jail):
     def options(self) -> dict[str, Any]:
         return {"env": {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}}
 
-    def tasks(self) -> int:
-        """Return the limit: the system counts all that its user runs, so it is what runs now and `TASKS` more."""
+    def process_limit(self) -> int:
+        """Return the limit: the system counts all that its user runs, so what runs now and `MAX_PROCESSES` more."""
         running = 0
         for folder in glob.glob("/proc/[0-9]*/task"):
             with contextlib.suppress(OSError):
                 running += len(os.listdir(folder)) if os.stat(folder).st_uid == os.getuid() else 0
-        return running + TASKS
+        return running + MAX_PROCESSES
 
     @contextlib.contextmanager
     def start(self, role: str, limits: Limits, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:

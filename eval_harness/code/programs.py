@@ -70,13 +70,13 @@ class Program:
 
     Attributes:
         code: the model's, run in the program's process.
-        given: code of the task that the tests need, run in the examiner before them.
+        setup: code of the task that the tests need, run in the examiner before them.
         tests: run in the examiner; they pass if they run to their end.
         names: what the tests find in the program's process, and not in their own.
     """
 
     code: str
-    given: str = ""
+    setup: str = ""
     tests: str = ""
     names: tuple[str, ...] = ()
 
@@ -108,12 +108,12 @@ def _imports_and_helpers(doc: Mapping[str, Any]) -> str:
     return re.split(rf"^def {re.escape(doc['entry_point'])}\b", doc["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def _without_unused_imports(given: str, tests: str) -> str:
+def _without_unused_imports(setup: str, tests: str) -> str:
     """Return what comes before a function without the imports that tests do not use: typing takes as long as Python."""
     try:
-        tree, names = ast.parse(given), [node for text in (given, tests) for node in ast.walk(ast.parse(text))]
+        tree, names = ast.parse(setup), [node for text in (setup, tests) for node in ast.walk(ast.parse(text))]
     except SyntaxError:
-        return given
+        return setup
     used = {node.id for node in names if isinstance(node, ast.Name)} | {"*"}
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -160,33 +160,33 @@ class Outcome:
 
 
 @dataclass
-class Holding:
-    """What `held_by` says of the programs within its block.
+class JailContext:
+    """What `use_jail` says of the programs within its block.
 
     Attributes:
         name, image: the jail, as `find_jail` takes it.
-        runs: whether programs run at all; where not, none passes.
+        run_programs: whether programs run at all; where not, none passes.
         used: whether there was a program.
     """
 
     name: str = BWRAP
     image: str = IMAGE
-    runs: bool = True
+    run_programs: bool = True
     used: bool = False
 
 
-_holding: ContextVar[Holding | None] = ContextVar("holding", default=None)
+_current: ContextVar[JailContext | None] = ContextVar("jail", default=None)
 
 
 @contextlib.contextmanager
-def held_by(name: str, image: str = IMAGE, *, runs: bool = True) -> Iterator[Holding]:
-    """Within the block, programs of this thread run in this jail, or none of them does; see `Holding`."""
-    holding = Holding(name, image, runs)
-    token = _holding.set(holding)
+def use_jail(name: str, image: str = IMAGE, *, run_programs: bool = True) -> Iterator[JailContext]:
+    """Within the block, programs of this thread run in this jail, or none of them does; see `JailContext`."""
+    context = JailContext(name, image, run_programs)
+    token = _current.set(context)
     try:
-        yield holding
+        yield context
     finally:
-        _holding.reset(token)
+        _current.reset(token)
 
 
 def run_program(
@@ -201,17 +201,17 @@ def run_program(
         program: what the model wrote, with its tests; or a text.
         seconds: of wall-clock time, from when both processes have started.
         memory_mb: of address space, in MiB.
-        jail: what holds it; None for that of `held_by`, or bubblewrap.
+        jail: what holds it; None for that of `use_jail`, or bubblewrap.
 
     Raises:
         UserError: no jail works here.
     """
     program = Program(program) if isinstance(program, str) else program
-    holding = _holding.get() or Holding()
-    holding.used = True
-    if not holding.runs:
+    context = _current.get() or JailContext()
+    context.used = True
+    if not context.run_programs:
         return Outcome(False, "not run in this process")
-    with _examined(program, jail or find_jail(holding.name, holding.image), Limits(seconds, memory_mb)) as verdicts:
+    with _examined(program, jail or find_jail(context.name, context.image), Limits(seconds, memory_mb)) as verdicts:
         try:
             if _message(verdicts, START_SECONDS) != "ready":
                 raise ValueError("no answer")

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
-BESIDE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
+BESIDE = (".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
+INSTALLED = {"site-packages", "dist-packages"}
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # the environment variable that the hub's metric code_eval asks for
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 NAME_IN_FILE = re.compile(
@@ -218,8 +219,8 @@ def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
 
 
 def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
-    """Return a hash of a task of the user's own: what lies beside its file and those that it includes, which its code may
-    read, the modules that it has loaded from there, and its local documents."""
+    """Return a hash of a task of the user's own: its file and those that it includes, its local documents, and where code
+    lies beside them the modules loaded from there and what they may read there."""
     manager, digest = manager_of(task.task, task.include_path), hashlib.sha256()
     entries = [manager.task_index[name] for name in (task.task, *loaded["tasks"]) if name in manager.task_index]
     rules = {file for entry in entries if entry.yaml_path for file in files_of(Path(entry.yaml_path))}
@@ -233,8 +234,13 @@ def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
         places |= {name for n in named for name in ([n] if isinstance(n, str) else n)}
         places |= {place for place in (member.get_config("dataset_path"), options.get("data_dir")) if place}
     found = {Path(path) for place in places for path in glob.glob(place)}
-    files = rules | {file for folder in folders for file in folder.iterdir() if file.suffix in BESIDE}
-    files |= {file for file in modules if folders & set(file.parents)}
+    code = {file for file in modules if folders & set(file.parents) and not INSTALLED & set(file.parts)}
+    code |= {file for folder in folders for file in folder.glob("*.py")}
+    files = rules | code
+    if code:
+        text = b"".join(file.read_bytes() for file in code if file.is_file())
+        beside = [file for folder in folders for file in folder.iterdir()]
+        files |= {file for file in beside if file.suffix in BESIDE or file.name.encode() in text}
     files |= {file for path in found for file in ([path] if path.is_file() else path.rglob("*"))}
     for file in sorted(filter(Path.is_file, files)):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

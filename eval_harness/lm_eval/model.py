@@ -35,8 +35,8 @@ class ShardedLM(RowwiseLM):
         progress: show lm-eval's bars on rank 0.
 
     Attributes:
-        given: the answers to each call, in order.
-        gives_again: answer the same calls out of `given`, without the model.
+        responses: the answers to each call, in order.
+        replay: answer the same calls out of `responses`, without the model.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ShardedLM(RowwiseLM):
         progress: bool = True,
     ) -> None:
         self.progress = progress
-        self.given: list[list] = []
-        self.gives_again = False
+        self.responses: list[list] = []
+        self.replay = False
         with quiet(logging.ERROR), replaced(model, "tie_weights", lambda *args, **kwargs: None):
             super().__init__(
                 pretrained=model,
@@ -60,19 +60,19 @@ class ShardedLM(RowwiseLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives it) of each request's continuation."""
-        return self._shared(super().loglikelihood, requests, disable_tqdm)
+        return self._sharded(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each request's whole text."""
-        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+        return self._sharded(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return each request's generated text, cut at its stop strings."""
-        return self._shared(super().generate_until, requests, disable_tqdm)
+        return self._sharded(super().generate_until, requests, disable_tqdm)
 
-    def _shared(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
-        if self.gives_again:
-            return self.given.pop(0)
+    def _sharded(self, method, requests: list[Instance], disable_tqdm: bool) -> list:
+        if self.replay:
+            return self.responses.pop(0)
         # By document, not by request: the choices of one question stay together and share their forward pass.
         share = my_share((request.doc_id for request in requests), self.model)
         hidden = disable_tqdm or not self.progress or not is_first_process()
@@ -82,8 +82,8 @@ class ShardedLM(RowwiseLM):
             return dict(zip(share, answers, strict=True))
 
         answers = merge_shares(compute)
-        self.given.append([answers[i] for i in range(len(requests))])
-        return self.given[-1]
+        self.responses.append([answers[i] for i in range(len(requests))])
+        return self.responses[-1]
 
 
 class BlankLM(LM):

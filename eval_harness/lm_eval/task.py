@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from lm_eval import evaluator
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
-from lora_null.eval_harness.code.programs import held_by
+from lora_null.eval_harness.code.programs import use_jail
 from lora_null.eval_harness.lm_eval.loading import explained, hash_of_rules, load, seed_fewshot
 from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
@@ -38,12 +38,26 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 BOOTSTRAP_ITERATIONS = 1000  # for metrics without a formula for their standard error
-TWIN = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
+CHAT_SUFFIX = "_chat"  # ends the name of a task that is asked without the frame of the training prompt
 # Words in the names of metrics that are 0 to 1 for a document. The values found do not tell: a base may have 0 in all.
 SHARES = {"acc", "accuracy", "contains", "correct", "em", "exact", "f1", "included", "match", "pass", "precision"}
 SHARES |= {"rate", "recall", "rule", "verify"}
 # This package's tasks that are asked in the training prompt, and have a twin for chat templates.
-FRAMED = tuple(sorted(path.stem.removesuffix(TWIN) for path in TASK_FILES.rglob(f"*{TWIN}.yaml")))
+HAS_CHAT_TWIN = tuple(sorted(path.stem.removesuffix(CHAT_SUFFIX) for path in TASK_FILES.rglob(f"*{CHAT_SUFFIX}.yaml")))
+
+
+class Trial(NamedTuple):
+    """What building a task and trying it on its first document gives.
+
+    Attributes:
+        loaded: lm-eval's {"tasks", "groups", …}, ready to run.
+        used_jail: whether a program ran in the jail.
+        names: of its results, see `LmEvalTask.result_names`.
+    """
+
+    loaded: TaskDict
+    used_jail: bool
+    names: dict[str, tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +82,9 @@ class LmEvalTask(Task):
         chat: put the prompts into the model's own chat template, as lm-eval's `--apply_chat_template` does.
     """
 
-    bounded: ClassVar[bool] = True
+    hard_position_limit: ClassVar[bool] = True
     runs_on_engine: ClassVar[bool] = True
-    measured_twice: ClassVar[int | None] = 64  # generating takes long
+    noise_documents: ClassVar[int | None] = 64  # generating takes long
 
     task: str
     path: str | None = None
@@ -98,18 +112,18 @@ class LmEvalTask(Task):
 
     @property
     def in_training_template(self) -> bool:
-        return self.task in FRAMED or (self.chat and self.task.removesuffix(TWIN) in FRAMED)
+        return self.task in HAS_CHAT_TWIN or (self.chat and self.task.removesuffix(CHAT_SUFFIX) in HAS_CHAT_TWIN)
 
     @property
     def runs_code(self) -> bool:
         """Whether its rules run what the model writes."""
         return any(needs_consent(member) for member in self.loaded["tasks"].values())
 
-    def remarks(self) -> dict[str, str]:
+    def report_notes(self) -> dict[str, str]:
         if not (self.confirm_run_unsafe_code and self.runs_code):
             return {}
-        jailed = find_jail(self.jail, self.jail_image).describe
-        return {"generated_code": jailed if self._tried["jailed"] else f"by the rules of {self.task}, without a jail"}
+        jailed = find_jail(self.jail, self.jail_image).description
+        return {"generated_code": jailed if self._trial.used_jail else f"by the rules of {self.task}, without a jail"}
 
     def check(self) -> None:
         """Check the values, build the task, read its documents and try its rules on the first one.
@@ -128,7 +142,8 @@ class LmEvalTask(Task):
                 raise UserError(f"{self}: {key} needs path, the local file with the documents")
         if self.path and self.fewshot_path and Path(self.path).resolve() == Path(self.fewshot_path).resolve():
             raise UserError(f"{self}: fewshot_path is the evaluated file itself; name another file")
-        if self.runs_code and (self.jail == UNSAFE or not self._tried["jailed"]):
+        trial = self._trial  # builds the task, reads its documents and tries the first one
+        if self.runs_code and (self.jail == UNSAFE or not trial.used_jail):
             logger.warning(f"{self}: what the model writes runs without a jail, and may do what this user may")
 
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
@@ -139,31 +154,28 @@ class LmEvalTask(Task):
                 raise UserError(f"{self}: answers of up to {most} tokens leave no room for a prompt, {limit}")
 
     @property
-    def found_names(self) -> list[str]:
-        return list(self._tried["names"])
+    def all_metric_names(self) -> list[str]:
+        return list(self._trial.names)
 
     def is_of_group(self, name: str) -> bool:
         """Return whether a result is a group's own, which has no value for each question alone."""
-        return self._tried["names"][name][0] in (self.loaded.get("groups") or {})
+        return self._trial.names[name][0] in (self.loaded.get("groups") or {})
 
     @property
     def loaded(self) -> TaskDict:
         """lm-eval's {"tasks", "groups", …}, ready to run; read and tried once, see `check`."""
-        return self._tried["loaded"]
+        return self._trial.loaded
 
     @cached_property
-    def _tried(self) -> dict[str, Any]:
-        """`loaded`, after a trial on the first document with a stand-in model, whether a program ran in the jail there, and
-        the names of the results.
-
-        The trial finds missing fields and unknown metrics.
-        """
+    def _trial(self) -> Trial:
+        """The task, built and tried on its first document with a stand-in model: that finds missing fields and unknown
+        metrics."""
         with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
             loaded = load(self)
             options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
             options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code
             try:
-                with held_by(self.jail, self.jail_image) as held:
+                with use_jail(self.jail, self.jail_image) as context:
                     results: Any = evaluator.evaluate(lm=BlankLM(), task_dict=loaded, **options)
             except UserError:
                 raise
@@ -174,7 +186,7 @@ class LmEvalTask(Task):
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     raise UserError(f"{self} fails on its first document ({reason})") from error
                 raise
-        return {"loaded": loaded, "jailed": held.used, "names": self.result_names(loaded, results)}
+        return Trial(loaded, context.used, self.result_names(loaded, results))
 
     @cached_property
     def _rules(self) -> str:
@@ -202,7 +214,7 @@ class LmEvalTask(Task):
             settings["documents_sha256"] = self._documents
         if self.include_path is not None:
             settings["rules_sha256"] = self._rules
-        return settings | self.remarks()
+        return settings | self.report_notes()
 
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks.
@@ -210,19 +222,18 @@ class LmEvalTask(Task):
         Programs that the model writes are run by rank 0, whose results count: once all ranks have the answers, since running
         them may take longer than a collective may wait.
         """
-        tasks, first = self.loaded["tasks"], is_first_process()
-        limit = position_limit(model.config)
+        first, limit = is_first_process(), position_limit(model.config)
         if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
             self.check_positions(tokenizer, limit)
         lm = options.engine or ShardedLM(
             model, tokenizer, options.batch_size, options.autocast_dtype, options.progress
         )
 
-        def evaluated(*, runs: bool) -> Any:
+        def evaluated(*, run_programs: bool) -> Any:
             seed_fewshot(self.loaded, options.seed)
             # A chat template writes the start token where there is to be one; the tokenizer adds none, as in training.
             start = replaced(lm, "add_bos_token", False) if self.chat else nullcontext()
-            with start, bootstrap_in_this_process(), held_by(self.jail, self.jail_image, runs=runs):
+            with start, bootstrap_in_this_process(), use_jail(self.jail, self.jail_image, run_programs=run_programs):
                 return evaluator.evaluate(
                     lm=lm,
                     task_dict=self.loaded,
@@ -233,37 +244,42 @@ class LmEvalTask(Task):
                     fewshot_as_multiturn=self.chat,  # as lm-eval's command does
                 )
 
-        later = self._tried["jailed"] and rank_and_world()[1] > 1 and isinstance(lm, ShardedLM)
-        results = [evaluated(runs=first and not later)]
+        later = self._trial.used_jail and rank_and_world()[1] > 1 and isinstance(lm, ShardedLM)
+        results = evaluated(run_programs=first and not later)
         if later:
-            lm.gives_again = True
-            slowly_on_first_rank(lambda: results.append(evaluated(runs=True)))  # kept here, not sent
-        results = results[-1]
+            lm.replay = True
+            results = _kept_on_first_rank(lambda: evaluated(run_programs=True)) or results
         settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
         found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
-        for name, (owner, metric, filter_) in self.result_names(self.loaded, results).items():
-            scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
-            members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
-            members = [member for member in members if f"{metric},{filter_}" in results["results"][member]]
-            stderr = scores.get(f"{metric}_stderr,{filter_}")
-            samples = (doc for member in members for doc in results["samples"].get(member, []))
-            documents = [document for document in samples if document["filter"] == filter_]
-            values = [document.get(metric) for document in documents]
-            known = bool(values) and all(isinstance(value, int | float | np.number | np.bool_) for value in values)
-            directions = {results["higher_is_better"].get(member, {}).get(metric) for member in members}
-            share = tasks[members[0]].aggregation().get(metric) is mean and is_share(metric)
-            found.metrics[name] = Metric(
-                float(scores[f"{metric},{filter_}"]),
-                float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
-                sum(results["n-samples"][member]["effective"] for member in members),
-                directions.pop() if len(directions) == 1 else None,
-                self.role,
-                "fraction" if share else metric,
-            )
-            if known:
-                kept = found.samples if group is None else found.group_samples
-                kept[name] = [float(value) for value in values]
+        for name, source in self.result_names(self.loaded, results).items():
+            self._add(found, name, results, *source)
         return found
+
+    def _add(
+        self, found: TaskResult, name: str, results: Mapping[str, Any], owner: str, metric: str, filter_: str
+    ) -> None:
+        """Take up a metric of lm-eval's results, with a sample for each document where these are numbers."""
+        scores, group = results["results"][owner], (self.loaded.get("groups") or {}).get(owner)
+        members = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
+        members = [member for member in members if f"{metric},{filter_}" in results["results"][member]]
+        stderr = scores.get(f"{metric}_stderr,{filter_}")
+        samples = (doc for member in members for doc in results["samples"].get(member, []))
+        documents = [document for document in samples if document["filter"] == filter_]
+        values = [document.get(metric) for document in documents]
+        known = bool(values) and all(isinstance(value, int | float | np.number | np.bool_) for value in values)
+        directions = {results["higher_is_better"].get(member, {}).get(metric) for member in members}
+        share = self.loaded["tasks"][members[0]].aggregation().get(metric) is mean and is_share(metric)
+        found.metrics[name] = Metric(
+            float(scores[f"{metric},{filter_}"]),
+            float(stderr) if isinstance(stderr, float | int | np.number) else None,  # lm-eval says "N/A"
+            sum(results["n-samples"][member]["effective"] for member in members),
+            directions.pop() if len(directions) == 1 else None,
+            self.role,
+            "fraction" if share else metric,
+        )
+        if known:
+            kept = found.samples if group is None else found.group_samples
+            kept[name] = [float(value) for value in values]
 
     def result_names(self, loaded: TaskDict, results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
         """Return {name of a result: (lm-eval's task, metric, filter)} for what this task asks for.
@@ -291,6 +307,13 @@ class LmEvalTask(Task):
                 f"{self}: metric {self.metric!r} names {len(names)} of its results{nearest(self.metric, choices)}"
             )
         return names
+
+
+def _kept_on_first_rank(compute: Callable[[], Any]) -> Any:
+    """Compute on rank 0 while the others wait; return the result there, where it stays, and None elsewhere."""
+    kept = []
+    slowly_on_first_rank(lambda: kept.append(compute()))
+    return kept[0] if kept else None
 
 
 def is_share(metric: str) -> bool:

@@ -36,15 +36,15 @@ OPENAI = "https://api.openai.com/v1"
 NEED_REFERENCE = ("math", "reasoning", "coding")
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 MISSING = -1  # FastChat's own mark for a judgment without a grade
-OF_THE_TURN = (400, 413, 422)  # what an endpoint answers to one request that it does not take
+REJECTED_REQUEST = (400, 413, 422)  # what an endpoint answers to one request that it does not take
 REFUSED = re.compile(r"(?i)unsupported|not supported|unrecognized|use .?max_completion_tokens")  # and not: too large
-PASSING = (408, 409, 429)  # what the openai package asks again after, beside 500 and above
+RETRIED = (408, 409, 429)  # what the openai package asks again after, beside 500 and above
 PROMPTS = Path(__file__).with_name("judge_prompts.json")
-GRADING = tuple(f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn"))
-FASTCHATS = "ce7674b0a9c690046e0993878b3eaf2cb71a7334de092a39f8d86540bfe2d828"  # of these four in its file
+PROMPT_NAMES = tuple(f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn"))
+FASTCHAT_DIGEST = "ce7674b0a9c690046e0993878b3eaf2cb71a7334de092a39f8d86540bfe2d828"  # of these four in its file
 MAX_TOKENS = 2048  # of a judgment
 THINKING_TOKENS = 16384  # of a judgment with the thoughts before it, which newer judges count with it
-OLD, NEW = "max_tokens", "max_completion_tokens"
+MAX_TOKENS_KEY, MAX_COMPLETION_TOKENS_KEY = "max_tokens", "max_completion_tokens"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Judge:
             raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
         self.read_prompts()
 
-    def reach(self) -> None:
+    def check_endpoint(self) -> None:
         """Ask the endpoint once which models it has: it answers, takes the key, and knows the judge.
 
         Raises:
@@ -151,9 +151,9 @@ class Judge:
             prompts = {entry["name"]: entry for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"judge.prompts: cannot read {path} ({error})") from None
-        if missing := [name for name in GRADING if name not in prompts]:
+        if missing := [name for name in PROMPT_NAMES if name not in prompts]:
             raise UserError(f"judge.prompts: {path} has no prompt {missing[0]!r}")
-        for name in GRADING:
+        for name in PROMPT_NAMES:
             if not all(isinstance(prompts[name].get(key), str) for key in ("system_prompt", "prompt_template")):
                 raise UserError(f"judge.prompts: {path}: {name!r} needs system_prompt and prompt_template")
         return prompts
@@ -161,13 +161,13 @@ class Judge:
     def digest(self) -> str:
         """Return what tells one set of prompts from another."""
         prompts = self.read_prompts()
-        texts = [(prompts[name]["system_prompt"], prompts[name]["prompt_template"]) for name in GRADING]
+        texts = [(prompts[name]["system_prompt"], prompts[name]["prompt_template"]) for name in PROMPT_NAMES]
         return hashlib.sha256(repr(texts).encode()).hexdigest()
 
     def describe(self) -> str:
         """Return who graded and by which prompts, as a report says it."""
         digest = self.digest()
-        if digest == FASTCHATS:
+        if digest == FASTCHAT_DIGEST:
             words = "FastChat's original prompts"
         elif self.prompts is None:
             words = "this package's own prompts, not comparable with published scores"
@@ -346,7 +346,7 @@ class _Client:
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
         )
         self.headers = {} if key else {"Authorization": openai.omit}
-        self.options: dict[str, Any] = {"temperature": 0, OLD: MAX_TOKENS}
+        self.options: dict[str, Any] = {"temperature": 0, MAX_TOKENS_KEY: MAX_TOKENS}
         self.judged = False  # whether any request was taken
 
     def close(self) -> None:
@@ -370,9 +370,9 @@ class _Client:
                 status = error.status_code
                 if status in (400, 422) and self._adapt(error, options):
                     continue
-                if status in OF_THE_TURN and self.judged:  # as one that is too long; the others are judged
+                if status in REJECTED_REQUEST and self.judged:  # as one that is too long; the others are judged
                     return f"refused with HTTP status {status}{_message_of(error)}", MISSING
-                if status not in PASSING and status < 500:
+                if status not in RETRIED and status < 500:
                     hint = f", check the key in {self.judge.api_key_env}" if status in (401, 403) else ""
                     message = (
                         f"judge: {self.judge.base_url} refuses with HTTP status {status}{hint}{_message_of(error)}"
@@ -418,8 +418,9 @@ class _Client:
         """
         text = f"{error.param} {error.message}"
         with self.lock:
-            if OLD in text and OLD in self.options and REFUSED.search(text):
-                self.options = {NEW: THINKING_TOKENS} | {key: self.options[key] for key in self.options if key != OLD}
+            if MAX_TOKENS_KEY in text and MAX_TOKENS_KEY in self.options and REFUSED.search(text):
+                kept = {key: value for key, value in self.options.items() if key != MAX_TOKENS_KEY}
+                self.options = {MAX_COMPLETION_TOKENS_KEY: THINKING_TOKENS} | kept
             elif "temperature" in text and "temperature" in self.options:
                 self.options = {key: self.options[key] for key in self.options if key != "temperature"}
                 logger.warning(f"judge: {self.judge.model} takes no temperature of 0, it grades at its own")

@@ -95,7 +95,7 @@ class MTBenchTask(Task):
         role: as in `LmEvalTask`.
     """
 
-    leaves: ClassVar[str] = "mt_bench"
+    output_folder: ClassVar[str] = "mt_bench"
 
     name: str
     questions: list[dict[str, Any]] = field(repr=False)
@@ -120,7 +120,7 @@ class MTBenchTask(Task):
     def check_positions(self, tokenizer: PreTrainedTokenizerBase, limit: PositionLimit) -> None:
         check_room(self.max_new_tokens, limit)
 
-    def remarks(self) -> dict[str, str]:
+    def report_notes(self) -> dict[str, str]:
         if self.judge is None:
             return {}
         bare = sum(q["category"] in NEED_REFERENCE and not q["reference"] for q in self.questions)
@@ -142,7 +142,7 @@ class MTBenchTask(Task):
         """
         if options.output_dir is None:
             raise UserError(f"{self}: needs output_dir, where its answers and grades are kept")
-        questions, folder = self.questions[: options.limit], options.output_dir / self.leaves
+        questions, folder = self.questions[: options.limit], options.output_dir / self.output_folder
         answers = self._answer(model, tokenizer, questions, options)
         grades = slowly_on_first_rank(lambda: self._grade(questions, answers, folder, options.progress))
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -169,7 +170,7 @@ def _gathered_by_deepspeed(parameters: list[nn.Parameter], write: bool) -> Itera
 
 def rank_and_world() -> tuple[int, int]:
     """Return (rank, number of ranks); (0, 1) outside torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
@@ -182,6 +183,13 @@ def processes_here() -> int:
 def is_first_process() -> bool:
     """Return whether this is the one process of all that writes files and prints."""
     return rank_and_world()[0] == 0
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line once, by the first process: what is found each time that a run reads its data, or makes its arguments."""
+    if is_first_process():
+        print(line)
 
 
 class _FirstProcessLogger(logging.LoggerAdapter):
@@ -261,14 +269,12 @@ def together(
     compute: Callable[[], Any],
     *,
     alike: type[Exception] | tuple[type[Exception], ...] = UserError,
-    what: str = "evaluation",
 ) -> Any:
     """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
 
     Args:
         compute: has no collective of its own.
         alike: what is raised on every rank when it is raised on one: a mistake, which rank 0 then tells.
-        what: is computed, for the message.
 
     Raises:
         Exception: what `compute` raised here, or `alike` on another rank, or a RuntimeError naming the rank where it
@@ -287,7 +293,7 @@ def together(
         raise mistake
     for rank, message in enumerate(failures):
         if message is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+            raise RuntimeError(f"rank {rank} failed: {message}")
     return result
 
 

@@ -89,4 +89,9 @@ def _tell(message: str, head: str = "error: ") -> None:
 
 def _is_full_disk(error: BaseException) -> bool:
     """Return whether an exception tells of a full disk or quota; torch and safetensors wrap it in their own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors' words; and torch.save's, whose writer says no more than where it could not go on
+    return any(
+        words in str(error) for words in ("No space left on device", "unexpected pos", "PytorchStreamWriter failed")
+    )

@@ -24,7 +24,7 @@ PART = ".part"
 def cache_root() -> Path:
     """Return the package's cache: $LORA_NULL_CACHE, or lora_null in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_NULL_CACHE") or Path(base) / "lora_null")
+    return Path(os.environ.get("LORA_NULL_CACHE") or Path(base) / "lora_null").expanduser()
 
 
 @contextlib.contextmanager

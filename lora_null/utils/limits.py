@@ -122,7 +122,7 @@ def is_shifted_by_padding(config: PreTrainedConfig) -> bool:
     return not getattr(text, "rope_parameters", None) and text.model_type not in AFTER_PADDING
 
 
-def unsupported(config: PreTrainedConfig) -> str | None:
+def why_unsupported(config: PreTrainedConfig) -> str | None:
     """Return why a model cannot learn to predict the next token here, naming its architecture; None where it can."""
     name = architecture_of(config)
     if config.is_encoder_decoder:

@@ -38,7 +38,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
-def unreadable(module: nn.Module) -> str | None:
+def why_unreadable(module: nn.Module) -> str | None:
     """Return why `weight_of` cannot tell the weight of a module; None where it can."""
     if is_quantized(module):
         rewritten = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
@@ -68,7 +68,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
         UserError: its weight is stored in a form that is not known.
     """
     base = base_layer_of(module)
-    if reason := unreadable(base):
+    if reason := why_unreadable(base):
         raise UserError(f"a layer {reason}")
     if is_quantized(base):
         return dequantize_bnb_weight(base.weight, getattr(base, "state", None))

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def run() -> int | None:
+        if sys.platform == "win32":
+            raise UserError("the commands run on Linux and macOS; on Windows in WSL")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))  # leaves nothing half-written behind
         arguments = parse(sys.argv[1:] if argv is None else list(argv))

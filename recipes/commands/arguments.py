@@ -269,7 +269,7 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
     _add_trust(add)
-    add("--out", type=Path, help="folder to write (default: dial, in RUN/METHOD)", complete=shtab.DIRECTORY)
+    add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
     return parser
 

@@ -7,7 +7,7 @@ import argparse
 from lora_null.adapters.base_hash import FINGERPRINT, QUANTIZATION, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.trained import QUANTIZED, base_of
+from lora_null.recipes.trained import QUANTIZED_NOTE, base_of
 from lora_null.utils.errors import UserError
 
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if files is None or FINGERPRINT not in adapter.metadata:
         print("note: the base could not be compared, its files or its hash are not here")
     if QUANTIZATION in adapter.metadata and getattr(base.config, "quantization_config", None) is None:
-        print(f"note: {QUANTIZED.format(adapter.metadata[QUANTIZATION])}")
+        print(f"note: {QUANTIZED_NOTE.format(adapter.metadata[QUANTIZATION])}")
     if is_untrained(adapter):
         print("note: not trained yet, every B is zero: served as it is, it changes nothing")
     print(f"sound: {describe(adapter)}, for {base.name}")

@@ -16,26 +16,26 @@ from rich.table import Table
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
-from lora_null.recipes.budget import FEWEST, scale_to_budget
+from lora_null.recipes.budget import MIN_ROWS, scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
-from lora_null.recipes.config.tasks import stage_recipes
-from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+from lora_null.recipes.config.stages import stage_recipes
+from lora_null.recipes.environment import prepare_cpu
 from lora_null.recipes.job import Job, evaluation_job
-from lora_null.recipes.measure import base_row, budget_measurement, dial, differing_settings
+from lora_null.recipes.measure import budget_measurement, differing_settings, evaluate_base, measure_strengths
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
-from lora_null.recipes.report.dial_page import DIAL_FOLDER, read_dial, table_rows, told
+from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, read_dial, table_rows
 from lora_null.recipes.results import EVAL_FILE
-from lora_null.recipes.strengths import STRENGTHS, check_at_most, parse_strengths
+from lora_null.recipes.strengths import STRENGTHS, check_max_forgetting, parse_strengths
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 
 logger = get_logger(__name__)
 
-MARK = ".dial"  # in a folder that a dial may replace
+MARK_FILE = ".dial"  # in a folder that a dial may replace
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,10 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: not an adapter, an adapter for another base, strengths that are no numbers, nothing to measure.
     """
-    check_at_most(arguments.max_forgetting)
+    check_max_forgetting(arguments.max_forgetting)
     strengths = parse_strengths(arguments.strengths) if arguments.strengths is not None else list(STRENGTHS)
-    use_all_cores()
-    keep_freed_memory()
+    prepare_cpu()
     join_processes()
 
     def check() -> tuple[Trained, Job]:
@@ -57,13 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
         check_place(folder_for(source, arguments), "--out")
         return source, job_for(source, arguments, folder_for(source, arguments))
 
-    source, job = together(check, what="checking the adapter")
+    source, job = together(check)
     out = folder_for(source, arguments)
     if job.base.parent == out:
         on_first_rank(lambda: _make_anew(job.base))
-    base_row(job)
+    evaluate_base(job)
     model = load_adapted(source)
-    found = dial(job, source.method, model, out.parent, {}, strengths)
+    found = measure_strengths(job, source.method, model, out, strengths)
     if not is_first_process():
         return
     head, *rows = table_rows(found)
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(*row)
     Console(markup=False, emoji=False).print(table)  # names of files are no markup
-    print(told(found, arguments.max_forgetting))
+    print(dial_summary(found, arguments.max_forgetting))
     print(f"written: {out}")
 
 
@@ -100,16 +99,30 @@ def _make_anew(folder: Path) -> None:
         UserError: it holds something else.
     """
     if folder.is_dir():
-        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MARK, EVAL_FILE)):
+        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MARK_FILE, EVAL_FILE)):
             raise UserError(f"--out: {folder} holds other files; choose another folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    (folder / MARK).touch()
+    (folder / MARK_FILE).touch()
 
 
 def load_adapted(source: Trained) -> Any:
     """Return the base with the adapter, on the device, in eval mode."""
     return PeftModel.from_pretrained(source.base.load(), source.folder).eval()
+
+
+def _base_of_run(source: Trained, arguments: argparse.Namespace, own_questions: bool) -> Path | None:
+    """Return the folder of the run's evaluation of the base; None where it was asked or computed otherwise."""
+    of_run = whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run  # a grid's runs share one base
+    folder = of_run / "base"
+    by_engine = source.recipe.get("eval", {}).get("backend", "hf") != "hf"
+    if own_questions or by_engine or arguments.base or not (folder / EVAL_FILE).is_file():
+        return None
+    here = {"versions": package_versions(), "device": PartialState().device.type}
+    if other := differing_settings(Evaluation.read(folder / EVAL_FILE).settings, here, ("device",)):
+        logger.warning(f"the run's base was measured under other settings ({other}): it is measured anew")
+        return None
+    return folder
 
 
 def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: dict[str, Any] | None = None) -> Job:
@@ -134,28 +147,19 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
     if arguments.limit is not None:
         raw["eval"] = {**raw["eval"], "limit": arguments.limit}
     raw["model"] = source.base.section.model_dump(mode="json")
-    before = source.recipe.get("eval", {})
-    shared = not own and before.get("backend", "hf") == "hf" and not arguments.base
-    of_run = whole_of(source.run) if CELLS_FOLDER in source.run.parts else source.run  # a grid's runs share one base
-    if shared and (known := of_run / "base" / EVAL_FILE).is_file():
-        here = {"versions": package_versions(), "device": PartialState().device.type}
-        if other := differing_settings(Evaluation.read(known).settings, here, ("device",)):
-            shared = False
-            logger.warning(f"the run's base was measured under other settings ({other}): it is measured anew")
-    else:
-        shared = False
-    probe = before.get("probe") if shared else None  # whose rows of the base are known
+    base = _base_of_run(source, arguments, own)
+    # The run's evaluation of the base has the rows of its own probe alone.
+    probe = source.recipe.get("eval", {}).get("probe") if base else None
     rows = probe.get("retention") if probe else None
-    if budget and probe and not (isinstance(rows, int) and rows >= FEWEST):  # on which no budget can be kept
-        shared, probe = False, None
+    if budget and probe and not (isinstance(rows, int) and rows >= MIN_ROWS):
+        base, probe = None, None  # No budget can be kept on so few rows: the base is probed anew.
     engine = {"backend": "hf", "vllm": None, "strengths": [], "before": True, "probe": probe}
     raw |= {"method": {"name": "lora"}, "grid": {}, "budget": budget, "eval": {**raw.get("eval", {}), **engine}}
     recipe = parse_recipe(raw, str(source.folder))
     if not recipe.eval.retention and not recipe.eval.task:
         raise UserError(f"{source.folder}: its recipe measures nothing; --keep and --learn name files of questions")
     try:
-        base = of_run / "base" if shared else out / "base"
-        return evaluation_job(recipe, base, allow_code_execution=arguments.allow_code_execution)
+        return evaluation_job(recipe, base or out / "base", allow_code_execution=arguments.allow_code_execution)
     except UserError as error:
         named = {"eval.retention.path": "--keep", "eval.task.path": "--learn"} if own else {}
         raise UserError(functools.reduce(lambda text, pair: text.replace(*pair), named.items(), str(error))) from None
@@ -204,8 +208,8 @@ def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Pat
     As in a run's budget: sought on the probed rows, checked on the others.
     """
     budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure).model_dump()
-    job = together(lambda: job_for(source, arguments, scratch, budget), what="checking the adapter")
-    base_row(job)
+    job = together(lambda: job_for(source, arguments, scratch, budget))
+    evaluate_base(job)
     model = load_adapted(source)
     held = scale_to_budget(budget_measurement(job, model), Strength(model))
     if held.strength == 0:

@@ -36,10 +36,10 @@ from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
-from lora_null.recipes.strengths import check_at_most, check_strength
+from lora_null.recipes.strengths import check_max_forgetting, check_strength
 from lora_null.recipes.trained import (
     PROCESSOR,
-    QUANTIZED,
+    QUANTIZED_NOTE,
     TOKENIZER,
     Trained,
     another_base,
@@ -50,8 +50,10 @@ from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
 
 GGUF_FILE, GENERATION_FILE = "adapter.gguf", "generation_config.json"
-MUCH = 0.25  # of what training changed, lost by rounding
-EXACT, ROUNDED = 1e-4, 0.05  # relative errors above which an export is not what was trained: copies; 16-bit numbers
+MUCH_ROUNDING = 0.25  # of what training changed, lost by rounding
+# Relative errors above which an export is not what was trained.
+EXACT_ERROR = 1e-4  # of copies
+ROUNDED_ERROR = 0.05  # of 16-bit numbers
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Export:
         notes: lines for the card and the terminal.
         strength: ΔW is written times this.
         truncated: whether the rank is lower than what was trained and measured.
-        bound: relative error at which it is refused; infinite where the error is what was asked for.
+        max_error: relative error at which it is refused; infinite where the error is what was asked for.
     """
 
     source: Trained
@@ -78,12 +80,12 @@ class Export:
     rank: int | None = None
     strength: float = 1.0
     truncated: bool = False
-    bound: float = EXACT
+    max_error: float = EXACT_ERROR
     recorded: str = ""
 
     def __post_init__(self) -> None:
         if self.source.base.section.dtype != "float32":
-            self.bound = ROUNDED
+            self.max_error = ROUNDED_ERROR
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -150,7 +152,7 @@ def _note_base(export: Export) -> None:
     """Say where others will not find the base under the name that the export gives it, or find other weights."""
     quantization = export.source.base.section.quantization
     if quantization:
-        export.notes.append(f"{QUANTIZED.format(quantization).capitalize()}.")
+        export.notes.append(f"{QUANTIZED_NOTE.format(quantization).capitalize()}.")
     if export.base_name == smollm2.NAME:
         export.notes.append(
             f"The base is {smollm2.HUB} as the package {smollm2.WHEEL} holds it, quantized to Q4_1; on the hub's own "
@@ -178,7 +180,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--strength: --max-forgetting chooses the strength itself, give one of the two")
     if arguments.strength is not None and not check_strength(arguments.strength, "--strength"):
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
-    check_at_most(arguments.max_forgetting)
+    check_max_forgetting(arguments.max_forgetting)
     check_place(arguments.out.parent, "--out")
     check_free(arguments.out)
     if arguments.form == "gguf":
@@ -232,7 +234,8 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
             f"Truncated from rank {full} to {rank} by SVD: ‖ΔW − ΔW_k‖ / ‖ΔW‖ is {mean:.2g} in the mean of the layers, "
             f"{largest:.2g} at most."
         )
-        export.truncated, export.bound = True, math.inf
+        export.truncated = True
+        export.max_error = math.inf
     else:
         pairs, lost = balanced_where_they_cancel(pairs)
         if lost > MOST_LOST:
@@ -265,7 +268,9 @@ def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling:
 
 
 def _write_merged(export: Export, dtype: str | None) -> None:
-    base, deltas, folder = export.source.base, {}, export.source.folder
+    base = export.source.base
+    folder = export.source.folder
+    deltas = {}
     empty = base.empty()
     if export.source.kind == "adapter":
         adapter = read_adapter(folder)
@@ -293,9 +298,9 @@ def _write_merged(export: Export, dtype: str | None) -> None:
         _end_with(export, config.get("text_config", config), load_tokenizer(base.section, base.name).eos_token_id)
     write_json(export.folder / "config.json", config)
     if base.section.quantization:
-        export.bound = math.inf  # what differs is mostly the base
+        export.max_error = math.inf  # what differs is mostly the base
     elif written != "float32":
-        export.bound = ROUNDED
+        export.max_error = ROUNDED_ERROR
     export.notes.append(f"Merged in float32 and rounded once, to {written}.")
 
 
@@ -352,11 +357,11 @@ def verify(export: Export) -> Any:
         raise UserError(f"{export.source.folder}: gives NaN for logits; its change is too large for its base's dtype")
     found = logits_of(_load(export), texts)
     difference = compare(reference, found, base)
-    if not difference.relative < export.bound:
-        if export.form == "merged" and export.bound >= ROUNDED:
+    if not difference.relative < export.max_error:
+        if export.form == "merged" and export.max_error >= ROUNDED_ERROR:
             raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
         raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
-    if export.form == "merged" and difference.of_change >= MUCH and export.bound == ROUNDED:
+    if export.form == "merged" and difference.of_change >= MUCH_ROUNDING and export.max_error == ROUNDED_ERROR:
         export.notes.append(f"Rounding lost much of what training changed ({difference}); --dtype float32 keeps it.")
     return difference
 

@@ -27,7 +27,7 @@ from lora_null.recipes.environment import choose_device, computes_bf16, precisio
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place, check_space
-from lora_null.targets import check_layers, put_on
+from lora_null.targets import add_adapter, check_layers
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     given = {key: getattr(arguments, key) for key in keys} | {"name_or_path": arguments.model}
     section = parse_section(ModelSection, "model", given)
     device, config = _device(arguments.device, state), _config(section, arguments)
-    together(lambda: _check(section, config, arguments), what="initialization")
+    together(lambda: _check(section, config, arguments))
     batches = _batches(section, arguments)
-    peft_model, weights = together(lambda: _model(section, arguments, config), what="initialization")
+    peft_model, weights = together(lambda: _model(section, arguments, config))
     options = InitOptions(device=device, weights=weights, seed=arguments.seed, cache=not arguments.no_cache)
     report, _ = start_adapter(peft_model, batches, options, folder=arguments.out / "init")
     if is_first_process():
@@ -94,7 +94,7 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
             raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")
         return name, tokenizer, cut, sources, cut_windows(sources, tokenizer, cut)
 
-    name, tokenizer, cut, sources, windows = together(check, what="calibration")
+    name, tokenizer, cut, sources, windows = together(check)
     if any(source.texts is None for source in sources):
         with texts_cache.writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
             windows = cut_windows(sources, tokenizer, cut, write)
@@ -139,7 +139,7 @@ def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNul
 
 def _adapted(base: Any, config: LoraNullConfig, **options: Any) -> Any:
     try:
-        return put_on(base, copy.deepcopy(config), **options)
+        return add_adapter(base, copy.deepcopy(config), **options)
     except UserError:
         raise
     except ValueError as error:

@@ -19,7 +19,7 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, Documents
-from lora_null.recipes.budget import FEWEST
+from lora_null.recipes.budget import MIN_ROWS
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
     YAML_SUFFIXES,
@@ -32,16 +32,16 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import (
-    MOST_BAD,
+    MAX_BAD_SHARE,
     Example,
     RowReader,
     Tokenized,
     cut_before_the_answer,
     describe_bad_rows,
-    settle_bad_rows,
+    leave_out,
     tokenize,
 )
-from lora_null.recipes.data.formats import Format, recognize
+from lora_null.recipes.data.formats import Format, detect_format
 from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator, computes_bf16
@@ -49,7 +49,7 @@ from lora_null.recipes.models.bases import empty_model, load_config, load_tokeni
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
-from lora_null.targets import bypassed
+from lora_null.targets import bypassed_linears
 from lora_null.trainer.preflight import check_predicts_next_token
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
@@ -59,13 +59,13 @@ from lora_null.utils.values import OPTIONS
 TEMPLATE = "recipe.yaml.j2"
 NARROW = 16  # of the width of the model, at which a linear is left out
 METHOD = "lora-null-v2"
-LOOKED_AT = 2000  # rows whose lengths are counted
+MAX_ROWS_READ = 2000  # rows whose lengths are counted
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
 STEPS = 60  # optimizer steps that a run should have at least, if the rows allow it
-USED = 0.8  # of the memory there is, at most
+MAX_MEMORY_SHARE = 0.8  # of the memory there is, at most
 LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
-DROPPED = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
+DROPPED_NOTE = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
     ("facts", "samples/nq_open_test.jsonl", {"template": "Q: {prompt}?\nA:"}),
@@ -111,7 +111,7 @@ class Rows:
 
     @property
     def is_of_texts(self) -> bool:
-        """Whether the rows are pieces of texts, whose ends can be asked for."""
+        """Whether the rows are chunks of texts, whose ends can be asked for."""
         return self.documents.columns == TEXT_FIELDS
 
     @property
@@ -156,7 +156,7 @@ class Draft:
             "data.limit": "the rows after these are measured, in eval.task",
             "data.on_bad_row": f"left out: {self.notes.get('left out')}",
             "data.template": "the model's own" if value == "chat" else "",
-            "data.thinking": DROPPED if value == "drop" else "",
+            "data.thinking": DROPPED_NOTE if value == "drop" else "",
             "calibration.source": "the shipped mix of facts, prose, code, instructions; self: what the model writes itself",
             "calibration.max_length": self.notes["windows"],
             "calibration.mode": "one text a window",
@@ -210,10 +210,10 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     bad += too_long
     _check_usable(bad, len(examples) - len(too_long))
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention, unasked = _kept(keep, tokenizer, machine, data.get("thinking"))
-    task, unmeasured = _task(rows, data, machine, tokenizer)
-    bad += [row for row in unmeasured if row.row not in {other.row for other in bad}]
-    data |= {"on_bad_row": "skip"} if bad or unasked else {}
+    calibration, retention, unusable_kept = _calibration_and_retention(keep, tokenizer, machine, data.get("thinking"))
+    task, unusable_held_out = _task(rows, data, machine, tokenizer)
+    bad += [row for row in unusable_held_out if row.row not in {other.row for other in bad}]
+    data |= {"on_bad_row": "skip"} if bad or unusable_kept else {}
     windows = _window_lengths(calibration, tokenizer)
     calibration |= {"max_length": _max_length(windows, min(room, WINDOW)), "mode": "separate"}
     draft = Draft(
@@ -238,9 +238,9 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
         "lengths": _what_is_cut("rows", lengths, length),
         "windows": _what_is_cut("texts", windows, calibration["max_length"]),
-        **({"thinking": f"drop: {DROPPED}"} if data.get("thinking") == "drop" else {}),
+        **({"thinking": f"drop: {DROPPED_NOTE}"} if data.get("thinking") == "drop" else {}),
         **({"measured": also} if task and (also := _also_learned(rows, task[0])) else {}),
-        **({"left out": left_out} if (left_out := _what_is_left_out(bad, unasked)) else {}),
+        **({"left out": left_out} if (left_out := _what_is_left_out(bad, unusable_kept)) else {}),
         **draft.notes,
     }
     return draft
@@ -259,20 +259,20 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     """Read a data set, find its format, and decide how many of its rows are held out."""
     local = Path(path).exists()
     try:
-        documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=LOOKED_AT)
+        documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=MAX_ROWS_READ)
     except UserError as error:  # which names what would be keys of a recipe
         told = str(error).replace(f"{where}.path=", f"--{where}").replace(f"{where}.path", f"--{where}")
         if where == "keep" and "keep.split" in told:
             told = f"{told.replace('keep.split', '--keep')}; name one of its files"
         raise UserError(told.replace("data.split", "--split")) from None
     if not documents.rows:
-        settle_bad_rows(documents.bad, len(documents.bad), None, where=where)
-    form = recognize(documents.rows, documents.columns, f"--{where}")
+        leave_out(documents.bad, len(documents.bad), "rows", where=where)
+    form = detect_format(documents.rows, documents.columns, f"--{where}")
     last = max([*documents.numbers, *(row.row for row in documents.bad)])  # as rows are numbered, blank lines too
     named = _named_from(path, out) if local else path
     found = Rows(named, split, form, documents, last if local else None, 0)
     can_be_asked = "text" not in form.keys or found.is_of_texts
-    fewest = 2 * FEWEST if where == "keep" and last >= 64 else 0  # which a budget needs of what it measures
+    fewest = 2 * MIN_ROWS if where == "keep" and last >= 64 else 0  # which a budget needs of what it measures
     found.held_out = min(HELD_OUT, max(last // 10, fewest)) if local and last >= 40 and can_be_asked else 0
     found.split = None if Path(path).is_file() or found.is_of_texts else split
     return found
@@ -295,7 +295,7 @@ def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], li
         keys = {**rows.format.keys, "template": template} | ({"thinking": thinking} if thinking else {})
         tries.append((keys, *_written(rows, keys, tokenizer)))
         good, bad = len(tries[-1][1]), len(tries[-1][2])
-        if bad <= MOST_BAD * (good + bad):  # which are left out unasked
+        if bad <= MAX_BAD_SHARE * (good + bad):  # which are left out unasked
             break
     keys, examples, bad = min(tries, key=lambda found: len(found[2]))  # the first of equals
     _check_usable(bad, len(examples))
@@ -304,7 +304,7 @@ def _data(rows: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[Example], li
 
 def _check_usable(bad: Sequence[BadRow], good: int) -> None:
     if len(bad) >= good:
-        settle_bad_rows(bad, len(bad) + good, "error")
+        leave_out(bad, len(bad) + good, "rows", "error")
 
 
 def _reader(rows: Rows, keys: dict[str, Any]) -> RowReader:
@@ -318,7 +318,7 @@ def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any, after: int = 0) -
     documents, reader = rows.documents, _reader(rows, keys)
     examples, bad = [], [row for row in documents.bad if row.row > after]
     numbered = [(number, row) for number, row in zip(documents.numbers, documents.rows) if number > after]
-    for number, row in numbered[:LOOKED_AT] + numbered[max(LOOKED_AT, len(numbered) - HELD_OUT) :]:
+    for number, row in numbered[:MAX_ROWS_READ] + numbered[max(MAX_ROWS_READ, len(numbered) - HELD_OUT) :]:
         try:
             examples.append(reader.example(number, row, tokenizer))
         except ValueError as error:
@@ -358,7 +358,10 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     """
     least = config.get_text_config(decoder=True).hidden_size // NARROW
     widths: dict[str, int] = {}
-    past = {name.rpartition(".")[2] for name in bypassed(empty, [name for name, _ in empty.named_modules() if name])}
+    past = {
+        name.rpartition(".")[2]
+        for name in bypassed_linears(empty, [name for name, _ in empty.named_modules() if name])
+    }
     for name, module in empty.named_modules():
         if hasattr(module, "in_features") and module is not empty.get_output_embeddings():
             leaf = name.rpartition(".")[2]
@@ -368,7 +371,7 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
 
-def _kept(
+def _calibration_and_retention(
     keep: Rows | None, tokenizer: Any, machine: Machine, thinking: str | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[BadRow]]:
     """Return the sections `calibration` and `eval.retention`, and the held-out rows that cannot be asked.
@@ -382,17 +385,19 @@ def _kept(
     ]
     if keep is None:
         return {"source": "general", "samples": samples}, retention, []
-    asked, unasked = _asked(keep, chat), []
-    if asked and keep.learned:
-        found, unasked = _written(keep, asked | {"thinking": thinking}, tokenizer, after=keep.learned)
+    entry = _answers_entry(keep, chat)
+    unusable: list[BadRow] = []
+    if entry and keep.learned:
+        found, unusable = _written(keep, entry | {"thinking": thinking}, tokenizer, after=keep.learned)
         if not found:
-            keep.held_out, unasked = 0, []
+            keep.held_out = 0
+            unusable = []
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
-    if asked and keep.learned:
-        measured = {"answers": "kept", **keep.keys(), **asked, "offset": keep.learned}
-        first = len(found) >= 2 * FEWEST  # of several, a budget takes the first
+    if entry and keep.learned:
+        measured = {"answers": "kept", **keep.keys(), **entry, "offset": keep.learned}
+        first = len(found) >= 2 * MIN_ROWS  # of several, a budget takes the first
         retention.insert(0 if first else len(retention), measured | {"limit": min(limit, keep.held_out)})
-    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unasked
+    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unusable
 
 
 def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -404,7 +409,7 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
     section = parse_section(CalibrationSection, "calibration", calibration)
     for source in section.sources:
         if source.path is not None:
-            source.limit = min(source.limit or LOOKED_AT, LOOKED_AT)
+            source.limit = min(source.limit or MAX_ROWS_READ, MAX_ROWS_READ)
     try:
         texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
     except UserError as error:  # which names what would be a key of the recipe
@@ -413,12 +418,12 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
     return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
 
 
-def _what_is_left_out(bad: Sequence[BadRow], unasked: Sequence[BadRow]) -> str:
-    kept = f"of those to keep {describe_bad_rows(unasked)}" if unasked else ""
+def _what_is_left_out(bad: Sequence[BadRow], unusable_kept: Sequence[BadRow]) -> str:
+    kept = f"of those to keep {describe_bad_rows(unusable_kept)}" if unusable_kept else ""
     return "; ".join(filter(None, [describe_bad_rows(bad), kept]))
 
 
-def _asked(rows: Rows, template: str) -> dict[str, Any] | None:
+def _answers_entry(rows: Rows, template: str) -> dict[str, Any] | None:
     """Return how rows are asked as an entry `answers`; None for texts that have no end to ask for."""
     keys = {key: value for key, value in rows.format.keys.items() if key != "rejected"}
     if "text" in keys:
@@ -436,18 +441,20 @@ def _task(
     Where none of them can be, none is held out.
     """
     if rows.format.preferences:
-        kind, asked = "preferences", {key: value for key, value in rows.format.keys.items() if key != "system"}
+        kind = "preferences"
+        entry = {key: value for key, value in rows.format.keys.items() if key != "system"}
     else:
-        kind, asked = "answers", _asked(rows, data["template"])
-    if not rows.learned or asked is None:
+        kind = "answers"
+        entry = _answers_entry(rows, data["template"])
+    if not rows.learned or entry is None:
         return [], []
-    written = {key: data[key] for key in ("template", "thinking") if key in data} | asked
+    written = {key: data[key] for key in ("template", "thinking") if key in data} | entry
     found, bad = _written(rows, written, tokenizer, after=rows.learned)
     if not found:
         rows.held_out = 0
         return [], []
     limit = {"limit": 32} if machine.on_cpu and rows.held_out > 32 else {}
-    return [{kind: "learned", **rows.keys(), **asked, "offset": rows.learned, **limit}], bad
+    return [{kind: "learned", **rows.keys(), **entry, "offset": rows.learned, **limit}], bad
 
 
 def _also_learned(rows: Rows, entry: dict[str, Any]) -> str:
@@ -505,7 +512,8 @@ def _fitting(
     recipe: Recipe, config: Any, machine: Machine, size: int, length: int, most: int
 ) -> tuple[float, int, bool]:
     """Return the bytes that a step needs, its largest batch that fits, and whether with checkpointing; else the least."""
-    plan, tried = plan_methods(recipe, config)[0], []
+    plan = plan_methods(recipe, config)[0]
+    tried = []
     weights = size * (4 if recipe.model.dtype == "float32" else 2)
     for checkpointing, batch in itertools.product((False, True), (b for b in BATCHES if b <= most)):
         training = (DPOConfig if recipe.trainer == "dpo" else SFTConfig)(
@@ -514,7 +522,7 @@ def _fitting(
         )  # fmt: skip
         needed = plan.peak_bytes(weights, activation_bytes(config, training))
         tried.append((needed, batch, checkpointing))
-        if needed <= USED * machine.memory:
+        if needed <= MAX_MEMORY_SHARE * machine.memory:
             return tried[-1]
     return min(tried, key=lambda found: found[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_null.recipes.report.several import compare, report
+from lora_null.recipes.report.several import compare_runs, report
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -18,4 +18,4 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in folders:
         print(report(folder))
     if len(folders) > 1:
-        print(compare(folders, arguments.out))
+        print(compare_runs(folders, arguments.out))

@@ -12,7 +12,7 @@ from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.recipes.commands.arguments import ALLOW
 from lora_null.recipes.config.load import RECIPE_FILE, dump, load_recipe, resume_command, shipped
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.config.tasks import join_recipes, stage_recipes
+from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.utils.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -64,22 +64,21 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _go_offline_without_a_network()
     from lora_null.recipes.dry_run import dry_run
-    from lora_null.recipes.environment import choose_precision, keep_freed_memory, use_all_cores
+    from lora_null.recipes.environment import choose_precision, prepare_cpu
     from lora_null.recipes.grid import run_grid
-    from lora_null.recipes.output import check, check_space
+    from lora_null.recipes.output import check_output_folder, check_space
     from lora_null.recipes.processes import join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
-    use_all_cores()
-    keep_freed_memory()
+    prepare_cpu()
     if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()
     join_processes()
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
-        check(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+        check_output_folder(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
         consent = arguments.allow_code_execution
         planned = stage_recipes(recipe) if recipe.sequence else [recipe]
         jobs = [dry_run(each, allow_code_execution=consent) for each in planned]

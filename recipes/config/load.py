@@ -1,4 +1,4 @@
-"""Find a recipe, lay overrides over it, validate it."""
+"""Find a recipe, apply overrides to it, validate it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,25 @@ from lora_null.recipes.config.schema import (
     Recipe,
     calibration_entry,
     is_text,
-    misshapen,
-    one_or_more,
     parse_recipe,
+    shape_error,
+    split_names,
 )
 from lora_null.utils.errors import UserError, first_line, nearest
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parents[1]
-RECIPE_FILE = "recipe.yaml"  # what a run leaves of its recipe, and how it begins
+RECIPE_FILE = "recipe.yaml"  # the resolved recipe in a run's folder; it begins with MARK
 MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
 SECTIONS = ("model", "method", "data", "training", "eval")  # which the recipe of every run has
-TASKS_FOLDER, CELLS_FOLDER = (
-    "tasks",
-    "cells",
-)  # of a sequence's tasks and a grid's runs, which are no runs by themselves
+TASKS_FOLDER = "tasks"  # of a sequence
+CELLS_FOLDER = "cells"  # of a grid
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
-LARGEST = 2.0**63  # beyond which PyTorch takes no whole number
-# Key → the keys of the lower layer that it replaces, since both say the same thing.
+INT64_END = 2.0**63  # beyond which PyTorch takes no whole number
 PAIR = ("prompt", "response", "rejected")
-INSTEAD = {
+# Key → the keys of the lower layer that it replaces, since both say the same thing.
+REPLACES = {
     "total_batch_size": ("gradient_accumulation_steps",),
     "gradient_accumulation_steps": ("total_batch_size",),
     "num_train_epochs": ("max_steps",),
@@ -103,7 +101,7 @@ class _Loader(yaml.SafeLoader):
     def construct_number(self, node: Any) -> int | float:
         text = self.construct_scalar(node).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
         number = float(text)
-        small = abs(number) < LARGEST
+        small = abs(number) < INT64_END
         if text.lstrip("+-").isdecimal():
             if not small:
                 raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {text[:20]} is beyond 2^63")
@@ -156,7 +154,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         wrong = next((name for name, section in sections.items() if not isinstance(section, dict)), None)
         if wrong is not None:
             raise UserError(f"{path}: {wrong} is a mapping of keys, found {sections[wrong]!r}")
-        if (told := misshapen(raw)) is not None:
+        if (told := shape_error(raw)) is not None:
             raise UserError(f"{path}: {told}")
     return raw
 
@@ -177,10 +175,12 @@ def resolve_includes(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]
     Raises:
         UserError: an include that is not there, or one that comes back to itself.
     """
-    raw, merged = read_yaml(path), {}
+    raw = read_yaml(path)
     if raw.get("calibration") is not None:
         raw["calibration"] = _calibration_beside(raw["calibration"], path.parent)
-    names, known = raw.pop("include", None) or [], {"default": PRESETS / "default.yaml", **presets(), **shipped()}
+    merged: dict[str, Any] = {}
+    names = raw.pop("include", None) or []
+    known = {"default": PRESETS / "default.yaml", **presets(), **shipped()}
     for name in map(str, names if isinstance(names, list) else [names]):
         included = known.get(name, path.parent / name)
         if not included.is_file():
@@ -196,22 +196,22 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         if key == "calibration":
-            merged[key] = lay_calibration(merged.get(key), value)
+            merged[key] = merge_calibration(merged.get(key), value)
             continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
-    return forget_others(merged, over)
+    return drop_replaced(merged, over)
 
 
-def forget_others(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the keys that the given keys replace (`INSTEAD`), unless both are given."""
+def drop_replaced(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the keys that the given keys replace (`REPLACES`), unless both are given."""
     given = {key for key, value in over.items() if value is not None}
-    for key in {other for name in given for other in INSTEAD.get(name, ())} - given:
+    for key in {other for name in given for other in REPLACES.get(name, ())} - given:
         under.pop(key, None)
     return under
 
 
-def lay_calibration(under: Any, over: Any) -> Any:
+def merge_calibration(under: Any, over: Any) -> Any:
     """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
 
     Another path keeps what says how its rows are read, unless it is of texts, which have none of the fields; anything
@@ -243,7 +243,7 @@ def _is_of_texts(path: Path) -> bool:
     return bool(kinds) and kinds <= {".txt", ".md"}
 
 
-def read_words(assignments: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """Return key.subkey → value of a command line's `key.subkey=value`; values are read as YAML, nothing is null.
 
     Raises:
@@ -264,24 +264,26 @@ def read_words(assignments: Sequence[str]) -> dict[str, Any]:
         value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
         if key in given:  # as a line that is put together of a script's words and one's own has it
             logger.warning(f"argument {key}: is given twice, the last counts")
-        elif twice := next((own for own in keys_of({key: value}) if own in keys_of(given)), None):
+        elif twice := next((own for own in overridden_keys({key: value}) if own in overridden_keys(given)), None):
             raise UserError(f"argument {twice}: is given twice, alone and within its section")
         given[key] = value
     return given
 
 
-def keys_of(given: Mapping[str, Any]) -> list[str]:
+def overridden_keys(given: Mapping[str, Any]) -> list[str]:
     """Return the `key.subkey`s that are given, those inside of a whole section among them."""
     keys = []
     for key, value in given.items():
         inside = calibration_entry(value) if key == "calibration" else value
         below = {f"{key}.{inner}": own for inner, own in inside.items()} if isinstance(inside, dict) else {}
-        keys += [key, *keys_of(below)]
+        keys += [key, *overridden_keys(below)]
     return keys
 
 
-def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path = Path()) -> dict[str, Any]:
-    """Lay `key.subkey`s over a recipe, in place, and over the tasks of a sequence that set these sections for themselves.
+def apply_overrides(
+    raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path = Path()
+) -> dict[str, Any]:
+    """Apply `key.subkey`s to a recipe, in place, and to the tasks of a sequence that set these sections for themselves.
 
     The order decides nothing: what names a source of calibration takes the place of another's fields, and comes first.
 
@@ -294,31 +296,31 @@ def lay(raw: dict[str, Any], given: Mapping[str, Any], where: str, folder: Path 
             value = _calibration_beside(value, folder)
         elif key == "calibration.path" and isinstance(value, str):
             value = _resolve_path(value, folder)
-        put(raw, key, value, f"{where}{key}")
-    _forget_below(raw, given)
+        set_key(raw, key, value, f"{where}{key}")
+    _drop_replaced_below(raw, given)
     sequence = raw.get("sequence")
     tasks = sequence.get("tasks") if isinstance(sequence, dict) else None
     for task in tasks if isinstance(tasks, list) else ():
         own = task.get("eval") if isinstance(task, dict) else None
-        if isinstance(own, dict) and "task" in own and "eval.task" in keys_of(given):
+        if isinstance(own, dict) and "task" in own and "eval.task" in overridden_keys(given):
             raise UserError(f"{where}eval.task: the tasks of a sequence set their own; give sequence.tasks")
         of_task = {"data", "training", "trainer"} & set(task) if isinstance(task, dict) else set()
         own = {key: value for key, value in given.items() if key.partition(".")[0] in of_task}
         for key, value in own.items():
-            put(task, key, value, f"{where}{key}")
-        _forget_below(task, own)
+            set_key(task, key, value, f"{where}{key}")
+        _drop_replaced_below(task, own)
     return raw
 
 
-def _forget_below(raw: Any, given: Mapping[str, Any]) -> None:
-    """Do as `forget_others` in the sections of a recipe that the given `key.subkey`s belong to."""
+def _drop_replaced_below(raw: Any, given: Mapping[str, Any]) -> None:
+    """Do as `drop_replaced` in the sections of a recipe that the given `key.subkey`s belong to."""
     for name, section in raw.items():
         own = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
         if isinstance(section, dict) and own:
-            forget_others(section, own)
+            drop_replaced(section, own)
 
 
-def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set `key.subkey` of a recipe, in place.
 
     Raises:
@@ -336,7 +338,7 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     if not parents:  # a section is laid over the recipe's, as those of a file are; an empty one empties it
         raw[key] = merge(raw, {key: value})[key] if value else value
     elif parents == ["calibration"]:
-        raw["calibration"] = lay_calibration(target, {last: value})
+        raw["calibration"] = merge_calibration(target, {last: value})
     else:
         target[last] = value
 
@@ -353,18 +355,18 @@ def load_recipe(
     quick: bool = False,
     max_forgetting: str | None = None,
 ) -> Recipe:
-    """Return the validated recipe with all overrides laid over it.
+    """Return the validated recipe with all overrides applied to it.
 
     Args:
-        name, assignments: as in `find` and `read_words`.
+        name, assignments: as in `find` and `parse_overrides`.
         methods, output_dir, preset, seeds, sweeps, quick, max_forgetting: as the options of `lora-null train` take them.
 
     Raises:
         UserError: for anything wrong with the name, the YAML or an override, or one that another takes the place of.
     """
     path, known = find(name), presets()
-    given = read_words(assignments)
-    keys = keys_of(given)
+    given = parse_overrides(assignments)
+    keys = overridden_keys(given)
     for option, key, value in (
         ("--method", "method.name", methods),
         ("--output-dir", "output_dir", output_dir),
@@ -384,23 +386,23 @@ def load_recipe(
     short = raw.pop("quick", None) if quick else {}
     if quick and not (isinstance(short, dict) and short):
         raise UserError(f"--quick: {path} has no quick form")
-    raw = lay(raw, {str(key): value for key, value in short.items()}, f"{path}: quick.", path.parent)
-    given |= {} if methods is None else read_words([f"method.name={methods}"])
-    raw = lay(raw, given, "argument ", path.parent)
+    raw = apply_overrides(raw, {str(key): value for key, value in short.items()}, f"{path}: quick.", path.parent)
+    given |= {} if methods is None else parse_overrides([f"method.name={methods}"])
+    raw = apply_overrides(raw, given, "argument ", path.parent)
     if max_forgetting is not None:
-        put(raw, "budget.at_most", max_forgetting, "--max-forgetting")
+        set_key(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
         for key in ("name", "files"):
-            if isinstance(given := one_or_more(method.get(key)), list):
-                method[key] = [_resolve_path(v, path.parent) if str(v).endswith(".py") else v for v in given]
+            if isinstance(entries := split_names(method.get(key)), list):
+                method[key] = [_resolve_path(v, path.parent) if str(v).endswith(".py") else v for v in entries]
     recipe = parse_recipe(raw, path.stem)
     _check_swept(keys, recipe.grid)
     recipe.name = recipe.name or path.stem
     if output_dir == "":
         raise UserError("--output-dir: is empty, give a folder")
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
-    recipe.output_dir = str(Path(recipe.output_dir).expanduser())
+    recipe.output_dir = _expanded(recipe.output_dir)
     return _with_paths(recipe, lambda given: _resolve_path(given, path.parent))
 
 
@@ -459,9 +461,9 @@ def dump(recipe: Recipe) -> str:
 
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
     if seeds is not None:
-        put(raw, "grid.seeds", _swept_values(seeds), "--seeds")
+        set_key(raw, "grid.seeds", _swept_values(seeds), "--seeds")
     for key in ("sweep", "per_method") if sweeps else ():  # what is asked for holds for every method
-        put(raw, f"grid.{key}", {}, "--sweep")
+        set_key(raw, f"grid.{key}", {}, "--sweep")
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
@@ -474,7 +476,7 @@ def _check_swept(keys: Sequence[str], grid: GridSection) -> None:
     replaced = {"seed": ("seed", "--seeds …")} if grid.seeds else {}
     for swept in grid.sweep:
         section, _, name = swept.partition(".")
-        for key in (name, *INSTEAD.get(name, ())):
+        for key in (name, *REPLACES.get(name, ())):
             replaced[f"{section}.{key}"] = swept, f"--sweep {swept}=…"
     if key := next((key for key in keys if key in replaced), None):
         swept, option = replaced[key]
@@ -491,11 +493,23 @@ def _swept_values(text: str) -> list[Any]:
         raise UserError(f"{text!r} is no list of values, such as 1,2 ({first_line(error)})") from None
 
 
+def _expanded(path: str) -> str:
+    """Return a path with the home folder for ~, and with the environment's variables; one with a $ that is there stays.
+
+    Raises:
+        UserError: a variable that is not set.
+    """
+    if Path(path).exists():
+        return path
+    path = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
+        raise UserError(f"{path}: the environment has no variable {unset[1]}")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 def _resolve_path(path: str, folder: Path) -> str:
     """Return what a path means: what is there; else what lies beside the recipe's YAML; of samples/… the shipped one."""
-    if path.startswith("~"):
-        path = str(Path(path).expanduser())
-    if Path(path).exists():
+    if Path(path := _expanded(path)).exists():
         return path
     folders = (folder, RECIPES) if path.startswith("samples/") else (folder,)
     return str(next((beside / path for beside in folders if (beside / path).exists()), path))

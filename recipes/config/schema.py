@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_null.recipes.config.known import add_methods, method_options, training_types
+from lora_null.recipes.config.parsed_sources import add_methods, method_options, training_types
 from lora_null.recipes.data.templates import check_template
 from lora_null.utils.errors import UserError, nearest
 
@@ -59,7 +59,7 @@ REFUSED = {
 }  # fmt: skip
 TOKENS = ("eos_token", "pad_token")  # TRL's names for what `model` says, taken for that
 # What other tools call our keys.
-MEANT = {
+ALIASES = {
     "training.learning_rate": ("lr", "learningrate"),
     "training.num_train_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
     "training.total_batch_size": ("batch_size", "batchsize", "bs", "train_batch_size", "global_batch_size"),
@@ -89,7 +89,7 @@ MEANT = {
     "data.limit": ("max_samples", "num_samples", "max_train_samples"),
     "output_dir": ("output", "out", "outdir"),
 }
-MEANT_BY = {name: key for key, names in MEANT.items() for name in names}
+KEY_OF_ALIAS = {name: key for key, names in ALIASES.items() for name in names}
 # What `eval_harness.documents` reads.
 DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -97,7 +97,7 @@ LONGEST_NAME = 200  # bytes of a name that a folder takes, where a file system t
 QUANTIZATIONS = ("nf4", "int8")
 # What a grid may vary: not the model nor the evaluation, since the base's evaluation is shared.
 SWEEPABLE = ("training", "method", "calibration", "data")
-MOST_NAMED = 16  # keys, where none is like the one that was given
+MAX_LISTED = 16  # keys, where none is like the one that was given
 
 
 PATH = Field(min_length=1, description="hub id, local file or folder")
@@ -150,7 +150,7 @@ def _scalar(value: Any) -> Any:
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
-def one_or_more(value: Any) -> Any:
+def split_names(value: Any) -> Any:
     """Return names that are given in one text, separated by commas, as a list."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
@@ -159,7 +159,7 @@ def one_or_more(value: Any) -> Any:
 
 def module_names(value: Any) -> Any:
     """Return a text of nothing but names of modules, separated by commas, as a list; all else is a regex or all-linear."""
-    names = one_or_more(value)
+    names = split_names(value)
     are_names = isinstance(value, str) and all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
     return names if are_names else value
 
@@ -199,7 +199,7 @@ class ModelSection(Section):
 class MethodSection(Section):
     """What is trained: one or more methods under equal conditions."""
 
-    name: Annotated[list[str], BeforeValidator(one_or_more)] = Field(
+    name: Annotated[list[str], BeforeValidator(split_names)] = Field(
         min_length=1,
         description="method names, in a list or separated by commas; mine.py stands for the methods in it",
     )
@@ -232,7 +232,7 @@ class MethodSection(Section):
         """Load the files of one's own methods, and put the methods of a file among the names in its place."""
         if not isinstance(raw, dict):
             return raw
-        names, files = (one_or_more(raw.get(key)) or [] for key in ("name", "files"))
+        names, files = (split_names(raw.get(key)) or [] for key in ("name", "files"))
         if not all(
             isinstance(words, list) and all(isinstance(word, str) for word in words) for words in (names, files)
         ):
@@ -274,7 +274,7 @@ def training_keys(trainer: str) -> set[str]:
     return (training_types(trainer).keys() - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
-TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def _training_value(key: str, value: Any, kind: str) -> Any:
@@ -285,9 +285,9 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
     if isinstance(value, dict | list) and kinds <= {"bool", "int", "float", "str", "None"}:
         raise ValueError(f"training.{key}: takes one value, not {value!r}")
     if isinstance(value, str) and kinds <= {"bool", "None"} and (key, value) != ("bf16", "auto"):
-        if value.lower() not in TRUTHS:
+        if value.lower() not in BOOLEANS:
             raise ValueError(f"training.{key}: must be true or false, not {value!r}")
-        return TRUTHS[value.lower()]
+        return BOOLEANS[value.lower()]
     if isinstance(value, bool) and kinds & {"int", "float"} and "bool" not in kinds:
         raise ValueError(f"training.{key}: must be a number, not {str(value).lower()}")
     if type(value) in (int, float) and kinds <= {"str", "None"}:
@@ -786,7 +786,7 @@ class GridSection(Section):
     def _check_sweep(cls, sweep: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
         for key, values in sweep.items():
             if key.partition(".")[0] not in SWEEPABLE or "." not in key or key == "method.name":
-                meant = MEANT_BY.get(key.rpartition(".")[2].lower())
+                meant = KEY_OF_ALIAS.get(key.rpartition(".")[2].lower())
                 instead = f" (did you mean {meant!r}?)" if meant else f", only keys of {', '.join(SWEEPABLE)}"
                 raise ValueError(f"{key!r} cannot be swept{instead}")
             _need_distinct(key, values)
@@ -919,11 +919,11 @@ def hint(wrong: str, known: Collection[str]) -> str:
 
     Where there is none, a short section's keys are named, and a long one's not.
     """
-    meant = MEANT_BY.get(wrong.lower())
+    meant = KEY_OF_ALIAS.get(wrong.lower())
     if meant is None and not difflib.get_close_matches(wrong, known, n=1):
         elsewhere = {path.rpartition(".")[2]: path for path in _paths()}
         meant = elsewhere.get(next(iter(difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8)), ""))
-        if meant is None and len(known) > MOST_NAMED:
+        if meant is None and len(known) > MAX_LISTED:
             return " (recipes/README.md names every key)"
     return f" (did you mean {meant!r}?)" if meant else nearest(wrong, known)
 
@@ -973,7 +973,7 @@ def parse_section(kind: type[BaseModel], where: str, values: dict[str, Any]) -> 
         raise UserError("; ".join(told)) from None
 
 
-def misshapen(raw: dict[str, Any]) -> str | None:
+def shape_error(raw: dict[str, Any]) -> str | None:
     """Return what a section of a run's recipe that is read without the schema holds where a list or keys are meant.
 
     Keys and values that this version does not know are those of another one.

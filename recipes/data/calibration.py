@@ -13,16 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
-from lora_null.recipes.data.conversations import ask
+from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import (
-    MOST_BAD,
     Example,
     RowReader,
     check_encoding,
     describe_bad_rows,
-    tell_of_bad_rows,
+    leave_out,
 )
-from lora_null.recipes.data.formats import recognize
+from lora_null.recipes.data.formats import detect_format
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.start import MIN_TOKENS
@@ -170,7 +169,10 @@ def _texts(
         path, subset=section.subset, split=section.split, where=where, keep_bad=True, limit=section.limit
     )
     last = math.inf if section.limit is None else section.limit
-    texts, kinds, bad, empty = [], Counter(), [row for row in documents.bad if row.row <= last], 0
+    texts: list[str] = []
+    kinds: Counter[str] = Counter()
+    bad = [row for row in documents.bad if row.row <= last]
+    empty = 0
     if not documents.rows:
         raise UserError(f"{where}: no row can be used: {describe_bad_rows(bad)}")
     text_of = _reader(section, documents.columns, documents.rows, tokenizer, where)
@@ -191,11 +193,7 @@ def _texts(
             kinds[row.get("kind", "")] += section.source == "general"
     if empty and is_first_process():
         print(f"{empty} of {empty + len(texts) + len(bad)} rows of {where} hold no text")
-    if bad:
-        total = len(texts) + len(bad)
-        if len(bad) > MOST_BAD * total:
-            raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}")
-        tell_of_bad_rows(bad, total, f"rows of {where}")
+    leave_out(bad, len(texts) + len(bad), f"rows of {where}", where=where, hint="")
     return texts, {kind: count for kind, count in kinds.items() if count}
 
 
@@ -208,7 +206,7 @@ def _reader(
 ) -> Callable[[Mapping[str, Any]], str]:
     """Return what makes the text of a row."""
     if section.template is None and section.field is None:
-        found = recognize(rows, columns, f"{where}.path").keys
+        found = detect_format(rows, columns, f"{where}.path").keys
         if "text" in found:
             if not section.answers:
                 raise UserError(f"{where}.answers: false goes with conversations and questions, these rows are texts")
@@ -225,22 +223,22 @@ def _reader(
         if field.is_field and is_conversation(row.get(field.spec)):
             if section.answers:
                 return conversation_text(row[field.spec], row, tokenizer)
-            return _talk_text(as_messages(row[field.spec])[0], row, tokenizer, answers=False)
+            return _conversation_text(as_messages(row[field.spec])[0], row, tokenizer, answers=False)
         return field.text(row)
 
     return text_of
 
 
 def _found_text(row: Mapping[str, Any], reader: RowReader, tokenizer: PreTrainedTokenizerBase, answers: bool) -> str:
-    talk = reader.data.messages
-    if talk is not None and row.get(talk) is None and isinstance(row.get("text"), str):
+    conversation = reader.data.messages
+    if conversation is not None and row.get(conversation) is None and isinstance(row.get("text"), str):
         return row["text"]  # the general mix holds texts beside conversations
-    if not answers and talk is None and row.get(reader.data.response) in (None, ""):
+    if not answers and conversation is None and row.get(reader.data.response) in (None, ""):
         row = {**row, reader.data.response: "-"}  # which is left out as any other answer
-    return _talk_text(reader.messages(row)[0], row, tokenizer, answers=answers)
+    return _conversation_text(reader.messages(row)[0], row, tokenizer, answers=answers)
 
 
-def _talk_text(
+def _conversation_text(
     messages: list[Message], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, answers: bool
 ) -> str:
     """Return a conversation as the model sees it, through its last answer or up to where that begins."""
@@ -248,7 +246,9 @@ def _talk_text(
         return conversation_text(messages, row, tokenizer)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     said, options = messages if answers else messages[:last], chat_options(row)
-    return without_bos(ask(CHAT if tokenizer.chat_template else WITHOUT_CHAT, said, tokenizer, options), tokenizer)
+    return without_bos(
+        prompt_text(CHAT if tokenizer.chat_template else WITHOUT_CHAT, said, tokenizer, options), tokenizer
+    )
 
 
 def _prompts(
@@ -260,7 +260,9 @@ def _prompts(
     if kind == "prompts":
         lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
         asked = [line for line in lines if line and not line.startswith("#")]
-        return [_talk_text([{"role": "user", "content": line}], {}, tokenizer, answers=False) for line in asked]
+        return [
+            _conversation_text([{"role": "user", "content": line}], {}, tokenizer, answers=False) for line in asked
+        ]
     starts = [(example.written.text, example.written.spans[0][0]) for example in examples if example.written.messages]
     if not starts:
         raise UserError(f"{where}.self: there are no prompts in data to write after; use self: prompts or bos")

@@ -85,7 +85,7 @@ def write_preference(
     return write_conversation(template, messages, [prompt], tokenizer, options)
 
 
-def ask(
+def prompt_text(
     template: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] = {}
 ) -> str:
     """Return the text up to the response to a conversation that ends with a question."""

@@ -31,7 +31,7 @@ from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
 
-MOST_BAD = 0.01  # the share of bad rows that is left out unasked
+MAX_BAD_SHARE = 0.01  # the share of bad rows that is left out unasked
 BATCH = 1000  # examples tokenized at once
 
 
@@ -80,7 +80,7 @@ class TrainingData:
 def training_data(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, max_length: int | None
 ) -> TrainingData:
-    """Read, check and template the training rows.
+    """Read, check and template the training rows; print which are left out.
 
     Args:
         data: the recipe's section.
@@ -104,7 +104,7 @@ def training_data(
         too_long += [BadRow(row, f"chosen equal to rejected within max_length ({max_length} tokens)") for row in equal]
         kept = [(example, tokens) for example, tokens in kept if example.row not in set(equal)]
     bad = sorted([*bad, *too_long], key=lambda row: row.row)
-    settle_bad_rows(bad, total, data.on_bad_row)
+    leave_out(bad, total, "training rows", data.on_bad_row)
     examples = [example for example, _ in kept]
     if preferences:
         rows = _preference_rows(examples, data.template)
@@ -172,7 +172,7 @@ class RowReader:
         self, data: DataSection, columns: Sequence[str], where: str, *, preferences: bool, first: Mapping[str, Any]
     ) -> None:
         self.data, self.preferences = data, preferences
-        self.of_pieces = list(columns) == TEXT_FIELDS
+        self.of_chunks = list(columns) == TEXT_FIELDS
         self.prompt = None
         if data.system:
             of_data = preferences and where != "data"  # an entry of held-out pairs has no such key
@@ -199,7 +199,7 @@ class RowReader:
         if data.text:
             text = _text_of(row, data.text, answer=False)
             check_encoding([text])
-            goes_on = self.of_pieces and row.get("last") is False
+            goes_on = self.of_chunks and row.get("last") is False
             end, text = "" if goes_on else str(tokenizer.eos_token or ""), without_bos(text, tokenizer)
             text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
             return Example(number, Written(text, [(0, len(text))], []), None, 0, {})
@@ -348,21 +348,28 @@ def check_encoding(said: Sequence[Any]) -> None:
         raise ValueError("wrong encoding (the replacement character U+FFFD)")
 
 
-def settle_bad_rows(bad: Sequence[BadRow], total: int, policy: str | None, *, where: str = "data") -> None:
-    """Refuse bad rows unless the recipe allows to leave them out: `policy` is `data.on_bad_row`.
+def leave_out(
+    bad: Sequence[BadRow],
+    total: int,
+    rows: str,
+    policy: str | None = None,
+    *,
+    where: str = "data",
+    hint: str = "; data.on_bad_row=skip leaves them out",
+) -> None:
+    """Print which of `rows`, such as "training rows", are left out.
 
     Raises:
-        UserError: how many of which kind, the first of each by number.
+        UserError: `policy` (`data.on_bad_row`) does not allow it, or none is left: how many of which kind, the first of each
+            by number, with the `hint`.
     """
-    allowed = policy == "skip" or (policy is None and len(bad) <= MOST_BAD * total)
-    if bad and (not allowed or len(bad) == total):
-        hint = "" if len(bad) == total else "; data.on_bad_row=skip leaves them out"
+    if not bad:
+        return
+    allowed = policy == "skip" or (policy is None and len(bad) <= MAX_BAD_SHARE * total)
+    if not allowed or len(bad) == total:
+        hint = "" if len(bad) == total else hint
         raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}{hint}")
-
-
-def tell_of_bad_rows(bad: Sequence[BadRow], total: int, rows: str) -> None:
-    """Say which of `rows`, such as "training rows", are left out."""
-    if bad and is_first_process():
+    if is_first_process():
         print(f"left out {len(bad)} of {total} {rows}: {describe_bad_rows(bad)}")
 
 

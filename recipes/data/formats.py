@@ -10,7 +10,7 @@ from typing import Any
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import KNOWN, as_conversation, as_text, is_conversation, messages_in
 
-LOOKED_AT = 50  # rows
+INSPECTED_ROWS = 50
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "task", "user", "input", "text", "q")
 PROMPTS += ("article", "document", "content", "body", "passage", "sentence")  # what is answered or summed up
@@ -20,10 +20,11 @@ WORKED = ("response", "completion", "solution")  # what is learned before a shor
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "rejected"))
 TEXTS = ("text", "content", "document", "body", "passage", "sentence")
 SYSTEMS = ("system", "system_prompt")
-NO_TALK = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "source")  # neither asks nor answers
+NEITHER_PROMPT_NOR_RESPONSE = (*SYSTEMS, "", "unnamed: 0", "id", "idx", "index", "uuid", "source")
 SAID_BY = ("role", "from", "sender", "speaker", "author")  # of a single turn, where they hold roles
-ABOUT = (*SAID_BY[1:], "to", "name", "user", "username")  # who, when and where, beside a text
-ABOUT += ("date", "time", "timestamp", "datetime", "created_at", "file", "filename", "path", "folder", "url")
+METADATA_COLUMNS = (*SAID_BY[1:], "to", "name", "user", "username")  # who, when and where, beside a text
+METADATA_COLUMNS += ("date", "time", "timestamp", "datetime", "created_at")
+METADATA_COLUMNS += ("file", "filename", "path", "folder", "url")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Format:
     preferences: bool = False
 
 
-def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> Format:
+def detect_format(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> Format:
     """Return the format of rows by the names and the types of their fields.
 
     Args:
@@ -54,11 +55,13 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
         UserError: none that is known; it names the fields.
     """
     fields = {name.lower(): name for name in columns}
-    talks = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:LOOKED_AT])}
+    conversations = {name for name in columns if any(is_conversation(row.get(name)) for row in rows[:INSPECTED_ROWS])}
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
     asking = {name.lower(): name for name in askable(columns, rows)}
-    found = _preferences(asking, talks) or _conversation(fields, talks, rows) or _answered(asking)
-    found = found or (_messages(next(iter(talks)), rows) if len(talks) == 1 else _text(fields, rows, pair))
+    found = _preferences(asking, conversations) or _conversation(fields, conversations, rows) or _answered(asking)
+    found = found or (
+        _messages(next(iter(conversations)), rows) if len(conversations) == 1 else _text(fields, rows, pair)
+    )
     if found is None and pair is not None:
         raise UserError(
             f"{where}: {' and '.join(pair)} are texts without a prompt; what both begin with belongs into a field of its own, "
@@ -81,29 +84,33 @@ def recognize(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: 
 
 def askable(columns: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the columns without a `context` that is no text, such as a list of passages."""
-    return [n for n in columns if n.lower() != "context" or all(_is_text(row.get(n)) for row in rows[:LOOKED_AT])]
+    return [n for n in columns if n.lower() != "context" or all(_is_text(row.get(n)) for row in rows[:INSPECTED_ROWS])]
 
 
 def _first(names: Sequence[str], fields: Mapping[str, str]) -> str | None:
     return next((fields[name] for name in names if name in fields), None)
 
 
-def _preferences(fields: Mapping[str, str], talks: set[str]) -> Format | None:
+def _preferences(fields: Mapping[str, str], conversations: set[str]) -> Format | None:
     for chosen, rejected in PAIRS:
         if chosen in fields and rejected in fields:
-            talk = _first([name for name in CONVERSATIONS if fields.get(name) in talks], fields)
+            conversation = _first([name for name in CONVERSATIONS if fields.get(name) in conversations], fields)
             asked = _first(PROMPTS, fields)
-            prompt = asked if asked in talks else _prompt(fields) or talk
+            prompt = asked if asked in conversations else _prompt(fields) or conversation
             keys = {"prompt": prompt, "response": fields[chosen], "rejected": fields[rejected]}
-            if keys["prompt"] is None and keys["response"] not in talks:
+            if keys["prompt"] is None and keys["response"] not in conversations:
                 return None
             return Format("preference pairs", keys, preferences=True)
     return None
 
 
-def _conversation(fields: Mapping[str, str], talks: set[str], rows: Sequence[Mapping[str, Any]]) -> Format | None:
-    name = _first([name for name in CONVERSATIONS if fields.get(name) in talks], fields)
-    prompt, response = (_first([n for n in names if fields.get(n) in talks], fields) for names in (PROMPTS, RESPONSES))
+def _conversation(
+    fields: Mapping[str, str], conversations: set[str], rows: Sequence[Mapping[str, Any]]
+) -> Format | None:
+    name = _first([name for name in CONVERSATIONS if fields.get(name) in conversations], fields)
+    prompt, response = (
+        _first([n for n in names if fields.get(n) in conversations], fields) for names in (PROMPTS, RESPONSES)
+    )
     if name is None and prompt and response:
         return Format("prompts and responses of messages", {"prompt": prompt, "response": response})
     return _messages(name, rows) if name else None
@@ -153,13 +160,15 @@ def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tu
     if _are_turns(fields, rows):
         return None
     name = _first(TEXTS, fields)
-    texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:LOOKED_AT])]
-    talk = pair is None and not any(name in NO_TALK or name.endswith("_id") for name in fields)
+    texts = [name for name in fields.values() if all(_is_text(row.get(name)) for row in rows[:INSPECTED_ROWS])]
+    may_be_pair = pair is None and not any(
+        name in NEITHER_PROMPT_NOR_RESPONSE or name.endswith("_id") for name in fields
+    )
     # not user and note, but user and bot
-    talk = talk and (fields.keys() <= KNOWN.keys() or fields.keys().isdisjoint(ABOUT))
-    if name is None and len(fields) == len(texts) == 2 and talk:  # of a pair the second is not to be learned
+    may_be_pair = may_be_pair and (fields.keys() <= KNOWN.keys() or fields.keys().isdisjoint(METADATA_COLUMNS))
+    if name is None and len(fields) == len(texts) == 2 and may_be_pair:  # of a pair the second is not to be learned
         return Format(f"{texts[0]} and {texts[1]}", {"prompt": texts[0], "response": texts[1]})
-    rest = [column for name, column in fields.items() if name not in ABOUT] or list(fields.values())
+    rest = [column for name, column in fields.items() if name not in METADATA_COLUMNS] or list(fields.values())
     name = name or (rest[0] if len(rest) == 1 and rest[0] in texts else None)
     return Format("plain text", {"text": name}) if name else None
 
@@ -167,7 +176,7 @@ def _text(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pair: tu
 def _are_turns(fields: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether each row is a single message: it has a role, or the names of roles stand where it says who speaks."""
     who = _first(SAID_BY, fields)
-    said_by = {str(row.get(who)).lower() for row in rows[:LOOKED_AT]}
+    said_by = {str(row.get(who)).lower() for row in rows[:INSPECTED_ROWS]}
     return "role" in fields or (who is not None and said_by <= KNOWN.keys())
 
 

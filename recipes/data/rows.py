@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, is_export, read_documents
+from lora_null.eval_harness.chat_exports import is_export
+from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
 from lora_null.recipes.config.load import files_below
 from lora_null.recipes.data.templates import fill, split_fields
-from lora_null.utils.distributed import is_first_process
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.values import as_text
 
 # Files that describe a data set, and pictures, which are skipped.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
-ABOUT = ("readme", "index", "license", "notice", "citation", "changelog")  # texts about the data beside them
-TOLD = 6  # kinds of files that are not read
+# Texts about the data beside them.
+DOCUMENTATION_FILES = ("readme", "index", "license", "notice", "citation", "changelog")
+MAX_LISTED = 6  # kinds of files that are not read
 
 
 def load_documents(
@@ -75,14 +76,18 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     def is_split(file: Path) -> bool:
         return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
 
+    def lies_in_split(file: Path) -> bool:
+        return file.parent.name == split
+
     files = [file for file in files_below(folder) if file.name not in DESCRIPTIONS]
     found = [(file, kind) for file in files if (kind := FILE_KINDS.get(file.suffix.lower()))]
     texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
-    notes = [file for file in texts if file.stem.lower() not in ABOUT]
+    notes = [file for file in texts if file.stem.lower() not in DOCUMENTATION_FILES]
     unread = [file for file in files if file.suffix.lower() not in (*FILE_KINDS, *PICTURES)]
-    unread = [file for file in unread if file.stem.lower() not in ABOUT]
+    unread = [file for file in unread if file.stem.lower() not in DOCUMENTATION_FILES]
     data = [file for file, kind in found if kind != "text" and file.parent == folder]
-    data = data or [file for file, kind in found if kind != "text" and is_split(file)]
+    for rule in (is_split, lies_in_split):
+        data = data or [file for file, kind in found if kind != "text" and rule(file)]
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
     if len(several) > 1:
         raise UserError(
@@ -98,9 +103,8 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
             raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
         _tell_unread(folder, [*unread, *below])
         return texts
-    chosen = [file for file in data if is_split(file)] or [
-        file for file in data if file.stem.startswith("conversations") and is_export(file)
-    ]
+    chosen = list(filter(is_split, data)) or list(filter(lies_in_split, data))
+    chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
     _tell_unread(folder, [file for file in (*unread, *notes) if file.parent == chosen[0].parent])
@@ -109,18 +113,11 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
 
 def _tell_unread(folder: Path, files: Iterable[Path]) -> None:
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
-    told = counts.most_common(TOLD)
+    told = counts.most_common(MAX_LISTED)
     others = counts.total() - sum(count for _, count in told)
     if told:
         kinds = [f"{count} {kind}" for kind, count in [*told, *([("others", others)] if others else [])]]
-        _print_once(f"not read in {folder}: {', '.join(kinds)}")
-
-
-@cache
-def _print_once(line: str) -> None:
-    """Print what is found each time that a run reads its data."""
-    if is_first_process():
-        print(line)
+        print_once(f"not read in {folder}: {', '.join(kinds)}")
 
 
 class RowText:

@@ -36,9 +36,10 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options
 from lora_null.recipes.private_names import complete_at_load
+from lora_null.targets import check_unadapted
 from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, processes_here, shard_layers, together
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
-from lora_null.utils.limits import architecture_of, unsupported
+from lora_null.utils.limits import architecture_of, why_unsupported
 from lora_null.utils.quantized import keep_layout, weight_of
 
 SHAPES = Path(__file__).parent / "shapes.json"
@@ -135,7 +136,9 @@ def _class_of(config: Any) -> Any:
     ):
         if type(config) in known or kind.__name__ in (getattr(config, "auto_map", None) or {}):
             return kind
-    raise UserError(f"model.name_or_path: {unsupported(config) or architecture_of(config) + ' is no language model'}")
+    raise UserError(
+        f"model.name_or_path: {why_unsupported(config) or architecture_of(config) + ' is no language model'}"
+    )
 
 
 def attention(model: ModelSection, config: Any = None) -> str:
@@ -200,7 +203,7 @@ def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
     base, files = base_to_shard(model, name)
     shard_layers(base, device)
     if files is not None:
-        together(lambda: files.fill(base, device), what="reading the weights")
+        together(lambda: files.fill(base, device))
     register_fsdp_forward_method(base, "generate")
     return base
 
@@ -248,6 +251,7 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.name_or_path: the weights of {name} are not this model's ({missing[0]} is missing)")
+    check_unadapted(loaded)
     keep_layout(loaded)
     if model.eos_token is not None:  # as TRL's `eos_token` does
         end = load_tokenizer(model, name).eos_token_id

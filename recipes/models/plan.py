@@ -24,7 +24,7 @@ from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored, weight_bytes
 from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
 from lora_null.recipes.training import optimizer_steps, total_batch
-from lora_null.targets import put_on, refuse_bypassed
+from lora_null.targets import add_adapter, refuse_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
 from lora_null.trainer.methods.base import distinct_inputs
@@ -42,7 +42,7 @@ class MethodPlan:
         name: the method.
         rank: r; None where the method has none.
         trainable: parameters that train.
-        saved: parameters of the adapter (on a residual base of rank 2r) or the model that is saved.
+        saved: parameters of what is saved: the adapter (rank 2r where the base carries a residual), or the model.
         saves: "adapter" or "model".
         saved_rank: rank of a plain LoRA as it is saved, that of its widest layer; None for what saves none.
         gram_bytes: float64 Gram matrices held at once while calibrating, of a decoder layer; 0 where none are.
@@ -68,13 +68,19 @@ class MethodPlan:
 
     def peak_bytes(self, weights: int, activations: int) -> int:
         """Return the most that a process takes at once, of weights and a step's activations in bytes."""
-        starting, stepping = self.gram_bytes + self.start_bytes, activations + max(self.start_bytes, self.extra_bytes)
+        starting = self.gram_bytes + self.start_bytes
+        stepping = activations + max(self.start_bytes, self.extra_bytes)
         return weights + max(starting, stepping)
 
     @property
     def written_bytes(self) -> int:
         """What one run of it may write: the adapter or model, and checkpoints."""
         return 4 * self.saved + 3 * self.extra_bytes
+
+
+def recipe_method(recipe: Recipe, name: str) -> Method:
+    """Return a method with the options that the recipe gives it."""
+    return make_method(name, recipe.method.options.get(name))
 
 
 def adapter_config(section: MethodSection, method: Method, rank: int | None) -> Any:
@@ -100,13 +106,13 @@ def check_methods(recipe: Recipe, model_config: Any) -> None:
     """
     check_stored(recipe.model, model_config)
     for name in recipe.method.name:
-        check_trainer(name, pairs=recipe.trainer == "dpo")
-        if recipe.eval.backend == "vllm" and not METHODS[name].plain:
+        check_trainer(METHODS[name], pairs=recipe.trainer == "dpo")
+        if recipe.eval.backend == "vllm" and not METHODS[name].saves_plain_lora:
             raise UserError(f"eval.backend: vllm runs no adapter of {name}, which is no LoRA; use hf")
     if recipe.model.quantization is None:
         return
     for name in recipe.method.name:
-        check_base(name, quantized=True)
+        check_base(METHODS[name], quantized=True)
     if recipe.eval.backend == "vllm":
         raise UserError("eval.backend: vllm does not run the quantized base that is trained on, use hf")
 
@@ -136,7 +142,7 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
         budget = section.rank * _trained_at_one(recipe, model_config, "lora")
     else:
         budget = parse_count(section.match)
-    method = make_method(name, recipe.method.options.get(name))
+    method = recipe_method(recipe, name)
     if method.new_parameters and getattr(method, "rho", 1) > 1:
         raise UserError(
             f"method.match: {name} deals out the ranks by what it measures; method.options.{name}.rho=1 keeps them equal"
@@ -148,15 +154,15 @@ def matched_rank(recipe: Recipe, model_config: Any, name: str) -> int:
 
 
 def _trained_at_one(recipe: Recipe, model_config: Any, name: str) -> int:
-    method = make_method(name, recipe.method.options.get(name))
+    method = recipe_method(recipe, name)
     model = with_method(recipe, model_config, method, rank=1)
     return _count(model, method.trainable(model))
 
 
 def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     section = recipe.method
-    method = make_method(name, section.options.get(name))
-    rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.ranked else None
+    method = recipe_method(recipe, name)
+    rank = (matched_rank(recipe, model_config, name) if section.match else section.rank) if method.has_rank else None
     model = with_method(recipe, model_config, method, rank)
     if isinstance(model, PeftModel):
         check_linears(method, model)
@@ -171,8 +177,9 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
     saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
-    held, widest = trainable, None
-    if method.saves == "adapter" and not method.plain:
+    held = trainable
+    widest = None
+    if method.saves == "adapter" and not method.saves_plain_lora:
         saved = trainable
     elif method.saves == "adapter":
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
@@ -228,7 +235,7 @@ def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftMo
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", r"The following \w+_pattern keys did not match")
-            return put_on(empty, config, low_cpu_mem_usage=True)
+            return add_adapter(empty, config, low_cpu_mem_usage=True)
     except RuntimeWarning as unmatched:
         key, name = re.findall(r"(\w+_pattern) keys.*?\['(.*?)'", str(unmatched))[0]
         raise UserError(f"method.{key}: {name!r} is the name of no adapted module{nearest(name, linears)}") from None
@@ -252,8 +259,8 @@ def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
     return max(held.values(), default=0)
 
 
-WIDER = {"cpu": 2, "gpu": 1}
-LOGITS = {"cpu": 24, "gpu": 16}  # bytes a token and word; measured on SmolLM2 (8 × 380 tokens) and on an H200
+ACTIVATION_FACTOR = {"cpu": 2, "gpu": 1}
+LOGIT_BYTES = {"cpu": 24, "gpu": 16}  # bytes a token and word; measured on SmolLM2 (8 × 380 tokens) and on an H200
 
 
 def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
@@ -261,7 +268,7 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
 
     With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths a token inside a
     block (the usual count for a Llama block with a fused attention, in 16 bits; in 32 on a CPU). Without it every block
-    keeps them all. The loss keeps logits in several copies (`LOGITS`).
+    keeps them all. The loss keeps logits in several copies (`LOGIT_BYTES`).
     """
     tokens = training.per_device_train_batch_size * (training.max_length or 1024)
     tokens *= 2 if isinstance(training, DPOConfig) else 1  # chosen and rejected
@@ -269,7 +276,7 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     inside, between = 34 * text.hidden_size * tokens, 2 * text.hidden_size * tokens
     blocks, on = text.num_hidden_layers, "cpu" if training.use_cpu else "gpu"
     kept = blocks * between + inside if training.gradient_checkpointing else blocks * inside
-    return WIDER[on] * kept + LOGITS[on] * text.vocab_size * tokens
+    return ACTIVATION_FACTOR[on] * kept + LOGIT_BYTES[on] * text.vocab_size * tokens
 
 
 def files_of(recipe: Recipe) -> list[str]:

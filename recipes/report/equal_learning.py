@@ -24,12 +24,12 @@ import numpy as np
 from lora_null.eval_harness.statistics import (
     LEVEL,
     Spread,
+    crossed_variance,
     holm,
     influence,
     is_mean_of_samples,
     stack,
     t_tests,
-    two_level,
 )
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.headline import task_metric
@@ -46,8 +46,12 @@ from lora_null.recipes.results import (
 )
 
 RATE = "training.learning_rate"
-FIRST = 0.99  # of what a path's first run learned: how far below it forgetting is read off still: 1% less learned is 7% less KL
-Parts = tuple[np.ndarray | None, np.ndarray | None]  # what each question adds to (learned, forgotten); None: not known
+FIRST_RUN_SHARE = (
+    0.99  # below this share of what its first run learned a path is not interpolated: 1% less learned is 7% less KL
+)
+Influences = tuple[
+    np.ndarray | None, np.ndarray | None
+]  # what each question adds to (learned, forgotten); None: not known
 Level = tuple[float, np.ndarray | None]  # what was learned, and what each question adds to it
 
 
@@ -55,13 +59,13 @@ Level = tuple[float, np.ndarray | None]  # what was learned, and what each quest
 class Frontier:
     """One method's runs: `points[seed]` are (learned, forgotten) from the base on, in the order of the swept values.
 
-    Learned and forgotten are counted from the base, upward. `parts[seed]` say what each question adds to them, and
+    Learned and forgotten are counted from the base, upward. `influences[seed]` say what each question adds to them, and
     `rows` are the rows that average over the seeds, in the same order. `name` is the method's, with the settings of its second and later frontiers, such as "lora (weight_decay 3)".
     """
 
     name: str
     points: dict[int, list[tuple[float, float]]]
-    parts: dict[int, list[Parts]]
+    influences: dict[int, list[Influences]]
     rows: list[int]
 
     @property
@@ -70,22 +74,22 @@ class Frontier:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Interpolated:
     """What is read off a path at a level of learning: the forgetting, and what each question adds to it."""
 
     value: float
-    parts: list[np.ndarray]
+    influences: list[np.ndarray]
 
-    def __sub__(self, other: Reading) -> Reading:
-        return Reading(self.value - other.value, [a - b for a, b in zip(self.parts, other.parts)])
+    def __sub__(self, other: Interpolated) -> Interpolated:
+        return Interpolated(self.value - other.value, [a - b for a, b in zip(self.influences, other.influences)])
 
 
 @dataclass(frozen=True)
-class AtEqual:
+class MethodAtLevel:
     """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
 
     `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
-    `passed` is whether there is no value because the first run learned more already.
+    `beyond_first_run` is whether there is no value because the first run learned more already.
     """
 
     name: str
@@ -94,14 +98,14 @@ class AtEqual:
     seeds: int
     difference: Estimate | None = None
     p: float | None = None
-    passed: bool = False
+    beyond_first_run: bool = False
 
     @property
     def label(self) -> str:
         return _label(self.name)
 
     @property
-    def sense(self) -> int:
+    def sign(self) -> int:
         """-1 if it forgot less than LoRA, 1 if more, 0 if that cannot be told."""
         known = self.difference is not None and self.p is not None and self.p < LEVEL
         return int(np.sign(self.difference.value)) if known and self.difference else 0
@@ -113,7 +117,7 @@ class Target:
 
     learned: float
     where: str
-    rows: list[AtEqual]
+    rows: list[MethodAtLevel]
 
 
 def retention_metrics(results: Results) -> list[str]:
@@ -132,23 +136,24 @@ def metric_pair(results: Results) -> tuple[str, str] | None:
     return (kept[0], task) if kept and task else None
 
 
-def frontiers(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Frontier]:
-    """Return the frontiers of the grid's methods, in the order of its rows; `found` are the evaluations behind them."""
+def frontiers(results: Results, kept: str, task: str, evaluations: Evaluations | None = None) -> list[Frontier]:
+    """Return the frontiers of the grid's methods, in the order of its rows; `evaluations` are those behind them."""
     return [
-        _frontier(results, name, runs, kept, task, found or {}) for name, runs in runs_by_frontier(results).items()
+        _frontier(results, name, runs, kept, task, evaluations or {})
+        for name, runs in runs_by_frontier(results).items()
     ]
 
 
 def runs_by_frontier(results: Results) -> dict[str, list[Run]]:
     """Return the runs of each frontier by its name; of LoRA's, the first in the grid is what others are compared with."""
-    found: dict[str, dict[str, list[Run]]] = {}
+    groups: dict[str, dict[str, list[Run]]] = {}
     for run in results.grid.cells:
         others = {key: value for key, value in run.point.items() if key != RATE} if RATE in run.point else {}
-        found.setdefault(run.method, {}).setdefault(settings_text(others), []).append(run)
+        groups.setdefault(run.method, {}).setdefault(settings_text(others), []).append(run)
     return {
         f"{method} ({settings})" if i else method: runs
-        for method, groups in found.items()
-        for i, (settings, runs) in enumerate(groups.items())
+        for method, by_settings in groups.items()
+        for i, (settings, runs) in enumerate(by_settings.items())
     }
 
 
@@ -157,7 +162,9 @@ def _label(name: str) -> str:
     return display_name(method) + bracket + settings
 
 
-def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task: str, found: Evaluations) -> Frontier:
+def _frontier(
+    results: Results, name: str, runs: Sequence[Run], kept: str, task: str, evaluations: Evaluations
+) -> Frontier:
     frontier = Frontier(name, {}, {}, [])
 
     def rising(run: Run) -> list[tuple]:
@@ -168,8 +175,8 @@ def _frontier(results: Results, name: str, runs: Sequence[Run], kept: str, task:
         if None in point:
             continue
         frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        parts = tuple(_part(results, run, metric, found) for metric in (task, kept))
-        frontier.parts.setdefault(run.seed, [(None, None)]).append(parts)
+        influences = tuple(_influence(results, run, metric, evaluations) for metric in (task, kept))
+        frontier.influences.setdefault(run.seed, [(None, None)]).append(influences)
         i = _row_of(results, run)
         if i is not None and i not in frontier.rows:
             frontier.rows.append(i)
@@ -182,9 +189,9 @@ def _row_of(results: Results, run: Run) -> int | None:
     return next((i for i, row in enumerate(results.rows) if (row.method, row.variant) == place), None)
 
 
-def _part(results: Results, run: Run, name: str, found: Evaluations) -> np.ndarray | None:
+def _influence(results: Results, run: Run, name: str, evaluations: Evaluations) -> np.ndarray | None:
     """Return what each question adds to a run's `change`, paired with the base; None where that is not known."""
-    after, before = (found.get(i, {}).get(run.seed) for i in (_row_of(results, run), 0))
+    after, before = (evaluations.get(i, {}).get(run.seed) for i in (_row_of(results, run), 0))
     if before is None or after is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
         return None
     gaps = np.array(after.samples[name], dtype=float) - np.array(before.samples[name], dtype=float)
@@ -222,50 +229,52 @@ def change(results: Results, run: Row, name: str) -> float | None:
     return None if before is None or after is None else _sign(results, name) * (after.value - before.value)
 
 
-def reach(
+def forgetting_at(
     path: Sequence[tuple[float, float]],
     learned: float,
-    parts: Sequence[Parts] = (),
-    of_level: np.ndarray | None = None,
-) -> Reading | None:
+    influences: Sequence[Influences] = (),
+    level_influence: np.ndarray | None = None,
+) -> Interpolated | None:
     """Return the forgetting where a path first reaches `learned`, None where it never does, or long before its first run.
 
     On the stretch from (x0, y0) to (x1, y1): y = (1 − w) y0 + w y1 with w = (learned − x0) / (x1 − x0). A change of the
     ends and of the level moves it by (1 − w) (dy0 − slope dx0) + w (dy1 − slope dx1) + slope d learned, which gives each
-    question's part. `of_level` is what each question adds to `learned`, None where that is a number by itself.
+    question's part. `level_influence` is what each question adds to `learned`, None where that is a number by itself.
     """
     for k, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(path)):
         if x0 < learned <= x1:
-            if k == 0 and learned < FIRST * x1:
+            if k == 0 and learned < FIRST_RUN_SHARE * x1:
                 return None
             w, slope = (learned - x0) / (x1 - x0), (y1 - y0) / (x1 - x0)
-            of_runs = parts[max(k, 1) : k + 2]  # the base is the same for all
-            if not of_runs or any(part is None for pair in of_runs for part in pair):
-                return Reading((1 - w) * y0 + w * y1, [])  # half of what questions add would pass for the whole
-            ends = list(zip((1 - w, w), parts[k : k + 2]))
+            of_runs = influences[max(k, 1) : k + 2]  # the base is the same for all
+            if not of_runs or any(one is None for pair in of_runs for one in pair):
+                return Interpolated((1 - w) * y0 + w * y1, [])  # half of what questions add would pass for the whole
+            ends = list(zip((1 - w, w), influences[k : k + 2]))
             sets = [
-                [share * factor * part for share, pair in ends if (part := pair[axis]) is not None]
+                [share * factor * one for share, pair in ends if (one := pair[axis]) is not None]
                 for axis, factor in ((1, 1.0), (0, -slope))
             ]
-            if of_level is not None:
-                sets[1].append(slope * of_level)
-            return Reading((1 - w) * y0 + w * y1, [np.sum(known, axis=0) for known in sets if known])
+            if level_influence is not None:
+                sets[1].append(slope * level_influence)
+            return Interpolated((1 - w) * y0 + w * y1, [np.sum(known, axis=0) for known in sets if known])
     return None
 
 
-def equal_learning(results: Results, kept: str, task: str, found: Evaluations | None = None) -> list[Target]:
+def equal_learning(results: Results, kept: str, task: str, evaluations: Evaluations | None = None) -> list[Target]:
     """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first.
 
     A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much. The p-values are adjusted
     for all methods and levels together.
     """
-    every = frontiers(results, kept, task, found)
+    every = frontiers(results, kept, task, evaluations)
     lora = next((frontier for frontier in every if frontier.name == "lora"), None)
     targets = []
-    for where, reached in _levels(results, task, found or {}).items() if lora else ():
-        level, of_level = min([_mean_level(reached), *(_furthest(lora, s) for s in lora.points)], key=itemgetter(0))
+    for where, reached in _levels(results, task, evaluations or {}).items() if lora else ():
+        level, level_influence = min(
+            [_mean_level(reached), *(_furthest(lora, s) for s in lora.points)], key=itemgetter(0)
+        )
         if level > 0:
-            targets.append(Target(level, where, _at(every, lora, level, of_level)))
+            targets.append(Target(level, where, _compare_at(every, lora, level, level_influence)))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
     targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
     return sorted(targets, key=lambda target: target.learned)
@@ -275,31 +284,39 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _levels(results: Results, task: str, found: Evaluations) -> dict[str, list[Level]]:
+def _levels(results: Results, task: str, evaluations: Evaluations) -> dict[str, list[Level]]:
     """Return what LoRA's seeds learned, by the swept values."""
     levels: dict[str, list[Level]] = {}
     for run in runs_by_frontier(results)["lora"]:
         learned = change(results, run, task)
         if learned is not None:
-            levels.setdefault(settings_text(run.point), []).append((learned, _part(results, run, task, found)))
+            levels.setdefault(settings_text(run.point), []).append(
+                (learned, _influence(results, run, task, evaluations))
+            )
     return levels
 
 
 def _mean_level(reached: Sequence[Level]) -> Level:
-    parts = [part for _, part in reached if part is not None]
-    return float(np.mean([x for x, _ in reached])), np.mean(parts, axis=0) if len(parts) == len(reached) else None
+    level, influences = float(np.mean([x for x, _ in reached])), [one for _, one in reached if one is not None]
+    return level, np.mean(influences, axis=0) if len(influences) == len(reached) else None
 
 
 def _furthest(frontier: Frontier, seed: int) -> Level:
     """Return the most that a seed's runs have learned."""
     path = frontier.points[seed]
     k = max(range(len(path)), key=lambda k: path[k][0])
-    return path[k][0], frontier.parts[seed][k][0]
+    return path[k][0], frontier.influences[seed][k][0]
 
 
-def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.ndarray | None) -> list[AtEqual]:
+def _compare_at(
+    every: Sequence[Frontier], lora: Frontier, learned: float, level_influence: np.ndarray | None
+) -> list[MethodAtLevel]:
     read = {
-        f.name: {s: r for s, path in f.points.items() if (r := reach(path, learned, f.parts[s], of_level))}
+        f.name: {
+            seed: reading
+            for seed, path in f.points.items()
+            if (reading := forgetting_at(path, learned, f.influences[seed], level_influence))
+        }
         for f in every
     }
     theirs = read[lora.name]
@@ -318,8 +335,8 @@ def _at(every: Sequence[Frontier], lora: Frontier, learned: float, of_level: np.
         spread = spread_of(ours) if ours else None
         value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
         gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
-        passed = value is None and any(x >= learned for path in f.points.values() for x, _ in path)
-        rows.append(AtEqual(f.name, value, len(ours), len(f.points), gap, p, passed))
+        beyond = value is None and any(x >= learned for path in f.points.values() for x, _ in path)
+        rows.append(MethodAtLevel(f.name, value, len(ours), len(f.points), gap, p, beyond))
     return rows
 
 
@@ -329,7 +346,7 @@ def _tested(gaps: Mapping[str, Spread], names: Sequence[str]) -> Iterator[tuple[
     yield from ((n, (_known(e), _known(p))) for n, e, p in zip(names, difference.stderr, difference.p))
 
 
-def spread_of(readings: Mapping[int, Reading]) -> Spread:
+def spread_of(readings: Mapping[int, Interpolated]) -> Spread:
     """Return the mean of the seeds' readings and how it varies with questions and seeds."""
-    sets = zip(*(reading.parts for reading in readings.values()))
-    return two_level(np.array([reading.value for reading in readings.values()]), [np.array(parts) for parts in sets])
+    values, sets = [reading.value for reading in readings.values()], zip(*(r.influences for r in readings.values()))
+    return crossed_variance(np.array(values), [np.array(influences) for influences in sets])

@@ -124,16 +124,16 @@ def _along(measure: Measure, i: int, reference: int, noun: str, verb: str) -> st
 
 
 def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, reference: int) -> str:
-    word = "moved" if kind_of(measure.compared) == "kl" else "lost"
+    word = "moved" if kind_of(measure.comparison_name) == "kl" else "lost"
     gap, ours, theirs = measure.gap(i, reference), points[i][1], points[reference][1]
     if gap is None:
         return f"{word}: not compared"
     if not gap.significant:
         return f"{word} the same within the error"
     less = (gap.mean > 0) == measure.higher_is_better
-    if min(ours, theirs) <= measure.floor:
-        return f"{'less' if less else 'more'} {word}"
-    return f"{times(max(ours, theirs) / min(ours, theirs))} {'less' if less else 'more'} {word}"
+    if min(ours, theirs) <= measure.noise_floor:
+        return f"{word} {'less' if less else 'more'}"
+    return f"{word} {times(max(ours, theirs) / min(ours, theirs))} {'less' if less else 'more'}"
 
 
 def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tuple[float, float]]:
@@ -142,7 +142,7 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
         return {}
     points = {}
     for i in sorted(set(learned.measured) & set(kept.measured)):
-        x, y = learned.toward(i, learned=True), kept.toward(i, learned=False)
+        x, y = learned.change(i), kept.change(i)
         if x is not None and y is not None:
             points[i] = x, y
     return points
@@ -176,11 +176,10 @@ def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: 
     return Picture(drawings, panels=True, title=title)
 
 
-def dial_png(found: tuple[Measure, Measure] | None, strengths: Sequence[float], label: str) -> bytes:
+def dial_png(kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str) -> bytes:
     """The frontier of one adapter: a point a strength, joined from the base on; bars are one standard error."""
-    if found is None:
+    if kept is None or learned is None:
         return png(sentence("Only one of learning and forgetting was measured: there is no frontier to draw."))
-    kept, learned = found
     points, color = _scaled(kept, learned), COLORS["lora-null-v2"]
     figure, axes = new_figure(7.4, 4.6)
     axes.plot(*zip((0, 0), *points.values()), color=color, linewidth=1.5, zorder=2)
@@ -301,7 +300,7 @@ def _draw_distance(axes: Axes, results: Results, kept: Measure, points: Mapping[
         return
     (x, low), high = points[best], points[reference][1]
     axes.plot([x, x], [low, high], ":", color=INK, linewidth=1.2, zorder=2)
-    if low > scale_of(kept.unit) * kept.floor:
+    if low > scale_of(kept.unit) * kept.noise_floor:
         middle = (low * high) ** 0.5 if axes.get_yscale() == "log" else (low + high) / 2
         right = x < np.mean(axes.get_xlim())
         axes.annotate(

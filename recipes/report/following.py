@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
-from lora_null.recipes.report.dial_page import DIAL_FOLDER, Dial, read_dial, table_rows, told
-from lora_null.recipes.report.table import metric_title, scale_of, show
+from lora_null.recipes.report.dial import DIAL_FOLDER, Dial, dial_summary, read_dial, table_rows
+from lora_null.recipes.report.table import format_estimate, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
@@ -38,7 +38,11 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
         if found is not None:
             picture, title = output_dir / row.method / DIAL_FOLDER / "dial.png", display_name(row.method)
             data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
-            shown = {"title": title, "picture": data and f"data:image/png;base64,{data}", "told": told(found)}
+            shown = {
+                "title": title,
+                "picture": data and f"data:image/png;base64,{data}",
+                "summary": dial_summary(found),
+            }
             head, *rows = table_rows(found)
             dials.append(shown | {"head": head, "rows": rows})
     kept = results.grid.cells if results.grid else results.rows
@@ -90,8 +94,8 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
         )
     if not judged:
         return (
-            "No curve was measured that tells what to do next: lora-null dial RUN/METHOD measures one of what was trained "
-            "here, eval.probe and eval.strengths do in the next run."
+            "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD. For "
+            "the next run: eval.probe or eval.strengths."
         )
     return f"By the measured curves nothing is to be gained by {', nor by '.join(judged)}."
 
@@ -100,7 +104,7 @@ def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
     """A lower strength that keeps most of the learning and little of the forgetting."""
     options = []
     for i, left, share in dial.shares() if dial else ():
-        kept, strength = dial.frontier()[0].estimates, dial.points[i].strength
+        kept, strength = dial.measures()[0].estimates, dial.points[i].strength
         if left >= MOST_LEFT and share <= LESS and _differ(kept[i], kept[dial.full]):
             options.append(
                 Advice(left - share, f"Take strength {strength:g} of {label}: it keeps {left:.0%} of the learning at "
@@ -161,7 +165,7 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     found = results.sequence
     if found is None:
         return None
-    head = ["base", *(f"after {task}" for task in found.tasks), "lost at the end", "ahead before"]
+    head = ["base", *(f"after {task}" for task in found.tasks), "forgotten by the end", "gained before training on it"]
     units = [found.base[name].unit for name in found.metrics]
     tables = []
     for t in found.transfers:
@@ -185,7 +189,7 @@ def _cell(metric: Any) -> str:
     if metric is None:
         return "–"
     digits = 1 if metric.unit == "fraction" else 3 if abs(metric.value) >= 0.1 else 5
-    return str(show(Estimate(metric.value, metric.stderr), metric.unit, digits))
+    return str(format_estimate(Estimate(metric.value, metric.stderr), metric.unit, digits))
 
 
 def _signed(estimate: Estimate | None, unit: str | None) -> str:

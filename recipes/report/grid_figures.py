@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ from lora_null.recipes.report.equal_learning import change, frontiers, mean_path
 from lora_null.recipes.report.table import metric_title
 from lora_null.recipes.results import Estimate, Results, display_name
 
+ACROSS: tuple[Literal["learned", "size"], ...] = ("learned", "size")  # of the panels of `Sizes`
 NOTHING = "No runs of the grid have both a retention and a task metric yet."
 
 
@@ -143,52 +145,63 @@ def frontier_picture(results: Results) -> Picture:
     return Picture(drawings, caption, panels=True, legend=found.legend)
 
 
+class SizePoint(NamedTuple):
+    """What a setting has learned and forgotten, and ‖ΔW‖ / ‖W0‖ in %."""
+
+    learned: float
+    forgotten: float
+    size: float
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What each method has learned and forgotten, and by how much it has changed the weights.
 
     Attributes:
-        points: method → (learned, forgotten, ‖ΔW‖ / ‖W0‖ in %) of its settings.
+        points: method → those of its settings.
         styles: method → color and marker.
-        titles: of the three.
+        titles: of a point's three numbers, by their names.
         log: whether forgetting has a logarithmic axis.
     """
 
-    points: dict[str, list[tuple[float, float, float]]]
+    points: dict[str, list[SizePoint]]
     styles: dict[str, tuple[str, str]]
-    titles: tuple[str, str, str]
+    titles: dict[str, str]
     log: bool
 
     @classmethod
     def of(cls, results: Results) -> Sizes | None:
         """Return the sizes of a grid's changes; None where no run has both metrics and a size."""
         pair = metric_pair(results)
-        points: dict[str, list[tuple[float, float, float]]] = {}
+        points: dict[str, list[SizePoint]] = {}
         for row in results.rows[1:] if pair else ():
             learned, forgotten = change(results, row, pair[1]), change(results, row, pair[0])
             if learned is not None and forgotten is not None and row.magnitude:
-                points.setdefault(row.method, []).append((learned, forgotten, 100 * row.magnitude.total))
+                points.setdefault(row.method, []).append(SizePoint(learned, forgotten, 100 * row.magnitude.total))
         if pair is None or not points:
             return None
-        colors, log = colors_of(points), is_wide([y for of_method in points.values() for _, y, _ in of_method])
-        titles = (
-            f"learned: {metric_title(pair[1])}, improvement on the base",
-            f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}",
-            "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic",
+        colors, log = (
+            colors_of(points),
+            is_wide([point.forgotten for of_method in points.values() for point in of_method]),
         )
+        titles = {
+            "learned": f"learned: {metric_title(pair[1])}, improvement on the base",
+            "forgotten": f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}",
+            "size": "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic",
+        }
         styles = {name: (colors[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(points)}
         return cls(points, styles, titles, log)
 
-    def draw_panel(self, axes: Axes, across: int) -> None:
-        """Draw forgetting against learning (`across` 0) or against size (2)."""
+    def draw_panel(self, axes: Axes, across: Literal["learned", "size"]) -> None:
+        """Draw forgetting against what was learned, or against the size of the change."""
         for method, points in self.points.items():
             color, marker = self.styles[method]
-            x, y = [point[across] for point in points], [point[1] for point in points]
+            x, y = [getattr(point, across) for point in points], [point.forgotten for point in points]
             label = display_name(method)
             axes.plot(x, y, marker, markersize=6, markeredgecolor="white", color=color, label=escape_math(label))
         if self.log:
             axes.set_yscale("log")
-        if across == 2:
+        if across == "size":
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -205,10 +218,10 @@ def magnitude_png(results: Results) -> bytes | None:
     if found is None:
         return None
     figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
-    for axes, across in zip(panels, (0, 2)):
+    for axes, across in zip(panels, ACROSS):
         found.draw_panel(axes, across)
         axes.set_xlabel(escape_math(found.titles[across]).replace(", ", ",\n", 1) + "  →")
-    panels[0].set_ylabel(f"{escape_math(found.titles[1])}  →")
+    panels[0].set_ylabel(f"{escape_math(found.titles['forgotten'])}  →")
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return png(figure)
 
@@ -219,10 +232,10 @@ def magnitude_picture(results: Results) -> Picture | None:
     if found is None:
         return None
     drawings = []
-    for across in (0, 2):
+    for across in ACROSS:
         figure, axes = new_figure(2.3, 1.9, size=8)
         found.draw_panel(axes, across)
         name = f"Across, {found.titles[across]}"
         drawings.append((name, svg(figure, f"{name}: the numbers are in the table of results.")))
     legend = [(color, GLYPHS[marker], display_name(name)) for name, (color, marker) in found.styles.items()]
-    return Picture(drawings, f"Up, {found.titles[1]}; one point a setting.", panels=True, legend=legend)
+    return Picture(drawings, f"Up, {found.titles['forgotten']}; one point a setting.", panels=True, legend=legend)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lora_null.recipes.comparisons import Evaluations
 from lora_null.recipes.report.equal_learning import (
     RATE,
-    AtEqual,
+    MethodAtLevel,
     Target,
     change_with_error,
     equal_learning,
@@ -18,16 +18,16 @@ from lora_null.recipes.report.equal_learning import (
     runs_by_frontier,
 )
 from lora_null.recipes.report.headline import listed, p_text, times
-from lora_null.recipes.report.table import metric_title, show_all
+from lora_null.recipes.report.table import format_column, metric_title
 from lora_null.recipes.results import FROM_BASE, Estimate, Results, display_name, kind_of, variant_of
 
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
 
 
-def grid_headline(results: Results, found: Evaluations) -> str:
+def grid_headline(results: Results, evaluations: Evaluations) -> str:
     """The finding at the middle level of LoRA's learning: who forgot less than LoRA, who more, who is not told apart."""
     pair = metric_pair(results)
-    targets = equal_learning(results, *pair, found) if pair else []
+    targets = equal_learning(results, *pair, evaluations) if pair else []
     if pair is None or not targets:
         done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
         lora = next((f for f in frontiers(results, *pair) if f.name == "lora" and f.points), None) if pair else None
@@ -50,14 +50,17 @@ def grid_headline(results: Results, found: Evaluations) -> str:
 
 def _not_read(target: Target) -> list[str]:
     """Say whose forgetting cannot be read at a level, and why."""
-    missing, passed = ([r.label for r in target.rows if not r.value and r.passed == more] for more in (False, True))
-    said = [f"Not reached by {listed(missing)}."] if missing else []
-    return said + ([f"Learned more in the first of their runs: {listed(passed)}."] if passed else [])
+    below, beyond = (
+        [r.label for r in target.rows if not r.value and r.beyond_first_run == more] for more in (False, True)
+    )
+    said = [f"{listed(below)} never learned that much."] if below else []
+    their = "its" if len(beyond) == 1 else "their"
+    return said + ([f"{listed(beyond)} learned more than that already in {their} first run."] if beyond else [])
 
 
-def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | None) -> str:
+def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, unit: str | None) -> str:
     others = [row for row in rows if row is not lora]
-    less, more, same = ([row for row in others if row.p is not None and row.sense == sense] for sense in (-1, 1, 0))
+    less, more, same = ([row for row in others if row.p is not None and row.sign == sense] for sense in (-1, 1, 0))
     untested = [row for row in others if row.p is None]
     if rows == [lora]:
         said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method can be read there."
@@ -77,7 +80,7 @@ def _against(rows: Sequence[AtEqual], lora: AtEqual, title: str, unit: str | Non
     if same:
         said += f" Not distinguishable from LoRA: {listed([row.label for row in same])}."
     if untested:
-        said += f" Neither by question nor over seeds compared with LoRA: {listed([row.label for row in untested])}."
+        said += f" Not compared with LoRA (no shared questions or seeds): {listed([row.label for row in untested])}."
     return said
 
 
@@ -89,10 +92,10 @@ def level_text(results: Results, task: str, target: Target) -> str:
 
 
 def _forgotten(estimate: Estimate, unit: str | None) -> str:
-    return f"{show_all([estimate], unit)[0]}{' points' * (unit == 'fraction')}"
+    return f"{format_column([estimate], unit)[0]}{' points' * (unit == 'fraction')}"
 
 
-def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
+def grid_content(results: Results, evaluations: Evaluations) -> dict[str, object]:
     """Return what the templates show of a grid: tables of text, ready to print."""
     pair = metric_pair(results)
     diverged = [run for run in results.grid.cells if run.diverged is not None]
@@ -102,7 +105,7 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
         "tables": [
-            *(_equal_tables(results, kept, pair[1], found) if pair else ()),
+            *(_equal_tables(results, kept, pair[1], evaluations) if pair else ()),
             *(_safe_table(results, *pair) if pair else ()),
         ],
         "differing": [(key, ", ".join(map(str, values))) for key, values in results.grid.differing.items()],
@@ -110,9 +113,11 @@ def grid_content(results: Results, found: Evaluations) -> dict[str, object]:
     }
 
 
-def _equal_tables(results: Results, kept: Sequence[str], task: str, found: Evaluations) -> list[dict[str, object]]:
+def _equal_tables(
+    results: Results, kept: Sequence[str], task: str, evaluations: Evaluations
+) -> list[dict[str, object]]:
     """A table for each level of learning, one row a method, its forgetting of every kind; who is not read there is listed."""
-    each = [equal_learning(results, name, task, found) for name in kept]
+    each = [equal_learning(results, name, task, evaluations) for name in kept]
     units = [results.metric(name).unit for name in kept]
     tables = []
     for targets in zip(*each):
@@ -152,13 +157,16 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         best = max(safe, key=lambda i: change_with_error(results, i, task).value, default=None)
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
-        rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, show_all([learned], unit))])
-    columns = [f"nothing kept, by NLL or accuracy, over {SAFE:.0%} worse", f"best {metric_title(task)} among them"]
+        rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, format_column([learned], unit))])
+    columns = [
+        f"learning rates at which no retention NLL or accuracy is more than {SAFE:.0%} worse than the base's",
+        f"best {metric_title(task)} among them",
+    ]
     note = "By the estimates alone, without their errors."
     return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": note}]
 
 
-def _equal_text(row: AtEqual, unit: str | None) -> str:
+def _equal_text(row: MethodAtLevel, unit: str | None) -> str:
     if row.value is None:
         return "–"
     some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
-from lora_null.recipes.report.table import ARROWS, metric_title, reference_row, show_all
+from lora_null.recipes.report.table import ARROWS, format_column, metric_title, reference_row
 from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, kind_of, mean_in
 
 
@@ -24,9 +25,10 @@ class Measure:
         estimates: one entry per row, the base's first.
         higher_is_better: the better direction.
         unit: of the estimates.
-        results: which hold the comparisons, under `compared`.
-        compared: the metric's name there.
-        turned: whether the comparisons are of what is lost here, so that their signs are the other ones.
+        results: which hold the comparisons, under `comparison_name`.
+        comparison_name: the metric's name there.
+        counts: what a change since the base is: learning, or forgetting.
+        sign_flipped: whether the comparisons are of what is lost here, so that their signs are the other ones.
     """
 
     title: str
@@ -34,8 +36,9 @@ class Measure:
     higher_is_better: bool
     unit: str | None
     results: Results = field(repr=False)
-    compared: str
-    turned: bool = False
+    comparison_name: str
+    counts: Literal["learning", "forgetting"]
+    sign_flipped: bool = False
 
     @property
     def measured(self) -> list[int]:
@@ -45,27 +48,29 @@ class Measure:
 
     def text(self, i: int) -> str:
         """The value of row `i` with its error and unit."""
-        cell = show_all(self.estimates, self.unit)[i]
+        cell = format_column(self.estimates, self.unit)[i]
         return f"{cell}{ {'fraction': '%', 'points': ' points'}.get(self.unit, '') }"
 
-    def toward(self, i: int, *, learned: bool) -> float | None:
-        """By how much row `i` has learned, or forgotten, more than the base; None where either is missing."""
+    def change(self, i: int) -> float | None:
+        """By how much row `i` has changed since the base, upward what it `counts`; None where either is missing."""
         base, row = self.estimates[0], self.estimates[i]
         if base is None or row is None:
             return None
-        return row.value - base.value if self.higher_is_better == learned else base.value - row.value
+        return (
+            row.value - base.value if self.higher_is_better == (self.counts == "learning") else base.value - row.value
+        )
 
     def error(self, i: int) -> float | None:
-        """The standard error of `toward`."""
+        """The standard error of `change`."""
         base, row = self.estimates[0], self.estimates[i]
         return None if base is None or row is None else change_error(base, row, self.gap(i, 0))
 
     def gap(self, i: int, j: int) -> Paired | None:
         """Row i minus row j, paired, as `estimates` count; None where they were not compared."""
-        found = self.results.difference(i, j, self.compared)
-        return found.model_copy(update={"mean": -found.mean}) if found and self.turned else found
+        found = self.results.difference(i, j, self.comparison_name)
+        return found.model_copy(update={"mean": -found.mean}) if found and self.sign_flipped else found
 
-    def separated(self, i: int, j: int) -> bool:
+    def differs(self, i: int, j: int) -> bool:
         """Whether rows i and j may be called different."""
         gap = self.gap(i, j)
         return gap is not None and gap.significant
@@ -78,8 +83,8 @@ class Measure:
     def moved(self, i: int) -> bool:
         """Whether row i may be called different from the base; by twice the error where nothing was compared."""
         if self.results.paired:
-            return self.separated(i, 0)
-        return abs(self.toward(i, learned=True) or 0.0) > 2 * (self.error(i) or 0.0)
+            return self.differs(i, 0)
+        return abs(self.change(i) or 0.0) > 2 * (self.error(i) or 0.0)
 
     def untested(self, rows: Sequence[int]) -> bool:
         """Whether some two of the rows were not compared; those that answer alike have no p, and were."""
@@ -87,9 +92,9 @@ class Measure:
         return any(gap is None or (gap.p is None and gap.mean != 0) for gap in gaps)
 
     @property
-    def floor(self) -> float:
+    def noise_floor(self) -> float:
         """What the base differs from itself by, in other batches, at most; 0 where that was not measured."""
-        names = compared_means(self.results).get(self.compared, (self.compared,))
+        names = compared_means(self.results).get(self.comparison_name, (self.comparison_name,))
         known = [self.results.noise[name] for name in names if name in self.results.noise]
         return sum(known) / len(names)
 
@@ -123,7 +128,7 @@ def forgetting(results: Results) -> Measure | None:
             estimates = [row.estimate(name) for row in results.rows]
             estimates[0] = estimates[0] or Estimate(0.0, 0.0)  # by definition
             title = f"KL to base on {on}" if on else "KL to base"
-            return Measure(title, estimates, False, results.metric(name).unit, results, name)
+            return Measure(title, estimates, False, results.metric(name).unit, results, name, "forgetting")
     names = averaged(results, "retention")
     if not names:
         return None
@@ -133,10 +138,12 @@ def forgetting(results: Results) -> Measure | None:
     if any(losses[1:]):
         title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
         unit = "points" if first.unit == "fraction" else first.unit
-        return Measure(title, losses, False, unit, results, compared, turned=bool(first.higher_is_better))
+        return Measure(
+            title, losses, False, unit, results, compared, "forgetting", sign_flipped=bool(first.higher_is_better)
+        )
     title = "mean retention" if several else metric_title(names[0])
     values = [mean_in(row, names) for row in results.rows]
-    found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared)
+    found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared, "forgetting")
     return found if any(values[1:]) else None
 
 
@@ -159,7 +166,9 @@ def task_metric(results: Results) -> str | None:
 
 def _measure(results: Results, name: str) -> Measure:
     metric, estimates = results.metric(name), [row.estimate(name) for row in results.rows]
-    return Measure(metric_title(name), estimates, bool(metric.higher_is_better), metric.unit, results, name)
+    return Measure(
+        metric_title(name), estimates, bool(metric.higher_is_better), metric.unit, results, name, "learning"
+    )
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -215,12 +224,14 @@ def _verdict(
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
     if measure.untested(ranked):
-        sentence = f"Nobody can be called best in {noun}, which was not compared question by question: {extremes}."
+        sentence = (
+            f"The methods' {noun} was not compared question by question, so no method is called best: {extremes}."
+        )
         return Verdict(title, [], f"Not compared. {extremes}", sentence, unmeasured)
     ties = [i for i in rest if not measure.beats(best, i)]
     if len(ties) == len(rest):
         sentence = f"{noun.capitalize()} is not distinguishable between the methods: {extremes}."
-        if any(measure.separated(i, j) for i, j in itertools.combinations(rest, 2)):
+        if any(measure.differs(i, j) for i, j in itertools.combinations(rest, 2)):
             alike = f"{labels[best]} is not distinguishable from any other"
             sentence = f"No method can be called best in {noun}: {alike}; {extremes}."
         return Verdict(title, [], extremes, sentence, unmeasured)
@@ -249,8 +260,8 @@ def _times_less(measure: Measure, best: int, against: int) -> str:
     a, b = measure.estimates[best].value, measure.estimates[against].value
     if measure.higher_is_better or a < 0 or b <= 0 or measure.title.endswith("NLL"):
         return ""  # a ratio means something only for what starts at zero, the base
-    if a <= measure.floor:
-        return " (no more than the noise of the measurement)" if measure.floor else " (100% less)"
+    if a <= measure.noise_floor:
+        return " (no more than the noise of the measurement)" if measure.noise_floor else " (100% less)"
     return f" ({times(b / a)} less)" if b / a >= 10 else f" ({100 * (b - a) / b:.0f}% less)"
 
 
@@ -264,7 +275,7 @@ def gap_text(gap: Paired | None, unit: str | None) -> str:
     if gap is None:
         return "not compared"
     points = "points" if unit == "fraction" else unit
-    cell = show_all([Estimate(gap.mean, gap.stderr)], points)[0]
+    cell = format_column([Estimate(gap.mean, gap.stderr)], points)[0]
     return f"{cell}{' points' if points == 'points' else ''}, {p_text(gap.p_adjusted)}"
 
 
@@ -295,7 +306,7 @@ def _single(results: Results, measure: Measure) -> str:
     if base.value == 0:  # measured from the base
         return f"{label}: {measure.title} {measure.text(i)}."
     change = f"{measure.title} {measure.text(0)} before and {measure.text(i)} after"
-    if not measure.untested([0, i]) and not measure.separated(0, i):
+    if not measure.untested([0, i]) and not measure.differs(0, i):
         return f"{label}: {change}, not distinguishable."
     return f"{label}: {change}."
 

@@ -42,6 +42,9 @@ from lora_null.recipes.results import DISPLAY, LOG_FILE, Results, display_name, 
 from lora_null.utils.files import replacing
 
 STYLES = {"best": "bold", "second": "underline", None: ""}
+# What only the report of a run has, or only that of a grid.
+EMPTY = {"verdicts": [], "grid": None, "curves": [], "without_log": [], "unreadable": [], "snippet": None}
+EMPTY |= {"adapter_folders": []}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
 
@@ -62,10 +65,10 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
     output_dir = Path(output_dir)
     results = results or load_results(output_dir)
     drawn = "forgetting.png" if name == "report" else f"{name}.png"
-    found = read_evaluations(output_dir, results)
+    evaluations = read_evaluations(output_dir, results)
     if results.paired is None:  # written by a version that did not compare
-        results.paired, results.noise = compare(results, found), noise_of(found)
-    content = _content(results, found, output_dir) | {"picture_file": drawn}
+        results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
+    content = _content(results, evaluations, output_dir) | {"picture_file": drawn}
     pages = {f"{name}.md": "report.md.j2", f"{name}.html": "page.html.j2"}  # the page last: it marks a finished run
     for page, file in pages.items():
         templates = templates_in(Path(__file__).parent, escape=page.endswith(".html"))
@@ -98,16 +101,16 @@ def templates_in(*folders: Path, escape: bool = False) -> jinja2.Environment:
     return environment
 
 
-def print_table(results: Results, console: Console | None = None, *, found: Evaluations | None = None) -> None:
+def print_table(results: Results, console: Console | None = None, *, evaluations: Evaluations | None = None) -> None:
     """Print the headline and the table; columns that do not fit the terminal go into further tables below.
 
     Args:
         results: the run's or grid's.
         console: where to; the terminal when not given.
-        found: of a grid, the evaluations behind its rows.
+        evaluations: those behind a grid's rows.
     """
     console, table = console or Console(), build_table(results)
-    console.print(Text(_headline(results, found or {}), style="bold"))
+    console.print(Text(_headline(results, evaluations or {}), style="bold"))
     for columns in _fitting(table, console.width):
         drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
         drawn.add_column("Method", overflow="fold", min_width=_name_width(table), max_width=_name_width(table))
@@ -119,9 +122,9 @@ def print_table(results: Results, console: Console | None = None, *, found: Eval
         console.print(drawn)
 
 
-def _headline(results: Results, found: Evaluations) -> str:
+def _headline(results: Results, evaluations: Evaluations) -> str:
     one_setting = len({row.variant for row in results.rows[1:]}) == 1  # compared as they are, not at equal learning
-    return grid_headline(results, found) if results.grid and not one_setting else headline(results)
+    return grid_headline(results, evaluations) if results.grid and not one_setting else headline(results)
 
 
 def _name_width(table: Table) -> int:
@@ -143,14 +146,14 @@ def _fitting(table: Table, width: int) -> list[list[Column]]:
     return runs
 
 
-def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str, Any]:
+def _content(results: Results, evaluations: Evaluations, output_dir: Path) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers ready to print."""
-    shared = _shared(results, found, output_dir)
+    shared = _shared(results, evaluations, output_dir)
     if results.grid:  # its runs have reports of their own, with their curves
         return shared | {
             "follows": following(results, output_dir, []),
             "picture": frontier_picture(results),
-            "grid": grid_content(results, found),
+            "grid": grid_content(results, evaluations),
             "sizes": magnitude_picture(results),
         }
     labels, folders = results.labels(), [row.method for row in results.rows]
@@ -175,22 +178,21 @@ def _content(results: Results, found: Evaluations, output_dir: Path) -> dict[str
 
 def _references(results: Results, labels: Sequence[str]) -> str:
     """Return the methods that others are compared with: of an unfinished grid not the same one at all settings."""
-    found = (reference_row(results, row.variant) for row in results.rows[1:])
-    rows = list(dict.fromkeys(i for i in found if i is not None))
+    references = (reference_row(results, row.variant) for row in results.rows[1:])
+    rows = list(dict.fromkeys(i for i in references if i is not None))
     names = [display_name(results.rows[i].method) if results.grid else labels[i] for i in rows]
     first, *others = dict.fromkeys(sorted(names, key=lambda name: name != DISPLAY["lora"])) or ("LoRA",)
     return f"{first} (where it was not run: {', '.join(others)})" if others else first
 
 
-def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str, Any]:
+def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dict[str, Any]:
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
     table, colors, labels = build_table(results), row_colors(results), results.labels()
     recipe = output_dir / RECIPE_FILE
-    not_there = {"verdicts": [], "grid": None, "curves": [], "without_log": [], "unreadable": [], "snippet": None}
-    return not_there | {
+    return EMPTY | {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
-        "headline": _headline(results, found),
+        "headline": _headline(results, evaluations),
         "labels": labels,
         "colors": [variable(color) for color in colors],
         "variable": variable,
@@ -205,7 +207,6 @@ def _shared(results: Results, found: Evaluations, output_dir: Path) -> dict[str,
         "paired": against_reference(results),
         "tests": len([pair for pair in results.paired or () if pair.p is not None]),
         "paper": paper_table(results),
-        "adapter_folders": [],
         "command": results.environment.get("command"),
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),

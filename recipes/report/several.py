@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import RECIPE_FILE, read_yaml, whole_of
-from lora_null.recipes.config.tasks import stage_folder
+from lora_null.recipes.config.stages import stage_folder
 from lora_null.recipes.output import PAGE_FILE, check_place
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
@@ -29,28 +29,33 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 
 # What two evaluations of a task of one name must have in common, by its name in eval.json.
-DECISIVE = {"pairs_sha256": "rows", "texts_sha256": "texts", "questions_sha256": "questions", "beta": "beta"}
-DECISIVE |= {"path_sha256": "rows", "documents_sha256": "rows", "rules_sha256": "rules", "num_fewshot": "num_fewshot"}
-SO_FAR = "unfinished"  # report.html stands for a finished run
+MUST_MATCH = {"pairs_sha256": "rows", "texts_sha256": "texts", "questions_sha256": "questions", "beta": "beta"}
+MUST_MATCH |= {
+    "path_sha256": "rows",
+    "documents_sha256": "rows",
+    "rules_sha256": "rules",
+    "num_fewshot": "num_fewshot",
+}
+UNFINISHED = "unfinished"  # report.html stands for a finished run
 
 
 def report(folder: Path) -> Path:
     """Write the report of a run again, or of one that is not finished what is known of it; return the page.
 
-    For a sequence that goes on stands the page of one of its tasks, see `_standing_for`.
+    For a sequence that goes on stands the page of one of its tasks, see `_folder_with_results`.
 
     Raises:
         UserError: the folder holds no run, or results that this version does not read.
     """
-    folder = _standing_for(folder)
+    folder = _folder_with_results(folder)
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         write_report(folder)
         return folder / PAGE_FILE
-    write_report(folder, results_so_far(folder), SO_FAR)
-    return folder / f"{SO_FAR}.html"
+    write_report(folder, results_so_far(folder), UNFINISHED)
+    return folder / f"{UNFINISHED}.html"
 
 
-def _standing_for(folder: Path) -> Path:
+def _folder_with_results(folder: Path) -> Path:
     """Return the folder whose results stand for a run: of a sequence that goes on its last finished task, else its first."""
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         return folder
@@ -88,7 +93,7 @@ def results_so_far(folder: Path) -> Results:
     )
 
 
-def compare(folders: Sequence[Path], out: Path) -> Path:
+def compare_runs(folders: Sequence[Path], out: Path) -> Path:
     """Write one page of several runs of the same base and evaluation, each row named by its run; return the page.
 
     Args:
@@ -98,7 +103,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: runs of different bases, measured differently, or `out` holds something else.
     """
-    names, folders = _names(folders), list(map(_standing_for, folders))
+    names, folders = _names(folders), list(map(_folder_with_results, folders))
     found = [load_results(f) if (f / RESULTS_FILE).is_file() else results_so_far(f) for f in folders]
     for (one, first), (other, results) in itertools.combinations(zip(folders, found), 2):
         _check_alike(one, first, other, results)
@@ -173,7 +178,7 @@ def _check_alike(one: Path, first: Results, other: Path, results: Results) -> No
             )
     ours, theirs = _tasks_of(one), _tasks_of(other)
     for name in ours.keys() & theirs.keys():
-        for key, what in DECISIVE.items():
+        for key, what in MUST_MATCH.items():
             if key in ours[name] and key in theirs[name] and ours[name][key] != theirs[name][key]:
                 values = f" ({ours[name][key]}, {theirs[name][key]})" if key == what else ""
                 raise UserError(f"report: {one} and {other} measured {name} differently, with other {what}{values}")

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from lora_null.eval_harness.results import Role
@@ -19,7 +20,7 @@ from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
-WORDS = {
+TITLES = {
     "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
     "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
@@ -65,16 +66,14 @@ class Table:
 
     def groups(self) -> list[tuple[str, int]]:
         """Runs of neighboring columns with the same group, as (group, number of columns)."""
-        runs: list[tuple[str, int]] = []
-        for column in self.columns:
-            same = bool(runs) and runs[-1][0] == column.group
-            runs[-1:] = [(column.group, runs[-1][1] + 1)] if same else [*runs[-1:], (column.group, 1)]
-        return runs
+        return [(group, len(list(run))) for group, run in groupby(self.columns, key=lambda column: column.group)]
 
 
 def build_table(results: Results) -> Table:
     """The table of `results`: #params, retention, tasks, their average, drift, cost."""
-    columns = [_plain("#Params", "", "number of trained parameters.", results, lambda r: count(r.trainable_params))]
+    columns = [
+        _plain("#Params", "", "number of trained parameters.", results, lambda r: format_count(r.trainable_params))
+    ]
     for role in MEANS:
         columns += [_metric_column(results, name) for name in results.metric_names(role)]
         columns += _mean_column(results, role)
@@ -127,7 +126,7 @@ def escape_markdown(text: object) -> str:
 
 def metric_title(name: str) -> str:
     """`gsm8k/strict-match` as a reader would write it: `GSM8K strict-match`."""
-    return " ".join(WORDS.get(word.lower(), word) for word in re.split(r"[ /]+", name))
+    return " ".join(TITLES.get(word.lower(), word) for word in re.split(r"[ /]+", name))
 
 
 def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
@@ -146,7 +145,7 @@ def scale_of(unit: str | None) -> int:
     return 100 if unit in ("fraction", "points") else 1
 
 
-def show(estimate: Estimate, unit: str | None, digits: int) -> Cell:
+def format_estimate(estimate: Estimate, unit: str | None, digits: int) -> Cell:
     """`estimate` as text; fractions and differences of fractions ("points") as percent, without the sign.
 
     An error of exactly zero is not shown: the value is known by definition, as the base's KL to itself.
@@ -157,16 +156,19 @@ def show(estimate: Estimate, unit: str | None, digits: int) -> Cell:
     return Cell(text.removeprefix("-") if float(text) == 0 else text, error)
 
 
-def show_all(estimates: Sequence[Estimate | None], unit: str | None) -> list[Cell]:
+def format_column(estimates: Sequence[Estimate | None], unit: str | None) -> list[Cell]:
     """The cells of one column: percentages to the same decimals, nats each to what its own error warrants.
 
     A method that hardly moved has a KL, and an error, a hundred times smaller than the others'.
     """
     alike = unit in ("fraction", "points")
-    return [show(e, unit, decimals(unit, estimates if alike else [e])) if e else Cell(MISSING) for e in estimates]
+    return [
+        format_estimate(e, unit, decimals(unit, estimates if alike else [e])) if e else Cell(MISSING)
+        for e in estimates
+    ]
 
 
-def count(number: float | None) -> str:
+def format_count(number: float | None) -> str:
     """A count as papers write it: 9.8M, 336M, 8,366M."""
     if number is None:
         return MISSING
@@ -235,7 +237,7 @@ def _mean_column(results: Results, role: Role) -> list[Column]:
 def _marked_cells(
     results: Results, estimates: list[Estimate | None], unit: str | None, name: str, higher_is_better: bool | None
 ) -> list[Cell]:
-    cells = show_all(estimates, unit)
+    cells = format_column(estimates, unit)
     marks = [None] * len(cells) if higher_is_better is None else rank_marks(results, estimates, name, higher_is_better)
     partial = _of_fewer_seeds(results)
     return [Cell(c.text, c.error + "†" * (i in partial and bool(c.error)), marks[i]) for i, c in enumerate(cells)]

@@ -25,7 +25,7 @@ import torch
 from lora_null.earlier import sketch_of
 from lora_null.nullspace import bottom_eigenspace
 from lora_null.recipes.commands import main as commands
-from lora_null.recipes.report.dial_page import read_dial
+from lora_null.recipes.report.dial import read_dial
 from lora_null.recipes.results import Results, load_results
 from lora_null.utils.files import read_safetensors
 

@@ -21,7 +21,7 @@ import torch
 from common import arguments, headline, machine, note, print_table, write_json
 
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.environment import keep_freed_memory, use_all_cores
+from lora_null.recipes.environment import prepare_cpu
 from lora_null.recipes.output import is_finished
 from lora_null.recipes.results import load_results
 from lora_null.recipes.run import run
@@ -99,8 +99,7 @@ def main() -> None:
     unknown = [row for row in options.rows.split(",") if row not in CALIBRATIONS]
     if unknown:
         parser.error(f"no row {unknown[0]!r}, only {', '.join(CALIBRATIONS)}")
-    use_all_cores()
-    keep_freed_memory()
+    prepare_cpu()
     seeds, rows = [int(seed) for seed in options.seeds.split(",")], []
     lora = {s: [one_run(options, "LoRA", "lora", rate, s, ANSWERED) for rate in LORA_RATES] for s in seeds}
     for name in options.rows.split(","):

@@ -210,8 +210,8 @@ def confine(model: nn.Module) -> None:
         if basis is None or name.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj"):
             drawn = torch.randn(layer.in_features, MULTIPLE * len(A), dtype=torch.float64, device=A.device)
             basis = NullBasis.for_factor(torch.linalg.qr(drawn)[0], A)
-        layer.confine("default", basis)
-        layer.keep_in_basis("default")
+        layer.set_basis("default", basis)
+        layer.project_A("default")
 
 
 def matched_rank(model: nn.Module, rank: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lora_null.eval_harness.statistics import holm, stack, t_tests, two_level
+from lora_null.eval_harness.statistics import crossed_variance, holm, stack, t_tests
 from lora_null.recipes.grid import mean_row
 from lora_null.recipes.report.equal_learning import equal_learning
 from lora_null.recipes.results import Results, Run, load_results, variant_of
@@ -66,7 +66,7 @@ def second_task() -> None:
         values = {key: {seed: run.metrics[name].value for seed, run in runs.items()} for key, runs in settings.items()}
         theirs = next(iter(values.values()))
         several = {key: found for key, found in values.items() if len(found) == len(lora) > 1}
-        gaps = [two_level(np.array([found[s] - theirs[s] for s in theirs]), []) for found in several.values()]
+        gaps = [crossed_variance(np.array([found[s] - theirs[s] for s in theirs]), []) for found in several.values()]
         p = dict(zip(several, holm(t_tests(stack(gaps), len(gaps)).p))) if gaps else {}
         print(f"\n{name} on the second task")
         for key, found in values.items():

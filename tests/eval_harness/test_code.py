@@ -13,11 +13,11 @@ from lora_null.eval_harness import LmEvalTask, evaluate, validate_tasks
 from lora_null.eval_harness.code.jails import UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import (
     extract_code,
-    held_by,
     humaneval_completion,
     humaneval_program,
     mbpp_program,
     run_program,
+    use_jail,
 )
 from lora_null.utils.errors import UserError
 
@@ -69,7 +69,7 @@ def _jail():
 
 @pytest.fixture(autouse=True)
 def jail():
-    with held_by(_jail()):
+    with use_jail(_jail()):
         yield
 
 
@@ -142,9 +142,9 @@ def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeyp
 
     ran = []
 
-    def held(*args, runs=True):
-        ran.append((runs, threading.current_thread() is threading.main_thread()))
-        return held_by(*args, runs=runs)
+    def used(*args, run_programs=True):
+        ran.append((run_programs, threading.current_thread() is threading.main_thread()))
+        return use_jail(*args, run_programs=run_programs)
 
     def in_a_thread(act):
         with ThreadPoolExecutor(1) as pool:
@@ -159,7 +159,7 @@ def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeyp
     path = write("rows.jsonl", [row] * 3)
     model.config.max_position_embeddings = 2048
     asked = validate_tasks([LmEvalTask(task, path=path, confirm_run_unsafe_code=True, jail=_jail())])
-    monkeypatch.setattr(running, "held_by", held)
+    monkeypatch.setattr(running, "use_jail", used)
     found = evaluate(model, tokenizer, asked)
     assert found.samples[task] == [1.0, 0.0, 0.0]
     assert ran == ([(True, True)] if ranks == 1 else [(False, True), (True, False)])

@@ -267,11 +267,11 @@ def test_what_is_said_of_the_prompts(tmp_path, monkeypatch):
     other = Judge("gpt-4", prompts=prompts_file(tmp_path, extra="!"))
     assert other.describe().startswith("gpt-4, by the prompts of judge_prompts.jsonl (")
     assert "not FastChat's" in other.describe()
-    monkeypatch.setattr("lora_null.eval_harness.mt_bench.judge.FASTCHATS", other.digest())
+    monkeypatch.setattr("lora_null.eval_harness.mt_bench.judge.FASTCHAT_DIGEST", other.digest())
     assert other.describe() == "gpt-4, by FastChat's original prompts"
-    assert task(judge=other).remarks() == {"judge of MT-Bench": other.describe()}
+    assert task(judge=other).report_notes() == {"judge of MT-Bench": other.describe()}
     bare = MTBenchTask("MT-Bench", as_questions(ROWS), ask, judge=other)
-    assert bare.remarks()["judge of MT-Bench"].endswith(
+    assert bare.report_notes()["judge of MT-Bench"].endswith(
         "; 2 questions of math, reasoning, coding without a reference answer"
     )
     assert task(judge=other).describe(None) != task(judge=Judge("gpt-4")).describe(None)

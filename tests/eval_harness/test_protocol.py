@@ -136,6 +136,7 @@ def test_metrics_of_older_and_later_versions_are_read():
     assert Metric.from_dict(entry | {"unit": "nats", "weight": 2}) == Metric(1.0, None, 3, True, "task", "nats")
     with pytest.raises(KeyError):
         Metric.from_dict({"value": 1.0})
+    assert Metric.from_dict(entry)["value"] == 1.0
     with pytest.raises(KeyError):
         Metric.from_dict(entry)["to_dict"]
 

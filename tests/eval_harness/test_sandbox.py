@@ -20,7 +20,7 @@ import pytest
 
 from lora_null.eval_harness.code import jails, programs
 from lora_null.eval_harness.code.jails import find_jail
-from lora_null.eval_harness.code.programs import Program, held_by, run_program
+from lora_null.eval_harness.code.programs import Program, run_program, use_jail
 from lora_null.utils.errors import UserError
 
 TRIED = os.environ.get("LORA_NULL_JAILS", "bwrap").split(",")
@@ -442,7 +442,7 @@ def test_time_is_limited(run, how):
 
 
 def test_time_is_limited_without_a_jail():
-    with held_by("unsafe"):
+    with use_jail("unsafe"):
         assert run_program("while True: pass", seconds=0.5).reason == "timed out"
 
 
@@ -618,9 +618,9 @@ def test_where_no_jail_works_nothing_runs(monkeypatch, tmp_path):
         UserError, match=r"bwrap is not installed .*eval.code.jail names another.*--allow-code-execution=unsafe"
     ):
         run_program("x = 1")
-    with pytest.raises(UserError, match="podman is not installed"), held_by("podman"):
+    with pytest.raises(UserError, match="podman is not installed"), use_jail("podman"):
         run_program("x = 1")
-    with held_by("unsafe"):
+    with use_jail("unsafe"):
         assert run_program("x = 1").passed
     with pytest.raises(UserError, match=r"no jail is called 'bwarp' .did you mean 'bwrap'"):
         find_jail("bwarp")
@@ -654,7 +654,7 @@ def test_a_container_engine_is_asked_for_what_holds_a_program(monkeypatch, tmp_p
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     find_jail.cache_clear()
     for engine in jails.ENGINES:
-        with held_by(engine, "IMAGE:1"):
+        with use_jail(engine, "IMAGE:1"):
             assert run_program(squares("def f(x): return x * x")).passed
             assert run_program(squares("def f(x):\n    while True: pass"), seconds=1).reason == "timed out"
     asked = [json.loads(line) for line in log.read_text().splitlines()]
@@ -680,5 +680,5 @@ def test_a_container_engine_is_asked_for_what_holds_a_program(monkeypatch, tmp_p
 
 def test_without_a_jail_the_own_folder_is_removed_and_the_environment_empty(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with held_by("unsafe"):
+    with use_jail("unsafe"):
         assert "KEY" not in run_program("import os; raise ValueError(sorted(os.environ))").reason

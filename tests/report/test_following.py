@@ -7,7 +7,7 @@ import pytest
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes.config.load import MARK
-from lora_null.recipes.report.dial_page import Dial, DialPoint, told, write_dial
+from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
@@ -131,7 +131,7 @@ def test_no_share_of_a_learning_that_was_none(tmp_path):
         rows=[Row(method="base", metrics=metrics(1.0, 0.0)), Row(method="lora", metrics=metrics(2.0, 0.1))],
     )
     assert "Take strength" not in next_step(worse, tmp_path, [TrainLog([]), TrainLog([])])
-    assert "%" not in told(dial)
+    assert "%" not in dial_summary(dial)
 
 
 def test_other_texts_to_calibrate_on(tmp_path):
@@ -145,7 +145,9 @@ def test_other_texts_to_calibrate_on(tmp_path):
 
 
 def test_without_curves_nothing_is_claimed(tmp_path):
-    assert "lora-null dial RUN/METHOD measures one" in next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
+    assert "For an adapter of this run: lora-null dial RUN/METHOD." in next_step(
+        results(), tmp_path, [TrainLog([]), TrainLog([])]
+    )
 
 
 def test_a_sequences_fractions_are_percent_everywhere():
@@ -162,6 +164,7 @@ def test_a_sequences_fractions_are_percent_everywhere():
         }
     )
     shown = sequence_tables(found)
+    assert shown["head"][-2:] == ["forgotten by the end", "gained before training on it"]
     assert [row[-2:] for row in shown["tables"][0]["rows"]] == [["+5.1 ± 2.0", ""], ["", "-3.0"]]
     assert shown["tables"][0]["rows"][0][1] == "40.0 ± 2.0" and shown["summary"] == [["LoRA", "-5.1 ± 2.0", "–", "40"]]
 

@@ -16,12 +16,12 @@ from lora_null.eval_harness.statistics import (
     LEVEL,
     Difference,
     Spread,
+    crossed_variance,
     holm,
     influence,
     mean_and_error,
     stack,
     t_tests,
-    two_level,
     weighted_mean,
 )
 from lora_null.recipes.comparisons import compare, read_evaluations
@@ -58,7 +58,9 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
 def paired_difference(ours, theirs, weights=None, *, fraction=False):
     """ours − theirs, [..., seeds, questions], of models that were asked the same questions."""
     gaps = ours - theirs
-    return two_level(weighted_mean(gaps, weights), [influence(gaps, weights)], discordant=2.0 if fraction else 0.0)
+    return crossed_variance(
+        weighted_mean(gaps, weights), [influence(gaps, weights)], discordant=2.0 if fraction else 0.0
+    )
 
 
 def all_pairs(values, weights=None, *, fraction=False):
@@ -82,14 +84,14 @@ def test_of_one_seed_it_is_the_paired_t_test():
     a, b = generator.normal(size=(1, 40)) + 0.3, generator.normal(size=(1, 40))
     found = difference(a, b)
     assert found.p == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue)
-    assert found.stderr == pytest.approx(stats.sem(a[0] - b[0])) and found.freedom == 39
+    assert found.stderr == pytest.approx(stats.sem(a[0] - b[0])) and found.df == 39
 
 
 def test_questions_and_seeds_by_hand():
     gaps = np.random.default_rng(2).normal(size=(3, 20)) + np.array([[0.5], [0.0], [0.2]])
     questions, seeds = gaps.mean(0).var(ddof=1) / 20, gaps.mean(1).var(ddof=1) / 3
     found = difference(gaps, np.zeros_like(gaps), methods=4)
-    assert found.stderr == pytest.approx(math.sqrt(questions + seeds)) and found.freedom == 3 * 2
+    assert found.stderr == pytest.approx(math.sqrt(questions + seeds)) and found.df == 3 * 2
     assert found.p == pytest.approx(2 * stats.t.sf(abs(gaps.mean()) / found.stderr, 6))
     # Beside another pair that varies more with the seed, for what it varies with the question, it gets its part of that.
     wild = Spread(np.array(0.3), np.array(questions), np.array(3 * seeds), 20, 3)
@@ -104,19 +106,19 @@ def test_questions_and_seeds_by_hand():
 def test_of_seeds_alone_each_pair_is_tested_by_its_own():
     """Many methods beside it do not make three seeds tell more than three seeds do."""
     gaps = np.random.default_rng(1).normal(size=(6, 3)) + 1
-    found = t_tests(stack([two_level(own, []) for own in gaps]), methods=7)
-    assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0, axis=1).pvalue) and found.freedom == 2
+    found = t_tests(stack([crossed_variance(own, []) for own in gaps]), methods=7)
+    assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0, axis=1).pvalue) and found.df == 2
 
 
 def test_two_metrics_of_the_same_questions_vary_together():
     """The mean of two forms of a question has the error of a question's own mean, not that of twice as many questions."""
     gaps = np.random.default_rng(0).normal(size=(1, 2, 30)) + np.random.default_rng(1).normal(size=30)
     sets = [influence(form) / 2 for form in gaps.swapaxes(0, 1)]
-    found = two_level(gaps.mean((1, 2)), sets)
+    found = crossed_variance(gaps.mean((1, 2)), sets)
     assert math.sqrt(found.over_questions) == pytest.approx(stats.sem(gaps[0].mean(0)))
     apart = [sets[0], sets[1][:, :20]]  # which are not of the same questions
     parts = [np.square(u).sum() / (u.size * (u.size - 1)) for u in apart]
-    assert two_level(gaps.mean((1, 2)), apart).over_questions == pytest.approx(sum(parts))
+    assert crossed_variance(gaps.mean((1, 2)), apart).over_questions == pytest.approx(sum(parts))
 
 
 def test_a_pair_that_answers_nearly_alike_does_not_hide_the_others():

@@ -10,15 +10,16 @@ A method is added by writing one more class under `@method`, in a file of this f
         name = "mine"
         def config(self, **adapter): ...        # what is put on the model
         def prepare(self, model): ...           # what of it does not train
+        def callbacks(self): ...                # what happens after a step
+        def training_data(self, trainer, windows): ...  # the rows to train on, with calibration texts among them
         def rule_for(self, options): ...        # its initial factors, layer by layer, from weights and measured inputs
         def training_batches(self, trainer): ...  # or what `compute(trainer, batches)` looks at, the model as a whole
         def apply(self, model, tensors): ...    # the model as it is before the first step
-        def training_data(self, trainer, windows): ...  # the rows to train on, with calibration texts among them
-        def extra_loss(self, trainer, model, now): ...  # what is added to the loss; `terms` names it in the log
-        def callbacks(self): ...                # what happens after a step
+        def extra_loss(self, trainer, model, micro_batch): ...  # what is added to the loss; `terms` names it in the log
         def save(self, model, directory): ...   # a plain adapter for the original model
 
-Each has a default, plain LoRA's. Options of a method are its dataclass fields: `method.options.mine.alpha0=3`.
+They are called in this order. Each has a default, plain LoRA's. Options of a method are its dataclass fields:
+`method.options.mine.alpha0=3`.
 """
 
 from __future__ import annotations
@@ -130,37 +131,37 @@ def load_method_file(path: str) -> list[str]:
     return entered
 
 
-def check_base(method: str | Method, *, quantized: bool) -> None:
-    """Refuse a method, or the method of that name, on a base that it cannot start from.
+def check_base(method: Method | type[Method], *, quantized: bool) -> None:
+    """Refuse a method on a base that it cannot start from.
 
     Raises:
         UserError: naming the methods that work there.
     """
-    kind = METHODS[method] if isinstance(method, str) else method
-    if quantized and not kind.supports_quantized_base:
+    if quantized and not method.supports_quantized_base:
         able = sorted(name for name, other in METHODS.items() if other.supports_quantized_base)
         raise UserError(
-            f"method: {kind.name} needs plain weights, not a quantized base; those that work on one: {', '.join(able)}"
+            f"method: {method.name} needs plain weights, not a quantized base; those that work on one: {', '.join(able)}"
         )
 
 
-def check_trainer(method: str | Method, *, pairs: bool) -> None:
+def check_trainer(method: Method | type[Method], *, pairs: bool) -> None:
     """Refuse a method that cannot learn from preferences where these are the rows.
 
     Raises:
         UserError: naming the methods that can.
     """
-    kind = METHODS[method] if isinstance(method, str) else method
-    if pairs and not kind.supports_preferences:
+    if pairs and not method.supports_preferences:
         able = sorted(name for name, other in METHODS.items() if other.supports_preferences)
-        raise UserError(f"method: {kind.name} learns no preferences (DPO); those that do: {', '.join(able)}")
+        raise UserError(f"method: {method.name} learns no preferences (DPO); those that do: {', '.join(able)}")
 
 
-def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None, args: TrainingArguments) -> None:
+def check_engine(
+    method: Method | type[Method], *, fsdp: int | None, zero: int | None, args: TrainingArguments
+) -> None:
     """Refuse an engine that cuts across the layers of an adapter, rounds it, or under which a method cannot train.
 
     Args:
-        method: the method, or its name.
+        method: the method, or its class.
         fsdp: the version of FSDP that shards; None for none.
         zero: the stage of DeepSpeed's ZeRO; None where DeepSpeed does not train.
         args: the trainer's.
@@ -168,7 +169,6 @@ def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None, ar
     Raises:
         UserError: naming the engine to use.
     """
-    kind = METHODS[method] if isinstance(method, str) else method
     if fsdp == 1:
         raise UserError(
             "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
@@ -187,11 +187,11 @@ def check_engine(method: str | Method, *, fsdp: int | None, zero: int | None, ar
             f"training.{mixed}: DeepSpeed turns what trains into {mixed} too, and saves that; training.{mixed}=false leaves "
             "it float32, and the base as it is"
         )
-    if zero is not None and not kind.supports_deepspeed:
-        raise UserError(f"method: {kind.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
-    if not kind.supports_sharding and (fsdp is not None or zero == 3):
-        able = "DDP or ZeRO-2" if kind.supports_deepspeed else "DDP"
-        raise UserError(f"method: {kind.name} needs whole weights while it trains; use {able} for it")
+    if zero is not None and not method.supports_deepspeed:
+        raise UserError(f"method: {method.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
+    if not method.supports_sharding and (fsdp is not None or zero == 3):
+        able = "DDP or ZeRO-2" if method.supports_deepspeed else "DDP"
+        raise UserError(f"method: {method.name} needs whole weights while it trains; use {able} for it")
 
 
 def check_has_method(model: Any, config: PeftConfig | None) -> None:
@@ -241,11 +241,16 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
     if wanted is None and config is not None:
         raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")
     going_on = started and isinstance(config, LoraConfig)
-    on_residual = method.shapes_change and getattr(config, "carries_residual", False)
+    on_residual = method.constrains_delta and getattr(config, "carries_residual", False)
     untrue = going_on and adapts_plainly(method) and (method.computes_whole or on_residual)
     if wanted is None or (config is not None and not untrue and _is_alike(config, wanted, method)):
         return
-    if going_on and not untrue and (method.goes_on or adapts_plainly(method)) and start_that_rewrites(config) is None:
+    if (
+        going_on
+        and not untrue
+        and (method.only_freezes or adapts_plainly(method))
+        and start_that_rewrites(config) is None
+    ):
         return
     start = getattr(config, "init_lora_weights", True)
     of = f" of init_lora_weights={start!r}" if isinstance(start, str) else ""

@@ -69,6 +69,16 @@ class MicroBatch(NamedTuple):
 class Method:
     """One method. An instance holds the options of one run, and what its callbacks have to remember.
 
+    The trainer calls, in this order:
+
+        constructor:  check_bare (there is no adapter yet), check, prepare, callbacks
+        train():      training_data, trainable, rule_for, training_batches, compute, apply, drift_meter
+        each pass:    extra_loss
+
+    and a recipe calls save at the end. Resuming reads factors and tensors from disk: no training_batches and no compute, but
+    apply. Where there is nothing to compute, to measure or to read, apply is not called either. An adapter that is trained
+    already: no check, rule_for, training_batches, compute or apply.
+
     Attributes:
         name: what `--method` calls it.
         saves: "adapter", a plain LoRA for the original model, or "model", a whole one.
@@ -78,14 +88,14 @@ class Method:
         terms: the names of what `extra_loss` returns, as they are logged.
         supports_preferences: whether it can learn from preferences (DPO).
         supports_quantized_base: whether it can start on a quantized base.
-        ranked: whether `r` says how much of it trains.
+        has_rank: whether `r` says how much of it trains.
         supports_sharding: whether it can train while weights are in pieces in several processes (FSDP2, ZeRO-3).
         supports_deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
         starts_in_files: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
-        plain: whether the adapter that it saves is a plain LoRA.
-        goes_on: whether freezing is all that it needs to go on with a trained LoRA that another method started.
-        shapes_change: whether it takes s·BA for the whole change, which it projects, penalizes or prunes.
+        saves_plain_lora: whether the adapter that it saves is a plain LoRA.
+        only_freezes: whether it only freezes parameters, so that it may continue an adapter that another method trained.
+        constrains_delta: whether it projects, penalizes or prunes s·BA, which must then be the whole change (no residual base).
         new_parameters: whether its start puts new parameters in the place of the adapter's, as another rank does.
     """
 
@@ -97,14 +107,14 @@ class Method:
     terms: ClassVar[tuple[str, ...]] = ()
     supports_preferences: ClassVar[bool] = True
     supports_quantized_base: ClassVar[bool] = True
-    ranked: ClassVar[bool] = True
+    has_rank: ClassVar[bool] = True
     supports_sharding: ClassVar[bool] = True
     supports_deepspeed: ClassVar[bool] = True
     starts_in_files: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
-    plain: ClassVar[bool] = True
-    goes_on: ClassVar[bool] = False
-    shapes_change: ClassVar[bool] = False
+    saves_plain_lora: ClassVar[bool] = True
+    only_freezes: ClassVar[bool] = False
+    constrains_delta: ClassVar[bool] = False
     new_parameters: ClassVar[bool] = False
 
     def config(self, **adapter: Any) -> PeftConfig | None:
@@ -120,7 +130,7 @@ class Method:
         return adapted_layers(model, active_adapter(model))
 
     def prepare(self, model: nn.Module) -> None:
-        """Stop what does not train, once, when the adapter is on the model; what trains is float32 for every method."""
+        """Freeze what must not train. Called once, after PEFT has added the adapter; what trains is cast to float32 for every method."""
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Return the names of exactly those parameters that train."""
@@ -163,12 +173,12 @@ class Method:
         return self.needs_texts or (self.needs_gram and self.computes_whole)
 
     @property
-    def ends_anywhere(self) -> bool:
+    def can_stop_early(self) -> bool:
         """Whether it is what its options ask for after any step, not only after all that were planned."""
         return True
 
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return what starts the model as a whole, and starts it again in the same bits; see `training_batches`.
+        """Return the tensors that `apply` writes; they are saved, so that resuming writes the same bits.
 
         Random numbers are seeded before; modes, `requires_grad` and random states are put back after it.
 
@@ -195,7 +205,7 @@ class Method:
         """
         return trainer.train_dataset
 
-    def extra_loss(self, trainer: Trainer, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
+    def extra_loss(self, trainer: Trainer, model: nn.Module, micro_batch: MicroBatch) -> dict[str, Term]:
         """Return what is added to the loss of a forward pass, by the names of `terms`.
 
         What is returned is summed over the passes of a step and averaged over the processes, however the trainer scales
@@ -205,12 +215,12 @@ class Method:
         Args:
             trainer: in training, under its autocast; DPO's as well as SFT's.
             model: the model as the engine has wrapped it.
-            now: which pass it is, the same on all processes.
+            micro_batch: which pass it is, the same on all processes.
         """
         return {}
 
     def drift_meter(self, model: nn.Module, calibration: Calibration) -> DriftMeter | WeightDriftMeter:
-        """Return what follows the drift of `layers` from here, the start: their inputs were measured."""
+        """Return the meter of `layers`' drift. Called before the first step."""
         return DriftMeter(model, calibration, adapter_name=active_adapter(model))
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -250,7 +260,7 @@ def is_plain_lora(config: PeftConfig | None) -> bool:
     return type(config) is LoraConfig and config.init_lora_weights is True
 
 
-def need(holds: bool, where: str, what: str, value: Any) -> None:
+def check_option(holds: bool, where: str, what: str, value: Any) -> None:
     """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
     if not holds:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
@@ -262,11 +272,11 @@ def refuse_dora(method: Method, model: nn.Module) -> None:
         raise UserError(f"use_dora: {method.name} keeps directions of W0, and DoRA rescales its rows; leave it out")
 
 
-def need_count(holder: Method, *names: str) -> None:
+def check_count(holder: Method, *names: str) -> None:
     """Raise a UserError for an option that is no whole number of at least 1."""
     for name in names:
         value = getattr(holder, name)
-        need(type(value) is int and value >= 1, f"{holder.name}.{name}", "a whole number of at least 1", value)
+        check_option(type(value) is int and value >= 1, f"{holder.name}.{name}", "a whole number of at least 1", value)
 
 
 def taken_by(kind: type[PeftConfig], name: str, adapter: Mapping[str, Any], *, but: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
 from lora_null.targets import check_fits
-from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
 
 
 @method
@@ -28,15 +28,15 @@ class CLoRA(Method):
 
     name = "clora"
     supports_sharding = False  # the penalty multiplies whole factors
-    shapes_change = True
+    constrains_delta = True
     terms = ("subspace_penalty",)
 
     weight: float = 1.0
     k: int = 128
 
     def __post_init__(self) -> None:
-        need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
-        need_count(self, "k")
+        check_option(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
+        check_count(self, "k")
         self.bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def check(self, model: nn.Module) -> None:
@@ -48,8 +48,8 @@ class CLoRA(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [_DrawAnew(self)]
 
-    def extra_loss(self, trainer: Any, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
-        if now.index:
+    def extra_loss(self, trainer: Any, model: nn.Module, micro_batch: MicroBatch) -> dict[str, Term]:
+        if micro_batch.index:
             return {}
         adapter, total = active_adapter(trainer.model), 0.0
         for name, layer in self.layers(trainer.model).items():

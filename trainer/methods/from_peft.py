@@ -17,7 +17,7 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import active_adapter, plain_name
 from lora_null.targets import check_fits
-from lora_null.trainer.methods.base import Method, method, need, need_count, taken_by
+from lora_null.trainer.methods.base import Method, check_count, check_option, method, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast, broadcast_tensor
@@ -59,8 +59,8 @@ class EVA(Method):
     rho: float = 2.0
 
     def __post_init__(self) -> None:
-        need_count(self, "rows", "batch_rows")
-        need(1 <= self.rho < float("inf"), f"{self.name}.rho", "a number of at least 1", self.rho)
+        check_count(self, "rows", "batch_rows")
+        check_option(1 <= self.rho < float("inf"), f"{self.name}.rho", "a number of at least 1", self.rho)
 
     def config(self, **adapter: Any) -> PeftConfig:
         if adapter.get("rank_pattern"):
@@ -115,7 +115,7 @@ class LoRAGA(ResidualMethod):
     batch_rows: int = 4
 
     def __post_init__(self) -> None:
-        need_count(self, "rows", "batch_rows")
+        check_count(self, "rows", "batch_rows")
 
     def start_bytes(self, model: nn.Module) -> int:
         return gradient_bytes(self.layers(model))
@@ -165,7 +165,9 @@ class OSF(WeightMethod):
     def __post_init__(self) -> None:
         rank = self.effective_rank
         fits = (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank <= 1)
-        need(fits, f"{self.name}.effective_rank", "a whole number of at least 1, or a fraction of at most 1.0", rank)
+        check_option(
+            fits, f"{self.name}.effective_rank", "a whole number of at least 1, or a fraction of at most 1.0", rank
+        )
 
     def config(self, **adapter: Any) -> PeftConfig:
         taken = taken_by(OSFConfig, self.name, adapter, but="modules_to_save")

@@ -23,7 +23,7 @@ class WeightMethod(Method):
 
     saves = "model"
     supports_quantized_base = False
-    ranked = False
+    has_rank = False
 
     def drift_meter(self, model: nn.Module, calibration: Calibration) -> WeightDriftMeter:
         return WeightDriftMeter(self.layers(model), calibration)

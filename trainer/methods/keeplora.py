@@ -14,7 +14,7 @@ from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter, freeze_factor
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import Method, method, need, need_count, refuse_dora
+from lora_null.trainer.methods.base import Method, check_count, check_option, method, refuse_dora
 from lora_null.trainer.methods.from_peft import first_batches, gradient_bytes, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -49,11 +49,11 @@ class KeepLoRA(Method):
     batch_rows: int = 4
 
     def __post_init__(self) -> None:
-        need_count(self, "rows", "batch_rows")
+        check_count(self, "rows", "batch_rows")
         for name in ("weight_energy", "input_energy"):
             share = getattr(self, name)
             fits = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1
-            need(fits, f"{self.name}.{name}", "a share from 0 to below 1, such as 0.99", share)
+            check_option(fits, f"{self.name}.{name}", "a share from 0 to below 1, such as 0.99", share)
 
     def start_bytes(self, model: nn.Module) -> int:
         return gradient_bytes(self.layers(model))
@@ -88,7 +88,7 @@ class KeepLoRA(Method):
         with torch.no_grad(), contextlib.closing(parts):
             for _, part in parts:
                 for inputs in part.inputs:
-                    found = together(lambda inputs=inputs: self._solve(inputs, layers, adapter), what="initialization")
+                    found = together(lambda inputs=inputs: self._solve(inputs, layers, adapter))
                     for name in inputs.modules:
                         like = layers[name].lora_A[adapter].weight
                         tensors[f"{name}.lora_A"] = broadcast_like(found.get(name), like, inputs.owner)

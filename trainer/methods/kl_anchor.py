@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods.base import Method, MicroBatch, Term, method, need, need_count
+from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
 from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import replaced, trains_biases
@@ -45,8 +45,8 @@ class KLAnchor(Method):
     tokens: int = 256
 
     def __post_init__(self) -> None:
-        need(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
-        need_count(self, "every", "batch_rows", "tokens")
+        check_option(0 < self.weight < float("inf"), f"{self.name}.weight", "a number above 0", self.weight)
+        check_count(self, "every", "batch_rows", "tokens")
         self.windows: list[list[int]] = []
 
     def prepare(self, model: nn.Module) -> None:
@@ -76,12 +76,14 @@ class KLAnchor(Method):
         first, count = step // self.every * self.batch_rows, len(self.windows)
         return [self.windows[i % count] for i in range(first, first + min(self.batch_rows, count))]
 
-    def extra_loss(self, trainer: Any, model: nn.Module, now: MicroBatch) -> dict[str, Term]:
-        if now.step % self.every:
+    def extra_loss(self, trainer: Any, model: nn.Module, micro_batch: MicroBatch) -> dict[str, Term]:
+        if micro_batch.step % self.every:
             return {}
         rank, world = rank_and_world()
-        rows = self.rows_at(now.step)
-        shares = [padded_batches(rows[now.index * world + i :: now.count * world], 0) for i in range(world)]
+        rows = self.rows_at(micro_batch.step)
+        shares = [
+            padded_batches(rows[micro_batch.index * world + i :: micro_batch.count * world], 0) for i in range(world)
+        ]
         passes = max(map(len, shares))
         if not passes:  # nothing is left for this pass, on any process
             return {}

@@ -54,7 +54,7 @@ class LoRANullV2(LoRANullV1):
 
     name = "lora-null-v2"
     variant = "v2"
-    goes_on = True
+    only_freezes = True
 
     def prepare(self, model: nn.Module) -> None:
         for layer in self.layers(model).values():  # of a trained plain LoRA too

@@ -18,7 +18,7 @@ from lora_null.adapters.plain import WEIGHTS_FILE
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
 from lora_null.layer import active_adapter, plain_name
-from lora_null.trainer.methods.base import Method, method, need, taken_by
+from lora_null.trainer.methods.base import Method, check_option, method, taken_by
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 from lora_null.utils.quantized import weight_of
@@ -37,17 +37,17 @@ class OFT(Method):
 
     name = "oft"
     supports_quantized_base = False
-    ranked = False
+    has_rank = False
     supports_sharding = False
-    plain = False
+    saves_plain_lora = False
 
     block_size: int = 32
     exact: bool = False
 
     def __post_init__(self) -> None:
         size = self.block_size
-        need(type(size) is int and size >= 2, f"{self.name}.block_size", "a whole number of at least 2", size)
-        need(type(self.exact) is bool, f"{self.name}.exact", "true or false", self.exact)
+        check_option(type(size) is int and size >= 2, f"{self.name}.block_size", "a whole number of at least 2", size)
+        check_option(type(self.exact) is bool, f"{self.name}.exact", "true or false", self.exact)
 
     def config(self, **adapter: Any) -> PeftConfig:
         own = {"oft_block_size": self.block_size, "use_cayley_neumann": not self.exact}
@@ -93,18 +93,10 @@ class OFT(Method):
 class RotationDriftMeter(WeightDriftMeter):
     """‖W0 (R S − S)‖ / ‖W0 X‖, from the sketch S of 64 columns; the base is untouched, so nothing of the start is kept."""
 
-    def __init__(self, layers: Mapping[str, Any], calibration: Calibration) -> None:
-        self.layers = {name: layer for name, layer in layers.items() if calibration.output_energy[name] > 0}
-        self.sketches = calibration.sketches(self.layers)
-        self.scales = {name: calibration.output_energy[name] ** -0.5 for name in self.layers}
+    def begin(self) -> None:
+        """Store nothing: at the start R S = S."""
 
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Return the drift of every layer, by module name; 0 before the first step."""
-        found = {}
-        for name, layer in self.layers.items():
-            weight = weight_of(layer).float()
-            rows = self.sketches[name].T.to(weight.device)
-            moved = layer.oft_R[layer.active_adapters[0]](rows) - rows
-            found[name] = self.scales[name] * torch.linalg.matrix_norm(moved @ weight.T).item()
-        return found
+    def _moved(self, name: str, layer: Any) -> torch.Tensor:
+        weight = weight_of(layer).float()
+        rows = self.sketches[name].T.to(weight.device)
+        return weight @ (layer.oft_R[layer.active_adapters[0]](rows) - rows).T

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, method, need_count, refuse_dora
+from lora_null.trainer.methods.base import Method, check_count, method, refuse_dora
 from lora_null.trainer.methods.clora import check_columns
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import need_float64
-from lora_null.utils.quantized import unreadable, weight_of
+from lora_null.utils.quantized import weight_of, why_unreadable
 
 
 @method
@@ -31,18 +31,18 @@ class OPLoRA(Method):
 
     name = "oplora"
     supports_sharding = False  # whole factors are projected
-    shapes_change = True
+    constrains_delta = True
 
     k: int = 16
 
     def __post_init__(self) -> None:
-        need_count(self, "k")
+        check_count(self, "k")
 
     def check(self, model: nn.Module) -> None:
         check_columns(self, model, self.k)
         refuse_dora(self, model)
         for name, layer in self.layers(model).items():
-            if reason := unreadable(layer.get_base_layer()):
+            if reason := why_unreadable(layer.get_base_layer()):
                 raise UserError(f"target_modules: {name} {reason}")
 
     def held_bytes(self, model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from lora_null.trainer.methods.base import Method, method, need
+from lora_null.trainer.methods.base import Method, check_option, method
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 
@@ -37,7 +37,7 @@ class Replay(Method):
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        need(0 < self.share < 1, f"{self.name}.share", "above 0 and below 1", self.share)
+        check_option(0 < self.share < 1, f"{self.name}.share", "above 0 and below 1", self.share)
 
     def costs(self) -> str:
         return f"{self.share:.0%} of the rows are calibration texts, so an epoch has {1 / (1 - self.share):.3g} times the steps"

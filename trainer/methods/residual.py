@@ -22,7 +22,7 @@ from lora_null.layer import active_adapter
 from lora_null.residual import refuse_head, subtract_residuals
 from lora_null.solver import Rule
 from lora_null.start import InitOptions
-from lora_null.targets import check_fits, sharing
+from lora_null.targets import check_fits, modules_sharing_weight
 from lora_null.trainer.methods.base import Method, method
 from lora_null.utils.errors import UserError
 
@@ -34,7 +34,7 @@ class ResidualMethod(Method):
     room: ClassVar[int] = 1  # times r that a layer has to have room for
 
     @property
-    def rule(self) -> str:
+    def label(self) -> str:
         """The method with its options, where it has any: with others it starts elsewhere."""
         return repr(self) if fields(self) else self.name
 
@@ -47,7 +47,7 @@ class ResidualMethod(Method):
     def check(self, model: nn.Module) -> None:
         """Raise a UserError for an r that a layer has no room for, the head, or a weight that another module holds too."""
         adapter, layers = active_adapter(model), self.layers(model)
-        for name, others in sharing(model.get_base_model(), layers).items():
+        for name, others in modules_sharing_weight(model.get_base_model(), layers).items():
             raise UserError(
                 f"target_modules: {name} shares its weight with {', '.join(others)}, {self.name} needs its own"
             )

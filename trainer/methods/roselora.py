@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, adapted_layers, factors_of
-from lora_null.trainer.methods.base import Method, method, need
+from lora_null.trainer.methods.base import Method, check_option, method
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_safetensors
 
@@ -36,7 +36,7 @@ class RoseLoRA(Method):
 
     name = "roselora"
     supports_sharding = False  # entries compete along whole rows and columns
-    shapes_change = True
+    constrains_delta = True
     # DeepSpeed's backward pass takes the step too: no gradient is left to be weighed, no moment to be cut.
     supports_deepspeed = False
     state_bytes = 4  # the smoothed sensitivity
@@ -49,11 +49,15 @@ class RoseLoRA(Method):
 
     def __post_init__(self) -> None:
         fraction, clamp = self.final_fraction, self.clamp
-        need(0 < fraction <= 1, f"{self.name}.final_fraction", "above 0 and at most 1", fraction)
-        need(0 <= self.begin <= self.end, f"{self.name}.begin", f"at least 0 and at most end ({self.end})", self.begin)
-        need(self.end <= 1, f"{self.name}.end", "at most 1", self.end)
-        need(0 <= self.decay < 1, f"{self.name}.decay", "at least 0 and below 1", self.decay)
-        need(clamp is None or 0 < clamp < float("inf"), f"{self.name}.clamp", "a number above 0, or none", clamp)
+        check_option(0 < fraction <= 1, f"{self.name}.final_fraction", "above 0 and at most 1", fraction)
+        check_option(
+            0 <= self.begin <= self.end, f"{self.name}.begin", f"at least 0 and at most end ({self.end})", self.begin
+        )
+        check_option(self.end <= 1, f"{self.name}.end", "at most 1", self.end)
+        check_option(0 <= self.decay < 1, f"{self.name}.decay", "at least 0 and below 1", self.decay)
+        check_option(
+            clamp is None or 0 < clamp < float("inf"), f"{self.name}.clamp", "a number above 0, or none", clamp
+        )
 
     def kept_fraction(self, step: int, steps: int) -> float:
         """Return the fraction kept after optimizer step `step` (from 1) of `steps`: 1, a cubic fall, τ."""
@@ -66,7 +70,7 @@ class RoseLoRA(Method):
         return self.final_fraction + (1 - self.final_fraction) * rest**3
 
     @property
-    def ends_anywhere(self) -> bool:
+    def can_stop_early(self) -> bool:
         return self.final_fraction == 1
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -94,7 +98,7 @@ class _Prune(TrainerCallback):
         self.sensitivity: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.load_best_model_at_end and not self.method.ends_anywhere:
+        if args.load_best_model_at_end and not self.method.can_stop_early:
             raise UserError(
                 f"load_best_model_at_end: roselora is as sparse as asked from {self.method.end:g} of the steps on, and an "
                 "earlier checkpoint may be the best; leave it out"

@@ -16,7 +16,7 @@ from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.trainer.methods.base import method, need, need_count
+from lora_null.trainer.methods.base import check_count, check_option, method
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -46,8 +46,8 @@ class SCLoRA(ResidualMethod):
     rows: int = 256
 
     def __post_init__(self) -> None:
-        need(0 <= self.beta <= 1, f"{self.name}.beta", "between 0 and 1", self.beta)
-        need_count(self, "rows")
+        check_option(0 <= self.beta <= 1, f"{self.name}.beta", "between 0 and 1", self.beta)
+        check_count(self, "rows")
 
     def costs(self) -> str:
         return f"before it trains, a forward pass over the first {self.rows} training rows and two over the calibration texts"
@@ -63,7 +63,7 @@ class SCLoRA(ResidualMethod):
         with torch.no_grad():
             for part in _measured_twice(model, layers, trainer.calibration_batches, batches, options):
                 names = {name: knowledge.owner for knowledge, _ in part for name in knowledge.modules}
-                found = together(lambda part=part: self._solve(part, layers, adapter), what="initialization")
+                found = together(lambda part=part: self._solve(part, layers, adapter))
                 for name, owner in names.items():
                     layer = layers[name]
                     for key, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):

@@ -49,11 +49,10 @@ class Dial(BaseModel):
         rows = [Row(method="base", metrics=base.metrics), *rows]
         return Results(recipe="dial", model=self.model, rows=rows, paired=self.paired)
 
-    def frontier(self) -> tuple[Measure, Measure] | None:
-        """Return what was kept and what was learned, one estimate a point; None where one side was not measured."""
+    def measures(self) -> tuple[Measure | None, Measure | None]:
+        """Return what was kept and what was learned, one estimate a point; None of what was not measured."""
         results = self.results()
-        kept, learned = forgetting(results), learning(results)
-        return (kept, learned) if kept and learned else None
+        return forgetting(results), learning(results)
 
     def shares(self) -> list[tuple[int, float, float]]:
         """Return (number, share of the learning, share of the forgetting) of the points between the base and the adapter.
@@ -61,18 +60,17 @@ class Dial(BaseModel):
         Shares are of what the adapter has as it was saved; none where it learned or forgot nothing, or where a share of
         right answers rose by no more than the error.
         """
-        pair, full = self.frontier(), self.full
-        if pair is None or full is None:
+        (kept, learned), full = self.measures(), self.full
+        if kept is None or learned is None or full is None:
             return []
-        kept, learned = pair
-        gained, lost = learned.toward(full, learned=True), kept.toward(full, learned=False)
+        gained, lost = learned.change(full), kept.change(full)
         if not gained or not lost or gained < 0 or lost < 0:
             return []
         if learned.unit == "fraction" and not learned.moved(full):  # a question or two
             return []
         found = []
         for i, point in enumerate(self.points):
-            change, forgot = learned.toward(i, learned=True), kept.toward(i, learned=False)
+            change, forgot = learned.change(i), kept.change(i)
             if 0 < point.strength < 1 and change is not None and forgot is not None:
                 found.append((i, change / gained, forgot / lost))
         return found
@@ -91,7 +89,7 @@ def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
     label = display_name(dial.method)
     with replacing(folder / "dial.png") as temporary:
-        temporary.write_bytes(dial_png(dial.frontier(), [point.strength for point in dial.points], label))
+        temporary.write_bytes(dial_png(*dial.measures(), [point.strength for point in dial.points], label))
     write_text(folder / "dial.md", markdown(dial))
     write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
 
@@ -120,12 +118,11 @@ def table_rows(dial: Dial) -> list[list[str]]:
     return [head, *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points))]
 
 
-def told(dial: Dial, at_most: float | None = None) -> str:
+def dial_summary(dial: Dial, at_most: float | None = None) -> str:
     """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten."""
     if len(dial.points) == 1:
         return "nothing but the base was measured"
-    results = dial.results()
-    kept, learned = forgetting(results), learning(results)
+    kept, learned = dial.measures()
     if kept is None or (learned is None and at_most is None):
         return "only one side was measured: a frontier needs eval.retention and eval.task"
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)

@@ -16,7 +16,7 @@ from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, read_documents
 from lora_null.eval_harness.likelihood import TokenizedPair
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
-from lora_null.eval_harness.lm_eval.task import FRAMED, TWIN
+from lora_null.eval_harness.lm_eval.task import CHAT_SUFFIX, HAS_CHAT_TWIN
 from lora_null.eval_harness.mt_bench.judge import Judge
 from lora_null.eval_harness.mt_bench.task import as_questions
 from lora_null.eval_harness.results import Role
@@ -32,27 +32,27 @@ from lora_null.recipes.config.schema import (
     PreferencesEntry,
     Recipe,
 )
-from lora_null.recipes.data.conversations import ask
+from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import (
     Example,
     Tokenized,
+    leave_out,
     read_examples,
-    settle_bad_rows,
-    tell_of_bad_rows,
     tokenize,
 )
-from lora_null.recipes.data.formats import askable, question_and_answer, recognize
+from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.errors import UserError
 
-# What entries of rows have in common with `data`.
-READ = {"path", "subset", "split", "prompt", "response", "template", "offset", "limit"}
-STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}  # how a model goes on that does not stop
+# Keys that entries with rows share with `data`.
+SHARED_KEYS = {"path", "subset", "split", "prompt", "response", "template", "offset", "limit"}
+# Stop strings: what a model writes next that does not end its answer.
+STOPS = {"alpaca": ("### Instruction:",), "qa": ("\nQuestion:",)}
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalContext:
     """What every entry of `eval` needs to become a task.
 
     Attributes:
@@ -75,13 +75,13 @@ def eval_tasks(
     max_length: int | None,
     allow_code_execution: bool | str = False,
 ) -> list[Task]:
-    """Return the harness's tasks, their documents loaded and templated; see `Asked` for the arguments.
+    """Return the harness's tasks, their documents loaded and templated; see `EvalContext` for the arguments.
 
     Raises:
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
-    asked = Asked(recipe, tokenizer, max_length, allow_code_execution)
-    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(recipe.eval, role), role, asked)]
+    context = EvalContext(recipe, tokenizer, max_length, allow_code_execution)
+    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(recipe.eval, role), role, context)]
     names = [task.key for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"eval: {twice!r} is measured twice")
@@ -96,25 +96,27 @@ def probe_tasks(
     allow_code_execution: bool | str = False,
 ) -> dict[Role, list[Task]]:
     """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
-    asked, held = Asked(recipe, tokenizer, max_length, allow_code_execution), recipe.eval.probe
-    entries = {role: getattr(held, role) if held else [] for role in get_args(Role)}
-    return {role: _make_tasks(own, role, asked) if isinstance(own, list) else [] for role, own in entries.items()}
+    context = EvalContext(recipe, tokenizer, max_length, allow_code_execution)
+    probe = recipe.eval.probe
+    entries = {role: getattr(probe, role) if probe else [] for role in get_args(Role)}
+    return {role: _make_tasks(own, role, context) if isinstance(own, list) else [] for role, own in entries.items()}
 
 
-def _make_tasks(entries: Sequence[Any], role: Role, asked: Asked) -> list[Task]:
-    return [MAKERS[type(entry)](entry, role, asked) for entry in entries]
+def _make_tasks(entries: Sequence[Any], role: Role, context: EvalContext) -> list[Task]:
+    return [MAKERS[type(entry)](entry, role, context) for entry in entries]
 
 
-def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
+def _lm_eval(entry: LmEvalEntry, role: Role, context: EvalContext) -> LmEvalTask:
     """Return a task of lm-eval; of this package's own, the one that is asked in the training template."""
-    fields, template = entry.model_dump() | {"name": entry.name or entry.task}, asked.recipe.data.template
-    fields["include_path"] = asked.recipe.eval.include_path
+    fields = entry.model_dump() | {"name": entry.name or entry.task}
+    fields["include_path"] = context.recipe.eval.include_path
+    template = context.recipe.data.template
     if Path(entry.task).suffix in YAML_SUFFIXES:
         path = Path(entry.task)
         task = name_in(path)
         fields |= {"task": task, "name": entry.name or task, "include_path": str(path.parent)}
-    framed = fields["task"].removesuffix(TWIN)
-    if framed in FRAMED:
+    framed = fields["task"].removesuffix(CHAT_SUFFIX)
+    if framed in HAS_CHAT_TWIN:
         # A file of the user's own has no twin: the package's is another task.
         both = ("alpaca", CHAT) if _is_of_package(fields["task"], fields["include_path"]) else ("alpaca",)
         templates = both if fields["task"] == framed else (CHAT,)
@@ -122,8 +124,9 @@ def _lm_eval(entry: LmEvalEntry, role: Role, asked: Asked) -> LmEvalTask:
             asked_in = " or ".join(templates)
             raise UserError(f"eval.{role}: {entry.task} is asked in {asked_in}, and data.template is {template!r}")
         if template == CHAT:
-            fields |= {"task": framed + TWIN, "chat": True}
-    code, allowed = asked.recipe.eval.code or CodeSection(), asked.allow_code_execution
+            fields |= {"task": framed + CHAT_SUFFIX, "chat": True}
+    code = context.recipe.eval.code or CodeSection()
+    allowed = context.allow_code_execution
     fields |= {"jail": UNSAFE if allowed == UNSAFE else code.jail, "jail_image": code.image}
     return LmEvalTask(**fields, role=role, confirm_run_unsafe_code=bool(allowed))
 
@@ -133,26 +136,20 @@ def _is_of_package(task: str, include_path: str | None) -> bool:
     return path is not None and TASK_FILES.resolve() in Path(path).resolve().parents
 
 
-def _answers(entry: AnswersEntry, role: Role, asked: Asked) -> AnswerTask:
-    where, thinking = f"eval.{role}", asked.recipe.data.thinking
-    fields = entry.model_dump(include=READ | {"messages", "system"}, exclude_none=True)
+def _answers(entry: AnswersEntry, role: Role, context: EvalContext) -> AnswerTask:
+    where = f"eval.{role}"
+    fields = entry.model_dump(include=SHARED_KEYS | {"messages", "system"}, exclude_none=True)
     if entry.messages is None:
         fields = _fields_of(entry, where) | fields
-    fields.setdefault("template", CHAT if "messages" in fields and asked.tokenizer.chat_template else "qa")
-    section = DataSection(**fields, thinking=thinking)
-    examples, bad = read_examples(section, asked.tokenizer, preferences=False, where=where)
-    _leave_out(bad, len(examples), asked.recipe.data.on_bad_row or "error", where)
-    end = _end_of(section.template, asked.tokenizer)
+    fields.setdefault("template", CHAT if "messages" in fields and context.tokenizer.chat_template else "qa")
+    section = DataSection(**fields, thinking=context.recipe.data.thinking)
+    examples, bad = read_examples(section, context.tokenizer, preferences=False, where=where)
+    policy = context.recipe.data.on_bad_row or "error"
+    leave_out(bad, len(examples) + len(bad), f"rows of {where}", policy, where=where)
+    end = _end_of(section.template, context.tokenizer)
     pairs = [_text_pair(example, end) for example in examples]
     special = section.template != CHAT
     return AnswerTask(name=entry.answers, pairs=pairs, kl=True, role=role, special_tokens=special)
-
-
-def _leave_out(bad: Sequence[BadRow], measured: int, policy: str | None, where: str) -> None:
-    """Refuse bad rows unless `data.on_bad_row` allows to leave them out, which is then said."""
-    total = measured + len(bad)
-    settle_bad_rows(bad, total, policy, where=where)
-    tell_of_bad_rows(bad, total, f"rows of {where}")
 
 
 def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
         if first.columns == TEXT_FIELDS:
             return {"prompt": "beginning", "response": "ending", "template": "plain"}
         with contextlib.suppress(UserError, KeyError):
-            return {"messages": recognize(first.rows, first.columns, where).keys["messages"]}
+            return {"messages": detect_format(first.rows, first.columns, where).keys["messages"]}
     raise UserError(
         f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
         "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}, or messages: FIELD for conversations"
@@ -189,9 +186,10 @@ def _text_pair(example: Example, end: re.Pattern[str]) -> tuple[str, str]:
     return text[:start], end.sub("", text[start:through], count=1)
 
 
-def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> PreferenceTask:
-    where, recipe, tokenizer, max_length = f"eval.{role}", asked.recipe, asked.tokenizer, asked.max_length
-    keys = entry.model_dump(include=READ | {"rejected"})
+def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> PreferenceTask:
+    where = f"eval.{role}"
+    recipe, tokenizer, max_length = context.recipe, context.tokenizer, context.max_length
+    keys = entry.model_dump(include=SHARED_KEYS | {"rejected"})
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
@@ -200,7 +198,7 @@ def _preferences(entry: PreferencesEntry, role: Role, asked: Asked) -> Preferenc
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
-    _leave_out(bad, len(kept), recipe.data.on_bad_row, where)
+    leave_out(bad, len(kept) + len(bad), f"rows of {where}", recipe.data.on_bad_row, where=where)
     beta = recipe.training.get("beta", 0.1)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 
@@ -213,15 +211,16 @@ def _pair(tokens: Tokenized, max_length: int | None, kept_end: bool) -> Tokenize
     return TokenizedPair(tuple(ids), start) if start < len(ids) else None
 
 
-def _mt_bench(entry: MTBenchEntry, role: Role, asked: Asked) -> MTBenchTask:
-    where, recipe = f"eval.{role}", asked.recipe
+def _mt_bench(entry: MTBenchEntry, role: Role, context: EvalContext) -> MTBenchTask:
+    where = f"eval.{role}"
+    recipe = context.recipe
     rows = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where).rows
     references = read_documents([Path(entry.references)], f"{where}.references").rows if entry.references else ()
     template, judge = recipe.data.template, recipe.eval.judge
 
     def ask_next(before: Sequence[tuple[str, str]], question: str) -> str:
         messages = [{"role": r, "content": t.strip()} for turn in before for r, t in zip(("user", "assistant"), turn)]
-        return ask(template, [*messages, {"role": "user", "content": question.strip()}], asked.tokenizer)
+        return prompt_text(template, [*messages, {"role": "user", "content": question.strip()}], context.tokenizer)
 
     return MTBenchTask(
         name=entry.mt_bench,
@@ -235,22 +234,23 @@ def _mt_bench(entry: MTBenchEntry, role: Role, asked: Asked) -> MTBenchTask:
     )
 
 
-def _forgetting(entry: ForgettingEntry, role: Role, asked: Asked) -> ForgettingTask:
+def _forgetting(entry: ForgettingEntry, role: Role, context: EvalContext) -> ForgettingTask:
     where = f"eval.{role}"
     found = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=entry.limit)
-    text_of, texts = RowText(entry.field, found.columns, f"{where}.field"), []
+    text_of = RowText(entry.field, found.columns, f"{where}.field")
+    texts: list[str] = []
     for number, row in list(zip(found.numbers, found.rows))[: entry.limit]:
         try:
             texts.append(text_of.text(row))
         except ValueError as error:
             raise UserError(f"{where}: row {number} of {entry.path} cannot be used: {error}") from None
-        if len(asked.tokenizer(texts[-1], truncation=True, max_length=2)["input_ids"]) < 2:
+        if len(context.tokenizer(texts[-1], truncation=True, max_length=2)["input_ids"]) < 2:
             raise UserError(f"{where}: row {number} of {entry.path} has fewer than two tokens; leave it out")
     return ForgettingTask(entry.forgetting, texts, entry.max_length, role)
 
 
 # A new kind of evaluation is a class in eval_harness, its entry in config/schema.py, and a line here.
-MAKERS: dict[type, Callable[[Any, Role, Asked], Task]] = {
+MAKERS: dict[type, Callable[[Any, Role, EvalContext], Task]] = {
     LmEvalEntry: _lm_eval, AnswersEntry: _answers, PreferencesEntry: _preferences, MTBenchEntry: _mt_bench,
     ForgettingEntry: _forgetting,
 }  # fmt: skip
