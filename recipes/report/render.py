@@ -123,8 +123,12 @@ def print_table(results: Results, console: Console | None = None, *, evaluations
 
 
 def _headline(results: Results, evaluations: Evaluations) -> str:
-    one_setting = len({row.variant for row in results.rows[1:]}) == 1  # compared as they are, not at equal learning
-    return grid_headline(results, evaluations) if results.grid and not one_setting else headline(results)
+    return headline(results) if _one_setting(results) else grid_headline(results, evaluations)
+
+
+def _one_setting(results: Results) -> bool:
+    """Return whether methods are compared as they are: in a run, and in a grid of one setting; else at equal learning."""
+    return not results.grid or len({row.variant for row in results.rows[1:]}) == 1
 
 
 def _name_width(table: Table) -> int:
@@ -198,6 +202,7 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
         "variable": variable,
         "palette": palette(colors),
         "table": table,
+        "one_setting": _one_setting(results),
         "few_seeds": any("†" in cell.error for column in table.columns for cell in column.cells),
         "name_width": _name_width(table),
         "alt": plane_alt(results),

@@ -141,13 +141,18 @@ def test_a_grids_settings_are_not_marked_best(tmp_path):
     write_report(tmp_path)
     assert "**10.0 ± 1.0**" in (tmp_path / "report.md").read_text()
     raw["grid"] = {"seeds": [0], "planned": 9, "cells": []}
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<strong>Bold</strong>" in page and "No row is marked best here" not in page  # of one setting
     raw["rows"][2]["variant"] = "lr 0.1"
     (tmp_path / "results.json").write_text(json.dumps(raw))
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "**10.0" not in page and "0 of 9 runs are done" in page
     assert "One table for each level of learning that LoRA reached." in page
-    assert "No row is marked best here" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "No row is marked best here" in page and "<strong>Bold</strong>" not in page
     assert load_results(tmp_path).grid.planned == 9
 
 
