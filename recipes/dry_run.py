@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes import output
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import load_documents
@@ -43,6 +44,7 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
         print_plan(recipe, job.config, job.plans, training, rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
+        _print_measures(job)
         _print_checks(job, rows, size, free)
     return job
 
@@ -65,6 +67,23 @@ def _print_grid(recipe: Recipe, runs: int) -> None:
 
 def _values(sweep: dict[str, list[Any]]) -> str:
     return "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in sweep.items())
+
+
+def _print_measures(job: Job) -> None:
+    """Print what is measured before and after training, what while it lasts, and the budget."""
+    print(f"measure     {', '.join(dict.fromkeys(task.label for task in job.tasks)) or 'nothing'}")
+    if job.probe is not None:
+        section, labels = job.probe.section, dict.fromkeys(task.label for task in job.probe.tasks)
+        often = (
+            f"at most {section.share:.0%} of the time" if section.every == "auto" else f"every {section.every} steps"
+        )
+        print(f"probe       {', '.join(labels)}, {often}")
+    if job.budget is not None:
+        section, rows = job.budget.section, rows_of(job.budget.task, job.recipe.eval.limit)
+        on = f"{job.budget.rows_left(len(rows))} rows" if rows is not None else "the rows"
+        print(
+            f"budget      {job.budget.measure} at most {section.at_most:g} on {on} that no probe uses, then {section.then}"
+        )
 
 
 def _print_checks(job: Job, rows: int | None, size: int, free: int) -> None:
