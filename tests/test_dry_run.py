@@ -161,19 +161,8 @@ def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
     assert "checked: 40 training rows, 60 calibration windows" in out and "one training step of a stand-in" in out
     assert re.search(r"covers      \S+facts.jsonl: 60 windows, [0-9,]+ tokens", out), out
     assert "measure     facts, numbers\n" in out and "probe  " not in out and "budget  " not in out
-    assert (
-        main(
-            [
-                str(base / "tiny.yaml"),
-                "--dry-run",
-                "--max-forgetting",
-                "0.1",
-                "eval.probe={every: 3}",
-                "eval.limit=null",
-            ]
-        )
-        == 0
-    )
+    words = ["--max-forgetting", "0.1", "eval.probe={every: 3}", f"eval.retention=[{base}/facts.jsonl]"]
+    assert main([str(base / "tiny.yaml"), "--dry-run", *words]) == 0
     out = capsys.readouterr().out
     assert "probe       facts, numbers, every 3 steps\n" in out
     assert re.search(r"budget      facts kl at most 0.1 on \d+ rows that no probe uses, then scale", out), out
