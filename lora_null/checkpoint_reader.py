@@ -100,7 +100,7 @@ def checkpoint_name(name: str) -> str:
     return ".".join(part for part in plain_name(name).split(".") if part not in WRAPPERS)
 
 
-def keys_by_name(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Return under what key a checkpoint holds each weight of a model, by the weight's name in the model.
 
     They differ where transformers renames weights as it loads them, as those of most models that read images too. Left out
@@ -109,7 +109,8 @@ def keys_by_name(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     made_of_several = [change for change in changes if not isinstance(change, WeightRenaming)]
-    names, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    names = {checkpoint_name(name): tensor for name, tensor in model.state_dict().items()}
+    prefix, found = model.base_model_prefix, {}
     for key in sorted(keys):
         name, made_by = rename_source_key(key, renamings, made_of_several, prefix, names)
         if name not in names and key in names:

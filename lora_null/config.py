@@ -11,10 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.layer import NO_BASIS, lora_null_layer
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 
 VARIANTS = ("v1", "v2", "nb")
 STARTS = ("zero", "residual")
+logger = get_logger(__name__)
 MULTIPLE = 4  # directions of N for each rank, where nothing else is asked for
 
 # PEFT features that change what an adapter computes; LoRA-Null's equations hold for W0 x + s·B(A x) alone.
@@ -178,11 +180,16 @@ class LoraNullConfig(ResidualLoraConfig):
             config = LoraNullConfig.from_pretrained("out/adapter", variant="v2")
             model = PeftModel.from_pretrained(base, "out/adapter", config=config, is_trainable=True)
 
+        What is saved holds no variant: without one it is "v2", and a line says so of a config that was saved without an
+        adapter. `dataclasses.replace` keeps the variant, `to_dict` does not.
+
         Raises:
             UserError: for variant "nb": what is saved is a plain LoRA without the basis that A was kept in.
         """
         if fields.get("variant") == "nb":
             raise UserError(NO_BASIS)
+        if "variant" not in fields and not fields.get("inference_mode"):  # which is set beside an adapter's weights
+            logger.warning("variant: a saved config holds none, v2 is taken; give variant=")
         fields.pop("peft_type", None)  # which would make it PEFT's own class
         return super().from_peft_type(**fields)
 

@@ -120,7 +120,7 @@ def initialization_key(
     batches: Iterable[Mapping[str, Any]],
     **settings: Any,
 ) -> str:
-    """Return a hash of all that decides an initialization: base, calibration tokens, ranks, scalings, settings.
+    """Return a hash of all that decides an initialization: base, batches, ranks, scalings, settings.
 
     Args:
         model: `fingerprint` of the base.
@@ -140,6 +140,10 @@ def initialization_key(
             if key in batch:
                 value = torch.as_tensor(batch[key]).to("cpu", torch.int64).contiguous()
                 digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+        for key in sorted(key for key in batch if key not in (*INPUTS, "labels") and torch.is_tensor(batch[key])):
+            value = batch[key].detach().to("cpu").contiguous()  # such as the pixels of an image
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from lora_null.calibration import Calibration
 from lora_null.earlier import after_earlier
 from lora_null.layer import adapted_layers, freeze_factor
-from lora_null.residual import subtract_residuals
+from lora_null.residual import ResidualLoraModel, subtract_residuals
 from lora_null.start import DEFAULTS, InitOptions, LayerReport, compute_start, rule_of
 from lora_null.targets import check_layers, warn_about_fused_experts
 from lora_null.utils.distributed import together
@@ -89,6 +89,7 @@ def finish_initialization(peft_model: PeftModel, adapter_name: str) -> None:
     if config.starts_from_residual:
         subtract_residuals(peft_model, adapter_name)
         return
+    peft_model.base_model.__class__ = ResidualLoraModel
     for layer in adapted_layers(peft_model, adapter_name).values():
         nn.init.zeros_(layer.lora_B[adapter_name].weight)
         if config.variant == "v2":

@@ -13,7 +13,7 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, check_beside_residual, factors_of, residual_of
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import own_code_at
+from lora_null.utils.model_state import own_code_at, replaced
 from lora_null.utils.quantized import is_quantized, why_unreadable
 
 
@@ -72,11 +72,16 @@ class ResidualLoraModel(LoraModel):
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As PEFT's; an adapter that counts from a residual enters with its plain factors, of rank 2r."""
+        """As PEFT's; an adapter that counts from a residual enters with its plain factors, of rank 2r.
+
+        PEFT puts the scalings into the new factors and makes the new config of the first adapter's: s is to be 1 there, not √r.
+        """
         with contextlib.ExitStack() as stack:
             for name in adapters:
                 if isinstance(config := self.peft_config.get(name), ResidualLoraConfig) and config.carries_residual:
                     stack.enter_context(self._plain(name))
+            if first := self.peft_config.get(next(iter(adapters), "")):
+                stack.enter_context(replaced(first, "use_rslora", False))
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import check_architecture
 from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
-from lora_null.layer import NO_BASIS, LoraNullLinear, adapted_layers, is_started
+from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started
 from lora_null.residual import refuse_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
@@ -70,6 +70,15 @@ def check_named(model: nn.Module, targets: Any) -> None:
             raise UserError(f"target_modules: no module matches {wanted!r}{nearest(wanted, leaves)}")
 
 
+def check_patterns(config: PeftConfig, layers: Mapping[str, Any]) -> None:
+    """Raise a UserError for a key of `rank_pattern` or `alpha_pattern` that matches no adapted module, by PEFT's rule."""
+    for field in ("rank_pattern", "alpha_pattern") if layers else ():  # none: another kind than LoRA
+        for key in getattr(config, field, None) or ():
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers):
+                leaves = {name.rpartition(".")[2] for name in layers}
+                raise UserError(f"{field}: no adapted module matches {key!r}{nearest(key, leaves)}")
+
+
 def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> None:
     """Refuse, before any work, what LoRA-Null cannot start correctly.
 
@@ -84,7 +93,8 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
     check_named(peft_model.get_base_model(), config.target_modules)
-    refuse_experts(peft_model.get_base_model(), layers)
+    refuse_experts(peft_model.get_base_model(), layers)  # for which PEFT has written patterns of its own
+    check_patterns(config, layers)
     refuse_bypassed(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
@@ -124,7 +134,7 @@ def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     fused = next((name for name, layer in wrapped.items() if layer.get_param().ndim == 3), None)
     reason = "holds fused experts, each of which reads other tokens" if fused else "is a router, no linear"
     raise UserError(
-        f"target_modules: {fused or next(iter(wrapped))} {reason}, and LoRA-Null cannot adapt it; name the other "
+        f"target_modules: {fused or next(iter(wrapped))} {reason}, and is not adapted here; name the other "
         f"linears: target_modules={named}"
     )
 
@@ -167,12 +177,16 @@ def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftMode
     """Return `get_peft_model(base, config, **options)`; a target that PEFT refuses, or takes and ignores, is one line.
 
     Raises:
-        UserError: naming the target.
+        UserError: naming the target, fused experts among them, or the pattern.
         ValueError: whatever else PEFT refuses.
     """
     check_named(base, config.target_modules)
     with refusing_in_one_line():
-        return get_peft_model(base, config, **options)
+        model = get_peft_model(base, config, **options)
+    layers = adapted_layers(model, active_adapter(model))
+    refuse_experts(base_model_of(model), layers)
+    check_patterns(config, layers)
+    return model
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
         print_plan(recipe, job.config, job.plans, training, rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
-        _print_measures(job)
+        if not job.unreached:
+            _print_measures(job)
         _print_checks(job, rows, size, free)
     return job
 

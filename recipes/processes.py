@@ -111,7 +111,8 @@ def print_line(line: str) -> None:
 def hold_grid_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
     """Enter `lock`, which claims a grid's folder, in the first worker.
 
-    The others wait until the first has claimed it, in this launch. A UserError of another worker than the first is printed here; `exit_status` prints the first one's.
+    The others wait until the first has claimed it, in this launch. A UserError of another worker than the first is
+    printed here; `exit_status` prints the first one's.
     """
     launcher = psutil.Process(os.getppid())  # the parent of all; its number may have been another's before
     launch, ready = f"{platform.node()} {launcher.pid} {launcher.create_time():.2f}", folder / f".launch{PART}"

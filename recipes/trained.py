@@ -23,9 +23,8 @@ LAST_WRITTEN = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # wha
 TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 PROCESSOR = "*processor*.json"
 TOKENIZER += ["chat_template*", PROCESSOR]
-QUANTIZED_NOTE = (
-    "trained on the base quantized to {}; on the base as it is, figures differ"  # what cards and checks say
-)
+# What cards and checks say.
+QUANTIZED_NOTE = "trained on the base quantized to {}; on the base as it is, figures differ"
 BASE_FILES = ["*.safetensors", "*.json", *TOKENIZER]
 
 

@@ -129,6 +129,15 @@ class TestGoingOn:
         with pytest.raises(UserError, match="decay_to_start: there is no residual base to go back to"):
             make(tmp_path / "3", "none", model=load(), weight_decay=0.1, decay_to_start=True)
 
+    def test_a_config_that_is_read_back_without_its_variant_says_so(self, tmp_path, caplog):
+        LoraNullConfig(r=4, variant="v1").save_pretrained(tmp_path / "alone")
+        get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1")).save_pretrained(tmp_path / "adapter")
+        for folder, given, told in (("alone", {}, True), ("alone", {"variant": "v1"}, False), ("adapter", {}, False)):
+            caplog.clear()
+            config = LoraNullConfig.from_pretrained(tmp_path / folder, **given)
+            assert config.variant == given.get("variant", "v2")
+            assert ("variant: a saved config holds none, v2 is taken" in caplog.text) == told
+
     def test_one_that_has_taken_no_step_goes_on_from_its_start_too(self, tmp_path):
         first = make(tmp_path / "1", CONFIGS["v2"]())
         first._prepare(resuming=False)

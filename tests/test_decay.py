@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers, factors_of, residual_of
-from lora_null.trainer.decay import decays_to_start
+from lora_null.trainer.decay import DecayToStart, decays_to_start
 from lora_null.trainer.methods import make_method
 
 KINDS = {
@@ -68,6 +68,18 @@ def test_every_step_is_adamws_with_decay_to_where_it_should_go(kind, asked, tmp_
         if name in ours:
             assert p.dtype == torch.float64
             np.testing.assert_allclose(p.detach().numpy(), ours[name], atol=1e-9)
+
+
+@pytest.mark.parametrize("given, added", [(DecayToStart(), None), (None, DecayToStart()), (None, DecayToStart)])
+def test_ones_own_callback_beside_the_trainers_acts_once(given, added, tmp_path):
+    one = trainer_of("v1", tmp_path / "1")
+    two = trainer_of("v1", tmp_path / "2", callbacks=[given] if given else None)
+    if added is not None:
+        two.add_callback(added)
+    for trainer in (one, two):
+        trainer.train()
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["v1", "nb"])

@@ -247,9 +247,9 @@ def weighted(kind, weight=1.0, **options):
     return run
 
 
-def weighted_two(kind):
+def weighted_two(kind, **config):
     def run(live, path):
-        other = Live("v2", r=8 if live.kind in RESIDUAL and kind == "linear" else 4)
+        other = Live("v2", r=8 if live.kind in RESIDUAL and kind == "linear" else 4, **config)
         other.change(torch.Generator().manual_seed(5))
         other.model.save_pretrained(path)
         live.model.load_adapter(str(path), "other", autocast_adapter_dtype=False)
@@ -608,3 +608,18 @@ def test_saved_config_keeps_every_scaling(config, kind, tmp_path):
     live = Live(kind, **config)
     assert saves(live, tmp_path)
     assert live.model.peft_config["default"].r == 4  # what was asked for
+
+
+RS = {"use_rslora": True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("combine", [weighted("linear", 0.7), weighted("cat"), weighted("svd", -1.5),
+                                     weighted_two("cat", **RS), weighted_two("svd", **RS)])  # fmt: skip
+def test_a_combination_of_rank_stabilized_adapters_is_their_sum(combine, kind, tmp_path):
+    live = Live(kind, **RS)
+    assert combine(live, tmp_path)
+    assert {name: config.use_rslora for name, config in live.model.peft_config.items() if name != "other"} == {
+        "default": True,
+        "mixed": False,
+    }

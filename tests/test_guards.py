@@ -1,6 +1,7 @@
 """Guards look at the harm itself, early; warn where it may be meant; and lose nothing that was trained."""
 
 import contextlib
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file
 from test_dpo import make as make_dpo
 from test_trainer import losses, make
-from tiny import random_batches, tiny_model, tiny_tokenizer
+from tiny import logits, random_batches, tiny_model, tiny_tokenizer
 from trainers import CUT, PAIRS, ROWS, TEXTS
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -26,8 +27,9 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.start import InitOptions
+from lora_null.targets import add_adapter
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer
-from lora_null.trainer.methods import adapter_parameters, make_method
+from lora_null.trainer.methods import METHODS, adapter_parameters, make_method
 from lora_null.trainer.preflight import has_reference
 
 END = 2
@@ -85,6 +87,65 @@ def test_an_adapter_that_is_drawn_anew_trains_what_its_own_config_says():
     initialize_lora_null_weights(again, random_batches(), min_tokens=1, progress=False)
     trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert {name.rpartition("lora_")[2][0] for name in trained} == {"A", "B"}
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"method": "pissa"}, r"method: takes what make_method gives, not 'pissa'; make_method\('pissa'\)"),
+    ({"method": METHODS["oft"]}, r"method: takes what make_method gives, not <class .*OFT'>; make_method\('oft'\)"),
+    ({"calibration_args": {"samples": 3}}, r"calibration_args: takes CalibrationArgs\(…\), not a dict"),
+    ({"init_options": {"seed": 3}}, r"init_options: takes InitOptions\(…\), not a dict"),
+])  # fmt: skip
+def test_what_is_of_another_kind_is_one_line_before_a_model_loads(given, said):
+    with pytest.raises(UserError, match=said):
+        LoraNullSFTTrainer(model="not loaded", peft_config=LoraNullConfig(r=4), calibration_dataset=TEXTS, **given)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_no_adapted_module_is_refused(tmp_path, field):
+    """The key is a regular expression of the end of a name, as PEFT reads it."""
+    for key in ("q_prj", "lm_head", "layers.7.self_attn.q_proj"):
+        options = {"r": 4, "target_modules": TWO, field: {key: 2, "v_proj": 2}}
+        with pytest.raises(UserError, match=rf"{field}: no adapted module matches '{key}' \((did you|choose)"):
+            make(tmp_path, LoraNullConfig(**options))
+        with pytest.raises(UserError, match=f"{field}: no adapted module"):
+            add_adapter(tiny_model(), LoraConfig(**options))  # as recipes do
+    for key in ("q_proj", r"layers\.[01]\.self_attn.q_proj", "^model.layers.1.self_attn.v_proj"):
+        make(tmp_path, LoraNullConfig(r=4, target_modules=TWO, **{field: {key: 2}}))
+    add_adapter(tiny_model(), peft.LoHaConfig(r=4, target_modules=TWO, **{field: {"q_proj": 2}}))
+
+
+def test_an_optimizer_from_before_the_adapter_is_refused_and_one_of_a_part_told_of(tmp_path, capsys):
+    bare = tiny_model()
+    with pytest.raises(UserError, match="optimizers: holds nothing that trains, it was made before the adapter"):
+        make(tmp_path, model=bare, optimizers=(torch.optim.AdamW(bare.parameters()), None))
+    with pytest.raises(UserError, match="optimizers: holds nothing that trains; give its class"):
+        own = torch.optim.AdamW(tiny_model().parameters())
+        LoraNullSFTTrainer(tiny_model(), make(tmp_path).args, train_dataset=ROWS, processing_class=tiny_tokenizer(),
+                           optimizers=(own, None))  # fmt: skip
+    assert "optimizers" not in capsys.readouterr().err
+    for left_out, told in ((0, False), (1, True)):
+        model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        make(tmp_path, "none", model=model, optimizers=(torch.optim.AdamW(trained[left_out:]), None))
+        assert ("lora_B.default.weight (1 of 14 parameters that train)" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("kind", ["sft", "a second trainer", "dpo", "full"])
+def test_a_copy_of_a_trainers_model_computes_with_its_own_weights(tmp_path, kind):
+    if kind == "dpo":
+        trainer = make_dpo(tmp_path, LoraNullConfig(r=4))
+    else:
+        whole = {"config": "none", "method": make_method("full")} if kind == "full" else {}
+        trainer = make(tmp_path, **whole)
+    if kind == "a second trainer":
+        trainer = make(tmp_path, "none", model=trainer.model)
+    before = copy.deepcopy(trainer.model)
+    of_base, fused = logits(before).clone(), {**random_batches(1)[0], "fused_lm_head": True}
+    fused["labels"] = fused["input_ids"]
+    loss = before(**fused).loss
+    trainer.train()
+    assert torch.equal(logits(before), of_base) and torch.equal(before(**fused).loss, loss)
+    assert not torch.equal(logits(trainer.model), of_base)
 
 
 class HandsOn(SFTTrainer):

@@ -1,5 +1,6 @@
 """Kills, preemption, full disks and second runs: nothing half-written is taken, nothing whole is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -248,13 +249,19 @@ def test_a_full_disk_is_known_in_every_wrapping(capsys):
     def torch_says():
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
+    def wrapped():
+        raise RuntimeError("cannot write") from OSError(errno.EDQUOT, "full")
+
     def safetensors_says():
         raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    assert exit_status(torch_says) == exit_status(safetensors_says) == 1
+    assert exit_status(torch_says) == exit_status(safetensors_says) == exit_status(wrapped) == 1
     with pytest.raises(RuntimeError, match="a fault of ours"):
         exit_status(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
-    assert capsys.readouterr().err.count("error: no space left") == 2
+    said = capsys.readouterr().err
+    assert (
+        said.count("error: no space left") == 2 and said.count("error: a file could not be written, as on a full") == 1
+    )
 
 
 def test_no_pickle_of_a_checkpoint_is_run(finished, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from test_trainer import make
 from tiny import random_batches, tiny_model, tiny_tokenizer
 from trainers import CUT, PAIRS, ROWS, TEXTS, quick
@@ -25,7 +25,7 @@ from lora_null.eval_harness.generate import generate_texts
 from lora_null.layer import adapted_layers
 from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main
-from lora_null.targets import refusing_in_one_line
+from lora_null.targets import add_adapter, refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.calibration_data import calibration_windows
 from lora_null.utils.limits import position_limit, tokenizer_of, why_unsupported
@@ -470,6 +470,13 @@ class TestExperts:
         with pytest.raises(UserError, match=line) as mistake, refusing_in_one_line():
             initialize_lora_null_weights(get_peft_model(model, LoraNullConfig(r=2, **targets)), random_batches())
         assert "\n" not in str(mistake.value)
+
+    @pytest.mark.parametrize("kind", [LoraConfig, LoraNullConfig])
+    def test_a_recipe_names_them_and_no_pattern_of_pefts(self, kind):
+        with pytest.raises(
+            UserError, match=r"layers.0.mlp.experts holds fused .*\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
+        ):
+            add_adapter(self.mixtral(), kind(r=2, target_modules="all-linear"))
 
     @pytest.mark.parametrize("shape", ["mixtral", "qwen3_moe"])
     def test_without_a_trainer_what_stays_is_said_too(self, shape, capsys):

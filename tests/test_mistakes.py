@@ -100,7 +100,7 @@ CASES = [
     (["method.target_modules='('"], "method.target_modules: a pattern is no regular expression (missing )"),
     (
         ["method.rank_pattern={q_porj: 2}"],
-        "method.rank_pattern: 'q_porj' is the name of no adapted module (did you mean",
+        "method.rank_pattern: no adapted module matches 'q_porj' (did you mean",
     ),
     (["training.weight_decay=-1"], "training.weight_decay: must be a number of at least 0, not -1"),
     (["training.weight_decay=.nan"], "training.weight_decay: must be a number of at least 0, not nan"),

@@ -125,21 +125,21 @@ def test_what_decides_them_is_described(own, tmp_path, name):
 def test_what_merely_lies_beside_a_task_does_not_decide_it(own, tmp_path):
     """A recipe, a log, an environment of Python: a run that began before they changed goes on."""
     shutil.copy(own / "tasks" / "mine_lls.yaml", tmp_path)
-    (tmp_path / "recipe.yaml").write_text("include: default\n")
+    (tmp_path / "recipe.yaml").write_text("include: default\noutput_dir: out\n")
 
     def described():
         return LmEvalTask("mine_lls", include_path=str(tmp_path)).describe(3)
 
     first = described()
-    (tmp_path / "recipe.yaml").write_text("include: default  # mine\n")
+    (tmp_path / "recipe.yaml").write_text("include: default\noutput_dir: mine\n")
     (tmp_path / "log.txt").write_text("step 1\n")
     assert described() == first
-    (tmp_path / "code.py").write_text("NAMES = open('names.lst')\n")
+    (tmp_path / "code.py").write_text("NAMES = open('names.yaml')\n")
     with_code = described()
     assert with_code != first
-    (tmp_path / "recipe.yaml").write_text("include: default\n")
+    (tmp_path / "recipe.yaml").write_text("include: default\noutput_dir: out\n")
     assert described() == with_code
-    (tmp_path / "names.lst").write_text("a\n")
+    (tmp_path / "names.yaml").write_text("a: 1\n")
     assert described() != with_code
 
 

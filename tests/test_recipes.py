@@ -79,6 +79,7 @@ def test_dry_run_at_full_size(capsys, monkeypatch, name, preset):
     assert main([name, "--dry-run", "--model-preset", preset]) == 0
     out = capsys.readouterr().out
     assert f"{MODELS[preset][0]}, {MODELS[preset][1]} parameters" in out
+    assert "measure  " not in out and "not checked, the hub does not answer" in out
     if name == "math" and preset == "llama-2-7b":
         assert "782 optimizer steps of 128 sequences" in out and "174M" in out
     if name == "ultrafeedback" and preset == "llama-2-7b":
@@ -376,6 +377,8 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     found += recipe.grid.per_method["lora"]["data.path"]
     names = ("model", "start", "prompts.jsonl", "numbers.jsonl", "facts.jsonl", "facts.jsonl")
     assert found == [str(tmp_path / name) for name in names] and recipe.output_dir == "/home/me/out"
+    (tmp_path / "in_$usd.jsonl").touch()  # a path that is there, beside the recipe, is one
+    assert load_recipe(str(tmp_path / "me.yaml"), ["method.init=in_$usd.jsonl"]).method.init.endswith("in_$usd.jsonl")
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     recipe = load_recipe(str(tmp_path / "me.yaml"), ["output_dir=$SCRATCH/out", "method.init=${SCRATCH}/start"])
     assert (recipe.output_dir, recipe.method.init) == (str(tmp_path / "out"), str(tmp_path / "start"))

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_null import LoraNullConfig, UserError, store
-from lora_null.fingerprint import WORDS, fingerprint, fingerprint_of
+from lora_null.fingerprint import WORDS, fingerprint, fingerprint_of, initialization_key
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.utils.model_state import own_code_at
@@ -82,6 +82,16 @@ def test_parts_of_another_initialization_are_neither_read_nor_left(what, cache, 
     loaded = wrapped(**CHANGES[what])
     assert load_initialization(tmp_path / "init", loaded)[0].key == report.key
     assert same(factors(loaded), found)
+
+
+def test_every_tensor_of_a_batch_decides():
+    """Of rows with images too, which have the same captions."""
+    key = lambda **more: initialization_key("base", {}, "default", [{**BATCHES[0], **more}])  # noqa: E731
+    pixels = torch.rand(8, 3, 4, 4)
+    others = [pixels + 1, pixels.bfloat16(), pixels.view(8, 3, 16), pixels[:, 0, 0, 0] > 0.5]
+    assert len({key(), key(pixel_values=pixels), *(key(pixel_values=other) for other in others)}) == 6
+    assert key(pixel_values=pixels) == key(pixel_values=pixels.clone()) != key(image_sizes=pixels)
+    assert key(max_length_q=12) == key()
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -39,6 +39,7 @@ def make(
     decay_to_start=None,
     optimizers=(None, None),
     optimizer_class=None,
+    callbacks=None,
     **options,
 ):
     """A trainer; `config` is "none" where the model is a PeftModel already."""
@@ -56,6 +57,7 @@ def make(
         decay_to_start=decay_to_start,
         optimizers=optimizers,
         optimizer_cls_and_kwargs=optimizer_class,
+        callbacks=callbacks,
         eval_dataset=eval_rows,
     )
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,7 @@ from lora_null.trainer.checkpoints import (
 )
 from lora_null.trainer.decay import DecayToStart, averages, decays_to_start, optimizer_name
 from lora_null.trainer.methods import (
+    METHODS,
     Method,
     MicroBatch,
     adapts_plainly,
@@ -96,7 +98,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit
-from lora_null.utils.model_state import own_precision, preserve, release_freed_memory, replaced
+from lora_null.utils.model_state import base_model_of, own_precision, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 if TYPE_CHECKING:
@@ -167,6 +169,27 @@ def _only_what_is_taught() -> contextlib.AbstractContextManager[None]:
     """
     runs_triton = trl_utils._use_triton
     return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
+
+
+def _let_copies_compute(model: nn.Module) -> None:
+    """Let a copy of a model that TRL has given its fused head compute with its own weights.
+
+    TRL's forward keeps the one that it replaces in a closure, bound to the model, which a copy would call too.
+    """
+    base = base_model_of(model)
+    fused = getattr(vars(base).get("forward"), "__func__", None)
+    if not inspect.isfunction(fused) or "original_forward" not in fused.__code__.co_freevars:  # not TRL's
+        return
+    original = dict(zip(fused.__code__.co_freevars, fused.__closure__ or ()))["original_forward"].cell_contents
+    if getattr(original, "__self__", None) is not base:  # accelerate's hooks, which a copy takes along
+        return
+    plain = original.__func__
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(self, *args, **kwargs)
+
+    base.forward = MethodType(forward, base)
 
 
 class _Begin(TrainerCallback):
@@ -275,6 +298,16 @@ class LoraNullMixin(SavingMixin):
             start: those of this trainer's that decide the start, by name; None for what is not given.
             preflight: likewise.
         """
+        if method is not None and not isinstance(method, Method):
+            name = getattr(method, "name", method)
+            name = name if isinstance(name, str) and name in METHODS else "pissa"
+            raise UserError(
+                f"method: takes what make_method gives, not {method!r}; make_method({name!r}), with "
+                "peft_config=method.config(r=…)"
+            )
+        for name, kind in (("calibration_args", CalibrationArgs), ("init_options", InitOptions)):
+            if start[name] is not None and not isinstance(start[name], kind):
+                raise UserError(f"{name}: takes {kind.__name__}(…), not a {type(start[name]).__name__}")
         model, peft_config = given.get("model"), given.get("peft_config")
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
@@ -309,6 +342,8 @@ class LoraNullMixin(SavingMixin):
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
             super().__init__(**given)
+        for copied in filter(None, (self.model, getattr(self, "ref_model", None))):
+            _let_copies_compute(copied)
         for parameter, data in exact:  # which TRL rounds to bfloat16 on a quantized base
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -318,6 +353,7 @@ class LoraNullMixin(SavingMixin):
 
     def _take_method(self, method: Method | None, optimizers: tuple[Any, Any] | None) -> None:
         """Find out what is initialized, trained and measured, and prepare the adapter for it."""
+        own_optimizer = (optimizers or (None,))[0]
         self._has_method = method is not None or isinstance(self.model, PeftModel)
         self._already_trained = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
         self.method = method or (Method() if self._already_trained else method_of(self.model))
@@ -340,10 +376,29 @@ class LoraNullMixin(SavingMixin):
         self._check_precision()
         if self._already_trained:
             check_basis(self.model, self.adapter_name)
-        elif self.method.new_parameters and (optimizers or (None,))[0] is not None:
+        elif self.method.new_parameters and own_optimizer is not None:
             raise UserError(
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
+            )
+        if own_optimizer is not None:
+            self._check_holds(own_optimizer)
+
+    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {name: id(parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = [name for name, parameter in trained.items() if parameter not in held]
+        if missing and len(missing) == len(trained):
+            adapted = isinstance(self.model, PeftModel)
+            why, instead = (", it was made before the adapter", "the PEFT model") if adapted else ("", "its own model")
+            raise UserError(
+                f"optimizers: holds nothing that trains{why}; give its class by optimizer_cls_and_kwargs, or {instead}"
+            )
+        if missing:
+            logger.warning(
+                f"optimizers: {missing[0]} ({len(missing)} of {len(trained)} parameters that train) is not in it and "
+                "stays as it is"
             )
 
     def _take_reference_along(self, before: torch.dtype) -> None:
@@ -376,6 +431,13 @@ class LoraNullMixin(SavingMixin):
             deepspeed=self.is_deepspeed_enabled,
             kind=(self.optimizer_cls_and_kwargs or [None])[0],
         )
+
+    def add_callback(self, callback: Any) -> None:
+        """As the parent trainer; a second `DecayToStart`, which would act twice, is left out."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        there = (isinstance(other, DecayToStart) for other in self.callback_handler.callbacks)
+        if not (issubclass(kind, DecayToStart) and any(there)):
+            super().add_callback(callback)
 
     def _add_step_callbacks(self, to_start: bool) -> None:
         """Add the callbacks that correct a step.

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
-BESIDE = (".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
+BESIDE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
+RECIPE = re.compile(
+    rb"^(model|method|training|calibration|output_dir)\s*:", re.MULTILINE
+)  # which a task's code does not
 INSTALLED = {"site-packages", "dist-packages"}
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # the environment variable that the hub's metric code_eval asks for
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
@@ -238,9 +241,10 @@ def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
     code |= {file for folder in folders for file in folder.glob("*.py")}
     files = rules | code
     if code:
-        text = b"".join(file.read_bytes() for file in code if file.is_file())
-        beside = [file for folder in folders for file in folder.iterdir()]
-        files |= {file for file in beside if file.suffix in BESIDE or file.name.encode() in text}
+        beside = [file for folder in folders for file in folder.iterdir() if file.suffix in BESIDE]
+        files |= {
+            file for file in beside if file.suffix not in (".yaml", ".yml") or not RECIPE.search(file.read_bytes())
+        }
     files |= {file for path in found for file in ([path] if path.is_file() else path.rglob("*"))}
     for file in sorted(filter(Path.is_file, files)):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -76,9 +76,10 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             _tell(f"no file or folder has a name as long as {error.filename}")  # pyright: ignore[reportAttributeAccessIssue]
             return 2
-        if not any(map(_is_full_disk, _causes(error))):
+        reason = next(filter(None, map(_why_not_written, _causes(error))), None)
+        if reason is None:
             raise
-        _tell("no space left on the disk; what was finished before is whole, and a run goes on with --resume")
+        _tell(f"{reason}; what was finished before is whole, and a run goes on with --resume")
         return 1
 
 
@@ -87,11 +88,11 @@ def _tell(message: str, head: str = "error: ") -> None:
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Return whether an exception tells of a full disk or quota; torch and safetensors wrap it in their own."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # safetensors' words; and torch.save's, whose writer says no more than where it could not go on
-    return any(
-        words in str(error) for words in ("No space left on device", "unexpected pos", "PytorchStreamWriter failed")
-    )
+def _why_not_written(error: BaseException) -> str | None:
+    """Return what an exception tells of a full disk or quota; torch and safetensors wrap it in their own. None of another."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    if full:
+        return "no space left on the disk"
+    # torch.save's writer says no more than where it could not go on
+    stopped = "unexpected pos" in str(error) or "PytorchStreamWriter failed" in str(error)
+    return f"a file could not be written, as on a full disk ({first_line(error)})" if stopped else None

@@ -402,7 +402,7 @@ def load_recipe(
     if output_dir == "":
         raise UserError("--output-dir: is empty, give a folder")
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
-    recipe.output_dir = _expanded(recipe.output_dir)
+    recipe.output_dir = str(Path(_expanded(recipe.output_dir)))
     return _with_paths(recipe, lambda given: _resolve_path(given, path.parent))
 
 
@@ -494,13 +494,11 @@ def _swept_values(text: str) -> list[Any]:
 
 
 def _expanded(path: str) -> str:
-    """Return a path with the home folder for ~, and with the environment's variables; one with a $ that is there stays.
+    """Return a path with the home folder for ~, and with the environment's variables.
 
     Raises:
         UserError: a variable that is not set.
     """
-    if Path(path).exists():
-        return path
     path = os.path.expandvars(path)
     if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
         raise UserError(f"{path}: the environment has no variable {unset[1]}")
@@ -509,10 +507,11 @@ def _expanded(path: str) -> str:
 
 def _resolve_path(path: str, folder: Path) -> str:
     """Return what a path means: what is there; else what lies beside the recipe's YAML; of samples/… the shipped one."""
-    if Path(path := _expanded(path)).exists():
+    if Path(path).exists():
         return path
     folders = (folder, RECIPES) if path.startswith("samples/") else (folder,)
-    return str(next((beside / path for beside in folders if (beside / path).exists()), path))
+    found = next((beside / path for beside in folders if (beside / path).exists()), None)
+    return str(found) if found else _expanded(path)
 
 
 def whole_paths(recipe: Recipe) -> Recipe:

@@ -107,6 +107,8 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
+    if len(chosen) > 1 and chosen[0].parent == folder and not any(map(is_split, chosen)):
+        print_once(f"read in {folder}: {', '.join(file.name for file in chosen)}")
     _tell_unread(folder, [file for file in (*unread, *notes) if file.parent == chosen[0].parent])
     return chosen
 

@@ -46,12 +46,10 @@ from lora_null.recipes.results import (
 )
 
 RATE = "training.learning_rate"
-FIRST_RUN_SHARE = (
-    0.99  # below this share of what its first run learned a path is not interpolated: 1% less learned is 7% less KL
-)
-Influences = tuple[
-    np.ndarray | None, np.ndarray | None
-]  # what each question adds to (learned, forgotten); None: not known
+# Below this share of what its first run learned a path is not interpolated: 1% less learned is 7% less KL.
+FIRST_RUN_SHARE = 0.99
+# What each question adds to (learned, forgotten); None: not known.
+Influences = tuple[np.ndarray | None, np.ndarray | None]
 Level = tuple[float, np.ndarray | None]  # what was learned, and what each question adds to it
 
 

@@ -80,7 +80,7 @@ def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, uni
     if same:
         said += f" Not distinguishable from LoRA: {listed([row.label for row in same])}."
     if untested:
-        said += f" Not compared with LoRA (no shared questions or seeds): {listed([row.label for row in untested])}."
+        said += f" Not compared with LoRA (too few questions or seeds in common): {listed([row.label for row in untested])}."
     return said
 
 
@@ -158,11 +158,8 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
         learned = None if best is None else results.rows[best].estimate(task)
         of_safe = ", ".join(f"{rates_of[results.rows[i].variant]:g}" for i in safe) or "none"
         rows.append([f.label, f"{of_safe} ({len(safe)} of {len(tried)})", *map(str, format_column([learned], unit))])
-    columns = [
-        f"learning rates at which no retention NLL or accuracy is more than {SAFE:.0%} worse than the base's",
-        f"best {metric_title(task)} among them",
-    ]
-    note = "By the estimates alone, without their errors."
+    columns = ["safe", f"best {metric_title(task)} among them"]
+    note = f"Safe: no retention NLL or accuracy is more than {SAFE:.0%} worse than the base's, by the estimates alone."
     return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": note}]
 
 

@@ -52,7 +52,7 @@ class Measure:
         return f"{cell}{ {'fraction': '%', 'points': ' points'}.get(self.unit, '') }"
 
     def change(self, i: int) -> float | None:
-        """By how much row `i` has changed since the base, upward what it `counts`; None where either is missing."""
+        """By how much more row `i` has learned, or forgotten (`counts`), than the base; None where either is missing."""
         base, row = self.estimates[0], self.estimates[i]
         if base is None or row is None:
             return None

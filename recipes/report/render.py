@@ -202,7 +202,7 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
         "variable": variable,
         "palette": palette(colors),
         "table": table,
-        "one_setting": _one_setting(results),
+        "marked": _one_setting(results) or any(cell.mark for column in table.columns for cell in column.cells),
         "few_seeds": any("†" in cell.error for column in table.columns for cell in column.cells),
         "name_width": _name_width(table),
         "alt": plane_alt(results),
