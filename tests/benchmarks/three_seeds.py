@@ -21,7 +21,8 @@ from lora_null.recipes.report.equal_learning import equal_learning
 from lora_null.recipes.results import Results, Run, load_results, variant_of
 
 STUDY = Path(__file__).parent / "study"
-TASK, DECAY, SETS = "GSM8K nll", "training.weight_decay", ("NQ", "WebQS", "WikiText", "Instructions", "Code")
+DECAY, RATE = "training.weight_decay", "training.learning_rate"
+TASK, SETS = "GSM8K nll", ("NQ", "WebQS", "WikiText", "Instructions", "Code")
 
 
 def merged(reference: int) -> Results:
@@ -55,20 +56,21 @@ def at_equal_learning() -> None:
                 print(f"  {row.label:30} {read}")
 
 
-def second_task() -> None:
-    """Print the means of every setting's seeds and the p of their differences from the first, LoRA without decay, by Holm."""
+def second_task(method: str, decay: int) -> None:
+    """Print the means of every setting's seeds and the p of their differences from one method's with that decay, by Holm."""
     settings: dict[str, dict[int, Run]] = {}
     cells = [run for file in sorted(STUDY.glob("code*.json")) for run in load_results(file).grid.cells]
-    for run in sorted(cells, key=lambda run: (run.method != "lora", run.method, run.point[DECAY])):
+    cells = [run for run in cells if run.point[RATE] == 1e-3]
+    for run in sorted(cells, key=lambda run: ((run.method, run.point[DECAY]) != (method, decay), run.method)):
         settings.setdefault(f"{run.method}, decay {run.point[DECAY]:g}", {})[run.seed] = run
-    lora, *_ = settings.values()
+    first, *_ = settings.values()
     for name in (f"{kept} nll" if kept == "Code" else f"{kept} kl" for kept in (*reversed(SETS), "GSM8K")):
         values = {key: {seed: run.metrics[name].value for seed, run in runs.items()} for key, runs in settings.items()}
         theirs = next(iter(values.values()))
-        several = {key: found for key, found in values.items() if len(found) == len(lora) > 1}
+        several = {key: found for key, found in values.items() if len(found) == len(first) > 1}
         gaps = [crossed_variance(np.array([found[s] - theirs[s] for s in theirs]), []) for found in several.values()]
         p = dict(zip(several, holm(t_tests(stack(gaps), len(gaps)).p))) if gaps else {}
-        print(f"\n{name} on the second task")
+        print(f"\n{name} on the second task, p against {method}, decay {decay}")
         for key, found in values.items():
             tested = f", p {p[key]:.4f}" if math.isfinite(p.get(key, math.nan)) else ""
             print(f"  {key:24} {mean_of(list(found.values()))}, {len(found)} seeds{tested}")
@@ -82,4 +84,5 @@ def mean_of(values: list[float]) -> str:
 
 if __name__ == "__main__":
     at_equal_learning()
-    second_task()
+    for method, decay in (("lora", 0), ("lora", 3), ("kl-anchor", 0)):
+        second_task(method, decay)
