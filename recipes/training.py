@@ -52,35 +52,9 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)
-    total = options.pop("total_batch_size", None)
-    world = PartialState().num_processes
-    each = options.get("per_device_train_batch_size", 8)
-    if total is not None:
-        if options.get("auto_find_batch_size"):
-            raise UserError(
-                "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "
-                "fixed; give one of the two"
-            )
-        if total % each == total % world == 0 and "gradient_accumulation_steps" not in options:
-            fitting = next(size for size in range(min(each, total // world), 0, -1) if total // world % size == 0)
-            if fitting != each:
-                print_once(
-                    f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {world} processes"
-                )
-                each = options["per_device_train_batch_size"] = fitting
-        one_pass = each * world
-        if total % one_pass:
-            raise UserError(
-                f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes "
-                f"= {one_pass}"
-            )
-        steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
-        if steps != total // one_pass:
-            raise UserError(
-                f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
-                f"({total}); give one of the two"
-            )
-    if world > 1 and options.get("precompute_ref_log_probs"):
+    if (total := options.pop("total_batch_size", None)) is not None:
+        _share_out_batch(options, total, PartialState().num_processes)
+    if PartialState().num_processes > 1 and options.get("precompute_ref_log_probs"):
         raise UserError(
             "training.precompute_ref_log_probs: TRL leaves what it computes beside a file of rows, where a recipe has none "
             "that several processes share; leave it out, or start one process"
@@ -94,6 +68,39 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
+
+
+def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> None:
+    """Put into TRL's `options` the sequences of a pass and the passes of a step that make `total` over the processes.
+
+    Raises:
+        UserError: they cannot be shared out evenly, or the options say otherwise.
+    """
+    each = options.get("per_device_train_batch_size", 8)
+    if options.get("auto_find_batch_size"):
+        raise UserError(
+            "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "
+            "fixed; give one of the two"
+        )
+    if total % each == total % processes == 0 and "gradient_accumulation_steps" not in options:
+        of_process = total // processes
+        fitting = next(size for size in range(min(each, of_process), 0, -1) if of_process % size == 0)
+        if fitting != each:
+            print_once(
+                f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {processes} processes"
+            )
+            each = options["per_device_train_batch_size"] = fitting
+    one_pass = each * processes
+    if total % one_pass:
+        raise UserError(
+            f"training.total_batch_size: {total} is not a multiple of per_device_train_batch_size × processes = {one_pass}"
+        )
+    steps = options.setdefault("gradient_accumulation_steps", total // one_pass)
+    if steps != total // one_pass:
+        raise UserError(
+            f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
+            f"({total}); give one of the two"
+        )
 
 
 def _check_positive(options: dict[str, Any]) -> None:

@@ -36,6 +36,13 @@ TASKS_FOLDER = "tasks"  # of a sequence
 CELLS_FOLDER = "cells"  # of a grid
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 INT64_END = 2.0**63  # beyond which PyTorch takes no whole number
+KEY_OF_OPTION = {
+    "--method": "method.name",
+    "--output-dir": "output_dir",
+    "--seeds": "grid.seeds",
+    "--sweep": "grid.sweep",
+    "--max-forgetting": "budget.at_most",
+}
 PAIR = ("prompt", "response", "rejected")
 # Key → the keys of the lower layer that it replaces, since both say the same thing.
 REPLACES = {
@@ -367,15 +374,10 @@ def load_recipe(
     path, known = find(name), presets()
     given = parse_overrides(assignments)
     keys = overridden_keys(given)
-    for option, key, value in (
-        ("--method", "method.name", methods),
-        ("--output-dir", "output_dir", output_dir),
-        ("--seeds", "grid.seeds", seeds),
-        ("--sweep", "grid.sweep", sweeps or None),
-        ("--max-forgetting", "budget.at_most", max_forgetting),
-    ):
-        if value is not None and key in keys:
-            raise UserError(f"{option}: {key} is given too; give one of the two")
+    options = {"--method": methods, "--output-dir": output_dir, "--seeds": seeds, "--max-forgetting": max_forgetting}
+    for option, value in (options | {"--sweep": sweeps or None}).items():
+        if value is not None and KEY_OF_OPTION[option] in keys:
+            raise UserError(f"{option}: {KEY_OF_OPTION[option]} is given too; give one of the two")
     raw = resolve_includes(path)
     if is_of_run(path):
         raw["output_dir"] = str(path.parent)  # wherever that lies now
@@ -392,10 +394,7 @@ def load_recipe(
     if max_forgetting is not None:
         set_key(raw, "budget.at_most", max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
-    if isinstance(method := raw.get("method"), dict):  # whose files are read before anything is checked
-        for key in ("name", "files"):
-            if isinstance(entries := split_names(method.get(key)), list):
-                method[key] = [_resolve_path(v, path.parent) if str(v).endswith(".py") else v for v in entries]
+    _resolve_method_files(raw.get("method"), path.parent)
     recipe = parse_recipe(raw, path.stem)
     _check_swept(keys, recipe.grid)
     recipe.name = recipe.name or path.stem
@@ -404,6 +403,13 @@ def load_recipe(
     recipe.output_dir = output_dir or recipe.output_dir or f"runs/{path.stem}{'-quick' if quick else ''}"
     recipe.output_dir = str(Path(_expanded(recipe.output_dir)))
     return _with_paths(recipe, lambda given: _resolve_path(given, path.parent))
+
+
+def _resolve_method_files(method: Any, folder: Path) -> None:
+    """Resolve the paths of methods of one's own, in place: their files are read before anything is checked."""
+    for key in ("name", "files") if isinstance(method, dict) else ():
+        if isinstance(entries := split_names(method.get(key)), list):
+            method[key] = [_resolve_path(v, folder) if str(v).endswith(".py") else v for v in entries]
 
 
 def is_of_run(path: Path) -> bool:

@@ -73,6 +73,9 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     (.txt, .md), those in its folders too. What else lies there is told by its kinds.
     """
 
+    def lies_here(file: Path) -> bool:
+        return file.parent == folder
+
     def is_split(file: Path) -> bool:
         return file.stem == split or file.name.startswith((f"{split}-", f"{split}."))
 
@@ -80,37 +83,41 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
         return file.parent.name == split
 
     files = [file for file in files_below(folder) if file.name not in DESCRIPTIONS]
-    found = [(file, kind) for file in files if (kind := FILE_KINDS.get(file.suffix.lower()))]
-    texts = [file for file, kind in found if kind == "text" and file.stat().st_size]
+    tables = [file for file in files if FILE_KINDS.get(file.suffix.lower(), "text") != "text"]
+    texts = [file for file in files if FILE_KINDS.get(file.suffix.lower()) == "text" and file.stat().st_size]
     notes = [file for file in texts if file.stem.lower() not in DOCUMENTATION_FILES]
     unread = [file for file in files if file.suffix.lower() not in (*FILE_KINDS, *PICTURES)]
     unread = [file for file in unread if file.stem.lower() not in DOCUMENTATION_FILES]
-    data = [file for file, kind in found if kind != "text" and file.parent == folder]
-    for rule in (is_split, lies_in_split):
-        data = data or [file for file, kind in found if kind != "text" and rule(file)]
+    data = list(filter(lies_here, tables)) or list(filter(is_split, tables)) or list(filter(lies_in_split, tables))
+    if not data:
+        if not notes:
+            _check_texts(folder, where, tables, texts, unread)
+        _tell_unread(folder, [*unread, *tables])
+        return texts
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
     if len(several) > 1:
         raise UserError(
             f"{where}.path: {folder} holds {split!r} in {' and '.join(several)}; name one of these folders"
         )
-    if not data:
-        below = [file for file, kind in found if kind != "text"]
-        if below and texts and not notes:
-            raise UserError(f"{where}.path: {folder} holds data in {below[0].parent}; name that folder, or the split")
-        if unread and not notes:
-            raise UserError(f"{where}.path: {unread[0]} is of no kind that is read ({', '.join(FILE_KINDS)})")
-        if not texts:
-            raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
-        _tell_unread(folder, [*unread, *below])
-        return texts
-    chosen = list(filter(is_split, data)) or list(filter(lies_in_split, data))
+    named = list(filter(is_split, data))
+    chosen = named or list(filter(lies_in_split, data))
     chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
-    if len(chosen) > 1 and chosen[0].parent == folder and not any(map(is_split, chosen)):
+    if not named and len(chosen) > 1 and lies_here(chosen[0]):
         print_once(f"read in {folder}: {', '.join(file.name for file in chosen)}")
     _tell_unread(folder, [file for file in (*unread, *notes) if file.parent == chosen[0].parent])
     return chosen
+
+
+def _check_texts(folder: Path, where: str, tables: list[Path], texts: list[Path], unread: list[Path]) -> None:
+    """Raise a UserError where a folder without data of its own is not one of texts either, but for what documents it."""
+    if tables and texts:
+        raise UserError(f"{where}.path: {folder} holds data in {tables[0].parent}; name that folder, or the split")
+    if unread:
+        raise UserError(f"{where}.path: {unread[0]} is of no kind that is read ({', '.join(FILE_KINDS)})")
+    if not texts:
+        raise UserError(f"{where}.path: {folder} holds no data files ({', '.join(FILE_KINDS)})")
 
 
 def _tell_unread(folder: Path, files: Iterable[Path]) -> None:
