@@ -189,7 +189,7 @@ def training_ids(job: Job) -> list[list[int]]:
     examples, training = job.data.examples[: job.recipe.calibration.samples], job.recipe.training
     length = training.get("max_length", 1024)  # None: whole rows
     part = slice(-length, None) if length and training.get("truncation_mode") == "keep_end" else slice(length)
-    return [tokens.ids[part] for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
+    return [tokens.ids[part].tolist() for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
 
 
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:

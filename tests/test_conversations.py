@@ -296,8 +296,8 @@ class TestPreferences:
         for side, answer in (("chosen", "3"), ("rejected", "4")):
             tokens = tokenize(data.examples, template, tokenizer, rejected=side == "rejected")[0]
             row = trainer.train_dataset[0]
-            assert tokens.ids == row["prompt_ids"] + row[f"{side}_ids"]
-            assert tokens.labels == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+            assert list(tokens.ids) == row["prompt_ids"] + row[f"{side}_ids"]
+            assert list(tokens.labels) == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
             assert learned(tokens, tokenizer) == [{"chat": f"{answer}</s>\n", "qa": f": {answer}</s>"}[template]]
             text = tokenizer.decode(tokens.ids)
             assert [text.count(said) for said in ("Be brief.", "1+1?", "2</s>", "and 1?")] == [1] * 4
@@ -323,7 +323,7 @@ class TestPreferences:
         for side in ("chosen", "rejected"):
             ours = tokenize(data.examples, "chat", tokenizer, rejected=side == "rejected")
             theirs = [row["prompt_ids"] + row[f"{side}_ids"] for row in trainer.train_dataset]
-            assert [tokens.ids for tokens in ours] == theirs
+            assert [list(tokens.ids) for tokens in ours] == theirs
         assert learned(ours[0], tokenizer) == ['[mul {"b": "x"}]</s>\n']
 
     @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def test_the_same_preferences_as_trl(tmp_path, tokenizer, template):
     for side in ("chosen", "rejected"):
         ours = tokenize(data.examples, template, tokenizer, rejected=side == "rejected")
         for tokens, row in zip(ours, trainer.train_dataset):
-            assert tokens.ids == row["prompt_ids"] + row[f"{side}_ids"]
-            assert tokens.labels == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+            assert list(tokens.ids) == row["prompt_ids"] + row[f"{side}_ids"]
+            assert list(tokens.labels) == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
 
 
 def said(who, what, user, assistant):

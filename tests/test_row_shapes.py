@@ -238,11 +238,14 @@ def test_prompts_and_responses(tmp_path, template):
             "qa": (f"Question: {str(asked).strip()}\nAnswer:", f" {str(answered).strip()}</s>"),
             "chat": (f"<user>{asked}\n<assistant>", f"{answered}</s>\n"),
         }[template]
-        assert tokens.ids == tokenizer(before + after)["input_ids"]
+        assert list(tokens.ids) == tokenizer(before + after)["input_ids"]
         start = next(i for i, label in enumerate(tokens.labels) if label != -100)
-        assert tokens.labels == [-100] * start + tokens.ids[start:]
+        assert list(tokens.labels) == [-100] * start + list(tokens.ids[start:])
         prompt = tokenizer(before)["input_ids"]
-        assert tokens.ids[:start] == prompt[:start] and len(prompt) - start in (0, 1)  # 1: a token that joins both
+        assert list(tokens.ids[:start]) == prompt[:start] and len(prompt) - start in (
+            0,
+            1,
+        )  # 1: a token that joins both
         assert not any(word in tokenizer.decode(tokens.ids) for word in PYTHON)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Json, List
 from transformers import PreTrainedTokenizerBase
 
@@ -56,10 +58,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Token ids, and labels of the same length that are −100 wherever nothing is learned."""
+    """Token ids, and labels of the same length that are −100 wherever nothing is learned; four bytes each."""
 
-    ids: list[int]
-    labels: list[int]
+    ids: array[int]
+    labels: array[int]
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ def training_data(
     if preferences:
         rows = _preference_rows(examples, data.template)
     else:
-        cut = [(tokens.ids[:max_length], tokens.labels[:max_length]) for _, tokens in kept]
-        columns = {"input_ids": [ids for ids, _ in cut], "labels": [labels for _, labels in cut]}
+        columns = {
+            "input_ids": [np.asarray(tokens.ids[:max_length]) for _, tokens in kept],
+            "labels": [np.asarray(tokens.labels[:max_length]) for _, tokens in kept],
+        }
         rows = datasets.Dataset.from_dict(columns)
     return TrainingData(rows, examples, bad)
 
@@ -410,11 +414,11 @@ def tokenize(
 
 def _label(ids: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
     """Return a conversation's ids, labeled between the tokens of the text before each span and through it."""
-    labels = [-100] * len(ids)
+    found = Tokenized(array("i", ids), array("i", [-100]) * len(ids))
     for before, through in spans:
         start, end = common_prefix(before, ids), common_prefix(through, ids)
-        labels[start:end] = ids[start:end]
-    return Tokenized(ids, labels)
+        found.labels[start:end] = found.ids[start:end]
+    return found
 
 
 def _preference_rows(examples: Sequence[Example], template: str) -> datasets.Dataset:
