@@ -273,9 +273,8 @@ class LoraNullMixin(SavingMixin):
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        self._optimizer_names: list[
-            list[str]
-        ] = []  # of weights in files that train: their names, by the optimizer's groups
+        # Of weights in files that train: their names, by the optimizer's groups.
+        self._optimizer_names: list[list[str]] = []
         self.forget_terms()
         self._calibration_dataset = calibration_dataset
         limit = position_limit(self.model.config) if self._has_method and calibration_dataset is not None else None
