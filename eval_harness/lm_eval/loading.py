@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may differ between one task's subsets
 BESIDE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
-RECIPE = re.compile(
-    rb"^(model|method|training|calibration|output_dir)\s*:", re.MULTILINE
-)  # which a task's code does not
+# A recipe, which a task's code does not read.
+RECIPE = re.compile(rb"^(model|method|training|calibration|output_dir)\s*:", re.MULTILINE)
 INSTALLED = {"site-packages", "dist-packages"}
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # the environment variable that the hub's metric code_eval asks for
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
