@@ -73,7 +73,7 @@ class NullSpace:
     @property
     def label(self) -> str:
         if self.energy is not None:
-            return f"null basis outside {self.energy:g} of the energy"
+            return f"null basis outside {self.energy!r} of the energy"
         return "null-space" if self.multiple is None else f"null basis of {self.multiple:g} r"
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:

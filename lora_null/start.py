@@ -52,7 +52,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64
-from lora_null.utils.model_state import base_model_of, own_code_at
+from lora_null.utils.model_state import LIBRARIES, base_model_of, own_code_at
 
 logger = get_logger(__name__)
 
@@ -244,7 +244,7 @@ def compute_start(
     measured = together(checked)
     name, adapted = (rule.label, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
-    key = _key(base, layers, adapter_name, measured, options, whole, f"{name}{_code_of(whole or rule)}")
+    key = _key(base, layers, adapter_name, measured, options, whole, f"{name}{_code_of(whole or rule, model)}")
     if hook := _hook_in(model):
         key = broadcast(uuid.uuid4().hex[:24])  # which no other run asks for
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
@@ -442,14 +442,17 @@ def _key(
     return keys[0]
 
 
-def _code_of(start: Rule | WholeModel | None) -> str:
-    """Return a hash of the file that computes a start, which its author may edit; empty for this package's own."""
-    kind = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
-    if start is None or kind.__module__.partition(".")[0] == "lora_null":
-        return ""
-    path = getattr(sys.modules.get(kind.__module__), "__file__", None)  # None in a notebook: new each time
-    code = broadcast(uuid.uuid4().bytes) if path is None else Path(path).read_bytes()
-    return f" {hashlib.sha256(code).hexdigest()[:16]}"
+def _code_of(start: Rule | WholeModel | None, model: nn.Module) -> str:
+    """Return a hash of the files that decide a start and may be edited: of a method or a model of one's own; else empty."""
+    method = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
+    kinds = {kind for module in base_model_of(model).modules() for kind in type(module).__mro__} | {*method.__mro__}
+    names = {kind.__module__ for kind in kinds}
+    own = sorted(n for n in names if n.partition(".")[0] not in LIBRARIES | sys.stdlib_module_names)
+    digest = hashlib.sha256()
+    for name in own:
+        path = getattr(sys.modules.get(name), "__file__", None)  # None in a notebook: new each time
+        digest.update(broadcast(uuid.uuid4().bytes) if path is None else Path(path).read_bytes())
+    return f" {digest.hexdigest()[:16]}" if own else ""
 
 
 def _can_write_cache() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -51,6 +52,14 @@ from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, position_limit
 
 logger = get_logger(__name__)
+
+SMALL_FILES = (
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".py",
+)  # of a model's folder: what decides its results beside weights
 
 
 @dataclass
@@ -151,12 +160,21 @@ def space_of_run(job: Job) -> int:
     return sum(plan.written_bytes for plan in job.plans) + job.reference_bytes
 
 
+def _small_files(folder: Path) -> dict[str, str] | str:
+    """Return the hashes of what lies beside the weights: configuration, tokenizer, chat template, code; of the hub's cache,
+    where files arrive when they are asked for, the commit."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    files = sorted(file for file in folder.iterdir() if file.suffix in SMALL_FILES and file.is_file())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def inputs_of(job: Job) -> dict[str, str]:
     """Return recipe key → hash of the content that it names, of a checked job; data from the hub is hashed by its rows."""
     found = inputs_beside_the_base(job)
     files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
     if files is not None and any(files.glob("*.safetensors")):
-        found["model.name_or_path"] = base_fingerprint(files)
+        found["model.name_or_path"] = hash_of([base_fingerprint(files), _small_files(files)])
     return found | job.swept_inputs
 
 

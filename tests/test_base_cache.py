@@ -60,7 +60,7 @@ def key(recipe, *changes):
 
 
 @pytest.mark.parametrize(
-    "change", ["eval.batch_size=2", "eval.limit=5", "training.tf32=true", "model.dtype=bfloat16", "eval.retention=[]", "eval.bf16=true",
+    "change", ["eval.batch_size=2", "eval.limit=5", "training.tf32=true", "model.dtype=bfloat16", "model.trust_remote_code=true", "eval.retention=[]", "eval.bf16=true",
      "eval.vllm={max_model_len: 64}"],
 )  # fmt: skip
 def test_other_settings_are_others(tmp_path, change):

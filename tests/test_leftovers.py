@@ -224,6 +224,7 @@ CHANGES = {  # what is changed → what is named
     "facts.jsonl": (lambda path: path.write_text(path.read_text().replace("King", "Queen").replace("who", "what")), "calibration, eval.retention (facts)"),
     "probed.jsonl": (lambda path: path.write_text(path.read_text().replace("who", "what")), "eval.probe (probed)"),
     "accelerator.json": (lambda path: path.write_text('{"even_batches": false}'), "training.accelerator_config"),
+    "model/generation_config.json": (lambda path: path.write_text('{"eos_token_id": 3}'), "model.name_or_path"),
     "model/model.safetensors": (lambda path: save_tiny(path.parent, seed=1), "model.name_or_path"),
 }  # fmt: skip
 

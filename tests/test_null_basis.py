@@ -16,6 +16,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, k
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import NullBasis, adapted_layers, factors_of
 from lora_null.nullspace import outer_eigenspace
+from lora_null.start import rule_of
 
 BATCHES = random_batches()
 QUIET = InitOptions(min_tokens=1, progress=False)
@@ -254,3 +255,10 @@ def test_the_width_of_a_share_of_the_energy():
         assert space.vectors[width:].abs().max() < 1e-12
     with pytest.raises(ValueError, match="zero or not finite"):
         outer_eigenspace(torch.zeros(3, 3, dtype=torch.float64), 0.9)
+
+
+def test_every_energy_is_a_start_of_its_own():
+    """The label is all that a cache and a kept initialization know of it."""
+    energies = (0.99, 0.9999999, 0.99999999)
+    labels = [rule_of(LoraNullConfig(variant="nb", null_energy=energy)).label for energy in energies]
+    assert len(set(labels)) == 3 and labels[0] == "null basis outside 0.99 of the energy"

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import importlib
 import json
+import sys
 from types import MethodType
 
 import pytest
@@ -130,6 +132,25 @@ def test_nothing_is_reused_of_a_model_with_hooks_of_ones_own(cache, tmp_path, fr
     assert same(factors_loaded(tmp_path / "init"), found[1])
     again, _ = steered(1)
     assert same(again, plain)
+
+
+def test_nothing_is_reused_of_a_model_whose_own_code_was_edited(tmp_path, fresh_cache, monkeypatch):
+    """As that of a model with `trust_remote_code`: no weight and no setting tells of it."""
+    text = "from transformers.models.llama.modeling_llama import LlamaMLP\n\n\n"
+    text += "class Mine(LlamaMLP):\n    def forward(self, x):\n        return FACTOR * super().forward(x)\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {}
+    for factor in ("2.0", "3.0", "2.0 "):
+        (tmp_path / "edited_code.py").write_text(text.replace("FACTOR", factor))
+        monkeypatch.delitem(sys.modules, "edited_code", raising=False)
+        importlib.invalidate_caches()
+        peft_model = wrapped()
+        for layer in peft_model.get_base_model().model.layers:
+            layer.mlp.__class__ = importlib.import_module("edited_code").Mine
+        report, _ = start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False, cache=True))
+        found[factor] = factors(peft_model), report.key
+    assert len({key for _, key in found.values()}) == 3
+    assert not same(found["2.0"][0], found["3.0"][0]) and same(found["2.0"][0], found["2.0 "][0])
 
 
 def mixed_precision(model):

@@ -93,12 +93,12 @@ def hub_commit(model: ModelSection, name: str) -> str | None:
 
 
 def model_identity(model: ModelSection, name: str) -> list[Any]:
-    """Return what tells a model's files from all others: their sizes and times, or the hub's commit."""
-    path = Path(name)
+    """Return what tells a model's files from all others: their sizes and times, or the hub's commit; and whose code reads them."""
+    path, code = Path(name), ["own code"] if model.trust_remote_code else []
     if not path.is_dir():
-        return [name, model.revision, hub_commit(model, name)]
+        return [name, model.revision, hub_commit(model, name), *code]
     files = sorted(file for file in path.iterdir() if file.is_file())
-    return [str(path.resolve()), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+    return [str(path.resolve()), *code, *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
