@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     plain: type[SFTTrainer | DPOTrainer]
 
 
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses of TRL's DPO that read label_smoothing
 TRAINERS = {
     "sft": Kind(LoraNullSFTTrainer, SFTConfig, SFTTrainer),
     "dpo": Kind(LoraNullDPOTrainer, DPOConfig, DPOTrainer),
@@ -64,10 +65,26 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         found = TRAINERS[recipe.trainer].config(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
+    if isinstance(found, DPOConfig):
+        _check_smoothing(found)
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
         print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
+
+
+def _check_smoothing(training: DPOConfig) -> None:
+    """Raise a UserError for a smoothing of the preferences that TRL's losses do not read, or that turns them round."""
+    if training.label_smoothing_factor:
+        raise UserError(
+            "training.label_smoothing_factor: is not read by DPO; label_smoothing is, with loss_type robust"
+        )
+    if not 0 <= training.label_smoothing < 0.5:
+        raise UserError(f"training.label_smoothing: must be at least 0 and below 0.5, not {training.label_smoothing}")
+    if training.label_smoothing and not SMOOTHED.intersection(training.loss_type):
+        raise UserError(
+            f"training.label_smoothing: is not read by the loss {', '.join(training.loss_type)}; by {', '.join(sorted(SMOOTHED))}"
+        )
 
 
 def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> None:

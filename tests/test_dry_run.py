@@ -116,6 +116,11 @@ MISTAKES = [
     (["training.loss_type=nnl"], "training: one step on a stand-in for the model fails: Invalid `loss_type`"),
     (["training.packing=true", "training.max_length="], "When packing is enabled, `max_length` can't be `None`"),
     ([*DPO, "training.loss_type=[sigmoidd]"], "sigmoidd"),
+    ([*DPO, "method.target_modules=[q_proj, lm_head]"], "target_modules: TRL's loss reads the weights of lm_head"),
+    (
+        [*DPO, "method.name=full", "training.precompute_ref_log_probs=true", "model.dtype=bfloat16"],
+        "training.precompute_ref_log_probs: full trains in float32, and the references would be computed in bfloat16",
+    ),
     (["training.gradient_accumulation_steps=3", "training.total_batch_size=4"], "3 × 2 sequences are not total_batch"),
     (["--sweep", "training.lr_scheduler_type=cosine,cosine_with_min_lr"], "min_lr or min_lr_rate should be set"),
     (["--sweep", "data.prompt=question,qestion"], "data.prompt: the data has no field 'qestion'"),

@@ -90,7 +90,7 @@ CASES = [
     (["--method", "lora,lora"], "a method is named twice"),
     (["method.rank=33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows (min(d_in, d_out) = 32)"),
     (["method.target_modules=[q_prj]"], "no module matches 'q_prj' (did you mean 'q_proj'?)"),
-    (["method.target_modules=[q_proj, lm_head]"], "target_modules: TRL's SFT loss reads the weights of lm_head"),
+    (["method.target_modules=[q_proj, lm_head]"], "target_modules: TRL's loss reads the weights of lm_head"),
     (
         ["method.target_modules=[q_proj, embed_tokens]"],
         "target_modules: model.embed_tokens is no linear, and lora is for",
@@ -139,6 +139,12 @@ CASES = [
     ),
     (["training.optim=sdg"], "training: "),
     (["training.learning_rate=-1"], "training.learning_rate: must be a number greater than 0, not -1"),
+    (["trainer=dpo", "training.label_smoothing=0.1"], "label_smoothing: is not read by the loss sigmoid; by aot, "),
+    (
+        ["trainer=dpo", "training.loss_type=robust", "training.label_smoothing=0.9"],
+        "training.label_smoothing: must be at least 0 and below 0.5, not 0.9",
+    ),
+    (["trainer=dpo", "training.sync_ref_model=true"], "training.sync_ref_model moves the reference, which no"),
     (["trainer=dpo", "training.beta=0"], "training.beta: must be a number greater than 0, not 0"),
     (["model.name_or_path=./nomodel"], "model.name_or_path: no folder ./nomodel"),
     (["model.name_or_path=some/model"], "not a local folder, and the hub does not give it"),

@@ -207,6 +207,11 @@ def test_texts_of_which_yaml_makes_nothing():
     assert found == [None, None, None, "~", "|", "5", "a\nb"]
 
 
+@pytest.mark.parametrize("word", ["lora, lora-null-v2", "[lora, lora-null-v2]", "[lora,lora-null-v2]"])
+def test_several_methods_in_one_word(word):
+    assert load_recipe("quickstart", [f"method.name={word}"]).method.name == ["lora", "lora-null-v2"]
+
+
 def test_a_template_is_no_mapping():
     templates = ["Q: {prompt}", "{prompt}", "[INST] {prompt} [/INST]", "{prompt}: {prompt}"]
     assert [load_recipe("quickstart", [f"data.template={text}"]).data.template for text in templates] == templates

@@ -307,6 +307,8 @@ class LoraNullMixin(SavingMixin):
         for name, kind in (("calibration_args", CalibrationArgs), ("init_options", InitOptions)):
             if start[name] is not None and not isinstance(start[name], kind):
                 raise UserError(f"{name}: takes {kind.__name__}(…), not a {type(start[name]).__name__}")
+        if getattr(given.get("args"), "sync_ref_model", False):
+            raise UserError("sync_ref_model: moves the reference, which no checkpoint holds; leave it out")
         model, peft_config = given.get("model"), given.get("peft_config")
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):

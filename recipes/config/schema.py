@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +30,7 @@ from lora_null.utils.errors import UserError, nearest
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
 _UNASKED = "is for scripts that ask for it, and none does here"
+_MOVING = "moves the reference, which no checkpoint holds"
 _UPLOADED = (
     "has only checkpoints to upload; `lora-null export RUN/METHOD --out DIR --push-to-hub ID` uploads what a run saves"
 )
@@ -42,6 +44,7 @@ REFUSED = {
         ("completion_only_loss", "assistant_only_loss", "chat_template_path", "dataset_text_field"),
         _DECIDED.format("those of data"),
     ),
+    "sync_ref_model": _MOVING,
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNASKED),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision"),
@@ -856,7 +859,11 @@ class Recipe(Section):
             return training  # the trainer is refused
         known = training_keys(info.data["trainer"])
         for key in training:
-            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED, _UPLOADED) and training[key] in (False, "no", None)
+            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED, _UPLOADED, _MOVING) and training[key] in (
+                False,
+                "no",
+                None,
+            )
             if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():
@@ -945,7 +952,8 @@ def is_text(key: str) -> bool:
     if kind is None or name not in kind.model_fields:
         return False
     annotation = kind.model_fields[name].annotation
-    return (set(get_args(annotation)) or {annotation}) - {type(None)} == {str}
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return set(kinds) - {type(None)} == {str}
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:

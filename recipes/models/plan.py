@@ -168,11 +168,16 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
         check_linears(method, model)
         check_targets(model, recipe.preflight)
         refuse_bypassed(model.get_base_model(), method.layers(model))
-        if recipe.trainer == "sft" and isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise UserError(
-                "target_modules: TRL's SFT loss reads the weights of lm_head themselves, so that an adapter there would "
+                "target_modules: TRL's loss reads the weights of lm_head themselves, so that an adapter there would "
                 "not train; leave it out"
             )
+    elif recipe.training.get("precompute_ref_log_probs") and recipe.model.dtype != "float32":
+        raise UserError(
+            f"training.precompute_ref_log_probs: {name} trains in float32, and the references would be computed in "
+            f"{recipe.model.dtype}; leave it out, or model.dtype=float32"
+        )
     method.check(model)
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
