@@ -144,7 +144,10 @@ CASES = [
         ["trainer=dpo", "training.loss_type=robust", "training.label_smoothing=0.9"],
         "training.label_smoothing: must be at least 0 and below 0.5, not 0.9",
     ),
-    (["trainer=dpo", "training.sync_ref_model=true"], "training.sync_ref_model moves the reference, which no"),
+    (
+        ["trainer=dpo", "training.sync_ref_model=true"],
+        "training.sync_ref_model is not taken: it moves the reference, which no",
+    ),
     (["trainer=dpo", "training.beta=0"], "training.beta: must be a number greater than 0, not 0"),
     (["model.name_or_path=./nomodel"], "model.name_or_path: no folder ./nomodel"),
     (["model.name_or_path=some/model"], "not a local folder, and the hub does not give it"),

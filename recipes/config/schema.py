@@ -30,7 +30,7 @@ from lora_null.utils.errors import UserError, nearest
 _DECIDED = "is decided by the recipe's own keys, use {}"
 _UNEVALUATED = "has no rows to evaluate while it trains; eval.task and eval.retention measure before and after"
 _UNASKED = "is for scripts that ask for it, and none does here"
-_MOVING = "moves the reference, which no checkpoint holds"
+_MOVING = "is not taken: it moves the reference, which no checkpoint holds"
 _UPLOADED = (
     "has only checkpoints to upload; `lora-null export RUN/METHOD --out DIR --push-to-hub ID` uploads what a run saves"
 )
