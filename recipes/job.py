@@ -39,7 +39,7 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.eval_tasks import eval_tasks, probe_tasks
-from lora_null.recipes.models.bases import known_shape, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
@@ -53,13 +53,8 @@ from lora_null.utils.limits import PositionLimit, position_limit
 
 logger = get_logger(__name__)
 
-SMALL_FILES = (
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".py",
-)  # of a model's folder: what decides its results beside weights
+# Of a model's folder: what decides its results beside the weights.
+SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 
 
 @dataclass
@@ -160,11 +155,8 @@ def space_of_run(job: Job) -> int:
     return sum(plan.written_bytes for plan in job.plans) + job.reference_bytes
 
 
-def _small_files(folder: Path) -> dict[str, str] | str:
-    """Return the hashes of what lies beside the weights: configuration, tokenizer, chat template, code; of the hub's cache,
-    where files arrive when they are asked for, the commit."""
-    if folder.parent.name == "snapshots":
-        return folder.name
+def _beside_the_weights(folder: Path) -> dict[str, str]:
+    """Return file → hash of a model's configuration, tokenizer, chat template and code."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SMALL_FILES and file.is_file())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -174,7 +166,9 @@ def inputs_of(job: Job) -> dict[str, str]:
     found = inputs_beside_the_base(job)
     files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
     if files is not None and any(files.glob("*.safetensors")):
-        found["model.name_or_path"] = hash_of([base_fingerprint(files), _small_files(files)])
+        # Into the hub's cache files come when they are asked for: there the commit tells.
+        beside = hub_commit(job.recipe.model, job.model_name) or _beside_the_weights(files)
+        found["model.name_or_path"] = hash_of([base_fingerprint(files), beside])
     return found | job.swept_inputs
 
 

@@ -36,13 +36,6 @@ TASKS_FOLDER = "tasks"  # of a sequence
 CELLS_FOLDER = "cells"  # of a grid
 NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 INT64_END = 2.0**63  # beyond which PyTorch takes no whole number
-KEY_OF_OPTION = {
-    "--method": "method.name",
-    "--output-dir": "output_dir",
-    "--seeds": "grid.seeds",
-    "--sweep": "grid.sweep",
-    "--max-forgetting": "budget.at_most",
-}
 PAIR = ("prompt", "response", "rejected")
 # Key → the keys of the lower layer that it replaces, since both say the same thing.
 REPLACES = {
@@ -374,10 +367,15 @@ def load_recipe(
     path, known = find(name), presets()
     given = parse_overrides(assignments)
     keys = overridden_keys(given)
-    options = {"--method": methods, "--output-dir": output_dir, "--seeds": seeds, "--max-forgetting": max_forgetting}
-    for option, value in (options | {"--sweep": sweeps or None}).items():
-        if value is not None and KEY_OF_OPTION[option] in keys:
-            raise UserError(f"{option}: {KEY_OF_OPTION[option]} is given too; give one of the two")
+    for option, key, value in (
+        ("--method", "method.name", methods),
+        ("--output-dir", "output_dir", output_dir),
+        ("--seeds", "grid.seeds", seeds),
+        ("--sweep", "grid.sweep", sweeps or None),
+        ("--max-forgetting", "budget.at_most", max_forgetting),
+    ):
+        if value is not None and key in keys:
+            raise UserError(f"{option}: {key} is given too; give one of the two")
     raw = resolve_includes(path)
     if is_of_run(path):
         raw["output_dir"] = str(path.parent)  # wherever that lies now

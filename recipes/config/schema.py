@@ -859,11 +859,8 @@ class Recipe(Section):
             return training  # the trainer is refused
         known = training_keys(info.data["trainer"])
         for key in training:
-            off = REFUSED.get(key) in (_UNEVALUATED, _UNASKED, _UPLOADED, _MOVING) and training[key] in (
-                False,
-                "no",
-                None,
-            )
+            switches = (_UNEVALUATED, _UNASKED, _UPLOADED, _MOVING)  # refused unless they are off
+            off = REFUSED.get(key) in switches and training[key] in (False, "no", None)
             if key in REFUSED and not off:
                 raise ValueError(f"training.{key} {REFUSED[key]}")
             if key not in known | REFUSED.keys():
