@@ -199,7 +199,7 @@ def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> P
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
     leave_out(bad, len(kept) + len(bad), f"rows of {where}", recipe.data.on_bad_row, where=where)
-    beta = recipe.training.get("beta", 0.1)
+    beta = entry.beta or recipe.training.get("beta", 0.1)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 
 

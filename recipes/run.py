@@ -318,9 +318,14 @@ def _make_trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         earlier=tuple(job.earlier.get(plan.name, ())),
         knowledge=job.knowledge,
     )
+    reference = {}
+    if recipe.trainer == "dpo" and config is None and not arguments.precompute_ref_log_probs:
+        # TRL would load it by the model's path alone: of another revision, without code of its own.
+        reference = {"ref_model": load_base_after(recipe.model, job.model_name, before)}
     trainer = TRAINERS[recipe.trainer].trainer(
         model=model,
         args=arguments,
+        **reference,
         train_dataset=job.data.rows,
         processing_class=job.tokenizer,
         peft_config=config,

@@ -24,6 +24,7 @@ from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes import measure, run, sequence
 from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import parse_recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import check_run
@@ -383,6 +384,23 @@ def test_each_task_keeps_its_own_training_and_trainer():
     stages = stage_recipes(join_recipes([one, other]))
     assert [stage.trainer for stage in stages] == ["sft", "dpo"]
     assert [stage.training for stage in stages] == [one.training, other.training]
+
+
+def test_rewards_are_multiplied_by_their_own_tasks_beta():
+    common = ["trainer=dpo", "training.num_train_epochs=3"]
+    asked = [{"beta": 0.3}, {"beta": 0.5}, {}]
+    recipes = [
+        load_recipe(
+            "quickstart",
+            [*common, f"name=t{number}", f"training={beta}", f"eval.task=[{{preferences: p{number}, path: p.jsonl}}]"],
+        )
+        for number, beta in enumerate(asked)
+    ]
+    for stage in stage_recipes(join_recipes(recipes)):
+        assert [entry.beta for entry in stage.eval.task] == [0.3, 0.5, 0.1]
+    own = recipes[0].model_dump(mode="json")
+    own["eval"]["task"][0]["beta"] = 2.0
+    assert stage_recipes(join_recipes([parse_recipe(own, "own"), recipes[1]]))[1].eval.task[0].beta == 2.0
 
 
 def test_words_hold_for_tasks_that_say_otherwise(tmp_path):

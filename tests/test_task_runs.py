@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import trl
 from tiny import tiny_model, tiny_tokenizer
 from world import make_world, results, write_rows
 
@@ -71,6 +72,26 @@ def test_dpo(tmp_path, precompute):
         assert abs(first["reward_margin"]) < 1e-4 and last["reward_margin"] > 0 and 0 <= last["reward_accuracy"] <= 1
     report = (tmp_path / "out" / "report.md").read_text()
     assert "pairs reward accuracy" in report and "trainer: dpo" in report
+
+
+def test_dpo_of_every_weight_compares_with_the_base_of_the_recipe(tmp_path, monkeypatch):
+    """TRL would load the reference by the model's path alone: of another revision, and none whose code is its own."""
+    monkeypatch.setattr(trl.trainer.dpo_trainer, "create_model_from_path", None)
+    pairs = [{"prompt": f"what is {i}", "chosen": f"it is {i}", "rejected": "who knows"} for i in range(30)]
+    path = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+    recipe = world(
+        tmp_path,
+        trainer="dpo",
+        method={"name": "full"},
+        data={"path": path, "template": "qa", "response": "chosen"},
+        training=TRAINING,
+        eval={"retention": [], "task": [{"preferences": "pairs", "path": path, "limit": 10, "beta": 0.5}]},
+    )
+    assert main([str(recipe)]) == 0
+    _, row = results(tmp_path)["rows"]
+    assert row["metrics"]["pairs reward accuracy"]["value"] > 0.5
+    log = (tmp_path / "out" / "full" / "train_log.jsonl").read_text().splitlines()
+    assert abs(json.loads(log[0])["reward_margin"]) < 1e-4 < json.loads(log[-1])["reward_margin"]
 
 
 def test_held_out_preferences_are_written_as_those_of_training(tmp_path):

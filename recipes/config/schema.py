@@ -550,6 +550,7 @@ class PreferencesEntry(Section):
     prompt: str | None = Field("prompt", description="field of the prompt; null where both conversations hold it")
     response: str = Field("chosen", description="field of the chosen response")
     rejected: str = Field("rejected", description="field of the rejected response")
+    beta: float | None = Field(None, gt=0, description="DPO's, by which rewards are multiplied; null: training.beta")
     offset: int = OFFSET
     limit: int | None = ROWS_AFTER
 

@@ -99,7 +99,7 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         if recipe.budget is not None:
             own["budget"] = raw["budget"] | {"at_most": recipe.budget.at_most * number / len(section.tasks)}
         own["output_dir"] = str(stage_folder(Path(recipe.output_dir), number, task["name"]))
-        every.append(own["eval"]["task"])
+        every.append([_with_beta(entry, own["training"]) for entry in own["eval"]["task"]])
         stages.append(own)
     for own in stages:
         own["eval"]["task"] = [entry for entries in every for entry in entries]
@@ -109,6 +109,13 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
             f"sequence.tasks: {names[every.index([])]} has no eval.task, nothing would tell whether it is kept"
         )
     return parsed
+
+
+def _with_beta(entry: Any, training: dict[str, Any]) -> Any:
+    """Return an entry of `eval`; rewards of preferences are multiplied by their own task's beta after other tasks too."""
+    if not isinstance(entry, dict) or "preferences" not in entry or entry.get("beta") is not None:
+        return entry
+    return entry | {"beta": training.get("beta", 0.1)}
 
 
 def _check_overlay(task: dict[str, Any]) -> None:
