@@ -1,4 +1,4 @@
-"""The study's methods over three seeds, tested over the seeds alone: at equal learning on the first task, at one rate on the second.
+"""The study's methods over three seeds, tested over the seeds alone: at equal learning on the first task, at equal rates on the second.
 
     python tests/benchmarks/three_seeds.py        # in seconds: reads study/rivals.json, study/rivals_seed_2.json, study/code*.json
 
@@ -56,13 +56,21 @@ def at_equal_learning() -> None:
                 print(f"  {row.label:30} {read}")
 
 
-def second_task(method: str, decay: int) -> None:
-    """Print the means of every setting's seeds and the p of their differences from one method's with that decay, by Holm."""
+def second_task(rate: float, method: str, decay: int) -> None:
+    """Print the means of the seeds of every setting at a rate, and the p of their differences from one method's, by Holm.
+
+    Args:
+        rate: of the settings.
+        method, decay: what they are compared with, at its best rate, 1e-3.
+    """
     settings: dict[str, dict[int, Run]] = {}
     cells = [run for file in sorted(STUDY.glob("code*.json")) for run in load_results(file).grid.cells]
-    cells = [run for run in cells if run.point[RATE] == 1e-3]
-    for run in sorted(cells, key=lambda run: ((run.method, run.point[DECAY]) != (method, decay), run.method)):
-        settings.setdefault(f"{run.method}, decay {run.point[DECAY]:g}", {})[run.seed] = run
+    points = {id(run): (run.method, run.point[DECAY], run.point[RATE]) for run in cells}
+    reference = (method, decay, 1e-3)
+    cells = [run for run in cells if points[id(run)] == reference or run.point[RATE] == rate]
+    for run in sorted(cells, key=lambda run: (points[id(run)] != reference, run.method)):
+        label = "{}, decay {:g}, rate {:g}".format(*points[id(run)])
+        settings.setdefault(label, {})[run.seed] = run
     first, *_ = settings.values()
     for name in (f"{kept} nll" if kept == "Code" else f"{kept} kl" for kept in (*reversed(SETS), "GSM8K")):
         values = {key: {seed: run.metrics[name].value for seed, run in runs.items()} for key, runs in settings.items()}
@@ -70,10 +78,10 @@ def second_task(method: str, decay: int) -> None:
         several = {key: found for key, found in values.items() if len(found) == len(first) > 1}
         gaps = [crossed_variance(np.array([found[s] - theirs[s] for s in theirs]), []) for found in several.values()]
         p = dict(zip(several, holm(t_tests(stack(gaps), len(gaps)).p))) if gaps else {}
-        print(f"\n{name} on the second task, p against {method}, decay {decay}")
+        print(f"\n{name} on the second task, p against {method}, decay {decay}, rate {reference[-1]:g}")
         for key, found in values.items():
             tested = f", p {p[key]:.4f}" if math.isfinite(p.get(key, math.nan)) else ""
-            print(f"  {key:24} {mean_of(list(found.values()))}, {len(found)} seeds{tested}")
+            print(f"  {key:36} {mean_of(list(found.values()))}, {len(found)} seeds{tested}")
 
 
 def mean_of(values: list[float]) -> str:
@@ -84,5 +92,6 @@ def mean_of(values: list[float]) -> str:
 
 if __name__ == "__main__":
     at_equal_learning()
-    for method, decay in (("lora", 0), ("lora", 3), ("kl-anchor", 0)):
-        second_task(method, decay)
+    for rate in (1e-3, 3e-4):
+        for method, decay in (("lora", 0), ("lora", 3), ("kl-anchor", 0)):
+            second_task(rate, method, decay)
