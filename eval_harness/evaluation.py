@@ -180,7 +180,22 @@ def _head_mean(found: TaskResult, name: str, n: int) -> np.ndarray:
 
 
 def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
-    """Check that the active adapter changes the model's predictions on `text`, so that a score is not the base's.
+    """Check that the active adapter changes the model's predictions on `text`; arguments as of `logits_differ`.
+
+    Raises:
+        RuntimeError: if the logits with and without the adapter are equal.
+        TypeError: if the model has no adapter to disable.
+    """
+    if not logits_differ(model, tokenizer, text):
+        raise RuntimeError(
+            "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"
+        )
+
+
+def logits_differ(model: nn.Module, tokenizer: Any, text: str) -> bool:
+    """Return whether the active adapter changes the model's predictions on `text`, so that a score is not the base's.
+
+    A change below the rounding of a 16-bit base changes none.
 
     Args:
         model: a `PeftModel`; it is left as it was.
@@ -188,7 +203,6 @@ def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
         text: words that the tokenizer turns into at least one token; the first 64 tokens are enough.
 
     Raises:
-        RuntimeError: if the logits with and without the adapter are equal.
         TypeError: if the model has no adapter to disable.
     """
     if not hasattr(model, "disable_adapter"):
@@ -199,7 +213,4 @@ def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
         adapted = model(input_ids=ids).logits
         with model.disable_adapter():
             base = model(input_ids=ids).logits
-    if torch.equal(adapted, base):
-        raise RuntimeError(
-            "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"
-        )
+    return not torch.equal(adapted, base)

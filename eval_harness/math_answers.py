@@ -18,7 +18,7 @@ from fractions import Fraction
 from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-METAMATH = re.compile(r"the answer is(:?)", re.IGNORECASE)
+METAMATH = re.compile(r"the (?:final )?answer is(:?)", re.IGNORECASE)
 GSM8K = re.compile(r"####")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})(?:[^\W\d_]|[\s.,;'’-])+")  # and nothing else: no number, no mathematics, no x
 _SIGN = r"(?:-\s*[$€£]?|\+\s*|[$€£]\s*-?)?"
@@ -37,6 +37,9 @@ _DISPLAY = re.compile(r"\$\$.*?\$\$|(?<!\\)\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\e
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")  # of Markdown; a power, 2**3, has none of its two marks free
 # One of the last letters that math-verify takes for a unit, directly behind a number or behind a sign.
 _VARIABLE = re.compile(r"([\d}]|(?:[-+*=,]|\\cdot|\\times)\s*)([cdghlmost]|ab|bc)\s*$")
+_NUMERAL = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")  # 4210_{5}
+# Between the parts of an answer: both rules take the words, and all behind them, for a unit.
+_AND = re.compile(r",?\s*(?:\\(?:text|textrm|textbf|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)")
 _LIST_MARK = re.compile(r"(?<=\n)\s*[-–•]\s+(?=\**[$€£]?\d)")
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _NOISE = re.compile(
@@ -142,13 +145,18 @@ def same_string(answer: str | None, right: str | None) -> bool:
 def equivalent(answer: str | None, right: str | None) -> bool:
     """Return whether two answers mean the same: as text by `same_string`, or as mathematics by math-verify.
 
-    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5. A letter that follows a number
+    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5; the base of a numeral counts
+    where both name one, and "1 and 2" is "1, 2". A letter that follows a number
     without a space, or a sign, is a variable: "4t" and "4 + t" are not 4, "4 m" is.
     """
     if answer is None or right is None:
         return False
+    answer, right = _AND.sub(", ", answer), _AND.sub(", ", right)
     if same_string(answer, right):
         return True
+    given, wanted = (_NUMERAL.fullmatch(_plain(text)) for text in (answer, right))
+    if given and wanted:
+        return given.groups() == wanted.groups()
     readers = [LatexExtractionConfig(), ExprExtractionConfig()]
     wanted, given = (parse(f"${_plain(text)}$", extraction_config=readers) for text in (right, answer))
     return bool(wanted) and bool(given) and verify(wanted, given)
@@ -180,7 +188,7 @@ def _plain(answer: str) -> str:
 
     "100,200" is one number, as it is written; the pair is "100, 200" or "(100,200)".
     """
-    plain = _VARIABLE.sub(r"\1{\2}", _NOISE.sub("", answer.strip().strip("$")))
+    plain = _VARIABLE.sub(r"\1{\2}", _NOISE.sub("", answer.strip().strip("$").removesuffix(".")))
     if re.search(r"[(\[{].*,", plain):
         return plain
     return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), plain)

@@ -178,6 +178,12 @@ class WeightFiles:
                 return file.get_tensor(key).to(owned.tensor.dtype)
             return stored[own_piece(owned.tensor)[1]].to(owned.tensor.dtype)
 
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Return a weight by its name in the model, whole and in the dtype of the files."""
+        key = self.key_of[name]
+        with opened(self.folder / self.file_of[key]) as file:
+            return file.get_tensor(key)
+
     def of(self, owned: Owned) -> torch.Tensor | None:
         """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right."""
         if not owned.saved or not (owned.tensor.is_meta or owned.key in self.key_of):

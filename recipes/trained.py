@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from lora_null.adapters.base_hash import same_base
-from lora_null.adapters.inspection import check_modules
+from lora_null.adapters.inspection import check_copies, check_modules
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, read_yaml
@@ -179,7 +180,10 @@ def check_adapter_fits(source: Trained) -> None:
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
     adapter.pairs()  # refuses what is no A or B
-    if misfit := next(check_modules(adapter, source.base.empty()), None):
+    empty = source.base.empty()
+    if misfit := next(
+        itertools.chain(check_modules(adapter, empty), check_copies(adapter, empty, source.base.folder)), None
+    ):
         raise UserError(
             f"{source.folder}: made for another base than {source.base.name}: {misfit}; --base names the right one"
         )

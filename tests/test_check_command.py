@@ -167,6 +167,27 @@ def test_an_adapter_of_the_head_is_saved_without_the_head(tmp_path, capsys, tied
     assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), logits(live))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_by_peft_holds_a_copy_of_the_head(tmp_path, capsys, tied):
+    base = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    live = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    live = get_peft_model(live, LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    live.save_pretrained(tmp_path / "a")
+    file, copied = tmp_path / "a" / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(file)
+    assert copied in tensors
+    assert main(["check", str(tmp_path / "a")]) == 0
+    assert main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    assert copied not in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    tensors[copied][0, 0] += 0.01
+    save_file(tensors, file)
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "a")]) == 1
+    assert f"{copied}: is another weight than {base} has" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "other")]) == 2
+    assert f"{copied}: is another weight than" in capsys.readouterr().err
+
+
 def test_a_base_with_code_of_its_own(adapter, base, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("builtins.input", None)  # nobody is asked

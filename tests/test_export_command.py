@@ -523,6 +523,23 @@ def test_a_token_that_both_models_rule_out_is_no_difference():
     assert compare(*[[t] for t in ruled_out]).largest == torch.inf
 
 
+def test_in_bfloat16_a_small_change_is_a_result_and_a_merge_in_float32_keeps_it(tmp_path, capsys):
+    """What moved by less than the base's rounding ended the run; a merge in float32 was compared in bfloat16."""
+    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
+    words = ["model.dtype=bfloat16", "eval.retention=[]", "training.max_steps=2", "training.save_strategy=no"]
+    small = ["training.learning_rate=1e-9", "--output-dir", str(tmp_path / "small")]
+    assert recipes([str(recipe), *words, *small]) == 0
+    assert "lora: on the first training row it predicts what the base does, bit for bit" in capsys.readouterr().err
+    assert recipes([str(recipe), *words]) == 0
+    assert "bit for bit" not in capsys.readouterr().err
+    assert export(tmp_path, "lora", tmp_path / "f32", "--form", "merged", "--dtype", "float32") == 0
+    said = capsys.readouterr().out
+    assert "Merged in float32 and rounded once, to float32" in said and "Rounding lost" not in said
+    assert float(re.search(r"relative ([\d.e-]+)", said)[1]) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "f32", dtype=torch.float32)
+    assert (logits(merged) - logits(trained(tmp_path, "lora"))).abs().max() < 1e-4
+
+
 def test_space_is_looked_for_before_anything_is_measured(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
     monkeypatch.setattr(command, "_strength", None)

@@ -13,11 +13,13 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.base_hash import DTYPE, same_base
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
-from lora_null.adapters.saved import FACTOR, REWRITTEN, SavedAdapter
+from lora_null.adapters.saved import BASE_COPY, FACTOR, REWRITTEN, SavedAdapter
+from lora_null.checkpoint_reader import WeightFiles, base_tensors
 from lora_null.utils.errors import first_line
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
@@ -41,7 +43,7 @@ def vllm_rank(rank: int) -> int | None:
     return next((most for most in VLLM_RANKS if most >= rank), None)
 
 
-def check_adapter(adapter: SavedAdapter, model: nn.Module, base: Path | None) -> list[Finding]:
+def check_adapter(adapter: SavedAdapter, model: PreTrainedModel, base: Path | None) -> list[Finding]:
     """Return what is wrong with an adapter; nothing where it is sound.
 
     Args:
@@ -51,6 +53,8 @@ def check_adapter(adapter: SavedAdapter, model: nn.Module, base: Path | None) ->
     """
     found = [*check_config(adapter), *check_files(adapter.folder), *check_keys(adapter)]
     found += [*check_modules(adapter, model), *check_ranks(adapter), *check_values(adapter)]
+    if base is not None:
+        found += check_copies(adapter, model, base)
     if base is not None and same_base(adapter.metadata, base) is False:
         found.append(Finding(WEIGHTS_FILE, f"trained on another base than {base}: its weights differ"))
     return found
@@ -94,7 +98,7 @@ def check_files(folder: Path) -> Iterator[Finding]:
 def check_keys(adapter: SavedAdapter) -> Iterator[Finding]:
     """Yield tensors that are no A or B under PEFT's names, and halves of pairs."""
     for key in adapter.tensors:
-        if not FACTOR.fullmatch(key):
+        if not FACTOR.fullmatch(key) and not BASE_COPY.fullmatch(key):
             yield Finding(key, f"is not named base_model.model.MODULE.lora_A.weight or lora_B{_naming_hint(key)}")
     for module, pair in adapter.factors().items():
         for which in {"A", "B"} - pair.keys():
@@ -109,6 +113,21 @@ def _naming_hint(key: str) -> str:
     if "lora_" in key and not key.startswith("base_model.model."):
         return "; without the prefix servers give the bare base"
     return ""
+
+
+def check_copies(adapter: SavedAdapter, model: PreTrainedModel, base: Path) -> Iterator[Finding]:
+    """Yield weights that PEFT saved as the base's own, beside A and B of an output layer, and that are not."""
+    modules, owners = dict(model.named_modules()), [*base_tensors(model)]
+    for key, copied in adapter.tensors.items():
+        match = BASE_COPY.fullmatch(key)
+        module = modules.get(match["module"]) if match else None
+        if module is None:
+            continue  # which `check_modules` reports
+        files = WeightFiles(base, model)
+        found = next((x.key for x in owners if x.tensor is module.weight and x.key in files.key_of), None)
+        own = files.read_stored(found) if found else None
+        if own is None or not torch.equal(own.to(copied.dtype), copied):
+            yield Finding(key, f"is another weight than {base} has: what was changed in it is no part of A and B")
 
 
 def check_modules(adapter: SavedAdapter, model: nn.Module) -> Iterator[Finding]:
@@ -161,7 +180,7 @@ def check_ranks(adapter: SavedAdapter) -> Iterator[Finding]:
 
 def check_values(adapter: SavedAdapter) -> Iterator[Finding]:
     """Yield dtypes that are not served, more than one of them, numbers that are not finite, an adapter without effect."""
-    dtypes = {tensor.dtype for tensor in adapter.tensors.values()}
+    dtypes = {tensor.dtype for pair in adapter.factors().values() for tensor in pair.values()}
     for dtype in dtypes - set(VLLM_DTYPES):
         yield Finding(WEIGHTS_FILE, f"holds {_dtype_name(dtype)}, not float32, bfloat16 or float16")
     if len(dtypes) > 1:
@@ -192,12 +211,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def describe(adapter: SavedAdapter) -> str:
     """Return one line that says what an adapter is."""
-    dtypes = {_dtype_name(tensor.dtype) for tensor in adapter.tensors.values()}
+    tensors = [tensor for pair in adapter.factors().values() for tensor in pair.values()]
     rank = adapter.config["r"]
     scaling = adapter.config["lora_alpha"] / (rank**0.5 if adapter.config.get("use_rslora") else rank)
     return (
         f"{len(adapter.factors())} modules, rank {rank}, scaling {scaling:g}, "
-        f"{', '.join(sorted(dtypes))}, {sum(t.numel() for t in adapter.tensors.values()) / 1e6:.1f}M parameters"
+        f"{', '.join(sorted({_dtype_name(tensor.dtype) for tensor in tensors}))}, "
+        f"{sum(tensor.numel() for tensor in tensors) / 1e6:.1f}M parameters"
     )
 
 

@@ -20,6 +20,9 @@ from lora_null.utils.quantized import PLAIN_DTYPES
 
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 
+# Of an adapted output layer PEFT also saves the base's own weight, and vLLM leaves it aside.
+BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
+
 REWRITTEN = (
     "so its A and B are no change of the original model; PEFT's save_pretrained(…, "
     "path_initial_model_for_weight_conversion=…) writes one"
@@ -55,13 +58,13 @@ class SavedAdapter:
         """Return module name → A (r, d_in) and B (d_out, r).
 
         Raises:
-            UserError: the file holds something else besides, half a pair, or factors that do not fit together or are no
+            UserError: the file holds something else besides than copies of the base's weights, half a pair, or factors that do not fit together or are no
                 finite numbers; or they are no change of the original weights.
         """
         if start := self.base_is_rewritten():
             raise UserError(f"{self.folder}: was started by {start!r}, {REWRITTEN}")
         factors = self.factors()
-        other = next((key for key in self.tensors if not FACTOR.fullmatch(key)), None)
+        other = next((key for key in self.tensors if not FACTOR.fullmatch(key) and not BASE_COPY.fullmatch(key)), None)
         if other is not None:
             raise UserError(f"{self.folder}: holds {other!r} besides A and B; `lora-null check` says more")
         half = next((name for name, pair in factors.items() if len(pair) < 2), None)

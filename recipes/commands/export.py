@@ -70,6 +70,7 @@ class Export:
         strength: ΔW is written times this.
         truncated: whether the rank is lower than what was trained and measured.
         max_error: relative error at which it is refused; infinite where the error is what was asked for.
+        compared_in: dtype of the models whose logits are compared; None: that of the run's base.
     """
 
     source: Trained
@@ -82,6 +83,7 @@ class Export:
     truncated: bool = False
     max_error: float = EXACT_ERROR
     recorded: str = ""
+    compared_in: str | None = None
 
     def __post_init__(self) -> None:
         if self.source.base.section.dtype != "float32":
@@ -299,8 +301,9 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     write_json(export.folder / "config.json", config)
     if base.section.quantization:
         export.max_error = math.inf  # what differs is mostly the base
-    elif written != "float32":
-        export.max_error = ROUNDED_ERROR
+    else:
+        export.max_error = EXACT_ERROR if written == "float32" else ROUNDED_ERROR
+        export.compared_in = "float32" if written == "float32" else None
     export.notes.append(f"Merged in float32 and rounded once, to {written}.")
 
 
@@ -368,7 +371,7 @@ def verify(export: Export) -> Any:
 
 def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any], list[Any]]:
     """Return the logits of the untouched base and of the run's own result."""
-    model = export.source.base.load()
+    model = export.source.base.load(dtype=export.compared_in)
     untouched = logits_of(model, texts)
     if export.source.kind == "model":
         return untouched, logits_of(export.source.base.load(export.source.folder, "float32"), texts)
@@ -378,10 +381,10 @@ def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any]
 
 
 def _load(export: Export) -> Any:
-    """Return the export as its users load it, in the dtype that the run's base was in."""
+    """Return the export as its users load it."""
     base = export.source.base
     if export.form == "merged":
-        return base.load(export.folder, quantized=False)
+        return base.load(export.folder, export.compared_in, quantized=False)
     if export.form == "adapter":
         return PeftModel.from_pretrained(base.load(), export.folder)
     return _load_gguf(export)

@@ -116,7 +116,7 @@ def distances(results: Results) -> list[tuple[int, str]]:
 
 def _along(measure: Measure, i: int, reference: int, noun: str, verb: str) -> str:
     gap = measure.gap(i, reference)
-    if gap is None:
+    if gap is None or measure.untested([i, reference]):
         return f"{noun} not compared"
     if not gap.significant:
         return f"same {noun} within the error"
@@ -126,7 +126,7 @@ def _along(measure: Measure, i: int, reference: int, noun: str, verb: str) -> st
 def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, reference: int) -> str:
     word = "moved" if kind_of(measure.comparison_name) == "kl" else "lost"
     gap, ours, theirs = measure.gap(i, reference), points[i][1], points[reference][1]
-    if gap is None:
+    if gap is None or measure.untested([i, reference]):
         return f"{word}: not compared"
     if not gap.significant:
         return f"{word} the same within the error"
