@@ -532,22 +532,26 @@ def test_the_error_of_a_mean_over_seeds_has_that_of_the_questions():
 
 
 def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
-    lora = [[(1.5, 0.10), (1.0, 0.40)], [(1.6, 0.12), (1.0, 0.44)], [(1.4, 0.11), (1.0, 0.42)]]
+    lora = [[(1.5, 0.10), (1.0, 0.40)], [(1.6, 0.12), (1.0, 0.64)], [(1.4, 0.11), (1.0, 0.42)]]
     other = [[(1.6, 0.01), (1.0, 0.04)], [(1.6, 0.02), (0.8, 0.06)], [(1.5, 0.01), (1.2, 0.03)]]
     found = made({"lora": lora, "mine": other, "weak": [[(1.9, 0.3), (1.8, 0.4)]] * 3})
     low, high = equal_learning(found, "q kl", "t nll")
     assert (low.learned, high.learned) == (pytest.approx(0.5), pytest.approx(1.0))
+    for target, own in ((low, [0.10, 0.12, 0.11]), (high, [0.40, 0.64, 0.42])):  # what LoRA itself forgot there
+        assert target.rows[0].value.value == pytest.approx(np.mean(own)) and target.rows[0].reached == 3
+    read = [0.01 + 0.03 / 6, 0.02, 0.01 + 0.02 / 3]  # where LoRA of the same seed has learned 0.5, 0.4, 0.6
+    assert low.rows[1].value.value == pytest.approx(np.mean(read)) and low.rows[1].reached == 3
     mine = next(row for row in high.rows if row.name == "mine")
     by_hand = [0.04, 0.02 + (0.6 / 0.8) * 0.04]  # learned 1.0 where 0.4 … 1.0 and 0.4 … 1.2; the third ends at 0.8
     assert mine.reached == 2 and mine.value.value == pytest.approx(np.mean(by_hand))
     assert mine.value.stderr == pytest.approx(stats.sem(by_hand))
-    gaps = [by_hand[0] - 0.40, by_hand[1] - 0.44]
+    gaps = [by_hand[0] - 0.40, by_hand[1] - 0.64]
     assert mine.difference.value == pytest.approx(np.mean(gaps))
     alone = stats.ttest_1samp(gaps, 0).pvalue
-    assert alone < mine.p <= 2 * alone  # adjusted for the other level
+    assert alone <= mine.p <= 2 * alone  # adjusted for the other level
     assert next(row for row in high.rows if row.name == "weak").value is None
     said = grid_headline(found, {})
-    assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers: p = 0.037 alone
+    assert "Not distinguishable from LoRA: mine." in said  # two seeds, without answers
     assert "weak never learned that much." in said and "learning_rate 2" in said
 
 

@@ -5,8 +5,8 @@ learning rate to the highest, one for each of its other settings, or through all
 where learning rates are not swept. Forgetting at a given learning is read off the first stretch of that path that reaches
 it, linearly between its two ends, for each seed alone. What is read off is linear in the runs' means over questions, so
 every question's part in it is known: errors count questions and seeds, and the difference from LoRA is paired by both
-(`eval_harness/statistics.py`). The level is LoRA's own, of the same questions, and moves with them: easier questions raise it
-as they raise what every method has learned, which is no difference in forgetting. A method that does not reach a level has
+(`eval_harness/statistics.py`). The level is LoRA's own, of the same seed and questions, and moves with them: easier questions
+raise it as they raise what every method has learned, which is no difference in forgetting. A method that does not reach a level has
 no value there, nor has one whose runs all learned more: from the base to a method's first run KL rises with about the
 square of what is learned, not linearly.
 """
@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 import numpy as np
 
@@ -111,7 +110,7 @@ class MethodAtLevel:
 
 @dataclass(frozen=True)
 class Target:
-    """A level of learning: what LoRA reaches in the mean with one of the swept values."""
+    """A level of learning: what LoRA reaches with one of the swept values; `learned` is its mean over the seeds."""
 
     learned: float
     where: str
@@ -261,18 +260,16 @@ def forgetting_at(
 def equal_learning(results: Results, kept: str, task: str, evaluations: Evaluations | None = None) -> list[Target]:
     """Return forgetting at equal learning, at what LoRA reaches with each swept value, the least first.
 
-    A level is LoRA's mean over the seeds, or less where one of its seeds never learns that much. The p-values are adjusted
-    for all methods and levels together.
+    Every seed is read where LoRA's run of the same seed has learned as much. The p-values are adjusted for all methods and
+    levels together.
     """
     every = frontiers(results, kept, task, evaluations)
     lora = next((frontier for frontier in every if frontier.name == "lora"), None)
     targets = []
-    for where, reached in _levels(results, task, evaluations or {}).items() if lora else ():
-        level, level_influence = min(
-            [_mean_level(reached), *(_furthest(lora, s) for s in lora.points)], key=itemgetter(0)
-        )
-        if level > 0:
-            targets.append(Target(level, where, _compare_at(every, lora, level, level_influence)))
+    for where, levels in _levels(results, task, evaluations or {}).items() if lora else ():
+        learned = [level for level, _ in levels.values()]
+        if min(learned) > 0:
+            targets.append(Target(float(np.mean(learned)), where, _compare_at(every, lora, levels)))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
     targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
     return sorted(targets, key=lambda target: target.learned)
@@ -282,38 +279,24 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _levels(results: Results, task: str, evaluations: Evaluations) -> dict[str, list[Level]]:
-    """Return what LoRA's seeds learned, by the swept values."""
-    levels: dict[str, list[Level]] = {}
+def _levels(results: Results, task: str, evaluations: Evaluations) -> dict[str, dict[int, Level]]:
+    """Return what LoRA learned by the swept values, and by seed."""
+    levels: dict[str, dict[int, Level]] = {}
     for run in runs_by_frontier(results)["lora"]:
         learned = change(results, run, task)
         if learned is not None:
-            levels.setdefault(settings_text(run.point), []).append(
-                (learned, _influence(results, run, task, evaluations))
-            )
+            influence_of_questions = _influence(results, run, task, evaluations)
+            levels.setdefault(settings_text(run.point), {})[run.seed] = learned, influence_of_questions
     return levels
 
 
-def _mean_level(reached: Sequence[Level]) -> Level:
-    level, influences = float(np.mean([x for x, _ in reached])), [one for _, one in reached if one is not None]
-    return level, np.mean(influences, axis=0) if len(influences) == len(reached) else None
-
-
-def _furthest(frontier: Frontier, seed: int) -> Level:
-    """Return the most that a seed's runs have learned."""
-    path = frontier.points[seed]
-    k = max(range(len(path)), key=lambda k: path[k][0])
-    return path[k][0], frontier.influences[seed][k][0]
-
-
-def _compare_at(
-    every: Sequence[Frontier], lora: Frontier, learned: float, level_influence: np.ndarray | None
-) -> list[MethodAtLevel]:
+def _compare_at(every: Sequence[Frontier], lora: Frontier, levels: Mapping[int, Level]) -> list[MethodAtLevel]:
     read = {
         f.name: {
             seed: reading
             for seed, path in f.points.items()
-            if (reading := forgetting_at(path, learned, f.influences[seed], level_influence))
+            if seed in levels
+            and (reading := forgetting_at(path, levels[seed][0], f.influences[seed], levels[seed][1]))
         }
         for f in every
     }
@@ -333,7 +316,9 @@ def _compare_at(
         spread = spread_of(ours) if ours else None
         value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
         gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
-        beyond = value is None and any(x >= learned for path in f.points.values() for x, _ in path)
+        beyond = value is None and any(
+            x >= levels[seed][0] for seed, path in f.points.items() if seed in levels for x, _ in path
+        )
         rows.append(MethodAtLevel(f.name, value, len(ours), len(f.points), gap, p, beyond))
     return rows
 
