@@ -5,7 +5,7 @@ Rows come as they were written: no column is forced into one type, no empty or "
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import csv
 import io
 import itertools
@@ -74,6 +74,9 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
             raise UserError(f"{where}: cannot read {path}{nearest(path.suffix, FILE_KINDS)}")
         if path.stat().st_size == 0:
             raise UserError(f"{where}: {path} is empty")
+        with path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{where}: {path} is in UTF-16; save it as UTF-8")
     kind, found, last = FILE_KINDS[paths[0].suffix.lower()], Documents([], []), 0
     other = next((path for path in paths if FILE_KINDS[path.suffix.lower()] != kind), None)
     if other is not None:
@@ -208,12 +211,19 @@ def _is_integer(cell: str) -> bool:
 
 def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
     """Return the rows of a file that is one JSON value, or one a line; or what is wrong with one, None for an empty line."""
-    data, value = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), None
+    data, value, wrong = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), None, None
     if data.lstrip().startswith((b"[", b"{")):
-        with contextlib.suppress(ValueError, RecursionError):  # then it is one value a line
+        try:
             value = json.loads(data)
+        except RecursionError:
+            pass
+        except ValueError as error:  # then it is one value a line
+            wrong = error
     if value is None:
         entries = data.splitlines()
+        whole = wrong is not None and path.suffix.lower() != ".jsonl"
+        if whole and all(isinstance(_row(line), str) for line in entries if line.strip()):
+            raise wrong
     elif isinstance(value, list):
         entries = value
     else:

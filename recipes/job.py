@@ -19,7 +19,7 @@ from trl import DPOConfig, SFTConfig
 from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import PreferenceTask, Task, validate_tasks
-from lora_null.recipes import base_cache
+from lora_null.recipes import caches
 from lora_null.recipes.budget import BudgetPlan, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
@@ -330,8 +330,8 @@ def _plan_measures(job: Job) -> None:
         if job.budget and job.budget.section.then != "scale" and not method.can_stop_early:
             raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
     if recipe.eval.cache:
-        job.base_key = base_cache.key_of(recipe, name, tasks, recipe.eval.limit)
-        job.probe_key = job.probe and base_cache.key_of(recipe, name, job.probe.tasks, None)
+        job.base_key = caches.base_key(recipe, name, tasks, recipe.eval.limit)
+        job.probe_key = job.probe and caches.base_key(recipe, name, job.probe.tasks, None)
 
 
 def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:

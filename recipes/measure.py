@@ -18,7 +18,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
 from lora_null.eval_harness import Evaluation, Task, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
-from lora_null.recipes import base_cache
+from lora_null.recipes import caches
 from lora_null.recipes.budget import Measurement, check_budget
 from lora_null.recipes.comparisons import compare, with_samples_of_groups
 from lora_null.recipes.environment import free_memory
@@ -27,7 +27,6 @@ from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report.dial import Dial, DialPoint, write_dial
 from lora_null.recipes.results import EVAL_FILE, Row, Seconds
-from lora_null.recipes.strengths import sweep
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_safetensors, write_text
@@ -64,7 +63,7 @@ def _find_or_measure(job: Job, folder: Path, key: str | None, measure: Callable[
     def restore() -> bool:
         if saved.is_file():
             return True
-        if fetched := key is not None and base_cache.fetch(key, folder):
+        if fetched := key is not None and caches.fetch_base(key, folder):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         return fetched
 
@@ -72,7 +71,7 @@ def _find_or_measure(job: Job, folder: Path, key: str | None, measure: Callable[
         return Evaluation.read(saved)
     found = measure()
     if is_first_process() and key:
-        base_cache.keep(key, folder, found)
+        caches.keep_base(key, folder, found)
     return found
 
 
@@ -118,7 +117,7 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any], keys: 
     """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
 
     def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-        packages = {name: settings["versions"].get(name) for name in base_cache.PACKAGES}
+        packages = {name: settings["versions"].get(name) for name in caches.PACKAGES}
         return packages | {key: settings.get(key) for key in keys}
 
     old, new = compared(before), compared(now)
@@ -170,7 +169,10 @@ def measure_strengths(
     strengths: Sequence[float],
     known: Mapping[float, Evaluation] = {},
 ) -> Dial:
-    """Evaluate a live adapter at the strengths and write the folder `out`.
+    """Evaluate a live adapter at the strengths, in ascending order, and write the folder `out`.
+
+    ΔW times s is exact for every adapter that is a plain LoRA, so nothing is trained again. A strength at which something is
+    not finite is left out, with a warning.
 
     Args:
         job: with the base evaluated.
@@ -181,15 +183,20 @@ def measure_strengths(
         known: strength → what was measured already.
     """
     options = job.eval_options | {"limit": job.recipe.eval.limit, "reference_dir": job.base}
-
-    def measure(strength: float) -> Evaluation:  # answers to be graded are kept for each
-        folder_of_answers = out / f"strength={strength:g}"
-        return evaluate(model, job.tokenizer, job.tasks, output_dir=folder_of_answers, **options)
-
-    base = Evaluation.read(job.base / EVAL_FILE)
-    measured = sweep(Strength(model), strengths, base, measure, known)
-    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
-    seconds = sum(found.seconds for strength, found in measured.items() if strength and strength not in known)
+    strength, known = Strength(model), {**known, 0.0: Evaluation.read(job.base / EVAL_FILE)}
+    measured = {}
+    for value in sorted({0.0, *strengths}):
+        found = known.get(value)
+        if found is None:
+            with strength.at(value):  # answers to be graded are kept for each
+                found = evaluate(model, job.tokenizer, job.tasks, output_dir=out / f"strength={value:g}", **options)
+        bad = next((name for name, m in found.metrics.items() if not math.isfinite(m.value + (m.stderr or 0))), None)
+        if bad is not None:
+            logger.warning(f"strength {value:g} is left out: {bad} is not a finite number there")
+            continue
+        measured[value] = found
+    points = [DialPoint(strength=value, metrics=found.metrics) for value, found in measured.items()]
+    seconds = sum(found.seconds for value, found in measured.items() if value not in known)
     found = Dial(method=method, model=job.recipe.model.name_or_path, points=points, seconds=seconds)
     found.paired = compare(
         found.results(), {i: {0: with_samples_of_groups(e)} for i, e in enumerate(measured.values())}

@@ -117,6 +117,11 @@ class Budget(BaseModel):
     first_check: float | None = None
     learned: dict[str, GivenUp] = {}
 
+    @property
+    def left_nothing(self) -> bool:
+        """Whether what is saved is the base again."""
+        return self.strength == 0 or self.step == 0
+
     def sentence(self) -> str:
         """Say how it was kept, and what was given up."""
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
@@ -168,6 +173,11 @@ class Row(BaseModel):
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     budget: Budget | None = None
+
+    @property
+    def is_base_again(self) -> bool:
+        """Whether the budget left nothing of the training."""
+        return self.budget is not None and self.budget.left_nothing
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or no number of a usable size (a run that diverged).

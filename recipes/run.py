@@ -26,7 +26,7 @@ from lora_null.eval_harness.probe import STATE_FILE as PROBE_FILE
 from lora_null.eval_harness.probe import Probe
 from lora_null.layer import active_adapter
 from lora_null.magnitude import norm_of_product, weight_changes
-from lora_null.recipes import output, texts_cache
+from lora_null.recipes import caches, output
 from lora_null.recipes.budget import BudgetProbe, apply_budget
 from lora_null.recipes.callbacks import (
     KeepCard,
@@ -153,7 +153,7 @@ def _results(job: Job, rows: list[Row]) -> Results:
 def _write_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
     cache = job.recipe.calibration.cache
-    with texts_cache.writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache) as write:
+    with caches.texts_writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache) as write:
         windows = cut_windows(job.sources, job.tokenizer, job.calibration_args, write)
     free_memory()
     return windows
@@ -214,7 +214,7 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
         if isinstance(probe, BudgetProbe):
             kept = apply_budget(budget_measurement(job, model), probe, model)
         saved = _save(job, plan, trainer, folder)
-        back_at_start = kept is not None and (kept.strength == 0 or kept.step == 0)
+        back_at_start = kept is not None and kept.left_nothing
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
             _warn_if_nothing_changed(job, plan, model)
         if job.recipe.eval.backend == "vllm":

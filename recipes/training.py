@@ -50,6 +50,10 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         UserError: a value that TRL refuses, or a total batch that the processes cannot share out evenly.
     """
     choose_precision(recipe)
+    if recipe.training.get("fp16") and accelerator() is None:  # which accelerate would leave out without a word
+        raise UserError(
+            "training.fp16: there is no accelerator here, and a CPU trains in float32 or by training.bf16=true"
+        )
     options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)

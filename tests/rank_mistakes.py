@@ -20,7 +20,7 @@ from lora_null.calibration import measure_inputs
 from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes import base_cache, measure
+from lora_null.recipes import caches, measure
 from lora_null.trainer.methods.from_peft import EVA
 from lora_null.utils.distributed import all_gather, on_first_rank, together
 from lora_null.utils.files import write_text
@@ -106,7 +106,7 @@ def zero_on_one():
 
 def kept_base(folder):
     """A base that an earlier run evaluated: the first process fetches it before the other one looks."""
-    base_cache.folder = lambda: folder / "kept"
+    caches.bases_folder = lambda: folder / "kept"
     target, job = folder / "base", SimpleNamespace()
     only_on(0, lambda: write_text(folder / "kept" / "key" / "eval.json", Evaluation({}, {}, 0.0).to_json()))
     end = time.monotonic() + 20

@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from world import make_world, write_rows
 
 from lora_null.eval_harness.documents import CHUNK_CHARACTERS, chunks
-from lora_null.recipes import texts_cache
+from lora_null.recipes import caches
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands import main as command
 from lora_null.recipes.config.load import MARK, load_recipe
@@ -397,11 +397,11 @@ class TestWhatTheModelWrites:
         def written(**changes):
             cache = changes.pop("cache", True)
             cut = CalibrationArgs(**{"max_length": 24, "seed": 0} | changes)
-            with texts_cache.writer(section, section.name_or_path, tiny_tokenizer(), cut, cache) as write:
+            with caches.texts_writer(section, section.name_or_path, tiny_tokenizer(), cut, cache) as write:
                 return write(source, 8)
 
         first = written()
-        monkeypatch.setattr(texts_cache, "base_to_run", lambda *_: pytest.fail("the model was to write again"))
+        monkeypatch.setattr(caches, "base_to_run", lambda *_: pytest.fail("the model was to write again"))
         assert written() == first and "8 texts that the model wrote before" in capsys.readouterr().out
         for other in ({"seed": 1}, {"max_length": 25}, {"cache": False}):
             with pytest.raises(pytest.fail.Exception):
@@ -524,6 +524,6 @@ def test_own_texts_are_known_by_the_end_they_were_written_to():
     section = ModelSection(name_or_path="m")
     source, cut = SimpleNamespace(prompts=["a"]), CalibrationArgs()
     keys = [
-        texts_cache._key(section.model_copy(update={"eos_token": end}), "m", source, 4, cut) for end in (None, "<e>")
+        caches._texts_key(section.model_copy(update={"eos_token": end}), "m", source, 4, cut) for end in (None, "<e>")
     ]
     assert keys[0] != keys[1]

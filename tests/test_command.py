@@ -16,7 +16,7 @@ from lora_null import LoraNullConfig
 from lora_null.__main__ import main
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.layer import adapted_layers
-from lora_null.recipes import texts_cache
+from lora_null.recipes import caches
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, capsys, monkeypatch, words, line):
-    monkeypatch.setattr(texts_cache, "writer", lambda *_: pytest.fail("the model writes"))
+    monkeypatch.setattr(caches, "texts_writer", lambda *_: pytest.fail("the model writes"))
     (tmp_path / "file").touch()
     assert (
         init(world, tmp_path / "out", *(word.format(tmp=tmp_path) if "tmp" in word else word for word in words)) == 2

@@ -21,8 +21,8 @@ from lora_null.recipes import measure, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.config.load import MARK
-from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, read_dial, table_rows, write_dial
-from lora_null.recipes.strengths import sweep
+from lora_null.recipes.report.dial import dial_summary, read_dial, table_rows, write_dial
+from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.errors import UserError
 
 
@@ -313,43 +313,39 @@ def test_two_files_of_one_name(world, tmp_path):
     assert {"kept test kl", "learned test nll"} <= points(tmp_path)[1.0].keys()
 
 
-def dial_of(measured):
-    points = [DialPoint(strength=strength, metrics=found.metrics) for strength, found in measured.items()]
-    return Dial(method="lora", model="m", points=points)
+def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, monkeypatch):
+    def dial_of(strengths, *measured):
+        evaluations = (Evaluation(metrics, {}, 1.0, {}) for metrics in measured)
+        (tmp_path / "base" / EVAL_FILE).write_text(next(evaluations).to_json())
+        monkeypatch.setattr(measure, "evaluate", lambda *_, **__: next(evaluations))
+        return measure.measure_strengths(job, "lora", None, tmp_path / "dial", strengths)
 
-
-def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog):
-    def evaluation(value):
-        found = {
+    def metrics(value):
+        return {
             "a": Metric(value, 0.1, 4, False, "retention", "nats"),
             "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
         }
-        return Evaluation(found, {}, 1.0, {})
 
-    values = iter([0.5, float("nan")])
-    measured = sweep(
-        SimpleNamespace(at=nullcontext), [0.5, 2], evaluation(0.0), lambda _: evaluation(next(values)), {}
-    )
-    assert list(measured) == [0.0, 0.5]
+    (tmp_path / "base").mkdir()
+    recipe = SimpleNamespace(eval=SimpleNamespace(limit=None), model=SimpleNamespace(name_or_path="m"))
+    job = SimpleNamespace(recipe=recipe, base=tmp_path / "base", eval_options={}, tokenizer=None, tasks=[])
+    monkeypatch.setattr(measure, "Strength", lambda _: SimpleNamespace(at=nullcontext))
+    shown = dial_of([0.5, 2], metrics(0.0), metrics(0.5), metrics(float("nan")))
+    assert [point.strength for point in shown.points] == [0.0, 0.5]
     assert "strength 2 is left out: a is not a finite number there" in caplog.text
-    shown = dial_of(measured)
     for points in (shown.points, shown.points[:1]):
         write_dial(tmp_path / "dial", shown.model_copy(update={"points": points}))
         assert dial_summary(read_dial(tmp_path))
-    for found in measured.values():
-        del found.metrics["b"]  # what is learned was not measured
-    kept_alone = dial_of(measured)
-    assert "only one side was measured" in dial_summary(kept_alone)
-    assert "strength 0.5 keeps loss of a within 1: 0.500" in dial_summary(kept_alone, 1.0)
+    for point in shown.points:
+        del point.metrics["b"]  # what is learned was not measured
+    assert "only one side was measured" in dial_summary(shown)
+    assert "strength 0.5 keeps loss of a within 1: 0.500" in dial_summary(shown, 1.0)
     shares = {
         "a": Metric(0.5, 0.1, 4, True, "retention", "fraction"),
         "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
     }
     lower = {"a": Metric(0.48, 0.1, 4, True, "retention", "fraction"), "b": shares["b"]}
-    steps = sweep(
-        SimpleNamespace(at=nullcontext), [0.5], Evaluation(shares, {}, 1.0, {}), lambda _: Evaluation(lower, {}, 1.0, {}), {}
-    )  # fmt: skip
-    said = dial_summary(dial_of(steps), 0.5)
+    said = dial_summary(dial_of([0.5], shares, lower), 0.5)
     assert "keeps loss of a within 50 points: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):

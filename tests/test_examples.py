@@ -10,6 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import make_world, write_rows
 
+from lora_null.eval_harness.documents import read_documents
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DataSection
@@ -142,6 +143,16 @@ BAD = {  # a line of the file → what is wrong with it
 def write_lines(path, *lines):
     path.write_bytes(b"".join(line.encode() if isinstance(line, str) else line for line in lines))
     return path
+
+
+def test_a_broken_file_says_where(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + ",\n".join(json.dumps(GOOD, indent=1) for _ in range(9)) + ",\n]\n")
+    with pytest.raises(UserError, match=r"rows.json as json \(.*line 47 column 1"):
+        read_documents([path], "data", keep_bad=True)
+    path.write_bytes(json.dumps([GOOD]).encode("utf-16"))
+    with pytest.raises(UserError, match=r"rows.json is in UTF-16; save it as UTF-8"):
+        read_documents([path], "data", keep_bad=True)
 
 
 @pytest.mark.parametrize("line", BAD, ids=BAD.values())

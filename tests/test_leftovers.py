@@ -24,6 +24,7 @@ from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import MARK, dump, load_recipe, read_yaml, resume_command
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
+from lora_null.recipes.models.bases import resolve_name
 from lora_null.trainer.checkpoints import is_whole
 from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError
@@ -118,6 +119,8 @@ def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
     begun = load_recipe(str(recipe), words, output_dir=out)
     output.claim(begun, resume=False, overwrite=False)
     assert begun.data.path == "numbers.jsonl"  # as it was given
+    base = resolve_name(begun.model.model_copy(update={"name_or_path": "model"}))
+    assert base == str(tmp_path / "here" / "model")  # which the adapter names
     monkeypatch.chdir(tmp_path)
     output.check_output_folder(load_recipe(str(recipe), words, output_dir=out), resume=True, overwrite=False)
     left = load_recipe(f"{out}/recipe.yaml")
@@ -189,10 +192,10 @@ def test_a_run_whose_recipe_was_edited_into_none_is_told_in_one_line(tmp_path, c
 @pytest.mark.parametrize(
     "edited, told",
     {
-        "eval: {probe: 5}": "eval.probe: input should be a valid dictionary",
-        "eval: {retention: 3}": "eval.retention: input should be a valid list",
-        "calibration: 3": "calibration: input should be a valid dictionary",
-        "calibration: {sources: 3}": "calibration.sources: input should be a valid list",
+        "eval: {probe: 5}": "eval.probe: holds keys, such as eval.probe.every, not 5",
+        "eval: {retention: 3}": r"eval.retention: is a list, such as \[3\]",
+        "calibration: 3": "calibration: holds keys, such as calibration.path, not 3",
+        "calibration: {sources: 3}": r"calibration.sources: is a list, such as \[3\]",
     }.items(),
 )
 def test_and_what_is_no_section_or_list_below(tmp_path, edited, told):

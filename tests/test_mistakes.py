@@ -157,11 +157,14 @@ CASES = [
     (["--resume", "--overwrite"], "--resume: goes on with the run that --overwrite removes; give one of the two"),
     (["grid.keep_weights=false"], "keep_weights: a single run keeps its weights; give seeds or sweep"),
     (["training=3"], "training: input should be a valid dictionary"),
-    (["eval=3"], "eval: input should be a valid dictionary"),
+    (["eval=3"], "eval: holds keys, such as eval.retention, not 3"),
+    (["method=lora"], "method: holds keys, such as method.name, not 'lora'"),
+    (["grid.seeds=3"], "grid.seeds: is a list, such as [3]"),
+    (["training.fp16=true"], "training.fp16: there is no accelerator here, and a CPU trains in float32"),
     (["method=lora", "--method", "lora"], "'method' holds a value, not keys"),
     (["rank"], "argument 'rank': expected key.subkey=value"),
     (["eval.probe.every=often"], "eval.probe.every: input should be a valid integer"),
-    (["method.target_modules=3"], "method.target_modules: input should be a valid list"),
+    (["method.target_modules=3"], "method.target_modules: "),
     (["data.limit=[1"], "the value is not valid YAML"),
     (["seed=1", "seed.x=1"], "holds a value, not keys"),
     (["eval.task=[gsm8k]", "eval.task.0.limit=5"], "'task' is a list: give all of it"),
@@ -235,7 +238,9 @@ def test_empty_data(fails, tmp_path):
 
 def test_broken_yaml(fails, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: [")
-    assert "not valid YAML" in fails(name=str(tmp_path / "broken.yaml"))
+    assert "not valid YAML (line 1: expected the node content" in fails(name=str(tmp_path / "broken.yaml"))
+    (tmp_path / "broken.yaml").write_text("model:\n  dtype: a\n\trevision: b\n")
+    assert "not valid YAML (line 3: found character '\\t'" in fails(name=str(tmp_path / "broken.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
     assert "a recipe is a mapping" in fails(name=str(tmp_path / "list.yaml"))
 

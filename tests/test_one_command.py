@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trl
 import yaml
+from key_reference import README, describe_keys
 from world import make_world
 
 import lora_null
@@ -17,7 +18,6 @@ from lora_null.recipes import __main__ as recipes_main
 from lora_null.recipes.commands import main
 from lora_null.recipes.commands.arguments import build_parser
 from lora_null.recipes.config.parsed_sources import CONFIGS, method_options, training_types
-from lora_null.recipes.config.reference import README, describe_keys
 from lora_null.recipes.config.schema import JudgeSection
 from lora_null.trainer.methods import METHODS
 
@@ -181,7 +181,7 @@ def test_the_judge_has_the_defaults_of_a_recipe():
 
 
 def test_the_readme_holds_every_key_of_the_schema():
-    """`python -m lora_null.recipes.config.reference` writes it anew."""
+    """`python tests/key_reference.py` writes it anew."""
     assert describe_keys() in README.read_text(encoding="utf-8")
     rows = [line for line in describe_keys().splitlines() if line.startswith("| `")]
     assert len(rows) > 80 and not [row for row in rows if row.endswith("|  |")]  # each says what it is

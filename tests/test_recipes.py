@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, BloomConfig
 from world import make_world
@@ -84,6 +85,26 @@ def test_dry_run_at_full_size(capsys, monkeypatch, name, preset):
         assert "782 optimizer steps of 128 sequences" in out and "174M" in out
     if name == "ultrafeedback" and preset == "llama-2-7b":
         assert "44M" in out
+
+
+def test_paths_of_an_included_recipe_mean_what_lies_beside_it(tmp_path):
+    """Also where files of the same name lie beside the recipe that includes it."""
+    for folder in (tmp_path, tmp_path / "inner"):
+        folder.mkdir(exist_ok=True)
+        for name in ("rows.jsonl", "kept.jsonl", "mine.py"):
+            (folder / name).write_text("")
+    beside = {
+        "data": {"path": "rows.jsonl"},
+        "calibration": {"sources": ["kept.jsonl"]},
+        "eval": {"retention": [{"answers": "kept", "path": "kept.jsonl"}]},
+        "grid": {"sweep": {"data.path": ["rows.jsonl"]}},
+    }
+    (tmp_path / "inner" / "base.yaml").write_text(yaml.safe_dump({"include": "quickstart", **beside}))
+    (tmp_path / "main.yaml").write_text("include: inner/base.yaml\n")
+    found = load_recipe(str(tmp_path / "main.yaml"))
+    assert [found.data.path, *found.grid.sweep["data.path"]] == [str(tmp_path / "inner" / "rows.jsonl")] * 2
+    kept = [found.calibration.sources[0].path, found.eval.retention[0].path]
+    assert kept == [str(tmp_path / "inner" / "kept.jsonl")] * 2
 
 
 def test_includes(tmp_path):

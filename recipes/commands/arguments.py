@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
 QUESTIONS = ("prompt", "response", "template")  # how files of questions are read
+STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -189,6 +191,35 @@ def _form(name: str) -> str:
     return name
 
 
+def strength(text: str) -> float:
+    """Return a strength; raise an ArgumentTypeError for one that is no number from 0 to 2."""
+    value = float(text)
+    if not 0 <= value <= MAX_STRENGTH:
+        raise argparse.ArgumentTypeError(
+            f"a strength is a number from 0 (the base) to {MAX_STRENGTH:g}, 1 being as saved, not {value}"
+        )
+    return value
+
+
+def strengths(text: str) -> list[float]:
+    """Return "0,0.5,1" as numbers; raise an ArgumentTypeError where one is no number from 0 to 2."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(strength(word))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word.strip()!r} is not a number, such as 0.5; give 0,0.5,1") from None
+    return found
+
+
+def amount(text: str) -> float:
+    """Return how much may be forgotten; raise an ArgumentTypeError for what is no number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {value}")
+    return value
+
+
 def _export(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "export",
@@ -205,8 +236,10 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
     _add_trust(add)
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
-    add("--strength", type=float, metavar="S", help="write ΔW times S; 1 is as saved")
-    add("--max-forgetting", type=float, metavar="X", help="the largest strength that forgets no more than X, measured")
+    add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is as saved")
+    add(
+        "--max-forgetting", type=amount, metavar="X", help="the largest strength that forgets no more than X, measured"
+    )
     add(
         "--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL, else the first metric)"
     )
@@ -265,8 +298,9 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     )
     add = _adder(parser)
     _add_source(add)
-    add("--strengths", metavar="S,S", help="1 is as saved (default 0,0.2,0.4,0.6,0.8,1,1.25)")
-    add("--max-forgetting", type=float, metavar="X", help="say which of them forgets no more than X")
+    about = f"1 is as saved (default {STRENGTHS})"
+    add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
+    add("--max-forgetting", type=amount, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
     _add_trust(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)

@@ -28,7 +28,6 @@ from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, read_dial, table_rows
 from lora_null.recipes.results import EVAL_FILE
-from lora_null.recipes.strengths import STRENGTHS, check_max_forgetting, parse_strengths
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
@@ -42,10 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write dial.json, dial.md and dial.png, print the table.
 
     Raises:
-        UserError: not an adapter, an adapter for another base, strengths that are no numbers, nothing to measure.
+        UserError: not an adapter, an adapter for another base, nothing to measure.
     """
-    check_max_forgetting(arguments.max_forgetting)
-    strengths = parse_strengths(arguments.strengths) if arguments.strengths is not None else list(STRENGTHS)
     prepare_cpu()
     join_processes()
 
@@ -62,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         on_first_rank(lambda: _make_anew(job.base))
     evaluate_base(job)
     model = load_adapted(source)
-    found = measure_strengths(job, source.method, model, out, strengths)
+    found = measure_strengths(job, source.method, model, out, arguments.strengths)
     if not is_first_process():
         return
     head, *rows = table_rows(found)

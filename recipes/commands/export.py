@@ -36,7 +36,6 @@ from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
-from lora_null.recipes.strengths import check_max_forgetting, check_strength
 from lora_null.recipes.trained import (
     PROCESSOR,
     QUANTIZED_NOTE,
@@ -180,9 +179,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--dtype: adapters are written as they were trained; use --form merged")
     if arguments.strength is not None and arguments.max_forgetting is not None:
         raise UserError("--strength: --max-forgetting chooses the strength itself, give one of the two")
-    if arguments.strength is not None and not check_strength(arguments.strength, "--strength"):
+    if arguments.strength == 0:
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
-    check_max_forgetting(arguments.max_forgetting)
     check_place(arguments.out.parent, "--out")
     check_free(arguments.out)
     if arguments.form == "gguf":

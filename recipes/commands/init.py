@@ -14,7 +14,7 @@ from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers, factors_of
-from lora_null.recipes import texts_cache
+from lora_null.recipes import caches
 from lora_null.recipes.config.schema import (
     CalibrationSection,
     ModelSection,
@@ -96,7 +96,7 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
 
     name, tokenizer, cut, sources, windows = together(check)
     if any(source.texts is None for source in sources):
-        with texts_cache.writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
+        with caches.texts_writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
             windows = cut_windows(sources, tokenizer, cut, write)
     if is_first_process():
         print(f"calibration: {'; '.join(windows.covered)}")

@@ -146,7 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
+        raise UserError(f"{path}: not valid YAML ({_yaml_reason(error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
     if is_of_run(path):  # whose commands read it without the schema, so that older runs can be read
@@ -157,6 +157,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if (told := shape_error(raw)) is not None:
             raise UserError(f"{path}: {told}")
     return raw
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return what is wrong with a text that is no YAML, and in which line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
+        return f"line {error.problem_mark.line + 1}: {first_line(Exception(error.problem))}"
+    return first_line(error)
 
 
 def presets() -> dict[str, Path]:
@@ -176,6 +183,8 @@ def resolve_includes(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]
         UserError: an include that is not there, or one that comes back to itself.
     """
     raw = read_yaml(path)
+    if trail:
+        raw = _paths_beside(raw, path.parent)
     if raw.get("calibration") is not None:
         raw["calibration"] = _calibration_beside(raw["calibration"], path.parent)
     merged: dict[str, Any] = {}
@@ -231,6 +240,17 @@ def merge_calibration(under: Any, over: Any) -> Any:
     return under | over
 
 
+def _paths_beside(value: Any, folder: Path, key: str = "") -> Any:
+    """Return a part of an included recipe in which paths mean what they do in its own folder, where that holds them."""
+    if isinstance(value, dict):
+        return {name: _paths_beside(inner, folder, str(name).rpartition(".")[2]) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_paths_beside(inner, folder, key) for inner in value]
+    if not isinstance(value, str) or not (key in {*PATHS, "sources"} or Path(value).suffix in (*YAML_SUFFIXES, ".py")):
+        return value
+    return str(folder / value) if value and not Path(value).exists() and (folder / value).exists() else value
+
+
 def _calibration_beside(value: Any, folder: Path) -> Any:
     """Return a section `calibration` whose path is what it means in a recipe of that folder, so that one sees what lies there."""
     value = calibration_entry(value)
@@ -257,7 +277,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             value = parse_value(text)
         except yaml.YAMLError as error:
-            reason = first_line(error)
+            reason = _yaml_reason(error)
             if not is_text(key):
                 raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
             value = text
@@ -494,7 +514,7 @@ def _swept_values(text: str) -> list[Any]:
     try:
         return [parse_value(value) for value in text.split(",")]
     except yaml.YAMLError as error:
-        raise UserError(f"{text!r} is no list of values, such as 1,2 ({first_line(error)})") from None
+        raise UserError(f"{text!r} is no list of values, such as 1,2 ({_yaml_reason(error)})") from None
 
 
 def _expanded(path: str) -> str:

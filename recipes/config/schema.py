@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Collection
@@ -1009,6 +1010,13 @@ def _explain(problem: Any) -> str:
     path = [key for key in path if not KINDS.fullmatch(key)]
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is missing"
+    if problem["type"] == "model_type" and path and not path[-1].isdigit():
+        section = functools.reduce(_section, path, Recipe)
+        first = next(iter(section.model_fields), None) if section else None
+        example = f", such as {'.'.join(path)}.{first}" if first else ""
+        return f"{'.'.join(path)}: holds keys{example}, not {problem['input']!r}"
+    if problem["type"] == "list_type":
+        return f"{'.'.join(path)}: is a list, such as [{problem['input']}]"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{'.'.join(path)}: {message}" if path else message

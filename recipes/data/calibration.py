@@ -115,7 +115,7 @@ def cut_windows(
         sources: where from.
         tokenizer: the model's.
         args: how the windows of all sources together are cut.
-        write: returns texts that the model writes itself, as many as are asked for; see `texts_cache.writer`. None leaves them out.
+        write: returns texts that the model writes itself, as many as are asked for; see `caches.texts_writer`. None leaves them out.
 
     Raises:
         UserError: as `calibration_windows`; a source without a share, or with nothing to write after.

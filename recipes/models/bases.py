@@ -46,7 +46,7 @@ SHAPES = Path(__file__).parent / "shapes.json"
 
 
 def resolve_name(model: ModelSection) -> str:
-    """Return the folder or hub id to load; the quick start's model is fetched here, once a machine.
+    """Return the whole path of the folder, or the hub id, to load; the quick start's model is fetched here, once a machine.
 
     Raises:
         UserError: a local folder that holds no model, or weights that cannot be fetched.
@@ -63,7 +63,7 @@ def resolve_name(model: ModelSection) -> str:
         raise UserError(f"model.name_or_path: {path} holds no model (config.json is missing)")
     if not path.exists() and (model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1):
         raise UserError(f"model.name_or_path: no folder {model.name_or_path}")
-    return model.name_or_path
+    return str(path.absolute()) if path.is_dir() else model.name_or_path  # which adapters are saved with
 
 
 def known_shape(name: str) -> Any | None:

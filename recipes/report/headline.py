@@ -46,6 +46,11 @@ class Measure:
         rows = [i for i, estimate in enumerate(self.estimates) if i and estimate]
         return sorted(rows, key=lambda i: self.estimates[i].value * (-1 if self.higher_is_better else 1))
 
+    @property
+    def ranked(self) -> list[int]:
+        """`measured` without those of which a budget left nothing, the base again, which cannot forget."""
+        return [i for i in self.measured if not self.results.rows[i].is_base_again]
+
     def text(self, i: int) -> str:
         """The value of row `i` with its error and unit."""
         cell = format_column(self.estimates, self.unit)[i]
@@ -186,8 +191,14 @@ def headline(results: Results) -> str:
     if len(results.rows) == 1:
         return "Only the untouched base was evaluated: there is no method to compare yet."
     kept, learned = forgetting(results), learning(results)
-    sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.measured) == 1]
+    sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
     sentences = _sentences(verdicts(results), results) + sentences
+    labels = results.labels()
+    sentences += [
+        f"{labels[i]} is the base again: the budget left nothing of its training."
+        for i, row in enumerate(results.rows)
+        if row.is_base_again
+    ]
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
@@ -215,11 +226,11 @@ def _loss(results: Results, i: int, names: Sequence[str], compared: str) -> Esti
 def _verdict(
     results: Results, measure: Measure | None, title: str, noun: str, other: Measure | None
 ) -> Verdict | None:
-    if measure is None or len(measure.measured) < 2:
+    if measure is None or len(measure.ranked) < 2:
         return None
-    labels, ranked = results.labels(), measure.measured
+    labels, ranked = results.labels(), measure.ranked
     best, *rest = ranked
-    absent = [labels[i] for i in range(1, len(labels)) if i not in ranked]
+    absent = [labels[i] for i in range(1, len(labels)) if i not in measure.measured]
     unmeasured = f" No value of {measure.title} for {listed(absent)}." if absent else ""
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
@@ -286,10 +297,10 @@ def p_text(p: float | None) -> str:
 
 def _meanwhile(other: Measure | None, best: int, against: int) -> str:
     """What the method that forgot least did to learning: it may simply have learned less."""
-    if other is None or not {best, against} <= set(other.measured):
+    if other is None or not {best, against} <= set(other.ranked):
         return ""
     numbers = f"{other.title} {other.text(best)} against {other.text(against)}"
-    first = min((best, against), key=other.measured.index)
+    first = min((best, against), key=other.ranked.index)
     if other.untested([best, against]) or _not_above_base(other, first):
         return f", at {numbers}"
     if not other.beats(first, best if first == against else against):
@@ -299,7 +310,7 @@ def _meanwhile(other: Measure | None, best: int, against: int) -> str:
 
 def _single(results: Results, measure: Measure) -> str:
     """The sentence for a measure that only one method has: where it went from the base."""
-    (i,) = measure.measured
+    (i,) = measure.ranked
     label, base = results.labels()[i], measure.estimates[0]
     if base is None:
         return f"{label}: {measure.title} {measure.text(i)}; the base was not measured."

@@ -555,6 +555,18 @@ def test_questions_are_answered_side_by_side(tmp_path):
     assert r"what is 1\|2 (median change, 0.02 nats)" in text and "| 42 |" in text
 
 
+def test_the_base_again_did_not_forget_least():
+    """A budget that left nothing of the training: KL 0 is no merit of the method."""
+    raw_results = measured(lora_null_v1=kl(0.0, 0.0) | nll(1.530))
+    budget = {"measure": "nq kl", "at_most": 0.1, "then": "rewind", "strength": 1, "step": 0, "steps": 9}
+    raw_results["rows"][2]["budget"] = budget | {"value": 0.0, "n": 9, "kept": True}
+    said = headline(parsed(raw_results))
+    assert "LoRA-Null-v2 forgot least" in said and "No value" not in said
+    assert "LoRA-Null-v1 is the base again: the budget left nothing of its training." in said
+    alone = parsed(raw_results | {"rows": raw_results["rows"][:3:2]})
+    assert headline(alone) == "LoRA-Null-v1 is the base again: the budget left nothing of its training."
+
+
 def test_distances_from_the_reference_are_named():
     results = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.985)))
     assert distances(results)[1] == (3, "same learning within the error, moved 250 × less")

@@ -1,6 +1,6 @@
 """The table of every key of a recipe, made from the schema. After a change of the schema:
 
-python -m lora_null.recipes.config.reference     # writes the table into recipes/README.md anew
+python tests/key_reference.py     # writes the table into recipes/README.md anew
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lora_null.recipes.config.schema import (
     WeightedSource,
 )
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- keys: made by python -m lora_null.recipes.config.reference -->\n", "<!-- end of keys -->\n"
+README = Path(__file__).parents[1] / "recipes" / "README.md"
+BEGIN, END = "<!-- keys: made by python tests/key_reference.py -->\n", "<!-- end of keys -->\n"
 WORDS = {str: "text", int: "integer", float: "number", bool: "true, false", dict: "mapping", list: "list"}
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_tokenizer
 from world import make_world
 
-from lora_null.recipes import base_cache, measure
+from lora_null.recipes import caches, measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.eval_tasks import eval_tasks
@@ -20,7 +20,7 @@ OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=n
 @pytest.fixture(autouse=True)
 def folder(tmp_path_factory, monkeypatch):
     own = tmp_path_factory.mktemp("base_evaluations")
-    monkeypatch.setattr(base_cache, "folder", lambda: own)
+    monkeypatch.setattr(caches, "bases_folder", lambda: own)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
 def key(recipe, *changes):
     recipe = load_recipe(str(recipe), changes)
     tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
-    return base_cache.key_of(recipe, recipe.model.name_or_path, tasks, recipe.eval.limit)
+    return caches.base_key(recipe, recipe.model.name_or_path, tasks, recipe.eval.limit)
 
 
 @pytest.mark.parametrize(
@@ -110,32 +110,32 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_the_newest_evaluations_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_cache, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(caches, "MAX_BASES", 2)
     for age, name in enumerate("abc"):
-        (base_cache.folder() / name).mkdir(parents=True)
-        os.utime(base_cache.folder() / name, (age, age))
+        (caches.bases_folder() / name).mkdir(parents=True)
+        os.utime(caches.bases_folder() / name, (age, age))
     (tmp_path / "eval.json").write_text("{}")
-    base_cache.keep("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
-    assert {path.name for path in base_cache.folder().iterdir()} == {"c", "d"}
+    caches.keep_base("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
+    assert {path.name for path in caches.bases_folder().iterdir()} == {"c", "d"}
 
 
 def test_another_users_evaluation_is_taken_though_it_cannot_be_touched(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    (base_cache.folder() / "theirs").mkdir(parents=True)
-    (base_cache.folder() / "theirs" / "eval.json").write_text("{}")
+    (caches.bases_folder() / "theirs").mkdir(parents=True)
+    (caches.bases_folder() / "theirs" / "eval.json").write_text("{}")
     monkeypatch.setattr(os, "utime", refuse)
-    assert base_cache.fetch("theirs", tmp_path) and (tmp_path / "eval.json").is_file()
+    assert caches.fetch_base("theirs", tmp_path) and (tmp_path / "eval.json").is_file()
 
 
 def test_the_lock_of_a_folder_is_not_kept_with_what_is_in_it(tmp_path):
     """Of a grid over several processes; one that an earlier version kept is left where it is."""
     for name in ("eval.json", ".lock"):
         (tmp_path / name).write_text("{}")
-    base_cache.keep("key", tmp_path, SimpleNamespace(settings={"tasks": {}}))
-    kept = base_cache.folder() / "key"
+    caches.keep_base("key", tmp_path, SimpleNamespace(settings={"tasks": {}}))
+    kept = caches.bases_folder() / "key"
     assert [path.name for path in kept.iterdir()] == ["eval.json"]
     (kept / ".lock").write_text("another")
     held = (tmp_path / ".lock").stat().st_ino
-    assert base_cache.fetch("key", tmp_path) and (tmp_path / ".lock").stat().st_ino == held
+    assert caches.fetch_base("key", tmp_path) and (tmp_path / ".lock").stat().st_ino == held

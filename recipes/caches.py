@@ -1,0 +1,164 @@
+"""What is kept between runs: evaluations of a base, and texts that a base wrote to calibrate on; nothing is computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+import lora_null.eval_harness
+from lora_null.eval_harness import Evaluation, Task
+from lora_null.recipes.config.schema import ModelSection, Recipe
+from lora_null.recipes.data.calibration import Source
+from lora_null.recipes.models.bases import attention, base_to_run, model_identity
+from lora_null.recipes.results import EVAL_FILE
+from lora_null.trainer import CalibrationArgs, own_texts
+from lora_null.utils.distributed import is_first_process, on_first_rank
+from lora_null.utils.files import cache_root, hash_of, keep_newest, link, write_json
+
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
+MAX_BASES, MAX_TEXTS = 16, 32  # the most entries that are kept; the longest unused goes first
+
+
+def bases_folder() -> Path:
+    """Return where evaluations of bases are kept."""
+    return cache_root() / "base_evaluations"
+
+
+def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int | None) -> str:
+    """Return a hash over all that a base model's results depend on, where the tasks are evaluated up to `limit` documents.
+
+    That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
+    limits and template; batch size, device, number of processes; versions, and this package's own evaluation code.
+    """
+    model, section = recipe.model, recipe.eval
+    packages = PACKAGES if model.quantization is None else (*PACKAGES, "bitsandbytes")
+    packages += ("vllm",) * (section.backend == "vllm" and find_spec("vllm") is not None)
+    engine = None if section.vllm is None else section.vllm.model_dump()
+    compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
+    asked = [{"label": t.label, "role": t.role} | t.describe(t.effective_limit(limit)) for t in tasks]
+    parts = {
+        "model": model_identity(model, model_name),
+        "compute": [*compute, *filter(None, [model.eos_token, engine, recipe.training.get("tf32")])],
+        "tasks": asked,
+        "batch_size": section.batch_size,
+        "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
+        "processes": PartialState().num_processes,
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "code": _code_hash(),
+    }
+    return hash_of(parts)
+
+
+def _code_hash() -> str:
+    home, digest = Path(lora_null.eval_harness.__file__).parent, hashlib.sha256()
+    for file in sorted(home.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def fetch_base(key: str, target: Path) -> bool:
+    """Put the kept evaluation and its references into a run's base folder; return whether there was one."""
+    kept = bases_folder() / key
+    if not (kept / EVAL_FILE).is_file():
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    # eval.json comes last: it says that the copy is whole.
+    for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):
+        if file.is_file() and file.name[0] != ".":  # as the lock of a folder is, which is held in it
+            link(file, target / file.relative_to(kept))
+    with contextlib.suppress(OSError):  # another user's, in a cache that several share
+        os.utime(kept)
+    return True
+
+
+def keep_base(key: str, source: Path, found: Evaluation) -> None:
+    """Keep a run's base folder, unless grades are missing in it; what cannot be written is not kept."""
+    if any(task.get("missing") for task in found.settings["tasks"].values()):
+        return
+    try:
+        bases_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=bases_folder(), prefix=".new-") as scratch:
+            shutil.copytree(source, Path(scratch) / key, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+            if not (bases_folder() / key).exists():
+                os.replace(Path(scratch) / key, bases_folder() / key)
+        keep_newest((path for path in bases_folder().iterdir() if path.name[0] != "."), MAX_BASES)
+    except OSError:
+        return
+
+
+@contextlib.contextmanager
+def texts_writer(
+    section: ModelSection, name: str, tokenizer: PreTrainedTokenizerBase, cut: CalibrationArgs, cache: bool
+) -> Iterator[Callable[[Source, int], list[str]]]:
+    """Yield a function that returns as many texts as are asked for; the base is loaded when the first is to be written.
+
+    Args:
+        section: the recipe's model.
+        name: its folder or hub id.
+        tokenizer: its tokenizer.
+        cut: how long a text may be, and the seed.
+        cache: take equal texts of an earlier run, and keep these.
+    """
+    loaded: list[Any] = []
+
+    def write(source: Source, count: int) -> list[str]:
+        path = cache_root() / "own_texts" / f"{_texts_key(section, name, source, count, cut)}.json"
+        texts = on_first_rank(lambda: _read_texts(path)) if cache else None
+        if texts is not None:
+            if is_first_process():
+                print(f"calibration: {count} texts that the model wrote before ({path})")
+            return texts
+        if not loaded:
+            loaded.append(base_to_run(section, name))
+        options = {"count": count, "max_tokens": cut.max_length, "prompts": source.prompts, "seed": cut.seed}
+        texts = own_texts(loaded[0], tokenizer, **options)
+        if cache:
+            on_first_rank(lambda: _keep_texts(path, texts))
+        return texts
+
+    try:
+        yield write
+    finally:
+        loaded.clear()
+
+
+def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:
+    """Return a hash over all that the texts depend on."""
+    parts = {
+        "model": model_identity(section, name),
+        "compute": [section.dtype, section.quantization, attention(section), PartialState().device.type],
+        "end": section.eos_token,
+        "texts": [source.prompts, count, cut.max_length, cut.seed],
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+        "code": Path(own_texts.__code__.co_filename).read_text(encoding="utf-8"),
+    }
+    return hash_of(parts)
+
+
+def _read_texts(path: Path) -> list[str] | None:
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        os.utime(path)
+        return texts
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_texts(path: Path, texts: list[str]) -> None:
+    with contextlib.suppress(OSError):  # what cannot be written is not kept
+        write_json(path, texts)
+        keep_newest(path.parent.glob("*.json"), MAX_TEXTS)
