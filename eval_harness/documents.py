@@ -221,8 +221,8 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
             wrong = error
     if value is None:
         entries = data.splitlines()
-        whole = wrong is not None and path.suffix.lower() != ".jsonl"
-        if whole and all(isinstance(_row(line), str) for line in entries if line.strip()):
+        is_lines = path.suffix.lower() == ".jsonl"
+        if wrong and not is_lines and all(isinstance(_row(line), str) for line in entries if line.strip()):
             raise wrong
     elif isinstance(value, list):
         entries = value

@@ -47,11 +47,7 @@ class Base:
 
     @cached_property
     def config(self) -> Any:
-        try:
-            return load_config(self.section, self.name)
-        except UserError as error:
-            told = str(error).replace("model.trust_remote_code=true", "--trust-remote-code")
-            raise type(error)(told) from None
+        return load_config(self.section, self.name)
 
     @cached_property
     def folder(self) -> Path:
@@ -123,8 +119,7 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
         raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
     folder = folder.resolve()
     recipe_file = folder.parent / RECIPE_FILE
-    if (folder / RECIPE_FILE).is_file():
-        raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
+    check_is_no_run(folder)
     if (folder / LAST_WRITTEN["adapter"]).is_file():
         return _made_elsewhere(folder, base, trust)
     if not recipe_file.is_file():
@@ -138,13 +133,19 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
+def check_is_no_run(folder: Path) -> None:
+    """Raise a UserError that names the methods of a run, where its folder is given in place of one of theirs."""
+    if (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
+
+
 def _made_elsewhere(folder: Path, base: str | None, trust: bool) -> Trained:
     """Return any PEFT LoRA, with the base that its config names, in the dtype that the base's own config names."""
     named = base_of(read_adapter(folder), base, trust=trust)
     try:
         dtype = str(named.config.dtype).removeprefix("torch.")
     except UserError as error:
-        raise UserError(f"{folder}: {error}; --base names the right one") from None
+        raise UserError(f"{folder}: {error}") from None
     named.section.dtype = dtype if dtype in ("bfloat16", "float16") else "float32"  # pyright: ignore[reportAttributeAccessIssue]
     return Trained(folder.parent, folder.name, "adapter", {}, named, folder)
 

@@ -55,6 +55,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
             "training.fp16: there is no accelerator here, and a CPU trains in float32 or by training.bf16=true"
         )
     options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
+    options["report_to"] = options["report_to"] or "none"
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     _check_positive(options)
     if (total := options.pop("total_batch_size", None)) is not None:

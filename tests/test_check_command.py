@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import logits, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -186,6 +186,18 @@ def test_an_adapter_of_the_head_by_peft_holds_a_copy_of_the_head(tmp_path, capsy
     assert f"{copied}: is another weight than {base} has" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "other")]) == 2
     assert f"{copied}: is another weight than" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_and_an_adapter_of_another_kind(base, tmp_path, capsys):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), OFTConfig(r=4, oft_block_size=0))
+    model.save_pretrained(tmp_path / "run" / "oft" / "adapter")
+    (tmp_path / "run" / "recipe.yaml").write_text(f"{MARK}model: {{}}\n")
+    assert main(["check", str(tmp_path / "run" / "oft")]) == 2
+    assert "holds an adapter of PEFT's OFT, no LoRA; merge_and_unload() of PEFT" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "run")]) == 2
+    assert "a run; give one of its methods (choose from: oft)" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run"), "--resume"]) == 2
+    assert f"is the folder of a run; give {tmp_path / 'run' / 'recipe.yaml'}" in capsys.readouterr().err
 
 
 def test_a_base_with_code_of_its_own(adapter, base, tmp_path, capsys, monkeypatch):

@@ -242,6 +242,8 @@ def test_a_rank_of_one_methods_own_need_not_suit_the_others(tmp_path):
 
 
 def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
+    quoted = load_recipe(str(make_world(tmp_path)), sweeps=['method.target_modules="q_proj, v_proj",o_proj'])
+    assert quoted.grid.sweep == {"method.target_modules": ["q_proj, v_proj", "o_proj"]}
     path = str(make_world(tmp_path, quick={"training.max_steps": 1, "grid.seeds": [7], "eval.limit": 3}))
     recipe = load_recipe(path, ["eval.limit=5"], quick=True)
     assert (recipe.training["max_steps"], recipe.grid.seeds, recipe.eval.limit, recipe.quick) == (1, [7], 5, {})
@@ -251,6 +253,7 @@ def test_quick_is_laid_over_the_recipe_and_under_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--sweep", "method.target_modules=[q_proj,v_proj]"], "a swept value is a finite number, a text, true or"),
         (["--sweep", "eval.limit=1,2"], "'eval.limit' cannot be swept, only keys of training, method"),
         (["--sweep", "training.learning_rate"], "expected key.subkey=value,value"),
         (["--sweep", "training.learning_rate=1e-3,1e-3"], "needs values, each once"),

@@ -282,7 +282,7 @@ def test_an_exception_that_says_nothing(fails, monkeypatch):
         raise OSError
 
     monkeypatch.setattr(bases.AutoConfig, "from_pretrained", silent)
-    assert "(OSError); model.name_or_path= also takes a local folder" in fails()
+    assert "(OSError); model.name_or_path also takes a local folder" in fails()
 
 
 def test_through_the_real_command(recipe):

@@ -316,7 +316,7 @@ MISTAKES = {
         "--keep: no 'train' in sets (choose from: dev, test); name one of its files",
     ),
     "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "--keep: no file or folder ./nowhere"),
-    "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "model.name_or_path: no folder ./nowhere"),
+    "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "--model: no folder ./nowhere"),
     "no format": (["--data", "odd.jsonl"], "--data: the fields a, b, c are no conversation"),
     "no rows": (["--data", "bad.jsonl"], "2 no complete JSON (rows 1, 2)"),
     "no good row": (["--data", "empty.jsonl"], "1 an empty turn of the user (row 1)"),

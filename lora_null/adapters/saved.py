@@ -114,12 +114,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: holds no adapter weights ({WEIGHTS_FILE} is missing)")
     config = read_json(folder / CONFIG_FILE)
-    kind = config.get("peft_type", "LORA") if isinstance(config, dict) else "LORA"
-    if kind != "LORA":
-        raise UserError(
-            f"{folder}: holds an adapter of PEFT's {kind}, no LoRA; merge_and_unload() of PEFT makes a whole model of it"
-        )
     if not isinstance(config, dict) or "r" not in config or "lora_alpha" not in config:
+        kind = config.get("peft_type", "LORA") if isinstance(config, dict) else "LORA"
+        if kind != "LORA":
+            raise UserError(
+                f"{folder}: holds an adapter of PEFT's {kind}, no LoRA; merge_and_unload() of PEFT makes a whole model of it"
+            )
         raise UserError(f"{folder / CONFIG_FILE}: not a LoRA config (r and lora_alpha are missing)")
     for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
         own = config.get(pattern) or {}

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lora_null.recipes.commands.arguments import ALLOW, JAILED, build_parser
+from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, build_parser
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
 from lora_null.utils.quiet import quiet
 
@@ -44,6 +44,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _in_options(message: str, command: str) -> str:
+    """Return a message in which keys of a recipe are called as the command's options are."""
+    for key, option in KEYS_AS_OPTIONS.get(command, {}).items():
+        message = message.replace(key, option)
+    return message
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 2 a user's mistake, told in one line on stderr.
 
@@ -57,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))  # leaves nothing half-written behind
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
-        return importlib.import_module(f"{__name__}.{name}").run(arguments)
+        try:
+            return importlib.import_module(f"{__name__}.{name}").run(arguments)
+        except UserError as error:
+            raise type(error)(_in_options(str(error), name)) from None
 
     # Read once, when PyTorch loads: threads that wait for each other sleep. By default they spin, and on cores that other
     # work shares with them a training step then takes several times longer.

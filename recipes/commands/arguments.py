@@ -20,6 +20,18 @@ ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
 QUESTIONS = ("prompt", "response", "template")  # how files of questions are read
+# What messages call by the key of a recipe, and a command's user gives by an option.
+KEYS_AS_OPTIONS = {
+    "new": {
+        "model.name_or_path": "--model",
+        "; data.on_bad_row=skip leaves them out": "; mend them, or leave them out of the file",
+    },
+    "init": {"model.name_or_path": "--model"},
+    **dict.fromkeys(
+        ("export", "dial", "check"),
+        {"model.name_or_path": "--base", "model.trust_remote_code=true": "--trust-remote-code"},
+    ),
+}
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
 

@@ -72,6 +72,8 @@ def find(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"recipe: no file {name}")
         return path
+    if is_of_run(path / RECIPE_FILE):
+        raise UserError(f"recipe: {name} is the folder of a run; give {path / RECIPE_FILE}")
     raise UserError(f"recipe: none is called {name!r}{nearest(name, recipes)}")
 
 
@@ -431,21 +433,10 @@ def _resolve_method_files(method: Any, folder: Path) -> None:
 
 
 def is_of_run(path: Path) -> bool:
-    """Return whether a file is the recipe that a run left in its folder, and not one that a user wrote.
-
-    Runs of earlier versions left no mark: theirs has every key, and lies in the folder that it names.
-    """
+    """Return whether a file is the recipe that a run left in its folder, and not one that a user wrote."""
     if path.name != RECIPE_FILE or not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text.startswith(MARK):
-        return True
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return False
-    complete = isinstance(raw, dict) and raw.keys() >= Recipe.model_fields.keys()
-    return complete and Path(str(raw["output_dir"])).name == path.absolute().parent.name
+    return path.read_text(encoding="utf-8", errors="replace").startswith(MARK)
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -512,6 +503,8 @@ def _check_swept(keys: Sequence[str], grid: GridSection) -> None:
 
 def _swept_values(text: str) -> list[Any]:
     try:
+        if set(text) & set("[\"'"):
+            return parse_yaml(f"[{text}]")  # within quotes and lists a comma parts no values
         return [parse_value(value) for value in text.split(",")]
     except yaml.YAMLError as error:
         raise UserError(f"{text!r} is no list of values, such as 1,2 ({_yaml_reason(error)})") from None

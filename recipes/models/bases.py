@@ -111,7 +111,7 @@ def _unreachable(name: str, error: Exception) -> UserError:
         reason = first_line(error)
     else:
         reason = "not a local folder, and the hub does not give it"
-    line = f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path= also takes a local folder"
+    line = f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path also takes a local folder"
     return UserError(line) if Path(name).exists() else hub_error(line, error)
 
 
