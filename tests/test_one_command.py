@@ -55,6 +55,7 @@ TYPOS = [
     (["trian", "quickstart"], "no command 'trian' (did you mean 'train'?)"),
     ([], "give a command: new, train, report, init, export, check, judge"),
     (["train"], "give a recipe, or --list to see them"),
+    (["new", "--model", "m", "--data", ""], "--data: is empty"),
     (["train", "quikstart"], "none is called 'quikstart' (did you mean 'quickstart'?)"),
     (["train", "nowhere.yaml"], "no file nowhere.yaml"),
     (["train", "quickstart", "--sedes", "1"], "no option '--sedes' (did you mean '--seeds'?)"),

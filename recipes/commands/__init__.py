@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, build_parser
+from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
 from lora_null.utils.quiet import quiet
 
@@ -38,6 +38,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     if rest and (rest[0].startswith("-") or not hasattr(arguments, "words")):
         raise UserError(f"{used.prog}: cannot use {rest[0]!r}")
+    empty = next((name for name in NAMING if getattr(arguments, name, None) == ""), None)
+    if empty:  # as where a variable of the shell is not set; a path "" would be this folder
+        raise UserError(f"--{empty}: is empty")
     arguments.words = [*getattr(arguments, "words", []), *rest]
     if arguments.command is None and not arguments.list:
         raise UserError(f"give a command: {', '.join(commands)}; lora-null --help says what each does")
