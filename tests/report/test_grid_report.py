@@ -150,7 +150,7 @@ def test_a_grids_settings_are_not_marked_best(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "**10.0" not in page and "0 of 9 runs are done" in page
-    assert "One table for each level of learning that LoRA reached." in page
+    assert "One table for each level of learning that LoRA reached" in page
     page = (tmp_path / "report.html").read_text()
     assert "No row is marked best here" in page and "<strong>Bold</strong>" not in page
     assert load_results(tmp_path).grid.planned == 9
