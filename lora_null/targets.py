@@ -57,8 +57,25 @@ def check_unadapted(model: Any) -> None:
         )
 
 
-def check_named(model: nn.Module, targets: Any) -> None:
-    """Raise a UserError for an entry of a list of target modules that is the name of none: PEFT asks that one matches.
+def check_names(base: nn.Module, config: PeftConfig) -> None:
+    """Raise a UserError for a name or a layer's number in an adapter's config that the base has not: PEFT takes it in silence."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(config, key, None)
+        # PEFT adds those of heads of classifiers, whichever the model has.
+        check_named(
+            base,
+            [n for n in names if n not in SEQ_CLS_HEAD_NAMES] if isinstance(names, list | tuple | set) else names,
+            key,
+        )
+    chosen, depth = getattr(config, "layers_to_transform", None), getattr(base, "config", None)
+    depth = getattr(depth.get_text_config(), "num_hidden_layers", None) if hasattr(depth, "get_text_config") else None
+    for number in [chosen] if isinstance(chosen, int) else chosen or ():
+        if depth is not None and number >= depth:
+            raise UserError(f"layers_to_transform: there is no layer {number}, the last of {depth} is {depth - 1}")
+
+
+def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> None:
+    """Raise a UserError for an entry of a list of modules that is the name of none: PEFT asks that one matches, or none.
 
     Fused experts count, of which `warn_about_fused_experts` tells.
     """
@@ -66,8 +83,9 @@ def check_named(model: nn.Module, targets: Any) -> None:
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
     for wanted in sorted(targets) if isinstance(targets, list | tuple | set) else ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            leaves = {name.rpartition(".")[2] for name, x in modules.items() if hasattr(x, "in_features")}
-            raise UserError(f"target_modules: no module matches {wanted!r}{nearest(wanted, leaves)}")
+            fitting = (name for name, x in modules.items() if key == "modules_to_save" or hasattr(x, "in_features"))
+            leaves = {name.rpartition(".")[2] for name in fitting} - {""}
+            raise UserError(f"{key}: no module matches {wanted!r}{nearest(wanted, leaves)}")
 
 
 def check_patterns(config: PeftConfig, layers: Mapping[str, Any]) -> None:
@@ -92,7 +110,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
-    check_named(peft_model.get_base_model(), config.target_modules)
+    check_names(peft_model.get_base_model(), config)
     refuse_experts(peft_model.get_base_model(), layers)  # for which PEFT has written patterns of its own
     check_patterns(config, layers)
     refuse_bypassed(peft_model.get_base_model(), layers)
@@ -180,7 +198,7 @@ def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftMode
         UserError: naming the target, fused experts among them, or the pattern.
         ValueError: whatever else PEFT refuses.
     """
-    check_named(base, config.target_modules)
+    check_names(base, config)
     with refusing_in_one_line():
         model = get_peft_model(base, config, **options)
     layers = adapted_layers(model, active_adapter(model))

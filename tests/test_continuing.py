@@ -15,6 +15,7 @@ from trl import DPOConfig, RewardConfig, RewardTrainer
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers, residual_of
+from lora_null.store import cached_folder, read_report
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullMixin
 from lora_null.trainer.checkpoints import mark_complete
 from lora_null.trainer.methods import make_method
@@ -310,6 +311,28 @@ def reward_model(seed):
     return model
 
 
+@pytest.mark.parametrize("name", ["sc-lora", "kl-anchor"])
+def test_methods_that_read_rows_or_predictions_under_a_classifier(name, tmp_path):
+    method = make_method(name)
+    trainer = lambda: RewardTrainerWithStart(  # noqa: E731
+        model=reward_model(1),
+        args=RewardConfig(**quick(tmp_path, max_length=64, max_steps=1)),
+        train_dataset=SCORED,
+        processing_class=tiny_tokenizer(),
+        method=method,
+        peft_config=method.config(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"),
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+    if name == "sc-lora":
+        trainer().train()
+        return
+    with pytest.raises(
+        UserError, match="kl-anchor compares next-token predictions, and LlamaForSequenceClassification"
+    ):
+        trainer().train()
+
+
 SCORED = Dataset.from_list([{"chosen": f"Q: {i} is {2 * i}", "rejected": f"Q: {i} or no"} for i in range(24)])
 WHAT_TRAINS = {
     "modules_to_save": dict(modules_to_save=["embed_tokens", "lm_head"]),
@@ -525,6 +548,33 @@ class TestTheStartIsTheCheckpointsOwn:
         again = make(tmp_path, CONFIGS["lora"](lora_dropout=0.1), max_steps=4, logging_steps=2)
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 4
+
+    @pytest.mark.parametrize("kind", ["v1", "v2"])
+    def test_each_checkpoint_holds_its_own_trainers_start(self, kind, tmp_path):
+        """Also where another trainer has begun in the same folder, or the trainer was given another one."""
+        out, save = tmp_path / "out", {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        first = make(out, CONFIGS[kind](), **save)
+        first.train()
+        key = read_report(out / "checkpoint-2" / "init")["key"]
+        make(out, CONFIGS[kind](), calibration=[text + " once more" for text in TEXTS], **save).train()
+        assert read_report(out / "init")["key"] != key
+        first.train()
+        assert read_report(out / "checkpoint-2" / "init")["key"] == key
+        first.args.output_dir = str(tmp_path / "elsewhere")
+        first.train()
+        assert read_report(tmp_path / "elsewhere" / "checkpoint-2" / "init")["key"] == key
+        make(tmp_path / "elsewhere", CONFIGS[kind](), **save | {"max_steps": 3}).train(resume_from_checkpoint=True)
+        for place in (out, tmp_path / "elsewhere", cached_folder(key)):
+            shutil.rmtree(place, ignore_errors=True)
+        with pytest.raises(UserError, match="output_dir: .* no longer holds what this trainer started from"):
+            first.train()
+
+    def test_the_output_folder_itself_is_no_checkpoint(self, tmp_path):
+        make(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+        with pytest.raises(
+            UserError, match=r"is no checkpoint \(trainer_state.json is missing\); take .*checkpoint-2$"
+        ):
+            make(tmp_path).train(resume_from_checkpoint=str(tmp_path))
 
     @pytest.mark.parametrize("damage", ["cut short", "begun", "not there"])
     def test_so_is_one_that_is_not_whole_by_its_name(self, damage, tmp_path):

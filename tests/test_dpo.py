@@ -115,6 +115,13 @@ def test_a_model_of_no_path_needs_its_reference_where_every_weight_trains(tmp_pa
     given |= {"calibration_dataset": TEXTS, "calibration_args": CUT}
     with pytest.raises(UserError, match=r"^ref_model: every weight trains, and .* give ref_model=copy.deepcopy"):
         LoraNullDPOTrainer(model=tiny_model(), args=DPOConfig(**quick(tmp_path, max_steps=4)), **given)
+    rewarded = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} | given
+    with pytest.raises(
+        UserError, match=r"^model: every weight trains, and .* save it, and load it with from_pretrained"
+    ):
+        LoraNullGRPOTrainer(
+            model=tiny_model(), args=GRPOConfig(**quick(tmp_path, beta=0.1, num_generations=2)), **rewarded
+        )
     arguments = DPOConfig(**quick(tmp_path, max_steps=1))
     LoraNullDPOTrainer(model=tiny_model(), ref_model=tiny_model(), args=arguments, **given).train()
 

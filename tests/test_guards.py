@@ -114,6 +114,22 @@ def test_a_pattern_of_no_adapted_module_is_refused(tmp_path, field):
     add_adapter(tiny_model(), peft.LoHaConfig(r=4, target_modules=TWO, **{field: {"q_proj": 2}}))
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"modules_to_save": ["lmhead"]}, r"modules_to_save: no module matches 'lmhead' \(did you mean 'lm_head'\?\)"),
+        ({"exclude_modules": ["qproj"]}, r"exclude_modules: no module matches 'qproj' \(did you mean 'q_proj'\?\)"),
+        ({"layers_to_transform": [1, 7]}, "layers_to_transform: there is no layer 7, the last of 2 is 1"),
+    ],
+)
+def test_names_and_numbers_that_the_model_has_not_are_refused(tmp_path, given, said):
+    """PEFT takes them in silence, and does not do what was asked for."""
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, LoraNullConfig(r=4, target_modules=TWO, **given))
+    with pytest.raises(UserError, match=said):
+        add_adapter(tiny_model(), LoraConfig(r=4, target_modules=TWO, **given))
+
+
 def test_an_optimizer_from_before_the_adapter_is_refused_and_one_of_a_part_told_of(tmp_path, capsys):
     bare = tiny_model()
     with pytest.raises(UserError, match="optimizers: holds nothing that trains, it was made before the adapter"):

@@ -220,7 +220,7 @@ def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
             raise UserError(f"calibration: a {type(dataset).__name__}; pass one of its splits ({', '.join(splits)})")
         dataset = dataset["train" if "train" in splits else splits[0]]
     if isinstance(dataset, pandas.DataFrame):
-        dataset = dataset.to_dict("records")
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # None as it was written
     if isinstance(dataset, str) and not _is_file(dataset):
         dataset = [dataset]
     if isinstance(dataset, str | Path | bytes | set | frozenset) or not isinstance(dataset, Iterable):

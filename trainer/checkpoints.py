@@ -84,10 +84,12 @@ def check_whole_checkpoint(checkpoint: Path) -> None:
         UserError: naming the last whole one beside it.
     """
     ours = any((checkpoint / name).is_file() for name in (COMPLETE_FILE, BEGUN_FILE))
-    if checkpoint.is_dir() and (is_whole(checkpoint) or not ours):
+    foreign = not ours and (checkpoint / TRAINER_STATE_NAME).is_file()
+    if checkpoint.is_dir() and (is_whole(checkpoint) or foreign):
         return
-    what = "was not written to its end, or lacks a file" if ours else "is no folder"
-    beside = last_checkpoint(checkpoint.parent)
+    lacking = f"is no checkpoint ({TRAINER_STATE_NAME} is missing)" if checkpoint.is_dir() else "is no folder"
+    what = "was not written to its end, or lacks a file" if ours else lacking
+    beside = last_checkpoint(checkpoint) or last_checkpoint(checkpoint.parent)
     raise UserError(f"resume: {checkpoint} {what}; " + (f"take {beside}" if beside else "no whole one is beside it"))
 
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback, get_scheduler, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
@@ -38,7 +39,7 @@ from lora_null.start import (
     compute_start,
     load_start,
 )
-from lora_null.store import REPORT_FILE, clear, copy_store, find_initialization, read_report
+from lora_null.store import REPORT_FILE, cached_folder, clear, copy_store, find_initialization, read_report
 from lora_null.targets import (
     check_basis,
     check_unadapted,
@@ -334,7 +335,7 @@ class LoraNullMixin(SavingMixin):
         if start["calibration_args"] is not None and not texts:
             raise UserError("calibration_args: would not be read, there is no calibration_dataset")
         if has_reference(type(self), given.get("args")):
-            check_reference(given, loads_it=self.learns_pairs)
+            check_reference(given, takes_it="ref_model" in inspect.signature(super().__init__).parameters)
 
     def _construct(self, given: dict[str, Any]) -> None:
         """Construct the parent trainer."""
@@ -579,9 +580,12 @@ class LoraNullMixin(SavingMixin):
             start = time.perf_counter()
             self._prepare(resuming=checkpoint)
             self._prepared = True
+            self._remember_start()
             self.init_seconds = time.perf_counter() - start
-        elif self.train_dataset is not self._prepared_dataset:  # other rows than those of the training before
-            self._prepare_rows(checkpoint)
+        else:
+            self._find_start()
+            if self.train_dataset is not self._prepared_dataset:  # other rows than those of the training before
+                self._prepare_rows(checkpoint)
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(checkpoint)
@@ -801,8 +805,31 @@ class LoraNullMixin(SavingMixin):
         if self._has_method:
             write_json(checkpoint / METHOD_FILE, self._checkpoint_settings)
         clear(checkpoint / self.init_dir.name)  # of an earlier run's checkpoint of this step
-        if (self.init_dir / REPORT_FILE).is_file():
-            copy_store(self.init_dir, checkpoint / self.init_dir.name)
+        if (start := self._find_start()) is not None:
+            copy_store(start, checkpoint / self.init_dir.name)
+
+    def _remember_start(self) -> None:
+        """Remember what `init_dir` holds: another trainer may write its own there."""
+        kept = self._has_method and (self.init_dir / REPORT_FILE).is_file()
+        self._start = (self.init_dir, read_report(self.init_dir)["key"]) if kept else None
+
+    def _find_start(self) -> Path | None:
+        """Return a folder that holds what this trainer started from; None where it kept nothing, or another process did.
+
+        Raises:
+            UserError: there is none any more.
+        """
+        if self._start is None:
+            return None
+        folder, key = self._start
+        own = (checkpoint / folder.name for checkpoint in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        for place in (folder, self.init_dir, cached_folder(key), *own):
+            if (place / REPORT_FILE).is_file() and read_report(place)["key"] == key:
+                return place
+        raise UserError(
+            f"output_dir: {folder} no longer holds what this trainer started from, without which a checkpoint could not be "
+            "resumed; give each trainer a folder of its own"
+        )
 
     @property
     def something_moved(self) -> bool:

@@ -114,12 +114,12 @@ def has_reference(trainer: type, args: Any) -> bool:
     return bool(names & {"DPOTrainer", "KTOTrainer"})
 
 
-def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
+def check_reference(given: Mapping[str, Any], *, takes_it: bool) -> None:
     """Raise a UserError where TRL would load the reference by the name of a model that has none, or take another model for it.
 
     Args:
         given: the trainer's arguments, by name.
-        loads_it: whether the trainer loads a reference where every weight trains.
+        takes_it: whether the trainer takes a `ref_model`.
     """
     model = given.get("model")
     trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
@@ -140,11 +140,16 @@ def check_reference(given: Mapping[str, Any], *, loads_it: bool) -> None:
         )
     without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
-    bare = loads_it and isinstance(model, PreTrainedModel)
+    bare = isinstance(model, PreTrainedModel)
     if bare and without_reference and not ahead and not model.config.name_or_path:
         raise UserError(
-            "ref_model: every weight trains, and the model was loaded from no path that would give the reference; give "
-            "ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
+            f"{'ref_model' if takes_it else 'model'}: every weight trains, and the model was loaded from no path that would give "
+            "the reference; "
+            + (
+                "give ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
+                if takes_it
+                else "save it, and load it with from_pretrained"
+            )
         )
 
 

@@ -13,7 +13,7 @@ from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
 from lora_null.utils.distributed import rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import replaced, trains_biases
+from lora_null.utils.model_state import base_model_of, replaced, trains_biases
 
 Batch = dict[str, torch.Tensor]
 
@@ -50,6 +50,10 @@ class KLAnchor(Method):
         self.windows: list[list[int]] = []
 
     def prepare(self, model: nn.Module) -> None:
+        if model.get_output_embeddings() is None:  # a classifier
+            raise UserError(
+                f"method: {self.name} compares next-token predictions, and {type(base_model_of(model)).__name__} makes none"
+            )
         if trains_biases(model):
             raise UserError(
                 f"bias: {self.name} compares with the model without its adapter, of which biases would train; set it to 'none'"

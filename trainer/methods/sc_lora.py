@@ -113,7 +113,7 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
         if "input_ids" not in row:
-            found.append(_truncated(row["prompt_ids"] + row["chosen_ids"], trainer))
+            found.append(_truncated(row.get("prompt_ids", []) + row["chosen_ids"], trainer))
             continue
         ids = iter(row["input_ids"])
         found += [list(islice(ids, length)) for length in row.get("seq_lengths") or [len(row["input_ids"])]]
