@@ -81,6 +81,8 @@ def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> 
     """
     modules = {checkpoint_name(name): module for name, module in base_modules(model)}
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
+    if key != "target_modules":  # which PEFT may have wrapped already
+        names += [name for name, _ in model.named_modules()]
     for wanted in sorted(targets) if isinstance(targets, list | tuple | set) else ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             fitting = (name for name, x in modules.items() if key == "modules_to_save" or hasattr(x, "in_features"))

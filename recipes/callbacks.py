@@ -29,33 +29,26 @@ LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean",
 LOGGED |= {"num_tokens": "tokens", "rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
 
 
-class ProgressBar(TrainerCallback):
+class ProgressBar(ProgressCallback):
     """One bar with a rate and the time left, the last loss and drift beside it; on the main process only."""
 
     REPLACES = (ProgressCallback, PrinterCallback)
 
     def __init__(self, title: str) -> None:
+        super().__init__()
         self.title = title
-        self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+            self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, desc=self.title, unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.bar is not None and logs and "loss" in logs:
+        if self.training_bar is not None and logs and "loss" in logs:
             shown = {"loss": f"{float(logs['loss']):.3f}"}
             if "drift_mean" in logs:
                 shown["drift"] = f"{logs['drift_mean']:.2%}"
-            self.bar.set_postfix(shown)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+            self.training_bar.set_postfix(shown)
 
 
 class StopDiverged(TrainerCallback):

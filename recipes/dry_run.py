@@ -6,14 +6,23 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from trl import DPOConfig, SFTConfig
+
 from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes import output
+from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
 from lora_null.recipes.job import Job, check_run, space_of_run
-from lora_null.recipes.models.plan import print_plan
-from lora_null.recipes.training import training_arguments
+from lora_null.recipes.models.bases import empty_model
+from lora_null.recipes.models.plan import GIB, MethodPlan, activation_bytes
+from lora_null.recipes.models.quantization import weight_bytes
+from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
+from lora_null.recipes.training import optimizer_steps, total_batch, training_arguments
+from lora_null.trainer.methods import METHODS
 from lora_null.utils.distributed import is_first_process, together
 
 FIRST_ROWS = 2000  # what a dry run reads of the training rows: a tokenizer takes about a millisecond for each
@@ -41,7 +50,7 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     free = output.check_space(Path(recipe.output_dir), size)
     if is_first_process():
         training = training_arguments(recipe, Path(recipe.output_dir))
-        print_plan(recipe, job.config, job.plans, training, rows)
+        _print_plan(recipe, job, training, rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
         if not job.unreached:
@@ -57,6 +66,72 @@ def _count_rows(recipe: Recipe) -> int | None:
         return None
     found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
     return min(max(0, len(found.rows) - data.offset), data.limit or len(found.rows))
+
+
+def _files_of(recipe: Recipe) -> list[str]:
+    """Return what the run, or each run of a grid, will leave in its output folder."""
+    files = [RECIPE_FILE, *([f"base/{EVAL_FILE}"] if recipe.eval.before else [])]
+    cell = f"{CELLS_FOLDER}/…/" if recipe.grid else ""
+    for name in recipe.method.name:
+        saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
+        files += [f"{cell}{name}/{path}" for path in ("init/", *saved, EVAL_FILE, LOG_FILE)]
+    return [*files, RESULTS_FILE, "report.md", "report.html", "forgetting.png"]
+
+
+def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows: int | None) -> None:
+    """Print the plan of a run: counts, tokens, steps, memory, files."""
+    console = Console(soft_wrap=True)
+    empty = empty_model(job.config, recipe.model)
+    size = sum(p.numel() for p in empty.parameters())
+    weights, stored = weight_bytes(empty, recipe.model), recipe.model.dtype
+    if recipe.model.quantization:
+        stored = f"linears in {recipe.model.quantization}, computed in {stored}"
+    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
+    _print_training(console, recipe, training, rows)
+    cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
+    console.print(
+        f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
+        f"{recipe.calibration.max_length} tokens, {cut}"
+    )
+    console.print(_table(job.plans, weights, activation_bytes(job.config, training)))
+    for plan in job.plans:
+        if plan.costs:
+            console.print(f"{plan.name}: {plan.costs}")
+        if plan.start_bytes:
+            console.print(f"{plan.name}: {plan.start_bytes / GIB:.2f} GiB of gradients while its start is computed")
+    for plan in (plan for plan in job.plans if plan.kept_bytes):
+        share = plan.kept_bytes / weights
+        console.print(
+            f"{plan.name}: of it {plan.kept_bytes / GIB:.2f} GiB for what the method keeps beside the adapter, {share:.1%} of the weights"
+        )
+    console.print(f"files in {recipe.output_dir}: {', '.join(_files_of(recipe))}")
+
+
+def _print_training(console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, rows: int | None) -> None:
+    rows = rows or recipe.data.limit
+    console.print(
+        f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
+    )
+    steps, batch = optimizer_steps(training, rows), total_batch(training)
+    if steps is None:
+        console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
+        return
+    tokens = steps * batch * (training.max_length or 1024)
+    console.print(
+        f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "
+        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type.value})"
+    )
+
+
+def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
+    table = Table(title="estimated memory of each process in GiB", title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for plan in plans:
+        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, plan.peak_bytes(weights, activations))
+        counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
+        table.add_row(plan.name, str(plan.rank or "–"), *counts, *(f"{size / GIB:.1f}" for size in sizes))
+    return table
 
 
 def _print_grid(recipe: Recipe, runs: int) -> None:

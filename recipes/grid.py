@@ -15,7 +15,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     root = Path(recipe.output_dir)
     with processes.hold_run_folder(root / "base", wait=True):
         base = evaluate_base(of_grid)
-    progress = Progress(root, cells)
+    before, last = _finished(root, cells), time.perf_counter()
     job: Job | None = None
     passes = (False, True) if processes.workers() > 1 and processes.is_first_worker() else (False,)
     for wait, cell in itertools.product(passes, cells):
@@ -177,9 +177,13 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
             )
 
             def row_done(row: Row, cell: Cell = cell) -> None:
-                progress.row_done(cell, row)
+                nonlocal before, last
+                done, now = _finished(root, cells), time.perf_counter()
                 if is_first_process():
+                    if (cell, row.method) not in before:
+                        processes.print_line(_progress(done, cells, cell, row, now - last))
                     write_results(root, collect(recipe, cells, of_grid.model_name, base))
+                before, last = done, now
 
             run_job(job, row_done)
     return collect(recipe, cells, of_grid.model_name, base)
@@ -257,46 +261,26 @@ def _started_alike(recipe: Recipe, root: Path, cell: Cell) -> dict[str, Path]:
     return found
 
 
-class Progress:
-    """One line a finished method: where the grid stands, what came out, and the time left by what took how long."""
+def _finished(root: Path, cells: Sequence[Cell]) -> dict[tuple[Cell, str], Row]:
+    """Return the row of each run and method that is finished on disk, whichever process did it."""
+    each = ((cell, name) for cell in cells for name in cell.methods)
+    return {(cell, name): row for cell, name in each if (row := read_row(root / cell.folder / name))}
 
-    def __init__(self, root: Path, cells: Sequence[Cell]) -> None:
-        self.root = root
-        self.waiting = [(cell, name) for cell in cells for name in cell.methods]
-        self.total = len(self.waiting)
-        self.seconds: dict[str, list[float]] = {}
-        self._count()
-        self.last = time.perf_counter()
 
-    def row_done(self, cell: Cell, row: Row) -> None:
-        """Print the line of a method that a run has just finished."""
-        new = (cell, row.method) in self.waiting
-        spent, self.last = time.perf_counter() - self.last, time.perf_counter()
-        self._count()
-        if new and is_first_process():
-            processes.print_line(self.line(cell, row, spent))
-
-    def _count(self) -> None:
-        """Count what is finished on disk, whichever process did it."""
-        for cell, name in list(self.waiting):
-            row = read_row(self.root / cell.folder / name)
-            if row is not None:
-                self.waiting.remove((cell, name))
-                self.seconds.setdefault(name, []).append(sum(value for _, value in row.seconds if value))
-
-    def left(self) -> float:
-        """Return the seconds that what is waiting will take, by the means of its methods so far."""
-        every = [value for values in self.seconds.values() for value in values]
-        return sum(statistics.mean(self.seconds.get(name, every)) for _, name in self.waiting) / processes.workers()
-
-    def line(self, cell: Cell, row: Row, spent: float) -> str:
-        metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
-        outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
-        done = self.total - len(self.waiting)
-        return (
-            f"[{done}/{self.total}] {row.method}, {cell.title}: {outcome}; {_duration(spent)}, "
-            f"about {_duration(self.left())} left"
-        )
+def _progress(done: Mapping[tuple[Cell, str], Row], cells: Sequence[Cell], cell: Cell, row: Row, spent: float) -> str:
+    """Return the line of a method just done: where the grid stands, what came out, the time left by what took how long."""
+    seconds: dict[str, list[float]] = {}
+    for (_, name), other in done.items():
+        seconds.setdefault(name, []).append(sum(value for _, value in other.seconds if value))
+    every = [value for values in seconds.values() for value in values]
+    planned = [(other, name) for other in cells for name in other.methods]
+    waiting = [statistics.mean(seconds.get(name, every)) for other, name in planned if (other, name) not in done]
+    metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
+    outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
+    return (
+        f"[{len(done)}/{len(planned)}] {row.method}, {cell.title}: {outcome}; {_duration(spent)}, "
+        f"about {_duration(sum(waiting) / processes.workers())} left"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -307,7 +291,7 @@ def _duration(seconds: float) -> str:
 def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -> Results:
     """Return the results of what is finished: a row for each method and setting, means over the seeds."""
     root = Path(recipe.output_dir)
-    rows = [(cell, row) for cell in cells for name in cell.methods if (row := read_row(root / cell.folder / name))]
+    rows = [(cell, row) for (cell, _), row in _finished(root, cells).items()]
     seeds = sorted({cell.seed for cell in cells})
     groups: dict[tuple[str, tuple], list[Row]] = {}
     for name in recipe.method.name:  # the settings of a method beside each other

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +56,6 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     options = {"use_cpu": accelerator() is None, "report_to": "none", **recipe.training}
     options["report_to"] = options["report_to"] or "none"
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
-    _check_positive(options)
     if (total := options.pop("total_batch_size", None)) is not None:
         _share_out_batch(options, total, PartialState().num_processes)
     if PartialState().num_processes > 1 and options.get("precompute_ref_log_probs"):
@@ -123,24 +121,6 @@ def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> Non
             f"training.gradient_accumulation_steps: {steps} × {one_pass} sequences are not total_batch_size "
             f"({total}); give one of the two"
         )
-
-
-def _check_positive(options: dict[str, Any]) -> None:
-    """Refuse the zeros, negative numbers and NaN that TRL would take and train nonsense with."""
-    counts = ("total_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-    for key in ("learning_rate", "num_train_epochs", "beta", *counts):
-        value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise UserError(f"training.{key}: must be a number greater than 0, not {value}")
-    for key, most in (
-        ("weight_decay", sys.float_info.max),
-        ("max_grad_norm", math.inf),  # which clips nothing
-        ("label_smoothing_factor", 1),
-    ):
-        value = options.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value <= most):
-            said = "between 0 and 1" if most == 1 else "of at least 0"
-            raise UserError(f"training.{key}: must be a number {said}, not {value}")
 
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:

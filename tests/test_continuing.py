@@ -478,6 +478,7 @@ class TestTheStartIsTheCheckpointsOwn:
 
     def test_roselora_says_what_a_checkpoint_of_another_trainer_lacks(self, tmp_path):
         (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
         method = make_method("roselora")
         trainer = make(tmp_path, method.config(r=4), method=method)
         with pytest.raises(UserError, match=r"none of roselora, roselora\.safetensors is missing"):

@@ -271,6 +271,7 @@ class LoraNullMixin(SavingMixin):
         self._add_step_callbacks(to_start)
         self._checkpoint_settings = self._settings(to_start) if self._has_method else {}
         self._prepared, self._prepared_dataset = False, object()
+        self._start: tuple[Path, str] | None = None  # the folder that it was written to, and its key
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None

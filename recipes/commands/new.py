@@ -20,6 +20,7 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, Documents
 from lora_null.recipes.budget import MIN_ROWS
+from lora_null.recipes.commands.preview import show_samples
 from lora_null.recipes.config.load import Dumper, load_recipe
 from lora_null.recipes.config.schema import (
     YAML_SUFFIXES,
@@ -42,7 +43,6 @@ from lora_null.recipes.data.examples import (
     tokenize,
 )
 from lora_null.recipes.data.formats import Format, detect_format
-from lora_null.recipes.data.preview import show_samples
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator, computes_bf16
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(dump(recipe), end="")
     elif arguments.show_samples is not None:
-        from lora_null.recipes.data.preview import show_samples
+        from lora_null.recipes.commands.preview import show_samples
 
         for each in stage_recipes(recipe) if recipe.sequence else [recipe]:
             show_samples(each, arguments.show_samples)

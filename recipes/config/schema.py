@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -278,6 +278,17 @@ def training_keys(trainer: str) -> set[str]:
     return (training_types(trainer).keys() - REFUSED.keys()) | {"total_batch_size", *TOKENS}
 
 
+_POSITIVE = (
+    "learning_rate", "num_train_epochs", "beta", "total_batch_size", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length",
+)  # fmt: skip
+# Training argument → which numbers it may be, in words too; TRL would take others and train nonsense with them.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(_POSITIVE, (lambda value: 0 < value < math.inf, "greater than 0")),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "of at least 0"),
+    "max_grad_norm": (lambda value: value >= 0, "of at least 0"),  # an infinite one clips nothing
+    "label_smoothing_factor": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+}
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -305,6 +316,8 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
         if not value.is_integer():
             raise ValueError(f"training.{key}: must be a whole number, not {value}")
         value = int(value)
+    if key in RANGES and value is not None and not RANGES[key][0](value):
+        raise ValueError(f"training.{key}: must be a number {RANGES[key][1]}, not {value}")
     if (key, value) == ("save_strategy", "best"):
         raise ValueError(f"training.save_strategy: 'best' {_UNEVALUATED}")
     if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:  # which is TRL's "not given"

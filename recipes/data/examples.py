@@ -26,12 +26,12 @@ from lora_null.recipes.data.conversations import (
     write_conversation,
     write_preference,
 )
-from lora_null.recipes.data.rows import RowText, load_documents, need_field
+from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
+from lora_null.utils.values import EmptyValue, Message, as_messages, chat_options, is_conversation
 
 MAX_BAD_SHARE = 0.01  # the share of bad rows that is left out unasked
 BATCH = 1000  # examples tokenized at once
@@ -248,10 +248,7 @@ class RowReader:
         """Return a conversation without its thoughts where these are dropped, and with the row's system text first."""
         if self.data.thinking == "drop":
             messages = without_thoughts(messages)
-        try:
-            text = as_text(row.get(self.data.system)).strip() if self.data.system else ""
-        except ValueError as error:
-            raise ValueError(f"{self.data.system!r} {error}") from None
+        text = field_text(row, self.data.system).strip() if self.data.system else ""
         own = messages[0].get("content", "").strip() if messages[0]["role"] in SYSTEM else ""
         if text in ("", own):
             return messages, learned
@@ -312,11 +309,8 @@ class RowReader:
 
 
 def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:
-    """Return the text of a field, see `as_text`; raise a ValueError where it is empty, or no text."""
-    try:
-        text = as_text(row.get(field), answer=answer).strip()
-    except ValueError as error:
-        raise ValueError(f"{field!r} {error}") from None
+    """Return the text of a field; raise a ValueError where it is empty, or no text."""
+    text = field_text(row, field, answer=answer).strip()
     if not text:
         raise EmptyValue(f"empty {field!r}")
     return text

@@ -160,15 +160,17 @@ class RowText:
             ValueError: a field that is no text, and why.
         """
         if self.is_field:
-            return self._text(row, self.spec)
-        found = {name: self._text(row, name) for name in self.names}
+            return field_text(row, self.spec, answer=self.answer)
+        found = {name: field_text(row, name, answer=self.answer) for name in self.names}
         return fill(self.spec, self.where, found.__getitem__) if any(map(str.strip, found.values())) else ""
 
-    def _text(self, row: Mapping[str, Any], name: str) -> str:
-        try:
-            return as_text(row.get(name), answer=self.answer)
-        except ValueError as error:
-            raise ValueError(f"{name!r} {error}") from None
+
+def field_text(row: Mapping[str, Any], field: str, *, answer: bool = False) -> str:
+    """Return the text of a field, see `as_text`; raise a ValueError that names it where it is no text."""
+    try:
+        return as_text(row.get(field), answer=answer)
+    except ValueError as error:
+        raise ValueError(f"{field!r} {error}") from None
 
 
 def need_field(columns: Sequence[str], field: str, where: str) -> None:

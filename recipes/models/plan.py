@@ -10,20 +10,15 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
 from lora_null.config import starts_from_residual
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
-from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
-from lora_null.recipes.models.quantization import check_stored, weight_bytes
-from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
-from lora_null.recipes.training import optimizer_steps, total_batch
+from lora_null.recipes.models.quantization import check_stored
 from lora_null.targets import add_adapter, refuse_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
@@ -279,75 +274,3 @@ def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     blocks, on = text.num_hidden_layers, "cpu" if training.use_cpu else "gpu"
     kept = blocks * between + inside if training.gradient_checkpointing else blocks * inside
     return ACTIVATION_FACTOR[on] * kept + LOGIT_BYTES[on] * text.vocab_size * tokens
-
-
-def files_of(recipe: Recipe) -> list[str]:
-    """Return what the run, or each run of a grid, will leave in its output folder."""
-    files = [RECIPE_FILE, *([f"base/{EVAL_FILE}"] if recipe.eval.before else [])]
-    cell = f"{CELLS_FOLDER}/…/" if recipe.grid else ""
-    for name in recipe.method.name:
-        saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
-        files += [f"{cell}{name}/{path}" for path in ("init/", *saved, EVAL_FILE, LOG_FILE)]
-    return [*files, RESULTS_FILE, "report.md", "report.html", "forgetting.png"]
-
-
-def print_plan(
-    recipe: Recipe,
-    model_config: Any,
-    plans: list[MethodPlan],
-    training: SFTConfig | DPOConfig,
-    rows: int | None,
-) -> None:
-    """Print the plan of a run: counts, tokens, steps, memory, files."""
-    console = Console(soft_wrap=True)
-    empty = empty_model(model_config, recipe.model)
-    size = sum(p.numel() for p in empty.parameters())
-    weights, stored = weight_bytes(empty, recipe.model), recipe.model.dtype
-    if recipe.model.quantization:
-        stored = f"linears in {recipe.model.quantization}, computed in {stored}"
-    console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
-    _print_training(console, recipe, training, rows)
-    cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
-    console.print(
-        f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
-        f"{recipe.calibration.max_length} tokens, {cut}"
-    )
-    console.print(_table(plans, weights, activation_bytes(model_config, training)))
-    for plan in plans:
-        if plan.costs:
-            console.print(f"{plan.name}: {plan.costs}")
-        if plan.start_bytes:
-            console.print(f"{plan.name}: {plan.start_bytes / GIB:.2f} GiB of gradients while its start is computed")
-    for plan in (plan for plan in plans if plan.kept_bytes):
-        share = plan.kept_bytes / weights
-        console.print(
-            f"{plan.name}: of it {plan.kept_bytes / GIB:.2f} GiB for what the method keeps beside the adapter, {share:.1%} of the weights"
-        )
-    console.print(f"files in {recipe.output_dir}: {', '.join(files_of(recipe))}")
-
-
-def _print_training(console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, rows: int | None) -> None:
-    rows = rows or recipe.data.limit
-    console.print(
-        f"learn       {recipe.data.path}, {f'{rows:,}' if rows else 'all'} rows, template {recipe.data.template}"
-    )
-    steps, batch = optimizer_steps(training, rows), total_batch(training)
-    if steps is None:
-        console.print(f"train       batches of {batch}, learning rate {training.learning_rate:g}")
-        return
-    tokens = steps * batch * (training.max_length or 1024)
-    console.print(
-        f"train       {steps:,} optimizer steps of {batch} sequences, at most {tokens:,} tokens, "
-        f"learning rate {training.learning_rate:g} ({training.lr_scheduler_type.value})"
-    )
-
-
-def _table(plans: list[MethodPlan], weights: int, activations: int) -> Table:
-    table = Table(title="estimated memory of each process in GiB", title_justify="left", box=None, pad_edge=False)
-    for column in ("method", "rank", "trains", "saved", "weights", "Grams", "activ.", "trained\n+ AdamW", "peak"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for plan in plans:
-        sizes = (weights, plan.gram_bytes, activations, plan.extra_bytes, plan.peak_bytes(weights, activations))
-        counts = (f"{plan.trainable / 1e6:,.0f}M", f"{plan.saved / 1e6:,.0f}M")
-        table.add_row(plan.name, str(plan.rank or "–"), *counts, *(f"{size / GIB:.1f}" for size in sizes))
-    return table
