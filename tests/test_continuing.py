@@ -567,7 +567,7 @@ class TestTheStartIsTheCheckpointsOwn:
         make(tmp_path / "elsewhere", CONFIGS[kind](), **save | {"max_steps": 3}).train(resume_from_checkpoint=True)
         for place in (out, tmp_path / "elsewhere", cached_folder(key)):
             shutil.rmtree(place, ignore_errors=True)
-        with pytest.raises(UserError, match="output_dir: .* no longer holds what this trainer started from"):
+        with pytest.raises(UserError, match=r"output_dir: .* no longer holds what this trainer started from"):
             first.train()
 
     def test_the_output_folder_itself_is_no_checkpoint(self, tmp_path):

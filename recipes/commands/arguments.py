@@ -28,10 +28,10 @@ KEYS_AS_OPTIONS = {
         "; data.on_bad_row=skip leaves them out": "; mend them, or leave them out of the file",
     },
     "init": {"model.name_or_path": "--model"},
-    **dict.fromkeys(
-        ("export", "dial", "check"),
-        {"model.name_or_path": "--base", "model.trust_remote_code=true": "--trust-remote-code"},
-    ),
+    **{
+        command: {"model.name_or_path": "--base", "model.trust_remote_code=true": "--trust-remote-code"}
+        for command in ("export", "dial", "check")
+    },
 }
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
