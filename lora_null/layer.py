@@ -330,8 +330,10 @@ class LoraNullLinear(Linear):
         """Turn the base W0 into W0 − s·BA of the adapter: its weight, in place, computed in float64 and rounded once.
 
         Raises:
-            RuntimeError: when the base already carries a residual.
+            RuntimeError: when the base already carries a residual, or a merged adapter.
         """
+        if self.merged:
+            raise RuntimeError(f"the base already carries the merged {', '.join(self.merged_adapters)}")
         if self.residual is not None:
             raise RuntimeError(f"the base already carries the residual of {', '.join(sorted(self.residual_adapters))}")
         # Copies: A and B go on to be trained.

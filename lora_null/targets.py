@@ -269,7 +269,10 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         )
     base = layer.get_base_layer()
     ours = isinstance(layer, LoraNullLinear)
-    if reason := (why_unreadable(base) or why_hooked(base)) if ours else f"carries a {type(layer).__name__} of PEFT":
+    others = sorted(layer.r.keys() - {adapter_name})
+    first = f", made by the adapter {others[0]!r}; add the LoraNullConfig before it" if others else ""
+    carried = f"carries a {type(layer).__name__} of PEFT{first}"
+    if reason := (why_unreadable(base) or why_hooked(base)) if ours else carried:
         raise UserError(f"target_modules: {name} {reason}")
     scaling = layer.scaling[adapter_name]
     if not 0 < scaling < float("inf"):

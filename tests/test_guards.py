@@ -130,6 +130,29 @@ def test_names_and_numbers_that_the_model_has_not_are_refused(tmp_path, given, s
         add_adapter(tiny_model(), LoraConfig(r=4, target_modules=TWO, **given))
 
 
+def test_a_merged_adapter_does_not_train_and_begins_nothing(tmp_path):
+    """Taken out again, the merged product would be of other factors than the initialization has left."""
+    trainer = make(tmp_path, LoraNullConfig(r=4, variant="v1"))
+    trainer.model.merge_adapter()
+    with pytest.raises(UserError, match=r"^model: its adapter is merged into the weights; model.unmerge_adapter\(\)"):
+        trainer.train()
+    assert not (tmp_path / "init").exists()
+    trainer.model.unmerge_adapter()
+    trainer.train()
+    trainer.model.set_adapter("default")
+    with trainer.model.disable_adapter():
+        assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-4
+
+
+def test_a_lora_null_config_beside_an_adapter_of_peft_says_which_came_first():
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=TWO), adapter_name="one")
+    model.add_adapter("mine", LoraNullConfig(r=4, target_modules=TWO))
+    with pytest.raises(
+        UserError, match=r"carries a Linear of PEFT, made by the adapter 'one'; add the LoraNullConfig before"
+    ):
+        initialize_lora_null_weights(model, random_batches(), adapter_name="mine", min_tokens=1)
+
+
 def test_an_optimizer_from_before_the_adapter_is_refused_and_one_of_a_part_told_of(tmp_path, capsys):
     bare = tiny_model()
     with pytest.raises(UserError, match="optimizers: holds nothing that trains, it was made before the adapter"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback, get_scheduler, set_seed
@@ -562,6 +563,10 @@ class LoraNullMixin(SavingMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
+        if any(isinstance(module, BaseTunerLayer) and module.merged for module in self.model.modules()):
+            raise UserError(
+                "model: its adapter is merged into the weights; model.unmerge_adapter() takes it out again"
+            )
         folder = Path(self.args.output_dir)
         wanted = last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
         if resume_from_checkpoint is True and wanted is None:
