@@ -145,18 +145,18 @@ def same_string(answer: str | None, right: str | None) -> bool:
 def equivalent(answer: str | None, right: str | None) -> bool:
     """Return whether two answers mean the same: as text by `same_string`, or as mathematics by math-verify.
 
-    Units, percent signs, degrees and thousands separators are left aside, and "x = 5" is 5; the base of a numeral counts
-    where both name one, and "1 and 2" is "1, 2". A letter that follows a number
-    without a space, or a sign, is a variable: "4t" and "4 + t" are not 4, "4 m" is.
+    Units, percent signs, degrees and thousands separators are left aside, "x = 5" is 5, and "1 and 2" is "1, 2". The base of
+    a numeral counts where both name one. A letter that follows a number without a space, or a sign, is a variable: "4t" and
+    "4 + t" are not 4, "4 m" is.
     """
     if answer is None or right is None:
         return False
     answer, right = _AND.sub(", ", answer), _AND.sub(", ", right)
     if same_string(answer, right):
         return True
-    given, wanted = (_NUMERAL.fullmatch(_plain(text)) for text in (answer, right))
-    if given and wanted:
-        return given.groups() == wanted.groups()
+    numerals = [_NUMERAL.fullmatch(_plain(text)) for text in (answer, right)]
+    if all(numerals):
+        return len({numeral.groups() for numeral in numerals}) == 1
     readers = [LatexExtractionConfig(), ExprExtractionConfig()]
     wanted, given = (parse(f"${_plain(text)}$", extraction_config=readers) for text in (right, answer))
     return bool(wanted) and bool(given) and verify(wanted, given)

@@ -55,7 +55,7 @@ KEPT_BY_OPTIMIZER = {
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint with the highest step in a trainer's output folder, or None."""
-    return next((path for path in reversed(_checkpoints(folder)) if is_whole(path)), None)
+    return next((path for path in reversed(checkpoints_in(folder)) if is_whole(path)), None)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -207,12 +207,12 @@ def remove_old(newest: Path, keep: int | None, best: str | None) -> None:
         keep: `save_total_limit`; None or 0 for all.
         best: the best checkpoint, which stays.
     """
-    for path in _checkpoints(newest.parent):
+    for path in checkpoints_in(newest.parent):
         if not any(path.iterdir()) or ((path / BEGUN_FILE).is_file() and not is_whole(path)):
             shutil.rmtree(path, ignore_errors=True)
     if not keep or keep < 0:
         return
-    left = _checkpoints(newest.parent)
+    left = checkpoints_in(newest.parent)
     later = left.index(newest) + 1
     by_age = left[later:] + left[:later]
     stay = [path for path in left if path == newest or (best is not None and path.resolve() == Path(best).resolve())]
@@ -221,7 +221,7 @@ def remove_old(newest: Path, keep: int | None, best: str | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints by rising step: by their number, since clocks go backwards."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []

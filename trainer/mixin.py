@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback, get_scheduler, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
@@ -56,6 +55,7 @@ from lora_null.trainer.checkpoints import (
     check_processes,
     check_settings,
     check_whole_checkpoint,
+    checkpoints_in,
     last_checkpoint,
     warn_without_optimizer,
 )
@@ -828,7 +828,7 @@ class LoraNullMixin(SavingMixin):
         if self._start is None:
             return None
         folder, key = self._start
-        own = (checkpoint / folder.name for checkpoint in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        own = (checkpoint / folder.name for checkpoint in checkpoints_in(folder.parent))
         for place in (folder, self.init_dir, cached_folder(key), *own):
             if (place / REPORT_FILE).is_file() and read_report(place)["key"] == key:
                 return place
