@@ -52,7 +52,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64
-from lora_null.utils.model_state import LIBRARIES, base_model_of, own_code_at
+from lora_null.utils.model_state import LIBRARIES, base_model_of, own_code_at, own_precision
 
 logger = get_logger(__name__)
 
@@ -250,7 +250,7 @@ def compute_start(
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
     cached = options.cache and hook is None and _can_write_cache()
     path = store.cached_folder(key) if cached else folder
-    with contextlib.ExitStack() as locks:
+    with own_precision(model), contextlib.ExitStack() as locks:
         if cached:
             on_first_rank(lambda: locks.enter_context(store.in_use(path)))
         done = on_first_rank(lambda: _finished_parts(path, key))

@@ -199,6 +199,19 @@ def test_mode_gradients_and_random_state_are_as_before():
     assert not any(module._forward_hooks for module in peft_model.modules())
 
 
+@pytest.mark.parametrize("form", ["layers", "hooks"])
+def test_a_callers_autocast_does_not_round_what_is_measured(form):
+    def factors():
+        peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=4))
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False, form=form)
+        return [layer.lora_A["default"].weight for layer in adapted_layers(peft_model).values()]
+
+    plain = factors()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = factors()
+    assert all(map(torch.equal, plain, under_autocast))
+
+
 def test_v2_keeps_a_frozen_through_adapter_switching():
     peft_model, _ = start("v2")
     peft_model.set_adapter("default")

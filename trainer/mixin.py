@@ -100,7 +100,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit
-from lora_null.utils.model_state import base_model_of, own_precision, preserve, release_freed_memory, replaced
+from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 if TYPE_CHECKING:
@@ -692,15 +692,14 @@ class LoraNullMixin(SavingMixin):
                 folder=self.init_dir,
             )
 
-        with own_precision(self.model):  # an evaluation before has put autocast around it
-            try:
-                return compute(options)
-            except NotAChain as reason:
-                if self._weights is None:  # asked for by `form`
-                    raise
-                logger.warning(f"{reason}; every process loads it whole")
-                self._read_whole()
-                return compute(replace(options, weights=None))
+        try:
+            return compute(options)
+        except NotAChain as reason:
+            if self._weights is None:  # asked for by `form`
+                raise
+            logger.warning(f"{reason}; every process loads it whole")
+            self._read_whole()
+            return compute(replace(options, weights=None))
 
     def _check_trainable(self) -> None:
         if self._preflight != "off":

@@ -125,11 +125,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
-    """Compute in the dtypes that the weights have: without the autocast that accelerate puts around a model it trains.
+    """Compute in the dtypes that the weights have: without the caller's autocast, or accelerate's around a model it trains.
 
-    What was measured before training knew no such wrapper, and the rounding alone would look like forgetting.
+    What was measured before training knew neither, and the rounding alone would look like forgetting.
     """
     with contextlib.ExitStack() as stack:
+        for device in filter(None, (torch.device("cpu"), torch.accelerator.current_accelerator())):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         for module in model.modules():
             if "_original_forward" in vars(module):
                 stack.enter_context(replaced(module, "forward", module._original_forward))
