@@ -11,11 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import psutil
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from tqdm import tqdm
 
@@ -60,14 +61,13 @@ class NotAChain(UserError):
 
 @dataclass
 class _Call:
-    """How the decoder calls one layer on one batch, apart from the hidden states."""
+    """How the decoder calls one layer on one batch, apart from the hidden states; on the device where the layer runs."""
 
     args: tuple
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
-        args, kwargs = _to_device((self.args, self.kwargs), device, {})
-        return _hidden(layer(hidden.to(device), *args, **kwargs))
+        return _hidden(layer(hidden.to(device), *self.args, **self.kwargs))
 
 
 def _hidden(out: Any) -> torch.Tensor:
@@ -289,8 +289,8 @@ def _record_batch(
             raise DoesNotFit(f"its decoder cannot be run without its layers ({error})") from error
     if len(calls) != len(layers):
         raise DoesNotFit(f"its decoder calls {len(calls)} of {len(layers)} layers")
-    moved: dict[int, torch.Tensor] = {}
-    return [_Call(*_to_device((call.args, call.kwargs), device, moved)) for call in calls], first[0]
+    move = cache(lambda tensor: tensor.to(device))  # what layers share, once
+    return [_Call(*recursively_apply(move, (call.args, call.kwargs))) for call in calls], first[0]
 
 
 def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> None:
@@ -307,12 +307,9 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     few = _few_tokens(model, batches)
     device = next(final.parameters()).device
     with _attention_for(device, model):
-        handle = final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out)))
-        try:
+        with final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out))):
             for batch in (*few, few[0]):
                 backbone(model)(**batch.inputs, use_cache=False)
-        finally:
-            handle.remove()
         calls, states = _record(model, layers, few, device)
         try:
             for i, layer in enumerate(layers.values()):
@@ -401,19 +398,6 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _to_device(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
-    """Return a nest of tuples, lists and dicts with its tensors on the device; `moved` remembers them, so each moves once."""
-    if isinstance(value, torch.Tensor):
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, dict):
-        return {key: _to_device(item, device, moved) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(item, device, moved) for item in value)
-    return value
 
 
 @contextlib.contextmanager

@@ -64,31 +64,23 @@ class LayerReport:
     """How the initialization went, layer by layer.
 
     Attributes:
-        layers: one `LayerStats` per adapted linear, in the model's order.
-        seconds: wall time of the parts: calibrate (forward passes and Grams, of what was reused too), solve, all.
         tokens: calibration tokens.
         base: fingerprint of the base it was made for.
         key: of the initialization, a hash of all that decided it.
         rule: the name of what gave the factors; empty where nothing was computed layer by layer.
+        seconds: wall time of the parts: calibrate (forward passes and Grams, of what was reused too), solve, all.
+        layers: one `LayerStats` per adapted linear, in the model's order.
     """
 
-    layers: list[LayerStats] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     base: str = ""
     key: str = ""
     rule: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    layers: list[LayerStats] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        layers = [layer.to_json() for layer in self.layers]
-        return {
-            "tokens": self.tokens,
-            "base": self.base,
-            "key": self.key,
-            "rule": self.rule,
-            "seconds": self.seconds,
-            "layers": layers,
-        }
+        return vars(self) | {"layers": [layer.to_json() for layer in self.layers]}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> LayerReport:
@@ -268,7 +260,7 @@ def compute_start(
             "solve": solver.seconds if rule is not None else 0.0,
             "all": time.perf_counter() - start,
         }
-        report = LayerReport([lines[name] for name in adapted], seconds, count_tokens(measured), base, key, name)
+        report = LayerReport(count_tokens(measured), base, key, name, seconds, [lines[name] for name in adapted])
         on_first_rank(lambda: _finish(report, path, folder))
     return _start_of(report, parts)
 

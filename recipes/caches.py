@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -100,11 +100,10 @@ def keep_base(key: str, source: Path, found: Evaluation) -> None:
         return
 
 
-@contextlib.contextmanager
 def texts_writer(
     section: ModelSection, name: str, tokenizer: PreTrainedTokenizerBase, cut: CalibrationArgs, cache: bool
-) -> Iterator[Callable[[Source, int], list[str]]]:
-    """Yield a function that returns as many texts as are asked for; the base is loaded when the first is to be written.
+) -> Callable[[Source, int], list[str]]:
+    """Return a function that returns as many texts as are asked for; the base is loaded when the first is to be written.
 
     Args:
         section: the recipe's model.
@@ -113,7 +112,7 @@ def texts_writer(
         cut: how long a text may be, and the seed.
         cache: take equal texts of an earlier run, and keep these.
     """
-    loaded: list[Any] = []
+    base = functools.cache(lambda: base_to_run(section, name))
 
     def write(source: Source, count: int) -> list[str]:
         path = cache_root() / "own_texts" / f"{_texts_key(section, name, source, count, cut)}.json"
@@ -122,18 +121,13 @@ def texts_writer(
             if is_first_process():
                 print(f"calibration: {count} texts that the model wrote before ({path})")
             return texts
-        if not loaded:
-            loaded.append(base_to_run(section, name))
         options = {"count": count, "max_tokens": cut.max_length, "prompts": source.prompts, "seed": cut.seed}
-        texts = own_texts(loaded[0], tokenizer, **options)
+        texts = own_texts(base(), tokenizer, **options)
         if cache:
             on_first_rank(lambda: _keep_texts(path, texts))
         return texts
 
-    try:
-        yield write
-    finally:
-        loaded.clear()
+    return write
 
 
 def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:

@@ -51,14 +51,7 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
 
 
 def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Results | None) -> None:
-    """Write `README.md` into RUN/METHOD, and into what the method has saved there.
-
-    Args:
-        folder: RUN/METHOD.
-        recipe: the run's.
-        plan: the method's.
-        results: the base's row and this method's; None while it trains.
-    """
+    """Write `README.md` into RUN/METHOD, and into what the method has saved there; `results` is None while it trains."""
     state = f"Not finished: `{resume_command(folder.parent)}` goes on."
     plain, kept = METHODS[plan.name].saves_plain_lora, folder / plan.saves
     exports = f"; `lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it" if plain else ""

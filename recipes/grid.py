@@ -129,8 +129,7 @@ def run_grid(
     first = is_first_process() and processes.is_first_worker()
     if first:
         output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
-    check = functools.partial(check_grid, recipe, cells, allow_code_execution=allow_code_execution)
-    job = together(check)
+    job = together(lambda: check_grid(recipe, cells, allow_code_execution=allow_code_execution))
     size = space_of_grid(recipe, cells, job)
     inputs = functools.partial(inputs_of, job)
     lock = output.hold_output_folder(recipe, size, inputs, resume=resume, overwrite=overwrite)

@@ -145,14 +145,12 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """
     lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        held = lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

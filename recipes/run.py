@@ -103,8 +103,7 @@ def run(
             is reported before.
     """
     output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
-    check = functools.partial(check_run, recipe, allow_code_execution=allow_code_execution)
-    job = together(check)
+    job = together(lambda: check_run(recipe, allow_code_execution=allow_code_execution))
     inputs = functools.partial(inputs_of, job)
     with output.hold_output_folder(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
         if not job.tasks and is_first_process():
@@ -153,8 +152,9 @@ def _results(job: Job, rows: list[Row]) -> Results:
 def _write_windows(job: Job) -> Windows:
     """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
     cache = job.recipe.calibration.cache
-    with caches.texts_writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache) as write:
-        windows = cut_windows(job.sources, job.tokenizer, job.calibration_args, write)
+    write = caches.texts_writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache)
+    windows = cut_windows(job.sources, job.tokenizer, job.calibration_args, write)
+    del write  # and the base with it
     free_memory()
     return windows
 

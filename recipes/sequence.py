@@ -12,6 +12,7 @@ after every task.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -263,12 +264,8 @@ def collect(recipe: Recipe, jobs: Sequence[Job]) -> Results:
 def _tasks_by_stage(recipe: Recipe, job: Job) -> list[list[Task]]:
     """Return the evaluations of each task, in the order of the tasks."""
     counts = [len(merge(recipe.model_dump(mode="json"), task)["eval"]["task"]) for task in recipe.sequence.tasks]
-    learned = [task for task in job.tasks if task.role == "task"]
-    found = []
-    for count in counts:
-        found.append(learned[:count])
-        learned = learned[count:]
-    return found
+    learned = iter([task for task in job.tasks if task.role == "task"])
+    return [list(itertools.islice(learned, count)) for count in counts]
 
 
 def of_method(results: Results, method: str) -> Row:

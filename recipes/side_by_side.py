@@ -31,12 +31,7 @@ MAX_NEW_TOKENS = 32
 def side_by_side(job: Job, results: Results, evaluations: Evaluations) -> Answers | None:
     """Return the answers to `eval.examples` questions; None where nothing can be asked, or no weights were kept.
 
-    All processes call this together.
-
-    Args:
-        job: of the run.
-        results: its results.
-        evaluations: those behind them, on the first process.
+    All processes call this together; the evaluations behind the results are those of the first.
     """
     task = next((t for t in job.tasks if isinstance(t, AnswerTask) and t.role == "retention"), None)
     weights = {

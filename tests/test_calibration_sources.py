@@ -397,8 +397,7 @@ class TestWhatTheModelWrites:
         def written(**changes):
             cache = changes.pop("cache", True)
             cut = CalibrationArgs(**{"max_length": 24, "seed": 0} | changes)
-            with caches.texts_writer(section, section.name_or_path, tiny_tokenizer(), cut, cache) as write:
-                return write(source, 8)
+            return caches.texts_writer(section, section.name_or_path, tiny_tokenizer(), cut, cache)(source, 8)
 
         first = written()
         monkeypatch.setattr(caches, "base_to_run", lambda *_: pytest.fail("the model was to write again"))

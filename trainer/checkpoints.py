@@ -228,8 +228,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-@contextlib.contextmanager
-def _pushing_what_was_trained() -> Iterator[None]:
+def _pushing_what_was_trained() -> contextlib.AbstractContextManager[None]:
     """Have uploads leave out `NOT_PUSHED`, but for those of a checkpoint, a folder in the repository, which resumes with it."""
     upload = HfApi.upload_folder
 
@@ -238,8 +237,7 @@ def _pushing_what_was_trained() -> Iterator[None]:
             options["ignore_patterns"] = [*(options.get("ignore_patterns") or ()), *NOT_PUSHED]
         return upload(*args, **options)
 
-    with replaced(HfApi, "upload_folder", upload_folder):
-        yield
+    return replaced(HfApi, "upload_folder", upload_folder)
 
 
 if TYPE_CHECKING:
@@ -275,7 +273,7 @@ class SavingMixin(Base):
                     callback.save_state(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            record_processes(checkpoint, *self._processes_and_batch(), self._engine())
+            record_processes(checkpoint, *self._trained_by())
             mark_complete(checkpoint)
         if push:
             self._push_from_checkpoint(str(checkpoint))
@@ -445,12 +443,11 @@ class SavingMixin(Base):
             found = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).train_batch_size
             self._train_batch_size = found or self._train_batch_size
 
-    def _processes_and_batch(self) -> tuple[int, int]:
+    def _trained_by(self) -> tuple[int, int, str | None]:
+        """Return the number of processes, the rows of a step, and the engine."""
         processes = self.accelerator.num_processes
-        return processes, self._train_batch_size * self.args.gradient_accumulation_steps * processes
-
-    def _engine(self) -> str | None:
-        return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps * processes
+        return processes, batch, "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
 
 
 def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,8 +268,7 @@ class LoraNullMixin(SavingMixin):
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
         self._take_method(method, given.get("optimizers"))
-        to_start = self._decays_to_start(decay_to_start)
-        self._add_step_callbacks(to_start)
+        to_start = self._add_step_callbacks(decay_to_start)
         self._checkpoint_settings = self._settings(to_start) if self._has_method else {}
         self._prepared, self._prepared_dataset = False, object()
         self._start: tuple[Path, str] | None = None  # the folder that it was written to, and its key
@@ -425,17 +424,6 @@ class LoraNullMixin(SavingMixin):
                     f"{key}: an evaluation would round what trains for good; leave it out, bf16 evaluates so too"
                 )
 
-    def _decays_to_start(self, asked: bool | None) -> bool:
-        """Return whether weight decay pulls to the start."""
-        return decays_to_start(
-            asked,
-            self.model,
-            self.args,
-            self.optimizer,
-            deepspeed=self.is_deepspeed_enabled,
-            kind=(self.optimizer_cls_and_kwargs or [None])[0],
-        )
-
     def add_callback(self, callback: Any) -> None:
         """As the parent trainer; a second `DecayToStart`, which would act twice, is left out."""
         kind = callback if isinstance(callback, type) else type(callback)
@@ -443,16 +431,15 @@ class LoraNullMixin(SavingMixin):
         if not (issubclass(kind, DecayToStart) and any(there)):
             super().add_callback(callback)
 
-    def _add_step_callbacks(self, to_start: bool) -> None:
-        """Add the callbacks that correct a step.
-
-        Args:
-            to_start: whether weight decay pulls to the start.
+    def _add_step_callbacks(self, asked: bool | None) -> bool:
+        """Add the callbacks that correct a step; return whether weight decay pulls to the start.
 
         Raises:
             UserError: an optimizer whose steps cannot be corrected.
         """
-        optimizer = optimizer_name(self.args, self.optimizer, (self.optimizer_cls_and_kwargs or [None])[0])
+        kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
+        to_start = decays_to_start(asked, self.model, self.args, self.optimizer, deepspeed=deepspeed, kind=kind)
+        optimizer = optimizer_name(self.args, self.optimizer, kind)
         config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
         if averages(optimizer) and getattr(config, "variant", None) == "nb":
             raise UserError(
@@ -461,6 +448,7 @@ class LoraNullMixin(SavingMixin):
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
+        return to_start
 
     def _check_start(self) -> None:
         """Check that what decides the start is there and will be read, now that the method is known."""
@@ -580,7 +568,7 @@ class LoraNullMixin(SavingMixin):
             self._take_batch_size(checkpoint)
             check_settings(checkpoint, self._checkpoint_settings)
             warn_without_optimizer(checkpoint)
-            check_processes(checkpoint, *self._processes_and_batch(), self._engine())
+            check_processes(checkpoint, *self._trained_by())
         if not self._prepared:
             self._check_optimizer()
             start = time.perf_counter()
@@ -626,11 +614,7 @@ class LoraNullMixin(SavingMixin):
             self._move_model_to_device(self.model, self.args.device)
 
     def _prepare(self, *, resuming: Path | None) -> None:
-        """Check the data, and put the model at its start, before an engine cuts the weights into pieces.
-
-        Args:
-            resuming: the checkpoint to go on from.
-        """
+        """Check the data, and put the model at its start, before an engine cuts the weights into pieces."""
         self._prepare_rows(resuming)
         if not self._has_method:
             return

@@ -102,12 +102,7 @@ def check_rows_given(name: str, rows: Any) -> None:
 
 
 def has_reference(trainer: type, args: Any) -> bool:
-    """Return whether a trainer of TRL compares with a reference, the model without its adapter or a copy of it.
-
-    Args:
-        trainer: its class.
-        args: its `args`.
-    """
+    """Return whether a trainer of TRL compares with a reference, the model without its adapter or a copy of it."""
     names = {kind.__name__ for kind in trainer.__mro__}
     if names & {"GRPOTrainer", "RLOOTrainer"}:
         return bool(getattr(args, "beta", 0.0))
@@ -117,9 +112,7 @@ def has_reference(trainer: type, args: Any) -> bool:
 def check_reference(given: Mapping[str, Any], *, takes_it: bool) -> None:
     """Raise a UserError where TRL would load the reference by the name of a model that has none, or take another model for it.
 
-    Args:
-        given: the trainer's arguments, by name.
-        takes_it: whether the trainer takes a `ref_model`.
+    `given` holds the trainer's arguments by name; `takes_it` says whether it takes a `ref_model`.
     """
     model = given.get("model")
     trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
@@ -154,12 +147,7 @@ def check_reference(given: Mapping[str, Any], *, takes_it: bool) -> None:
 
 
 def check_reference_stays(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raise a UserError where the reference, the model without its adapter, would train too.
-
-    Args:
-        model: with its adapter.
-        given: the trainer's arguments, by name.
-    """
+    """Raise a UserError where the reference, the model without its adapter, would train too."""
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
     if given.get("ref_model") is None and not ahead and trains_biases(model):
         raise UserError(
@@ -331,7 +319,7 @@ def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) 
             f"training data: the end token {eos_token!r} is in no label {seen}, so the model would never "
             "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
         )
-    elif look.whole and mode != "off":
+    elif look.whole:
         logger.warning(
             f"training data: the end token {eos_token!r} is in no label {seen}; the model does not learn to stop"
         )

@@ -136,7 +136,7 @@ def job_for(source: Trained, arguments: argparse.Namespace, out: Path, budget: d
         UserError: nothing to measure, or what a recipe may not hold.
     """
     files = arguments.keep is not None or arguments.learn is not None
-    lost = next((name for name in ("prompt", "response", "template") if getattr(arguments, name) is not None), None)
+    lost = next((name for name in QUESTIONS if getattr(arguments, name) is not None), None)
     if lost and not files:
         raise UserError(f"--{lost}: says how the rows of --keep and --learn are read; give one of them too")
     own = files or arguments.limit is not None

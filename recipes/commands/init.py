@@ -96,8 +96,9 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
 
     name, tokenizer, cut, sources, windows = together(check)
     if any(source.texts is None for source in sources):
-        with caches.texts_writer(model, name, tokenizer, cut, not arguments.no_cache) as write:
-            windows = cut_windows(sources, tokenizer, cut, write)
+        write = caches.texts_writer(model, name, tokenizer, cut, not arguments.no_cache)
+        windows = cut_windows(sources, tokenizer, cut, write)
+        del write  # and the base with it
     if is_first_process():
         print(f"calibration: {'; '.join(windows.covered)}")
     windows.check_tokens()

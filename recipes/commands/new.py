@@ -36,7 +36,6 @@ from lora_null.recipes.data.examples import (
     MAX_BAD_SHARE,
     Example,
     RowReader,
-    Tokenized,
     cut_before_the_answer,
     describe_bad_rows,
     leave_out,
@@ -201,7 +200,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     )
     rows = _rows(arguments.data, arguments.split, "data", out)
     data, examples, bad = _data(rows, tokenizer)
-    sides = _tokenized(examples, data["template"], tokenizer, rows.format.preferences)
+    ends = (False, True) if rows.format.preferences else (False,)
+    sides = [tokenize(examples, data["template"], tokenizer, rejected=rejected) for rejected in ends]
     lengths = sorted(max(len(tokens.ids) for tokens in row) for row in zip(*sides))
     limit = position_limit(config)
     room = LONGEST if limit is None else min(limit.tokens, LONGEST)
@@ -324,11 +324,6 @@ def _written(rows: Rows, keys: dict[str, Any], tokenizer: Any, after: int = 0) -
         except ValueError as error:
             bad.append(BadRow(number, str(error)))
     return examples, bad
-
-
-def _tokenized(examples: Sequence[Example], template: str, tokenizer: Any, preferences: bool) -> list[list[Tokenized]]:
-    rejected = (False, True) if preferences else (False,)
-    return [tokenize(examples, template, tokenizer, rejected=side) for side in rejected]
 
 
 def _quantile(lengths: Sequence[int], share: float) -> int:

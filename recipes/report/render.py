@@ -102,13 +102,7 @@ def templates_in(*folders: Path, escape: bool = False) -> jinja2.Environment:
 
 
 def print_table(results: Results, console: Console | None = None, *, evaluations: Evaluations | None = None) -> None:
-    """Print the headline and the table; columns that do not fit the terminal go into further tables below.
-
-    Args:
-        results: the run's or grid's.
-        console: where to; the terminal when not given.
-        evaluations: those behind a grid's rows.
-    """
+    """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
     console, table = console or Console(), build_table(results)
     console.print(Text(_headline(results, evaluations or {}), style="bold"))
     for columns in _fitting(table, console.width):
