@@ -3,8 +3,8 @@
     python tests/benchmarks/three_seeds.py        # in seconds: reads study/rivals.json, study/rivals_seed_2.json, study/code*.json
 
 On the first task two seeds are of an H200 and one of a CPU. Each seed is read off its own path over the rates, where it has
-learned what LoRA has at 1e-3: the mean of the seeds, or what all of them reach. Settings of which the third seed was not run are left out. p is that of the difference from this LoRA, over
-the seeds, adjusted for all methods and levels of a set (Holm).
+learned what LoRA of the same seed has at 1e-3. Settings of which the third seed was not run are left out. p is that of the
+difference from this LoRA, over the seeds, adjusted for all methods and levels of a set (Holm).
 """
 
 from __future__ import annotations
