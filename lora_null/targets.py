@@ -57,7 +57,7 @@ def check_unadapted(model: Any) -> None:
         )
 
 
-def check_names(base: nn.Module, config: PeftConfig) -> None:
+def check_names(base: nn.Module, config: PeftConfig | None) -> None:
     """Raise a UserError for a name or a layer's number in an adapter's config that the base has not: PEFT takes it in silence."""
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         names = getattr(config, key, None)
@@ -77,12 +77,18 @@ def check_names(base: nn.Module, config: PeftConfig) -> None:
 def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> None:
     """Raise a UserError for an entry of a list of modules that is the name of none: PEFT asks that one matches, or none.
 
-    Fused experts count, of which `warn_about_fused_experts` tells.
+    Of a text, which PEFT takes as a pattern, one module's whole name has to match. Fused experts count, of which `warn_about_fused_experts` tells.
     """
     modules = {checkpoint_name(name): module for name, module in base_modules(model)}
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
     if key != "target_modules":  # which PEFT may have wrapped already
         names += [name for name, _ in model.named_modules()]
+    is_pattern = isinstance(targets, str) and targets not in ("", "all-linear") and key == "target_modules"
+    if is_pattern and not any(re.fullmatch(targets, name) for name in (*names, *dict(model.named_modules()))):
+        instead = f"; give [{targets!r}]" if any(name.endswith(f".{targets}") for name in names) else ""
+        raise UserError(
+            f"{key}: no module matches {targets!r}, a text is a pattern for the whole name of a module{instead}"
+        )
     for wanted in sorted(targets) if isinstance(targets, list | tuple | set) else ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             fitting = (name for name, x in modules.items() if key == "modules_to_save" or hasattr(x, "in_features"))
@@ -200,8 +206,8 @@ def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftMode
         UserError: naming the target, fused experts among them, or the pattern.
         ValueError: whatever else PEFT refuses.
     """
-    check_names(base, config)
     with refusing_in_one_line():
+        check_names(base, config)
         model = get_peft_model(base, config, **options)
     layers = adapted_layers(model, active_adapter(model))
     refuse_experts(base_model_of(model), layers)

@@ -259,23 +259,21 @@ def check_judge(recipe: Recipe, tasks: Sequence[Task]) -> None:
         judge.check_endpoint()
 
 
-def rehearse(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-) -> None:
+def is_rehearsed(recipe: Recipe) -> bool:
+    """Return whether `rehearse` takes its step: `preflight` is on, and this process is the only one."""
+    return recipe.preflight != "off" and PartialState().distributed_type == DistributedType.NO
+
+
+def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> None:
     """Take one training step on a few rows and a stand-in of a few thousand weights.
 
     So what TRL, Transformers and PyTorch refuse of `training` (a loss, an optimizer, a schedule, a package, arguments that
     contradict each other) is told in seconds, and not once the model is loaded, calibrated and initialized.
 
-    Args:
-        recipe, tokenizer, data: of the run.
-
     Raises:
         UserError: whatever the step raises, in one line; `preflight` makes a warning of it.
     """
-    if recipe.preflight == "off" or PartialState().distributed_type != DistributedType.NO:
+    if not is_rehearsed(recipe):
         return
     finding = None
     try:

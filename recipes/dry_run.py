@@ -12,6 +12,7 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes import output
+from lora_null.recipes.checks import is_rehearsed
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import load_documents
@@ -176,8 +177,10 @@ def _print_checks(job: Job, rows: int | None, size: int, free: int) -> None:
     looked_at += [f"{len(job.tasks)} evaluation tasks", f"{size / 1e9:.1f} GB of {free / 1e9:.1f} free on the disk"]
     if job.tokenizer is None:
         looked_at = ["the counts, and the names of the evaluation tasks", looked_at[-1]]
-    elif not job.unreached:
+    elif not job.unreached and is_rehearsed(job.recipe):
         looked_at.append("one training step of a stand-in")
     print(f"checked: {', '.join(looked_at)}")
+    if not is_rehearsed(job.recipe):
+        print("not checked: one training step of a stand-in, with preflight=off or several processes")
     for line in job.unreached:
         print(f"not checked, the hub does not answer: {line}")

@@ -30,8 +30,23 @@ from lora_null.utils.errors import WORKER, UserError
 from lora_null.utils.files import PART, write_text
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # without which processes cannot meet
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 WORKERS = "LORA_NULL_WORKERS"
+
+
+def check_launcher() -> None:
+    """Raise a UserError for variables of a launcher that another command has left, and that would make this one of several."""
+    several = [name for name in WORLD_SIZES if os.environ.get(name, "1") != "1"]
+    for name in ("LOCAL_RANK", *several):
+        needed = ("MASTER_ADDR",) if name in WORLD_SIZES[1:] else JOINED_BY
+        missing = next((other for other in needed if other not in os.environ), None)
+        if name in os.environ and missing is not None:
+            raise UserError(
+                f"{name}={os.environ[name]} is set, as by a launcher, and {missing} is not; unset {name}, or start with "
+                "torchrun or accelerate launch"
+            )
 
 
 def join_processes() -> None:
@@ -41,6 +56,7 @@ def join_processes() -> None:
         UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
     """
     port = os.environ.get("MASTER_PORT")
+    check_launcher()
     choose_device()
     try:
         PartialState()

@@ -68,12 +68,29 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         found = TRAINERS[recipe.trainer].config(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
+    _check_batches(found)
     if isinstance(found, DPOConfig):
         _check_smoothing(found)
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
         print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
+
+
+def _check_batches(training: SFTConfig | DPOConfig) -> None:
+    """Raise a UserError for batches that would not be what the recipe says, or of which a process would lack the last one."""
+    given = training.accelerator_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(given, name):
+            raise UserError(
+                f"training.accelerator_config: {name} shares out batches another way than the recipe, whose total_batch_size "
+                "is that of all processes; leave it out"
+            )
+    if not given.even_batches and PartialState().num_processes > 1 and not training.dataloader_drop_last:
+        raise UserError(
+            "training.accelerator_config: even_batches=false lets a process lack the last batch, and the others wait for it; "
+            "dataloader_drop_last leaves such rows out"
+        )
 
 
 def _check_smoothing(training: DPOConfig) -> None:

@@ -286,6 +286,10 @@ class TestGoingOn:
         own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         with pytest.raises(UserError, match="optimizers: eva gives the layers new factors"):
             make(tmp_path, "none", model=model, method=method, optimizers=(own, None))
+        trainer = make(tmp_path, method.config(r=2, target_modules="all-linear"), method=method)
+        trainer.create_optimizer_and_scheduler(4)  # as one does to look at the rates
+        with pytest.raises(UserError, match="optimizers: eva gives the layers new factors"):
+            trainer.train()
 
     def test_lora_may_be_drawn_in_any_way(self, tmp_path):
         make(tmp_path, LoraConfig(r=4, init_lora_weights="gaussian"), method=make_method("kl-anchor"))

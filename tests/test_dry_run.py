@@ -172,6 +172,10 @@ def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
     assert "probe       facts, numbers, every 3 steps\n" in out
     assert re.search(r"budget      facts kl at most 0.1 on \d+ rows that no probe uses, then scale", out), out
     assert sorted(base.rglob("*")) == before
+    assert "not checked" not in out
+    assert main([str(base / "tiny.yaml"), "--dry-run", "preflight=off"]) == 0
+    out = capsys.readouterr().out
+    assert "not checked: one training step of a stand-in, with preflight=off or several processes" in out
 
 
 def test_the_run_itself_looks_too(base, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -26,7 +27,10 @@ from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, start
 from lora_null.adapters.plain import check_saved_adapter, save_plain_adapter
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.training import training_arguments
 from lora_null.trainer.checkpoints import check_processes, record_processes
+from lora_null.utils.errors import exit_status
 
 METHODS = ("lora-null-v1", "nb-lora", "lora-null-v2", "full")
 FEWER = METHODS[:2]
@@ -201,12 +205,16 @@ from lora_null.utils.errors import exit_status
 from lora_null.recipes.processes import join_processes
 raise SystemExit(exit_status(join_processes))
 """
-    command, rank = [sys.executable, "-c", script], {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env={**CPU, **rank, **place}, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**CPU, **place}, timeout=60
+    )
     assert ended.returncode == 2, ended.stderr[-2000:]
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in ended.stderr
     return line
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 def test_a_port_in_use_is_one_line():
@@ -214,13 +222,47 @@ def test_a_port_in_use_is_one_line():
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"port {port} is in use" in refusal_of({"WORLD_SIZE": "2", "MASTER_PORT": port})
+        assert f"port {port} is in use" in refusal_of({**LAUNCHED, "WORLD_SIZE": "2", "MASTER_PORT": port})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_deepspeed_that_is_not_there_is_one_line():
-    place = {"WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
+    place = {**LAUNCHED, "WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
     assert "DeepSpeed, which is not installed" in refusal_of(place)
+
+
+@pytest.mark.parametrize(
+    "left, missing",
+    [
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 is set, as by a launcher, and RANK is not; unset LOCAL_RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "and MASTER_ADDR is not; unset LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, as by a launcher, and RANK is not; unset WORLD_SIZE"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+            "and MASTER_ADDR is not; unset OMPI_COMM_WORLD_SIZE",
+        ),
+    ],
+)
+def test_what_a_launcher_has_left_is_named(left, missing):
+    assert missing in refusal_of(left)
+
+
+def test_a_rank_alone_silences_nothing(monkeypatch, capsys):
+    def mistaken():
+        raise UserError("a mistake")
+
+    monkeypatch.setenv("RANK", "1")
+    assert exit_status(mistaken) == 2 and "error: a mistake" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_status(mistaken) == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("given", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
+def test_batches_that_are_not_the_recipes_are_refused(tmp_path, monkeypatch, given):
+    monkeypatch.setitem(PartialState()._shared_state, "num_processes", 2)
+    recipe = make_world(tmp_path, training={"accelerator_config": given})
+    with pytest.raises(UserError, match=f"training.accelerator_config: {next(iter(given))}"):
+        training_arguments(load_recipe(str(recipe)), tmp_path)
 
 
 def test_processes_on_cards_of_their_own_agree_on_the_start():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import BdLoraConfig
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_dpo import make as make_dpo
 from test_trainer import losses, make
 from tiny import logits, random_batches, tiny_model, tiny_tokenizer
+from torch.utils.data import BatchSampler
 from trainers import CUT, PAIRS, ROWS, TEXTS
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -29,8 +31,9 @@ from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.start import InitOptions
 from lora_null.targets import add_adapter
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer
+from lora_null.trainer.decay import DecayToStart
 from lora_null.trainer.methods import METHODS, adapter_parameters, make_method
-from lora_null.trainer.preflight import has_reference
+from lora_null.trainer.preflight import check_last_batches, has_reference
 
 END = 2
 
@@ -118,6 +121,12 @@ def test_a_pattern_of_no_adapted_module_is_refused(tmp_path, field):
     "given, said",
     [
         ({"modules_to_save": ["lmhead"]}, r"modules_to_save: no module matches 'lmhead' \(did you mean 'lm_head'\?\)"),
+        ({"target_modules": "q_proj"}, r"no module matches 'q_proj', a text is a pattern .*; give \['q_proj'\]"),
+        (
+            {"target_modules": ".*qproj"},
+            r"target_modules: no module matches '.\*qproj', a text is a pattern for the whole name",
+        ),
+        ({"target_modules": ["q_prjo"]}, r"target_modules: no module matches 'q_prjo' \(did you mean 'q_proj'\?\)"),
         ({"exclude_modules": ["qproj"]}, r"exclude_modules: no module matches 'qproj' \(did you mean 'q_proj'\?\)"),
         ({"layers_to_transform": [1, 7]}, "layers_to_transform: there is no layer 7, the last of 2 is 1"),
     ],
@@ -125,9 +134,9 @@ def test_a_pattern_of_no_adapted_module_is_refused(tmp_path, field):
 def test_names_and_numbers_that_the_model_has_not_are_refused(tmp_path, given, said):
     """PEFT takes them in silence, and does not do what was asked for."""
     with pytest.raises(UserError, match=said):
-        make(tmp_path, LoraNullConfig(r=4, target_modules=TWO, **given))
+        make(tmp_path, LoraNullConfig(**{"r": 4, "target_modules": TWO, **given}))
     with pytest.raises(UserError, match=said):
-        add_adapter(tiny_model(), LoraConfig(r=4, target_modules=TWO, **given))
+        add_adapter(tiny_model(), LoraConfig(**{"r": 4, "target_modules": TWO, **given}))
 
 
 def test_a_merged_adapter_does_not_train_and_begins_nothing(tmp_path):
@@ -167,6 +176,77 @@ def test_an_optimizer_from_before_the_adapter_is_refused_and_one_of_a_part_told_
         trained = [p for p in model.parameters() if p.requires_grad]
         make(tmp_path, "none", model=model, optimizers=(torch.optim.AdamW(trained[left_out:]), None))
         assert ("lora_B.default.weight (1 of 14 parameters that train)" in capsys.readouterr().err) == told
+
+
+def test_an_optimizer_that_is_put_in_later_is_looked_at_too(tmp_path):
+    trainer = make(tmp_path)
+    trainer.optimizer = torch.optim.AdamW(tiny_model().parameters())
+    with pytest.raises(UserError, match="optimizers: holds nothing that trains"):
+        trainer.train()
+    assert not (tmp_path / "init").exists()
+
+
+@pytest.mark.parametrize(
+    "config, kind, message",
+    [
+        ({"variant": "v1"}, torch.optim.Adam, "decay_to_start: is defined for AdamW, not for Adam"),
+        ({"variant": "nb"}, type("AdamWScheduleFree", (torch.optim.AdamW,), {}), "averages weights"),
+    ],
+)
+def test_an_optimizer_of_an_overridden_method_is_looked_at_too(tmp_path, monkeypatch, config, kind, message):
+    def own(self, *_, **__):
+        self.optimizer = kind([p for p in self.model.parameters() if p.requires_grad], weight_decay=0.1)
+        return self.optimizer
+
+    trainer = make(tmp_path, LoraNullConfig(r=4, **config))
+    monkeypatch.setattr(type(trainer), "create_optimizer", own)
+    with pytest.raises(UserError, match=message):
+        trainer.train()
+
+
+def test_decay_of_an_overridden_methods_optimizer_goes_to_the_start(tmp_path, monkeypatch):
+    def own(self, *_, **__):
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], weight_decay=0.1)
+        return self.optimizer
+
+    trainer = make(tmp_path, LoraNullConfig(r=4, variant="v1"), optim="adafactor", weight_decay=0.0)
+    assert not any(isinstance(callback, DecayToStart) for callback in trainer.callback_handler.callbacks)
+    monkeypatch.setattr(type(trainer), "create_optimizer", own)
+    trainer.train()
+    assert sum(isinstance(callback, DecayToStart) for callback in trainer.callback_handler.callbacks) == 1
+
+
+def test_what_transformers_would_refuse_late_is_refused_before_the_initialization(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_null.trainer.mixin.is_liger_kernel_available", lambda: False)
+    for options, message in (
+        ({"use_liger_kernel": True}, "use_liger_kernel: needs the package liger-kernel"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 1000}, "dataloader_drop_last: leaves no row"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"foo": 1}},
+            "lr_scheduler_type: .* argument 'foo'",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(tmp_path, **options).train()
+        assert not (tmp_path / "init").exists()
+
+
+@pytest.mark.parametrize(
+    "rows, repeated, changes",
+    [(5, 3, {}), (8, 0, {}), (5, 0, {"dataloader_drop_last": True}), (9, 0, {"max_steps": 2})],
+)
+def test_rows_that_several_processes_repeat_are_told(caplog, rows, repeated, changes):
+    args = {"dataloader_drop_last": False, "train_batch_size": 2, "max_steps": -1, "gradient_accumulation_steps": 1}
+    each, whole = BatchSampler(range(rows), 2, False), range(rows)
+    taken = [
+        i for rank in range(2) for batch in BatchSamplerShard(each, 2, rank) for i in batch
+    ]  # what accelerate does
+    trainer = SimpleNamespace(args=SimpleNamespace(**args | changes), train_dataset=whole)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    check_last_batches(trainer)
+    told = f"{rows} rows do not fill the last batches of 2 processes, which take {repeated} of the first rows again"
+    assert (told in caplog.text) == bool(repeated) and bool(caplog.text) == bool(repeated)
+    assert changes or len(taken) - rows == repeated
 
 
 @pytest.mark.parametrize("kind", ["sft", "a second trainer", "dpo", "full"])
@@ -384,7 +464,13 @@ class TestNothingTrained:
         trainer.train()
         assert "after 2 steps nothing has changed, every gradient was 0" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("name", ["lora", "lora-null-v1", "full"])
+    def test_a_projection_alone_is_no_step(self, tmp_path, capsys):
+        """It moves the last bits of nb-lora's A."""
+        trainer = make(tmp_path, LoraNullConfig(r=4, variant="nb"), max_steps=3, learning_rate=0.0)
+        trainer.train()
+        assert "after 3 steps nothing has changed, the learning rate was 0 in every step" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["lora", "lora-null-v1", "nb-lora", "full"])
     def test_it_is_seen_that_something_moved(self, tmp_path, capsys, name):
         method = make_method(name)
         config = method.config(r=4, target_modules="all-linear") or LoraConfig(r=4)

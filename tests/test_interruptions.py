@@ -255,6 +255,11 @@ def test_a_full_disk_is_known_in_every_wrapping(capsys):
     def safetensors_says():
         raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+    def a_quota_says():
+        raise OSError(errno.EFBIG, "File too large")
+
+    assert exit_status(a_quota_says) == 1
+    assert "error: a file is larger than the system lets one be (ulimit -f)" in capsys.readouterr().err
     assert exit_status(torch_says) == exit_status(safetensors_says) == exit_status(wrapped) == 1
     with pytest.raises(RuntimeError, match="a fault of ours"):
         exit_status(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))

@@ -504,8 +504,12 @@ def test_attention_is_what_the_model_has(tmp_path, kind, chosen):
     assert load_base(section, str(tmp_path)).config._attn_implementation == chosen
 
 
-def test_of_a_word_that_is_given_twice_the_last_counts_and_is_told(caplog):
+def test_of_a_word_that_is_given_twice_the_last_counts_and_is_told(caplog, monkeypatch):
     """As where a script's own words and the user's stand in one line."""
     recipe = load_recipe("math", ["training.max_steps=3", "seed=1", "training.max_steps=50"])
     assert recipe.training["max_steps"] == 50
     assert caplog.text.count("argument training.max_steps: is given twice, the last counts") == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_recipe("math", ["seed=1", "seed=2"])  # told by the first of several processes
+    assert caplog.text.count("is given twice") == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import PartialState
 from engine_worlds import world
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.trainer.mixin import _leave_in_files
-from lora_null.utils.distributed import for_collective
+from lora_null.utils.distributed import broadcast_like, for_collective
 
 METHODS = ("lora-null-v1", "lora-null-v2", "pissa", "full")
 STEPS = 3
@@ -229,6 +230,18 @@ def test_tensors_of_the_cpu_meet_on_the_accelerator_where_the_group_takes_no_oth
             here += 1
             assert torch.equal(tensor, here) != copied
         assert torch.equal(tensor, here)
+
+
+def broadcast_columns(words: list[str]) -> int:
+    """In each process: take what the second one has, whose columns lie one after the other in memory."""
+    PartialState(cpu=True)
+    told = torch.arange(15.0).reshape(3, 5).T
+    got = broadcast_like(told if PartialState().process_index == 1 else None, torch.zeros(5, 3), 1)
+    return int(not torch.equal(got, told))
+
+
+def test_a_transposed_tensor_arrives_as_it_was_sent(tmp_path):
+    assert world(2, [], tmp_path / "said.txt", run=broadcast_columns) == [0, 0]
 
 
 def test_an_optimizer_of_deepspeeds_own_configuration_has_no_groups(monkeypatch):

@@ -191,7 +191,7 @@ def check_processes(checkpoint: Path, processes: int, batch: int, engine: str | 
         )
     logger.warning(
         f"resume: {checkpoint.name} was written by {before['processes']} processes, this run has {processes}; batches "
-        "and their order stay, results agree to rounding"
+        "and their order stay, but for one that rows do not fill; results agree to rounding"
     )
 
 

@@ -19,7 +19,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainerCallback, get_scheduler, set_seed
+from transformers import PreTrainedModel, TrainerCallback, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
@@ -42,6 +43,7 @@ from lora_null.start import (
 from lora_null.store import REPORT_FILE, cached_folder, clear, copy_store, find_initialization, read_report
 from lora_null.targets import (
     check_basis,
+    check_names,
     check_unadapted,
     refuse_bypassed,
     refusing_in_one_line,
@@ -77,6 +79,7 @@ from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
+    check_last_batches,
     check_linears,
     check_mode,
     check_model,
@@ -97,7 +100,7 @@ from lora_null.utils.distributed import (
     shard_layers,
     together,
 )
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory, replaced
@@ -195,13 +198,14 @@ def _let_copies_compute(model: nn.Module) -> None:
 
 
 class _Begin(TrainerCallback):
-    """Before the first step, of another attempt with smaller batches too: forgets the terms of an earlier one, finds the
-    best checkpoint so far, and reads the weights where FSDP2 has sharded the model."""
+    """Before the first step, of another attempt with smaller batches too: checks an optimizer that the trainer did not make,
+    forgets the terms of an earlier attempt, finds the best checkpoint so far, and reads the weights where FSDP2 has sharded the model."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.trainer.check_stepped_by(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
         self.trainer.forget_terms()
         self.trainer.find_best()
         self.trainer.read_shards()
@@ -344,6 +348,8 @@ class LoraNullMixin(SavingMixin):
         exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
         on_meta = contextlib.nullcontext() if self._weights is None else adapters_in_memory()
         with on_meta, refusing_in_one_line():
+            if isinstance(model, PreTrainedModel):
+                check_names(model, given.get("peft_config"))
             super().__init__(**given)
         for copied in filter(None, (self.model, getattr(self, "ref_model", None))):
             _let_copies_compute(copied)
@@ -356,7 +362,6 @@ class LoraNullMixin(SavingMixin):
 
     def _take_method(self, method: Method | None, optimizers: tuple[Any, Any] | None) -> None:
         """Find out what is initialized, trained and measured, and prepare the adapter for it."""
-        own_optimizer = (optimizers or (None,))[0]
         self._has_method = method is not None or isinstance(self.model, PeftModel)
         self._already_trained = isinstance(self.model, PeftModel) and is_started(self.model, self.adapter_name)
         self.method = method or (Method() if self._already_trained else method_of(self.model))
@@ -379,16 +384,17 @@ class LoraNullMixin(SavingMixin):
         self._check_precision()
         if self._already_trained:
             check_basis(self.model, self.adapter_name)
-        elif self.method.new_parameters and own_optimizer is not None:
+        self._given_optimizer, self._made_optimizer = (optimizers or (None,))[0], None
+        if self._given_optimizer is not None:
+            self._check_own_optimizer(self._given_optimizer)
+
+    def _check_own_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
+        if self.method.new_parameters and not self._already_trained:
             raise UserError(
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
             )
-        if own_optimizer is not None:
-            self._check_holds(own_optimizer)
-
-    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = {name: id(parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         missing = [name for name, parameter in trained.items() if parameter not in held]
@@ -437,18 +443,31 @@ class LoraNullMixin(SavingMixin):
         Raises:
             UserError: an optimizer whose steps cannot be corrected.
         """
-        kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
-        to_start = decays_to_start(asked, self.model, self.args, self.optimizer, deepspeed=deepspeed, kind=kind)
-        optimizer = optimizer_name(self.args, self.optimizer, kind)
-        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
-        if averages(optimizer) and getattr(config, "variant", None) == "nb":
-            raise UserError(
-                f"optim: {optimizer} averages weights, and nb-lora's A would leave its basis; use adamw_torch"
-            )
+        self._asked_to_start = asked
+        to_start = self._decays_to_start(self.optimizer)
         decay = [DecayToStart()] if to_start else []
         for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
             self.add_callback(callback)
         return to_start
+
+    def _decays_to_start(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Return whether the weight decay of an optimizer, or of the one to be made, pulls to the start.
+
+        Raises:
+            UserError: one whose steps cannot be corrected.
+        """
+        kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
+        name = optimizer_name(self.args, optimizer, kind)
+        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        if averages(name) and getattr(config, "variant", None) == "nb":
+            raise UserError(f"optim: {name} averages weights, and nb-lora's A would leave its basis; use adamw_torch")
+        return decays_to_start(self._asked_to_start, self.model, self.args, optimizer, deepspeed=deepspeed, kind=kind)
+
+    def check_stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check an optimizer that the trainer did not make itself, such as that of an overridden `create_optimizer`."""
+        is_own = any(optimizer is one for one in (self._given_optimizer, self._made_optimizer))
+        if not is_own and not self.is_deepspeed_enabled and self._decays_to_start(optimizer):
+            self.add_callback(DecayToStart())
 
     def _check_start(self) -> None:
         """Check that what decides the start is there and will be read, now that the method is known."""
@@ -501,6 +520,7 @@ class LoraNullMixin(SavingMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent trainer; weights that train and are still in their files are remembered by their names."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        self._made_optimizer = optimizer
         if self._weights is not None and any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
@@ -598,7 +618,14 @@ class LoraNullMixin(SavingMixin):
         args, probe = self.args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
         if self.lr_scheduler is None and not self.is_deepspeed_enabled:
             options = dict(args.lr_scheduler_kwargs or {})
-            get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
+            try:
+                get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"lr_scheduler_type: {first_line(error)}") from error
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("use_liger_kernel: needs the package liger-kernel; pip install liger-kernel")
+        if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
+            self._check_own_optimizer(self.optimizer)
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         hooks = "layerwise" in str(args.optim)  # which it puts on the model
         if not given and not hooks and not self.is_deepspeed_enabled:
@@ -705,6 +732,7 @@ class LoraNullMixin(SavingMixin):
             self.train_dataset = self._prepared_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
+        check_last_batches(self)
 
     def _finished_start(self, resuming: Path | None) -> Path | None:
         """Return the folder of the start to take: of a checkpoint its own copy, so that no other file is read."""

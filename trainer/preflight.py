@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from lora_null.layer import active_adapter, adapted_layers
+from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, factors_of
 from lora_null.targets import refuse_experts, warn_about_fused_experts
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
@@ -269,6 +269,32 @@ def check_rows(trainer: Any, mode: Mode) -> None:
         _check_lengths(trainer, limit, look.longest, mode)
 
 
+def check_last_batches(trainer: Any) -> None:
+    """Check that rows fill a batch, where others are left out; say which are trained on twice in an epoch.
+
+    They are because accelerate gives every process as many batches of as many rows.
+    """
+    args, processes, rows = trainer.args, trainer.accelerator.num_processes, trainer.train_dataset
+    if not isinstance(rows, Sized):
+        return
+    pass_over_all = processes * args.train_batch_size
+    if args.dataloader_drop_last:
+        if len(rows) < pass_over_all:
+            raise UserError(
+                f"dataloader_drop_last: leaves no row, {len(rows)} do not fill a batch of {pass_over_all}; leave it out"
+            )
+        return
+    if processes == 1:
+        return
+    passes, repeated = -(-len(rows) // pass_over_all), -len(rows) % pass_over_all
+    reaches_the_end = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps >= passes
+    if repeated and reaches_the_end:
+        logger.warning(
+            f"training data: {len(rows)} rows do not fill the last batches of {processes} processes, which take {repeated} of the "
+            "first rows again in every epoch; dataloader_drop_last leaves the last rows out"
+        )
+
+
 def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, Any]]]:
     """Yield up to `count` rows in groups: spread evenly over a data set with a length, else the first ones."""
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
@@ -456,8 +482,15 @@ class TrainingWatch(TrainerCallback):
 
 @torch.no_grad()
 def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return some numbers of everything that trains, copied; of what is sharded this rank's own."""
-    tensors = {name: _local(p.detach()).flatten() for name, p in model.named_parameters() if p.requires_grad}
+    """Return some numbers of everything that trains, copied; of what is sharded this rank's own.
+
+    Not of an A that is kept in a basis, whose last bits a projection moves: B trains beside it.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraNullLinear)]
+    pairs = [factors_of(layer, name) for layer in layers for name in layer.bases]
+    projected = {id(A) for A, B in pairs if B.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in projected}
+    tensors = {name: _local(p.detach()).flatten() for name, p in trained.items()}
     return {name: flat[:: max(1, len(flat) // SAMPLED)].clone() for name, flat in tensors.items() if len(flat)}
 
 

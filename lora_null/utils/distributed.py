@@ -102,11 +102,16 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Give a tensor for a collective of torch.distributed: itself, or a copy that comes back, where NCCL takes no CPU's."""
-    if tensor.device.type != "cpu" or "cpu:" in dist.get_backend_config():
+    """Give a tensor for a collective of torch.distributed: itself, or a copy that comes back.
+
+    A copy where NCCL takes no CPU's, and of one whose rows do not lie one after the other: ranks send memory as it lies.
+    """
+    here = tensor.device.type != "cpu" or "cpu:" in dist.get_backend_config()
+    if here and tensor.is_contiguous():
         yield tensor
         return
-    moved = tensor.detach().to(torch.accelerator.current_accelerator(), copy=True)
+    device = tensor.device if here else torch.accelerator.current_accelerator()
+    moved = tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
     yield moved
     with torch.no_grad():
         tensor.copy_(moved)

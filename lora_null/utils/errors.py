@@ -83,16 +83,23 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 1
 
 
+def launched_rank() -> int:
+    """Return which of several processes a launcher has started this one as; a RANK without a WORLD_SIZE is a leftover."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
+
 def _tell(message: str, head: str = "error: ") -> None:
-    if int(os.environ.get("RANK", os.environ.get(WORKER, 0))) == 0:
+    if launched_rank() == int(os.environ.get(WORKER, 0)) == 0:
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
 def _why_not_written(error: BaseException) -> str | None:
-    """Return what an exception tells of a full disk or quota; torch and safetensors wrap it in their own. None of another."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-    if full:
+    """Return what an exception tells of a full disk, a quota or a limit; torch and safetensors wrap it in their own. None of another."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "no space left on the disk"
+    if number == errno.EFBIG or "File too large" in text:
+        return "a file is larger than the system lets one be (ulimit -f)"
     # torch.save's writer says no more than where it could not go on
-    stopped = "unexpected pos" in str(error) or "PytorchStreamWriter failed" in str(error)
+    stopped = "unexpected pos" in text or "PytorchStreamWriter failed" in text
     return f"a file could not be written, as on a full disk ({first_line(error)})" if stopped else None

@@ -67,10 +67,11 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.environment import choose_precision, prepare_cpu
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.output import check_output_folder, check_space
-    from lora_null.recipes.processes import join_processes, work_alone
+    from lora_null.recipes.processes import check_launcher, join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
+    check_launcher()
     prepare_cpu()
     if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()

@@ -24,7 +24,7 @@ from lora_null.recipes.config.schema import (
     shape_error,
     split_names,
 )
-from lora_null.utils.errors import UserError, first_line, nearest
+from lora_null.utils.errors import UserError, first_line, launched_rank, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,8 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             value = text
         value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
         if key in given:  # as a line that is put together of a script's words and one's own has it
-            logger.warning(f"argument {key}: is given twice, the last counts")
+            if launched_rank() == 0:
+                logger.warning(f"argument {key}: is given twice, the last counts")
         elif twice := next((own for own in overridden_keys({key: value}) if own in overridden_keys(given)), None):
             raise UserError(f"argument {twice}: is given twice, alone and within its section")
         given[key] = value
