@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -259,7 +258,7 @@ def test_a_rank_alone_silences_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize("given", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
 def test_batches_that_are_not_the_recipes_are_refused(tmp_path, monkeypatch, given):
-    monkeypatch.setitem(PartialState()._shared_state, "num_processes", 2)
+    monkeypatch.setattr("lora_null.recipes.training.PartialState", lambda: SimpleNamespace(num_processes=2))
     recipe = make_world(tmp_path, training={"accelerator_config": given})
     with pytest.raises(UserError, match=f"training.accelerator_config: {next(iter(given))}"):
         training_arguments(load_recipe(str(recipe)), tmp_path)
