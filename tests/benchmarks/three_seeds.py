@@ -92,6 +92,6 @@ def mean_of(values: list[float]) -> str:
 
 if __name__ == "__main__":
     at_equal_learning()
-    for rate in (1e-3, 3e-4):
+    for rate in (1e-3, 3e-4, 3e-3, 1e-4):
         for method, decay in (("lora", 0), ("lora", 3), ("kl-anchor", 0)):
             second_task(rate, method, decay)
