@@ -77,7 +77,8 @@ def check_names(base: nn.Module, config: PeftConfig | None) -> None:
 def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> None:
     """Raise a UserError for an entry of a list of modules that is the name of none: PEFT asks that one matches, or none.
 
-    Of a text, which PEFT takes as a pattern, one module's whole name has to match. Fused experts count, of which `warn_about_fused_experts` tells.
+    A text is a pattern to PEFT, which has to match the whole name of a module. Fused experts count, of which
+    `warn_about_fused_experts` tells.
     """
     modules = {checkpoint_name(name): module for name, module in base_modules(model)}
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]

@@ -198,8 +198,9 @@ def _let_copies_compute(model: nn.Module) -> None:
 
 
 class _Begin(TrainerCallback):
-    """Before the first step, of another attempt with smaller batches too: checks an optimizer that the trainer did not make,
-    forgets the terms of an earlier attempt, finds the best checkpoint so far, and reads the weights where FSDP2 has sharded the model."""
+    """Before the first step, of another attempt with smaller batches too: checks an optimizer that the trainer did not
+    make, forgets the terms of an earlier attempt, finds the best checkpoint so far, and reads the weights where FSDP2 has
+    sharded the model."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer

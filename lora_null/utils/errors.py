@@ -94,7 +94,7 @@ def _tell(message: str, head: str = "error: ") -> None:
 
 
 def _why_not_written(error: BaseException) -> str | None:
-    """Return what an exception tells of a full disk, a quota or a limit; torch and safetensors wrap it in their own. None of another."""
+    """Return what an exception tells of a full disk, a quota or a limit, which torch and safetensors wrap in their own."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "no space left on the disk"
