@@ -277,6 +277,12 @@ def test_gated_model(fails, monkeypatch):
     assert "gated: ask for access on its hub page" in fails("model.name_or_path=meta-llama/Llama-2-7b-hf")
 
 
+@pytest.mark.parametrize("name", ["somebody/tiny-401m", "somebody/a-gated-repo", "/scratch/403/model"])
+def test_a_name_that_sounds_as_if_gated(fails, name):
+    said = fails(f"model.name_or_path={name}")
+    assert "gated: ask" not in said and "model.name_or_path: " in said
+
+
 def test_an_exception_that_says_nothing(fails, monkeypatch):
     def silent(*_, **__):
         raise OSError

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,12 @@ def model_identity(model: ModelSection, name: str) -> list[Any]:
 
 def _unreachable(name: str, error: Exception) -> UserError:
     text = str(error)
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        reason = "gated: ask for access on its hub page, then `hf auth login`"
-    elif "trust_remote_code" in text:
+    if "trust_remote_code" in text:
         reason = "it brings code of its own; once you have read that, model.trust_remote_code=true runs it"
     elif Path(name).exists():
         reason = first_line(error)
+    elif re.search("gated repo|40[13] Client Error", text.replace(name, "")):
+        reason = "gated: ask for access on its hub page, then `hf auth login`"
     else:
         reason = "not a local folder, and the hub does not give it"
     line = f"model.name_or_path: cannot load {name!r} ({reason}); model.name_or_path also takes a local folder"
