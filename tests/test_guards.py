@@ -186,6 +186,16 @@ def test_an_optimizer_that_is_put_in_later_is_looked_at_too(tmp_path):
     assert not (tmp_path / "init").exists()
 
 
+def making(kind):
+    """Return a `create_optimizer` of one's own, whose optimizer is of this kind and decays."""
+
+    def create_optimizer(self, *_, **__):
+        self.optimizer = kind([p for p in self.model.parameters() if p.requires_grad], weight_decay=0.1)
+        return self.optimizer
+
+    return create_optimizer
+
+
 @pytest.mark.parametrize(
     "config, kind, message",
     [
@@ -194,24 +204,16 @@ def test_an_optimizer_that_is_put_in_later_is_looked_at_too(tmp_path):
     ],
 )
 def test_an_optimizer_of_an_overridden_method_is_looked_at_too(tmp_path, monkeypatch, config, kind, message):
-    def own(self, *_, **__):
-        self.optimizer = kind([p for p in self.model.parameters() if p.requires_grad], weight_decay=0.1)
-        return self.optimizer
-
     trainer = make(tmp_path, LoraNullConfig(r=4, **config))
-    monkeypatch.setattr(type(trainer), "create_optimizer", own)
+    monkeypatch.setattr(type(trainer), "create_optimizer", making(kind))
     with pytest.raises(UserError, match=message):
         trainer.train()
 
 
 def test_decay_of_an_overridden_methods_optimizer_goes_to_the_start(tmp_path, monkeypatch):
-    def own(self, *_, **__):
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], weight_decay=0.1)
-        return self.optimizer
-
     trainer = make(tmp_path, LoraNullConfig(r=4, variant="v1"), optim="adafactor", weight_decay=0.0)
     assert not any(isinstance(callback, DecayToStart) for callback in trainer.callback_handler.callbacks)
-    monkeypatch.setattr(type(trainer), "create_optimizer", own)
+    monkeypatch.setattr(type(trainer), "create_optimizer", making(torch.optim.AdamW))
     trainer.train()
     assert sum(isinstance(callback, DecayToStart) for callback in trainer.callback_handler.callbacks) == 1
 
