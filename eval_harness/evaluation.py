@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from lora_null import __version__
 from lora_null.eval_harness.lm_eval.model import quiet
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.eval_harness.results import Evaluation, TaskResult
@@ -34,8 +37,19 @@ PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "math-verify
 
 @functools.cache  # reading takes milliseconds, and probes ask again and again
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that an evaluation's numbers depend on."""
-    return {package: importlib.metadata.version(package) for package in PACKAGES}
+    """Return the versions of the packages that an evaluation's numbers depend on, with a hash of this one's code."""
+    own = f"{__version__} (evaluation code {code_hash()[:8]})"
+    return {package: importlib.metadata.version(package) for package in PACKAGES} | {"lora-null": own}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Return a hash of all code and tasks of the evaluation."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def validate_tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
@@ -167,7 +181,9 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
         return {}
     limit = min(filter(None, (task.noise_documents, options.limit)), default=None)
     set_seed(options.seed)
-    options = replace(options, limit=limit, batch_size=options.batch_size // 2 or 2, record_reference=False)
+    rows = min(len(max(first.samples.values(), key=len, default=())), limit or math.inf)
+    batch = min(options.batch_size, math.ceil(rows / rank_and_world()[1])) // 2 or 2  # of one that holds all, half too
+    options = replace(options, limit=limit, batch_size=batch, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
     names = [name for name in again.samples if is_mean_of_samples(first, name) and task.has_noise(name)]
     both = {name: len(again.samples[name]) for name in names}

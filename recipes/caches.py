@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,8 +17,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-import lora_null.eval_harness
 from lora_null.eval_harness import Evaluation, Task
+from lora_null.eval_harness.evaluation import code_hash
 from lora_null.recipes.config.schema import ModelSection, Recipe
 from lora_null.recipes.data.calibration import Source
 from lora_null.recipes.models.bases import attention, base_to_run, model_identity
@@ -57,17 +56,9 @@ def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int 
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
         "processes": PartialState().num_processes,
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "code": _code_hash(),
+        "code": code_hash(),
     }
     return hash_of(parts)
-
-
-def _code_hash() -> str:
-    home, digest = Path(lora_null.eval_harness.__file__).parent, hashlib.sha256()
-    for file in sorted(home.rglob("*")):
-        if file.suffix in (".py", ".yaml", ".json"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def fetch_base(key: str, target: Path) -> bool:

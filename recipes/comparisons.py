@@ -95,7 +95,8 @@ def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
     """Compare every two rows of equal settings, and each with the base, on every metric.
 
     `p` belongs to one test alone, `p_adjusted` to it among all that are returned (Holm). A metric is compared only
-    where its value is the mean of its samples, so that value, error and test are of one quantity.
+    where its value is the mean of its samples, so that value, error and test are of one quantity. Differences from the base
+    vary more with the question than those of two methods, so their ratio of variances (`t_tests`) is one of its own.
     """
     groups: dict[tuple, list[tuple[Paired, Spread]]] = {}
     for name, names in compared_means(results).items():
@@ -103,7 +104,7 @@ def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
             alike = i == 0 or results.rows[i].variant == results.rows[j].variant
             seeds = [seed for seed in evaluations.get(j, {}) if seed in evaluations.get(i, {})]
             if alike and seeds and (pair := _pair(results, evaluations, name, names, i, j, seeds)):
-                groups.setdefault((name, results.rows[j].variant, frozenset(seeds)), []).append(pair)
+                groups.setdefault((name, i == 0, results.rows[j].variant, frozenset(seeds)), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])
     return [

@@ -114,10 +114,10 @@ def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluati
 
 
 def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return in words what differs between the settings of two evaluations: versions of packages, and `keys`."""
+    """Return in words what differs between the settings of two evaluations: versions, also of this package, and `keys`."""
 
     def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-        packages = {name: settings["versions"].get(name) for name in caches.PACKAGES}
+        packages = {name: settings["versions"].get(name, "unknown") for name in (*caches.PACKAGES, "lora-null")}
         return packages | {key: settings.get(key) for key in keys}
 
     old, new = compared(before), compared(now)

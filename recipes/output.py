@@ -87,13 +87,13 @@ def hold_output_folder(
 
 def check_place(folder: Path, named: str) -> Path:
     """Return where a folder is, or will be; raise a UserError where it cannot be made or written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))  # also a name too long
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "read-only" if there.is_dir() else "a file" if there.exists() else "a link to what is not there"
+        raise UserError(f"{named}: cannot write to {folder} ({there} is {why})")
     longest, most = max(len(os.fsencode(part)) for part in folder.absolute().parts), os.pathconf(there, "PC_NAME_MAX")
     if 0 < most < longest:
         raise UserError(f"{named}: a name of {longest} bytes in {folder}, and the disk takes {most}")
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
-        raise UserError(f"{named}: cannot write to {folder} ({why})")
     return there
 
 

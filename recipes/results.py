@@ -21,6 +21,7 @@ SCHEMA = 1
 FROM_BASE = ("kl", "forgetting", "margin")  # end the names of metrics that are 0 for the base by definition
 MAX_METRIC = 1e100  # of a metric: far beyond float32, and still room for what is computed and drawn of it
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
+MIN_ROWS = 8  # rows that a limit of forgetting needs: fewer give no standard error worth the name
 EVAL_FILE = "eval.json"  # an `Evaluation`, of the base or of a method
 
 

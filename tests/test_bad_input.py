@@ -177,6 +177,9 @@ CASES = {
     "broken results of the base": (resumed(lambda o: cut(o / "base/eval.json", 9)), ["--resume"], 2, "not valid JSON"),
     "pickle in a checkpoint": (resumed(planted_pickle), ["--resume"], 2, "checkpoint-2: cannot be read"),
     "output below a file": (nothing, ["--output-dir", "{0}/tiny.yaml/out"], 2, "cannot write to"),
+    "output below a link to nothing": (
+        lambda f: (f / "link").symlink_to(f / "gone"), ["--output-dir", "{0}/link/out"], 2, "a link to what is not there"
+    ),
     "output is a file": (nothing, ["--output-dir", "{0}/tiny.yaml"], 2, "is a file"),
     "output holds a thesis": (nothing, ["--output-dir", "{0}/model"], 2, "holds other files (config.json)"),
     "method file that does not compile": (

@@ -1,6 +1,8 @@
 """The reference algorithm that the benchmark times is the paper's: it finds the subspace and the factors that ours does."""
 
 import importlib
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -53,6 +55,22 @@ def test_the_floors_of_a_7b_model_are_those_of_the_data_sheet(roofline):
     assert found["forward"] == pytest.approx(2 * 6.476e9 * 262144 / 989e12, rel=0.05)
     row = {"parts": {"calibrate": 20.0, "solve": 3.0}, "walk_without_grams": 12.0}
     assert roofline.beside(found, row, 5.0)["Grams"] == (found["Grams"] + found["float64 sums"], 8.0)
+
+
+def test_the_floor_is_that_of_the_size_that_was_measured(init_benchmark, roofline, monkeypatch, capsys, tmp_path):
+    arguments = ["init.py", "--quick", "--contenders", "forward,ours", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    init_benchmark.main()
+    results = json.loads((tmp_path / "init.json").read_text())
+    machine = roofline.Machine(model=1e6, float32=1e6, float64=1e6, memory=1e6, crossover=roofline.CPU)
+    monkeypatch.setattr(roofline, "this_cpu", lambda: machine)
+    roofline._print_measured(results)
+    floor = re.search(r"forward +([\d.]+)", capsys.readouterr().out.rpartition("floor s")[2])[1]
+    shape = roofline.Shape(layers=1, width=128, inner=544, kv=128)
+    assert floor == f"{roofline._forward(shape, 2 * 64, 64) / 1e6:.1f}"
+    results["machine"]["measured_on"] = "NVIDIA H200"
+    with pytest.raises(SystemExit, match="not of this CPU"):
+        roofline._print_measured(results)
 
 
 def test_the_reference_finds_our_factors(init_benchmark):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -322,7 +323,7 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
 
     def metrics(value):
         return {
-            "a": Metric(value, 0.1, 4, False, "retention", "nats"),
+            "a": Metric(value, 0.1, 8, False, "retention", "nats"),
             "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
         }
 
@@ -339,14 +340,18 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
     for point in shown.points:
         del point.metrics["b"]  # what is learned was not measured
     assert "only one side was measured" in dial_summary(shown)
-    assert "strength 0.5 keeps loss of a within 1: 0.500" in dial_summary(shown, 1.0)
+    assert "strength 0.5 keeps loss of a within 1 on the rows that it was chosen by: 0.500" in dial_summary(shown, 1.0)
+    few = shown.model_copy(deep=True)
+    for point in few.points:
+        point.metrics["a"] = replace(point.metrics["a"], n=7)
+    assert dial_summary(few, 1.0) == "loss of a was measured on 7 rows; a limit needs at least 8"
     shares = {
-        "a": Metric(0.5, 0.1, 4, True, "retention", "fraction"),
+        "a": Metric(0.5, 0.1, 8, True, "retention", "fraction"),
         "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
     }
-    lower = {"a": Metric(0.48, 0.1, 4, True, "retention", "fraction"), "b": shares["b"]}
+    lower = {"a": Metric(0.48, 0.1, 8, True, "retention", "fraction"), "b": shares["b"]}
     said = dial_summary(dial_of([0.5], shares, lower), 0.5)
-    assert "keeps loss of a within 50 points: 2.0" in said and "points" in said
+    assert "keeps loss of a within 50 points on the rows that it was chosen by: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):
         read_dial(tmp_path)

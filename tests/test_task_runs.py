@@ -234,13 +234,15 @@ def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):
     assert main([recipe]) == 0
     assert "other settings" not in caplog.text + capsys.readouterr().err
     found = json.loads(saved.read_text())
-    found["settings"] |= {"ranks": 4, "versions": found["settings"]["versions"] | {"torch": "1.0", "peft": "0.1"}}
+    before = {"torch": "1.0", "peft": "0.1", "lora-null": "0.0.9 (evaluation code 12345678)"}
+    found["settings"] |= {"ranks": 4, "versions": found["settings"]["versions"] | before}
     saved.write_text(json.dumps(found))
     for file in ("report.html", "lora/row.json"):
         (tmp_path / "out" / file).unlink()
     assert main([recipe, "--resume"]) == 0
     said = caplog.text + capsys.readouterr().err
     assert "lora: the base was measured under other settings (torch 1.0, now " in said and "; ranks 4, now 1)" in said
+    assert "lora-null 0.0.9 (evaluation code 12345678), now 0." in said
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

@@ -16,7 +16,7 @@ from rich.table import Table
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
-from lora_null.recipes.budget import MIN_ROWS, scale_to_budget
+from lora_null.recipes.budget import scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
@@ -27,7 +27,7 @@ from lora_null.recipes.measure import budget_measurement, differing_settings, ev
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, read_dial, table_rows
-from lora_null.recipes.results import EVAL_FILE
+from lora_null.recipes.results import EVAL_FILE, MIN_ROWS
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError

@@ -7,10 +7,11 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
+from lora_null.recipes.comparisons import compared_means
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table, escape_markdown
-from lora_null.recipes.results import Paired, Results, Row, display_name, validated
+from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 DIAL_FOLDER, FILE = "dial", "dial.json"
@@ -125,6 +126,9 @@ def dial_summary(dial: Dial, at_most: float | None = None) -> str:
     kept, learned = dial.measures()
     if kept is None or (learned is None and at_most is None):
         return "only one side was measured: a frontier needs eval.retention and eval.task"
+    fewest = min(kept.results.metric(name).n for name in compared_means(kept.results)[kept.comparison_name])
+    if at_most is not None and fewest < MIN_ROWS:
+        return f"{kept.title} was measured on {fewest} rows; a limit needs at least {MIN_ROWS}"
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
     inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
     bound = "" if at_most is None else f"{at_most * 100:g} points" if kept.unit == "points" else f"{at_most:g}"
@@ -133,7 +137,8 @@ def dial_summary(dial: Dial, at_most: float | None = None) -> str:
     if inside:
         best = max(inside, key=lambda i: dial.points[i].strength)
         and_learned = f", {learned.title} {learned.text(best)}" if learned else ""
-        return f"strength {dial.points[best].strength:g} keeps {kept.title} within {bound}: {kept.text(best)}{and_learned}"
+        keeps = f"strength {dial.points[best].strength:g} keeps {kept.title} within {bound}"
+        return f"{keeps} on the rows that it was chosen by: {kept.text(best)}{and_learned}"
     lines = [
         f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
         for i, change, forgot in dial.shares()

@@ -153,9 +153,10 @@ def _base_of(folder: Path) -> str | None:
 
 
 def _tasks_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return how a run's evaluation describes its tasks; nothing where the base was not evaluated."""
-    file = whole_of(folder) / "base" / EVAL_FILE
-    return Evaluation.read(file).settings.get("tasks", {}) if file.is_file() else {}
+    """Return how a run's evaluation describes its tasks: the base's, else that of a method; nothing where none is there."""
+    files = (whole_of(folder) / "base" / EVAL_FILE, *sorted(folder.rglob(EVAL_FILE)))
+    file = next((file for file in files if file.is_file()), None)
+    return {} if file is None else Evaluation.read(file).settings.get("tasks", {})
 
 
 def _check_alike(one: Path, first: Results, other: Path, results: Results) -> None:

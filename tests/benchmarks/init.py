@@ -130,15 +130,20 @@ def _work(case: str, contender: str, options: Any) -> dict[str, Any]:
     """Run one contender in this process; return its times, its peak memory above the loaded model, its leakage."""
     keep_freed_memory()
     device = torch.device(options.device)
-    model, batches, about = _world(case, options, device)
-    rank = 8 if options.quick else CASES[case]["rank"]
+    model, batches, name = _world(case, options, device)
+    rank, config = 8 if options.quick else CASES[case]["rank"], model.config
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    size = {"tokens": tokens, "length": batches[0]["input_ids"].shape[1], "rank": rank}
+    size["shape"] = [config.num_hidden_layers, config.hidden_size, config.intermediate_size]
+    size["shape"] += [config.num_key_value_heads * config.head_dim, config.vocab_size]
+    about = f"{name}, {tokens:,} tokens, r {rank}"
     with torch.no_grad():
         backbone = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
         backbone(**{key: value[:1, :16].to(device) for key, value in batches[0].items()}, use_cache=False)  # warm up
     run = {"forward": forward, "ours": ours, "reference": reference, "corda": corda, "eva": eva}[contender]
     with _Peak(device) as peak:
         found = run(model, batches, rank)
-    return {**found, "seconds": sum(found["parts"].values()), "peak_gib": peak.gib, "about": about}
+    return {**found, **size, "seconds": sum(found["parts"].values()), "peak_gib": peak.gib, "about": about}
 
 
 class _Peak(common.Peak):
@@ -169,19 +174,14 @@ def _world(case: str, options: Any, device: torch.device) -> tuple[nn.Module, li
         texts *= -(-windows * length // (8 * len(texts)))  # the sample over and over, in other orders, fills them
         cut = CalibrationArgs(windows, length, "packed")
         batches = padded_batches(calibration_windows(texts, AutoTokenizer.from_pretrained(smollm2()), cut), 0)
-        about = "SmolLM2-135M, float32"
+        name = "SmolLM2-135M, float32"
     else:
         model, name = _llama(case, options)
         ids = torch.randint(0, model.config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
         size = max(1, 4096 // length)
         batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
-        about = f"{name}, random weights, {str(model.dtype).removeprefix('torch.')}"
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return (
-        model.to(device).eval(),
-        batches,
-        f"{about}, {tokens:,} tokens, r {8 if options.quick else settings['rank']}",
-    )
+        name = f"{name}, random weights, {str(model.dtype).removeprefix('torch.')}"
+    return model.to(device).eval(), batches, name
 
 
 def _llama(case: str, options: Any) -> tuple[nn.Module, str]:

@@ -66,11 +66,6 @@ class Shape:
 H100 = Machine(model=989e12, float32=67e12, float64=67e12, memory=3.35e12)
 CALIBRATION = (256 * 1024, 1024, 128)  # tokens, length of a window, rank: the paper's
 SHAPES = {"7B": Shape(32, 4096, 11008, 4096), "70B": Shape(80, 8192, 28672, 1024)}
-MEASURED = {
-    "smollm2": (Shape(30, 576, 1536, 192, 49152), 16 * 256, 256, 32),
-    "packed": (Shape(30, 576, 1536, 192, 49152), 32 * 1024, 1024, 32),
-    "layer": (Shape(1, 4096, 11008, 4096), 12 * 1024, 1024, 64),
-}
 
 
 def initialization(shape: Shape, machine: Machine, tokens: int, length: int, rank: int) -> dict[str, float]:
@@ -181,15 +176,17 @@ def main() -> None:
 
 
 def _print_measured(results: dict) -> None:
+    if results["machine"]["measured_on"] != "cpu":
+        raise SystemExit(f"--measured: is of {results['machine']['device']}, not of this CPU")
     machine = this_cpu()
     print(f"{common.headline(common.machine(torch.device('cpu')))}: {machine.float32 / 1e9:.0f} GFLOP/s in float32, "
           f"{machine.float64 / 1e9:.0f} in float64, {machine.memory / 1e9:.0f} GB/s")  # fmt: skip
-    for case in results["cases"].keys() & MEASURED.keys():
-        rows = results["cases"][case]["rows"]
-        found = initialization(MEASURED[case][0], machine, *MEASURED[case][1:])
-        pairs = beside(found, rows["ours"], rows["forward"]["seconds"])
+    for case in results["cases"].values():
+        ours, forward = case["rows"]["ours"], case["rows"]["forward"]["seconds"]
+        found = initialization(Shape(*ours["shape"]), machine, ours["tokens"], ours["length"], ours["rank"])
+        pairs = beside(found, ours, forward)
         table = [[part, f"{floor:.1f}", f"{time:.1f}", f"{floor / time:.0%}"] for part, (floor, time) in pairs.items()]
-        common.print_table(results["cases"][case]["about"], ["", "floor s", "measured s", "of the peak"], table)
+        common.print_table(case["about"], ["", "floor s", "measured s", "of the peak"], table)
 
 
 if __name__ == "__main__":

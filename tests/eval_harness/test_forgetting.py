@@ -48,6 +48,24 @@ def test_it_is_the_rise_of_the_mean_loss_over_all_tokens(model, peft_model, toke
     assert found.metrics["wiki forgetting"].stderr == pytest.approx(stderr, rel=1e-3)
 
 
+@pytest.mark.parametrize(("given", "again"), [(3, 1), (4, 2), (8, 2), (64, 2), (1, 2)])
+def test_the_base_is_measured_again_in_other_batches_also_where_one_holds_all(
+    model, tokenizer, tmp_path, monkeypatch, given, again
+):
+    run, sizes = ForgettingTask.run, []
+
+    def counted(task, model, tokenizer, options):
+        sizes.append(options.batch_size)
+        return run(task, model, tokenizer, options)
+
+    monkeypatch.setattr(ForgettingTask, "run", counted)
+    monkeypatch.setattr(ForgettingTask, "max_batch_size", None)
+    task, options = ForgettingTask("wiki", TEXTS, 768), {"reference_dir": tmp_path, "record_reference": True}
+    assert len(TEXTS) == 4
+    evaluate(model, tokenizer, [task], batch_size=given, **options)
+    assert sizes == [given, again]
+
+
 def test_a_text_is_cut_at_its_end_whatever_the_tokenizer_does(model, tokenizer):
     task = ForgettingTask("wiki", TEXTS, 12)
     expected = evaluate(model, tokenizer, [task]).metrics

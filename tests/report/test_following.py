@@ -251,6 +251,7 @@ def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
     assert "b and " in (said := capsys.readouterr().err) and "c measured sums nll differently" in said
 
 
+@pytest.mark.parametrize("evaluated", ["base", "lora"])  # eval.before=false leaves no evaluation of the base
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -262,14 +263,14 @@ def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
         ("limit", ""),
     ],
 )
-def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(tmp_path, capsys, key, message):
+def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(tmp_path, capsys, key, message, evaluated):
     measured = {"P reward margin": Metric(0.0, 0.0, 50, True, "task", "nats")}
     for run, value in (("a", 0.1), ("b", 0.5)):
         rows = [Row(method="base", metrics=measured), Row(method="lora", metrics=measured)]
         write_results(tmp_path / run, Results(recipe="r", model="m", rows=rows))
-        (tmp_path / run / "base").mkdir()
+        (tmp_path / run / evaluated).mkdir()
         evaluation = Evaluation(measured, {"tasks": {"P": {key: value}}}, 1.0)
-        (tmp_path / run / "base" / "eval.json").write_text(evaluation.to_json())
+        (tmp_path / run / evaluated / "eval.json").write_text(evaluation.to_json())
     said = main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page")])
     assert said == (2 if message else 0) and message in capsys.readouterr().err
 

@@ -307,6 +307,25 @@ def test_a_group_is_compared_by_its_members_documents(tmp_path):
     assert (pair.metric, pair.mean, pair.questions) == ("mmlu", 0.5, 16)
 
 
+def test_a_base_does_not_make_equal_methods_look_apart():
+    """All methods differ from the base mostly by the question, and from each other by the seed."""
+    generator = np.random.default_rng(3)
+    seeds, base, gained = range(5), generator.normal(size=64), generator.normal(size=64)
+
+    def one(x):
+        return Evaluation({"NLL": Metric(float(x.mean()), 0.1, 64, False, "task", "nats")}, {}, 0.0, {"NLL": list(x)})
+
+    noise = 0.1 * generator.normal(size=(4, 5, 64)) + 0.1 * generator.normal(size=(4, 5, 1))
+    found = {i + 1: {seed: one(base - gained + own[seed]) for seed in seeds} for i, own in enumerate(noise)}
+    shown = {"NLL": found[1][0].metrics["NLL"].to_dict()}
+    rows = [{"method": name, "metrics": shown} for name in ("base", "m0", "m1", "m2", "m3")]
+    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
+    alone = {(pair.row, pair.against): pair.p for pair in compare(results, found)}
+    beside = compare(results, found | {0: {seed: one(base) for seed in seeds}})
+    assert {(pair.row, pair.against): pair.p for pair in beside if pair.against} == pytest.approx(alone)
+    assert len(alone) == 6 and len(beside) == 10
+
+
 def test_methods_of_other_seeds_are_not_tested_together():
     generator = np.random.default_rng(0)
     values = generator.normal(size=(3, 3, 40)) + generator.normal(size=(3, 3, 1))  # [methods, seeds, questions]
