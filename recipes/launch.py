@@ -71,7 +71,12 @@ def command(words: Sequence[str], environment: Mapping[str, str], gpus: int) -> 
     Raises:
         UserError: as `machines`; another engine; one of several machines without a GPU; --overwrite, which would begin anew after every interruption.
     """
-    parser = Parser(prog="python -m lora_null.recipes.launch", allow_abbrev=False)
+    parser = Parser(
+        prog="python -m lora_null.recipes.launch",
+        usage="%(prog)s [--engine ENGINE] RECIPE [options of `lora-null train`] [key.subkey=value ...]",
+        description="Run a recipe on all GPUs of this machine, or of a cluster's machines; again, it goes on where it was.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--engine", choices=ENGINES, default="ddp", help="how several GPUs share the work")
     given, rest = parser.parse_known_args(words)
     if "--overwrite" in rest:

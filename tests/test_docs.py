@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from peft import get_peft_model
-from tiny import random_batches, save_tiny, tiny_model
+from tiny import random_batches, save_tiny, tiny_model, tiny_tokenizer
 from trl import SFTConfig
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -202,7 +202,8 @@ def test_the_first_example(world):
 
 def test_the_core_s_example(world):
     (block,) = python_blocks("lora_null/README.md")
-    exec(small(block), world | {"model": tiny_model()})
+    exec(small(block), world | {"model": tiny_model(), "tokenizer": tiny_tokenizer()})
+    assert Path("adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_trainer_s_examples(world):

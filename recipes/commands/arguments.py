@@ -119,7 +119,11 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     )
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--dry-run", action="store_true", help="print the plan: counts, steps, memory, files; no weights")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and make every check of a run; takes seconds, loads no weights",
+    )
     add("--show-samples", type=int, metavar="N", help="print the first N training examples as the model sees them")
     _add_consent(add)
     add("--print-config", action="store_true", help="print the resolved recipe")
@@ -155,14 +159,14 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     )
     add = _adder(parser)
     add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
-    variants = "v2: B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
+    variants = "v2 (default): B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
     add("--variant", choices=("v1", "v2", "nb"), default="v2", help=variants)
     add("--null-multiple", type=float, help="nb: N has this many times r directions (default 4)")
     add("--null-energy", type=float, help="nb, instead: share of the inputs' energy outside N, such as 0.99")
     add("--start", choices=("zero", "residual"), help="nb: B = 0 (default), or v1's start")
     add("--rank", type=int, default=128, help="r (default 128)")
     add("--alpha", type=float, help="numerator of the scaling (default: the rank, s = 1)")
-    add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear")
+    add("--target-modules", default="all-linear", help="names separated by commas, a regex, or all-linear (default)")
     add("--no-cache", action="store_true", help="neither use nor fill the cache of initializations")
     add = _adder(parser.add_argument_group("model"))
     add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
@@ -194,7 +198,12 @@ def _add_calibration(add: Callable[..., None]) -> None:
     add("--template", help="text made of a row's fields, such as 'Q: {question}'")
     add("--samples", type=int, default=256, help="number of windows (default 256)")
     add("--max-length", type=int, default=1024, help="tokens of a window, at most (default 1024)")
-    add("--mode", choices=("packed", "separate"), default="packed", help="texts joined and cut, or one text a window")
+    add(
+        "--mode",
+        choices=("packed", "separate"),
+        default="packed",
+        help="texts joined and cut (default), or one text a window",
+    )
     add("--seed", type=int, default=0, help="seed of what is drawn at random (default 0)")
 
 
@@ -325,7 +334,7 @@ def _check(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "check",
         help="say whether a folder is a sound adapter, and how to serve it",
-        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base with the eyes of PEFT and vLLM; "
+        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base as PEFT and vLLM read them; "
         "no weights of the base are loaded. Exit status 1 where something is wrong.",
     )
     add = _adder(parser)

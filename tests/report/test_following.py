@@ -263,7 +263,9 @@ def test_every_two_of_several_runs_must_be_alike(tmp_path, capsys):
         ("limit", ""),
     ],
 )
-def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(tmp_path, capsys, key, message, evaluated):
+def test_runs_whose_bases_have_the_same_number_by_definition_must_be_alike_too(
+    tmp_path, capsys, key, message, evaluated
+):
     measured = {"P reward margin": Metric(0.0, 0.0, 50, True, "task", "nats")}
     for run, value in (("a", 0.1), ("b", 0.5)):
         rows = [Row(method="base", metrics=measured), Row(method="lora", metrics=measured)]
