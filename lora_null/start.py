@@ -21,7 +21,9 @@ from typing import Any, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AttentionInterface
 
 from lora_null import store
 from lora_null.calibration import (
@@ -52,7 +54,14 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64
-from lora_null.utils.model_state import LIBRARIES, base_model_of, own_code_at, own_precision
+from lora_null.utils.model_state import (
+    base_model_of,
+    foreign_code_in,
+    foreign_functions,
+    is_of_library,
+    own_code_at,
+    own_precision,
+)
 
 logger = get_logger(__name__)
 
@@ -435,16 +444,38 @@ def _key(
 
 
 def _code_of(start: Rule | WholeModel | None, model: nn.Module) -> str:
-    """Return a hash of the files that decide a start and may be edited: of a method or a model of one's own; else empty."""
+    """Return a hash of the class of every module, and of the files that decide a start and may be edited.
+
+    These are of a method or a model of one's own, and of functions that were put into classes of libraries.
+    """
     method = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
-    kinds = {kind for module in base_model_of(model).modules() for kind in type(module).__mro__} | {*method.__mro__}
-    names = {kind.__module__ for kind in kinds}
-    own = sorted(n for n in names if n.partition(".")[0] not in LIBRARIES | sys.stdlib_module_names)
-    digest = hashlib.sha256()
+    of_modules = dict(_kinds(base_model_of(model)))
+    functions = [function for kind in {*of_modules.values()} for function in foreign_code_in(kind)]
+    functions += [f for name in _attentions(model) for f in foreign_functions(AttentionInterface().get(name))]
+    kinds = {base for kind in (*of_modules.values(), method) for base in kind.__mro__}
+    names = {kind.__module__ for kind in kinds} | {function.__globals__["__name__"] for function in functions}
+    own = sorted(name for name in names if not is_of_library(name))
+    called = sorted(f"{f.__globals__['__name__']}.{f.__qualname__}" for f in functions)
+    digest = hashlib.sha256(repr([sorted((name, str(kind)) for name, kind in of_modules.items()), called]).encode())
     for name in own:
         path = getattr(sys.modules.get(name), "__file__", None)  # None in a notebook: new each time
         digest.update(broadcast(uuid.uuid4().bytes) if path is None else Path(path).read_bytes())
-    return f" {digest.hexdigest()[:16]}" if own else ""
+    return f" {digest.hexdigest()[:16]}"
+
+
+def _kinds(module: nn.Module, name: str = "") -> Iterator[tuple[str, type[nn.Module]]]:
+    """Yield the name and the class of every module of a base, without what PEFT has put beside them."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    yield name, type(module)
+    for child, inner in module.named_children():
+        yield from _kinds(inner, f"{name}.{child}")
+
+
+def _attentions(model: nn.Module) -> set[str]:
+    """Return the names of the kinds of attention that a model computes."""
+    configs = (getattr(module, "config", None) for module in base_model_of(model).modules())
+    return {str(getattr(config, "_attn_implementation", None)) for config in configs}
 
 
 def _can_write_cache() -> bool:

@@ -14,7 +14,8 @@ from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from tiny import load_initialization, random_batches, tiny_model
 from torch import nn
-from transformers import LlamaForSequenceClassification
+from transformers import AttentionInterface, LlamaForSequenceClassification
+from transformers.models.llama import modeling_llama
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_null import LoraNullConfig, UserError, store
@@ -185,6 +186,51 @@ def test_a_forward_is_whose_who_wrote_it(name):
     for add in (BY_LIBRARIES[name], mixed_precision) if name != "TRL's head" else ():
         add(patched)
         assert "<lambda>" in own_code_at(patched)
+
+
+def own_rotary(q, k, cos, sin, **_):
+    return q, k
+
+
+def own_forward(mlp, x):
+    return mlp.down_proj(mlp.gate_proj(x).relu() * mlp.up_proj(x))
+
+
+def own_attention(module, query, key, value, *_, **__):
+    return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2), None
+
+
+def other_activation(model, _):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+
+
+def other_attention(model, _):
+    AttentionInterface.register("own", own_attention)
+    model.set_attn_implementation("own")
+
+
+OWN_CODE = {
+    "an activation": other_activation,
+    "a class's forward": lambda _, patch: patch.setattr(modeling_llama.LlamaMLP, "forward", own_forward),
+    "a function that it calls": lambda _, patch: patch.setattr(modeling_llama, "apply_rotary_pos_emb", own_rotary),
+    "attention": other_attention,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_a_model_that_computes_otherwise_has_an_initialization_of_its_own(name, fresh_cache, monkeypatch):
+    def computed(cache, change=None):
+        model = tiny_model()
+        if change is not None:
+            change(model, monkeypatch)
+        peft_model = get_peft_model(model, LoraNullConfig(r=4))
+        start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False, cache=cache))
+        return factors(peft_model)
+
+    plain, changed = computed(True), computed(True, OWN_CODE[name])
+    assert same(changed, computed(False, OWN_CODE[name])) and not same(plain, changed)
+    assert same(changed, computed(True, OWN_CODE[name]))
 
 
 def factors_loaded(folder):

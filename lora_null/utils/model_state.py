@@ -8,6 +8,8 @@ import functools
 import random
 import sys
 from collections.abc import Iterator
+from inspect import isfunction
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,26 @@ def own_code_at(module: nn.Module) -> str | None:
                 written = getattr(getattr(code, "__code__", None), "co_qualname", None)
                 return written or getattr(code, "__qualname__", type(code).__name__)
     return None
+
+
+def is_of_library(module: str) -> bool:
+    """Return whether a Python module, by its name, is of Python or of a library whose code leaves the numbers alone."""
+    return module.partition(".")[0] in LIBRARIES | sys.stdlib_module_names
+
+
+def foreign_code_in(kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """Yield what is of no such library in the forward of a class that is: put there, or in place of what it calls."""
+    home = next(k for k in kind.__mro__ if "forward" in vars(k))
+    if is_of_library(home.__module__):
+        yield from foreign_functions(vars(home)["forward"])
+
+
+def foreign_functions(code: Any) -> Iterator[FunctionType]:
+    """Yield the functions of no such library that a callable is, wraps, or calls by their names in its file."""
+    for outer in filter(isfunction, _with_what_it_wraps(code)):
+        called = (outer.__globals__.get(name) for name in outer.__code__.co_names)
+        found = filter(isfunction, (outer, *called))
+        yield from (function for function in found if not is_of_library(function.__globals__["__name__"]))
 
 
 def _with_what_it_wraps(code: Any) -> Iterator[Any]:
