@@ -103,6 +103,7 @@ class TokenBatch:
         kept: (tokens,) int64, which of the batch · length positions are no padding; None where all are.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
         draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
+        packed: whether rows hold several texts, each with positions from 0.
         counted: False for a batch that only has to run.
     """
 
@@ -112,7 +113,13 @@ class TokenBatch:
     kept: torch.Tensor | None
     omega: torch.Tensor
     draw: Callable[[int], torch.Tensor]
+    packed: bool = False
     counted: bool = True
+
+    def run(self, decoder: nn.Module) -> None:
+        """Run a forward pass. Without a mask models see by the positions where a packed text begins, with one they do not."""
+        lacking = ("attention_mask",) if self.packed else ()
+        decoder(**{key: value for key, value in self.inputs.items() if key not in lacking}, use_cache=False)
 
     def flat(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return x, one row a token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
@@ -177,7 +184,7 @@ def pieces(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index + call * 2_654_435_761)  # of 32 bits
         return (torch.randn(ends[-1], SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(runs_on)
 
-    omega = draw(0)
+    omega, packed = draw(0), bool(_begins_again(batch).any())
     parts = zip(*(value.split(rows) for value in inputs.values()), masks, [0, *ends], ends)
     return [
         TokenBatch(
@@ -187,10 +194,19 @@ def pieces(
             None if mask.all() else mask.nonzero()[:, 0].to(runs_on),
             omega[start:end],
             lambda call, start=start, end=end: draw(call)[start:end],
+            packed,
             counted,
         )
         for i, (*values, mask, start, end) in enumerate(parts)
     ]
+
+
+def _begins_again(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return where a token of a row has a position no higher than the one before it, (batch, length − 1) bool."""
+    masks = torch.as_tensor(batch["attention_mask"]).cpu().bool()
+    if "position_ids" not in batch:
+        return torch.zeros_like(masks[:, 1:])
+    return masks[:, 1:] & masks[:, :-1] & (torch.as_tensor(batch["position_ids"]).cpu().diff() <= 0)
 
 
 def measure_inputs(
@@ -226,7 +242,7 @@ def measure_inputs(
     def measure() -> Calibration:
         for batch in tqdm(own, desc="calibrating", unit="batch", disable=not (progress and is_first_process())):
             meter.begin(batch)
-            backbone(model)(**batch.inputs, use_cache=False)
+            batch.run(backbone(model))
         return meter.result()
 
     with measuring(model), meter.attached():
@@ -271,10 +287,14 @@ def checked_batches(
     limit = position_limit(config) if isinstance(config, PreTrainedConfig) else None
     takes = "position_ids" in inspect.signature(backbone(model).forward).parameters
     counts = takes and isinstance(config, PreTrainedConfig) and is_shifted_by_padding(config)
+    others = {name for part in (inner, backbone(model)) for name in inspect.signature(part.forward).parameters}
+    others -= {*INPUTS, "labels"}
     checked = []
     for number, batch in enumerate(batches, start=1):
         try:
             checked.append(_checked_batch(batch, vocabulary, limit, counts=counts))
+            if other := next((key for key in batch if key in others and is_input(batch[key])), None):
+                raise ValueError(f"has {other}, which changes what is read and is not measured; give text alone")
             if "position_ids" in checked[-1] and not takes:
                 raise ValueError(f"has position_ids, which {type(inner).__name__} does not take; leave them out")
         except ValueError as reason:
@@ -319,9 +339,19 @@ def _checked_batch(
     positions = found.get("position_ids", columns)
     if positions.min() < 0:
         raise ValueError("has negative position_ids")
+    if _begins_again(found).any() and ((1 - mask[:, :-1]) * mask[:, 1:] * (positions.diff() == 1)).any():
+        raise ValueError("has texts packed behind padding whose positions they continue; put the padding at the end")
     if limit is not None and limit.hard and positions.max() >= limit.tokens:
         raise ValueError(f"has {positions.max() + 1} positions, {limit}")
     return found
+
+
+def is_input(value: Any) -> bool:
+    """Return whether a value beside the token ids changes a forward pass: numbers that are not all zero."""
+    try:
+        return not isinstance(value, bool) and bool(torch.as_tensor(value).any())
+    except (TypeError, ValueError, RuntimeError):
+        return value is not None
 
 
 def _whole_numbers(key: str, value: Any) -> torch.Tensor:
@@ -344,9 +374,11 @@ def count_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
 
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Run the original model: eval mode, no gradients, adapters off; everything restored afterwards."""
+    """Run the original model: eval mode, no gradients, adapters off, not compiled; everything restored afterwards."""
     base_only = getattr(model, "disable_adapter", contextlib.nullcontext)
-    with preserve(model), base_only(), torch.no_grad():
+    compiled = any(module._compiled_call_impl or "_orig_mod" in module._modules for module in model.modules())
+    uncompiled = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with preserve(model), base_only(), torch.no_grad(), uncompiled:
         model.eval()
         yield
 

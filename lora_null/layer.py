@@ -102,7 +102,7 @@ class NullBasis:
             A.copy_(once + ((whole - once) @ N) @ N.T)
 
 
-def keep_in_null_basis(peft_model: nn.Module) -> None:
+def keep_in_null_basis(peft_model: nn.Module, *, after_step: bool = False) -> None:
     """Put A of every adapter that has a basis N back into its span, A ← A N Nᵀ, after an optimizer's step.
 
     A is (r, d_in), N (d_in, k) with orthonormal columns. Every optimizer of PyTorch's kind does so at the end of its step
@@ -111,11 +111,12 @@ def keep_in_null_basis(peft_model: nn.Module) -> None:
 
     Args:
         peft_model: the model, or a module of it that holds adapted layers; adapters without a basis stay as they are.
+        after_step: whether nothing but a step has moved A since it was called last; what that has projected is left alone.
     """
     for layer in peft_model.modules():
         if not isinstance(layer, LoraNullLinear):
             continue
-        if moved := [name for name in layer.bases if not layer.is_projected(name)]:
+        if moved := [name for name in layer.bases if not (after_step and layer.is_projected(name))]:
             with whole_parameters(layer.lora_A, write=True):
                 for adapter_name in moved:
                     layer.project_A(adapter_name)
@@ -307,7 +308,12 @@ class LoraNullLinear(Linear):
             A = factors_of(self, name)[0]
             if name not in self._projected_versions:
                 self._projected_versions = {**self._projected_versions, name: A._version}
-            elif A.requires_grad and not is_sharded(A) and A._version != self._projected_versions[name]:
+            elif (
+                isinstance(A, nn.Parameter)
+                and A.requires_grad
+                and not is_sharded(A)
+                and A._version != self._projected_versions[name]
+            ):
                 self.project_A(name)
 
     def _warn_if_not_initialized(self) -> None:

@@ -282,7 +282,7 @@ def _record_batch(
         for position, layer in enumerate(layers.values()):
             stack.enter_context(replaced(layer, "forward", stub(position)))
         try:
-            backbone(model)(**batch.inputs, use_cache=False)
+            batch.run(backbone(model))
         except torch.OutOfMemoryError:
             raise
         except CANNOT_RUN as error:
@@ -309,7 +309,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     with _attention_for(device, model):
         with final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out))):
             for batch in (*few, few[0]):
-                backbone(model)(**batch.inputs, use_cache=False)
+                batch.run(backbone(model))
         calls, states = _record(model, layers, few, device)
         try:
             for i, layer in enumerate(layers.values()):

@@ -21,7 +21,7 @@ from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import check_architecture
 from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
-from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started
+from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started, plain_name
 from lora_null.residual import refuse_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
@@ -252,7 +252,7 @@ def modules_sharing_weight(model: nn.Module, layers: Mapping[str, LoraLayer]) ->
     found: dict[str, list[str]] = {}
     spans: list[tuple[int, int, str, bool]] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        owner = path.removesuffix(".base_layer")
+        owner = plain_name(path).removesuffix(".base_layer")
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             name = own.get(id(tensor))
             if name is not None and name != owner:

@@ -152,6 +152,15 @@ def started(model, **config):
     return start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False))
 
 
+@pytest.mark.parametrize("name", ["falcon", "gpt2"])
+def test_linears_of_other_classes_that_compute_the_same_get_adapters(name):
+    model = model_of(name)
+    before = model(**BATCHES[0]).logits
+    report, _ = started(model, variant="v1", target_modules="all-linear")
+    assert len(report.layers) == 8
+    assert torch.dist(model(**BATCHES[0]).logits, before) < 1e-4 * torch.linalg.vector_norm(before)
+
+
 REFUSED = {
     "model: t5 is an encoder and a decoder": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)

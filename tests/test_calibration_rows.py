@@ -90,6 +90,11 @@ class TestMasksOfReadyRowsCount:
         )
         assert same(tiny_tokenizer()(TEXTS)) == sorted(map(tuple, IDS))
 
+    def test_what_changes_nothing_may_stand_beside_the_tokens(self):
+        beside = {"token_type_ids": [0] * 9, "labels": [5] * 9, "pixel_values": None}
+        rows = [{"input_ids": ids, **beside} for ids in IDS]
+        assert same(rows) == sorted(map(tuple, IDS))
+
     def test_without_a_mask_nothing_is_padding(self):
         assert same([{"input_ids": ids} for ids in IDS]) == sorted(map(tuple, IDS))
         assert same([{"input_ids": torch.tensor([ids])} for ids in IDS]) == sorted(map(tuple, IDS))
@@ -108,6 +113,8 @@ class TestMasksOfReadyRowsCount:
             ({"input_ids": None}, "row 2: "),
             ({"input_ids": [5, 6], "position_ids": [0]}, r"row 2: input_ids \[2\] with position_ids \[1\]"),
             ({"input_ids": [[5, 6]]}, "row 2: "),
+            ({"input_ids": [5, 6], "token_type_ids": [0, 1]}, "row 2 has token_type_ids, which changes what is read"),
+            ({"input_ids": [5, 6], "pixel_values": torch.rand(3, 4, 4)}, "row 2 has pixel_values"),
             ({"text": "a"}, "row 2 has no input_ids"),
             ("a", "row 2 has no input_ids"),
         ],

@@ -18,6 +18,7 @@ from lora_null.calibration import InputMeter, measure_inputs
 from lora_null.earlier import Earlier, keep_grams
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
+from lora_null.layerwise import walk_layers
 from lora_null.store import KEPT
 
 BATCHES = random_batches()
@@ -364,6 +365,7 @@ def test_mistakes_are_said_before_anything_changes(message):
 
 
 IDS, MASK = PROBE["input_ids"], PROBE["attention_mask"]
+BEHIND = torch.tensor([0, 0] + [1] * 10).expand(8, 12)
 
 
 @pytest.mark.parametrize("form", ["auto", "hooks"])
@@ -380,6 +382,17 @@ IDS, MASK = PROBE["input_ids"], PROBE["attention_mask"]
         ({"attention_mask": MASK * 2}, "has an attention_mask that holds other numbers than 0 and 1"),
         ({"attention_mask": None}, "has no attention_mask"),
         ({"position_ids": MASK - 1}, "has negative position_ids"),
+        (
+            {
+                "attention_mask": BEHIND,
+                "position_ids": torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]).expand(8, 12),
+            },
+            "has texts packed behind padding whose positions they continue; put the padding at the end",
+        ),
+        (
+            {"inputs_embeds": torch.ones(8, 12, 32)},
+            "has inputs_embeds, which changes what is read and is not measured",
+        ),
         ("text", "is a str, not a dict of input_ids and attention_mask"),
     ],
 )
@@ -387,6 +400,24 @@ def test_what_is_no_batch_for_the_model_is_named(second, message, form):
     second = {**PROBE, **second} if isinstance(second, dict) else second
     with pytest.raises(UserError, match=f"calibration: batch 2 {message}"):
         initialize_lora_null_weights(wrapped(), [PROBE, second], min_tokens=1, form=form)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_texts_packed_into_one_row_do_not_read_each_other(padding):
+    model = tiny_model().double()
+    modules = {name: model.get_submodule(name) for name in linears(model)}
+    texts = [part["input_ids"][:, :length] for part, length in zip(BATCHES, (7, 5, 6))]
+    apart = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    ids, positions = torch.cat(texts, 1), torch.cat([torch.arange(ids.shape[1]) for ids in texts])
+    end = nn.functional.pad
+    packed = {"input_ids": end(ids, (0, padding)), "attention_mask": end(torch.ones_like(ids), (0, padding))}
+    packed["position_ids"] = end(positions.expand_as(ids), (0, padding))
+    of_each = measure_inputs(model, modules, apart, progress=False)
+    walked = [part for _, part in walk_layers(model, modules, [packed], progress=False)]
+    for part in (measure_inputs(model, modules, [packed], progress=False), *walked):
+        for stats in part.inputs:
+            C = of_each.input_of(stats.modules[0]).gram
+            assert torch.dist(stats.gram, C) < 1e-9 * torch.linalg.matrix_norm(C)
 
 
 def test_a_batch_longer_than_the_position_table_is_named():

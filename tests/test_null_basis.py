@@ -110,6 +110,28 @@ def test_training_is_adamw_and_a_projection_under_decay_clipping_and_accumulatio
         np.testing.assert_allclose(p.detach().numpy(), ours[name], atol=1e-9)
 
 
+def test_what_was_written_past_autograd_is_put_back_too():
+    peft_model = started()
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    peft_model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
+    optimizer.step()
+    for layer in adapted_layers(peft_model).values():
+        factors_of(layer)[0].data += 1
+    assert outside(peft_model) > 0.1
+    keep_in_null_basis(peft_model)
+    assert outside(peft_model) < 1e-6
+
+
+def test_tensors_that_stand_in_for_the_parameters_are_left_alone():
+    """As in evolution strategies, which try many at once."""
+    peft_model = started()
+    given = {name: p.detach() + 1 for name, p in peft_model.named_parameters() if p.requires_grad}
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    for _ in range(2):
+        torch.func.functional_call(peft_model, given, (), dict(BATCHES[0]))
+    assert all(torch.equal(given[name], before[name]) for name in given)
+
+
 ROUNDED = {"float32": 1e-6, "bfloat16": 0.01}
 
 

@@ -7,6 +7,8 @@ import torch
 from peft import get_peft_model
 from tiny import PROBE, random_batches, tiny_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.initialize import InitOptions, start_adapter
@@ -89,6 +91,27 @@ def test_shared_is_refused_and_the_advice_leads_to_something_right(kind, variant
     assert (logits(peft_model) - before).abs().max() < 1e-3
     with peft_model.disable_adapter():
         assert (logits(peft_model) - before).abs().max() < 1e-3
+
+
+def compiled(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1].compile(fullgraph=True)
+
+
+def checkpointed(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpointed])
+def test_a_wrapped_layer_shares_nothing_with_itself(wrap):
+    options = InitOptions(min_tokens=1, progress=False)
+    plain = start_adapter(made(lambda model: None, "v2"), BATCHES, options)[0]
+    model = tiny_model()
+    peft_model = get_peft_model(model, LoraNullConfig(r=4))
+    wrap(model)
+    found = start_adapter(peft_model, BATCHES, options)[0]
+    assert [line.name for line in found.layers] == [line.name for line in plain.layers]
+    assert [line.leakage for line in found.layers] == pytest.approx([line.leakage for line in plain.layers])
 
 
 def test_neighbors_in_one_block_of_memory_share_nothing():

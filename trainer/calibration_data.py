@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from lora_null.calibration import is_input
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
@@ -27,6 +28,7 @@ TOKENS_PER_BATCH = 4096
 STREAM = 16  # texts of a stream that are read for each window, before the draw
 MODES = ("packed", "separate")
 FIELDS = ("text", "messages", "conversations")  # of a row that is no window
+OTHER_INPUTS = ("pixel_values", "inputs_embeds", "input_features", "token_type_ids")  # beside the tokens of a window
 logger = get_logger(__name__)
 
 
@@ -299,6 +301,8 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
     where = f"calibration: row {number}"
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise UserError(f"{where} has no input_ids, as the first has")
+    if other := next((key for key in OTHER_INPUTS if key in row and is_input(row[key])), None):
+        raise UserError(f"{where} has {other}, which changes what is read and is not measured; give text alone")
     given, positions = row.get("attention_mask"), row.get("position_ids")
     try:
         ids = torch.as_tensor(row["input_ids"])

@@ -46,7 +46,8 @@ def why_unreadable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear | Conv1D):
         if "weight" not in module._parameters:
             return "computes its weight anew before each pass (pruning, weight norm); make that permanent first"
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        forward = type(module).forward
+        if forward not in (nn.Linear.forward, Conv1D.forward) and forward.__qualname__ != "FalconLinear.forward":
             return f"is a {type(module).__name__}, which gives more than W0 x + b; leave it out (exclude_modules)"
         weight = module.weight
         plain = isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES

@@ -112,4 +112,4 @@ class KeepInNullBasis(TrainerCallback):
     on_train_end = on_train_begin  # by when the best checkpoint may have been loaded
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        keep_in_null_basis(model)
+        keep_in_null_basis(model, after_step=True)
