@@ -132,12 +132,13 @@ def metric_title(name: str) -> str:
 def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
     """Decimals that the standard errors warrant: one for a percentage known to a point or worse, else two; nats three.
 
-    More where the smallest error would be printed as zero.
+    More where the smallest error would be printed as zero, or, without errors, the smallest value with less than two digits.
     """
     errors = [estimate.stderr for estimate in estimates if estimate and estimate.stderr]
     if unit in ("fraction", "points"):
         return 1 if errors and min(errors) >= 0.0095 else 2
-    return min(6, max(3, -math.floor(math.log10(2 * min(errors))))) if errors else 3
+    smallest = [2 * min(errors)] if errors else [abs(e.value) / 10 for e in estimates if e and e.value]
+    return min(6, max(3, -math.floor(math.log10(min(smallest))))) if smallest else 3
 
 
 def scale_of(unit: str | None) -> int:

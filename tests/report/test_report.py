@@ -212,6 +212,13 @@ def test_numbers_as_the_errors_warrant():
     assert decimals("nats", estimates((0.1, 1e-12))) == 6
 
 
+def test_a_small_value_without_an_error_is_not_printed_as_the_bases_zero():
+    """The KL of a single question, or at the lowest strength of a dial."""
+    column = estimates((0.0, 0.0), (4e-4,), (-3e-5, 0.0), (1e-9,), (0.0456,), (4.5,))
+    texts = ["0.000", "0.00040", "-0.000030", "0.000000", "0.046", "4.500"]
+    assert list(map(str, format_column(column, "nats"))) == texts
+
+
 def test_nats_are_shown_each_to_its_own_error_percentages_alike():
     column = [Estimate(0.177, 0.010), None, Estimate(0.00178, 0.00002)]
     assert list(map(str, format_column(column, "nats"))) == ["0.177 ± 0.010", "–", "0.00178 ± 0.00002"]
