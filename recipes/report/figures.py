@@ -104,8 +104,10 @@ def _values(labels: list[str], measure: Measure) -> str:
 def distances(results: Results) -> list[tuple[int, str]]:
     """How far each method is from the reference in both directions, in words; a ratio is a distance from the base."""
     kept, learned, reference = forgetting(results), learning(results), reference_row(results)
-    points = plane_points(kept, learned)
-    if kept is None or learned is None or reference not in points:
+    if kept is None or learned is None:
+        return []
+    points = {i: place for i, place in plane_points(kept, learned).items() if i in kept.ranked}
+    if reference not in points:
         return []
     return [
         (i, f"{_along(learned, i, reference, 'learning', 'learned')}, {_moved(kept, points, i, reference)}")
@@ -295,8 +297,8 @@ def _name_points(
 
 def _draw_distance(axes: Axes, results: Results, kept: Measure, points: Mapping[int, tuple[float, float]]) -> None:
     """A dotted line from the reference's forgetting down to that of the method that forgot least, with the ratio."""
-    reference, best = reference_row(results), min(points, key=lambda i: points[i][1])
-    if reference not in points or best == reference or not kept.beats(best, reference):
+    reference, ranked = reference_row(results), [i for i in kept.ranked if i in points]
+    if reference not in ranked or not kept.beats(best := ranked[0], reference):
         return
     (x, low), high = points[best], points[reference][1]
     axes.plot([x, x], [low, high], ":", color=INK, linewidth=1.2, zorder=2)

@@ -98,10 +98,10 @@ def rank_marks(
     """Mark the method that is `better` than every other, and below it the one that is better than all the rest.
 
     Of a grid's settings none is marked: that which learned least would win. Nor is a method that stands alone, or one
-    that was not compared with each of the others.
+    that was not compared with each of the others. Rows that are the base again take no part.
     """
     marks: list[Literal["best", "second"] | None] = [None] * len(results.rows)
-    rest = {i for i, estimate in enumerate(estimates) if i and estimate}
+    rest = {i for i, estimate in enumerate(estimates) if i and estimate and not results.rows[i].is_base_again}
     if len({results.rows[i].variant for i in rest}) > 1:
         return marks
     for mark in ("best", "second"):

@@ -562,16 +562,31 @@ def test_questions_are_answered_side_by_side(tmp_path):
     assert r"what is 1\|2 (median change, 0.02 nats)" in text and "| 42 |" in text
 
 
+LEFT_NOTHING = {"measure": "nq kl", "at_most": 0.1, "then": "rewind", "strength": 1, "step": 0, "steps": 9}
+LEFT_NOTHING |= {"value": 0.0, "n": 9, "kept": True}
+
+
 def test_the_base_again_did_not_forget_least():
     """A budget that left nothing of the training: KL 0 is no merit of the method."""
     raw_results = measured(lora_null_v1=kl(0.0, 0.0) | nll(1.530))
-    budget = {"measure": "nq kl", "at_most": 0.1, "then": "rewind", "strength": 1, "step": 0, "steps": 9}
-    raw_results["rows"][2]["budget"] = budget | {"value": 0.0, "n": 9, "kept": True}
+    raw_results["rows"][2]["budget"] = LEFT_NOTHING
     said = headline(parsed(raw_results))
     assert "LoRA-Null-v2 forgot least" in said and "No value" not in said
     assert "LoRA-Null-v1 is the base again: the budget left nothing of its training." in said
     alone = parsed(raw_results | {"rows": raw_results["rows"][:3:2]})
     assert headline(alone) == "LoRA-Null-v1 is the base again: the budget left nothing of its training."
+
+
+def test_the_base_again_has_no_mark_and_no_place_among_the_distances():
+    raw_results = measured(lora_null_v1=kl(0.0, 0.0) | nll(1.530))
+    for i in (2, 1):  # then LoRA too, from which distances are counted
+        raw_results["rows"][i] |= {"budget": LEFT_NOTHING, "metrics": kl(0.0, 0.0) | nll(1.530)}
+        results = parsed(raw_results)
+        column = next(column for column in build_table(results).columns if column.title == "NQ KL")
+        assert [cell.mark for cell in column.cells] == [None, None, None, "best" if i == 2 else None]
+        named = [row for row, _ in distances(results)]
+        drawn = [text.get_text() for text in _plane(results, forgetting(results), learning(results)).axes[0].texts]
+        assert (named, "2.6 × less" in drawn) == (([3], True) if i == 2 else ([], False))
 
 
 def test_distances_from_the_reference_are_named():
