@@ -337,7 +337,7 @@ def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
-    """Return the means over the seeds; a diverged run leaves the mean undefined and is counted.
+    """Return the means over the seeds; a diverged run leaves the mean undefined; such runs, and those that are the base again, are counted.
 
     `stderr` puts that over the seeds, s/√n, and the evaluations' own together, as if the questions of each seed were the same;
     `set_errors` does it question by question where these are known.
@@ -362,6 +362,7 @@ def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
         trainable_params=first.trainable_params,
         adapter_params=first.adapter_params,
         runs=len(rows),
+        base_again=sum(row.is_base_again for row in rows) or None,
         diverged=min(bad) if bad else None,
         metrics=metrics,
         drift=Drift(mean=_mean(d.mean for d in drifts), max=_mean(d.max for d in drifts)) if drifts else None,

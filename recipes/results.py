@@ -150,6 +150,7 @@ class Row(BaseModel):
         trainable_params: the parameters that train.
         adapter_params: those of the saved adapter.
         runs: of a grid: the seeds that the row is the mean of.
+        base_again: of a grid: how many of them ended as the base, since a budget left nothing of their training.
         diverged: the step at which loss or weights were no longer finite.
         metrics: by name.
         drift: None where nothing is adapted.
@@ -166,6 +167,7 @@ class Row(BaseModel):
     trainable_params: int | None = None
     adapter_params: int | None = None
     runs: int | None = None
+    base_again: int | None = None
     diverged: int | None = None
     metrics: dict[str, Metric] = {}
     drift: Drift | None = None
@@ -177,8 +179,8 @@ class Row(BaseModel):
 
     @property
     def is_base_again(self) -> bool:
-        """Whether the budget left nothing of the training."""
-        return self.budget is not None and self.budget.left_nothing
+        """Whether the budget left nothing of the training; of a grid, of the training with any of the seeds."""
+        return bool(self.base_again) or (self.budget is not None and self.budget.left_nothing)
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or no number of a usable size (a run that diverged).

@@ -38,8 +38,12 @@ from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.equal_learning import equal_learning, forgetting_at
 from lora_null.recipes.report.grid_figures import Frontiers
 from lora_null.recipes.report.grid_page import grid_content, grid_headline
+from lora_null.recipes.report.headline import headline
+from lora_null.recipes.report.table import build_table
 from lora_null.recipes.results import (
+    Budget,
     Estimate,
+    Paired,
     Row,
     load_results,
     mean,
@@ -516,6 +520,50 @@ def test_one_of_several_seeds_is_no_test():
     (target,) = equal_learning(found, "q kl", "t nll")
     assert target.rows[1].reached == 1 and target.rows[1].difference.value == pytest.approx(-0.36)
     assert target.rows[1].p is None and "forgot less" not in grid_headline(found, {})
+
+
+def test_a_mean_over_seeds_tells_how_many_are_the_base_again():
+    """A budget left nothing of some seeds' training: their KL of 0 is no merit of the method."""
+    held = {
+        "measure": "q kl",
+        "at_most": 0.1,
+        "then": "scale",
+        "step": 9,
+        "steps": 9,
+        "value": 0.0,
+        "n": 9,
+        "kept": True,
+    }
+    left, kept = (Budget(strength=strength, **held) for strength in (0, 0.5))
+    one = made({"lora": [[(1.0, 0.3)]], "mine": [[(1.1, 0.1)]], "wild": [[(2.0, 0.0)]]})
+    for gone in (3, 2):
+        budgets = {"lora": [None] * 3, "mine": [kept] * 3, "wild": [left] * gone + [kept] * (3 - gone)}
+        rows = [
+            mean_row([row.model_copy(update={"budget": budget}) for budget in budgets[row.method]], None)
+            for row in one.rows[1:]
+        ]
+        found = one.model_copy(update={"rows": [one.base, *rows]})
+        found.paired = [
+            Paired(
+                row=i, against=j, metric=name, mean=mean, stderr=0.01, p=1e-9, p_adjusted=1e-8, questions=9, seeds=3
+            )
+            for i, j in ((2, 1), (3, 1), (3, 2))
+            for name in ("q kl", "t nll")
+            if (mean := rows[i - 1].metrics[name].value - rows[j - 1].metrics[name].value)
+        ]
+        said, table = headline(found), build_table(found)
+        assert "mine forgot least" in said and "wild forgot" not in said
+        some = "" if gone == 3 else " with 2 of 3 seeds"
+        assert f"wild is the base again{some}: the budget left nothing of its training." in said
+        assert [cell.mark for cell in next(c for c in table.columns if c.title == "q KL").cells][2:] == ["best", None]
+
+
+def test_nothing_is_read_between_a_run_that_is_the_base_again_and_the_first_of_which_something_is_left():
+    found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "mine": [[(2.0, 0.0), (1.4, 0.1)]]})
+    left = Budget(measure="q kl", at_most=0.1, then="scale", strength=0, step=9, steps=9, value=0.0, n=9, kept=True)
+    found.grid.cells[2].budget = left
+    mine = equal_learning(found, "q kl", "t nll")[0].rows[-1]
+    assert mine.value is None and mine.beyond_first_run
 
 
 def test_the_error_of_a_mean_over_seeds_has_that_of_the_questions():

@@ -171,9 +171,10 @@ def _frontier(
         point = tuple(change(results, run, metric) for metric in (task, kept))
         if None in point:
             continue
-        frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
-        influences = tuple(_influence(results, run, metric, evaluations) for metric in (task, kept))
-        frontier.influences.setdefault(run.seed, [(None, None)]).append(influences)
+        if not run.is_base_again:  # the base is where every path begins, and no first run
+            frontier.points.setdefault(run.seed, [(0.0, 0.0)]).append(point)
+            influences = tuple(_influence(results, run, metric, evaluations) for metric in (task, kept))
+            frontier.influences.setdefault(run.seed, [(None, None)]).append(influences)
         i = _row_of(results, run)
         if i is not None and i not in frontier.rows:
             frontier.rows.append(i)

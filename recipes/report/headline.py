@@ -13,7 +13,7 @@ from typing import Literal
 
 from lora_null.recipes.comparisons import MEANS, averaged, compared_means
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, reference_row
-from lora_null.recipes.results import Estimate, Paired, Results, change_error, display_name, kind_of, mean_in
+from lora_null.recipes.results import Estimate, Paired, Results, Row, change_error, display_name, kind_of, mean_in
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measure:
 
     @property
     def ranked(self) -> list[int]:
-        """`measured` without those of which a budget left nothing, the base again, which cannot forget."""
+        """`measured` without those that a budget has made the base again, with any seed: the base cannot forget."""
         return [i for i in self.measured if not self.results.rows[i].is_base_again]
 
     def text(self, i: int) -> str:
@@ -193,17 +193,18 @@ def headline(results: Results) -> str:
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
     sentences = _sentences(verdicts(results), results) + sentences
-    labels = results.labels()
-    sentences += [
-        f"{labels[i]} is the base again: the budget left nothing of its training."
-        for i, row in enumerate(results.rows)
-        if row.is_base_again
-    ]
+    sentences += [_left_nothing(row, label) for row, label in zip(results.rows, results.labels()) if row.is_base_again]
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
         sentences.append("Learning was not measured: there is no task metric with a value.")
     return " ".join(sentences)
+
+
+def _left_nothing(row: Row, label: str) -> str:
+    """The sentence for a row that a budget has made the base again, with all or some of a grid's seeds."""
+    some = f" with {row.base_again} of {row.runs} seeds" if row.base_again != row.runs else ""
+    return f"{label} is the base again{some}: the budget left nothing of its training."
 
 
 def _sentences(found: list[Verdict], results: Results) -> list[str]:
