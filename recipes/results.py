@@ -102,6 +102,7 @@ class Budget(BaseModel):
         kept: whether value + stderr is within the budget.
         first_check: the first value on these rows, where it was beyond the budget and the strength was lowered further.
         learned: by metric what was given up for it.
+        task: of a sequence: the task that was trained, where something was kept of an earlier one.
     """
 
     measure: str
@@ -117,10 +118,11 @@ class Budget(BaseModel):
     kept: bool
     first_check: float | None = None
     learned: dict[str, GivenUp] = {}
+    task: str | None = None
 
     @property
     def left_nothing(self) -> bool:
-        """Whether what is saved is the base again."""
+        """Whether what is saved is where the training began: the base, or what earlier tasks have made of it."""
         return self.strength == 0 or self.step == 0
 
     def sentence(self) -> str:
@@ -179,8 +181,9 @@ class Row(BaseModel):
 
     @property
     def is_base_again(self) -> bool:
-        """Whether the budget left nothing of the training; of a grid, of the training with any of the seeds."""
-        return bool(self.base_again) or (self.budget is not None and self.budget.left_nothing)
+        """Whether the budget left nothing of all training; of a grid, with any of the seeds."""
+        held = self.budget
+        return bool(self.base_again) or (held is not None and held.left_nothing and held.task is None)
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or no number of a usable size (a run that diverged).

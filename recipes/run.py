@@ -213,6 +213,9 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
     if diverged is None:
         if isinstance(probe, BudgetProbe):
             kept = apply_budget(budget_measurement(job, model), probe, model)
+            before = read_row(job.previous[plan.name]) if plan.name in job.previous else None
+            if before and not before.is_base_again:
+                kept.task = job.recipe.name
         saved = _save(job, plan, trainer, folder)
         back_at_start = kept is not None and kept.left_nothing
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:

@@ -252,6 +252,28 @@ def test_what_is_of_one_task_is_not_said_of_all(finished):
         assert row.peak_memory_bytes == max(other.peak_memory_bytes for other in own)
 
 
+@pytest.mark.parametrize("nothing", ["the second", "both"])
+def test_a_later_task_of_which_nothing_is_left_is_not_the_base_again(tmp_path, nothing):
+    """A rate at which the first step breaks the budget: what is saved is the model before the task."""
+    recipes_in(tmp_path)
+    probe = {"probe": {"every": 1, "retention": 12, "task": 6}}
+    for name in "ab":
+        raw = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+        raw["eval"] = {**raw["eval"], **probe, "retention": [{**raw["eval"]["retention"][0], "limit": 40}]}
+        raw["training"]["learning_rate"] = 1.0 if name == "b" or nothing == "both" else 1e-3
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    words = ["--method", "lora", "training.max_steps=2", "budget={at_most: 0.2, then: rewind}"]
+    assert main([*in_sequence(tmp_path, tmp_path / "out"), *words]) == 0
+    for folder in (tmp_path / "out", tmp_path / "out" / "tasks" / "2-letters"):
+        lora, said = load_results(folder).rows[1], (folder / "report.md").read_text()
+        assert lora.budget.step == 0 and lora.is_base_again == (nothing == "both")
+        assert ("LoRA is the base again" in said) == (nothing == "both")
+        assert ("LoRA kept nothing of letters: the budget left nothing of that training." in said) == (
+            nothing != "both"
+        )
+        assert ("LoRA: KL to base on facts" in said) == (nothing != "both")
+
+
 def test_the_whole_names_the_data_of_all_tasks(finished, tmp_path):
     out = finished / "out"
     results = load_results(out)

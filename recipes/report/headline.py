@@ -193,7 +193,7 @@ def headline(results: Results) -> str:
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
     sentences = _sentences(verdicts(results), results) + sentences
-    sentences += [_left_nothing(row, label) for row, label in zip(results.rows, results.labels()) if row.is_base_again]
+    sentences += filter(None, map(_left_nothing, results.rows, results.labels()))
     if kept is None:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
@@ -202,9 +202,13 @@ def headline(results: Results) -> str:
 
 
 def _left_nothing(row: Row, label: str) -> str:
-    """The sentence for a row that a budget has made the base again, with all or some of a grid's seeds."""
-    some = f" with {row.base_again} of {row.runs} seeds" if row.base_again != row.runs else ""
-    return f"{label} is the base again{some}: the budget left nothing of its training."
+    """The sentence for a row that a budget has made the base again, or left nothing of a later task; else empty."""
+    if row.is_base_again:
+        some = f" with {row.base_again} of {row.runs} seeds" if row.base_again != row.runs else ""
+        return f"{label} is the base again{some}: the budget left nothing of its training."
+    if row.budget and row.budget.left_nothing:
+        return f"{label} kept nothing of {row.budget.task}: the budget left nothing of that training."
+    return ""
 
 
 def _sentences(found: list[Verdict], results: Results) -> list[str]:
