@@ -419,7 +419,8 @@ def made(points, *, base=(2.0, 0.0), diverged=(), kept="q kl", more=None, of_kep
     rows += [
         {"method": cell["method"], "variant": variant_of(cell["point"]), "metrics": cell["metrics"]} for cell in cells
     ]
-    grid = {"seeds": [0, 1, 2], "sweep": {}, "planned": len(cells), "cells": cells}
+    seeds = sorted({cell["seed"] for cell in cells})
+    grid = {"seeds": seeds, "sweep": {}, "planned": len(cells), "cells": cells}
     return parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows, "grid": grid})
 
 
@@ -707,6 +708,17 @@ def test_a_diverged_run_leaves_its_frontier_shorter():
     found = made({"lora": [[(1.5, 0.1), (1.0, 0.4)]], "wild": [[(1.5, 0.1), (0, 0)]]}, diverged={("wild", 2)})
     high = equal_learning(found, "q kl", "t nll")[-1]
     assert next(row for row in high.rows if row.name == "wild").value is None
+
+
+def test_a_seed_that_diverged_at_every_rate_is_told():
+    points = {
+        "lora": [[(1.0, 0.05)], [(1.0, 0.06)], [(1.0, 0.07)]],
+        "mine": [[(1.0, 0.040)], [(1.0, 0.050)], [(0, 0)]],
+    }
+    found = made(points)
+    found.grid.cells[-1] = found.grid.cells[-1].model_copy(update={"diverged": 3, "metrics": {}})
+    lora, mine = grid_content(found, {})["tables"][0]["rows"]
+    assert "seeds" not in lora[1] and "2 of 3 seeds" in mine[1]
 
 
 def test_a_row_that_lacks_a_metric_is_left_out_of_the_pictures(tmp_path):

@@ -83,7 +83,7 @@ class Interpolated:
 
 @dataclass(frozen=True)
 class MethodAtLevel:
-    """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of `seeds` do.
+    """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of the grid's `seeds` do.
 
     `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
     `beyond_first_run` is whether there is no value because the first run learned more already.
@@ -270,7 +270,8 @@ def equal_learning(results: Results, kept: str, task: str, evaluations: Evaluati
     for where, levels in _levels(results, task, evaluations or {}).items() if lora else ():
         learned = [level for level, _ in levels.values()]
         if min(learned) > 0:
-            targets.append(Target(float(np.mean(learned)), where, _compare_at(every, lora, levels)))
+            rows = _compare_at(every, lora, levels, len(results.grid.seeds))
+            targets.append(Target(float(np.mean(learned)), where, rows))
     adjusted = iter(holm([math.nan if row.p is None else row.p for target in targets for row in target.rows]))
     targets = [replace(t, rows=[replace(row, p=_known(next(adjusted))) for row in t.rows]) for t in targets]
     return sorted(targets, key=lambda target: target.learned)
@@ -291,7 +292,9 @@ def _levels(results: Results, task: str, evaluations: Evaluations) -> dict[str, 
     return levels
 
 
-def _compare_at(every: Sequence[Frontier], lora: Frontier, levels: Mapping[int, Level]) -> list[MethodAtLevel]:
+def _compare_at(
+    every: Sequence[Frontier], lora: Frontier, levels: Mapping[int, Level], seeds: int
+) -> list[MethodAtLevel]:
     read = {
         f.name: {
             seed: reading
@@ -320,7 +323,7 @@ def _compare_at(every: Sequence[Frontier], lora: Frontier, levels: Mapping[int, 
         beyond = value is None and any(
             x >= levels[seed][0] for seed, path in f.points.items() if seed in levels for x, _ in path
         )
-        rows.append(MethodAtLevel(f.name, value, len(ours), len(f.points), gap, p, beyond))
+        rows.append(MethodAtLevel(f.name, value, len(ours), seeds, gap, p, beyond))
     return rows
 
 
