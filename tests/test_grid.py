@@ -607,6 +607,31 @@ def test_forgetting_at_equal_learning_is_read_off_seed_by_seed():
     assert "weak never learned that much." in said and "learning_rate 2" in said
 
 
+def test_lora_is_quoted_over_the_seeds_that_the_method_reaches():
+    """In a seed that a method does not reach LoRA mostly learned and forgot more, which is no merit of the method."""
+    lora = [[(1.5, 0.04), (1.0, 0.05)], [(1.5, 0.04), (1.0, 0.06)], [(1.5, 0.04), (0.2, 0.60)]]
+    few = [[(1.6, 0.01), (0.9, 0.040)], [(1.6, 0.01), (0.9, 0.050)], [(1.6, 0.01), (0.9, 0.045)]]
+    found = made({"lora": lora, "few": few})
+    row = equal_learning(found, "q kl", "t nll")[1].rows[1]
+    assert (row.reached, row.seeds, row.lora) == (2, 3, Estimate(pytest.approx(0.055), pytest.approx(0.005)))
+    assert row.value.value - row.lora.value == pytest.approx(row.difference.value)
+    said = "q KL 0.040 ± 0.004 against 0.055 ± 0.005, 1.4 × less (2 of 3 seeds, adjusted p ="
+    assert said in grid_headline(found, {}) and "0.237" not in grid_headline(found, {})
+    cells = dict(grid_content(found, {})["tables"][1]["rows"])
+    assert cells["few"].startswith("0.040 ± 0.004 (2 of 3 seeds, LoRA 0.055 ± 0.005 there), adjusted p =")
+    assert cells["LoRA"] == "0.237 ± 0.182"
+
+
+def test_a_method_of_fewer_seeds_is_not_called_the_best_for_that():
+    """Of a seed in which LoRA forgot much a method's mean is higher, however much less it forgot than LoRA."""
+    lora = [[(1.0, 0.100)], [(1.0, 0.101)], [(1.0, 0.102)]]
+    whole = [[(1.0, 0.050)], [(1.0, 0.0511)], [(1.0, 0.0519)]]
+    few = [[(1.0, 0.040)], [(1.0, 0.0412)], [(1.5, 0.02)]]
+    said = grid_headline(made({"lora": lora, "few": few, "whole": whole}), {})
+    assert "whole forgot less than LoRA: q KL 0.051 ± 0.001 against 0.101 ± 0.001" in said
+    assert "less (adjusted p" in said and "So did few." in said
+
+
 def test_forgetting_of_an_accuracy_is_in_points():
     accuracy = {"unit": "fraction", "higher_is_better": True}
     paths = {"lora": [[(1.0, 0.30)], [(1.0, 0.31)]], "mine": [[(1.0, 0.48)], [(1.0, 0.485)]]}

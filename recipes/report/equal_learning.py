@@ -85,7 +85,8 @@ class Interpolated:
 class MethodAtLevel:
     """A frontier's forgetting at a given learning: `value` over the seeds that reach it, `reached` of the grid's `seeds` do.
 
-    `difference` is that from LoRA, over the seeds that both reach; `p` its p-value, adjusted over the table by Holm.
+    If LoRA reaches it with some of them, the others are left out, and `lora` is LoRA's value over the same seeds,
+    `difference` the difference of the two, and `p` its p-value, adjusted over the table by Holm.
     `beyond_first_run` is whether there is no value because the first run learned more already.
     """
 
@@ -93,6 +94,7 @@ class MethodAtLevel:
     value: Estimate | None
     reached: int
     seeds: int
+    lora: Estimate | None = None
     difference: Estimate | None = None
     p: float | None = None
     beyond_first_run: bool = False
@@ -305,10 +307,11 @@ def _compare_at(
         for f in every
     }
     theirs = read[lora.name]
+    both = {f.name: {seed: r for seed, r in read[f.name].items() if seed in theirs} for f in every}
     gaps: dict[str, Spread] = {}
     together: dict[frozenset[int], list[str]] = {}  # by the seeds that a method shares with LoRA
     for f in every:
-        shared = {seed: r - theirs[seed] for seed, r in read[f.name].items() if seed in theirs}
+        shared = {seed: r - theirs[seed] for seed, r in both[f.name].items()}
         if shared and f is not lora:
             gaps[f.name] = spread_of(shared)
             if len(shared) > 1 or len(lora.points) == 1:  # one of several seeds says nothing of how seeds differ
@@ -316,14 +319,13 @@ def _compare_at(
     tested = {name: told for names in together.values() for name, told in _tested(gaps, names)}
     rows = []
     for f in every:
-        ours, (stderr, p) = read[f.name], tested.get(f.name, (None, None))
-        spread = spread_of(ours) if ours else None
-        value = spread and Estimate(float(spread.mean), float(spread.stderr) or None)
+        ours, (stderr, p) = both[f.name] or read[f.name], tested.get(f.name, (None, None))
+        value, of_lora = _mean_of(ours), _mean_of({seed: theirs[seed] for seed in both[f.name]})
         gap = Estimate(float(gaps[f.name].mean), stderr) if f.name in gaps else None
         beyond = value is None and any(
             x >= levels[seed][0] for seed, path in f.points.items() if seed in levels for x, _ in path
         )
-        rows.append(MethodAtLevel(f.name, value, len(ours), seeds, gap, p, beyond))
+        rows.append(MethodAtLevel(f.name, value, len(ours), seeds, of_lora, gap, p, beyond))
     return rows
 
 
@@ -331,6 +333,11 @@ def _tested(gaps: Mapping[str, Spread], names: Sequence[str]) -> Iterator[tuple[
     """Yield for methods of the same seeds, which are tested together, (error of their difference from LoRA, p)."""
     difference = t_tests(stack([gaps[name] for name in names]), len(names) + 1)
     yield from ((n, (_known(e), _known(p))) for n, e, p in zip(names, difference.stderr, difference.p))
+
+
+def _mean_of(readings: Mapping[int, Interpolated]) -> Estimate | None:
+    spread = spread_of(readings) if readings else None
+    return spread and Estimate(float(spread.mean), float(spread.stderr) or None)
 
 
 def spread_of(readings: Mapping[int, Interpolated]) -> Spread:

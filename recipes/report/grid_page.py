@@ -62,19 +62,23 @@ def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, uni
     others = [row for row in rows if row is not lora]
     less, more, same = ([row for row in others if row.p is not None and row.sign == sense] for sense in (-1, 1, 0))
     untested = [row for row in others if row.p is None]
+    some = _some_seeds(lora)
+    of_lora = f"{title} {_forgotten(lora.value, unit)}{some and f' ({some})'}"
     if rows == [lora]:
-        said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method can be read there."
+        said = f"LoRA forgot {of_lora}; no other method can be read there."
     elif untested == others:
-        said = f"LoRA forgot {title} {_forgotten(lora.value, unit)}; no other method could be compared with it."
+        said = f"LoRA forgot {of_lora}; no other method could be compared with it."
     elif not less:
-        said = f"no method forgot distinguishably less than LoRA ({title} {_forgotten(lora.value, unit)})."
+        said = f"no method forgot distinguishably less than LoRA: {of_lora}."
     else:
-        best = less[0]
-        ratio = lora.value.value / best.value.value if best.value.value > 0 else math.nan
+        # Values over other seeds are of other levels: first who is read with the most seeds, then who differs most.
+        best, *rest = sorted(less, key=lambda row: (-row.reached, row.difference.value))
+        ratio = best.lora.value / best.value.value if best.value.value > 0 else math.nan
         share = f", {times(ratio)} less" if ratio >= 1.1 else ""
-        values = f"{_forgotten(best.value, unit)} against {_forgotten(lora.value, unit)}"
-        said = f"{best.label} forgot less than LoRA: {title} {values}{share} ({p_text(best.p)})."
-        said += f" So did {listed([row.label for row in less[1:]])}." if less[1:] else ""
+        values = f"{_forgotten(best.value, unit)} against {_forgotten(best.lora, unit)}"
+        tested = ", ".join(filter(None, [_some_seeds(best), p_text(best.p)]))
+        said = f"{best.label} forgot less than LoRA: {title} {values}{share} ({tested})."
+        said += f" So did {listed([row.label for row in rest])}." if rest else ""
     if more:
         said += f" {listed([row.label for row in more])} forgot more than LoRA."
     if same:
@@ -123,11 +127,12 @@ def _equal_tables(
     for targets in zip(*each):
         where = ", ".join(filter(None, ["LoRA", targets[0].where]))
         methods = list(zip(*(target.rows for target in targets)))
+        of_lora = next(rows for rows in methods if rows[0].name == "lora")
         tables.append(
             {
                 "title": f"{metric_title(task)} {level_text(results, task, targets[0])} ({where})",
                 "columns": [metric_title(name) for name in kept],
-                "rows": [[m[0].label, *map(_equal_text, m, units)] for m in methods if m[0].value],
+                "rows": [[m[0].label, *map(_equal_text, m, units, of_lora)] for m in methods if m[0].value],
                 "note": " ".join(_not_read(targets[0])),
             }
         )
@@ -163,9 +168,16 @@ def _safe_table(results: Results, kept: str, task: str) -> list[dict[str, object
     return [{"title": "Safe learning rates", "columns": columns, "rows": rows, "note": note}]
 
 
-def _equal_text(row: MethodAtLevel, unit: str | None) -> str:
+def _some_seeds(row: MethodAtLevel) -> str:
+    """How many seeds a row's values are of, where these are not all of the grid's."""
+    return f"{row.reached} of {row.seeds} seeds" if row.reached < row.seeds else ""
+
+
+def _equal_text(row: MethodAtLevel, unit: str | None, lora: MethodAtLevel) -> str:
+    """A cell; over fewer seeds than LoRA's own cell, with LoRA's value over the same."""
     if row.value is None:
         return "–"
-    some = f" ({row.reached} of {row.seeds} seeds)" if row.reached < row.seeds else ""
+    of_lora = f"LoRA {_forgotten(row.lora, unit)} there" if row.lora and row.lora != lora.value else ""
+    some = ", ".join(filter(None, [_some_seeds(row), of_lora]))
     test = f", {p_text(row.p)}" if row.p is not None else ""
-    return f"{_forgotten(row.value, unit)}{some}{test}"
+    return f"{_forgotten(row.value, unit)}{some and f' ({some})'}{test}"
