@@ -92,7 +92,9 @@ def averaged(results: Results, role: Role) -> list[str]:
 
 
 def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
-    """Compare every two rows of equal settings, and each with the base, on every metric.
+    """Compare every two rows of equal settings and seeds, and each with the base, on every metric.
+
+    Rows of other seeds, as an unfinished grid has them, are not compared: the test would be of other means than the rows'.
 
     `p` belongs to one test alone, `p_adjusted` to it among all that are returned (Holm). A metric is compared only
     where its value is the mean of its samples, so that value, error and test are of one quantity. Differences from the base
@@ -101,9 +103,13 @@ def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
     groups: dict[tuple, list[tuple[Paired, Spread]]] = {}
     for name, names in compared_means(results).items():
         for i, j in itertools.combinations(range(len(results.rows)), 2):
-            alike = i == 0 or results.rows[i].variant == results.rows[j].variant
+            own = [(results.rows[k].variant, evaluations.get(k, {}).keys()) for k in (i, j)]
             seeds = [seed for seed in evaluations.get(j, {}) if seed in evaluations.get(i, {})]
-            if alike and seeds and (pair := _pair(results, evaluations, name, names, i, j, seeds)):
+            if (
+                (i == 0 or own[0] == own[1])
+                and seeds
+                and (pair := _pair(results, evaluations, name, names, i, j, seeds))
+            ):
                 groups.setdefault((name, i == 0, results.rows[j].variant, frozenset(seeds)), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])

@@ -567,6 +567,16 @@ def test_nothing_is_read_between_a_run_that_is_the_base_again_and_the_first_of_w
     assert mine.value is None and mine.beyond_first_run
 
 
+def test_a_seed_that_lora_alone_lacks_is_no_test_either():
+    learned = {m: np.array(ends)[:, None] + np.linspace(-0.1, 0.1, 9) for m, ends in
+               (("lora", (1.4, 1.0)), ("mine", (1.5, 0.9)))}  # fmt: skip
+    kept = {m: np.outer(ends, np.linspace(0.9, 1.1, 8)) for m, ends in (("lora", (0.1, 0.4)), ("mine", (0.01, 0.04)))}
+    results, found = with_answers(learned, kept)
+    assert equal_learning(results, "q kl", "t nll", found)[-1].rows[1].p < 0.001
+    results.grid.cells += [run.model_copy(update={"seed": 1}) for run in results.grid.cells if run.method == "mine"]
+    assert equal_learning(results, "q kl", "t nll", found)[-1].rows[1].p is None
+
+
 def test_the_error_of_a_mean_over_seeds_has_that_of_the_questions():
     rows = [
         Row(method="lora", metrics={"MT-Bench": Metric(value, 0.25, 8, True, "task", "points")})

@@ -314,7 +314,8 @@ def _compare_at(
         shared = {seed: r - theirs[seed] for seed, r in both[f.name].items()}
         if shared and f is not lora:
             gaps[f.name] = spread_of(shared)
-            if len(shared) > 1 or len(lora.points) == 1:  # one of several seeds says nothing of how seeds differ
+            of_one_seed = len(lora.points) == len(f.points) == 1
+            if len(shared) > 1 or of_one_seed:  # one of several seeds says nothing of how seeds differ
                 together.setdefault(frozenset(shared), []).append(f.name)
     tested = {name: told for names in together.values() for name, told in _tested(gaps, names)}
     rows = []

@@ -240,9 +240,9 @@ def _verdict(
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"
     if measure.untested(ranked):
-        sentence = (
-            f"The methods' {noun} was not compared question by question, so no method is called best: {extremes}."
-        )
+        seeds = " over the same seeds" * (len({results.rows[i].runs for i in ranked}) > 1)
+        not_compared = f"The methods' {noun} was not compared question by question{seeds}"
+        sentence = f"{not_compared}, so no method is called best: {extremes}."
         return Verdict(title, [], f"Not compared. {extremes}", sentence, unmeasured)
     ties = [i for i in rest if not measure.beats(best, i)]
     if len(ties) == len(rest):

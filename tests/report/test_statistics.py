@@ -25,8 +25,10 @@ from lora_null.eval_harness.statistics import (
     weighted_mean,
 )
 from lora_null.recipes.comparisons import compare, read_evaluations
-from lora_null.recipes.report.table import rank_marks
-from lora_null.recipes.results import parse_results
+from lora_null.recipes.grid import mean_row
+from lora_null.recipes.report.headline import headline
+from lora_null.recipes.report.table import build_table, rank_marks
+from lora_null.recipes.results import Grid, Results, Row, parse_results
 
 TABLES = 20_000
 SEED_EFFECT = 0.1  # the errors over 128 questions are about 0.05
@@ -326,24 +328,46 @@ def test_a_base_does_not_make_equal_methods_look_apart():
     assert len(alone) == 6 and len(beside) == 10
 
 
-def test_methods_of_other_seeds_are_not_tested_together():
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=(3, 3, 40)) + generator.normal(size=(3, 3, 1))  # [methods, seeds, questions]
-    seeds = ([0, 1, 2], [0, 1], [1, 2])  # that each method has, of an unfinished grid
+def of_seeds(values, seeds):
+    """An unfinished grid of one setting: results and evaluations of m0, m1, … by the seeds that each has."""
 
     def one(x):
         return Evaluation({"NLL": Metric(float(x.mean()), 0.1, 40, False, "task", "nats")}, {}, 0.0, {"NLL": list(x)})
 
     found = {i + 1: {seed: one(values[i, seed]) for seed in own} for i, own in enumerate(seeds)}
     rows = [
-        {"method": "base"},
-        *({"method": f"m{i}", "metrics": {"NLL": found[i + 1][1].metrics["NLL"].to_dict()}} for i in range(3)),
+        mean_row([Row(method=f"m{i - 1}", metrics=evaluation.metrics) for evaluation in by_seed.values()], None)
+        for i, by_seed in found.items()
     ]
-    results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
-    for pair in compare(results, found):
-        shared = sorted(set(seeds[pair.row - 1]) & set(seeds[pair.against - 1]))
-        alone = difference(values[pair.row - 1][shared], values[pair.against - 1][shared])
-        assert (pair.seeds, pair.p) == (len(shared), pytest.approx(float(alone.p)))
+    grid = Grid(seeds=[0, 1, 2], planned=3 * len(rows), cells=[])
+    results = Results(recipe="r", model="m", rows=[Row(method="base"), *rows], grid=grid)
+    results.paired = compare(results, found)
+    return results
+
+
+def test_methods_of_other_seeds_are_not_compared():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(5, 3, 40)) + generator.normal(size=(5, 3, 1))  # [methods, seeds, questions]
+    seeds = ([0, 1, 2], [0, 1], [0, 1, 2], [1, 2], [0, 1])
+    pairs = of_seeds(values, seeds).paired
+    assert [(pair.row, pair.against) for pair in pairs] == [(3, 1), (5, 2)]
+    for pair in pairs:
+        own = seeds[pair.row - 1]
+        alone = difference(values[pair.row - 1][own], values[pair.against - 1][own])
+        assert (pair.seeds, pair.p) == (len(own), pytest.approx(float(alone.p)))
+
+
+def test_the_worse_of_two_values_is_not_marked_best_by_a_seed_in_which_it_is_the_better_one():
+    values = np.array([[0.10, 0.02, 0.02], [0.05, 0.0, 0.0]])[:, :, None] + 1e-3 * np.sin(np.arange(80)).reshape(
+        2, 1, 40
+    )
+    results = of_seeds(values, ([0, 1, 2], [0]))
+    (column,) = [column for column in build_table(results).columns if column.title == "NLL"]
+    assert [cell.mark for cell in column.cells] == [None] * 3
+    said = "learning was not compared question by question over the same seeds, so no method is called best: NLL from 0.04"
+    assert said in headline(results)
+    whole = of_seeds(values, ([0, 1, 2], [0, 1, 2]))
+    assert "compared question by question" not in headline(whole)
 
 
 if __name__ == "__main__":
