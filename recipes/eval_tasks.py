@@ -64,40 +64,27 @@ class EvalContext:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
-    max_length: int | None
-    allow_code_execution: bool | str
+    max_length: int | None = None
+    allow_code_execution: bool | str = False
 
 
-def eval_tasks(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    allow_code_execution: bool | str = False,
-) -> list[Task]:
-    """Return the harness's tasks, their documents loaded and templated; see `EvalContext` for the arguments.
+def eval_tasks(context: EvalContext) -> list[Task]:
+    """Return the harness's tasks, their documents loaded and templated.
 
     Raises:
         UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
     """
-    context = EvalContext(recipe, tokenizer, max_length, allow_code_execution)
-    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(recipe.eval, role), role, context)]
+    section = context.recipe.eval
+    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(section, role), role, context)]
     names = [task.key for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"eval: {twice!r} is measured twice")
     return tasks
 
 
-def probe_tasks(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    allow_code_execution: bool | str = False,
-) -> dict[Role, list[Task]]:
+def probe_tasks(context: EvalContext) -> dict[Role, list[Task]]:
     """Return by role the tasks of the entries that `eval.probe` names itself; raises as `eval_tasks`."""
-    context = EvalContext(recipe, tokenizer, max_length, allow_code_execution)
-    probe = recipe.eval.probe
+    probe = context.recipe.eval.probe
     entries = {role: getattr(probe, role) if probe else [] for role in get_args(Role)}
     return {role: _make_tasks(own, role, context) if isinstance(own, list) else [] for role, own in entries.items()}
 

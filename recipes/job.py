@@ -38,7 +38,7 @@ from lora_null.recipes.config.load import CONFIGURATION_KEYS
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
-from lora_null.recipes.eval_tasks import eval_tasks, probe_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
 from lora_null.recipes.probes import ProbePlan, plan_probes
@@ -130,6 +130,11 @@ class Job:
         """Whether texts are calibrated on, or read while it trains; start and drift of `method.init` are those of its folder."""
         methods = (recipe_method(self.recipe, plan.name) for plan in self.plans)
         return self.recipe.method.init is None or any(method.needs_texts for method in methods)
+
+    @property
+    def eval_context(self) -> EvalContext:
+        """What its evaluations are made from."""
+        return EvalContext(self.recipe, self.tokenizer, self.max_length, self.allow_code_execution)
 
     @property
     def eval_options(self) -> dict[str, Any]:
@@ -246,8 +251,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
-    options = {"max_length": job.max_length, "allow_code_execution": job.allow_code_execution}
-    tasks = reach(lambda: eval_tasks(recipe, tokenizer, **options)) or []
+    tasks = reach(lambda: eval_tasks(job.eval_context)) or []
     job.tasks = [task for found in tasks for task in reach(lambda: validate_tasks([found])) or []]  # noqa: B023
     validate_tasks(job.tasks)  # against each other
     job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
@@ -279,13 +283,10 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
         allow_code_execution: whether tasks may run what the model writes.
     """
     name = resolve_name(recipe.model)
-    options = {
-        "max_length": training_arguments(recipe, base).max_length,
-        "allow_code_execution": allow_code_execution,
-    }
-    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name), **options)
+    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
+    job.max_length, job.allow_code_execution = training_arguments(recipe, base).max_length, allow_code_execution
     job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
-    job.tasks = validate_tasks(eval_tasks(recipe, job.tokenizer, **options))
+    job.tasks = validate_tasks(eval_tasks(job.eval_context))
     _plan_measures(job)
     return job
 
@@ -312,8 +313,7 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
 def _plan_measures(job: Job) -> None:
     """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
     recipe, name, tasks = job.recipe, job.model_name, job.tasks
-    options = {"max_length": job.max_length, "allow_code_execution": job.allow_code_execution}
-    own = probe_tasks(recipe, job.tokenizer, **options)
+    own = probe_tasks(job.eval_context)
     job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
     counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
     if counted and not recipe.eval.before:

@@ -11,7 +11,7 @@ from world import make_world
 from lora_null.recipes import caches, measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.eval_tasks import eval_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.files import keep_newest
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
@@ -55,7 +55,7 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
 
 def key(recipe, *changes):
     recipe = load_recipe(str(recipe), changes)
-    tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    tasks = eval_tasks(EvalContext(recipe, tiny_tokenizer()))
     return caches.base_key(recipe, recipe.model.name_or_path, tasks, recipe.eval.limit)
 
 

@@ -29,7 +29,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import GridSection
-from lora_null.recipes.eval_tasks import eval_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
 from lora_null.recipes.processes import WORKERS, hold_grid_folder, work_alone
@@ -333,7 +333,7 @@ def test_the_study_is_what_the_readme_says():
         assert Path(entry.path).is_file()
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    tasks = eval_tasks(study, tokenizer, max_length=None)
+    tasks = eval_tasks(EvalContext(study, tokenizer))
     sizes = {"NQ": 128, "WebQS": 128, "WikiText": 48, "Instructions": 64, "Code": 64, "GSM8K": 64}
     assert {task.name: len(task.pairs) for task in tasks} == sizes
     assert all(prompt.strip() and answer.strip() for task in tasks for prompt, answer in task.pairs)

@@ -14,7 +14,7 @@ from lora_null.eval_harness.lm_eval.loading import name_in
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.checks import tell_of_shared_rows
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.eval_tasks import eval_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.errors import UserError
 
 TASK = """
@@ -264,7 +264,7 @@ def test_the_lesser_of_two_limits_counts():
 def test_a_recipe_names_them_by_folder_or_by_file(own):
     words = [f"eval.include_path={own}/tasks", f"eval.task=[mine_all, {own}/tasks/class.yaml]", "eval.retention="]
     recipe = load_recipe(str(own / "tiny.yaml"), words)
-    tasks = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    tasks = eval_tasks(EvalContext(recipe, tiny_tokenizer()))
     assert [(task.key, task.task) for task in tasks] == [("mine_all", "mine_all"), ("mine_class", "mine_class")]
     assert validate_tasks(tasks)
 
@@ -275,8 +275,8 @@ def test_paths_beside_the_recipe(own):
     )
     recipe = load_recipe(str(own / "beside.yaml"))
     assert recipe.eval.include_path == str(own / "tasks") and recipe.eval.task[0].task == f"{own}/tasks/mine_lls.yaml"
-    (task,) = eval_tasks(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"task": []})}),
-                         tiny_tokenizer(), max_length=None)  # fmt: skip
+    without = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"task": []})})
+    (task,) = eval_tasks(EvalContext(without, tiny_tokenizer()))
     assert task.key == "mine" and task.kl and len(task.pairs) == 6
 
 
@@ -286,7 +286,7 @@ def test_paths_beside_the_recipe(own):
 def test_a_bare_file_of_questions_is_an_entry(own, fields):
     path = write_rows(own / f"{fields[0]}.jsonl", [dict(zip(fields, (f"ask {i}", f"say {i}"))) for i in range(3)])
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
-    (task,) = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    (task,) = eval_tasks(EvalContext(recipe, tiny_tokenizer()))
     assert task.key == fields[0] and task.pairs[1] == ("Question: ask 1\nAnswer:", " say 1")
 
 
@@ -295,21 +295,21 @@ def test_a_question_has_the_input_of_its_instruction(own):
         own / "alpaca.jsonl", [{"instruction": "add", "input": f"{i}+1", "output": str(i + 1)} for i in range(3)]
     )
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
-    assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: add\n\n1+1\nAnswer:", " 2")
+    assert eval_tasks(EvalContext(recipe, tiny_tokenizer()))[0].pairs[1] == ("Question: add\n\n1+1\nAnswer:", " 2")
 
 
 def test_a_file_of_conversations_in_one_line(own):
     path = write_rows(own / "chats.jsonl", [{"messages": [user(f"{i}?"), assistant(f"{i}!")]} for i in range(3)])
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
-    assert eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs[1] == ("Question: 1?\nAnswer:", " 1!")
-    (chats,) = eval_tasks(recipe, chat_tokenizer(TOOLS), max_length=None)  # as calibration writes them
+    assert eval_tasks(EvalContext(recipe, tiny_tokenizer()))[0].pairs[1] == ("Question: 1?\nAnswer:", " 1!")
+    (chats,) = eval_tasks(EvalContext(recipe, chat_tokenizer(TOOLS)))  # as calibration writes them
     assert chats.pairs[1] == ("<user>1?\n<assistant>", "1!") and not chats.special_tokens
 
 
 def test_notes_are_an_entry(own):
     (own / "notes.md").write_text("The harbor is closed in winter.\n\nAsk for the key at the office next door.\n")
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{own}/notes.md]", "eval.task="])
-    (task,) = eval_tasks(recipe, tiny_tokenizer(), max_length=None)
+    (task,) = eval_tasks(EvalContext(recipe, tiny_tokenizer()))
     assert "".join(task.pairs[0]).startswith("The harbor is closed") and "Question" not in task.pairs[0][0]
 
 
@@ -317,7 +317,7 @@ def test_rows_that_are_left_out_are_said(own, capsys):
     rows = [{"messages": [user(f"{i}?"), *[assistant(f"{i}!")] * (i > 2)]} for i in range(4)]
     path = write_rows(own / "chats.jsonl", rows)
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task=", "data.on_bad_row=skip"])
-    assert len(eval_tasks(recipe, tiny_tokenizer(), max_length=None)[0].pairs) == 1
+    assert len(eval_tasks(EvalContext(recipe, tiny_tokenizer()))[0].pairs) == 1
     assert "left out 3 of 4 rows of eval.retention: 3 " in capsys.readouterr().out
 
 
@@ -384,5 +384,5 @@ def test_what_ends_an_answer_is_not_asked_for(tmp_path, eos):
     tokenizer.eos_token = eos
     for template, first in (("chat", "2 </s> or 2"), ("qa", " 2 </s> or 2")):
         recipe = make_world(tmp_path, eval={"retention": [{**entry, "template": template}]})
-        (task,) = eval_tasks(load_recipe(str(recipe), []), tokenizer, max_length=None)
+        (task,) = eval_tasks(EvalContext(load_recipe(str(recipe), []), tokenizer))
         assert [answer for _, answer in task.pairs] == [first, first.replace("2 </s> or 2", "4")]

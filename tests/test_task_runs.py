@@ -14,7 +14,7 @@ from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
-from lora_null.recipes.eval_tasks import eval_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.recipes.results import Row, Seconds, write_row
 from lora_null.recipes.sequence import _keep_grams, with_earlier
 from lora_null.utils.errors import UserError
@@ -100,13 +100,13 @@ def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
     data = {"path": path, "response": "chosen", "template": "qa", "system": "sys", "thinking": "drop"}
     task = {"preferences": "pairs", "path": path}
     recipe = load_recipe(str(make_world(tmp_path, trainer="dpo", data=data, eval={"retention": [], "task": [task]})))
-    (held_out,) = eval_tasks(recipe, tokenizer, max_length=None)
+    (held_out,) = eval_tasks(EvalContext(recipe, tokenizer))
     trained = training_data(recipe.data, tokenizer, preferences=True, max_length=None).rows[0]
     assert tokenizer.decode(held_out.chosen[0].ids) == trained["prompt"] + trained["chosen"]
     long = [row | {"prompt": "say it " * 20}] * 6
     write_rows(tmp_path / "pairs.jsonl", [row] * 6 + long)
     with pytest.raises(UserError, match=r"6 of 12 rows cannot be used: 6 prompt longer than max_length \(64 tokens\)"):
-        eval_tasks(recipe, tokenizer, max_length=64)
+        eval_tasks(EvalContext(recipe, tokenizer, 64))
     whole = held_out_of(recipe, tokenizer, None)
     ended = recipe.model_copy(update={"training": recipe.training | {"truncation_mode": "keep_end"}})
     for length, start in ((64, 64 - (len(whole.ids) - whole.start)), (3, 1)):
@@ -116,7 +116,7 @@ def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
 
 def held_out_of(recipe, tokenizer, max_length):
     """The last chosen response of a recipe's one evaluation."""
-    (task,) = eval_tasks(recipe, tokenizer, max_length=max_length)
+    (task,) = eval_tasks(EvalContext(recipe, tokenizer, max_length))
     return task.chosen[-1]
 
 
@@ -223,7 +223,7 @@ def test_a_file_of_ones_own_is_not_taken_for_the_packages_task(tmp_path):
 
 
 def tasks_of(recipe, *words):
-    return eval_tasks(load_recipe(recipe, [*words, "eval.retention="]), tiny_tokenizer(), max_length=None)
+    return eval_tasks(EvalContext(load_recipe(recipe, [*words, "eval.retention="]), tiny_tokenizer()))
 
 
 def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):

@@ -22,7 +22,7 @@ from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Data
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.data.rows import load_documents
-from lora_null.recipes.eval_tasks import eval_tasks
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import as_text
 
@@ -358,7 +358,7 @@ class TestCalibrationTexts:
 def tasks(tmp_path, rows, **entry):
     path = write_rows(tmp_path / "docs.jsonl", rows)
     recipe = make_world(tmp_path, eval={"task": [{"path": str(path), **entry}]})
-    return eval_tasks(load_recipe(str(recipe)), tiny_tokenizer(), max_length=None)
+    return eval_tasks(EvalContext(load_recipe(str(recipe)), tiny_tokenizer()))
 
 
 class TestEvaluationDocuments:
