@@ -72,14 +72,10 @@ def eval_tasks(context: EvalContext) -> list[Task]:
     """Return the harness's tasks, their documents loaded and templated.
 
     Raises:
-        UserError: unreadable data, a missing field, a name used twice, or a template that a task is not asked in.
+        UserError: unreadable data, a missing field, or a template that a task is not asked in.
     """
     section = context.recipe.eval
-    tasks = [task for role in get_args(Role) for task in _make_tasks(getattr(section, role), role, context)]
-    names = [task.key for task in tasks]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"eval: {twice!r} is measured twice")
-    return tasks
+    return [task for role in get_args(Role) for task in _make_tasks(getattr(section, role), role, context)]
 
 
 def probe_tasks(context: EvalContext) -> dict[Role, list[Task]]:

@@ -363,7 +363,7 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
         (lambda a, b: b | {"model": b["model"] | {"dtype": "bfloat16"}}, "letters changes model"),
         (lambda a, b: b | {"method": b["method"] | {"rank": 2}}, "letters changes method"),
         (lambda a, b: b | {"eval": b["eval"] | {"task": []}}, "letters has no eval.task"),
-        (lambda a, b: b | {"eval": b["eval"] | {"task": a["eval"]["task"]}}, "'numbers' is measured twice"),
+        (lambda a, b: b | {"eval": b["eval"] | {"task": a["eval"]["task"]}}, "'numbers' is listed twice"),
         (
             lambda a, b: (
                 b
