@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
@@ -285,7 +284,6 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
     name = resolve_name(recipe.model)
     job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
     job.max_length, job.allow_code_execution = training_arguments(recipe, base).max_length, allow_code_execution
-    job.data = TrainingData(datasets.Dataset.from_dict({}), [], [])
     job.tasks = validate_tasks(eval_tasks(job.eval_context))
     _plan_measures(job)
     return job
