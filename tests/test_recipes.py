@@ -38,12 +38,14 @@ def test_every_paper_recipe_is_shipped_and_every_model_has_a_preset():
     assert set(PAPER) | {"quickstart", "study", "sequence"} == set(shipped()) and set(presets()) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, "quickstart", "study"])
 def test_recipes_inherit_one_default_and_copy_nothing(name):
     own, default = read_yaml(shipped()[name]), load_recipe(name)
     assert own["include"] in ("default", "ultrafeedback", "code")
-    assert [entry.task for entry in default.eval.retention] == ["triviaqa", "nq_open", "webqs"]
-    assert default.calibration.samples == 256 and default.training["warmup_steps"] == 0.03
+    assert default.training["warmup_steps"] == 0.03
+    if name in PAPER:
+        assert [entry.task for entry in default.eval.retention] == ["triviaqa", "nq_open", "webqs"]
+        assert default.calibration.samples == 256
     inherited = read_yaml(shipped()[name].parent / "presets" / "default.yaml")
     for key, value in own.items():
         if isinstance(value, dict) and own["include"] == "default":
