@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_null.eval_harness.evaluation import assert_logits_differ, evaluate, logits_differ, validate_tasks
+    from lora_null.eval_harness.evaluation import evaluate, logits_differ, validate_tasks
     from lora_null.eval_harness.forgetting import ForgettingTask
     from lora_null.eval_harness.likelihood import AnswerTask, TokenizedPair
     from lora_null.eval_harness.lm_eval.task import LmEvalTask
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
 
 _HOME = {
-    "evaluation": ("assert_logits_differ", "evaluate", "logits_differ", "validate_tasks"),
+    "evaluation": ("evaluate", "logits_differ", "validate_tasks"),
     "forgetting": ("ForgettingTask",), "likelihood": ("AnswerTask", "TokenizedPair"), "lm_eval.task": ("LmEvalTask",),
     "mt_bench.judge": ("Judge",), "mt_bench.task": ("MTBenchTask", "as_questions"),
     "preferences": ("PreferenceTask",), "probe": ("Probe", "few_rows"),
@@ -36,8 +36,8 @@ _HOME = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "TASK_FILES", "AnswerTask", "Evaluation", "ForgettingTask", "Judge", "LmEvalTask", "MTBenchTask", "Metric",
-    "PreferenceTask", "Probe", "Role", "RunOptions", "Task", "TaskResult", "TokenizedPair", "as_questions", "assert_logits_differ",
-    "evaluate", "few_rows", "logits_differ", "validate_tasks",
+    "PreferenceTask", "Probe", "Role", "RunOptions", "Task", "TaskResult", "TokenizedPair", "as_questions", "evaluate", "few_rows",
+    "logits_differ", "validate_tasks",
 ]  # fmt: skip
 
 

@@ -195,19 +195,6 @@ def _head_mean(found: TaskResult, name: str, n: int) -> np.ndarray:
     return weighted_mean(np.array(found.samples[name][:n]), weights and weights[:n])
 
 
-def assert_logits_differ(model: nn.Module, tokenizer: Any, text: str) -> None:
-    """Check that the active adapter changes the model's predictions on `text`; arguments as of `logits_differ`.
-
-    Raises:
-        RuntimeError: if the logits with and without the adapter are equal.
-        TypeError: if the model has no adapter to disable.
-    """
-    if not logits_differ(model, tokenizer, text):
-        raise RuntimeError(
-            "the adapter changes nothing: logits with and without it are equal; was it loaded and enabled?"
-        )
-
-
 def logits_differ(model: nn.Module, tokenizer: Any, text: str) -> bool:
     """Return whether the active adapter changes the model's predictions on `text`, so that a score is not the base's.
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from lora_null.eval_harness import AnswerTask, LmEvalTask, assert_logits_differ, evaluate
+from lora_null.eval_harness import AnswerTask, LmEvalTask, evaluate, logits_differ
 from lora_null.utils.model_state import own_precision, preserve
 
 
@@ -99,15 +99,14 @@ def test_a_text_longer_than_a_table_of_positions_is_looked_at_in_part(tokenizer)
     model = get_peft_model(
         base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     )
-    assert_logits_differ(model, tokenizer, "hello " * 500)
+    assert logits_differ(model, tokenizer, "hello " * 500)
 
 
 def test_an_adapter_that_changes_nothing_is_found(peft_model, model, tokenizer):
-    assert_logits_differ(peft_model, tokenizer, "hello")
+    assert logits_differ(peft_model, tokenizer, "hello")
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    with pytest.raises(RuntimeError, match="the adapter changes nothing"):
-        assert_logits_differ(peft_model, tokenizer, "hello")
+    assert not logits_differ(peft_model, tokenizer, "hello")
     with pytest.raises(TypeError, match="LlamaForCausalLM has no adapter"):
-        assert_logits_differ(model, tokenizer, "hello")
+        logits_differ(model, tokenizer, "hello")
