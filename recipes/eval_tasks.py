@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig
 
 from lora_null.eval_harness import AnswerTask, ForgettingTask, LmEvalTask, MTBenchTask, PreferenceTask, Task
 from lora_null.eval_harness.code.jails import UNSAFE
@@ -43,6 +44,7 @@ from lora_null.recipes.data.examples import (
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
+from lora_null.trainer.calibration_data import kept_part
 from lora_null.utils.errors import UserError
 
 # Keys that entries with rows share with `data`.
@@ -176,21 +178,20 @@ def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> P
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
-    kept_end = recipe.training.get("truncation_mode") == "keep_end"
-    chosen, rejected = ([_pair(tokens, max_length, kept_end) for tokens in side] for side in sides)
+    part = kept_part(max_length, at_end=recipe.training.get("truncation_mode") == "keep_end")
+    chosen, rejected = ([_pair(tokens, part) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
     leave_out(bad, len(kept) + len(bad), f"rows of {where}", recipe.data.on_bad_row, where=where)
-    beta = entry.beta or recipe.training.get("beta", 0.1)
+    beta = entry.beta or recipe.training.get("beta", DPOConfig.beta)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 
 
-def _pair(tokens: Tokenized, max_length: int | None, kept_end: bool) -> TokenizedPair | None:
-    """Return the prompt with its response, cut as training cuts it; None where nothing of the response is left."""
+def _pair(tokens: Tokenized, part: slice) -> TokenizedPair | None:
+    """Return the prompt with its response, the part that training keeps; None where nothing of the response is left."""
     start = next(i for i, label in enumerate(tokens.labels) if label != -100)
-    gone = max(0, len(tokens.ids) - max_length) if kept_end and max_length else 0
-    ids, start = tokens.ids[gone:][:max_length], max(1, start - gone)
+    ids, start = tokens.ids[part], max(1, start - range(len(tokens.ids))[part].start)
     return TokenizedPair(tuple(ids), start) if start < len(ids) else None
 
 

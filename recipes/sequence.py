@@ -53,7 +53,7 @@ from lora_null.recipes.results import (
 from lora_null.recipes.run import run_job
 from lora_null.recipes.trained import weights_in
 from lora_null.start import DEFAULTS
-from lora_null.trainer.calibration_data import padded_batches
+from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
@@ -187,9 +187,8 @@ def _uses_grams(recipe: Recipe, name: str) -> bool:
 
 def training_ids(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
-    examples, training = job.data.examples[: job.recipe.calibration.samples], job.recipe.training
-    length = training.get("max_length", 1024)  # None: whole rows
-    part = slice(-length, None) if length and training.get("truncation_mode") == "keep_end" else slice(length)
+    examples = job.data.examples[: job.recipe.calibration.samples]
+    part = kept_part(job.max_length, at_end=job.recipe.training.get("truncation_mode") == "keep_end")
     return [tokens.ids[part].tolist() for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
 
 

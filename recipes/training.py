@@ -113,7 +113,7 @@ def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> Non
     Raises:
         UserError: they cannot be shared out evenly, or the options say otherwise.
     """
-    each = options.get("per_device_train_batch_size", 8)
+    each = options.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
     if options.get("auto_find_batch_size"):
         raise UserError(
             "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "

@@ -137,6 +137,11 @@ def _packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, args: Cali
     return windows
 
 
+def kept_part(max_length: int | None, *, at_end: bool) -> slice:
+    """Return what TRL's truncation leaves of a row: the first `max_length` tokens, or (`keep_end`) the last; None for all."""
+    return slice(-max_length, None) if max_length and at_end else slice(max_length)
+
+
 def padded_batches(windows: Iterable[Sequence[int]], pad_token_id: int) -> list[dict[str, torch.Tensor]]:
     """Group windows of like length into right-padded batches of about 4096 tokens.
 

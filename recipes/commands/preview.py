@@ -14,6 +14,7 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
 from lora_null.recipes.models.bases import load_tokenizer, resolve_name
 from lora_null.recipes.training import cut_by_trainer, read_training_data, training_arguments
+from lora_null.trainer.calibration_data import kept_part
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
@@ -44,10 +45,10 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
 
 def _kept(training: SFTConfig | DPOConfig, length: int) -> range:
     """Return which tokens of a row the trainer takes."""
-    most, by_trainer = training.max_length, cut_by_trainer(training)
-    if most is None or (by_trainer and getattr(training, "packing", False)):  # then the rest goes on in another pack
+    by_trainer = cut_by_trainer(training)
+    if by_trainer and getattr(training, "packing", False):  # then the rest goes on in another pack
         return range(length)
-    return range(max(0, length - most), length) if by_trainer else range(min(most, length))
+    return range(length)[kept_part(training.max_length, at_end=by_trainer)]
 
 
 def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, kept: range, *, marked: bool) -> Text:

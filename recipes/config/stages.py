@@ -115,7 +115,9 @@ def _with_beta(entry: Any, training: dict[str, Any]) -> Any:
     """Return an entry of `eval`; rewards of preferences are multiplied by their own task's beta after other tasks too."""
     if not isinstance(entry, dict) or "preferences" not in entry or entry.get("beta") is not None:
         return entry
-    return entry | {"beta": training.get("beta", 0.1)}
+    from trl import DPOConfig  # which takes seconds, and hardly a recipe measures preferences
+
+    return entry | {"beta": training.get("beta", DPOConfig.beta)}
 
 
 def _check_overlay(task: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
-from lora_null.trainer.calibration_data import padded_batches
+from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.trainer.methods.base import check_count, check_option, method
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
@@ -113,19 +113,12 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
         if "input_ids" not in row:
-            found.append(_truncated(row.get("prompt_ids", []) + row["chosen_ids"], trainer))
+            part = kept_part(trainer.args.max_length, at_end=trainer.args.truncation_mode == "keep_end")
+            found.append((row.get("prompt_ids", []) + row["chosen_ids"])[part])
             continue
         ids = iter(row["input_ids"])
         found += [list(islice(ids, length)) for length in row.get("seq_lengths") or [len(row["input_ids"])]]
     return found[:rows]
-
-
-def _truncated(ids: list[int], trainer: Any) -> list[int]:
-    """Return what TRL's collator leaves of a preference row."""
-    most = getattr(trainer.args, "max_length", None)
-    if most is None:
-        return ids
-    return ids[-most:] if getattr(trainer.args, "truncation_mode", "") == "keep_end" else ids[:most]
 
 
 def _measured_twice(
