@@ -39,6 +39,7 @@ from lora_null.recipes.job import (
 from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
+from lora_null.recipes.report.table import time_text
 from lora_null.recipes.results import (
     RESULTS_FILE,
     Answers,
@@ -277,14 +278,9 @@ def _progress(done: Mapping[tuple[Cell, str], Row], cells: Sequence[Cell], cell:
     metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
     outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
     return (
-        f"[{len(done)}/{len(planned)}] {row.method}, {cell.title}: {outcome}; {_duration(spent)}, "
-        f"about {_duration(sum(waiting) / processes.workers())} left"
+        f"[{len(done)}/{len(planned)}] {row.method}, {cell.title}: {outcome}; {time_text(spent)}, "
+        f"about {time_text(sum(waiting) / processes.workers())} left"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 99.5 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 def collect(recipe: Recipe, cells: Sequence[Cell], model_name: str, base: Row) -> Results:

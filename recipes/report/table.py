@@ -263,15 +263,15 @@ def _percent(share: float | None) -> str:
 
 def _times(row: Row) -> str:
     phases = [row.seconds.init, row.seconds.train, row.seconds.eval]
-    return " / ".join(map(_time, phases)) if any(phase is not None for phase in phases) else MISSING
+    return " / ".join(map(time_text, phases)) if any(phase is not None for phase in phases) else MISSING
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
     """`seconds` in the unit that suits them, held together by a no-break space."""
     if seconds is None:
         return MISSING
     if seconds < 599.5:
-        return f"{seconds:.0f}\u00a0s" if seconds >= 9.95 else f"{seconds:.1f}\u00a0s"
+        return f"{seconds:.0f}\u00a0s" if seconds >= 9.95 or not seconds else f"{seconds:.1f}\u00a0s"
     return f"{seconds / 60:.0f}\u00a0min" if seconds < 5970 else f"{seconds / 3600:.1f}\u00a0h"
 
 
