@@ -313,7 +313,7 @@ MISTAKES = {
     "no file": (["--data", "nowhere.jsonl"], "--data: no file or folder nowhere.jsonl"),
     "no split to keep": (
         ["--data", "rows.jsonl", "--keep", "sets"],
-        "--keep: no 'train' in sets (choose from: dev, test); name one of its files",
+        "--keep: name one of its files; no 'train' in sets (choose from: dev, test)",
     ),
     "no keep": (["--data", "rows.jsonl", "--keep", "./nowhere"], "--keep: no file or folder ./nowhere"),
     "no model": (["--data", "rows.jsonl", "--model", "./nowhere"], "--model: no folder ./nowhere"),

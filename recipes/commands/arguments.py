@@ -26,6 +26,10 @@ KEYS_AS_OPTIONS = {
     "new": {
         "model.name_or_path": "--model",
         "; data.on_bad_row=skip leaves them out": "; mend them, or leave them out of the file",
+        **dict.fromkeys(("data.path=", "data.path"), "--data"),
+        "data.split": "--split",
+        **dict.fromkeys(("keep.path=", "keep.path", "calibration.sources.0.path", "calibration.sources.0"), "--keep"),
+        "keep.split: ": "--keep: name one of its files; ",
     },
     "init": {"model.name_or_path": "--model"},
     **{

@@ -258,13 +258,7 @@ def _machine() -> Machine:
 def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     """Read a data set, find its format, and decide how many of its rows are held out."""
     local = Path(path).exists()
-    try:
-        documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=MAX_ROWS_READ)
-    except UserError as error:  # which names what would be keys of a recipe
-        told = str(error).replace(f"{where}.path=", f"--{where}").replace(f"{where}.path", f"--{where}")
-        if where == "keep" and "keep.split" in told:
-            told = f"{told.replace('keep.split', '--keep')}; name one of its files"
-        raise UserError(told.replace("data.split", "--split")) from None
+    documents = load_documents(path, subset=None, split=split, where=where, keep_bad=True, limit=MAX_ROWS_READ)
     if not documents.rows:
         leave_out(documents.bad, len(documents.bad), "rows", where=where)
     form = detect_format(documents.rows, documents.columns, f"--{where}")
@@ -405,11 +399,7 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
     for source in section.sources:
         if source.path is not None:
             source.limit = min(source.limit or MAX_ROWS_READ, MAX_ROWS_READ)
-    try:
-        texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
-    except UserError as error:  # which names what would be a key of the recipe
-        told = str(error).replace("calibration.sources.0.path", "--keep")
-        raise UserError(told.replace("calibration.sources.0", "--keep")) from None
+    texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
     return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
 
 
