@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,8 @@ from lora_null.recipes.models.bases import attention, base_to_run, model_identit
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import is_first_process, on_first_rank
-from lora_null.utils.files import cache_root, hash_of, keep_newest, link, write_json
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import cache_root, hash_of, keep_newest, link, replacing_folder, write_json
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
 MAX_BASES, MAX_TEXTS = 16, 32  # the most entries that are kept; the longest unused goes first
@@ -80,15 +80,11 @@ def keep_base(key: str, source: Path, found: Evaluation) -> None:
     """Keep a run's base folder, unless grades are missing in it; what cannot be written is not kept."""
     if any(task.get("missing") for task in found.settings["tasks"].values()):
         return
-    try:
-        bases_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=bases_folder(), prefix=".new-") as scratch:
-            shutil.copytree(source, Path(scratch) / key, copy_function=link, ignore=shutil.ignore_patterns(".*"))
-            if not (bases_folder() / key).exists():
-                os.replace(Path(scratch) / key, bases_folder() / key)
+    with contextlib.suppress(OSError, UserError):  # a UserError where another process was first
+        with replacing_folder(bases_folder() / key) as made:
+            hidden = shutil.ignore_patterns(".*")
+            shutil.copytree(source, made, dirs_exist_ok=True, copy_function=link, ignore=hidden)
         keep_newest((path for path in bases_folder().iterdir() if path.name[0] != "."), MAX_BASES)
-    except OSError:
-        return
 
 
 def texts_writer(
