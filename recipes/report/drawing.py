@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -73,7 +72,6 @@ def new_figure(
 ) -> tuple[Figure, Any]:
     """Return an empty figure, in inches, and its axes: one, or an array."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, **shared)
     for axes in np.atleast_1d(panels).ravel():
         dress(axes, size)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
@@ -198,7 +197,6 @@ def dial_png(kept: Measure | None, learned: Measure | None, strengths: Sequence[
 def card_png(results: Results, headline: str) -> bytes:
     """What a link to the report shows elsewhere, 1200 × 630 pixels: the finding, and the picture where there is one."""
     figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
     drawn = _draw_card(figure, results)
     width, rows = (36, 14) if drawn else (76, 12)
     lines = textwrap.wrap(headline.replace(" ± ", "\u00a0±\u00a0"), width, break_on_hyphens=False)
