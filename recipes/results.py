@@ -236,6 +236,10 @@ class Paired(BaseModel):
         """Whether it may be claimed, among all comparisons of the table."""
         return self.p_adjusted is not None and self.p_adjusted < LEVEL
 
+    def favors(self, higher_is_better: bool) -> bool:
+        """Whether `row` may be called better than `against`."""
+        return self.significant and (self.mean > 0) == higher_is_better
+
 
 class Answered(BaseModel):
     """A question, its right answer, how far the methods' predictions on it moved in the mean, and every row's answer."""

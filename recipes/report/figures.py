@@ -109,19 +109,17 @@ def distances(results: Results) -> list[tuple[int, str]]:
     if reference not in points:
         return []
     return [
-        (i, f"{_along(learned, i, reference, 'learning', 'learned')}, {_moved(kept, points, i, reference)}")
-        for i in points
-        if i != reference
+        (i, f"{_along(learned, i, reference)}, {_moved(kept, points, i, reference)}") for i in points if i != reference
     ]
 
 
-def _along(measure: Measure, i: int, reference: int, noun: str, verb: str) -> str:
+def _along(measure: Measure, i: int, reference: int) -> str:
     gap = measure.gap(i, reference)
     if gap is None or measure.untested([i, reference]):
-        return f"{noun} not compared"
+        return "learning not compared"
     if not gap.significant:
-        return f"same {noun} within the error"
-    return f"{verb} {'more' if (gap.mean > 0) == measure.higher_is_better else 'less'}"
+        return "same learning within the error"
+    return "learned more" if gap.favors(measure.higher_is_better) else "learned less"
 
 
 def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, reference: int) -> str:
@@ -131,7 +129,7 @@ def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, 
         return f"{word}: not compared"
     if not gap.significant:
         return f"{word} the same within the error"
-    less = (gap.mean > 0) == measure.higher_is_better
+    less = gap.favors(measure.higher_is_better)
     if min(ours, theirs) <= measure.noise_floor:
         return f"{word} {'less' if less else 'more'}"
     return f"{word} {times(max(ours, theirs) / min(ours, theirs))} {'less' if less else 'more'}"

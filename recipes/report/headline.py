@@ -83,7 +83,7 @@ class Measure:
     def beats(self, i: int, j: int) -> bool:
         """Whether row i may be called better than row j."""
         gap = self.gap(i, j)
-        return gap is not None and gap.significant and (gap.mean > 0) == self.higher_is_better
+        return gap is not None and gap.favors(self.higher_is_better)
 
     def moved(self, i: int) -> bool:
         """Whether row i may be called different from the base; by twice the error where nothing was compared."""
@@ -268,7 +268,7 @@ def _verdict(
 def _not_above_base(measure: Measure, best: int) -> bool:
     """Whether even the best row is not better than the base; False where that was not compared."""
     gap = measure.gap(best, 0)
-    return gap is not None and (not gap.significant or (gap.mean > 0) != measure.higher_is_better)
+    return gap is not None and not gap.favors(measure.higher_is_better)
 
 
 def _times_less(measure: Measure, best: int, against: int) -> str:

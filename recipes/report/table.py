@@ -89,7 +89,7 @@ def build_table(results: Results) -> Table:
 def better(results: Results, i: int, j: int, name: str, higher_is_better: bool) -> bool:
     """Whether row `i` is better than row `j`: paired on the same questions, among all comparisons of the table."""
     gap = results.difference(i, j, name)
-    return gap is not None and gap.significant and (gap.mean > 0) == higher_is_better
+    return gap is not None and gap.favors(higher_is_better)
 
 
 def rank_marks(
