@@ -7,9 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from lora_null import __version__
 from lora_null.eval_harness.results import Metric
@@ -320,9 +320,6 @@ class Results(BaseModel):
         answers: some questions, answered by the base and every method.
     """
 
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
     recipe: str
     model: str
     seed: int | None = None
@@ -498,7 +495,7 @@ def load_results(path: str | Path) -> Results:
 
 def write_results(folder: Path, results: Results) -> None:
     """Write `results.json` into a run's folder."""
-    write_json(folder / RESULTS_FILE, {"schema": SCHEMA} | results.model_dump(by_alias=True, exclude_unset=True))
+    write_json(folder / RESULTS_FILE, {"schema": SCHEMA} | results.model_dump(exclude_unset=True))
 
 
 def read_row(folder: Path) -> Row | None:
