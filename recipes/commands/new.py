@@ -45,6 +45,7 @@ from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator, computes_bf16
 from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
+from lora_null.recipes.models.quantization import weight_bytes
 from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
 from lora_null.recipes.results import MIN_ROWS
@@ -194,10 +195,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     check_predicts_next_token(config, "error", "--model")
     tokenizer = load_tokenizer(model, name)
     empty = empty_model(config, model)
-    size = sum(p.numel() for p in empty.parameters())
-    model.dtype = (
-        "float32" if (machine.on_cpu or not computes_bf16()) and 4 * size < machine.memory / 3 else "bfloat16"
-    )
+    size = weight_bytes(empty, model)  # in float32
+    model.dtype = "float32" if (machine.on_cpu or not computes_bf16()) and size < machine.memory / 3 else "bfloat16"
     rows = _rows(arguments.data, arguments.split, "data", out)
     data, examples, bad = _data(rows, tokenizer)
     ends = (False, True) if rows.format.preferences else (False,)
@@ -230,7 +229,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         retention=retention,
         task=task,
     )
-    _fit(draft, config, machine, size)
+    _fit(draft, config, machine, size if model.dtype == "float32" else size // 2)
     count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
     draft.notes = {
         "data": f"{arguments.data}: {count} rows, {rows.format.name}",
@@ -456,7 +455,7 @@ def _also_learned(rows: Rows, entry: dict[str, Any]) -> str:
     return f"{count} of the {len(asked)} held-out prompts are also learned" if count else ""
 
 
-def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
+def _fit(draft: Draft, config: Any, machine: Machine, weights: int) -> None:
     """Choose batch, epochs and checkpointing so that a step fits the machine's memory, and note what they come to."""
     preferences = draft.rows.format.preferences
     count = draft.rows.learned or draft.rows.count
@@ -471,7 +470,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
     }
     recipe = parse_recipe(raw, draft.name)
     needed, batch, checkpointing = _fitting(
-        recipe, config, machine, size, draft.training["max_length"], min(total, 16)
+        recipe, config, machine, weights, draft.training["max_length"], min(total, 16)
     )
     draft.training |= {
         "learning_rate": 5e-6 if preferences else 3e-4,
@@ -494,12 +493,11 @@ def _fit(draft: Draft, config: Any, machine: Machine, size: int) -> None:
 
 
 def _fitting(
-    recipe: Recipe, config: Any, machine: Machine, size: int, length: int, most: int
+    recipe: Recipe, config: Any, machine: Machine, weights: int, length: int, most: int
 ) -> tuple[float, int, bool]:
     """Return the bytes that a step needs, its largest batch that fits, and whether with checkpointing; else the least."""
     plan = plan_methods(recipe, config)[0]
     tried = []
-    weights = size * (4 if recipe.model.dtype == "float32" else 2)
     for checkpointing, batch in itertools.product((False, True), (b for b in BATCHES if b <= most)):
         training = (DPOConfig if recipe.trainer == "dpo" else SFTConfig)(
             output_dir="unused", use_cpu=machine.on_cpu, bf16=False, per_device_train_batch_size=batch, max_length=length,

@@ -35,7 +35,7 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import smollm2
-from lora_null.recipes.models.quantization import loading_options
+from lora_null.recipes.models.quantization import loading_options, weight_bytes
 from lora_null.recipes.private_names import complete_at_load
 from lora_null.targets import check_unadapted
 from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, processes_here, shard_layers, together
@@ -214,7 +214,7 @@ def fits(config: Any, model: ModelSection) -> bool:
 
     That is the CPU's, where each is loaded, and the GPU's.
     """
-    size = sum(parameter.nbytes for parameter in empty_model(config, model).parameters())
+    size = weight_bytes(empty_model(config, model), model)
     if 2 * size * processes_here() >= psutil.virtual_memory().available:
         return False
     return PartialState().device.type != "cuda" or 2 * size < torch.cuda.mem_get_info()[0]

@@ -17,7 +17,6 @@ from lora_null.utils.errors import UserError
 
 MINIMUM = Version("0.50")  # the first with kernels for both forms on the CPU
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # bitsandbytes' blocks of weights, and of their scales under double quantization
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_stored(model: ModelSection, model_config: Any) -> None:
@@ -63,13 +62,12 @@ def loading_options(model: ModelSection, device: torch.device) -> dict[str, Any]
 
 def weight_bytes(empty: PreTrainedModel, model: ModelSection) -> int:
     """Return the bytes of a model's weights as they are stored, counted on its shape."""
-    size = DTYPE_BYTES[model.dtype]
-    total = size * sum(parameter.numel() for parameter in empty.parameters())
+    total = sum(parameter.nbytes for parameter in empty.parameters())
     if model.quantization is None:
         return total
     head = empty.get_output_embeddings()
     linears = [x for x in empty.modules() if isinstance(x, nn.Linear | Conv1D) and x is not head]
-    return total + sum(_stored_bytes(x.weight, model.quantization) - size * x.weight.numel() for x in linears)
+    return total + sum(_stored_bytes(x.weight, model.quantization) - x.weight.nbytes for x in linears)
 
 
 def _stored_bytes(weight: torch.Tensor, quantization: str) -> int:
