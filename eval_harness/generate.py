@@ -26,7 +26,7 @@ from transformers import (
 
 from lora_null.utils.distributed import device_of, get_logger, is_first_process, merge_shares, my_share
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import PositionLimit, end_ids, position_limit
+from lora_null.utils.limits import PositionLimit, end_ids, pad_left, position_limit
 from lora_null.utils.model_state import base_model_of
 
 logger = get_logger(__name__)
@@ -190,7 +190,7 @@ def generate_texts(
         bar = tqdm(total=len(share), desc=progress, disable=progress is None or not is_first_process())
         with bar, autocast:
             for indices in _batches(share, encoded, temperatures, batch_size):
-                ids, mask = _pad_left([encoded[i] for i in indices], pad, device_of(model))
+                ids, mask = pad_left([encoded[i] for i in indices], pad, device_of(model))
                 options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
                 if can_generate_rows(model):
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)
@@ -248,10 +248,3 @@ def _batches(
     for _, group in groupby(order, key=lambda i: temperatures[i]):
         same = list(group)
         yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import end_ids, position_limit, tokenizer_of
+from lora_null.utils.limits import end_ids, pad_left, position_limit, tokenizer_of
 from lora_null.utils.model_state import base_model_of, preserve, replaced
 
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
@@ -90,10 +90,9 @@ def beginnings(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[
 @torch.no_grad()
 def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed: int) -> list[str]:
     """Return the rows, each with what the model writes after it."""
-    width, device, pad = max(map(len, rows)), device_of(model), tokenizer.pad_token_id
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids, mask = pad_left(rows, pad, device_of(model))
     texts, ends = [], end_ids(model, tokenizer)
     # What a model's own generation settings say beside these, such as a penalty on repetition, would bend the distribution.
     plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad)

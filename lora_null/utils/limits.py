@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,14 @@ def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
         getattr(getattr(model, "generation_config", None), "eos_token_id", None),
     ]
     return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, (rows, longest row) int64, whose rows end together, as generating needs them."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

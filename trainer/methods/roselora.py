@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 from lora_null.layer import active_adapter, adapted_layers, factors_of
 from lora_null.trainer.methods.base import Method, check_option, method
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import write_safetensors
+from lora_null.utils.files import read_safetensors, write_safetensors
 
 STATE_FILE = "roselora.safetensors"
 
@@ -155,7 +154,7 @@ class _Prune(TrainerCallback):
         """Read it back from the checkpoint that training goes on from, before it does."""
         if not (checkpoint / STATE_FILE).is_file():
             raise UserError(f"resume: {checkpoint} is none of roselora, {STATE_FILE} is missing")
-        self.sensitivity = load_file(checkpoint / STATE_FILE)
+        self.sensitivity, _ = read_safetensors(checkpoint / STATE_FILE)
 
 
 def _cut_moments(state: Mapping[str, Any], cut: torch.Tensor) -> None:
