@@ -18,7 +18,7 @@ from torch import nn
 from transformers import set_seed
 
 from lora_null import __version__
-from lora_null.eval_harness.lm_eval.model import quiet
+from lora_null.eval_harness.lm_eval.model import lm_eval_silenced
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.eval_harness.results import Evaluation, TaskResult
 from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
@@ -135,7 +135,7 @@ def evaluate(
         progress=progress,
     )
     metrics, samples, weights, noise, described, group_samples = {}, {}, {}, {}, {}, {}
-    with preserve(model, tokenizer), own_precision(model), quiet(), torch.no_grad():
+    with preserve(model, tokenizer), own_precision(model), lm_eval_silenced(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
             set_seed(seed)

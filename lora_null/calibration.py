@@ -390,7 +390,7 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return the device that the model's token ids belong on."""
+    """Return the device of the model's embedding, on which token ids belong."""
     inner = base_model_of(model)
     return inner.get_input_embeddings().weight.device
 

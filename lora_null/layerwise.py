@@ -37,7 +37,7 @@ from lora_null.calibration import (
     token_batches,
 )
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.utils.distributed import get_logger, is_first_process, processes_here, together
+from lora_null.utils.distributed import device_of, get_logger, is_first_process, processes_here, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, release_freed_memory, replaced
 
@@ -126,7 +126,7 @@ def walk_layers(
     with measuring(model), contextlib.ExitStack() as stack:
         if weights is None:
             together(lambda: _check_chain(model, layers, batches), alike=(UserError, DoesNotFit))
-        device = device or next(next(iter(layers.values())).parameters()).device
+        device = device or device_of(next(iter(layers.values())))
         device = torch.device("cpu") if device.type == "meta" else device
         with weights.outside(model, layers) if weights is not None else contextlib.nullcontext():
             own = token_batches(batches, input_device(model), seed, runs_on=device)
@@ -225,7 +225,7 @@ def measure_in_parts(
             if form == "layers" or weights is not None:
                 raise _not_a_chain(reason) from None
             if gram:
-                where = next(model.parameters()).device
+                where = device_of(model)
                 moved = f", on {where}, where the model is" if device is not None and device.type != where.type else ""
                 logger.warning(
                     f"initialization: not layer by layer, {reason}; the Grams of all layers are held at once{moved}"
@@ -300,12 +300,12 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
     that of a forward pass run twice. Batches of equal and of other shapes show what a model keeps from one layer's call
     for the next one's.
     """
-    if len({next(layer.parameters()).device for layer in layers.values()}) > 1:
+    if len({device_of(layer) for layer in layers.values()}) > 1:
         raise DoesNotFit("its layers lie on several devices")
     *_, final = layers.values()
     seen: list[torch.Tensor] = []
     few = _few_tokens(model, batches)
-    device = next(final.parameters()).device
+    device = device_of(final)
     with _attention_for(device, model):
         with final.register_forward_hook(lambda _, args, out: seen.append(_hidden(out))):
             for batch in (*few, few[0]):
@@ -314,7 +314,7 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
         try:
             for i, layer in enumerate(layers.values()):
                 for at, call in enumerate(calls):
-                    states[at] = call[i].run(layer, states[at], next(layer.parameters()).device)
+                    states[at] = call[i].run(layer, states[at], device_of(layer))
         except torch.OutOfMemoryError:
             raise
         except CANNOT_RUN as error:
@@ -406,7 +406,7 @@ def _resident(layer: nn.Module, name: str, device: torch.device, weights: Weight
     with contextlib.ExitStack() as stack:
         if weights is not None:
             stack.enter_context(weights.loaded(layer, name))
-        home = next(layer.parameters()).device
+        home = device_of(layer)
         if home != device:
             layer.to(device)
             stack.callback(layer.to, home)

@@ -47,6 +47,7 @@ from lora_null.store import LayerResult
 from lora_null.utils.distributed import (
     all_gather,
     broadcast,
+    device_of,
     get_logger,
     on_first_rank,
     together,
@@ -234,7 +235,7 @@ def compute_start(
             device without float64.
     """
     start = time.perf_counter()
-    need_float64(options.device or next(model.parameters()).device)
+    need_float64(options.device or device_of(model))
     needs_gram = rule is not None and rule.needs_gram
 
     def checked() -> list[dict[str, torch.Tensor]]:
@@ -358,7 +359,7 @@ def load_start(
     Raises:
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
-    need_float64(next(model.parameters()).device)
+    need_float64(device_of(model))
     report = together(lambda: LayerReport.from_json(store.read_report(folder)))
     if len(set(all_gather(report.key))) > 1:
         raise UserError(
@@ -511,7 +512,7 @@ def _measured(
     if not batches:
         yield from _unmeasured(model, layers, options, done)
         return
-    where = next(model.parameters()).device
+    where = device_of(model)
     if options.form == "hooks" and options.device is not None and torch.device(options.device).type != where.type:
         logger.warning(
             f"device: form='hooks' measures on {where}, where the model is; form='auto' may use {options.device}"

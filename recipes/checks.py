@@ -138,7 +138,7 @@ def check_weights(model: ModelSection, name: str) -> None:
                 raise UserError(f"model.name_or_path: the weights of {folder} are damaged ({file}: {error})") from None
 
 
-def check_batches(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
+def check_last_batch(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
     """Raise a UserError where the rows do not fill the one batch without which `dataloader_drop_last` leaves nothing."""
     batch = training.per_device_train_batch_size * PartialState().num_processes
     if training.dataloader_drop_last and len(data.rows) < batch:

@@ -22,9 +22,9 @@ from lora_null.recipes import caches
 from lora_null.recipes.budget import BudgetPlan, plan_budget, require_strength
 from lora_null.recipes.checks import (
     check_answers_end,
-    check_batches,
     check_engines,
     check_judge,
+    check_last_batch,
     check_packages,
     check_start,
     check_task_names,
@@ -256,7 +256,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     job.reference_bytes = reference_bytes(job.tasks, tokenizer, recipe.eval.limit, config)
     limit = position_limit(config)
     if job.data is not None:
-        check_batches(training, job.data)
+        check_last_batch(training, job.data)
         check_answers_end(recipe, job.model_name, tokenizer, training, job.data)
         if limit is not None and limit.hard:
             _check_rows(recipe, tokenizer, training, job.data, limit)

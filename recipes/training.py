@@ -19,7 +19,7 @@ from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line
 
 
-class Kind(NamedTuple):
+class TrainerClasses(NamedTuple):
     """What a recipe's `trainer` stands for: our trainer, its configuration, and TRL's own trainer."""
 
     trainer: type[LoraNullSFTTrainer | LoraNullDPOTrainer]
@@ -29,8 +29,8 @@ class Kind(NamedTuple):
 
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses of TRL's DPO that read label_smoothing
 TRAINERS = {
-    "sft": Kind(LoraNullSFTTrainer, SFTConfig, SFTTrainer),
-    "dpo": Kind(LoraNullDPOTrainer, DPOConfig, DPOTrainer),
+    "sft": TrainerClasses(LoraNullSFTTrainer, SFTConfig, SFTTrainer),
+    "dpo": TrainerClasses(LoraNullDPOTrainer, DPOConfig, DPOTrainer),
 }
 
 
@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         found = TRAINERS[recipe.trainer].config(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
-    _check_batches(found)
+    _check_batch_sharing(found)
     if isinstance(found, DPOConfig):
         _check_smoothing(found)
     if found.n_gpu > 1:  # one process, whose model PyTorch would copy to each GPU in every step
@@ -77,7 +77,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     return found
 
 
-def _check_batches(training: SFTConfig | DPOConfig) -> None:
+def _check_batch_sharing(training: SFTConfig | DPOConfig) -> None:
     """Raise a UserError for batches that would not be what the recipe says, or of which a process would lack the last one."""
     given = training.accelerator_config
     for name in ("split_batches", "dispatch_batches"):

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.documents import read_documents
-from lora_null.eval_harness.lm_eval.model import quiet
+from lora_null.eval_harness.lm_eval.model import lm_eval_silenced
 from lora_null.eval_harness.lm_eval.private_names import files_of, full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError, first_line, hub_error
@@ -210,13 +210,13 @@ def _check_yaml(path: Path) -> None:
 @functools.cache
 def folder_manager(folder: Path) -> TaskManager:
     """Return a task manager of the task files in one folder; those that are no YAML are left out."""
-    with quiet(logging.ERROR):
+    with lm_eval_silenced(logging.ERROR):
         return TaskManager(include_path=folder, include_defaults=False)
 
 
 @functools.cache
 def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
-    with quiet(logging.ERROR):
+    with lm_eval_silenced(logging.ERROR):
         return TaskManager(include_path=[TASK_FILES, *own])
 
 
@@ -350,7 +350,7 @@ def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
 
 def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
     """Return the documents of a local file under the task's field names; none may lack a field that the rules name."""
-    with quiet(logging.ERROR):
+    with lm_eval_silenced(logging.ERROR):
         found = read_documents([Path(path)], str(task))
     columns = {name: [row.get(name) for row in found.rows] for name in found.columns}
     try:

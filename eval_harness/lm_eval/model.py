@@ -50,7 +50,7 @@ class ShardedLM(RowwiseLM):
         self.progress = progress
         self.responses: list[list] = []
         self.replay = False
-        with quiet(logging.ERROR), replaced(model, "tie_weights", lambda *args, **kwargs: None):
+        with lm_eval_silenced(logging.ERROR), replaced(model, "tie_weights", lambda *args, **kwargs: None):
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
@@ -103,7 +103,7 @@ class BlankLM(LM):
 
 
 @contextmanager
-def quiet(level: int = logging.WARNING) -> Iterator[None]:
+def lm_eval_silenced(level: int = logging.WARNING) -> Iterator[None]:
     """Keep lm-eval's and datasets' logs below `level` and their progress bars for reading data off the screen.
 
     The bars of the evaluation itself stay; exceptions are not touched.

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.code.jails import BWRAP, IMAGE, UNSAFE, find_jail
 from lora_null.eval_harness.code.programs import use_jail
 from lora_null.eval_harness.lm_eval.loading import explained, hash_of_rules, load, seed_fewshot
-from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, quiet
+from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, lm_eval_silenced
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
@@ -170,7 +170,7 @@ class LmEvalTask(Task):
     def _trial(self) -> Trial:
         """The task, built and tried on its first document with a stand-in model: that finds missing fields and unknown
         metrics."""
-        with quiet(logging.ERROR):  # warnings here are about how a task's authors wrote it
+        with lm_eval_silenced(logging.ERROR):  # warnings here are about how a task's authors wrote it
             loaded = load(self)
             options = {"limit": 1, "bootstrap_iters": 0, "log_samples": False}
             options["confirm_run_unsafe_code"] = self.confirm_run_unsafe_code

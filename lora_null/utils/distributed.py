@@ -308,5 +308,5 @@ def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, A
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that the model's inputs belong on."""
+    """Return the device of a module's first parameter."""
     return next(model.parameters()).device

@@ -20,7 +20,7 @@ from lora_null.targets import check_fits
 from lora_null.trainer.methods.base import Method, check_count, check_option, method, taken_by
 from lora_null.trainer.methods.full import WeightMethod
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import broadcast, broadcast_tensor
+from lora_null.utils.distributed import broadcast, broadcast_tensor, device_of
 from lora_null.utils.errors import UserError
 
 
@@ -236,7 +236,7 @@ def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, to
     Raises:
         UserError: a trainer whose batches have no labels.
     """
-    taken, device = list(islice(iter(trainer.train_dataset), rows)), next(trainer.model.parameters()).device
+    taken, device = list(islice(iter(trainer.train_dataset), rows)), device_of(trainer.model)
     groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
     whole = [group for group in groups if len(group) == batch_rows] or groups
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)

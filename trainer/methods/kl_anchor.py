@@ -11,7 +11,7 @@ from torch import nn
 from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
-from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.distributed import device_of, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, replaced, trains_biases
 
@@ -102,7 +102,7 @@ class KLAnchor(Method):
         Engines that shard need every process in every pass: where there are fewer batches, the filler runs and counts 0.
         """
         model = trainer.accelerator.unwrap_model(model)
-        device = next(model.parameters()).device
+        device = device_of(model)
         total = torch.zeros((), device=device)
         for i in range(passes):
             batch = batches[i] if i < len(batches) else filler
