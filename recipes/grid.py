@@ -335,7 +335,7 @@ def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
     """Return the means over the seeds; a diverged run leaves the mean undefined; such runs, and those that are the base again, are counted.
 
-    `stderr` puts that over the seeds, s/√n, and the evaluations' own together, as if the questions of each seed were the same;
+    `stderr` adds in squares the seeds' error, s/√n, and the mean error over questions, as if each seed had the same ones;
     `set_errors` does it question by question where these are known.
     """
     first, bad = rows[0], [row.diverged for row in rows if row.diverged]

@@ -293,7 +293,7 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
     """Check that a run's evaluations ask what they ask the base that it is compared with.
 
     Raises:
-        UserError: naming the one that does not: it is asked in the training template, or cut as training rows are.
+        UserError: a task whose prompts or cuts depend on the run's template or max_length, and so differ from the base's.
     """
 
     def asked(task: Task) -> dict[str, Any]:

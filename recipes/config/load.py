@@ -126,7 +126,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """Return what a value on the command line means: it is YAML, but for what YAML makes less of a text than it says.
+    """Return what a value on the command line means. It is read as YAML, except where YAML would drop part of it.
 
     "|", "####" and "a #b" are themselves, not an empty block or a comment, and a space or a line break is kept.
     """
@@ -225,8 +225,8 @@ def drop_replaced(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, A
 def merge_calibration(under: Any, over: Any) -> Any:
     """Return a section `calibration` with another laid over it, whose source takes the place of the one below.
 
-    Another path keeps what says how its rows are read, unless it is of texts, which have none of the fields; anything
-    else takes that away too. None stands for the default, whatever lies below.
+    A new path keeps the keys that say how rows are read (field, template, …), unless it holds plain texts. A new source
+    drops them. None resets to the default.
     """
     if over is None:
         return None
