@@ -26,14 +26,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from lora_null import store
-from lora_null.calibration import (
-    Calibration,
-    InputStats,
-    LoadBalance,
-    NotFinite,
-    checked_batches,
-    count_tokens,
-)
+from lora_null.calibration import Calibration, InputStats, LoadBalance, NotFinite, checked_batches, count_tokens
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.earlier import Earlier
@@ -44,14 +37,7 @@ from lora_null.layerwise import ALL, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
-from lora_null.utils.distributed import (
-    all_gather,
-    broadcast,
-    device_of,
-    get_logger,
-    on_first_rank,
-    together,
-)
+from lora_null.utils.distributed import all_gather, broadcast, device_of, get_logger, on_first_rank, together
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64

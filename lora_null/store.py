@@ -24,14 +24,7 @@ from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStats
 from lora_null.layer import NullBasis
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import (
-    cache_root,
-    link,
-    read_json,
-    read_metadata,
-    read_safetensors,
-    write_safetensors,
-)
+from lora_null.utils.files import cache_root, link, read_json, read_metadata, read_safetensors, write_safetensors
 
 PREFIX, REPORT_FILE = "factors.", "layers.json"
 WHOLE = "model/"  # before the names of tensors that are of the model as a whole

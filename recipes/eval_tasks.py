@@ -34,13 +34,7 @@ from lora_null.recipes.config.schema import (
     Recipe,
 )
 from lora_null.recipes.data.conversations import prompt_text
-from lora_null.recipes.data.examples import (
-    Example,
-    Tokenized,
-    leave_out,
-    read_examples,
-    tokenize,
-)
+from lora_null.recipes.data.examples import Example, Tokenized, leave_out, read_examples, tokenize
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT

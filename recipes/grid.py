@@ -28,14 +28,7 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import CELLS_FOLDER, apply_overrides, set_key
 from lora_null.recipes.config.schema import GridSection, Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.job import (
-    Job,
-    check_asked_alike,
-    check_run,
-    inputs_beside_the_base,
-    inputs_of,
-    inspect_recipe,
-)
+from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_beside_the_base, inputs_of, inspect_recipe
 from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
@@ -197,11 +190,7 @@ def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
 
 
 def check_grid(
-    recipe: Recipe,
-    cells: Sequence[Cell],
-    *,
-    allow_code_execution: bool | str = False,
-    may_be_unreached: bool = False,
+    recipe: Recipe, cells: Sequence[Cell], *, allow_code_execution: bool | str = False, may_be_unreached: bool = False
 ) -> Job:
     """Check all runs before the first; return the job of the grid's own recipe, which the base's evaluation belongs to.
 

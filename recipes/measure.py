@@ -162,12 +162,7 @@ def _as_it_is_served(adapter: Path, scratch: Path) -> Path:
 
 
 def measure_strengths(
-    job: Job,
-    method: str,
-    model: Any,
-    out: Path,
-    strengths: Sequence[float],
-    known: Mapping[float, Evaluation] = {},
+    job: Job, method: str, model: Any, out: Path, strengths: Sequence[float], known: Mapping[float, Evaluation] = {}
 ) -> Dial:
     """Evaluate a live adapter at the strengths, in ascending order, and write the folder `out`.
 

@@ -46,12 +46,7 @@ from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, free_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.eval_tasks import templates_of
-from lora_null.recipes.job import (
-    Job,
-    check_run,
-    inputs_of,
-    space_of_run,
-)
+from lora_null.recipes.job import Job, check_run, inputs_of, space_of_run
 from lora_null.recipes.measure import budget_measurement, evaluate_base, evaluate_live, measure_strengths
 from lora_null.recipes.models.bases import attention, base_to_shard, load_base_after, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, recipe_method
@@ -78,13 +73,7 @@ from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.utils.distributed import (
-    count,
-    get_logger,
-    is_first_process,
-    is_launched_with_fsdp2,
-    together,
-)
+from lora_null.utils.distributed import count, get_logger, is_first_process, is_launched_with_fsdp2, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, replacing_folder, write_json
 

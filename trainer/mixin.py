@@ -32,14 +32,7 @@ from lora_null.earlier import after_earlier
 from lora_null.fingerprint import check_whole
 from lora_null.layer import is_started
 from lora_null.layerwise import NotAChain
-from lora_null.start import (
-    InitOptions,
-    LayerReport,
-    Start,
-    WholeModel,
-    compute_start,
-    load_start,
-)
+from lora_null.start import InitOptions, LayerReport, Start, WholeModel, compute_start, load_start
 from lora_null.store import REPORT_FILE, cached_folder, clear, copy_store, find_initialization, read_report
 from lora_null.targets import (
     check_basis,

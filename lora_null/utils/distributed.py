@@ -270,11 +270,7 @@ def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
     return [position for position, key in enumerate(keys) if key % world == rank]
 
 
-def together(
-    compute: Callable[[], Any],
-    *,
-    alike: type[Exception] | tuple[type[Exception], ...] = UserError,
-) -> Any:
+def together(compute: Callable[[], Any], *, alike: type[Exception] | tuple[type[Exception], ...] = UserError) -> Any:
     """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
 
     Args:

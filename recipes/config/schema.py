@@ -683,10 +683,7 @@ class BudgetSection(Section):
         None,
         description="a metric of eval.retention, such as 'NQ kl'; when not given its first KL, else the first metric of its first entry",
     )
-    at_most: float = Field(
-        gt=0,
-        description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction",
-    )
+    at_most: float = Field(gt=0, description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction")
     then: Literal["scale", "stop", "rewind"] = Field(
         "scale",
         description="scale: train to the end, then take the largest strength within it; stop: end the training where a "

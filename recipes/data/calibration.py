@@ -14,13 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
 from lora_null.recipes.data.conversations import prompt_text
-from lora_null.recipes.data.examples import (
-    Example,
-    RowReader,
-    check_encoding,
-    describe_bad_rows,
-    leave_out,
-)
+from lora_null.recipes.data.examples import Example, RowReader, check_encoding, describe_bad_rows, leave_out
 from lora_null.recipes.data.formats import detect_format
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT
