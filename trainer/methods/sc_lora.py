@@ -113,7 +113,8 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
         if "input_ids" not in row and "chosen_ids" not in row:
             raise UserError(f"method: {trainer.method.name} reads tokenized training rows, found {', '.join(row)}")
         if "input_ids" not in row:
-            part = kept_part(trainer.args.max_length, at_end=trainer.args.truncation_mode == "keep_end")
+            at_end = getattr(trainer.args, "truncation_mode", "") == "keep_end"  # which reward models do not have
+            part = kept_part(trainer.args.max_length, at_end=at_end)
             found.append((row.get("prompt_ids", []) + row["chosen_ids"])[part])
             continue
         ids = iter(row["input_ids"])
