@@ -118,8 +118,10 @@ class TokenBatch:
 
     def run(self, decoder: nn.Module) -> None:
         """Run a forward pass. Without a mask models see by the positions where a packed text begins, with one they do not."""
-        lacking = ("attention_mask",) if self.packed else ()
-        decoder(**{key: value for key, value in self.inputs.items() if key not in lacking}, use_cache=False)
+        inputs = {key: value for key, value in self.inputs.items() if not (self.packed and key == "attention_mask")}
+        takes = inspect.signature(decoder.forward).parameters
+        has_cache = "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        decoder(**inputs, **({"use_cache": False} if has_cache else {}))
 
     def flat(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return x, one row a token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
@@ -260,8 +262,12 @@ def check_architecture(model: nn.Module) -> None:
     """
     inner = base_model_of(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None) or type(inner).__name__
-    if not hasattr(inner, "get_input_embeddings"):
-        raise UserError(f"model: {kind} is not a transformers model; calibration needs one that reads input_ids")
+    try:
+        inner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        raise UserError(
+            f"model: {kind} is not a transformers model with one embedding of tokens; calibration needs one that reads input_ids"
+        ) from None
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UserError(
             f"model: {kind} is an encoder and a decoder, and calibration texts are one sequence; take a decoder-only model"

@@ -100,6 +100,8 @@ def _what_is_missing(model: nn.Module) -> str | None:
     name = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
     if name is None:
         return None
+    if ".lora_" in name and model.get_parameter(name).is_meta:
+        return f"initialization: {name} has no numbers; make the adapter without low_cpu_mem_usage=True"
     places = getattr(base_model_of(model), "hf_device_map", None) or {}
     left = next((part for part, place in places.items() if part and str(place) in ("cpu", "disk")), None)
     if left is not None:

@@ -187,12 +187,9 @@ def _adds(layer: LoraLayer, adapter_name: str) -> bool:
 
 
 @functools.cache
-def _say_never_initialized(adapter_name: str) -> None:
-    """Say it in one line a process, whatever the number of layers."""
-    logger.warning(
-        f"adapter {adapter_name!r}: a LoraNullConfig that was never initialized trains from a random A; use "
-        "LoraNullSFTTrainer, or initialize_lora_null_weights first"
-    )
+def _say_once(line: str) -> None:
+    """Say it once a process, whatever the number of layers."""
+    logger.warning(line)
 
 
 def check_beside_residual(adapter_name: str, config: Any, *, started: bool = False) -> None:
@@ -317,7 +314,7 @@ class LoraNullLinear(Linear):
                 self.project_A(name)
 
     def _warn_if_not_initialized(self) -> None:
-        """Say which of the adapters that begin to train have not been initialized; afterwards none is looked at again.
+        """Say which of the adapters that begin to train have not been initialized, or train a frozen A; once for each.
 
         Raises:
             UserError: one whose A is to be kept in a basis was loaded or combined without it.
@@ -326,10 +323,20 @@ class LoraNullLinear(Linear):
             B = factors_of(self, name)[1]
             if name in self.started or (not (is_sharded(B) or B.is_meta) and B.any()):  # or combined from others
                 raise UserError(NO_BASIS)
+        for name in self._not_trained_yet.intersection(self.active_adapters):
+            frozen = self.frozen_peft_weight_names.get(name, ())
+            if "lora_A" in frozen and factors_of(self, name)[0].requires_grad:
+                _say_once(
+                    f"adapter {name!r}: v2 keeps A frozen, and requires_grad was set on it: it trains and leaves the null "
+                    "space; take the parameters whose requires_grad is set already"
+                )
         for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
             B = factors_of(self, name)[1]
             if B.requires_grad and not (is_sharded(B) or B.is_meta) and not B.any():  # a combination has its B already
-                _say_never_initialized(name)
+                _say_once(
+                    f"adapter {name!r}: a LoraNullConfig that was never initialized trains from a random A; use "
+                    "LoraNullSFTTrainer, or initialize_lora_null_weights first"
+                )
         self._not_trained_yet -= {*self.active_adapters}
 
     def subtract_residual(self, adapter_name: str) -> None:

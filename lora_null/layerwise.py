@@ -328,14 +328,16 @@ def _check_chain(model: nn.Module, layers: Mapping[str, nn.Module], batches: Seq
 @contextlib.contextmanager
 def _attention_for(device: torch.device, model: nn.Module) -> Iterator[None]:
     """Let a model that lies on a CPU attend without flash-attn, whose kernels are for GPUs alone."""
-    config = base_model_of(model).config
-    before = config._attn_implementation
-    if device.type == "cpu" and "flash" in str(before):
+    config = getattr(base_model_of(model), "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    replace = device.type == "cpu" and "flash" in str(before)
+    if replace:
         config._attn_implementation = "eager"
     try:
         yield
     finally:
-        config._attn_implementation = before
+        if replace:
+            config._attn_implementation = before
 
 
 def _few_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[TokenBatch]:

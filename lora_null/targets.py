@@ -18,7 +18,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from lora_null.adapters.plain import CONFIG_FILE
-from lora_null.calibration import check_architecture
+from lora_null.calibration import backbone, check_architecture
 from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
 from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started, plain_name
@@ -82,8 +82,8 @@ def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> 
     """
     modules = {checkpoint_name(name): module for name, module in base_modules(model)}
     names = [*modules, *(name for name, parameter in model.named_parameters() if parameter.ndim == 3)]
-    if key != "target_modules":  # which PEFT may have wrapped already
-        names += [name for name, _ in model.named_modules()]
+    wrapped = r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)"  # by PEFT, already
+    names += [re.sub(wrapped, "", name) for name, _ in model.named_modules()]
     is_pattern = isinstance(targets, str) and targets not in ("", "all-linear") and key == "target_modules"
     if is_pattern and not any(re.fullmatch(targets, name) for name in (*names, *dict(model.named_modules()))):
         instead = f"; give [{targets!r}]" if any(name.endswith(f".{targets}") for name in names) else ""
@@ -144,6 +144,11 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         )
     if config.starts_from_residual:
         refuse_head(peft_model, layers)
+    decoder = {id(module) for module in backbone(peft_model).modules()}
+    if outside := next((name for name, layer in layers.items() if id(layer) not in decoder), None):
+        raise UserError(
+            f"target_modules: {outside} is no part of the decoder, which calibration runs; leave it out (exclude_modules)"
+        )
 
 
 def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:

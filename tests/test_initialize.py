@@ -11,7 +11,15 @@ from peft import LoraConfig, get_peft_model
 from tiny import PROBE, load_initialization, logits, random_batches, tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
+from transformers import (
+    CanineConfig,
+    CanineModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
 from lora_null.calibration import InputMeter, measure_inputs
@@ -22,6 +30,7 @@ from lora_null.layerwise import walk_layers
 from lora_null.store import KEPT
 
 BATCHES = random_batches()
+CANINE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_hash_buckets=64)
 
 
 def start(variant="v2", *, dtype=torch.float64, model=None, batches=BATCHES, min_tokens=1, **config):
@@ -562,6 +571,53 @@ def test_a_model_that_is_none_of_transformers_is_one_line():
     peft_model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraNullConfig(r=4, target_modules=["0"]))
     with pytest.raises(UserError, match="model: Sequential is not a transformers model"):
         initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+
+
+class Plain(nn.Module):
+    """A model of one's own, without a config, whose forward takes tokens alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.out = nn.Embedding(101, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.out(self.inner(self.table(input_ids)).relu())
+
+
+def test_a_model_of_ones_own_is_started():
+    peft_model = get_peft_model(Plain(), LoraNullConfig(r=4, target_modules=["inner", "out"]))
+    before = peft_model(**BATCHES[0]).clone()
+    report = initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    assert [line.name for line in report.layers] == ["inner", "out"]
+    assert torch.equal(peft_model(**BATCHES[0]), before)
+
+
+def test_what_no_calibration_reaches_is_named_before_it_runs(monkeypatch):
+    monkeypatch.setattr("lora_null.fingerprint.fingerprint", None)
+    for model, config, message in (
+        (tiny_model(), dict(target_modules=["q_proj", "lm_head"]), "lm_head is no part of the decoder"),
+        (
+            CanineModel(CanineConfig(**CANINE)),
+            dict(target_modules=["query"]),
+            "canine is not a transformers model with one",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            initialize_lora_null_weights(get_peft_model(model, LoraNullConfig(r=2, **config)), BATCHES, min_tokens=1)
+    peft_model = get_peft_model(tiny_model(), LoraNullConfig(r=2), low_cpu_mem_usage=True)
+    with pytest.raises(UserError, match="has no numbers; make the adapter without low_cpu_mem_usage=True"):
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1)
+
+
+def test_the_dense_layers_of_a_classifiers_head_are_no_targets():
+    shape = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = RobertaForSequenceClassification(RobertaConfig(**shape, max_position_embeddings=64, pad_token_id=0))
+    peft_model = get_peft_model(model, LoraNullConfig(r=2, task_type="SEQ_CLS"))
+    report = initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+    assert len(report.layers) == 12 and not any("classifier" in line.name for line in report.layers)
 
 
 def test_a_device_without_float64_is_one_line():

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_null import LoraNullConfig, initialize_lora_null_weights
 from lora_null.config import ResidualLoraConfig
-from lora_null.layer import _say_never_initialized, adapted_layers, factors_of
+from lora_null.layer import _say_once, adapted_layers, factors_of
 from lora_null.residual import subtract_residuals
 
 BASE = {"base_model.model.linear." + part for part in ("lora_A.default.weight", "lora_B.default.weight")}
@@ -138,9 +138,20 @@ def loaded(folder):
     return PeftModel.from_pretrained(tiny_model(), folder, config=config, is_trainable=True)
 
 
+@pytest.mark.parametrize("make", [started, loaded])
+def test_a_frozen_factor_that_was_made_to_train_is_told_once(make, tmp_path, caplog):
+    _say_once.cache_clear()
+    peft_model, batch = make(tmp_path), random_batches()[0]
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    for _ in range(2):
+        peft_model.train()(**batch).logits.sum().backward()
+    assert caplog.text.count("adapter 'default': v2 keeps A frozen, and requires_grad was set on it") == 1
+
+
 @pytest.mark.parametrize("make", [never_started, started, loaded])
 def test_training_what_was_never_initialized_is_told_once(make, tmp_path, caplog):
-    _say_never_initialized.cache_clear()
+    _say_once.cache_clear()
     peft_model = make(tmp_path)
     batch = random_batches()[0]
     peft_model.eval()(**batch)

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, layerwise
-from lora_null.layer import _say_never_initialized, adapted_layers
+from lora_null.layer import _say_once, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.trainer.checkpoints import last_checkpoint, mark_complete
@@ -68,7 +68,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_initializes_once_before_the_first_step(tmp_path, variant, caplog):
-    _say_never_initialized.cache_clear()
+    _say_once.cache_clear()
     trainer = make(tmp_path, LoraNullConfig(r=4, variant=variant))
     assert isinstance(trainer, SFTTrainer)
     trainer.train()
