@@ -199,6 +199,30 @@ def test_a_trainer_that_divides_by_the_passes_does_not_divide_the_term(tmp_path)
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(second.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kl-anchor", "clora"])
+@pytest.mark.parametrize("calls, passes", [(0, 1), (0, 2), (2, 1), (2, 2)])
+def test_a_trainer_whose_loss_is_computed_elsewhere_or_twice_takes_no_term(tmp_path, monkeypatch, name, calls, passes):
+    class Own(LoraNullSFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            rest = (return_outputs, num_items_in_batch)
+            losses = [super(Own, self).compute_loss(model, dict(inputs), *rest) for _ in range(calls)]
+            return sum(losses) / calls if calls else model(**inputs).loss
+
+    monkeypatch.setattr("test_methods.LoraNullSFTTrainer", Own)
+    trainer = make(tmp_path, name, gradient_accumulation_steps=passes)
+    said = rf"method: {name} adds its term in .* Own does not call .*\(passes .*: {passes}, calls: {calls * passes}\)"
+    with pytest.raises(UserError, match=said):
+        trainer.train()
+    assert not trainer.state.global_step
+
+
+def test_a_step_of_fewer_passes_than_asked_has_its_term(tmp_path):
+    """48 rows fill 12 batches, of which the second step of an epoch takes the last 4; a resumed run may begin with it."""
+    epoch = {"gradient_accumulation_steps": 8, "max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps"}
+    make(tmp_path, "kl-anchor", save_steps=1, **epoch).train()
+    make(tmp_path, "kl-anchor", save_steps=1, **epoch).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_the_anchor_s_texts_follow_each_other_and_enter_every_mth_step(tmp_path):
     trainer = started(tmp_path, "kl-anchor", options={"every": 3, "batch_rows": 10, "weight": 2.0, "tokens": 7})
     method = trainer.method

@@ -192,17 +192,23 @@ def _let_copies_compute(model: nn.Module) -> None:
 
 class _Begin(TrainerCallback):
     """Before the first step, of another attempt with smaller batches too: checks an optimizer that the trainer did not
-    make, forgets the terms of an earlier attempt, finds the best checkpoint so far, and reads the weights where FSDP2 has
-    sharded the model."""
+    make, forgets the terms of an earlier attempt, finds the best checkpoint so far, reads the weights where FSDP2 has
+    sharded the model, and checks that the terms have entered the step."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer
+        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.first_step = state.global_step
         self.trainer.check_stepped_by(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
         self.trainer.forget_terms()
         self.trainer.find_best()
         self.trainer.read_shards()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.first_step:
+            self.trainer.check_passes()
 
 
 class LoraNullMixin(SavingMixin):
@@ -524,6 +530,21 @@ class LoraNullMixin(SavingMixin):
         """Forget which pass it was, and what the method added to the loss of the steps since the last log line."""
         self._micro_batch: MicroBatch | None = None
         self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value
+
+    def check_passes(self) -> None:
+        """Check that each pass of a step called our `compute_loss` once, without which a term enters in part or not at all.
+
+        Raises:
+            UserError: a trainer that computes its loss elsewhere, or in several calls.
+        """
+        passes, last = self.current_gradient_accumulation_steps, self._micro_batch
+        calls = last.index + 1 if last is not None else 0
+        if self.method.terms and calls != passes:
+            raise UserError(
+                f"method: {self.method.name} adds its term in LoraNullMixin.compute_loss, which {type(self).__name__} does not "
+                f"call once a pass (passes of this step: {passes}, calls: {calls}); call super().compute_loss so, or take a "
+                "method without a term, such as lora"
+            )
 
     def read_shards(self) -> None:
         """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
