@@ -612,6 +612,25 @@ def test_a_method_of_ones_own_is_one_file(tmp_path, monkeypatch):
         load_method_file(str(file))
 
 
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("def extra_loss(self, trainer, model, micro_batch): return {}", "extra_loss does nothing without terms"),
+        ("terms = ('l2',)", "terms does nothing without extra_loss"),
+        ("def compute(self, trainer, batches): return {}", "compute does nothing without training_batches"),
+        ("def training_batches(self, trainer): return []", "training_batches does nothing without compute"),
+    ],
+)
+def test_a_hook_that_would_not_be_called_is_refused(tmp_path, body, said):
+    file = tmp_path / "half.py"
+    file.write_text(
+        f"from lora_null.trainer.methods import Method, method\n@method\nclass Half(Method):\n    name = 'half'\n    {body}\n"
+    )
+    with pytest.raises(UserError, match=rf"half\.py cannot be imported \(Half: {said}; define both, or neither\)"):
+        load_method_file(str(file))
+    assert "half" not in METHODS
+
+
 OWN_START = """from __future__ import annotations
 import torch
 from lora_null.trainer.methods import method

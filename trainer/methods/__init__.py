@@ -124,7 +124,8 @@ def load_method_file(path: str) -> list[str]:
         spec.loader.exec_module(sys.modules[name])
     except Exception as error:
         sys.modules.pop(name, None)
-        raise UserError(f"method: {path} cannot be imported ({type(error).__name__}: {error})") from None
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"method: {path} cannot be imported ({kind}{error})") from None
     entered = [name for name, kind in METHODS.items() if before.get(name) is not kind]
     if not entered:
         raise UserError(f"method: {path} enters no method; put @method over its class")

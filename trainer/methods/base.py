@@ -32,8 +32,20 @@ METHODS: dict[str, type[Method]] = {}
 RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
+PAIRS = (("extra_loss", "terms"), ("compute", "training_batches"))  # of which one does nothing without the other
+
+
 def method(kind: type[Method]) -> type[Method]:
-    """Enter a subclass of `Method` in the table, as a dataclass whose fields are the method's options."""
+    """Enter a subclass of `Method` in the table, as a dataclass whose fields are the method's options.
+
+    Raises:
+        UserError: a class that defines one of `PAIRS` alone.
+    """
+    for pair in PAIRS:
+        own = [name for name in pair if getattr(kind, name) != getattr(Method, name)]
+        if len(own) == 1:
+            (other,) = {*pair} - {*own}
+            raise UserError(f"{kind.__name__}: {own[0]} does nothing without {other}; define both, or neither")
     kind = dataclass(kind)
     METHODS[kind.name] = kind
     return kind
