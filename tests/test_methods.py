@@ -631,6 +631,27 @@ def test_a_hook_that_would_not_be_called_is_refused(tmp_path, body, said):
     assert "half" not in METHODS
 
 
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("gain: float = 2.0", "has no name of its own and would replace 'lora-null-v2'; set name"),
+        ("name = 'lora'", "'lora' is the name of a method of this package; give it another"),
+    ],
+)
+def test_a_method_of_ones_own_takes_no_others_place(tmp_path, body, said):
+    file, before = tmp_path / "mine.py", dict(METHODS)
+    head = "from lora_null.trainer.methods.lora_null import LoRANullV2, method\n@method\nclass Mine(LoRANullV2):\n    "
+    file.write_text(head + body)
+    with pytest.raises(UserError, match=rf"mine\.py cannot be imported \(Mine: {said}"):
+        load_method_file(str(file))
+    assert before == METHODS
+    file.write_text(head + "name = 'mine-own'")
+    try:
+        assert load_method_file(str(file)) == load_method_file(str(file)) == ["mine-own"]  # again, as a notebook does
+    finally:
+        del METHODS["mine-own"]
+
+
 OWN_START = """from __future__ import annotations
 import torch
 from lora_null.trainer.methods import method

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method]] = {}
 # LoRA's own arguments, which other PEFT configurations lack: every recipe gives the first two, the rest are refused if set.
 RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
-
-
+OURS = __name__.rpartition(".")[0] + "."  # the modules of the methods of this package
 PAIRS = (("extra_loss", "terms"), ("compute", "training_batches"))  # of which one does nothing without the other
 
 
@@ -39,8 +38,15 @@ def method(kind: type[Method]) -> type[Method]:
     """Enter a subclass of `Method` in the table, as a dataclass whose fields are the method's options.
 
     Raises:
-        UserError: a class that defines one of `PAIRS` alone.
+        UserError: a class that defines one of `PAIRS` alone, or has no name of its own: it would take another's place.
     """
+    if not isinstance(vars(kind).get("name"), str):
+        raise UserError(
+            f"{kind.__name__}: has no name of its own and would replace {kind.name!r}; set name = '…' in it"
+        )
+    replaced = METHODS.get(kind.name, kind)
+    if replaced.__module__.startswith(OURS) and not kind.__module__.startswith(OURS):
+        raise UserError(f"{kind.__name__}: {kind.name!r} is the name of a method of this package; give it another")
     for pair in PAIRS:
         own = [name for name in pair if getattr(kind, name) != getattr(Method, name)]
         if len(own) == 1:
