@@ -15,7 +15,7 @@ from peft import PeftModel
 from test_methods import OPTIONS, assert_drift, factors, make, started
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trainers import CUT, ROWS, TEXTS
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from world import make_world
@@ -36,6 +36,7 @@ PAIRS = Dataset.from_dict(
         "rejected": [f" {3 * i} or so" for i in range(16)],
     }
 )
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NAMES = ("sc-lora", "kl-anchor", "replay", "clora", "oft", "oplora", "keeplora")
 
 
@@ -621,6 +622,27 @@ def test_oplora_trains_as_with_the_projections_in_the_forward_pass(tmp_path):
         A, B, s = factors(trainer, name)
         wanted = moved[name]().detach().double().numpy()
         assert np.linalg.norm(s * B @ A - wanted) < 2e-3 * np.linalg.norm(wanted)
+
+
+class _Break(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_that_is_broken_off_leaves_no_hook_behind(tmp_path, name):
+    """Another trainer may go on with the model, by another method."""
+
+    def hooks():
+        of_modules = [getattr(module, kind) for module in trainer.model.modules() for kind in HOOKS]
+        return sum(map(len, [*of_modules, *(p._backward_hooks or () for p in trainer.model.parameters())]))
+
+    trainer = make(tmp_path, name)
+    before = hooks()
+    trainer.add_callback(_Break())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1 and hooks() == before
 
 
 # --- refused before work ---

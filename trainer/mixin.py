@@ -618,10 +618,15 @@ class LoraNullMixin(SavingMixin):
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             if hasattr(callback, "load_state"):
                 callback.load_state(checkpoint)
-        if checkpoint is not None and self._has_reached_its_end(checkpoint):
-            self._place(in_pieces=fsdp is not None and fsdp.fsdp_version == 2)
-            return self._take_trained(checkpoint)
-        output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        try:
+            if checkpoint is not None and self._has_reached_its_end(checkpoint):
+                self._place(in_pieces=fsdp is not None and fsdp.fsdp_version == 2)
+                return self._take_trained(checkpoint)
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "release_hooks"):
+                    callback.release_hooks()
         if self._preflight != "off" and not self.something_moved:
             logger.warning(
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"

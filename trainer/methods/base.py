@@ -242,7 +242,11 @@ class Method:
         return DriftMeter(model, calibration, adapter_name=active_adapter(model))
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Return what happens around the optimizer's steps; `save_state(folder)` of one keeps in checkpoints what it knows."""
+        """Return what happens around the optimizer's steps.
+
+        `save_state(folder)` of one keeps in checkpoints what it knows, `load_state(folder)` reads it back; `release_hooks()` gives
+        back hooks when training ends, by an error or an interruption too.
+        """
         return []
 
     def save(self, model: nn.Module, directory: Path) -> int:

@@ -62,7 +62,7 @@ class _Project(TrainerCallback):
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self._release()
+        self.release_hooks()
         adapter = active_adapter(model)
         need_float64(model.device)
         for layer in self.method.layers(model).values():
@@ -86,10 +86,8 @@ class _Project(TrainerCallback):
             A.copy_(without_rows(A, V))
             B.copy_(without_rows(B.T, U).T)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def release_hooks(self) -> None:
+        """Take the hooks off the factors; the trainer does when a training has ended, in whatever way."""
         for hook in self.hooks:
             hook.remove()
         self.kept, self.hooks = [], []
