@@ -548,6 +548,23 @@ def test_roselora_takes_no_earlier_checkpoint_for_its_result(tmp_path):
         trainer.train()
 
 
+class _Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.mark.parametrize("step, kept", [(2, "0.357"), (3, "0.132"), (5, None), (6, None)])
+def test_roselora_that_ends_early_says_that_it_is_denser_than_asked(tmp_path, caplog, step, kept):
+    trainer = make(tmp_path, "roselora")
+    trainer.add_callback(_Stop(step))
+    trainer.train()
+    told = f"training ended after {step} of 6 steps, with {kept} of the entries kept, not the final_fraction of 0.05"
+    assert (told in caplog.text) == bool(kept) and ("final_fraction" in caplog.text) == bool(kept)
+
+
 def test_roselora_clamp(tmp_path):
     trainer = make(tmp_path, "roselora", options={"clamp": 3e-3})
     trainer.train()

@@ -13,9 +13,11 @@ from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, adapted_layers, factors_of
 from lora_null.trainer.methods.base import Method, check_option, method
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_safetensors, write_safetensors
 
+logger = get_logger(__name__)
 STATE_FILE = "roselora.safetensors"
 
 
@@ -145,6 +147,15 @@ class _Prune(TrainerCallback):
                 _cut_moments(optimizer.state.get(parameter, {}), cut)
             if self.method.clamp is not None:
                 parameter.clamp_(-self.method.clamp, self.method.clamp)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = self.method.kept_fraction(max(state.global_step, 1), state.max_steps)
+        if kept > self.method.final_fraction:
+            logger.warning(
+                f"roselora: training ended after {state.global_step} of {state.max_steps} steps, with {kept:.3g} of the entries "
+                f"kept, not the final_fraction of {self.method.final_fraction:g}, which is reached at {self.method.end:g} of the "
+                "steps"
+            )
 
     def save_state(self, checkpoint: Path) -> None:
         """Write what is remembered into a checkpoint, before it is marked as complete."""
