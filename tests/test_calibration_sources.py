@@ -9,6 +9,7 @@ import pytest
 import torch
 from chats import assistant, call, chat_tokenizer, system, tool, user
 from tiny import tiny_model, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 from world import make_world, write_rows
 
 from lora_null.eval_harness.documents import CHUNK_CHARACTERS, chunks
@@ -373,6 +374,15 @@ class TestWhatTheModelWrites:
     def test_prompts_that_leave_no_room(self):
         with pytest.raises(UserError, match="every prompt is longer than half of max_length"):
             own_texts(tiny_model(), tiny_tokenizer(), count=1, max_tokens=4, prompts=["a long prompt"])
+
+    def test_prompts_longer_than_a_position_table(self):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=101, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+        with pytest.raises(UserError, match=r"every prompt is longer than half of max_length \(32 tokens\)"):
+            own_texts(model, tiny_tokenizer(), count=1, max_tokens=256, prompts=["x" * 100])
+        (text,) = own_texts(model, tiny_tokenizer(), count=1, max_tokens=256, prompts=["x" * 100, "who"])
+        assert text.startswith("who")
 
     def test_the_shipped_prompts_reach_the_model_as_questions(self):
         count = sum(1 for line in PROMPTS.read_text().splitlines() if line and line[0] != "#")

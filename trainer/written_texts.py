@@ -51,9 +51,9 @@ def own_texts(
         UserError: no token to begin with, or prompts of which none leaves room to write.
     """
     tokenizer = tokenizer_of(tokenizer)
-    starts: Any = beginnings(tokenizer, [prompts] if isinstance(prompts, str) else prompts, max_tokens)
     limit = position_limit(model.config)
     longest = max_tokens if limit is None else min(max_tokens, limit.tokens)
+    starts: Any = beginnings(tokenizer, [prompts] if isinstance(prompts, str) else prompts, longest)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     share = my_share(range(len(batches)), model)
 
