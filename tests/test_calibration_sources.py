@@ -375,6 +375,15 @@ class TestWhatTheModelWrites:
         with pytest.raises(UserError, match="every prompt is longer than half of max_length"):
             own_texts(tiny_model(), tiny_tokenizer(), count=1, max_tokens=4, prompts=["a long prompt"])
 
+    def test_prompts_that_are_left_out_are_counted(self, caplog):
+        asked = {"count": 4, "max_tokens": 20}
+        for prompts, told in ((["ab", "long " * 10, "other " * 10], 1), (["ab"], 0)):
+            caplog.clear()
+            found = own_texts(tiny_model(), tiny_tokenizer(), prompts=prompts, **asked)
+            assert all(text.startswith("ab") for text in found)
+            assert caplog.text.count("2 of 3 prompts are longer than 10 tokens, half of max_length") == told
+            assert len(caplog.records) == told
+
     def test_prompts_longer_than_a_position_table(self):
         torch.manual_seed(0)
         sizes = dict(vocab_size=101, n_positions=32, n_embd=32, n_layer=1, n_head=2)

@@ -11,11 +11,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_null.utils.chat import without_bos
-from lora_null.utils.distributed import device_of, merge_shares, my_share, rank_and_world
+from lora_null.utils.distributed import device_of, get_logger, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import end_ids, pad_left, position_limit, tokenizer_of
 from lora_null.utils.model_state import base_model_of, preserve, replaced
 
+logger = get_logger(__name__)
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
 
 
@@ -40,7 +41,8 @@ def own_texts(
         count: number of texts.
         max_tokens: of a text, its prompt included, at most.
         prompts: texts, or one, to go on from, in turn, with all special tokens but the one the tokenizer puts first;
-            without any the model begins with its first token (the end token, where it has none).
+            without any the model begins with its first token (the end token, where it has none). Those longer than half of
+            max_tokens are left out, and a line says so.
         seed: of the draws.
         progress: the bar's label.
 
@@ -81,10 +83,14 @@ def beginnings(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[
         if first is None:
             raise UserError("calibration.self: the tokenizer has no token that begins a text; use self: prompts")
         return [[first]]
-    encoded = [ids for ids in tokenizer(list(prompts))["input_ids"] if len(ids) <= max_tokens // 2]
-    if not encoded:
+    fitting = [ids for ids in tokenizer(list(prompts))["input_ids"] if len(ids) <= max_tokens // 2]
+    if not fitting:
         raise UserError(f"calibration.self: every prompt is longer than half of max_length ({max_tokens} tokens)")
-    return encoded
+    if long := len(prompts) - len(fitting):
+        logger.warning(
+            f"calibration: {long} of {len(prompts)} prompts are longer than {max_tokens // 2} tokens, half of max_length, and are left out"
+        )
+    return fitting
 
 
 @torch.no_grad()
