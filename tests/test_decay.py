@@ -8,6 +8,7 @@ from test_null_basis import adamw
 from test_trainer import make
 from tiny import tiny_model
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers, factors_of, residual_of
@@ -143,6 +144,12 @@ def test_decay_alone_leads_back_to_the_original_model(tmp_path):
         ("v1", True, {"weight_decay": 0.0}, "weight_decay is 0"),
         ("v1", None, {"optim": "adafactor"}, "is defined for AdamW, not for adafactor"),
         ("v1", None, {"optim": "schedule_free_adamw"}, "is defined for AdamW, not for schedule_free_adamw"),
+        (
+            "v1",
+            None,
+            {"optim": "galore_adamw_layerwise"},
+            "galore_adamw_layerwise steps inside the backward pass, .*decay_to_start=False",
+        ),
         ("v1", None, {"optimizer_class": (torch.optim.SGD, {})}, "is defined for AdamW, not for SGD"),
     ],
 )
@@ -165,6 +172,39 @@ def test_an_average_of_weights_leaves_the_basis(tmp_path):
         trainer_of("nb", tmp_path, optim="schedule_free_adamw", weight_decay=0.0)
 
 
+def layerwise(model):
+    """Put an optimizer on each parameter, as transformers does for `galore_adamw_layerwise`, by torch's AdamW."""
+    each = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters() if p.requires_grad}
+
+    def step(parameter):
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(step)
+    return LayerWiseDummyOptimizer, {"optimizer_dict": each, "lr": 1e-2}
+
+
+@pytest.mark.parametrize("kind", ["v1", "nb", "v2"])
+def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, tmp_path):
+    options = dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], save_strategy="no")
+    trainer, made = make(tmp_path, KINDS[kind], weight_decay=0.0, **options), []
+    trainer.get_optimizer_cls_and_kwargs = lambda args, model: made.append(1) or layerwise(model)
+    trainer.train()
+    assert len(made) == 1 and trainer.something_moved
+    for layer in adapted_layers(trainer.model).values():
+        for basis in getattr(layer, "bases", {}).values():
+            A, N = factors_of(layer)[0].detach(), basis.vectors.float()
+            assert (A - A @ N @ N.T).norm() < 1e-3 * A.norm()
+
+
+def test_gradients_that_are_gone_cannot_be_read(tmp_path):
+    method, options = make_method("roselora"), dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
+    trainer = make(tmp_path, method.config(r=4, target_modules="all-linear"), method=method, **options)
+    with pytest.raises(UserError, match="roselora reads gradients, and galore_adamw_layerwise leaves none; use adamw"):
+        trainer.train()
+
+
 def test_deepspeed_is_refused(tmp_path):
     trainer = trainer_of("v1", tmp_path)
     with pytest.raises(UserError, match=r"DeepSpeed keeps weights of its own.*decay_to_start=False"):
@@ -184,3 +224,20 @@ def test_an_optimizer_of_ones_own(tmp_path):
             continue
         trainer = make(tmp_path, "none", **options)
         assert "DecayToStart" in trainer.callback_handler.callback_list
+
+
+def test_an_optimizer_of_ones_own_whose_groups_have_no_decay(tmp_path):
+    class AdamW(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 1e-3})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.add_(p.grad, alpha=-1e-3)
+
+    model = get_peft_model(tiny_model(), KINDS["v1"])
+    own = AdamW([p for p in model.parameters() if p.requires_grad])
+    trainer = make(tmp_path, "none", model=model, optimizers=(own, None), save_strategy="no")
+    trainer.train()
+    assert trainer.something_moved

@@ -75,10 +75,17 @@ def averages(name: str) -> bool:
     return "schedule" in name.lower()  # a schedule-free one
 
 
+def steps_in_backward(name: str) -> bool:
+    """Return whether an optimizer steps inside the backward pass: callbacks see neither its gradients nor its groups."""
+    return "layerwise" in name.lower() or "lomo" in name.lower()
+
+
 def check_optimizer(name: str, *, deepspeed: bool) -> None:
     """Raise a UserError for an optimizer, by its name, or DeepSpeed, whose decay cannot be turned to the start."""
     if deepspeed:
         raise UserError(f"decay_to_start: DeepSpeed keeps weights of its own that it cannot reach; {OFF}")
+    if steps_in_backward(name):
+        raise UserError(f"decay_to_start: {name} steps inside the backward pass, where it cannot be added; {OFF}")
     if "adamw" not in name.lower() or averages(name):
         raise UserError(f"decay_to_start: is defined for AdamW, not for {name}; {OFF}")
 
@@ -113,7 +120,7 @@ class DecayToStart(TrainerCallback):
             return
         adapter, shares = active_adapter(model), {}
         for group in optimizer.param_groups:
-            share = float(group["lr"] * group["weight_decay"])
+            share = float(group["lr"] * group.get("weight_decay", 0.0))  # one of a user's own may have no decay
             # Without a gradient, as an unused expert's, AdamW has not decayed it.
             shares |= {id(p): share for p in group["params"] if p.grad is not None}
         for layer in adapted_layers(model, adapter).values():

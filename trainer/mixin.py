@@ -647,7 +647,7 @@ class LoraNullMixin(SavingMixin):
         if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
             self._check_own_optimizer(self.optimizer)
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        hooks = "layerwise" in str(args.optim)  # which it puts on the model
+        hooks = "layerwise" in optimizer_name(args, None, None)  # which it puts on the model
         if not given and not hooks and not self.is_deepspeed_enabled:
             self.get_optimizer_cls_and_kwargs(args, self.model)
 

@@ -43,6 +43,7 @@ from transformers import TrainingArguments
 
 from lora_null.config import LoraNullConfig, ResidualLoraConfig
 from lora_null.layer import active_adapter, is_started
+from lora_null.trainer.decay import optimizer_name, steps_in_backward
 from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, is_plain_lora, method
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.model_state import start_that_rewrites
@@ -190,6 +191,8 @@ def check_engine(
         )
     if zero is not None and not method.supports_deepspeed:
         raise UserError(f"method: {method.name} reads gradients, and DeepSpeed leaves none; use DDP for it")
+    if not method.supports_deepspeed and steps_in_backward(optim := optimizer_name(args, None, None)):
+        raise UserError(f"method: {method.name} reads gradients, and {optim} leaves none; use adamw_torch for it")
     if not method.supports_sharding and (fsdp is not None or zero == 3):
         able = "DDP or ZeRO-2" if method.supports_deepspeed else "DDP"
         raise UserError(f"method: {method.name} needs whole weights while it trains; use {able} for it")

@@ -108,7 +108,8 @@ class Method:
         supports_quantized_base: whether it can start on a quantized base.
         has_rank: whether `r` says how much of it trains.
         supports_sharding: whether it can train while weights are in pieces in several processes (FSDP2, ZeRO-3).
-        supports_deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read.
+        supports_deepspeed: whether it can train under DeepSpeed, which leaves no gradients and no optimizer state to be read;
+            nor do optimizers that step inside the backward pass (layerwise ones).
         starts_in_files: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         saves_plain_lora: whether the adapter that it saves is a plain LoRA.
