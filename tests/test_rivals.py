@@ -11,11 +11,18 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_methods import OPTIONS, assert_drift, factors, make, started
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from trainers import CUT, ROWS, TEXTS
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from trainers import CUT, ROWS, TEXTS, quick
+from transformers import (
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from world import make_world
@@ -25,7 +32,7 @@ from lora_null.layer import adapted_layers, factors_of
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models.plan import check_methods
-from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer, mixin
+from lora_null.trainer import LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer, mixin
 from lora_null.trainer.methods import METHODS, MicroBatch, make_method
 from lora_null.trainer.methods.sc_lora import first_rows
 
@@ -469,6 +476,45 @@ def test_replay_refuses_rows_that_it_cannot_mix(tmp_path):
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(UserError, match=r"replay mixes texts among tokenized rows .* is a IterableDataset"):
         trainer.train()
+
+
+class _PlainTrainer(LoraNullMixin, Trainer):
+    pass
+
+
+def plain_replay(folder, rows, **training):
+    """Replay under Transformers' own trainer and arguments, which know no `max_length`."""
+    tokenizer, method = tiny_tokenizer(), make_method("replay")
+    return _PlainTrainer(
+        model=get_peft_model(tiny_model(), method.config(r=4, target_modules="all-linear", task_type="CAUSAL_LM")),
+        args=TrainingArguments(**quick(folder, **training)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        method=method,
+        calibration_dataset=TEXTS,
+        calibration_args=CUT,
+    )
+
+
+def test_replay_under_a_trainer_that_is_not_trls(tmp_path):
+    rows = Dataset.from_list([dict(tiny_tokenizer()(f"{i} is it</s>")) for i in range(48)])
+    trainer = plain_replay(tmp_path, rows)
+    trainer.train()
+    assert trainer.train_dataset.column_names == rows.column_names == ["input_ids", "attention_mask"]
+    assert len(trainer.train_dataset) == 60
+    assert all(row["attention_mask"] == [1] * len(row["input_ids"]) for row in trainer.train_dataset)
+
+
+def test_replay_leaves_no_column_out_unsaid(tmp_path, caplog):
+    ids = [5, 6, 7, 2]
+    rows = Dataset.from_dict({"input_ids": [ids] * 48, "position_ids": [[3, 4, 5, 6]] * 48, "source": [0] * 48})
+    with pytest.raises(UserError, match="replay's texts have no position_ids, which the rows have"):
+        plain_replay(tmp_path / "1", rows).train()
+    rows = rows.remove_columns("position_ids")
+    for removed, told in ((True, 0), (False, 1)):
+        plain_replay(tmp_path / str(removed), rows, remove_unused_columns=removed).train()
+        assert caplog.text.count("replay: the rows are trained on without source, which texts have not") == told
 
 
 def test_replay_refuses_a_stream(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 
 logger = get_logger(__name__)
-COLUMNS = ("input_ids", "labels", "seq_lengths")  # what TRL's collator reads
 
 
 @method
@@ -52,9 +51,13 @@ class Replay(Method):
             )
         count = max(1, round(len(rows) * self.share / (1 - self.share)))
         drawn = random.Random(trainer.args.seed).sample(windows, len(windows))
-        texts = [window[: trainer.args.max_length] for window in islice(cycle(drawn), count)]
+        longest = getattr(trainer.args, "max_length", None)  # which Transformers' own arguments have not
+        texts = [window[:longest] for window in islice(cycle(drawn), count)]
         columns = {"input_ids": texts, "labels": texts, "seq_lengths": [[len(text)] for text in texts]}
-        kept = [name for name in COLUMNS if name in rows.column_names]
+        columns["attention_mask"] = [[1] * len(text) for text in texts]
+        if left_out := [name for name in rows.column_names if name not in columns]:
+            _check_left_out(trainer, left_out)
+        kept = [name for name in rows.column_names if name in columns]
         rows = rows.select_columns(kept)
         replayed = Dataset.from_dict({name: columns[name] for name in kept}).cast(rows.features)
         logger.info(
@@ -62,3 +65,12 @@ class Replay(Method):
         )
         places = np.concatenate([(np.arange(n) + 0.5) / n for n in (len(rows), count)])
         return concatenate_datasets([rows, replayed]).select(np.argsort(places, kind="stable"))
+
+
+def _check_left_out(trainer: Any, names: list[str]) -> None:
+    """Raise a UserError for columns that the model reads and texts have not; name those that a collator might read."""
+    trainer._set_signature_columns_if_needed()
+    if read := [name for name in names if name in trainer._signature_columns]:
+        raise UserError(f"method: replay's texts have no {', '.join(read)}, which the rows have; leave it out of them")
+    if not trainer.args.remove_unused_columns:
+        logger.warning(f"replay: the rows are trained on without {', '.join(names)}, which texts have not")
