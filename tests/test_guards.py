@@ -14,13 +14,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file
+from test_dpo import LoraNullGRPOTrainer
 from test_dpo import make as make_dpo
 from test_trainer import losses, make
 from tiny import logits, random_batches, tiny_model, tiny_tokenizer
 from torch.utils.data import BatchSampler
-from trainers import CUT, PAIRS, ROWS, TEXTS
+from trainers import CUT, PAIRS, ROWS, TEXTS, quick
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -233,6 +234,33 @@ def test_what_transformers_would_refuse_late_is_refused_before_the_initializatio
         assert not (tmp_path / "init").exists()
 
 
+def test_prompts_are_counted_as_often_as_they_are_sampled(tmp_path):
+    """Eight answers to each of four prompts fill batches of eight, which two answers to each do not of sixteen."""
+
+    def trainer(**changes):
+        return LoraNullGRPOTrainer(
+            model=tiny_model(),
+            args=GRPOConfig(**quick(tmp_path, max_steps=2, max_completion_length=4, **changes)),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            train_dataset=PAIRS.select(range(4)).select_columns("prompt"),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4),
+        )
+
+    fits = trainer(num_generations=8, per_device_train_batch_size=8, dataloader_drop_last=True)
+    fits.train()
+    assert fits.state.global_step == 2
+    with pytest.raises(UserError, match="training data: its 4 rows do not fill a batch; give more, or smaller"):
+        trainer(num_generations=2, per_device_train_batch_size=16).train()
+
+
+def test_batches_that_are_left_out_can_be_passed_too(tmp_path):
+    trainer = make(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=1000)
+    trainer._preflight = "off"
+    trainer.train()
+    assert not trainer.state.global_step
+
+
 @pytest.mark.parametrize(
     "rows, repeated, changes",
     [(5, 3, {}), (8, 0, {}), (5, 0, {"dataloader_drop_last": True}), (9, 0, {"max_steps": 2})],
@@ -243,9 +271,10 @@ def test_rows_that_several_processes_repeat_are_told(caplog, rows, repeated, cha
     taken = [
         i for rank in range(2) for batch in BatchSamplerShard(each, 2, rank) for i in batch
     ]  # what accelerate does
-    trainer = SimpleNamespace(args=SimpleNamespace(**args | changes), train_dataset=whole)
+    trainer = type("Plain", (SimpleNamespace,), {"_get_train_sampler": Trainer._get_train_sampler})()
+    trainer.args, trainer.train_dataset = SimpleNamespace(**args | changes), whole
     trainer.accelerator = SimpleNamespace(num_processes=2)
-    check_last_batches(trainer)
+    check_last_batches(trainer, "error")
     told = f"{rows} rows do not fill the last batches of 2 processes, which take {repeated} of the first rows again"
     assert (told in caplog.text) == bool(repeated) and bool(caplog.text) == bool(repeated)
     assert changes or len(taken) - rows == repeated

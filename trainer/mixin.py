@@ -752,7 +752,7 @@ class LoraNullMixin(SavingMixin):
             self.train_dataset = self._prepared_dataset = self.method.training_data(self, windows)
         if self._preflight != "off":
             check_rows(self, self._preflight)
-        check_last_batches(self)
+            check_last_batches(self, self._preflight)
 
     def _finished_start(self, resuming: Path | None) -> Path | None:
         """Return the folder of the start to take: of a checkpoint its own copy, so that no other file is read."""

@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, factors_of
 from lora_null.targets import refuse_experts, warn_about_fused_experts
@@ -269,28 +269,34 @@ def check_rows(trainer: Any, mode: Mode) -> None:
         _check_lengths(trainer, limit, look.longest, mode)
 
 
-def check_last_batches(trainer: Any) -> None:
+def check_last_batches(trainer: Any, mode: Mode) -> None:
     """Check that rows fill a batch, where others are left out; say which are trained on twice in an epoch.
 
-    They are because accelerate gives every process as many batches of as many rows.
+    They are because accelerate gives every process as many batches of as many rows. What counts is what the sampler takes:
+    trainers that sample several answers to a prompt, as GRPO's, take it several times, and whole batches alone.
     """
     args, processes, rows = trainer.args, trainer.accelerator.num_processes, trainer.train_dataset
     if not isinstance(rows, Sized):
         return
+    of_its_own = type(trainer)._get_train_sampler is not Trainer._get_train_sampler
+    taken = len(trainer._get_train_sampler(rows) if of_its_own else rows)
     pass_over_all = processes * args.train_batch_size
+    if not taken:
+        raise_or_warn(mode, f"training data: its {len(rows)} rows do not fill a batch; give more, or smaller batches")
     if args.dataloader_drop_last:
-        if len(rows) < pass_over_all:
-            raise UserError(
-                f"dataloader_drop_last: leaves no row, {len(rows)} do not fill a batch of {pass_over_all}; leave it out"
+        if 0 < taken < pass_over_all:
+            raise_or_warn(
+                mode,
+                f"dataloader_drop_last: leaves no row, {taken} do not fill a batch of {pass_over_all}; leave it out",
             )
         return
     if processes == 1:
         return
-    passes, repeated = -(-len(rows) // pass_over_all), -len(rows) % pass_over_all
+    passes, repeated = -(-taken // pass_over_all), -taken % pass_over_all
     reaches_the_end = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps >= passes
     if repeated and reaches_the_end:
         logger.warning(
-            f"training data: {len(rows)} rows do not fill the last batches of {processes} processes, which take {repeated} of the "
+            f"training data: {taken} rows do not fill the last batches of {processes} processes, which take {repeated} of the "
             "first rows again in every epoch; dataloader_drop_last leaves the last rows out"
         )
 
