@@ -20,7 +20,15 @@ from test_trainer import losses, make
 from tiny import logits, random_batches, tiny_model, tiny_tokenizer
 from torch.utils.data import BatchSampler
 from trainers import CUT, PAIRS, ROWS, TEXTS, quick
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    LlamaForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 from world import make_world
 
@@ -417,6 +425,21 @@ class TestEndToken:
         masked = {"input_ids": [[5, 6, 7]] * 300, "labels": [[-100, -100, 7]] * 300}
         masked["labels"][233] = [-100, -100, END]
         make(tmp_path, rows=Dataset.from_dict(masked), max_length=16).train()
+
+    @pytest.mark.parametrize("kind", [LlamaForTokenClassification, BertForMaskedLM])
+    def test_labels_that_are_no_next_tokens_need_no_end(self, tmp_path, kind):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8, "labels": [[-100, 1, 0]] * 8})
+        trainer = PlainTrainer(
+            model=get_peft_model(kind(kind.config_class(**sizes)), LoraConfig(r=4, target_modules="all-linear")),
+            args=TrainingArguments(**quick(tmp_path, max_steps=1)),
+            train_dataset=rows,
+            data_collator=DataCollatorForTokenClassification(tiny_tokenizer()),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train()
+        assert trainer.state.global_step == 1
 
 
 class _MaskingCollator(DataCollatorForLanguageModeling):

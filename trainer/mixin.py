@@ -95,7 +95,7 @@ from lora_null.utils.distributed import (
 )
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import write_json
-from lora_null.utils.limits import position_limit
+from lora_null.utils.limits import position_limit, why_unsupported
 from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory, replaced
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
@@ -799,7 +799,13 @@ class LoraNullMixin(SavingMixin):
             self.drift_meter = self.method.drift_meter(self.model, start.calibration)
 
     def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """Return what a collated batch teaches, (rows, length), −100 where nothing; None where it has no such labels."""
+        """Return the tokens that a collated batch teaches, (rows, length), −100 where none; None where labels are none.
+
+        As those of a token classifier, or of a model that fills gaps, whose answers have no end.
+        """
+        head = getattr(base_model_of(self.model), "get_output_embeddings", lambda: None)()
+        if head is None or why_unsupported(self.model.config):
+            return None
         ids, labels = batch.get("input_ids"), batch.get("labels")
         return labels if torch.is_tensor(ids) and torch.is_tensor(labels) and ids.shape == labels.shape else None
 
