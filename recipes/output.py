@@ -253,6 +253,7 @@ def what_is_kept(folder: Path) -> str:
 
 def _check_writable(folder: Path, what: str = "output_dir") -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
+    check_place(folder, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = beside(folder / "probe")
