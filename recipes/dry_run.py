@@ -51,7 +51,8 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     free = output.check_space(Path(recipe.output_dir), size)
     if is_first_process():
         training = training_arguments(recipe, Path(recipe.output_dir))
-        _print_plan(recipe, job, training, rows)
+        all_read = job.data is not None and rows is not None and rows <= FIRST_ROWS
+        _print_plan(recipe, job, training, len(job.data.rows) if all_read else rows)
         if cells:
             _print_grid(recipe, sum(len(cell.methods) for cell in cells))
         if not job.unreached:

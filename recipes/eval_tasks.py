@@ -142,7 +142,8 @@ def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
         if first.columns == TEXT_FIELDS:
             return {"prompt": "beginning", "response": "ending", "template": "plain"}
         with contextlib.suppress(UserError, KeyError):
-            return {"messages": detect_format(first.rows, first.columns, where).keys["messages"]}
+            keys = detect_format(first.rows, first.columns, where).keys
+            return {"messages": keys["messages"], **({"system": keys["system"]} if "system" in keys else {})}
     raise UserError(
         f"{where}: {entry.path} has no question and answer under a usual name (its fields: {', '.join(first.columns)}); "
         "give {answers: NAME, path: FILE, prompt: FIELD, response: FIELD}, or messages: FIELD for conversations"

@@ -401,6 +401,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "max_length": training.max_length,
         "training_rows": len(job.data.rows),
         "rows_left_out": describe_bad_rows(job.data.bad) or None,
+        "rows_cut": job.data.cut or None,
         "training_data": recipe.data.path,
         "trainer": recipe.trainer,
         "template": templates_of(job.tasks, recipe.data.template),

@@ -497,6 +497,20 @@ def test_what_is_not_read_in_a_folder_is_told_once(tmp_path, capsys):
     assert capsys.readouterr().out == f"not read in {tmp_path}: 1 .docx, 1 without a suffix, 1 .gz, 1 .md\n"
 
 
+def test_a_split_is_its_own_file_or_its_shards_and_what_else_is_called_so_is_told(tmp_path, capsys):
+    for name in ("train.jsonl", "train.old.jsonl", "train-v1.jsonl"):
+        write_rows(tmp_path / name, [{"text": name}])
+    assert texts(tmp_path) == ["train.jsonl"]
+    assert capsys.readouterr().out == f"not read in {tmp_path}, beside train.jsonl: train-v1.jsonl, train.old.jsonl\n"
+    (tmp_path / "train.jsonl").unlink()
+    assert texts(tmp_path) == ["train-v1.jsonl", "train.old.jsonl"]
+    assert capsys.readouterr().out == f"read in {tmp_path}: train-v1.jsonl, train.old.jsonl\n"
+    for shard in ("train-00000-of-00002", "train-00001-of-00002"):
+        write_rows(tmp_path / f"{shard}.jsonl", [{"text": shard}])
+    assert texts(tmp_path) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert "beside train-00000-of-00002.jsonl: train-v1.jsonl, train.old.jsonl\n" in capsys.readouterr().out
+
+
 def test_texts_in_a_wrong_encoding_are_bad_rows(tmp_path):
     write_rows(tmp_path / "notes.jsonl", [{"text": "caf\ufffd"}, {"text": "tea"}])
     with pytest.raises(UserError, match=r"1 of 2 rows cannot be used: 1 wrong encoding"):

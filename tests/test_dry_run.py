@@ -178,6 +178,19 @@ def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
     assert "not checked: one training step of a stand-in, with preflight=off or several processes" in out
 
 
+def test_the_plan_counts_the_rows_that_will_train(base, capsys):
+    words = [
+        "data.path={0}/half.jsonl",
+        "data.on_bad_row=skip",
+        "training.max_steps=-1",
+        "training.num_train_epochs=1",
+    ]
+    assert main([str(base / "tiny.yaml"), "--dry-run", *(word.format(base) for word in words)]) == 0
+    out = capsys.readouterr().out
+    assert "left out 10 of 20 training rows" in out and re.search(r"learn +\S+half.jsonl, 10 rows", out), out
+    assert "checked: 20 training rows" in out
+
+
 def test_the_run_itself_looks_too(base, monkeypatch, capsys):
     """Whoever forgets --dry-run is told the same, before weights are loaded."""
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))

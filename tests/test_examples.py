@@ -263,6 +263,18 @@ def test_the_preview_of_preferences_and_of_what_is_cut(tmp_path):
     assert "⟦: because it is so</s>⟧" in shown(end)
 
 
+def test_rows_that_are_cut_or_not_wanted_are_counted(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": "why", "completion": "so " * n, "label": n != 30} for n in (3, 20, 30)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    said = "data: 2 of 3 training rows are longer than training.max_length (40 tokens); they are cut there and their ends are not"
+    found = training_data(section(path, response="completion"), tokenizer, preferences=False, max_length=None)
+    told = capsys.readouterr().out
+    assert found.cut == 0 and said not in told
+    assert "data: 1 of 3 rows have the label false, as answers that are not wanted have; all are learned" in told
+    found = training_data(section(path, response="completion"), tokenizer, preferences=False, max_length=40)
+    assert found.cut == 2 and said in capsys.readouterr().out
+
+
 def test_pairs_that_are_equal_once_cut_are_left_out(tmp_path, tokenizer):
     pairs = [{"prompt": "why", "response": "so " * 40 + end, "rejected": "so " * 40 + "no"} for end in ("he", "she")]
     pairs[1]["rejected"] = "never"

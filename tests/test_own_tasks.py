@@ -306,6 +306,14 @@ def test_a_file_of_conversations_in_one_line(own):
     assert chats.pairs[1] == ("<user>1?\n<assistant>", "1!") and not chats.special_tokens
 
 
+def test_the_system_text_of_a_row_is_asked_with(own):
+    rows = [{"system": f"Be {i}.", "messages": [user(f"{i}?"), assistant(f"{i}!")]} for i in range(3)]
+    path = write_rows(own / "chats.jsonl", rows)
+    recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{path}]", "eval.task="])
+    (chats,) = eval_tasks(EvalContext(recipe, chat_tokenizer(TOOLS)))
+    assert "Be 1." in chats.pairs[1][0] and chats.pairs[1][0].endswith("<user>1?\n<assistant>")
+
+
 def test_notes_are_an_entry(own):
     (own / "notes.md").write_text("The harbor is closed in winter.\n\nAsk for the key at the office next door.\n")
     recipe = load_recipe(str(own / "tiny.yaml"), [f"eval.retention=[{own}/notes.md]", "eval.task="])

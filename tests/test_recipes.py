@@ -412,6 +412,8 @@ def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):
     assert (recipe.output_dir, recipe.method.init) == (str(tmp_path / "out"), str(tmp_path / "start"))
     with pytest.raises(UserError, match=r"\$SCRATCHES/out: the environment has no variable SCRATCHES"):
         load_recipe(str(tmp_path / "me.yaml"), ["output_dir=$SCRATCHES/out"])
+    with pytest.raises(UserError, match=r"~nobody_of_this_name/x: there is no user ~nobody_of_this_name"):
+        load_recipe(str(tmp_path / "me.yaml"), ["output_dir=~nobody_of_this_name/x"])
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         recipe = load_recipe("me.yaml", ["output_dir=out"])

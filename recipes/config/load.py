@@ -515,12 +515,15 @@ def _expanded(path: str) -> str:
     """Return a path with the home folder for ~, and with the environment's variables.
 
     Raises:
-        UserError: a variable that is not set.
+        UserError: a variable that is not set, or no such user.
     """
     path = os.path.expandvars(path)
     if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
         raise UserError(f"{path}: the environment has no variable {unset[1]}")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise UserError(f"{path}: there is no user {Path(path).parts[0]}") from None
 
 
 def _resolve_path(path: str, folder: Path) -> str:

@@ -29,7 +29,7 @@ from lora_null.recipes.data.conversations import (
 from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
-from lora_null.utils.distributed import is_first_process
+from lora_null.utils.distributed import is_first_process, print_once
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, chat_options, is_conversation
 
@@ -72,11 +72,13 @@ class TrainingData:
         rows: for SFT `input_ids` and `labels`; for DPO `prompt`, `chosen` and `rejected`, texts or messages.
         examples: the same rows, written under the template.
         bad: the rows that were left out.
+        cut: how many of the rows are longer than a sequence may be; of pairs, whose chosen response is.
     """
 
     rows: datasets.Dataset
     examples: list[Example]
     bad: list[BadRow]
+    cut: int = 0
 
 
 def training_data(
@@ -107,6 +109,12 @@ def training_data(
         kept = [(example, tokens) for example, tokens in kept if example.row not in set(equal)]
     bad = sorted([*bad, *too_long], key=lambda row: row.row)
     leave_out(bad, total, "training rows", data.on_bad_row)
+    cut = sum(max_length is not None and len(tokens.ids) > max_length for _, tokens in kept)
+    if cut:
+        print_once(
+            f"data: {cut:,} of {len(kept):,} training rows are longer than training.max_length ({max_length} tokens); they are cut "
+            "there and their ends are not learned"
+        )
     examples = [example for example, _ in kept]
     if preferences:
         rows = _preference_rows(examples, data.template)
@@ -116,7 +124,7 @@ def training_data(
             "labels": [np.asarray(tokens.labels[:max_length]) for _, tokens in kept],
         }
         rows = datasets.Dataset.from_dict(columns)
-    return TrainingData(rows, examples, bad)
+    return TrainingData(rows, examples, bad, cut)
 
 
 def cut_before_the_answer(
@@ -148,6 +156,12 @@ def read_examples(
     if not documents.rows:
         return examples, bad
     reader = RowReader(data, documents.columns, where, preferences=preferences, first=documents.rows[0])
+    unwanted = sum(row.get("label") is False for row in documents.rows)
+    if unwanted and where == "data":
+        print_once(
+            f"data: {unwanted:,} of {len(documents.rows):,} rows have the label false, as answers that are not wanted have; all are "
+            "learned"
+        )
     for number, row in zip(documents.numbers, documents.rows):
         if number not in wanted:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,13 +100,17 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
         raise UserError(
             f"{where}.path: {folder} holds {split!r} in {' and '.join(several)}; name one of these folders"
         )
-    named = list(filter(is_split, data))
+    shards = re.compile(rf"{re.escape(split)}-\d+-of-\d+")
+    others, named = list(filter(is_split, data)), [file for file in data if file.stem == split]
+    named = named or [file for file in others if shards.fullmatch(file.stem)] or others
     chosen = named or list(filter(lies_in_split, data))
     chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
     if not chosen:
         raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
-    if not named and len(chosen) > 1 and lies_here(chosen[0]):
+    if len(chosen) > 1 and lies_here(chosen[0]) and not all(shards.fullmatch(file.stem) for file in chosen):
         print_once(f"read in {folder}: {', '.join(file.name for file in chosen)}")
+    if left := [file.name for file in others if file not in chosen]:
+        print_once(f"not read in {folder}, beside {chosen[0].name}: {', '.join(left)}")
     _tell_unread(folder, [file for file in (*unread, *notes) if file.parent == chosen[0].parent])
     return chosen
 
