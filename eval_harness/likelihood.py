@@ -32,6 +32,7 @@ from lora_null.utils.distributed import (
     merge_shares,
     my_share,
     on_first_rank,
+    parameters_are_sharded,
 )
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_safetensors
@@ -228,12 +229,13 @@ def score_answers(
     def compute() -> dict[int, tuple[float, float, int]]:
         known = None if reference is None or record else Reference(reference, pairs)
         scores = {}
+        kept = record and (is_first_process() or not parameters_are_sharded(model))  # in shards all compute all
         for i, log_probs in _forward(model, pairs, share, name, batch_size, autocast_dtype, progress):
             targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
             kl = 0.0 if known is None else known.kl(i, log_probs)
             losses = -log_probs.gather(-1, targets[:, None]).double()
             scores[i] = losses.sum().item(), kl, log_probs.shape[-1]
-            if record:
+            if kept:
                 recorded.update(reference_tensors(i, log_probs, kept_tokens(pairs, log_probs.shape[-1])))
         return scores
 

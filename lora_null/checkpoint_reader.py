@@ -137,15 +137,16 @@ class WeightFiles:
 
     def __init__(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         self.folder = folder
+        self.file_of: dict[str, str]
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
+        if single.is_file():  # which transformers takes, if an index lies beside it
+            with opened(single) as file:
+                self.file_of = dict.fromkeys(file.keys(), single.name)
+        elif index.is_file():
             found = read_json(index)
             if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
                 raise UserError(f"{index}: damaged, it has no weight_map")
-            self.file_of: dict[str, str] = found["weight_map"]
-        elif single.is_file():
-            with opened(single) as file:
-                self.file_of = dict.fromkeys(file.keys(), single.name)
+            self.file_of = found["weight_map"]
         else:
             raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
         self.key_of = keys_by_name(model, self.file_of) if model is not None else {key: key for key in self.file_of}

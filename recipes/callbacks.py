@@ -166,7 +166,8 @@ class KeepCard(TrainerCallback):
 
     def put_back(self, *_: Any, **__: Any) -> None:
         """Write the card into the method's folder; in place of `Trainer.create_model_card`."""
-        write_text(self.path, self.text)
+        if is_first_process():
+            write_text(self.path, self.text)
 
     def save_state(self, checkpoint: Path) -> None:
         """Write the card into a checkpoint before that is marked as complete."""

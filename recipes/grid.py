@@ -28,7 +28,15 @@ from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, s
 from lora_null.recipes.config.load import CELLS_FOLDER, apply_overrides, set_key
 from lora_null.recipes.config.schema import GridSection, Recipe, parse_recipe
 from lora_null.recipes.environment import environment
-from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_beside_the_base, inputs_of, inspect_recipe
+from lora_null.recipes.job import (
+    Job,
+    check_asked_alike,
+    check_run,
+    check_same_everywhere,
+    inputs_beside_the_base,
+    inputs_of,
+    inspect_recipe,
+)
 from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.recipes.report import print_table, write_report
@@ -124,6 +132,7 @@ def run_grid(
     if first:
         output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
     job = together(lambda: check_grid(recipe, cells, allow_code_execution=allow_code_execution))
+    check_same_everywhere(job)
     size = space_of_grid(recipe, cells, job)
     inputs = functools.partial(inputs_of, job)
     lock = output.hold_output_folder(recipe, size, inputs, resume=resume, overwrite=overwrite)
@@ -161,11 +170,12 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
             on_first_rank(lambda own=own: output.claim(own, resume=True, overwrite=False))
             if job is None or job.recipe.seed != cell.seed or not starts_alike(recipe.grid):
                 job = _checked_job(recipe, own, root / "base", allow_code_execution)
+            alike = functools.partial(_started_alike, recipe, root, cell)
             job = dataclasses.replace(
                 job,  # with the windows that a run of the seed has had the model write
                 recipe=own,
                 folder=Path(own.output_dir),
-                shared_init=_started_alike(recipe, root, cell) if starts_alike(recipe.grid) else {},
+                shared_init=on_first_rank(alike) if starts_alike(recipe.grid) else {},
                 keep_weights=recipe.grid.keep_weights,
             )
 

@@ -33,7 +33,7 @@ from lora_null.recipes.checks import (
     rehearse,
     tell_of_shared_rows,
 )
-from lora_null.recipes.config.load import CONFIGURATION_KEYS
+from lora_null.recipes.config.load import CONFIGURATION_KEYS, dump
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
@@ -45,7 +45,7 @@ from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.preflight import check_predicts_next_token, raise_or_warn
-from lora_null.utils.distributed import get_logger
+from lora_null.utils.distributed import all_gather, get_logger
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, position_limit
@@ -174,6 +174,17 @@ def inputs_of(job: Job) -> dict[str, str]:
         beside = hub_commit(job.recipe.model, job.model_name) or _beside_the_weights(files)
         found["model.name_or_path"] = hash_of([base_fingerprint(files), beside])
     return found | job.swept_inputs
+
+
+def check_same_everywhere(job: Job) -> None:
+    """Raise a UserError where processes have other recipes or rows, as machines whose files differ. All call it together."""
+    own = {"the recipe": hash_of(dump(job.recipe)), **inputs_beside_the_base(job)}
+    first, *others = all_gather(own)
+    differing = next((name for other in others for name in first if other.get(name) != first[name]), None)
+    if differing is not None:
+        raise UserError(
+            f"{differing} differs between the processes; every machine needs the same recipe and the same files"
+        )
 
 
 def inputs_beside_the_base(job: Job) -> dict[str, str]:

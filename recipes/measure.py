@@ -18,6 +18,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
 from lora_null.eval_harness import Evaluation, Task, evaluate
 from lora_null.eval_harness.lm_eval.vllm import open_vllm
+from lora_null.eval_harness.tasks import reference_path
 from lora_null.recipes import caches
 from lora_null.recipes.budget import Measurement, check_budget
 from lora_null.recipes.comparisons import compare, with_samples_of_groups
@@ -42,10 +43,12 @@ def evaluate_base(job: Job) -> Row:
     found = None
     if job.recipe.eval.before and job.tasks:
         load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
-        found = _find_or_measure(job, job.base, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True))
+        found = _find_or_measure(
+            job.base, job.tasks, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True)
+        )
         if job.probe is not None:
             folder = probe_folder(job.base)
-            probed = _find_or_measure(job, folder, job.probe_key, lambda: _record_probe(job, load()))
+            probed = _find_or_measure(folder, job.probe.tasks, job.probe_key, lambda: _record_probe(job, load()))
             if job.budget is not None:
                 check_budget(job.budget, probed, found)
         del load
@@ -56,13 +59,20 @@ def evaluate_base(job: Job) -> Row:
     return Row(method="base", metrics=metrics, seconds=seconds, **dict.fromkeys(unknown))
 
 
-def _find_or_measure(job: Job, folder: Path, key: str | None, measure: Callable[[], Evaluation]) -> Evaluation:
-    """Return an evaluation of the base: the run's own, an earlier run's with the same settings, or a new one."""
+def _find_or_measure(
+    folder: Path, tasks: Sequence[Task], key: str | None, measure: Callable[[], Evaluation]
+) -> Evaluation:
+    """Return an evaluation of the base on tasks: the run's own, an earlier run's with the same settings, or a new one."""
     saved = folder / EVAL_FILE
 
     def restore() -> bool:
-        if saved.is_file():
+        files = [reference_path(folder, task.reference_file) for task in tasks if task.reference_file]
+        lost = next((file.name for file in files if not file.is_file()), None)
+        if saved.is_file() and lost is None:
             return True
+        if saved.is_file():
+            print(f"base: {lost} is no longer in {folder}, it is measured again")
+            saved.unlink()
         if fetched := key is not None and caches.fetch_base(key, folder):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         return fetched

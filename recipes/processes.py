@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,7 @@ JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 WORKERS = "LORA_NULL_WORKERS"
+MEETING_SECONDS = 1800.0  # that processes wait for each other, as Transformers has it; NCCL's own are 600
 
 
 def check_launcher() -> None:
@@ -49,8 +51,11 @@ def check_launcher() -> None:
             )
 
 
-def join_processes() -> None:
+def join_processes(seconds: float = MEETING_SECONDS) -> None:
     """Join the other processes of this run, if there are any, on the device that it computes on.
+
+    Args:
+        seconds: for which they may wait for each other.
 
     Raises:
         UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
@@ -59,7 +64,7 @@ def join_processes() -> None:
     check_launcher()
     choose_device()
     try:
-        PartialState()
+        PartialState(timeout=timedelta(seconds=seconds))
     except ImportError as error:
         if "deepspeed" not in str(error).lower():
             raise

@@ -46,7 +46,7 @@ from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, free_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.eval_tasks import templates_of
-from lora_null.recipes.job import Job, check_run, inputs_of, space_of_run
+from lora_null.recipes.job import Job, check_run, check_same_everywhere, inputs_of, space_of_run
 from lora_null.recipes.measure import budget_measurement, evaluate_base, evaluate_live, measure_strengths
 from lora_null.recipes.models.bases import attention, base_to_shard, load_base_after, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, recipe_method
@@ -73,7 +73,14 @@ from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.utils.distributed import count, get_logger, is_first_process, is_launched_with_fsdp2, together
+from lora_null.utils.distributed import (
+    count,
+    get_logger,
+    is_first_process,
+    is_launched_with_fsdp2,
+    on_first_rank,
+    together,
+)
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, replacing_folder, write_json
 
@@ -93,6 +100,7 @@ def run(
     """
     output.check_output_folder(recipe, resume=resume, overwrite=overwrite)
     job = together(lambda: check_run(recipe, allow_code_execution=allow_code_execution))
+    check_same_everywhere(job)
     inputs = functools.partial(inputs_of, job)
     with output.hold_output_folder(recipe, space_of_run(job), inputs, resume=resume, overwrite=overwrite):
         if not job.tasks and is_first_process():
@@ -151,14 +159,14 @@ def _write_windows(job: Job) -> Windows:
 def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
-    if (finished := read_row(folder)) is not None:
+    if (finished := on_first_rank(lambda: read_row(folder))) is not None:  # whose file system has it first
         return finished
     reset_peak_memory()
     trainer = _make_trainer(job, plan, folder)
     probe = _add_probe(job, trainer, folder)
     trackers = Trackers(trainer)
     start = time.perf_counter()
-    checkpoint = last_checkpoint(folder)
+    checkpoint = on_first_rank(lambda: last_checkpoint(folder))
     init_before, train_before = _spent_before(job, plan, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -198,13 +206,16 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
     folder = job.folder / plan.name
     model = trainer.accelerator.unwrap_model(trainer.model)
     diverged = diverged_at(trainer)
-    kept, saved, found = None, None, None
+    kept, saved, found, magnitude = None, None, None, None
     if diverged is None:
         if isinstance(probe, BudgetProbe):
             kept = apply_budget(budget_measurement(job, model), probe, model)
             before = read_row(job.previous[plan.name]) if plan.name in job.previous else None
             if before and not before.is_base_again:
                 kept.task = job.recipe.name
+        magnitude = _magnitude(job, plan, trainer, model)
+        if kept is not None and magnitude is not None and magnitude.total == 0:
+            kept.step = 0  # a warmup's first step moves nothing: its state is that before
         saved = _save(job, plan, trainer, folder)
         back_at_start = kept is not None and kept.left_nothing
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
@@ -227,7 +238,7 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
         diverged=diverged,
         metrics=found.metrics if found else {},
         drift=drift and Drift(**drift),
-        magnitude=_magnitude(job, plan, trainer, model) if diverged is None else None,
+        magnitude=magnitude if diverged is None else None,
         seconds=seconds,
         tokens_per_second=load_log(folder / LOG_FILE).tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
@@ -378,7 +389,7 @@ def _run_name(job: Job, plan: MethodPlan) -> str:
 def _copy_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
     source = job.shared_init.get(plan.name)
-    if source is None or not (source / "init" / REPORT_FILE).is_file():
+    if source is None or not on_first_rank(lambda: (source / "init" / REPORT_FILE).is_file()):
         return False
     if is_first_process():
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)

@@ -32,7 +32,7 @@ from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.examples import tokenize
-from lora_null.recipes.job import Job, check_asked_alike, check_run, inputs_of
+from lora_null.recipes.job import Job, check_asked_alike, check_run, check_same_everywhere, inputs_of
 from lora_null.recipes.models.bases import load_base_after
 from lora_null.recipes.models.plan import MethodPlan, recipe_method
 from lora_null.recipes.report import print_table, write_report
@@ -81,6 +81,8 @@ def run_sequence(
         return jobs
 
     jobs = together(check)
+    for job in jobs:
+        check_same_everywhere(job)
 
     def inputs() -> dict[str, str]:
         return {f"{job.recipe.name}: {name}": found for job in jobs for name, found in inputs_of(job).items()}
@@ -175,8 +177,12 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
 
 def _goes_on(folder: Path) -> bool:
     """Return whether a later task can go on from METHOD, which has not diverged: its evaluation may have after it was saved."""
-    row = read_row(folder)
-    return weights_in(folder) is not None and (row is None or row.diverged is None)
+
+    def goes_on() -> bool:
+        row = read_row(folder)
+        return weights_in(folder) is not None and (row is None or row.diverged is None)
+
+    return on_first_rank(goes_on)  # whose file system has it first
 
 
 def _uses_grams(recipe: Recipe, name: str) -> bool:
@@ -280,7 +286,7 @@ def _whole_row(method: str, found: Sequence[Results]) -> Row:
     seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
     peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     whole: dict[str, Any] = {"seconds": Seconds(**seconds), "peak_memory_bytes": max(peaks, default=None)}
-    whole["drift"] = None  # that of the last task alone is none of all tasks
+    whole |= {"drift": None, "tokens_per_second": None}  # those of the last task alone are none of all tasks
     return rows[-1].model_copy(update=whole | named)
 
 

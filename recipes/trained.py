@@ -118,8 +118,11 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
     folder = folder.resolve()
+    if folder.name in LAST_WRITTEN and is_of_run(folder.parent.parent / RECIPE_FILE):
+        folder = folder.parent  # whose recipe knows more of it
     recipe_file = folder.parent / RECIPE_FILE
     check_is_no_run(folder)
+    check_holds_all_tasks(folder)
     if (folder / LAST_WRITTEN["adapter"]).is_file():
         return _made_elsewhere(folder, base, trust)
     if not recipe_file.is_file():
@@ -137,6 +140,16 @@ def check_is_no_run(folder: Path) -> None:
     """Raise a UserError that names the methods of a run, where its folder is given in place of one of theirs."""
     if (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
+
+
+def check_holds_all_tasks(folder: Path) -> None:
+    """Raise a UserError for a checkpoint of a sequence's later task, which holds that task's change alone."""
+    _, task, tasks, *_ = (*folder.resolve().parents, folder, folder, folder)
+    later = tasks.name == TASKS_FOLDER and not task.name.startswith("1-") and is_of_run(task / RECIPE_FILE)
+    if later and folder.name.startswith("checkpoint-"):
+        raise UserError(
+            f"{folder}: a checkpoint of a later task, whose change it holds alone; METHOD/adapter holds all tasks so far"
+        )
 
 
 def _made_elsewhere(folder: Path, base: str | None, trust: bool) -> Trained:

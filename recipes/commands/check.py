@@ -7,6 +7,7 @@ import argparse
 from lora_null.adapters.base_hash import FINGERPRINT, QUANTIZATION, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
 from lora_null.recipes.trained import QUANTIZED_NOTE, base_of, check_is_no_run
 from lora_null.utils.errors import UserError
 
@@ -34,6 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("note: the base could not be compared, its files or its hash are not here")
     if QUANTIZATION in adapter.metadata and getattr(base.config, "quantization_config", None) is None:
         print(f"note: {QUANTIZED_NOTE.format(adapter.metadata[QUANTIZATION])}")
+    lost = balanced_where_they_cancel(adapter.pairs())[1]
+    if lost > MOST_LOST:
+        print(
+            f"note: its factors nearly cancel: held in 16 bits, as vLLM and transformers' load_adapter do, up to {lost:.0%} of a "
+            "layer's change is lost; lora-null export writes factors that lose none of it"
+        )
     if is_untrained(adapter):
         print("note: not trained yet, every B is zero: served as it is, it changes nothing")
     print(f"sound: {describe(adapter)}, for {base.name}")

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
 from lora_null.adapters.gguf import gguf_architecture, load_gguf, read_gguf, write_gguf
@@ -115,10 +117,12 @@ def run(arguments: argparse.Namespace) -> None:
     with replacing_folder(arguments.out) as folder:
         name = arguments.base_name or source.base.section.name_or_path
         export = Export(source, arguments.form, folder, name, [note] if note else [], strength=strength)
-        if arguments.base or arguments.base_name:
+        if arguments.base_name:
             export.recorded = name
         elif arguments.push_to_hub:  # where a path of this machine says nothing, and is nobody's business
             export.recorded = hub_base(name) or Path(name).name
+        elif arguments.base:
+            export.recorded = str(Path(name).resolve()) if Path(name).is_dir() else name
         _note_base(export)
         _note_end(export)
         _write(export, arguments)
@@ -240,8 +244,8 @@ def _plain(export: Export, adapter: Any, rank: int | None) -> tuple[dict[str, An
         pairs, lost = balanced_where_they_cancel(pairs)
         if lost > MOST_LOST:
             export.notes.append(
-                f"The factors are those of ΔW by SVD, at the same rank: of those that were trained, whose products cancel, "
-                f"rounding to bfloat16 (as vLLM does) would take {100 * lost:.0f}% of ΔW."
+                f"Where those that were trained nearly cancel, the factors are those of ΔW by SVD, at the same rank: rounding "
+                f"to bfloat16, as vLLM does, would take up to {100 * lost:.0f}% of a layer's ΔW."
             )
     if export.form == "gguf" and scaling * export.strength == 0:
         raise UserError(
@@ -339,7 +343,9 @@ def _copy_tokenizer(export: Export) -> None:
         )
         found = {path.name: path for path in of_base} | found
     for name, path in sorted(found.items()):
-        shutil.copy2(path, export.folder / name)
+        shutil.copyfile(path, export.folder / name)  # not its mode: a read-only file could not be flushed
+    if (templates := place / CHAT_TEMPLATE_DIR).is_dir():  # those beside the default one, such as tool_use
+        shutil.copytree(templates, export.folder / templates.name, copy_function=shutil.copyfile)
 
 
 def verify(export: Export) -> Any:
@@ -427,7 +433,9 @@ def push(folder: Path, name: str) -> None:
     try:
         hub.create_repo(name, private=True, exist_ok=True)
         # What an earlier export of another form has left would be loaded in its place.
-        stale = ["*.safetensors", "*.safetensors.index.json", "adapter_*", "*.gguf"]
+        patterns = ("*.safetensors", "*.safetensors.index.json", "adapter_*", "*.gguf")
+        own = (file for file in hub.list_repo_files(name) if "/" not in file)  # what lies in folders is of others
+        stale = [file for file in own if any(fnmatch(file, pattern) for pattern in patterns)]
         where = hub.upload_folder(
             repo_id=name, folder_path=folder, delete_patterns=stale, commit_message="Export of lora-null"
         )

@@ -67,7 +67,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.environment import choose_precision, prepare_cpu
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.output import check_output_folder, check_space
-    from lora_null.recipes.processes import check_launcher, join_processes, work_alone
+    from lora_null.recipes.processes import MEETING_SECONDS, check_launcher, join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
@@ -75,7 +75,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     prepare_cpu()
     if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()
-    join_processes()
+    join_processes(recipe.training.get("ddp_timeout") or MEETING_SECONDS)
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
