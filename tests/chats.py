@@ -44,6 +44,15 @@ DEAF = (
     "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# SmolLM2's way: a system text of its own before the first message. Llama 3's: the first token there. Llama 2's: no prompt.
+DEFAULT_SYSTEM = TOOLS.replace(
+    "messages %}", "messages %}{% if loop.first and m.role != 'system' %}<system>Be good.\n{% endif %}", 1
+)
+FIRST_TOKEN = TOOLS.replace("messages %}", "messages %}{% if loop.first %}{{ bos_token }}{% endif %}", 1)
+NO_PROMPT = (
+    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
 CONFIG = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, gradient_checkpointing=False)
 
 

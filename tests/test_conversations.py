@@ -7,10 +7,13 @@ from chats import (
     BLOCKS,
     CONFIG,
     DEAF,
+    DEFAULT_SYSTEM,
     ENDS,
+    FIRST_TOKEN,
     JSON_CALLS,
     NEEDS_CONTENT,
     NO_CALLS,
+    NO_PROMPT,
     OPENS_THOUGHT,
     STRICT,
     THINKING,
@@ -73,6 +76,15 @@ def test_calls_by_role(tmp_path, names):
 
 
 CHAT = [system("Be brief."), user("1+1?"), assistant("2"), user("and 1?"), assistant("3")]
+
+
+@pytest.mark.parametrize("template", [DEFAULT_SYSTEM, FIRST_TOKEN, NO_PROMPT])
+@pytest.mark.parametrize("later", [[], [user("a"), assistant("b")]], ids=["alone", "goes on"])
+def test_what_stands_before_a_first_turn_of_the_assistant_is_not_learned(tmp_path, template, later):
+    end = "</s>" if template == NO_PROMPT else "</s>\n"
+    found, text = spans(tmp_path, [assistant("Hello!"), *later], template)
+    assert [said.strip(" ") for said in found] == ["Hello!" + end, "b" + end][: len(found)]
+    assert len(found) == 1 + bool(later) and text.startswith(("<system>Be good.\n<assistant>Hello!", "<s>"))
 
 
 @pytest.mark.parametrize("template", [TOOLS, BLOCKS])

@@ -157,13 +157,33 @@ def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, option
 
     The prompt may end in what the answer does not repeat (an empty thought); then the turn begins where they part.
     """
+    told = _render(chat.messages[:turn], tokenizer, options)[0] if turn else ""
+    if told in ("", tokenizer.bos_token):
+        return _first_start(chat, turn, tokenizer, options)
     opened = open_turn(chat.messages[:turn], tokenizer, options)
     if chat.text.startswith(opened):
         return len(opened)
-    start, (told, _) = common_prefix(opened, chat.text), _render(chat.messages[:turn], tokenizer, options)
+    start = common_prefix(opened, chat.text)
     if start < len(told) or not chat.text.startswith(told):
         raise ValueError(_CHANGES)
     return start
+
+
+def _first_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int:
+    """Return where the first turn of a text begins. Its head is the one that the same turn has after a question; what a
+    template writes before its first message (a default system text) shows in no conversation without messages."""
+    question, said = [*chat.messages[:turn], {"role": "user", "content": "?"}], chat.messages[turn]
+    asked, (text, _) = [*question, said], _render([*question, said], tokenizer, options)
+    told, _ = _render(question, tokenizer, options)
+    if told not in ("", tokenizer.bos_token):
+        start = turn_start(Chat(text, asked, None), len(question), tokenizer, options)
+        content = said.get("content", "").strip()
+        head = text[len(told) : start]
+        sought = head if head.strip() or not content else text[start : text.find(content, start) + len(content)]
+        at = chat.text.find(sought)
+        if sought and at >= 0:
+            return at + len(head) if sought == head else at
+    raise ValueError("a first turn of the assistant of which the chat template does not show where it begins")
 
 
 _CHANGES = (
