@@ -80,6 +80,46 @@ def test_the_same_preferences_as_trl(tmp_path, tokenizer, template):
             assert list(tokens.labels) == [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
 
 
+CODE = {"prompt": "def f(x):\n", "response": "    y = x\n    return y\n"}
+BODY = "    y = x\n    return y</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [("plain", f"def f(x):\n{BODY}"), ("qa", f"Question: def f(x):\nAnswer:{BODY}"), ("chat", f"<assistant>{BODY}\n")],
+)
+@pytest.mark.parametrize("front", ["", "\n", " \n\r\n"])
+def test_the_indentation_of_a_response_is_kept(tmp_path, tokenizer, template, end, front):
+    row = {**CODE, "response": front + CODE["response"]}
+    messages = [user(CODE["prompt"]), assistant(row["response"])]
+    for rows, keys in [(row, {}), ({"messages": messages}, {"messages": "messages"})]:
+        if keys and template == "chat":  # which gets messages as they are
+            continue
+        path = write_rows(tmp_path / "rows.jsonl", [rows])
+        data = training_data(section(path, template=template, **keys), tokenizer, preferences=False, max_length=None)
+        (written,) = [example.written for example in data.examples]
+        assert written.text.endswith(end) and written.text[slice(*written.spans[0])].strip("\n") == BODY
+
+
+@pytest.mark.parametrize("template", ["plain", "qa", "alpaca", "chat"])
+def test_one_space_in_front_of_a_response_changes_nothing(tmp_path, tokenizer, template):
+    rows = [{"prompt": "1+2? ", "response": space + "it is 3"} for space in ("", " ", "\n", "\n ")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = training_data(section(path, template=template), tokenizer, preferences=False, max_length=None)
+    assert len({example.written.text for example in data.examples}) == 1
+    text = data.examples[0].written.text
+    assert text.endswith(
+        {"plain": "1+2? it is 3</s>", "chat": "1+2?\n<assistant>it is 3</s>\n"}.get(template, ": it is 3</s>")
+    )
+
+
+@pytest.mark.parametrize("front", ["", "\n", "\t", "  "])
+def test_the_indentation_of_a_text_is_kept(tmp_path, tokenizer, front):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{front}one\n  two\n"}])
+    data = training_data(section(path, text="text", template="plain"), tokenizer, preferences=False, max_length=None)
+    assert data.examples[0].written.text == front.strip("\n") + "one\n  two</s>"
+
+
 def said(who, what, user, assistant):
     return [{who: role, what: text} for turn in TURNS for role, text in zip((user, assistant), turn)]
 

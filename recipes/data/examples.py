@@ -27,7 +27,7 @@ from lora_null.recipes.data.conversations import (
     write_preference,
 )
 from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
-from lora_null.recipes.data.templates import CHAT
+from lora_null.recipes.data.templates import CHAT, trimmed
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
 from lora_null.utils.distributed import is_first_process, print_once
 from lora_null.utils.errors import UserError
@@ -316,15 +316,15 @@ class RowReader:
             return []
         if self.prompt.is_field and is_conversation(row.get(self.prompt.spec)):
             return as_messages(row[self.prompt.spec])[0]
-        text = self.prompt.text(row).strip()
-        if not text:
+        text = self.prompt.text(row)
+        if not text.strip():
             raise EmptyValue(f"empty {self.prompt.spec!r}")
-        return [{"role": "user", "content": text}]
+        return [{"role": "user", "content": text.strip() if self.data.template == CHAT else text}]
 
 
 def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:
     """Return the text of a field; raise a ValueError where it is empty, or no text."""
-    text = field_text(row, field, answer=answer).strip()
+    text = trimmed(field_text(row, field, answer=answer))
     if not text:
         raise EmptyValue(f"empty {field!r}")
     return text

@@ -61,6 +61,21 @@ def check_template(template: str) -> str:
 
 
 def render(template: str, prompt: str, response: str) -> tuple[str, str]:
-    """Return the prompt text and the completion text; the completion starts with the space that separates them."""
-    text = fill(TEMPLATES.get(template, template), "template", lambda _: prompt.strip())
-    return text, " " + response.strip()
+    """Return the prompt text and the completion text.
+
+    The completion starts with the space that separates them, unless one of the two has whitespace there. Line breaks that
+    end a prompt are kept where it ends the template: code goes on in the next line.
+    """
+    around, asked = TEMPLATES.get(template, template), prompt.strip()
+    end = prompt[len(prompt.rstrip()) :]
+    asked += end if around.endswith("{prompt}") and "\n" in end else ""
+    text, said = fill(around, "template", lambda _: asked), trimmed(response)
+    return text, said if text[-1:].isspace() or said[:1].isspace() else f" {said}"
+
+
+def trimmed(response: str) -> str:
+    """Return a response without blank lines or one single space in front, and without whitespace at its end.
+
+    The indentation of its first line is kept; one space there is what TRL's completions begin with.
+    """
+    return re.sub(r"\A(?:\s*[\r\n])?(?: (?=\S))?", "", response.rstrip())
