@@ -1,6 +1,7 @@
 """Conversations as TRL, OpenAI and ShareGPT write them: what is learned, turn for turn, and the true reason of a refusal."""
 
 import json
+import random
 
 import pytest
 from chats import (
@@ -28,6 +29,8 @@ from chats import (
 )
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import make_world, write_rows
 
@@ -35,6 +38,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.examples import read_examples, tokenize, training_data
 from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
+from lora_null.utils.chat import common_prefix
 from lora_null.utils.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
@@ -85,6 +89,75 @@ def test_what_stands_before_a_first_turn_of_the_assistant_is_not_learned(tmp_pat
     found, text = spans(tmp_path, [assistant("Hello!"), *later], template)
     assert [said.strip(" ") for said in found] == ["Hello!" + end, "b" + end][: len(found)]
     assert len(found) == 1 + bool(later) and text.startswith(("<system>Be good.\n<assistant>Hello!", "<s>"))
+
+
+WORDS = [
+    "héllo",
+    "<a>",
+    "\n\n",
+    " ",
+    "  x",
+    "😀",
+    "don't",
+    "def f():\n    return 1",
+    "1,0.5",
+    "中文",
+    "</s>",
+    "<s>",
+    "e\u0301",
+    "\t",
+]
+
+
+def random_rows(count, turns=4):
+    draw = random.Random(0)
+    text = lambda: "a" + "".join(draw.choices(WORDS, k=draw.randint(1, 8)))  # noqa: E731
+    return [{"messages": [say(text()) for _ in range(draw.randint(1, turns)) for say in (user, assistant)]} for _ in range(count)]  # fmt: skip
+
+
+def trained_tokenizer(kind):
+    """A tokenizer as SmolLM2's (bytes), as Llama 2's (one space before all) or as T5's, which ends each text itself."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if kind == "bytes" else pre_tokenizers.Metaspace(prepend_scheme="first" if kind == "first" else "always")  # fmt: skip
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    texts = [
+        message["content"] + "<user><assistant>\nQuestion: Answer:"
+        for row in random_rows(200)
+        for message in row["messages"]
+    ]
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=[*special.values()], show_progress=False)
+    )
+    ends = " </s>" if kind == "ends" else ""
+    made.post_processor = processors.TemplateProcessing(f"<s> $A{ends}", special_tokens=[("<s>", 1), ("</s>", 2)])
+    made = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    made.chat_template = TOOLS
+    return made
+
+
+@pytest.mark.parametrize("template", ["chat", "qa", "plain"])
+@pytest.mark.parametrize("kind", ["bytes", "first", "always", "ends"])
+def test_labels_are_those_of_tokenizing_all_that_comes_before(tmp_path, kind, template):
+    tokenizer = trained_tokenizer(kind)
+    data = read(tmp_path, random_rows(150), tokenizer, messages="messages", template=template)
+    ids_of = lambda text: tokenizer(text, add_special_tokens=template != "chat")["input_ids"]  # noqa: E731
+    for example, row in zip(data.examples, data.rows):
+        text, ids = example.written.text, ids_of(example.written.text)
+        labels = [-100] * len(ids)
+        for span in example.written.spans:
+            start, end = (common_prefix(ids_of(text[:at]), ids) for at in span)
+            labels[start:end] = ids[start:end]
+        assert (row["input_ids"], row["labels"]) == (ids, labels)
+
+
+def test_a_long_conversation_is_tokenized_in_linear_time(tmp_path, monkeypatch):
+    tokenizer, seen = trained_tokenizer("bytes"), []
+    rows = [{"messages": [user("what " * 40), assistant("that " * 40)] * 50}]
+    (example,) = read(tmp_path, rows, tokenizer, messages="messages").examples
+    call = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda self, texts, **how: seen.append(sum(map(len, texts))) or call(self, texts, **how))  # fmt: skip
+    tokenize([example], "chat", tokenizer)
+    assert sum(seen) < 3 * len(example.written.text)
 
 
 @pytest.mark.parametrize("template", [TOOLS, BLOCKS])

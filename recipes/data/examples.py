@@ -6,16 +6,17 @@ import contextlib
 import json
 import sys
 from array import array
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets import Json, List
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow
 from lora_null.recipes.config.schema import DataSection
@@ -34,7 +35,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, chat_options, is_conversation
 
 MAX_BAD_SHARE = 0.01  # the share of bad rows that is left out unasked
-BATCH = 1000  # examples tokenized at once
+BATCH = 2**22  # characters tokenized at once, counting those before each end of a span
 
 
 @dataclass(frozen=True)
@@ -411,20 +412,64 @@ def tokenize(
         tokenizer: the model's.
         rejected: take the rejected end instead of the chosen one.
     """
+    found, batch, size = [], [], 0
+    for example in examples:
+        written = example.rejected if rejected else example.written
+        batch.append(written)
+        size += len(written.text) + sum(map(sum, written.spans))
+        if size >= BATCH:
+            found += _tokenize(batch, tokenizer, template != CHAT)
+            batch, size = [], 0
+    return found + _tokenize(batch, tokenizer, template != CHAT) if batch else found
+
+
+def _tokenize(
+    batch: Sequence[Written], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
+) -> list[Tokenized]:
+    encoded = tokenizer([written.text for written in batch], add_special_tokens=add_special_tokens)
+    anchors = [_anchors(written, encoded, i, tokenizer) for i, written in enumerate(batch)]
+    ends = [[end for span in written.spans for end in span] for written in batch]
+    # From which character to tokenize up to an end of a span, and which token that is: a special token, or the first.
+    begins = [[at[bisect_right(at, end, key=itemgetter(1)) - 1] for end in row] for at, row in zip(anchors, ends)]
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for written, row, places in zip(batch, ends, begins):
+        for end, (first, _, token) in zip(row, places):
+            parts[token == 0].append(written.text[first:end])
+    ids = {
+        whole: iter(tokenizer(texts, add_special_tokens=whole and add_special_tokens)["input_ids"] if texts else [])
+        for whole, texts in parts.items()
+    }
     found = []
-    for first in range(0, len(examples), BATCH):
-        written = [e.rejected if rejected else e.written for e in islice(examples, first, first + BATCH)]
-        flat = [w.text[:end] for w in written for end in (len(w.text), *(end for span in w.spans for end in span))]
-        encoded = iter(tokenizer(flat, add_special_tokens=template != CHAT)["input_ids"])
-        found += [_label(next(encoded), [(next(encoded), next(encoded)) for _ in w.spans]) for w in written]
+    for all_ids, places in zip(encoded["input_ids"], begins):
+        counts = [n + common_prefix(part := next(ids[n == 0]), all_ids[n : n + len(part)]) for _, _, n in places]
+        found.append(_label(all_ids, zip(counts[::2], counts[1::2])))
     return found
 
 
-def _label(ids: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> Tokenized:
-    """Return a conversation's ids, labeled between the tokens of the text before each span and through it."""
+def _anchors(
+    written: Written, encoded: BatchEncoding, row: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int, int]]:
+    """Return (start, end, token) of the special tokens in a text, after (0, 0, 0), its beginning.
+
+    A tokenizer cuts a text at these before all else, so what follows one can be tokenized without what stands before.
+    """
+    whole = [(0, 0, 0)]
+    if not tokenizer.is_fast or len(written.spans) < 2:
+        return whole
+    encoding = encoded[row]
+    if not encoding.offsets or encoding.offsets[-1][1] == 0:  # a token behind the text, which no part of it would have
+        return whole
+    cuts = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if not t.normalized and not t.single_word}
+    offsets = enumerate(zip(encoding.ids, encoding.offsets))
+    return whole + [
+        (start, end, n) for n, (i, (start, end)) in offsets if n and i in cuts and written.text[start:end] == cuts[i]
+    ]
+
+
+def _label(ids: list[int], spans: Iterable[tuple[int, int]]) -> Tokenized:
+    """Return a conversation's ids, labeled from one token to another."""
     found = Tokenized(array("i", ids), array("i", [-100]) * len(ids))
-    for before, through in spans:
-        start, end = common_prefix(before, ids), common_prefix(through, ids)
+    for start, end in spans:
         found.labels[start:end] = found.ids[start:end]
     return found
 
