@@ -36,9 +36,10 @@ from world import make_world, write_rows
 
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DataSection
+from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import read_examples, tokenize, training_data
 from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
-from lora_null.utils.chat import common_prefix
+from lora_null.utils.chat import common_prefix, conversation_text
 from lora_null.utils.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
@@ -89,6 +90,20 @@ def test_what_stands_before_a_first_turn_of_the_assistant_is_not_learned(tmp_pat
     found, text = spans(tmp_path, [assistant("Hello!"), *later], template)
     assert [said.strip(" ") for said in found] == ["Hello!" + end, "b" + end][: len(found)]
     assert len(found) == 1 + bool(later) and text.startswith(("<system>Be good.\n<assistant>Hello!", "<s>"))
+
+
+@pytest.mark.parametrize("chat", [TOOLS, DEFAULT_SYSTEM, DEFAULT_SYSTEM + "{# developer #}"])
+def test_the_developer_is_the_system_unless_the_template_knows_it(tmp_path, chat):
+    tokenizer, said = chat_tokenizer(chat), [{"role": "developer", "content": "Be brief."}, user("a")]
+    known = "developer" in chat
+    head = "<system>Be good.\n<developer>Be brief.\n" if known else "<system>Be brief.\n"
+    text = f"{head}<user>a\n<assistant>"
+    assert spans(tmp_path, [*said, assistant("b")], chat) == (["b</s>\n"], f"{text}b</s>\n")
+    assert prompt_text("chat", said, tokenizer) == text
+    assert conversation_text([*said, assistant("b")], {}, tokenizer) == f"{text}b</s>\n"
+    pair = {"prompt": said, "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    rows = read(tmp_path, [pair], tokenizer, preferences=True, response="chosen").rows
+    assert rows[0]["prompt"][0]["role"] == ("developer" if known else "system")  # which TRL renders itself
 
 
 WORDS = [

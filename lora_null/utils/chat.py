@@ -110,7 +110,7 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
         ValueError: the template's own message where it refuses, or what it would leave out.
     """
     problem = ValueError("a conversation without messages")
-    for variant in _variants(messages):
+    for variant in _variants(_known_roles(messages, tokenizer, options)):
         try:
             text, blocks = _render(variant, tokenizer, options)
             _check_complete(text, variant, tokenizer, options)
@@ -122,7 +122,16 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 
 def open_turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
     """Return the text that asks the assistant for its turn after `messages`."""
-    return _render(messages, tokenizer, options, add_generation_prompt=True)[0]
+    return _render(_known_roles(messages, tokenizer, options), tokenizer, options, add_generation_prompt=True)[0]
+
+
+def _known_roles(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[Message]:
+    """Return a conversation whose developer is the system, unless the template knows the developer (OpenAI's later name)."""
+    if "developer" in tokenizer.get_chat_template(None, options.get("tools")):
+        return list(messages)
+    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
 def turn_spans(
