@@ -86,7 +86,7 @@ BODY = "    y = x\n    return y</s>"
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [("plain", f"def f(x):\n{BODY}"), ("qa", f"Question: def f(x):\nAnswer:{BODY}"), ("chat", f"<assistant>{BODY}\n")],
+    [("plain", f"def f(x):\n{BODY}"), ("qa", BODY), ("chat", f"<assistant>{BODY}\n")],
 )
 @pytest.mark.parametrize("front", ["", "\n", " \n\r\n"])
 def test_the_indentation_of_a_response_is_kept(tmp_path, tokenizer, template, end, front):
@@ -99,6 +99,13 @@ def test_the_indentation_of_a_response_is_kept(tmp_path, tokenizer, template, en
         data = training_data(section(path, template=template, **keys), tokenizer, preferences=False, max_length=None)
         (written,) = [example.written for example in data.examples]
         assert written.text.endswith(end) and written.text[slice(*written.spans[0])].strip("\n") == BODY
+
+
+@pytest.mark.parametrize("template", ["plain", "qa"])
+def test_a_line_break_before_an_indented_response_is_kept(tmp_path, tokenizer, template):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "def f(x):", "response": "\n" + CODE["response"]}])
+    data = training_data(section(path, template=template), tokenizer, preferences=False, max_length=None)
+    assert data.examples[0].written.text.endswith(f":\n{BODY}")
 
 
 @pytest.mark.parametrize("template", ["plain", "qa", "alpaca", "chat"])

@@ -222,21 +222,32 @@ def value(rng, answer):
     return (rng.choice(refused), None) if rng.random() < 0.3 else rng.choice(choices)
 
 
+def as_said(answer):
+    """A text with the indentation of its first line, of which one space is none; a message as it is."""
+    indentation = answer[: len(answer) - len(answer.lstrip())].rpartition("\n")[2]
+    return answer if isinstance(answer, Said) else indentation * (indentation != " ") + answer.strip()
+
+
+def joined(answer):
+    said, front = as_said(answer), answer[: len(answer) - len(answer.lstrip())]
+    return f" {said}" if said == answer.strip() else "\n" * ("\n" in front) + said
+
+
 @pytest.mark.parametrize("template", ["qa", "chat"])
 def test_prompts_and_responses(tmp_path, template):
     rng, tokenizer, rows, expected = random.Random(5), chat_tokenizer(), [], []
     for _ in range(250):
         (prompt, asked), (response, answered) = value(rng, False), value(rng, True)
         rows.append({"prompt": prompt, "response": response, "tools": rng.choice([None, []])})
-        expected.append(None if None in (asked, answered) else (asked.strip(), answered.strip()))
+        expected.append(None if None in (asked, answered) else (asked.strip(), answered))
     section = DataSection(path=str(write_rows(tmp_path / "rows.jsonl", rows)), template=template, on_bad_row="skip")
     data = training_data(section, tokenizer, preferences=False, max_length=None)
     assert [row.row for row in data.bad] == [n for n, wanted in enumerate(expected, 1) if wanted is None]
     for example, tokens in zip(data.examples, tokenize(data.examples, template, tokenizer)):
         asked, answered = expected[example.row - 1]
         before, after = {
-            "qa": (f"Question: {str(asked).strip()}\nAnswer:", f" {str(answered).strip()}</s>"),
-            "chat": (f"<user>{asked}\n<assistant>", f"{answered}</s>\n"),
+            "qa": (f"Question: {str(asked).strip()}\nAnswer:", f"{joined(str(answered))}</s>"),
+            "chat": (f"<user>{asked}\n<assistant>", f"{as_said(answered)}</s>\n"),
         }[template]
         assert list(tokens.ids) == tokenizer(before + after)["input_ids"]
         start = next(i for i, label in enumerate(tokens.labels) if label != -100)

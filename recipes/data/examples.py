@@ -28,7 +28,7 @@ from lora_null.recipes.data.conversations import (
     write_preference,
 )
 from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
-from lora_null.recipes.data.templates import CHAT, trimmed
+from lora_null.recipes.data.templates import CHAT, trimmed, trimmed_prompt
 from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
 from lora_null.utils.distributed import is_first_process, print_once
 from lora_null.utils.errors import UserError
@@ -298,7 +298,10 @@ class RowReader:
         if not is_conversation(row.get(response)):
             if self.prompt is None:
                 raise ValueError(f"{response!r} is text, and without data.prompt only a conversation holds its prompt")
-            answer: Message = {"role": "assistant", "content": _text_of(row, response, answer=True)}
+            text = _text_of(row, response, answer=True)
+            # A text template joins the two itself, by the whitespace that stands between them.
+            said = text if self.data.template == CHAT else field_text(row, response, answer=True)
+            answer: Message = {"role": "assistant", "content": said}
             return [*prompt, answer], [False] * len(prompt) + [True]
         answered, learned = as_messages(row[response])
         asked, bare = [_stripped(message) for message in prompt], [_stripped(message) for message in answered]
@@ -317,10 +320,10 @@ class RowReader:
             return []
         if self.prompt.is_field and is_conversation(row.get(self.prompt.spec)):
             return as_messages(row[self.prompt.spec])[0]
-        text = self.prompt.text(row)
+        text = trimmed_prompt(self.data.template, self.prompt.text(row))
         if not text.strip():
             raise EmptyValue(f"empty {self.prompt.spec!r}")
-        return [{"role": "user", "content": text.strip() if self.data.template == CHAT else text}]
+        return [{"role": "user", "content": text}]
 
 
 def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:

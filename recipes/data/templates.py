@@ -63,14 +63,23 @@ def check_template(template: str) -> str:
 def render(template: str, prompt: str, response: str) -> tuple[str, str]:
     """Return the prompt text and the completion text.
 
-    The completion starts with the space that separates them, unless one of the two has whitespace there. Line breaks that
-    end a prompt are kept where it ends the template: code goes on in the next line.
+    The completion starts with the space that separates them, unless one of the two has whitespace there; with a line break
+    where its own stands before an indentation.
     """
-    around, asked = TEMPLATES.get(template, template), prompt.strip()
-    end = prompt[len(prompt.rstrip()) :]
-    asked += end if around.endswith("{prompt}") and "\n" in end else ""
-    text, said = fill(around, "template", lambda _: asked), trimmed(response)
-    return text, said if text[-1:].isspace() or said[:1].isspace() else f" {said}"
+    around, asked, said = TEMPLATES.get(template, template), trimmed_prompt(template, prompt), trimmed(response)
+    text = fill(around, "template", lambda _: asked)
+    between = " "
+    if text[-1:].isspace():
+        between = ""
+    elif said[:1].isspace():
+        between = "\n" if "\n" in response.removesuffix(response.lstrip()) else ""
+    return text, between + said
+
+
+def trimmed_prompt(template: str, prompt: str) -> str:
+    """Return a prompt without whitespace around it, but for line breaks at its end where it ends the template."""
+    end = prompt[len(prompt.rstrip()) :] if TEMPLATES.get(template, template).endswith("{prompt}") else ""
+    return prompt.strip() + (end if "\n" in end else "")
 
 
 def trimmed(response: str) -> str:
