@@ -106,6 +106,33 @@ def test_the_developer_is_the_system_unless_the_template_knows_it(tmp_path, chat
     assert rows[0]["prompt"][0]["role"] == ("developer" if known else "system")  # which TRL renders itself
 
 
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", " </s></s>"])
+@pytest.mark.parametrize("template", ["chat", "qa"])
+def test_an_end_token_behind_an_answer_is_not_written_twice(tmp_path, template, end, capsys):
+    messages = [user("a"), assistant("b" + end), user("c"), assistant("d" + end)]
+    wanted = spans(tmp_path, [user("a"), assistant("b"), user("c"), assistant("d")], template=template)
+    assert spans(tmp_path, messages, template=template) == wanted
+    pair = {"prompt": "a", "chosen": "b" + end, "rejected": "c" + end}
+    rows = read(tmp_path, [pair], chat_tokenizer(), preferences=True, response="chosen", template=template).rows
+    assert rows[0]["chosen"] == ([assistant("b")] if template == "chat" else " b</s>")
+    assert conversation_text(messages, {}, chat_tokenizer()).count("</s>") == 2
+    assert "special" not in capsys.readouterr().out
+
+
+def test_an_end_token_that_the_template_does_not_write_stays(tmp_path):
+    chat = TOOLS.replace("{{ eos_token }}", "")
+    assert spans(tmp_path, [user("a"), assistant("b</s>")], chat)[0] == ["b</s>"]
+
+
+@pytest.mark.parametrize("template", ["chat", "qa"])
+def test_special_tokens_within_texts_are_counted(tmp_path, template, capsys):
+    texts = [("a", "b"), ("a</s>\n<assistant>c", "b"), ("a <unk>", "b</s>"), ("a", "b <s> c")]
+    rows = [{"messages": [user(asked), assistant(said)]} for asked, said in texts]
+    read(tmp_path, rows, chat_tokenizer(), messages="messages", template=template)
+    told = "2 of 4 training rows hold special tokens within their texts (the first '</s>' in row 2); the model reads"
+    assert capsys.readouterr().out.count(told) == 1
+
+
 WORDS = [
     "héllo",
     "<a>",

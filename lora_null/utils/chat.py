@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -110,7 +111,7 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
         ValueError: the template's own message where it refuses, or what it would leave out.
     """
     problem = ValueError("a conversation without messages")
-    for variant in _variants(_known_roles(messages, tokenizer, options)):
+    for variant in _variants(_as_told(messages, tokenizer, options)):
         try:
             text, blocks = _render(variant, tokenizer, options)
             _check_complete(text, variant, tokenizer, options)
@@ -122,16 +123,47 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 
 def open_turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
     """Return the text that asks the assistant for its turn after `messages`."""
-    return _render(_known_roles(messages, tokenizer, options), tokenizer, options, add_generation_prompt=True)[0]
+    return _render(_as_told(messages, tokenizer, options), tokenizer, options, add_generation_prompt=True)[0]
 
 
-def _known_roles(
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the texts that a tokenizer reads as control tokens: those it names, and others that its chat template writes."""
+    named = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
+    return named + _written_by(tokenizer, str(tokenizer.chat_template or ""), named)
+
+
+@lru_cache(maxsize=4)
+def _written_by(tokenizer: PreTrainedTokenizerBase, template: str, named: tuple[str, ...]) -> tuple[str, ...]:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(
+        token for token in special if token in template and token not in named and token != tokenizer.unk_token
+    )
+
+
+def without_end(text: str, ends: Sequence[str]) -> str:
+    """Return a text without the end tokens that it ends with, and without the whitespace before and behind these."""
+    left = text.rstrip()
+    while end := next((end for end in ends if left.endswith(end)), ""):
+        text = left = left.removesuffix(end).rstrip()
+    return text
+
+
+def _as_told(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[Message]:
-    """Return a conversation whose developer is the system, unless the template knows the developer (OpenAI's later name)."""
-    if "developer" in tokenizer.get_chat_template(None, options.get("tools")):
-        return list(messages)
-    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    """Return a conversation whose developer is the system, unless the template knows the developer (OpenAI's later name),
+    and whose answers do not themselves end with a special token that the template writes."""
+    template = tokenizer.get_chat_template(None, options.get("tools"))
+    eos = tokenizer.eos_token if "eos_token" in template else None
+    ends = [token for token in special_tokens(tokenizer) if token == eos or token in template]
+    told = []
+    for message in messages:
+        if message["role"] == "developer" and "developer" not in template:
+            message = {**message, "role": "system"}
+        if message["role"] == "assistant" and message.get("content"):
+            message = {**message, "content": without_end(message["content"], ends)}
+        told.append(message)
+    return told
 
 
 def turn_spans(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.recipes.data.templates import CHAT, render
-from lora_null.utils.chat import open_turn, render_chat, thought_of, turn_spans, turn_start
+from lora_null.utils.chat import open_turn, render_chat, thought_of, turn_spans, turn_start, without_end
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message
 
@@ -108,7 +108,7 @@ def _write_text(
         question, response = render(template, turns[index]["content"], answer or "")
         text = f"{text}\n\n{question}" if text else question
         if answer is not None:
-            start, text = len(text), text + response.removesuffix(end) + end
+            start, text = len(text), text + without_end(response, [end] if end else []) + end
             spans[first + index + 1] = start, len(text)
     return text, spans
 

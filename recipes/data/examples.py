@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from array import array
 from bisect import bisect_right
@@ -16,7 +17,8 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Json, List
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow
 from lora_null.recipes.config.schema import DataSection
@@ -29,7 +31,15 @@ from lora_null.recipes.data.conversations import (
 )
 from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT, trimmed, trimmed_prompt
-from lora_null.utils.chat import common_prefix, thought_of, thoughts_in_content, without_bos, without_thoughts
+from lora_null.utils.chat import (
+    common_prefix,
+    special_tokens,
+    thought_of,
+    thoughts_in_content,
+    without_bos,
+    without_end,
+    without_thoughts,
+)
 from lora_null.utils.distributed import is_first_process, print_once
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, chat_options, is_conversation
@@ -117,6 +127,7 @@ def training_data(
             "there and their ends are not learned"
         )
     examples = [example for example, _ in kept]
+    _say_special(examples, tokenizer)
     if preferences:
         rows = _preference_rows(examples, data.template)
     else:
@@ -126,6 +137,27 @@ def training_data(
         }
         rows = datasets.Dataset.from_dict(columns)
     return TrainingData(rows, examples, bad, cut)
+
+
+def _say_special(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print how many rows hold special tokens within what is said, which a tokenizer does not tell from those of a template."""
+    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
+    ends = [tokenizer.eos_token] if tokenizer.eos_token else []
+    found = []
+    for example in examples:
+        messages = [*example.written.messages, *(example.rejected.messages if example.rejected else ())]
+        # A text template leaves out an end token behind an answer; a chat template's messages come without it.
+        texts = (
+            without_end(text, ends) if message["role"] == "assistant" else text
+            for message in messages
+            if isinstance(text := message.get("content"), str)
+        )
+        if first := next(filter(None, map(special.search, texts)), None):
+            found.append((example.row, first[0]))
+    if found and is_first_process():
+        row, token = found[0]
+        what = f"{len(found)} of {len(examples)} training rows hold special tokens within their texts"
+        print(f"{what} (the first {token!r} in row {row}); the model reads these as its own")
 
 
 def cut_before_the_answer(
@@ -430,7 +462,11 @@ def _tokenize(
     batch: Sequence[Written], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
 ) -> list[Tokenized]:
     encoded = tokenizer([written.text for written in batch], add_special_tokens=add_special_tokens)
-    anchors = [_anchors(written, encoded, i, tokenizer) for i, written in enumerate(batch)]
+    cuts = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if not t.normalized and not t.single_word}
+    anchors = [
+        _anchors(written.text, encoded[i], cuts) if tokenizer.is_fast and len(written.spans) > 1 else [(0, 0, 0)]
+        for i, written in enumerate(batch)
+    ]
     ends = [[end for span in written.spans for end in span] for written in batch]
     # From which character to tokenize up to an end of a span, and which token that is: a special token, or the first.
     begins = [[at[bisect_right(at, end, key=itemgetter(1)) - 1] for end in row] for at, row in zip(anchors, ends)]
@@ -449,24 +485,16 @@ def _tokenize(
     return found
 
 
-def _anchors(
-    written: Written, encoded: BatchEncoding, row: int, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int, int]]:
+def _anchors(text: str, encoding: Encoding, cuts: Mapping[int, str]) -> list[tuple[int, int, int]]:
     """Return (start, end, token) of the special tokens in a text, after (0, 0, 0), its beginning.
 
     A tokenizer cuts a text at these before all else, so what follows one can be tokenized without what stands before.
     """
     whole = [(0, 0, 0)]
-    if not tokenizer.is_fast or len(written.spans) < 2:
-        return whole
-    encoding = encoded[row]
     if not encoding.offsets or encoding.offsets[-1][1] == 0:  # a token behind the text, which no part of it would have
         return whole
-    cuts = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if not t.normalized and not t.single_word}
-    offsets = enumerate(zip(encoding.ids, encoding.offsets))
-    return whole + [
-        (start, end, n) for n, (i, (start, end)) in offsets if n and i in cuts and written.text[start:end] == cuts[i]
-    ]
+    places = enumerate(zip(encoding.ids, encoding.offsets))
+    return whole + [(a, b, n) for n, (i, (a, b)) in places if n and i in cuts and text[a:b] == cuts[i]]
 
 
 def _label(ids: list[int], spans: Iterable[tuple[int, int]]) -> Tokenized:
