@@ -144,8 +144,8 @@ def check_is_no_run(folder: Path) -> None:
 
 def check_holds_all_tasks(folder: Path) -> None:
     """Raise a UserError for a checkpoint of a sequence's later task, which holds that task's change alone."""
-    _, task, tasks, *_ = (*folder.resolve().parents, folder, folder, folder)
-    later = tasks.name == TASKS_FOLDER and not task.name.startswith("1-") and is_of_run(task / RECIPE_FILE)
+    task = folder.parent.parent
+    later = task.parent.name == TASKS_FOLDER and not task.name.startswith("1-") and is_of_run(task / RECIPE_FILE)
     if later and folder.name.startswith("checkpoint-"):
         raise UserError(
             f"{folder}: a checkpoint of a later task, whose change it holds alone; METHOD/adapter holds all tasks so far"

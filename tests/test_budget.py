@@ -330,6 +330,14 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
     assert all(one[key] == other[key] for key in ("metrics", "budget", "drift"))
 
 
+def test_a_state_in_which_a_warmup_has_moved_nothing_is_the_base_again(tmp_path):
+    words = [str(recipe(tmp_path)), "budget={at_most: 0.0005, then: rewind}", "eval.probe.every=1", *WORDS]
+    assert main([*words, "training.warmup_steps=2"]) == 0
+    found = row(tmp_path / "out")
+    assert found["budget"]["step"] == 0 and found["magnitude"]["total"] == 0
+    assert "is the base again" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
     words = [str(recipe(tmp_path)), "budget={at_most: 0.0005, then: rewind}", "eval.probe.every=1", *WORDS]
     assert main(words) == 0

@@ -15,6 +15,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
+from lora_null.recipes.job import check_run, check_same_everywhere
 from lora_null.recipes.results import Row, Seconds, write_row
 from lora_null.recipes.sequence import _keep_grams, with_earlier
 from lora_null.utils.errors import UserError
@@ -224,6 +225,28 @@ def test_a_file_of_ones_own_is_not_taken_for_the_packages_task(tmp_path):
 
 def tasks_of(recipe, *words):
     return eval_tasks(EvalContext(load_recipe(recipe, [*words, "eval.retention="]), tiny_tokenizer()))
+
+
+def test_a_reference_that_was_removed_is_measured_again(tmp_path, capsys):
+    recipe, out = str(make_world(tmp_path, method={"name": "lora", "rank": 4})), tmp_path / "out"
+    assert main([recipe]) == 0
+    before = json.loads((out / "results.json").read_text())["rows"]
+    for file in ("base/facts.safetensors", "report.html", "lora/row.json"):
+        (out / file).unlink()
+    assert main([recipe, "--resume"]) == 0
+    assert f"base: facts.safetensors is no longer in {out}/base, it is measured again" in capsys.readouterr().out
+    assert [r["metrics"] for r in json.loads((out / "results.json").read_text())["rows"]] == [
+        r["metrics"] for r in before
+    ]
+
+
+def test_processes_that_read_other_rows_are_refused(tmp_path, monkeypatch):
+    job = check_run(load_recipe(str(make_world(tmp_path, method={"name": "lora", "rank": 4}))))
+    check_same_everywhere(job)
+    for name in ("data.path", "the recipe"):
+        monkeypatch.setattr("lora_null.recipes.job.all_gather", lambda own, name=name: [own, {**own, name: "another"}])
+        with pytest.raises(UserError, match=f"{name} differs between the processes"):
+            check_same_everywhere(job)
 
 
 def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):
