@@ -103,13 +103,11 @@ def compare(results: Results, evaluations: Evaluations) -> list[Paired]:
     groups: dict[tuple, list[tuple[Paired, Spread]]] = {}
     for name, names in compared_means(results).items():
         for i, j in itertools.combinations(range(len(results.rows)), 2):
-            own = [(results.rows[k].variant, evaluations.get(k, {}).keys()) for k in (i, j)]
-            seeds = [seed for seed in evaluations.get(j, {}) if seed in evaluations.get(i, {})]
-            if (
-                (i == 0 or own[0] == own[1])
-                and seeds
-                and (pair := _pair(results, evaluations, name, names, i, j, seeds))
-            ):
+            theirs, ours = evaluations.get(i, {}), evaluations.get(j, {})
+            seeds = [seed for seed in ours if seed in theirs]
+            alike = results.rows[i].variant == results.rows[j].variant and theirs.keys() == ours.keys()
+            comparable = bool(seeds) and (i == 0 or alike)
+            if comparable and (pair := _pair(results, evaluations, name, names, i, j, seeds)):
                 groups.setdefault((name, i == 0, results.rows[j].variant, frozenset(seeds)), []).append(pair)
     compared = [pair for group in groups.values() for pair in _tested(group)]
     adjusted = holm([math.nan if pair.p is None else pair.p for pair in compared])

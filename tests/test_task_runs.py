@@ -243,6 +243,7 @@ def test_a_reference_that_was_removed_is_measured_again(tmp_path, capsys):
 def test_processes_that_read_other_rows_are_refused(tmp_path, monkeypatch):
     job = check_run(load_recipe(str(make_world(tmp_path, method={"name": "lora", "rank": 4}))))
     check_same_everywhere(job)
+    monkeypatch.setattr("lora_null.recipes.job.rank_and_world", lambda: (0, 2))
     for name in ("data.path", "the recipe"):
         monkeypatch.setattr("lora_null.recipes.job.all_gather", lambda own, name=name: [own, {**own, name: "another"}])
         with pytest.raises(UserError, match=f"{name} differs between the processes"):

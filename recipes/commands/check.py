@@ -7,7 +7,7 @@ import argparse
 from lora_null.adapters.base_hash import FINGERPRINT, QUANTIZATION, checkpoint_on_disk
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
-from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel
+from lora_null.adapters.truncate import MOST_LOST, lost_in_16_bits
 from lora_null.recipes.trained import QUANTIZED_NOTE, base_of, check_is_no_run
 from lora_null.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("note: the base could not be compared, its files or its hash are not here")
     if QUANTIZATION in adapter.metadata and getattr(base.config, "quantization_config", None) is None:
         print(f"note: {QUANTIZED_NOTE.format(adapter.metadata[QUANTIZATION])}")
-    lost = balanced_where_they_cancel(adapter.pairs())[1]
+    lost = max(lost_in_16_bits(A, B) for A, B in adapter.pairs().values())
     if lost > MOST_LOST:
         print(
             f"note: its factors nearly cancel: held in 16 bits, as vLLM and transformers' load_adapter do, up to {lost:.0%} of a "

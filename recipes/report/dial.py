@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
-from lora_null.recipes.comparisons import compared_means
 from lora_null.recipes.report.figures import dial_png
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table, escape_markdown
@@ -126,8 +125,7 @@ def dial_summary(dial: Dial, at_most: float | None = None) -> str:
     kept, learned = dial.measures()
     if kept is None or (learned is None and at_most is None):
         return "only one side was measured: a frontier needs eval.retention and eval.task"
-    fewest = min(kept.results.metric(name).n for name in compared_means(kept.results)[kept.comparison_name])
-    if at_most is not None and fewest < MIN_ROWS:
+    if at_most is not None and (fewest := min(kept.results.metric(name).n for name in kept.names)) < MIN_ROWS:
         return f"{kept.title} was measured on {fewest} rows; a limit needs at least {MIN_ROWS}"
     known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
     inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]

@@ -41,6 +41,11 @@ class Measure:
     sign_flipped: bool = False
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics whose mean it is."""
+        return compared_means(self.results).get(self.comparison_name, (self.comparison_name,))
+
+    @property
     def measured(self) -> list[int]:
         """Rows of the methods that have a value, the best first."""
         rows = [i for i, estimate in enumerate(self.estimates) if i and estimate]
@@ -99,9 +104,8 @@ class Measure:
     @property
     def noise_floor(self) -> float:
         """What the base differs from itself by, in other batches, at most; 0 where that was not measured."""
-        names = compared_means(self.results).get(self.comparison_name, (self.comparison_name,))
-        known = [self.results.noise[name] for name in names if name in self.results.noise]
-        return sum(known) / len(names)
+        known = [self.results.noise[name] for name in self.names if name in self.results.noise]
+        return sum(known) / len(self.names)
 
 
 @dataclass(frozen=True)
