@@ -213,10 +213,10 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
             before = read_row(job.previous[plan.name]) if plan.name in job.previous else None
             if before and not before.is_base_again:
                 kept.task = job.recipe.name
-        magnitude = _magnitude(job, plan, trainer, model)
+        saved = _save(job, plan, trainer, folder)
+        magnitude = _magnitude(job, plan, trainer, model)  # of a later task read from what was saved
         if kept is not None and magnitude is not None and magnitude.total == 0:
             kept.step = 0  # a warmup's first step moves nothing: its state is that before
-        saved = _save(job, plan, trainer, folder)
         back_at_start = kept is not None and kept.left_nothing
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
             _warn_if_nothing_changed(job, plan, model)

@@ -88,13 +88,14 @@ def test_every_method_as_an_adapter_and_merged(world, tmp_path, method):
 def test_factors_that_cancel_are_written_so_that_16_bits_hold_their_product(world, tmp_path, capsys):
     """As vLLM and SGLang take them: what was trained is 99.9% A0 and B0, of which nothing is left in the sum."""
     own = read_adapter(world / "out" / "lora-null-v1" / "adapter")
-    # after few steps: A = A0 + a little
+    # after few steps: A = A0 + a little, by which its numbers are rounded otherwise
     few = tmp_path / "few"
     shutil.copytree(own.folder, few)
     pairs = own.pairs()
+    torch.manual_seed(0)
     for A, B in pairs.values():
         r = len(A) // 2
-        A[:r], B[:, :r] = A[r:] + 0.01 * (A[:r] - A[r:]), -B[:, r:] + 0.01 * (B[:, :r] + B[:, r:])
+        A[:r], B[:, :r] = (factor * (1 + 0.01 * torch.randn(factor.shape)) for factor in (A[r:], -B[:, r:]))
     save_file(
         {k: v.contiguous() for k, v in state_of(pairs).items()},
         few / "adapter_model.safetensors",
@@ -111,7 +112,7 @@ def test_factors_that_cancel_are_written_so_that_16_bits_hold_their_product(worl
     for name, (A, B) in pairs.items():
         wanted = B.double() @ A.double()
         assert lost(A, B, wanted) > 0.1 and lost(*written[name], wanted) < 0.01
-        assert lost_in_16_bits(A, B) == pytest.approx(lost(A, B, wanted), rel=0.8)  # near numbers are rounded alike
+        assert lost_in_16_bits(A, B) == pytest.approx(lost(A, B, wanted), rel=0.5)
     assert main(["check", str(few), "--base", str(world / "model")]) == 0
     assert "note: its factors nearly cancel" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "out"), "--base", str(world / "model")]) == 0
