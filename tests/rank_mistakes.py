@@ -107,12 +107,12 @@ def zero_on_one():
 def kept_base(folder):
     """A base that an earlier run evaluated: the first process fetches it before the other one looks."""
     caches.bases_folder = lambda: folder / "kept"
-    target, job = folder / "base", SimpleNamespace()
+    target = folder / "base"
     only_on(0, lambda: write_text(folder / "kept" / "key" / "eval.json", Evaluation({}, {}, 0.0).to_json()))
     end = time.monotonic() + 20
     while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
         time.sleep(0.01)
-    measure._find_or_measure(job, target, "key", refuse)
+    measure._find_or_measure(target, [], "key", refuse)
 
 
 def eva():

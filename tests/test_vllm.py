@@ -10,8 +10,9 @@ import pytest
 import torch
 from world import make_world, write_rows
 
-from lora_null.adapters.plain import state_of
+from lora_null.adapters.plain import CONFIG_FILE, state_of
 from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.truncate import MOST_LOST, lost_in_16_bits
 from lora_null.eval_harness.lm_eval.model import BlankLM
 from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
 from lora_null.recipes.__main__ import main
@@ -28,7 +29,9 @@ def engine(monkeypatch):
     class VLLM(BlankLM):
         def __init__(self, **options):
             super().__init__()
-            asked.append(options)
+            served = Path(options.get("lora_local_path", "none"))  # a copy may be gone after the evaluation
+            pairs = read_adapter(served).pairs() if (served / CONFIG_FILE).is_file() else {}
+            asked.append(options | {"pairs": pairs})
 
     module = ModuleType("lm_eval.models.vllm_causallms")
     module.VLLM = VLLM
@@ -58,11 +61,13 @@ def test_lm_evals_tasks_run_on_the_saved_adapter(tmp_path, engine):
     keys = ["eval.vllm.max_model_len=512", "eval.vllm.memory_share=0.5"]
     assert main([str(recipe), "--method", "lora,lora-null-v1", "training.save_strategy=no", *keys]) == 0
     out = tmp_path / "out"
-    assert [options.get("lora_local_path") for options in engine] == [
-        None,
-        str(out / "lora" / "adapter"),
-        str(out / "lora-null-v1" / "adapter"),
-    ]
+    assert [options.get("lora_local_path") for options in engine[:2]] == [None, str(out / "lora" / "adapter")]
+    saved, served = read_adapter(out / "lora-null-v1" / "adapter").pairs(), engine[2]["pairs"]
+    assert served.keys() == saved.keys()  # factors that 16 bits hold, of the same products
+    for name, (A, B) in served.items():
+        assert lost_in_16_bits(A, B) <= MOST_LOST
+        product = saved[name][1].double() @ saved[name][0].double()
+        assert torch.allclose(B.double() @ A.double(), product, atol=1e-5 * product.norm())
     assert {options["trust_remote_code"] for options in engine} == {False}
     assert all(Path(options["tokenizer"]).name == "tokenizer" for options in engine)
     assert {options["pretrained"] for options in engine} == {str(tmp_path / "model")}
