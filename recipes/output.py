@@ -71,7 +71,7 @@ def hold_output_folder(
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
 
-        def claim_and_lock() -> None:
+        def claim_and_lock() -> Path:
             _check_writable(folder)
             _check_writable(cache_root(), "LORA_NULL_CACHE")
             if not stack.enter_context(locked(folder)):
@@ -79,9 +79,10 @@ def hold_output_folder(
             claim(recipe, resume=resume, overwrite=overwrite)
             _check_inputs(folder, inputs())
             check_space(folder, size)
+            (mark := beside(folder / LOCK_FILE)).touch()
+            return mark
 
-        on_first_rank(claim_and_lock)
-        _check_shared(folder)
+        _check_shared(folder, on_first_rank(claim_and_lock))
         yield
 
 
@@ -124,12 +125,14 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     write_json(path, {**inputs, **before})  # a model of the hub has files only once it was downloaded
 
 
-def _check_shared(folder: Path) -> None:
-    """Check that all processes see the folder that the first one has claimed; network file systems need a moment."""
+def _check_shared(folder: Path, mark: Path) -> None:
+    """Check that all processes see the file that the first one has just made; network file systems need a moment."""
     end = time.monotonic() + SHARED_SECONDS
-    while not (seen := (folder / RECIPE_FILE).is_file()) and time.monotonic() < end:
+    while not (seen := mark.is_file()) and time.monotonic() < end:
         time.sleep(0.1)
-    if not all(all_gather(seen)):
+    shared = all(all_gather(seen))
+    mark.unlink(missing_ok=True)
+    if not shared:
         raise UserError(
             f"output_dir: {folder} is not one folder for all processes; choose one that all machines share"
         )

@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.output import locked
-from lora_null.utils.errors import WORKER, UserError
+from lora_null.utils.errors import WORKER, WORKERS, UserError
 from lora_null.utils.files import PART, write_text
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # without which processes cannot meet
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-WORKERS = "LORA_NULL_WORKERS"
 MEETING_SECONDS = 1800.0  # that processes wait for each other, as Transformers has it; NCCL's own are 600
 
 

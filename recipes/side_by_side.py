@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from peft import PeftModel
 
 from lora_null.eval_harness import AnswerTask
 from lora_null.eval_harness.generate import generate_texts
 from lora_null.recipes.comparisons import Evaluations
+from lora_null.recipes.environment import free_memory
 from lora_null.recipes.job import Job
-from lora_null.recipes.models.bases import base_to_run, load_base
+from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.results import Answered, Answers, Results
 from lora_null.recipes.trained import weights_in
 from lora_null.utils.distributed import on_first_rank
@@ -95,20 +95,20 @@ def _answer(job: Job, folders: Sequence[Path], prompts: Sequence[str], special_t
         prompts: as the task asks them.
         special_tokens: whether the tokenizer puts its own into the prompts; not where these hold them.
     """
-    device, section = PartialState().device, job.recipe.model
+    section = job.recipe.model
     base: Any = base_to_run(section, job.model_name)
     texts = [_generate(job, base, prompts, special_tokens)]
     for folder in folders:
         if folder.name == "adapter":
+            base = base or base_to_run(section, job.model_name)
             model = PeftModel.from_pretrained(base, str(folder))
             texts.append(_generate(job, model, prompts, special_tokens))
             base = model.unload()
         else:
-            base.to("cpu")
-            model = load_base(section, str(folder)).to(device)
+            model = base = None
+            free_memory()
+            model = base_to_run(section, str(folder))
             texts.append(_generate(job, model, prompts, special_tokens))
-            del model
-            base.to(device)
     return texts
 
 

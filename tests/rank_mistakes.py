@@ -20,7 +20,7 @@ from lora_null.calibration import measure_inputs
 from lora_null.eval_harness import Evaluation
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.recipes import caches, measure
+from lora_null.recipes import caches, measure, output
 from lora_null.trainer.methods.from_peft import EVA
 from lora_null.utils.distributed import all_gather, on_first_rank, together
 from lora_null.utils.files import write_text
@@ -115,6 +115,17 @@ def kept_base(folder):
     measure._find_or_measure(target, [], "key", refuse)
 
 
+def two_folders(folder):
+    """One path that names another folder on each machine, in which an earlier attempt has left a recipe."""
+    with contextlib.chdir(folder), broken(output, "claim", None):
+        os.makedirs(here := f"machine{RANK}/out")
+        os.chdir(Path(here).parent)
+        write_text(Path("out", "recipe.yaml"), "")
+        output.claim, output.SHARED_SECONDS = lambda *_, **__: None, 0.5
+        with output.hold_output_folder(SimpleNamespace(output_dir="out"), 0, dict, resume=False, overwrite=False):
+            pass
+
+
 def eva():
     """Two bases that differ: what rank 0 deals out is every rank's."""
     args = SimpleNamespace(disable_tqdm=True)
@@ -140,6 +151,7 @@ CASES = {
     "damaged": damaged,
     "writing": cannot_write,
     "data": lambda folder: together(lambda: only_on(1, refuse)),
+    "two folders": two_folders,
     "first": lambda folder: on_first_rank(refuse),
     "none": lambda folder: start(folder=folder / "fine"),
     "kept base": kept_base,

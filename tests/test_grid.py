@@ -32,7 +32,7 @@ from lora_null.recipes.config.schema import GridSection
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
 from lora_null.recipes.job import check_asked_alike
-from lora_null.recipes.processes import WORKERS, hold_grid_folder, work_alone
+from lora_null.recipes.processes import hold_grid_folder, work_alone
 from lora_null.recipes.report import render, write_report
 from lora_null.recipes.report.drawing import svg
 from lora_null.recipes.report.equal_learning import equal_learning, forgetting_at
@@ -52,7 +52,7 @@ from lora_null.recipes.results import (
     variant_of,
     write_results,
 )
-from lora_null.utils.errors import WORKER, UserError
+from lora_null.utils.errors import WORKER, WORKERS, UserError
 from lora_null.utils.files import remove_parts
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]

@@ -25,6 +25,7 @@ SAME = {
     "damaged": "layers.json: damaged, not valid JSON",
     "writing": "a mistake of one process",
     "data": "a mistake of one process",
+    "two folders": "out is not one folder for all processes",
     "first": "a mistake of one process",
 }
 

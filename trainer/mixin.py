@@ -89,6 +89,7 @@ from lora_null.trainer.preflight import (
 from lora_null.utils.distributed import (
     get_logger,
     is_launched_with_fsdp2,
+    on_first_rank,
     parameters_are_sharded,
     shard_layers,
     together,
@@ -591,7 +592,9 @@ class LoraNullMixin(SavingMixin):
                 "model: its adapter is merged into the weights; model.unmerge_adapter() takes it out again"
             )
         folder = Path(self.args.output_dir)
-        wanted = last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        wanted = resume_from_checkpoint
+        if wanted is True:
+            wanted = on_first_rank(lambda: last_checkpoint(folder))
         if resume_from_checkpoint is True and wanted is None:
             raise UserError(f"resume: no whole checkpoint in {folder}")
         checkpoint = Path(wanted) if wanted else None

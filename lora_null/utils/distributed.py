@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import WORKERS, UserError
 from lora_null.utils.model_state import base_model_of
 
 MEET_SECONDS = 10  # between two meetings of the ranks while one of them works
@@ -181,8 +181,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def processes_here() -> int:
-    """Return how many processes of this launch run on this machine and share its memory and cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return how many processes of this launch run on this machine and share its memory and cores, also each on its own run."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get(WORKERS, 1)))
 
 
 def is_first_process() -> bool:

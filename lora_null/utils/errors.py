@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 SIGTERM_STATUS = 128 + signal.SIGTERM
-WORKER = "LORA_NULL_WORKER"  # set where processes of one launch work apart: the number of this one
+WORKER, WORKERS = "LORA_NULL_WORKER", "LORA_NULL_WORKERS"  # of processes that work apart: which, of how many
 
 
 class UserError(ValueError):

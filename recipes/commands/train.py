@@ -13,7 +13,7 @@ from lora_null.recipes.commands.arguments import ALLOW
 from lora_null.recipes.config.load import RECIPE_FILE, dump, load_recipe, resume_command, shipped
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import WORKERS, UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -96,7 +96,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     """Return the two lines that end a run after Ctrl-C: what is kept, and the command that goes on."""
     from lora_null.recipes.output import what_is_kept
-    from lora_null.recipes.processes import WORKERS, is_launched_to_shard
+    from lora_null.recipes.processes import is_launched_to_shard
 
     if not (folder / RECIPE_FILE).is_file():
         return "stopped before anything was begun", "the same command starts it"
