@@ -25,8 +25,9 @@ from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import need_float64, tokenizer_of
+from lora_null.utils.limits import need_float64
 from lora_null.utils.model_state import own_precision, preserve
+from lora_null.utils.tokens import tokenizer_of
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -223,14 +223,26 @@ def score_answers(
     limit, longest = position_limit(model.config), max(len(pair.ids) for pair in pairs)
     if limit is not None and longest > limit.tokens:
         logger.warning(f"evaluation task {name!r}: a pair has {longest} tokens, {limit}")
-    share = my_share(range(len(pairs)), model)
+    share = sorted(my_share(range(len(pairs)), model), key=lambda i: -len(pairs[i].ids))
     recorded: dict[str, torch.Tensor] = {}
+
+    def forward() -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
+        bar = tqdm(total=len(share), desc=name, disable=not progress or not is_first_process())
+        autocast = torch.autocast(device_of(model).type, autocast_dtype, enabled=autocast_dtype is not None)
+        with bar, torch.no_grad():
+            for begin in range(0, len(share), batch_size):
+                indices = share[begin : begin + batch_size]
+                with autocast:
+                    log_probs = answer_log_probs(model, [pairs[i] for i in indices])
+                yield from zip(indices, log_probs)
+                bar.update(len(indices))
 
     def compute() -> dict[int, tuple[float, float, int]]:
         known = None if reference is None or record else Reference(reference, pairs)
         scores = {}
         kept = record and (is_first_process() or not parameters_are_sharded(model))  # in shards all compute all
-        for i, log_probs in _forward(model, pairs, share, name, batch_size, autocast_dtype, progress):
+        for i, log_probs in forward():
             targets = torch.tensor(pairs[i].ids[pairs[i].start :], device=log_probs.device)
             kl = 0.0 if known is None else known.kl(i, log_probs)
             losses = -log_probs.gather(-1, targets[:, None]).double()
@@ -346,28 +358,6 @@ def record_or_read_base(path: Path, pairs: Sequence[TokenizedPair], values: np.n
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
     """Return a hash of token ids and of where the answers start."""
     return hashlib.sha256(repr([(pair.ids, pair.start) for pair in pairs]).encode()).hexdigest()
-
-
-def _forward(
-    model: nn.Module,
-    pairs: Sequence[TokenizedPair],
-    share: Sequence[int],
-    name: str,
-    batch_size: int,
-    autocast_dtype: torch.dtype | None,
-    progress: bool,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
-    order = sorted(share, key=lambda i: -len(pairs[i].ids))
-    bar = tqdm(total=len(order), desc=name, disable=not progress or not is_first_process())
-    autocast = torch.autocast(device_of(model).type, autocast_dtype, enabled=autocast_dtype is not None)
-    with bar, torch.no_grad():
-        for begin in range(0, len(order), batch_size):
-            indices = order[begin : begin + batch_size]
-            with autocast:
-                log_probs = answer_log_probs(model, [pairs[i] for i in indices])
-            yield from zip(indices, log_probs)
-            bar.update(len(indices))
 
 
 def _keeps_logits(model: nn.Module) -> bool:

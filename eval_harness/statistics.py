@@ -46,7 +46,7 @@ class Spread(NamedTuple):
             return np.sqrt(self.over_questions + np.nan_to_num(self.over_seeds))
 
 
-class Difference(NamedTuple):
+class TTest(NamedTuple):
     """A difference with its standard error, the degrees of freedom of that error, and the two-sided p of t = mean / SE."""
 
     mean: np.ndarray
@@ -118,7 +118,7 @@ def crossed_variance(estimates: np.ndarray, influences: Sequence[np.ndarray], di
     return Spread(estimates.mean(axis=-1), over_questions, over_seeds, min(sets, default=0), seeds)
 
 
-def t_tests(spread: Spread, methods: int) -> Difference:
+def t_tests(spread: Spread, methods: int) -> TTest:
     """Test differences between methods, of one metric at one setting, [..., pairs].
 
     Of one seed, t has questions − 1 degrees of freedom, and a test speaks of the models that were trained, not of another
@@ -140,7 +140,7 @@ def t_tests(spread: Spread, methods: int) -> Difference:
             df = spread.seeds - 1 if spread.questions == 0 else min(df, fewest)
         stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
         p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, df)
-    return Difference(spread.mean, stderr, df, p)
+    return TTest(spread.mean, stderr, df, p)
 
 
 def _common_ratio(ratio: np.ndarray, df: int) -> np.ndarray:

@@ -138,7 +138,7 @@ class Earlier:
 
 
 class WithEarlier:
-    """A rule whose Grams are those of the knowledge and of the earlier tasks; everything else is the rule's own.
+    """A rule whose Grams are those of the knowledge and of the earlier tasks.
 
     Args:
         inner: a rule that reads Grams.
@@ -152,9 +152,6 @@ class WithEarlier:
         self.inner, self.earlier, self.knowledge = inner, list(earlier), knowledge
         weights = [(task.key, task.weight) for task in self.earlier]
         self.label = f"{inner.label} after {hashlib.sha256(repr((weights, knowledge)).encode()).hexdigest()[:16]}"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
         """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""

@@ -88,9 +88,8 @@ def projected_inputs(A: torch.Tensor, gram: torch.Tensor, kernel: torch.Tensor |
     if kernel is not None:
         A = A - (A @ kernel) @ kernel.T
     values, vectors = torch.linalg.eigh(A @ gram @ A.T)
-    return (
-        vectors * values.clamp(min=0).sqrt()
-    ).contiguous()  # as one that was read from a file: the same bits in B L
+    F = vectors * values.clamp(min=0).sqrt()
+    return F.contiguous()  # as one that was read from a file: the same bits in B L
 
 
 def leakage(A: torch.Tensor, gram: torch.Tensor, projected: torch.Tensor | None = None) -> float:

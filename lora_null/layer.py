@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import check_target_module_exists, onload_layer
 from peft.utils import hotswap
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -207,6 +207,15 @@ def check_beside_residual(adapter_name: str, config: Any, *, started: bool = Fal
             f"adapter {adapter_name!r}: {reads} reads the base weights, and another adapter's residual is out of them; load "
             "it onto the original model"
         )
+
+
+def targeted_linears(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
+    """Return the linears that a config's `target_modules` names, by their name in the model, without the head for "all-linear"."""
+    linears = {plain_name(name): x for name, x in model.named_modules() if isinstance(x, nn.Linear | Conv1D)}
+    if config.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        return {name: linear for name, linear in linears.items() if linear is not head}
+    return {name: linear for name, linear in linears.items() if check_target_module_exists(config, name)}
 
 
 def freeze_factor(layer: LoraLayer, part: str, adapter_name: str = "default") -> None:

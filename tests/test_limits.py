@@ -28,7 +28,8 @@ from lora_null.recipes.__main__ import main
 from lora_null.targets import add_adapter, refusing_in_one_line
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.calibration_data import calibration_windows
-from lora_null.utils.limits import position_limit, tokenizer_of, why_unsupported
+from lora_null.utils.limits import position_limit, why_unsupported
+from lora_null.utils.tokens import tokenizer_of
 
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 WIDE = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **IDS)

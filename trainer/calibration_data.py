@@ -21,7 +21,8 @@ from lora_null.calibration import is_input
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.limits import PositionLimit, tokenizer_of
+from lora_null.utils.limits import PositionLimit
+from lora_null.utils.tokens import tokenizer_of
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096

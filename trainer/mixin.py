@@ -556,9 +556,7 @@ class LoraNullMixin(SavingMixin):
         together(lambda: self._weights.fill(self.model, device))
         if isinstance(self.drift_meter, WeightDriftMeter):
             self.drift_meter.begin()
-        if (
-            self._optimizer_names
-        ):  # accelerate finds an optimizer's shards by their address, which these did not have yet
+        if self._optimizer_names:  # accelerate finds shards by their address, which these did not have yet
             shards = {checkpoint_name(name): parameter for name, parameter in self.model.named_parameters()}
             for group, names in zip(self.optimizer.param_groups, self._optimizer_names):
                 group["params"] = [shards[checkpoint_name(name)] for name in names]
@@ -747,9 +745,7 @@ class LoraNullMixin(SavingMixin):
             self._checkpoint_settings |= {"calibration texts": f"{len(windows)} ({digest})"}
             if resuming:
                 check_settings(resuming, self._checkpoint_settings)
-        if (
-            self.train_dataset is not self._prepared_dataset
-        ):  # or an attempt that was broken off has changed them already
+        if self.train_dataset is not self._prepared_dataset:  # else a broken-off attempt has changed them already
             if windows and self._preflight != "off":
                 check_rows(self, self._preflight)  # without the texts among which nothing of them would be missed
             self.train_dataset = self._prepared_dataset = self.method.training_data(self, windows)

@@ -24,9 +24,10 @@ from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, fact
 from lora_null.targets import refuse_experts, warn_about_fused_experts
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
-from lora_null.utils.limits import PositionLimit, end_ids, position_limit, tokenizer_of, why_unsupported
+from lora_null.utils.limits import PositionLimit, position_limit, why_unsupported
 from lora_null.utils.model_state import preserve, start_that_rewrites, trains_biases
 from lora_null.utils.quantized import why_unreadable
+from lora_null.utils.tokens import end_ids, tokenizer_of
 
 logger = get_logger(__name__)
 

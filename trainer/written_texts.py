@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_null.utils.chat import without_bos
 from lora_null.utils.distributed import device_of, get_logger, merge_shares, my_share, rank_and_world
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import end_ids, pad_left, position_limit, tokenizer_of
+from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import base_model_of, preserve, replaced
+from lora_null.utils.tokens import end_ids, pad_left, tokenizer_of
 
 logger = get_logger(__name__)
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option

@@ -19,8 +19,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from lora_null.eval_harness.generate import StopWords, can_generate_rows, generate_rows
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import end_ids
 from lora_null.utils.model_state import replaced
+from lora_null.utils.tokens import end_ids
 
 NO_FORK = "DISABLE_MULTIPROC"  # the environment variable that lm-eval's bootstrap asks
 

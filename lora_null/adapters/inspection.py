@@ -20,6 +20,7 @@ from lora_null.adapters.base_hash import DTYPE, same_base
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.adapters.saved import BASE_COPY, FACTOR, REWRITTEN, SavedAdapter
 from lora_null.checkpoint_reader import WeightFiles, base_tensors
+from lora_null.layer import targeted_linears
 from lora_null.utils.errors import first_line
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
@@ -158,13 +159,7 @@ def targeted(config: dict[str, Any], model: nn.Module) -> set[str]:
         check_target_module_exists(wanted, "")
     except (TypeError, ValueError, re.error):  # which `check_config` reports
         return set()
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if not wanted.target_modules:
-        return set()
-    if wanted.target_modules == "all-linear":
-        head = model.get_output_embeddings()
-        return {name for name in linears if model.get_submodule(name) is not head}
-    return {name for name in linears if check_target_module_exists(wanted, name)}
+    return {*targeted_linears(model, wanted)} if wanted.target_modules else set()
 
 
 def check_ranks(adapter: SavedAdapter) -> Iterator[Finding]:

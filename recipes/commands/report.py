@@ -13,7 +13,7 @@ from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import RECIPE_FILE, read_yaml, whole_of
 from lora_null.recipes.config.stages import stage_folder
 from lora_null.recipes.output import PAGE_FILE, check_place
-from lora_null.recipes.report.render import write_report
+from lora_null.recipes.report import write_report
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,

@@ -653,7 +653,7 @@ EvalEntry = Annotated[AnyEntry, BeforeValidator(_task_entry)]
 
 
 def _rows_or_entries(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+    if isinstance(value, int) and value < 0:
         raise ValueError("a number of rows, or a list of entries as in eval.retention")
     return value
 

@@ -5,6 +5,5 @@ write_report("runs/quickstart")     # report.md, report.html, forgetting.png
 """
 
 from lora_null.recipes.report.render import print_table, write_report
-from lora_null.recipes.results import load_results
 
-__all__ = ["load_results", "print_table", "write_report"]
+__all__ = ["print_table", "write_report"]

@@ -86,12 +86,6 @@ def build_table(results: Results) -> Table:
     return Table(results.labels(), [c for c in columns if any(cell.text != MISSING for cell in c.cells)])
 
 
-def better(results: Results, i: int, j: int, name: str, higher_is_better: bool) -> bool:
-    """Whether row `i` is better than row `j`: paired on the same questions, among all comparisons of the table."""
-    gap = results.difference(i, j, name)
-    return gap is not None and gap.favors(higher_is_better)
-
-
 def rank_marks(
     results: Results, estimates: Sequence[Estimate | None], name: str, higher_is_better: bool
 ) -> list[Literal["best", "second"] | None]:
@@ -105,7 +99,8 @@ def rank_marks(
     if len({results.rows[i].variant for i in rest}) > 1:
         return marks
     for mark in ("best", "second"):
-        first = next((i for i in rest if all(better(results, i, j, name, higher_is_better) for j in rest - {i})), None)
+        gaps = {i: [results.difference(i, j, name) for j in rest - {i}] for i in rest}
+        first = next((i for i in rest if all(gap and gap.favors(higher_is_better) for gap in gaps[i])), None)
         if first is None or len(rest) < 2:
             break
         marks[first] = mark

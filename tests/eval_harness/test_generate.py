@@ -7,7 +7,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lora_null.eval_harness.generate import StopWords, can_generate_rows, generate_rows, generate_texts
 from lora_null.eval_harness.lm_eval.model import ShardedLM
-from lora_null.utils.limits import end_ids
+from lora_null.utils.tokens import end_ids
 
 PROMPTS = [f"Q: {'why ' * i}?\nA:" for i in range(9)]
 

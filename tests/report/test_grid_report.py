@@ -8,10 +8,10 @@ from statistics import fmean, geometric_mean
 
 from test_grid import made
 
-from lora_null.recipes.report import load_results, paper, write_report
+from lora_null.recipes.report import paper, write_report
 from lora_null.recipes.report.grid_page import grid_content
 from lora_null.recipes.report.paper import comparable, paper_average, paper_name, paper_rows, paper_table
-from lora_null.recipes.results import parse_results
+from lora_null.recipes.results import load_results, parse_results
 
 STUDY = Path(__file__).parents[1] / "benchmarks/study"
 LLAMA = "meta-llama/Llama-2-7b-hf"

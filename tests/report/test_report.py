@@ -13,7 +13,7 @@ from scipy import stats
 
 from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
-from lora_null.recipes.report import load_results, print_table, write_report
+from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.drawing import COLORS
 from lora_null.recipes.report.figures import (
     _plane,
@@ -40,6 +40,7 @@ from lora_null.recipes.results import (
     Row,
     Seconds,
     load_log,
+    load_results,
     parse_results,
     read_row,
     write_results,

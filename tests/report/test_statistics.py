@@ -14,8 +14,8 @@ from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import (
     LEVEL,
-    Difference,
     Spread,
+    TTest,
     crossed_variance,
     holm,
     influence,
@@ -76,7 +76,7 @@ def all_pairs(values, weights=None, *, fraction=False):
 
 def difference(ours, theirs, *, methods=2, **options):
     """One comparison alone."""
-    return Difference(
+    return TTest(
         *(x[0] if np.ndim(x) else x for x in t_tests(stack([paired_difference(ours, theirs, **options)]), methods))
     )
 

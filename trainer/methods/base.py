@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.layer import active_adapter, adapted_layers
+from lora_null.layer import active_adapter, adapted_layers, freeze_factor
 from lora_null.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Method:
         starts_in_files: whether it starts layer by layer, so that weights can stay in their files until an engine shards them.
         state_bytes: what it keeps for each trained parameter besides weight, gradient and AdamW's moments.
         saves_plain_lora: whether the adapter that it saves is a plain LoRA.
+        freezes_A: whether B trains alone.
         only_freezes: whether it only freezes parameters, so that it may continue an adapter that another method trained.
         constrains_delta: whether it projects, penalizes or prunes s·BA, which must then be the whole change (no residual base).
         new_parameters: whether its start puts new parameters in the place of the adapter's, as another rank does.
@@ -132,6 +133,7 @@ class Method:
     starts_in_files: ClassVar[bool] = False
     state_bytes: ClassVar[int] = 0
     saves_plain_lora: ClassVar[bool] = True
+    freezes_A: ClassVar[bool] = False
     only_freezes: ClassVar[bool] = False
     constrains_delta: ClassVar[bool] = False
     new_parameters: ClassVar[bool] = False
@@ -150,6 +152,8 @@ class Method:
 
     def prepare(self, model: nn.Module) -> None:
         """Freeze what must not train. Called once, after PEFT has added the adapter; what trains is cast to float32 for every method."""
+        for layer in self.layers(model).values() if self.freezes_A else ():
+            freeze_factor(layer, "lora_A", active_adapter(model))
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Return the names of exactly those parameters that train."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OSFConfig, PeftConfig, initialize_lora_eva_weights
 from peft.tuners.lora.eva import get_eva_state_dict
-from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.osf import OSFLayer
 from torch import nn
 
@@ -19,8 +17,9 @@ from lora_null.layer import active_adapter, plain_name
 from lora_null.targets import check_fits
 from lora_null.trainer.methods.base import Method, check_count, check_option, method, taken_by
 from lora_null.trainer.methods.full import WeightMethod
+from lora_null.trainer.methods.gradients import FromGradient, first_batches, take_gradients
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import broadcast, broadcast_tensor, device_of
+from lora_null.utils.distributed import broadcast, broadcast_tensor
 from lora_null.utils.errors import UserError
 
 
@@ -99,32 +98,14 @@ class EVA(Method):
 
 
 @method
-class LoRAGA(ResidualMethod):
-    """A and B from the singular vectors of the loss's gradient at W0 on training rows; base W0 − s·BA; A and B train.
-
-    Attributes:
-        rows: training rows whose gradient is taken, the first ones.
-        batch_rows: rows of one backward pass.
-    """
+class LoRAGA(FromGradient, ResidualMethod):
+    """A and B from the singular vectors of the loss's gradient at W0 on training rows; base W0 − s·BA; A and B train."""
 
     name = "lora-ga"
-    supports_preferences = False  # its gradient is that of the labels' loss
     room = 2
-
-    rows: int = 32
-    batch_rows: int = 4
-
-    def __post_init__(self) -> None:
-        check_count(self, "rows", "batch_rows")
-
-    def start_bytes(self, model: nn.Module) -> int:
-        return gradient_bytes(self.layers(model))
 
     def config(self, **adapter: Any) -> PeftConfig:
         return ResidualLoraConfig(init_lora_weights="lora_ga", **{"lora_ga_config": LoraGAConfig(), **adapter})
-
-    def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
-        return first_batches(trainer, self.rows, self.batch_rows)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
@@ -203,46 +184,3 @@ class OSF(WeightMethod):
             )
         base.save_pretrained(directory, state_dict=state)  # which empties it
         return sum(parameter.numel() for name, parameter in base.named_parameters() if "osf_" not in name)
-
-
-def take_gradients(trainer: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, torch.Tensor]]) -> None:
-    """Leave the mean gradient of the loss with respect to W0 in each layer's base, where PEFT's LoRA-GA looks for it."""
-
-    def train_step() -> None:
-        for batch in batches:
-            trainer.model(**batch).loss.backward()
-
-    bases = LoraConfig(target_modules=[f"{name}.base_layer" for name in layers], init_lora_weights="lora_ga")
-    bases.lora_ga_config = LoraGAConfig()
-    hooks = [(layer.get_base_layer(), layer.get_base_layer()._backward_hooks.copy()) for layer in layers.values()]
-    try:
-        preprocess_loraga(trainer.model.get_base_model(), bases, train_step)
-    except BaseException:  # PEFT leaves gradients and hooks behind, which another attempt would count as its own
-        for linear, before in hooks:
-            linear.weight.grad = None
-            linear._backward_hooks.clear()
-            linear._backward_hooks.update(before)
-        raise
-
-
-def gradient_bytes(layers: Mapping[str, Any]) -> int:
-    """Return what `take_gradients` leaves: as many bytes as the adapted weights have."""
-    return sum(layer.get_base_layer().weight.nbytes for layer in layers.values())
-
-
-def first_batches(trainer: Any, rows: int, batch_rows: int) -> list[dict[str, torch.Tensor]]:
-    """Return the first training rows, tokenized and collated as the trainer does, on the model's device.
-
-    Raises:
-        UserError: a trainer whose batches have no labels.
-    """
-    taken, device = list(islice(iter(trainer.train_dataset), rows)), device_of(trainer.model)
-    groups = [taken[i : i + batch_rows] for i in range(0, len(taken), batch_rows)]
-    whole = [group for group in groups if len(group) == batch_rows] or groups
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-    batches = [collate(group) for group in whole]  # of rows without padding it gives numbers too
-    if not all(isinstance(batch, Mapping) and "labels" in batch for batch in batches):
-        raise UserError(
-            f"method: {trainer.method.name} reads labels, and {type(trainer).__name__} makes none; take another"
-        )
-    return [{key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()} for batch in batches]

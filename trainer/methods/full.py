@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import Calibration
 from lora_null.drift import WeightDriftMeter
-from lora_null.layer import plain_name
+from lora_null.layer import targeted_linears
 from lora_null.targets import check_named
 from lora_null.trainer.methods.base import RANK, RANK_ASKED, Method, check_no_ranks, method
 from lora_null.utils.errors import UserError
@@ -47,12 +45,7 @@ class Full(WeightMethod):
         self.target_modules = adapter.get("target_modules") or "all-linear"
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        linears = {plain_name(name): x for name, x in model.named_modules() if isinstance(x, nn.Linear | Conv1D)}
-        if self.target_modules == "all-linear":
-            head = model.get_output_embeddings()
-            return {name: linear for name, linear in linears.items() if linear is not head}
-        wanted = LoraConfig(target_modules=self.target_modules)
-        return {name: linear for name, linear in linears.items() if check_target_module_exists(wanted, name)}
+        return targeted_linears(model, LoraConfig(target_modules=self.target_modules))
 
     def check(self, model: nn.Module) -> None:
         check_named(model, self.target_modules)

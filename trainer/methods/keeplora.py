@@ -11,18 +11,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_null.calibration import InputStats
-from lora_null.layer import active_adapter, freeze_factor
+from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import Method, check_count, check_option, method, refuse_dora
-from lora_null.trainer.methods.from_peft import first_batches, gradient_bytes, take_gradients
+from lora_null.trainer.methods.base import check_option, method, refuse_dora
+from lora_null.trainer.methods.gradients import FromGradient, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
 
 @method
-class KeepLoRA(Method):
+class KeepLoRA(FromGradient):
     """A0 = the r leading right singular vectors of G (I − M Mᵀ), frozen; B = 0 trains; the base is untouched.
 
     G (d_out, d_in) is the gradient of the loss with respect to W0 on training rows. M (d_in, m) is an orthonormal basis
@@ -34,42 +34,28 @@ class KeepLoRA(Method):
         weight_energy: the share of ‖W0‖²_F that the singular vectors of M hold at most; 0 keeps none of them. The paper's
             code has 0.99, which leaves fewer than 32 of 576 directions of most of SmolLM2's gate and up projections.
         input_energy: the share of ‖X‖²_F that M holds at least.
-        rows: training rows whose gradient is taken, the first ones.
-        batch_rows: rows of one backward pass.
     """
 
     name = "keeplora"
+    freezes_A = True
     needs_gram = True
     supports_quantized_base = False
-    supports_preferences = False  # its gradient is that of the labels' loss
 
     weight_energy: float = 0.8
     input_energy: float = 0.99
-    rows: int = 32
-    batch_rows: int = 4
 
     def __post_init__(self) -> None:
-        check_count(self, "rows", "batch_rows")
+        super().__post_init__()
         for name in ("weight_energy", "input_energy"):
             share = getattr(self, name)
             fits = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1
             check_option(fits, f"{self.name}.{name}", "a share from 0 to below 1, such as 0.99", share)
-
-    def start_bytes(self, model: nn.Module) -> int:
-        return gradient_bytes(self.layers(model))
 
     def costs(self) -> str:
         return f"before it trains, a backward pass over the first {self.rows} training rows and two over the calibration texts"
 
     def check(self, model: nn.Module) -> None:
         refuse_dora(self, model)
-
-    def prepare(self, model: nn.Module) -> None:
-        for layer in self.layers(model).values():
-            freeze_factor(layer, "lora_A", active_adapter(model))
-
-    def training_batches(self, trainer: Any) -> list[dict[str, torch.Tensor]]:
-        return first_batches(trainer, self.rows, self.batch_rows)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return A0 of every layer, the same on every rank; each input is solved by the rank that has its Gram."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from lora_null.layer import active_adapter, freeze_factor
 from lora_null.trainer.methods.base import Method, method
 
 
@@ -24,8 +21,5 @@ class LoRAFA(Method):
     """
 
     name = "lora-fa"
+    freezes_A = True
     starts_in_files = True
-
-    def prepare(self, model: nn.Module) -> None:
-        for layer in self.layers(model).values():
-            freeze_factor(layer, "lora_A", active_adapter(model))

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.initialize import finish_initialization
-from lora_null.layer import active_adapter, freeze_factor, keep_in_null_basis
+from lora_null.layer import active_adapter, keep_in_null_basis
 from lora_null.solver import NullSpace, directions
 from lora_null.start import InitOptions, rule_of
 from lora_null.targets import check_layers
@@ -54,11 +54,8 @@ class LoRANullV2(LoRANullV1):
 
     name = "lora-null-v2"
     variant = "v2"
+    freezes_A = True  # of a trained plain LoRA too
     only_freezes = True
-
-    def prepare(self, model: nn.Module) -> None:
-        for layer in self.layers(model).values():  # of a trained plain LoRA too
-            freeze_factor(layer, "lora_A", active_adapter(model))
 
     def saved_rank(self, r: int) -> int:
         return r
