@@ -61,10 +61,11 @@ def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int 
     return hash_of(parts)
 
 
-def fetch_base(key: str, target: Path) -> bool:
-    """Put the kept evaluation and its references into a run's base folder; return whether there was one."""
+def fetch_base(key: str, target: Path, references: Sequence[str]) -> bool:
+    """Put the kept evaluation and its reference files into a run's base folder; return whether there was a whole one."""
     kept = bases_folder() / key
-    if not (kept / EVAL_FILE).is_file():
+    if not all((kept / name).is_file() for name in (EVAL_FILE, *references)):
+        shutil.rmtree(kept, ignore_errors=True)  # makes room for one that is whole
         return False
     target.mkdir(parents=True, exist_ok=True)
     # eval.json comes last: it says that the copy is whole.

@@ -66,14 +66,14 @@ def _find_or_measure(
     saved = folder / EVAL_FILE
 
     def restore() -> bool:
-        files = [reference_path(folder, task.reference_file) for task in tasks if task.reference_file]
-        lost = next((file.name for file in files if not file.is_file()), None)
+        files = [reference_path(folder, task.reference_file).name for task in tasks if task.reference_file]
+        lost = next((file for file in files if not (folder / file).is_file()), None)
         if saved.is_file() and lost is None:
             return True
         if saved.is_file():
             print(f"base: {lost} is no longer in {folder}, it is measured again")
             saved.unlink()
-        if fetched := key is not None and caches.fetch_base(key, folder):
+        if fetched := key is not None and caches.fetch_base(key, folder, files):
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         return fetched
 

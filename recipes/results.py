@@ -181,9 +181,14 @@ class Row(BaseModel):
 
     @property
     def is_base_again(self) -> bool:
-        """Whether the budget left nothing of all training; of a grid, with any of the seeds."""
-        held = self.budget
-        return bool(self.base_again) or (held is not None and held.left_nothing and held.task is None)
+        """Whether the budget left nothing of all training; of a grid, with every seed."""
+        if self.base_again is not None:
+            return self.base_again == self.runs
+        return self.budget is not None and self.budget.left_nothing and self.budget.task is None
+
+    def is_ranked(self, *, forgetting: bool) -> bool:
+        """Whether it takes part where methods are ranked: not as the base again; of forgetting, with no seed of a grid."""
+        return not (self.is_base_again or (forgetting and self.base_again))
 
     def estimate(self, name: str) -> Estimate | None:
         """The metric `name`, or None where it is missing or no number of a usable size (a run that diverged).

@@ -213,10 +213,10 @@ def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: P
             before = read_row(job.previous[plan.name]) if plan.name in job.previous else None
             if before and not before.is_base_again:
                 kept.task = job.recipe.name
+            if kept.strength and not _has_moved(trainer, model):
+                kept.step = 0  # a warmup's first step moves nothing: its state is that before
         saved = _save(job, plan, trainer, folder)
         magnitude = _magnitude(job, plan, trainer, model)  # of a later task read from what was saved
-        if kept is not None and magnitude is not None and magnitude.total == 0:
-            kept.step = 0  # a warmup's first step moves nothing: its state is that before
         back_at_start = kept is not None and kept.left_nothing
         if hasattr(model, "disable_adapter") and trainer.something_moved and not back_at_start:
             _warn_if_nothing_changed(job, plan, model)
@@ -260,6 +260,12 @@ def _drop_optimizer(trainer: AnyTrainer) -> None:
     for owner in (trainer, trainer.callback_handler):
         owner.optimizer = owner.lr_scheduler = None
     trainer.accelerator.free_memory()
+
+
+def _has_moved(trainer: AnyTrainer, model: PeftModel) -> bool:
+    """Return whether any weight is not where this training found it; the same on every rank."""
+    changes = weight_changes(trainer.method.layers(model), active_adapter(model))
+    return any(change.moved for change in changes.values())
 
 
 def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> Magnitude | None:

@@ -121,8 +121,7 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     if folder.name in LAST_WRITTEN and is_of_run(folder.parent.parent / RECIPE_FILE):
         folder = folder.parent  # whose recipe knows more of it
     recipe_file = folder.parent / RECIPE_FILE
-    check_is_no_run(folder)
-    check_holds_all_tasks(folder)
+    check_holds_one_result(folder)
     if (folder / LAST_WRITTEN["adapter"]).is_file():
         return _made_elsewhere(folder, base, trust)
     if not recipe_file.is_file():
@@ -136,14 +135,12 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
 
 
-def check_is_no_run(folder: Path) -> None:
-    """Raise a UserError that names the methods of a run, where its folder is given in place of one of theirs."""
+def check_holds_one_result(folder: Path) -> None:
+    """Raise a UserError for a run, naming its methods, and for a checkpoint of a sequence's later task, as it holds that alone."""
     if (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder}: a run; give one of its methods{nearest('', methods_in(folder))}")
 
-
-def check_holds_all_tasks(folder: Path) -> None:
-    """Raise a UserError for a checkpoint of a sequence's later task, which holds that task's change alone."""
+    folder = folder.resolve()
     task = folder.parent.parent
     later = task.parent.name == TASKS_FOLDER and not task.name.startswith("1-") and is_of_run(task / RECIPE_FILE)
     if later and folder.name.startswith("checkpoint-"):

@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers tha
 
 import pytest
 
+from lora_null.utils.distributed import print_once
 from lora_null.utils.files import cache_root
 from lora_null.utils.quiet import show_messages
 
@@ -16,6 +17,12 @@ def pytest_collection_finish():
     """Leave what imports have made out of garbage collections: every run makes several, of half a second each."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def first_time():
+    """What a process says once is said in every test."""
+    print_once.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,7 +126,7 @@ def test_another_users_evaluation_is_taken_though_it_cannot_be_touched(tmp_path,
     (caches.bases_folder() / "theirs").mkdir(parents=True)
     (caches.bases_folder() / "theirs" / "eval.json").write_text("{}")
     monkeypatch.setattr(os, "utime", refuse)
-    assert caches.fetch_base("theirs", tmp_path) and (tmp_path / "eval.json").is_file()
+    assert caches.fetch_base("theirs", tmp_path, []) and (tmp_path / "eval.json").is_file()
 
 
 def test_the_lock_of_a_folder_is_not_kept_with_what_is_in_it(tmp_path):
@@ -138,4 +138,4 @@ def test_the_lock_of_a_folder_is_not_kept_with_what_is_in_it(tmp_path):
     assert [path.name for path in kept.iterdir()] == ["eval.json"]
     (kept / ".lock").write_text("another")
     held = (tmp_path / ".lock").stat().st_ino
-    assert caches.fetch_base("key", tmp_path) and (tmp_path / ".lock").stat().st_ino == held
+    assert caches.fetch_base("key", tmp_path, []) and (tmp_path / ".lock").stat().st_ino == held

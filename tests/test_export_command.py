@@ -513,6 +513,7 @@ def test_the_folder_in_a_methods_folder_is_the_method_and_a_later_tasks_checkpoi
     shutil.copy(world / "out" / "recipe.yaml", stage / "recipe.yaml")
     with pytest.raises(UserError, match="a checkpoint of a later task, whose change it holds alone"):
         find_trained(stage / "lora" / "checkpoint-4")
+    assert main(["check", str(stage / "lora" / "checkpoint-4")]) == 2
 
 
 def test_of_a_folder_with_whole_weights_and_an_index_the_whole_are_read(world, tmp_path):

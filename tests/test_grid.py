@@ -536,7 +536,7 @@ def test_a_mean_over_seeds_tells_how_many_are_the_base_again():
         "kept": True,
     }
     left, kept = (Budget(strength=strength, **held) for strength in (0, 0.5))
-    one = made({"lora": [[(1.0, 0.3)]], "mine": [[(1.1, 0.1)]], "wild": [[(2.0, 0.0)]]})
+    one = made({"lora": [[(1.0, 0.3)]], "mine": [[(1.1, 0.1)]], "wild": [[(0.5, 0.0)]]})
     for gone in (3, 2):
         budgets = {"lora": [None] * 3, "mine": [kept] * 3, "wild": [left] * gone + [kept] * (3 - gone)}
         rows = [
@@ -554,9 +554,12 @@ def test_a_mean_over_seeds_tells_how_many_are_the_base_again():
         ]
         said, table = headline(found), build_table(found)
         assert "mine forgot least" in said and "wild forgot" not in said
+        assert ("wild learned most" in said) == (gone == 2)  # with the seed that learned
         some = "" if gone == 3 else " with 2 of 3 seeds"
         assert f"wild is the base again{some}: the budget left nothing of its training." in said
         assert [cell.mark for cell in next(c for c in table.columns if c.title == "q KL").cells][2:] == ["best", None]
+        learned = [cell.mark for cell in next(c for c in table.columns if c.title == "t NLL").cells][1:]
+        assert learned == (["second", None, "best"] if gone == 2 else ["best", None, None])
 
 
 def test_nothing_is_read_between_a_run_that_is_the_base_again_and_the_first_of_which_something_is_left():

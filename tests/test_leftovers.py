@@ -26,7 +26,6 @@ from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
 from lora_null.recipes.models.bases import resolve_name
 from lora_null.trainer.checkpoints import is_whole
-from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError
 
 ALREADY = {"bf16": False, "report_to": "none", "use_cpu": True, "gradient_checkpointing": False}
@@ -413,7 +412,6 @@ def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
 )
 def test_processes_share_out_the_total_batch(words, processes, batch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
-    print_once.cache_clear()
     recipe = load_recipe("quickstart", words)
     if batch is None:
         with pytest.raises(UserError, match="is not a multiple of per_device_train_batch_size × processes"):

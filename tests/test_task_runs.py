@@ -11,6 +11,7 @@ from world import make_world, results, write_rows
 
 from lora_null.eval_harness.code.jails import find_jail
 from lora_null.eval_harness.tasks import TASK_FILES
+from lora_null.recipes import caches
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.data.examples import training_data
@@ -227,13 +228,18 @@ def tasks_of(recipe, *words):
     return eval_tasks(EvalContext(load_recipe(recipe, [*words, "eval.retention="]), tiny_tokenizer()))
 
 
-def test_a_reference_that_was_removed_is_measured_again(tmp_path, capsys):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_reference_that_was_removed_is_measured_again(tmp_path, capsys, kept):
+    """In the run's folder, and among the kept bases."""
     recipe, out = str(make_world(tmp_path, method={"name": "lora", "rank": 4})), tmp_path / "out"
-    assert main([recipe]) == 0
+    words = [recipe, f"eval.cache={kept}"]
+    assert main(words) == 0
+    for file in caches.bases_folder().glob("*/facts.safetensors") if kept else ():
+        file.unlink()
     before = json.loads((out / "results.json").read_text())["rows"]
     for file in ("base/facts.safetensors", "report.html", "lora/row.json"):
         (out / file).unlink()
-    assert main([recipe, "--resume"]) == 0
+    assert main([*words, "--resume"]) == 0
     assert f"base: facts.safetensors is no longer in {out}/base, it is measured again" in capsys.readouterr().out
     assert [r["metrics"] for r in json.loads((out / "results.json").read_text())["rows"]] == [
         r["metrics"] for r in before

@@ -8,7 +8,7 @@ from lora_null.adapters.base_hash import FINGERPRINT, QUANTIZATION, checkpoint_o
 from lora_null.adapters.inspection import check_adapter, describe, is_untrained, serve_command
 from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.truncate import MOST_LOST, lost_in_16_bits
-from lora_null.recipes.trained import QUANTIZED_NOTE, base_of, check_is_no_run
+from lora_null.recipes.trained import QUANTIZED_NOTE, base_of, check_holds_one_result
 from lora_null.utils.errors import UserError
 
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder")
-    check_is_no_run(arguments.folder)
+    check_holds_one_result(arguments.folder)
     inner = arguments.folder / "adapter"
     adapter = read_adapter(inner if inner.is_dir() else arguments.folder)
     base = base_of(adapter, arguments.base, trust=arguments.trust_remote_code)

@@ -40,10 +40,11 @@ from lora_null.utils.chat import (
     without_end,
     without_thoughts,
 )
-from lora_null.utils.distributed import is_first_process, print_once
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import EmptyValue, Message, as_messages, chat_options, is_conversation
 
+EQUAL = "chosen equal to rejected"
 MAX_BAD_SHARE = 0.01  # the share of bad rows that is left out unasked
 BATCH = 2**22  # characters tokenized at once, counting those before each end of a span
 
@@ -154,10 +155,10 @@ def _say_special(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
         )
         if first := next(filter(None, map(special.search, texts)), None):
             found.append((example.row, first[0]))
-    if found and is_first_process():
+    if found:
         row, token = found[0]
         what = f"{len(found)} of {len(examples)} training rows hold special tokens within their texts"
-        print(f"{what} (the first {token!r} in row {row}); the model reads these as its own")
+        print_once(f"{what} (the first {token!r} in row {row}); the model reads these as its own")
 
 
 def cut_before_the_answer(
@@ -189,15 +190,14 @@ def read_examples(
     if not documents.rows:
         return examples, bad
     reader = RowReader(data, documents.columns, where, preferences=preferences, first=documents.rows[0])
-    unwanted = sum(row.get("label") is False for row in documents.rows)
+    taken = [(number, row) for number, row in zip(documents.numbers, documents.rows) if number in wanted]
+    unwanted = sum(row.get("label") is False for _, row in taken)
     if unwanted and where == "data":
         print_once(
-            f"data: {unwanted:,} of {len(documents.rows):,} rows have the label false, as answers that are not wanted have; all are "
+            f"data: {unwanted:,} of {len(taken):,} rows have the label false, as answers that are not wanted have; all are "
             "learned"
         )
-    for number, row in zip(documents.numbers, documents.rows):
-        if number not in wanted:
-            continue
+    for number, row in taken:
         try:
             examples.append(reader.example(number, row, tokenizer))
         except ValueError as error:
@@ -277,6 +277,8 @@ class RowReader:
             )
             for side in (messages, rejected)
         ]
+        if sides[0].text == sides[1].text:
+            raise ValueError(EQUAL)
         return Example(number, *sides, prompt, options)
 
     def messages(self, row: Mapping[str, Any]) -> tuple[list[Message], list[bool]]:
@@ -369,8 +371,8 @@ def _text_of(row: Mapping[str, Any], field: str, *, answer: bool) -> str:
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     """Return how many messages a pair has in common; raise a ValueError where the two are equal, or begin differently."""
     shared = common_prefix(chosen, rejected)
-    if [_stripped(message) for message in chosen] == [_stripped(message) for message in rejected]:
-        raise ValueError("chosen equal to rejected")
+    if chosen == rejected:
+        raise ValueError(EQUAL)
     if shared == min(len(chosen), len(rejected)):
         raise ValueError("one of chosen and rejected is the beginning of the other")
     if not shared:
@@ -417,8 +419,7 @@ def leave_out(
     if not allowed or len(bad) == total:
         hint = "" if len(bad) == total else hint
         raise UserError(f"{where}: {len(bad)} of {total} rows cannot be used: {describe_bad_rows(bad)}{hint}")
-    if is_first_process():
-        print(f"left out {len(bad)} of {total} {rows}: {describe_bad_rows(bad)}")
+    print_once(f"left out {len(bad)} of {total} {rows}: {describe_bad_rows(bad)}")
 
 
 def describe_bad_rows(bad: Iterable[BadRow]) -> str:

@@ -53,8 +53,9 @@ class Measure:
 
     @property
     def ranked(self) -> list[int]:
-        """`measured` without those that a budget has made the base again, with any seed: the base cannot forget."""
-        return [i for i in self.measured if not self.results.rows[i].is_base_again]
+        """`measured` without those that a budget has made the base again, see `Row.is_ranked`."""
+        rows, forgetting = self.results.rows, self.counts == "forgetting"
+        return [i for i in self.measured if rows[i].is_ranked(forgetting=forgetting)]
 
     def text(self, i: int) -> str:
         """The value of row `i` with its error and unit."""
@@ -207,7 +208,7 @@ def headline(results: Results) -> str:
 
 def _left_nothing(row: Row, label: str) -> str:
     """The sentence for a row that a budget has made the base again, or left nothing of a later task; else empty."""
-    if row.is_base_again:
+    if row.base_again or row.is_base_again:
         some = f" with {row.base_again} of {row.runs} seeds" if row.base_again != row.runs else ""
         return f"{label} is the base again{some}: the budget left nothing of its training."
     if row.budget and row.budget.left_nothing:

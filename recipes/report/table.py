@@ -87,15 +87,16 @@ def build_table(results: Results) -> Table:
 
 
 def rank_marks(
-    results: Results, estimates: Sequence[Estimate | None], name: str, higher_is_better: bool
+    results: Results, estimates: Sequence[Estimate | None], name: str, higher_is_better: bool, role: Role = "task"
 ) -> list[Literal["best", "second"] | None]:
     """Mark the method that is `better` than every other, and below it the one that is better than all the rest.
 
     Of a grid's settings none is marked: that which learned least would win. Nor is a method that stands alone, or one
-    that was not compared with each of the others. Rows that are the base again take no part.
+    that was not compared with each of the others, or that is the base again.
     """
     marks: list[Literal["best", "second"] | None] = [None] * len(results.rows)
-    rest = {i for i, estimate in enumerate(estimates) if i and estimate and not results.rows[i].is_base_again}
+    ranked = [row.is_ranked(forgetting=role == "retention") for row in results.rows]
+    rest = {i for i, estimate in enumerate(estimates) if i and estimate and ranked[i]}
     if len({results.rows[i].variant for i in rest}) > 1:
         return marks
     for mark in ("best", "second"):
@@ -182,7 +183,7 @@ def _metric_column(results: Results, name: str) -> Column:
         title=metric_title(name) + (" %" if metric.unit == "fraction" else ""),
         group=metric.role.capitalize(),
         definition=_definition(name, metric.unit) + size + _floor(results, name, metric.unit) + ".",
-        cells=_marked_cells(results, estimates, metric.unit, name, metric.higher_is_better),
+        cells=_marked_cells(results, estimates, metric.unit, name, metric.higher_is_better, metric.role),
         arrow=ARROWS[metric.higher_is_better],
     )
     for i, row in enumerate(results.rows):
@@ -226,15 +227,22 @@ def _mean_column(results: Results, role: Role) -> list[Column]:
         return []
     estimates = [mean_in(row, names) for row in results.rows]
     titles = ", ".join(metric_title(name) for name in names)
-    cells = _marked_cells(results, estimates, "fraction", MEANS[role], True)
+    cells = _marked_cells(results, estimates, "fraction", MEANS[role], True, role)
     return [Column("Mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]
 
 
 def _marked_cells(
-    results: Results, estimates: list[Estimate | None], unit: str | None, name: str, higher_is_better: bool | None
+    results: Results,
+    estimates: list[Estimate | None],
+    unit: str | None,
+    name: str,
+    higher_is_better: bool | None,
+    role: Role,
 ) -> list[Cell]:
     cells = format_column(estimates, unit)
-    marks = [None] * len(cells) if higher_is_better is None else rank_marks(results, estimates, name, higher_is_better)
+    marks = [None] * len(cells)
+    if higher_is_better is not None:
+        marks = rank_marks(results, estimates, name, higher_is_better, role)
     partial = _of_fewer_seeds(results)
     return [Cell(c.text, c.error + "†" * (i in partial and bool(c.error)), marks[i]) for i, c in enumerate(cells)]
 
