@@ -33,7 +33,7 @@ from lora_null.recipes.checks import (
     rehearse,
     tell_of_shared_rows,
 )
-from lora_null.recipes.config.load import CONFIGURATION_KEYS, dump
+from lora_null.recipes.config.load import CONFIGURATION_KEYS, dump, without_folders
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
 from lora_null.recipes.data.examples import TrainingData, tokenize
@@ -180,7 +180,9 @@ def check_same_everywhere(job: Job) -> None:
     """Raise a UserError where processes have other recipes or rows, as machines whose files differ. All call it together."""
     if rank_and_world()[1] == 1:
         return
-    own = {"the recipe": hash_of(dump(job.recipe)), **inputs_beside_the_base(job)}
+    own = {"the recipe": hash_of(dump(without_folders(job.recipe))), **inputs_beside_the_base(job)}
+    if Path(job.model_name).is_dir():
+        own["model.name_or_path"] = hash_of(_beside_the_weights(Path(job.model_name)))
     first, *others = all_gather(own)
     differing = next((name for other in others for name in first if other.get(name) != first[name]), None)
     if differing is not None:

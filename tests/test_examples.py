@@ -320,6 +320,15 @@ def test_rows_that_are_cut_or_not_wanted_are_counted(tmp_path, tokenizer, capsys
     assert "data: 1 of 3 rows have the label false, as answers that are not wanted have; all are learned" in told
     found = training_data(section(path, response="completion"), tokenizer, preferences=False, max_length=40)
     assert found.cut == 2 and said in capsys.readouterr().out
+    taken = section(path, response="completion", offset=2)
+    training_data(taken, tokenizer, preferences=False, max_length=None)
+    assert "data: 1 of 1 rows have the label false" in capsys.readouterr().out
+
+
+def test_pairs_that_differ_by_their_first_indentation_are_pairs(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "f", "response": "    return a", "rejected": "return a"}])
+    (found,) = training_data(section(path, rejected="rejected"), tokenizer, preferences=True, max_length=None).examples
+    assert found.written.text == found.rejected.text.replace(" return", "    return")
 
 
 def test_pairs_that_are_equal_once_cut_are_left_out(tmp_path, tokenizer):

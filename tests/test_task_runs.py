@@ -250,7 +250,13 @@ def test_processes_that_read_other_rows_are_refused(tmp_path, monkeypatch):
     job = check_run(load_recipe(str(make_world(tmp_path, method={"name": "lora", "rank": 4}))))
     check_same_everywhere(job)
     monkeypatch.setattr("lora_null.recipes.job.rank_and_world", lambda: (0, 2))
-    for name in ("data.path", "the recipe"):
+    own = []
+    for folder in ("here", "there"):  # equal files that lie elsewhere are no difference
+        recipe = load_recipe(str(make_world(tmp_path / folder, method={"name": "lora", "rank": 4})))
+        monkeypatch.setattr("lora_null.recipes.job.all_gather", lambda mine: own.append(mine) or [mine])
+        check_same_everywhere(check_run(recipe))
+    assert own[0] == own[1]
+    for name in ("data.path", "the recipe", "model.name_or_path"):
         monkeypatch.setattr("lora_null.recipes.job.all_gather", lambda own, name=name: [own, {**own, name: "another"}])
         with pytest.raises(UserError, match=f"{name} differs between the processes"):
             check_same_everywhere(job)

@@ -540,6 +540,12 @@ def whole_paths(recipe: Recipe) -> Recipe:
     return _with_paths(recipe.model_copy(deep=True), _whole)
 
 
+def without_folders(recipe: Recipe) -> Recipe:
+    """Return a copy that names files and folders without where they lie, which may differ between machines."""
+    found = _with_paths(recipe.model_copy(deep=True), lambda path: Path(path).name)
+    return found.model_copy(update={"output_dir": Path(recipe.output_dir).name})
+
+
 def _whole(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
