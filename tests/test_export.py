@@ -170,6 +170,12 @@ def test_damaged_files_of_a_base_are_one_line(tmp_path, damage):
             use(tmp_path)
 
 
+def test_the_saved_config_lists_its_targets_in_one_order(tmp_path):
+    save_plain_adapter(get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear")), tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 3 and targets == sorted(targets)
+
+
 @pytest.mark.parametrize("others", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [1]}])
 def test_an_adapter_joined_onto_one_of_other_modules_is_both(tmp_path, others):
     drawn = dict(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"])

@@ -105,6 +105,9 @@ def save_plain_adapter(peft_model: PeftModel, directory: Path, *, adapter_name: 
     state, config = plain_adapter(peft_model, adapter_name)
     _check_whole({key: tuple(tensor.shape) for key, tensor in state.items()}, peft_model, adapter_name, "the adapter")
     write_safetensors(directory / WEIGHTS_FILE, state, base_metadata(peft_model, adapter_name))
+    for key, value in vars(config).items():
+        if isinstance(value, set):  # which PEFT writes in another order every time
+            setattr(config, key, sorted(value))
     with replacing(directory / CONFIG_FILE) as temporary:
         scratch = temporary.with_suffix(".dir")
         config.save_pretrained(scratch)
