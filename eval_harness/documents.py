@@ -210,14 +210,14 @@ def _is_integer(cell: str) -> bool:
 
 
 def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
-    """Return the rows of a file that is one JSON value, or one a line; or what is wrong with one, None for an empty line."""
+    """Return the rows of a file that is one JSON value, or one per line; or what is wrong with one, None for an empty line."""
     data, value, wrong = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), None, None
     if data.lstrip().startswith((b"[", b"{")):
         try:
             value = json.loads(data)
         except RecursionError:
             pass
-        except ValueError as error:  # then it is one value a line
+        except ValueError as error:  # then it is one value per line
             wrong = error
     if value is None:
         entries = data.splitlines()

@@ -22,7 +22,7 @@ from lora_null.utils.model_state import replaced
 @dataclass(frozen=True)
 class ForgettingTask(Task):
     """Texts whose loss is measured before and after training ("NAME loss", "NAME forgetting" =
-    after − before), in nats a token.
+    after − before), in nats per token.
 
     As in PEFT's comparison each text is cut to its first `max_length` tokens, with the special tokens that the tokenizer
     adds, and the loss is the mean cross-entropy over all tokens of all texts but each text's first. PEFT takes the

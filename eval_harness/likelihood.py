@@ -47,7 +47,7 @@ REFERENCE_BYTES = 2**30  # of one task's reference, at most
 
 @dataclass(frozen=True)
 class AnswerTask(Task):
-    """Prompts with their right answers; measures how likely, and how changed, the answers are, in nats a token.
+    """Prompts with their right answers; measures how likely, and how changed, the answers are, in nats per token.
 
     Args:
         name: what to call the results ("NAME nll", "NAME kl").
@@ -125,7 +125,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Sums over each question's answer tokens, one entry a question: `nll` and `kl` in nats, and the token counts.
+    """Sums over each question's answer tokens, one entry per question: `nll` and `kl` in nats, and the token counts.
 
     `kept` is `Reference.kept`.
     """
@@ -332,7 +332,7 @@ def save_reference(
 
 
 def record_or_read_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
-    """Return the base model's values, one a pair, on every rank: `values` themselves where this is the base.
+    """Return the base model's values, one per pair, on every rank: `values` themselves where this is the base.
 
     Args:
         path: the file that they are written to where `record` is set, and read from.

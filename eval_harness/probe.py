@@ -84,7 +84,7 @@ class Point:
     Attributes:
         step: the optimizer steps taken before it.
         metrics: by name.
-        samples: by name, one number a row.
+        samples: by name, one number per row.
         seconds: that it took, in the first process.
     """
 

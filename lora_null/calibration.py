@@ -124,7 +124,7 @@ class TokenBatch:
         decoder(**inputs, **({"use_cache": False} if has_cache else {}))
 
     def flat(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return x, one row a token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
+        """Return x, one row per token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
 
         XLNet computes in (length, batch, d); a batch is never as long as it is wide, so the order shows (`pieces`).
         """

@@ -2,7 +2,7 @@
 
 A task that is learned after others has to leave both the knowledge and the others alone: its null space is that of
 C = w₀ C₀/N₀ + Σ w_j C_j/N_j, of the inputs of the knowledge (0) and of every earlier task j over their N tokens each. The
-texts of the tasks are not needed again: C_j is d² numbers a layer, or a sketch F (d, q) with C_j ≈ F Fᵀ.
+texts of the tasks are not needed again: C_j is d² numbers per layer, or a sketch F (d, q) with C_j ≈ F Fᵀ.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def keep_grams(
     sketch: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Measure what linears of a model read on the batches, and keep it in a folder, one file an input.
+    """Measure what linears of a model read on the batches, and keep it in a folder, one file per input.
 
     Under torch.distributed all ranks call it together; each Gram is written by the rank that holds it.
 

@@ -188,7 +188,7 @@ def _adds(layer: LoraLayer, adapter_name: str) -> bool:
 
 @functools.cache
 def _say_once(line: str) -> None:
-    """Say it once a process, whatever the number of layers."""
+    """Say it once per process, whatever the number of layers."""
     logger.warning(line)
 
 

@@ -161,7 +161,7 @@ def _inverse_krylov(gram: torch.Tensor, r: int, frame: torch.Tensor) -> Eigenspa
 def _krylov(factor: torch.Tensor, start: torch.Tensor, r: int) -> Iterator[torch.Tensor]:
     """Block Lanczos on G = (C + εI)⁻¹ = (L Lᵀ)⁻¹; yields better and better orthonormal bases (d, r) of the bottom of C.
 
-    The basis V grows by one block a step. With Ritz pairs (θ, x) of VᵀG V, the residuals ‖G x − θ x‖ / θ, weighted by
+    The basis V grows by one block per step. With Ritz pairs (θ, x) of VᵀG V, the residuals ‖G x − θ x‖ / θ, weighted by
     the eigenvalues λ = 1/θ − ε, tell how much energy the span catches in excess; the answer is the span of the G x, one
     step further still. Ends when V has grown to half of d.
     """

@@ -39,7 +39,7 @@ class LayerResult:
         factors: module name → A0 (r, d_in) and B0 (d_out, r), as stored in the adapter.
         scaling: module name → the s with which s·B0A0 = W0 U Uᵀ.
         measured: their inputs without Grams, for the drift.
-        stats: one line a module.
+        stats: one line per module.
         bases: module name → the basis in whose span A stays; modules that share an input share it.
         tensors: what a method computes of the model as a whole, by its own names.
         key: `initialization_key` of what it is a part of.

@@ -139,7 +139,7 @@ def check_budget(budget: BudgetPlan, probed: Evaluation, whole: Evaluation) -> N
     base_nll = whole.metrics.get(f"{budget.task.name} nll") if kind_of(measure) == "kl" else None
     if base_nll and at_most >= base_nll.value:
         raise UserError(
-            f"budget.at_most: {at_most:g} nats a token is not below the {base_nll.value:.2g} that the base's own answers cost, "
+            f"budget.at_most: {at_most:g} nats per token is not below the {base_nll.value:.2g} that the base's own answers cost, "
             "so that nothing could break it; 0.01 to 0.1 is usual, or name an accuracy, of which a fraction may be lost"
         )
     if whole.metrics[measure].unit != "fraction":

@@ -62,7 +62,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
-            raise UserError('model.attn_implementation: flash-attn is not installed; pip install "lora-null[flash]"')
+            raise UserError("model.attn_implementation: flash-attn is not installed; pip install flash-attn")
         if not torch.cuda.is_available() or recipe.model.dtype == "float32":
             raise UserError(
                 "model.attn_implementation: flash_attention_2 needs a GPU and a 16-bit model.dtype; use sdpa"

@@ -92,8 +92,8 @@ def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows:
     _print_training(console, recipe, training, rows)
     cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
     console.print(
-        f"calibrate   {recipe.calibration.title}, {recipe.calibration.samples} windows of at most "
-        f"{recipe.calibration.max_length} tokens, {cut}"
+        f"calibrate   {recipe.calibration.title}, {_windows_of(recipe, job)} of at most {recipe.calibration.max_length} "
+        f"tokens, {cut}"
     )
     console.print(_table(job.plans, weights, activation_bytes(job.config, training)))
     for plan in job.plans:
@@ -107,6 +107,14 @@ def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows:
             f"{plan.name}: of it {plan.kept_bytes / GIB:.2f} GiB for what the method keeps beside the adapter, {share:.1%} of the weights"
         )
     console.print(f"files in {recipe.output_dir}: {', '.join(_files_of(recipe))}")
+
+
+def _windows_of(recipe: Recipe, job: Job) -> str:
+    """Return how many windows are calibrated on: fewer than asked where the texts, if they were read, hold no more."""
+    asked = recipe.calibration.samples
+    if job.windows is None or len(job.windows.ids) >= asked:
+        return f"{asked} windows"
+    return f"{len(job.windows.ids)} of {asked} windows (the texts hold no more)"
 
 
 def _print_training(console: Console, recipe: Recipe, training: SFTConfig | DPOConfig, rows: int | None) -> None:

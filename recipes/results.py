@@ -305,7 +305,7 @@ class SequenceResults(BaseModel):
         tasks: names, in order.
         metrics: of each task, the one by which it is followed.
         base: the base's value of each.
-        transfers: one a method.
+        transfers: one per method.
         knowledge: method → metric of retention → its value after every task.
     """
 
@@ -539,7 +539,7 @@ class TrainLog(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The training's tokens a second, probes left out, which go on over a resumed run."""
+        """The training's tokens per second, probes left out, which go on over a resumed run."""
         last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
         before = (entry for entry in self.entries if entry["step"] <= last.get("step", 0))
         seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in before)

@@ -221,13 +221,13 @@ def test_a_bound_on_an_accuracy_is_one_that_can_be_broken_and_told(at_most, righ
 
 
 def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
-    """As 5 for "no more than 5%": in nats a token nothing could break it."""
+    """As 5 for "no more than 5%": in nats per token nothing could break it."""
     few, whole = (evaluation([0.0] * n, "nats", False, "facts kl") for n in (10, 50))
     whole.metrics["facts nll"] = Metric(1.9, 0.1, 50, False, "retention", "nats")
     for at_most, refused in ((5, True), (0.05, False)):
         task = SimpleNamespace(name="facts")
         budget = BudgetPlan(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
-        with pytest.raises(UserError, match=r"5 nats a token is not below the 1\.9") if refused else nullcontext():
+        with pytest.raises(UserError, match=r"5 nats per token is not below the 1\.9") if refused else nullcontext():
             check_budget(budget, few, whole)
 
 

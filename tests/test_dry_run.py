@@ -158,6 +158,18 @@ def test_told_in_one_line_before_anything_is_spent(fails, stub, monkeypatch, wor
     assert message in fails(*(word.replace("STUB", stub) for word in words))
 
 
+@pytest.mark.parametrize("samples", [20, 999])
+def test_the_plan_counts_the_windows_that_there_are(base, capsys, samples):
+    assert main([str(base / "tiny.yaml"), "--dry-run", f"calibration={{mode: separate, samples: {samples}}}"]) == 0
+    out = capsys.readouterr().out
+    (count,) = re.findall(r"checked: .* (\d+) calibration windows", out)
+    told = "20 windows" if samples == 20 else f"{count} of 999 windows (the texts hold no more)"
+    assert int(count) == 20 if samples == 20 else 20 < int(count) < 999
+    assert re.search(
+        rf"^calibrate   \S+facts\.jsonl, {re.escape(told)} of at most \d+ tokens, each alone$", out, re.M
+    ), out
+
+
 def test_a_sound_recipe_passes_and_leaves_nothing(base, monkeypatch, capsys):
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("weights were loaded"))
     before = sorted(base.rglob("*"))

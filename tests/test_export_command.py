@@ -526,7 +526,7 @@ def test_of_a_folder_with_whole_weights_and_an_index_the_whole_are_read(world, t
 def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert export(world, "lora", tmp_path / "out", "--form", "gguf") == 2
-    assert "pip install 'lora-null[gguf]'" in capsys.readouterr().err
+    assert "needs the package gguf; pip install gguf\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not know GPT2LMHeadModel, only LlamaForCausalLM"):
         lora_null.adapters.gguf.gguf_architecture(GPT2Config(architectures=["GPT2LMHeadModel"]))
 

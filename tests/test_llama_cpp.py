@@ -17,7 +17,7 @@ from lora_null.adapters.plain import save_plain_adapter
 from lora_null.recipes.models import smollm2
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
-gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'lora-null[gguf]'")
+gguf = pytest.importorskip("gguf", reason="no gguf: pip install gguf")
 pytestmark = pytest.mark.smollm2
 
 PROMPTS = (

@@ -158,6 +158,27 @@ def test_what_to_keep(world):
     )  # 16 rows are enough for a budget
 
 
+@pytest.mark.parametrize(
+    ("rows", "held_out"), [(50, "5 usable rows"), (39, "no usable row"), (64, None), (None, None)]
+)
+def test_what_a_budget_would_bound(world, capsys, rows, held_out):
+    """Too few rows of one's own are held out: what is said is what a dry run measures the budget by."""
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
+    write_rows(Path("facts.jsonl"), map(KINDS["answers"][0], range(rows or 0)))
+    make(*(("--keep", "facts.jsonl") if rows else ()))
+    said = capsys.readouterr().out
+    told = f"budget      --max-forgetting would bound the shipped facts: facts.jsonl holds out {held_out}, and a budget needs 16\n"
+    assert (told in said) == (held_out is not None) == ("max-forgetting" in said)
+    assert main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
+    measure = "facts kl" if held_out or not rows else "kept kl"
+    assert f"budget      {measure} at most 0.01 on" in capsys.readouterr().out
+    text = Path("rows.yaml").read_text()
+    assert ('# weight: share of the windows; the rows after limit are measured as "kept"\n' in text) == (
+        rows in (50, 64)
+    )
+    assert ("# weight: share of the windows\n" in text) == (rows == 39)
+
+
 def test_what_is_kept_is_not_cut_to_the_length_of_what_is_learned(world, capsys):
     write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}] * 20)
     Path("notes").mkdir()
@@ -212,6 +233,8 @@ def test_rows_to_keep_that_cannot_be_asked(world, capsys, asked):
     names = [entry.answers for entry in recipe.eval.retention]
     assert ("kept" in names) == bool(asked) != ("no row of it is held out" in said)
     assert names[0] != "kept"  # by one row no budget is kept
+    usable = "1 usable row" if asked else "no usable row"
+    assert f"bound the shipped facts: facts.jsonl holds out {usable}, and a budget needs 16\n" in said
     assert recipe.data.on_bad_row == ("skip" if asked else None)
     assert ("of those to keep 15 a conversation without a turn of the assistant" in said) == bool(asked)
     assert recipe.calibration.sources[0].limit == (84 if asked else None)
@@ -349,7 +372,5 @@ def test_what_the_shipped_model_needs_is_said_before_its_download(monkeypatch, t
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(smollm2, "_download", lambda folder: pytest.fail("downloaded"))
     monkeypatch.setattr("huggingface_hub.file_exists", lambda *_: False)
-    with pytest.raises(
-        UserError, match=r"gguf and sentencepiece not installed; pip install 'lora-null\[quickstart\]'"
-    ):
+    with pytest.raises(UserError, match=r"gguf and sentencepiece not installed; pip install gguf sentencepiece"):
         smollm2.smollm2()

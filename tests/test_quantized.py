@@ -331,7 +331,7 @@ def test_what_is_missing_is_told_before_anything_loads(tmp_path, capsys, monkeyp
     assert "int8 needs bitsandbytes>=0.50, version 0.49.2 is installed" in capsys.readouterr().err
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     assert main([str(recipe), "model.quantization=int8"]) == 2
-    assert 'it is not installed; pip install "lora-null[quantized]"' in capsys.readouterr().err
+    assert 'it is not installed; pip install "bitsandbytes>=0.50"' in capsys.readouterr().err
 
 
 def test_a_checkpoint_stored_quantized_is_refused(tmp_path, capsys):

@@ -543,7 +543,7 @@ class LoraNullMixin(SavingMixin):
         if self.method.terms and calls != passes:
             raise UserError(
                 f"method: {self.method.name} adds its term in LoraNullMixin.compute_loss, which {type(self).__name__} does not "
-                f"call once a pass (passes of this step: {passes}, calls: {calls}); call super().compute_loss so, or take a "
+                f"call once per pass (passes of this step: {passes}, calls: {calls}); call super().compute_loss so, or take a "
                 "method without a term, such as lora"
             )
 

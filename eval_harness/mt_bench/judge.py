@@ -106,7 +106,7 @@ class Judge:
                 "variable that judge.api_key_env names"
             )
         if importlib.util.find_spec("openai") is None:
-            raise UserError("judge: needs the openai package; install it with pip install 'lora-null[judge]'")
+            raise UserError("judge: needs the openai package; pip install openai")
         if self.base_url.rstrip("/") == OPENAI and not self.key():
             raise UserError(f"judge: {OPENAI} needs a key in the environment variable {self.api_key_env}")
         self.read_prompts()

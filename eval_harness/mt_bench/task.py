@@ -200,7 +200,7 @@ class MTBenchTask(Task):
 
 
 def write_answers(path: Path, answers: Mapping[int, list[str]], *, model_id: str) -> None:
-    """Write answers in FastChat's format, one question a line."""
+    """Write answers in FastChat's format, one question per line."""
     lines = [
         {
             "question_id": question_id,

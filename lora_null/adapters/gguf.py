@@ -35,7 +35,7 @@ def load_gguf() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError:
-        raise UserError("--form gguf: needs the package gguf, pip install 'lora-null[gguf]'") from None
+        raise UserError("--form gguf: needs the package gguf; pip install gguf") from None
 
 
 def gguf_architecture(config: Any) -> str:

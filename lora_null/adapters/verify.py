@@ -23,7 +23,7 @@ class Difference:
         largest: max |Δ logit|.
         relative: ‖Δ logits‖ / ‖logits‖.
         of_change: ‖Δ logits‖ / ‖logits − the base's logits‖, the error as a part of what was trained.
-        kl: mean KL(reference ‖ export) in nats a token.
+        kl: mean KL(reference ‖ export) in nats per token.
         same_token: share of positions with the same most likely next token.
     """
 
@@ -37,7 +37,7 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"max |Δ logit| {self.largest:.2g}, relative {self.relative:.2g} ({self.of_change:.2g} of what training "
-            f"changed), KL {self.kl:.2g} nats a token, same next token {100 * self.same_token:.1f}%, on {self.tokens} "
+            f"changed), KL {self.kl:.2g} nats per token, same next token {100 * self.same_token:.1f}%, on {self.tokens} "
             "tokens"
         )
 

@@ -104,7 +104,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add = _adder(parser)
     recipes = dict.fromkeys(("bash", "zsh"), "_lora_null_recipe")
     add("recipe", nargs="?", help="a shipped name, or the path of a YAML", complete=recipes)
-    add("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; nothing is null")
+    add("words", nargs="*", metavar="key.subkey=value", help="overrides, read as YAML; an empty value (key=) is null")
     add("--method", help="methods to run, separated by commas")
     add("--model-preset", metavar="NAME", help="the model: llama-2-7b, llama-3-8b, llama-3.1-8b, …")
     add("--seeds", help="a grid: one run for each of these seeds, such as 0,1,2")
@@ -113,7 +113,7 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     add(
         "--max-forgetting",
         metavar="X",
-        help="how much may be forgotten (budget.at_most): nats a token of the first KL of eval.retention, or without one a fraction of the first accuracy",
+        help="how much may be forgotten (budget.at_most): nats per token of the first KL of eval.retention, or without one a fraction of the first accuracy",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add(
@@ -139,8 +139,8 @@ def _report(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.md, report.html and forgetting.png from what lies in the folder of a run or a grid; of a run "
-        "that is not finished unfinished.html. Several folders are also compared on one page.",
+        description="Write report.md, report.html and forgetting.png for a run or a grid. For an unfinished run, write "
+        "unfinished.html. Several folders are also compared on one page.",
     )
     add = _adder(parser)
     add(
@@ -162,7 +162,7 @@ def _init(commands: Any) -> argparse.ArgumentParser:
         "continue) and DIR/init (for a recipe: method.init=DIR). A killed run continues where it was.",
     )
     add = _adder(parser)
-    add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write", complete=shtab.DIRECTORY)
     variants = "v2 (default): B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
     add("--variant", choices=("v1", "v2", "nb"), default="v2", help=variants)
     add("--null-multiple", type=float, help="nb: N has this many times r directions (default 4)")
@@ -179,7 +179,7 @@ def _init(commands: Any) -> argparse.ArgumentParser:
         "--dtype",
         choices=(*DTYPES, "auto"),
         default="auto",
-        help="of the base; auto (default): bfloat16 where the processor has instructions for it, else float32",
+        help="of the base; auto (default): bfloat16 where the device has instructions for it, else float32",
     )
     add("--quantization", choices=("nf4", "int8"), help="store the base's linears so (bitsandbytes)")
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
@@ -206,7 +206,7 @@ def _add_calibration(add: Callable[..., None]) -> None:
         "--mode",
         choices=("packed", "separate"),
         default="packed",
-        help="texts joined and cut (default), or one text a window",
+        help="texts joined and cut (default), or one text per window",
     )
     add("--seed", type=int, default=0, help="seed of what is drawn at random (default 0)")
 
@@ -262,9 +262,12 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
     _add_trust(add)
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
-    add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is as saved")
+    add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is the adapter as saved")
     add(
-        "--max-forgetting", type=amount, metavar="X", help="the largest strength that forgets no more than X, measured"
+        "--max-forgetting",
+        type=amount,
+        metavar="X",
+        help="write ΔW times the largest factor that forgets no more than X, measured",
     )
     add(
         "--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL, else the first metric)"
@@ -318,13 +321,13 @@ def _add_questions(add: Any) -> None:
 def _dial(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "dial",
-        help="evaluate an adapter at several strengths",
+        help="evaluate an adapter at several strengths (factors of its change ΔW)",
         description="Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what "
         "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
     )
     add = _adder(parser)
     _add_source(add)
-    about = f"1 is as saved (default {STRENGTHS})"
+    about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
     add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
     add("--max-forgetting", type=amount, metavar="X", help="say which of them forgets no more than X")
     add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")

@@ -65,6 +65,7 @@ STEPS = 60  # optimizer steps that a run should have at least, if the rows allow
 MAX_MEMORY_SHARE = 0.8  # of the memory there is, at most
 LONGEST, WINDOW = 4096, 1024  # tokens of a sequence and of a calibration window, unless the user asks for more
 HELD_OUT = 64  # rows at the end that are measured instead of learned, or a tenth where there are few
+BUDGET_ROWS = 2 * MIN_ROWS  # which a budget needs of what it measures: some for the probe, others for the check
 DROPPED_NOTE = "thoughts of all turns, the last too; the template leaves out those of earlier ones"
 SHOWN, LETTERS = 2, 1500  # rows, as the model sees them, and the characters of each, at most
 SHIPPED = (  # what is measured beside the user's own: knowledge in the form of a question, prose, code
@@ -157,11 +158,18 @@ class Draft:
             "data.on_bad_row": f"left out: {self.notes.get('left out')}",
             "data.template": "the model's own" if value == "chat" else "",
             "data.thinking": DROPPED_NOTE if value == "drop" else "",
-            "calibration.source": "the shipped mix of facts, prose, code, instructions; self: what the model writes itself",
+            "calibration.source": "the shipped mix of facts, prose, code, math, instructions; self: what the model writes itself",
+            "calibration.path": "weight: share of the windows" + self._kept_comment(value),
             "calibration.max_length": self.notes["windows"],
-            "calibration.mode": "one text a window",
+            "calibration.mode": "one text per window",
         }
         return f"   # {comments[key]}" if comments.get(key) else ""
+
+    @staticmethod
+    def _kept_comment(source: Any) -> str:
+        return (
+            '; the rows after limit are measured as "kept"' if isinstance(source, dict) and "limit" in source else ""
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -182,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
     for key, note in draft.notes.items():
         print(f"{key:<11} {note}")
     show_samples(load_recipe(str(out)), SHOWN, most=LETTERS)
-    print(f"written     {out}; every line says why, change what you know better")
+    print(f"written     {out}; its comments say why, change what you know better")
     print(f"next        lora-null train {quoted} --dry-run     # the plan, in seconds")
     print(f"            lora-null train {quoted}")
 
@@ -209,7 +217,9 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     bad += too_long
     _check_usable(bad, len(examples) - len(too_long))
     keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention, unusable_kept = _calibration_and_retention(keep, tokenizer, machine, data.get("thinking"))
+    calibration, retention, unusable_kept, measured_kept = _calibration_and_retention(
+        keep, tokenizer, machine, data.get("thinking")
+    )
     task, unusable_held_out = _task(rows, data, machine, tokenizer)
     bad += [row for row in unusable_held_out if row.row not in {other.row for other in bad}]
     data |= {"on_bad_row": "skip"} if bad or unusable_kept else {}
@@ -241,6 +251,11 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         **({"measured": also} if task and (also := _also_learned(rows, task[0])) else {}),
         **({"left out": left_out} if (left_out := _what_is_left_out(bad, unusable_kept)) else {}),
         **draft.notes,
+        **(
+            {"budget": _what_a_budget_bounds(arguments.keep, measured_kept)}
+            if keep and measured_kept < BUDGET_ROWS
+            else {}
+        ),
     }
     return draft
 
@@ -265,7 +280,7 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     named = _named_from(path, out) if local else path
     found = Rows(named, split, form, documents, last if local else None, 0)
     can_be_asked = "text" not in form.keys or found.is_of_texts
-    fewest = 2 * MIN_ROWS if where == "keep" and last >= 64 else 0  # which a budget needs of what it measures
+    fewest = BUDGET_ROWS if where == "keep" and last >= 64 else 0
     found.held_out = min(HELD_OUT, max(last // 10, fewest)) if local and last >= 40 and can_be_asked else 0
     found.split = None if Path(path).is_file() or found.is_of_texts else split
     return found
@@ -361,8 +376,8 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
 
 def _calibration_and_retention(
     keep: Rows | None, tokenizer: Any, machine: Machine, thinking: str | None
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[BadRow]]:
-    """Return the sections `calibration` and `eval.retention`, and the held-out rows that cannot be asked.
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[BadRow], int]:
+    """Return the sections `calibration` and `eval.retention`, and which held-out rows cannot be asked, and how many can.
 
     They are what the user names, and the general mix beside it. Where no row can be asked, all are calibrated on.
     """
@@ -372,8 +387,9 @@ def _calibration_and_retention(
         {"answers": name, "path": path, "template": chat, **keys, "limit": limit} for name, path, keys in SHIPPED
     ]
     if keep is None:
-        return {"source": "general", "samples": samples}, retention, []
+        return {"source": "general", "samples": samples}, retention, [], 0
     entry = _answers_entry(keep, chat)
+    found: list[Example] = []
     unusable: list[BadRow] = []
     if entry and keep.learned:
         found, unusable = _written(keep, entry | {"thinking": thinking}, tokenizer, after=keep.learned)
@@ -383,9 +399,9 @@ def _calibration_and_retention(
     own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
     if entry and keep.learned:
         measured = {"answers": "kept", **keep.keys(), **entry, "offset": keep.learned}
-        first = len(found) >= 2 * MIN_ROWS  # of several, a budget takes the first
+        first = len(found) >= BUDGET_ROWS  # of several, a budget takes the first
         retention.insert(0 if first else len(retention), measured | {"limit": min(limit, keep.held_out)})
-    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unusable
+    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unusable, len(found)
 
 
 def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -405,6 +421,11 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
 def _what_is_left_out(bad: Sequence[BadRow], unusable_kept: Sequence[BadRow]) -> str:
     kept = f"of those to keep {describe_bad_rows(unusable_kept)}" if unusable_kept else ""
     return "; ".join(filter(None, [describe_bad_rows(bad), kept]))
+
+
+def _what_a_budget_bounds(keep: str, rows: int) -> str:
+    held_out = f"{rows} usable row{'s' if rows > 1 else ''}" if rows else "no usable row"
+    return f"--max-forgetting would bound the shipped facts: {keep} holds out {held_out}, and a budget needs {BUDGET_ROWS}"
 
 
 def _answers_entry(rows: Rows, template: str) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ REPLACES = {
 SOURCES = ("calibration", *(f"calibration.{key}" for key in ("path", "source", "self", "sources")))
 CONFIGURATION_KEYS = ("deepspeed", "fsdp_config", "accelerator_config")  # keys of `training` that may hold a path
 PATHS = {"path", "fewshot_path", "references", "prompts", "include_path", "name_or_path", "init", *CONFIGURATION_KEYS}
-PRESETS = RECIPES / "presets"  # what recipes include: default.yaml, and one file a model
+PRESETS = RECIPES / "presets"  # what recipes include: default.yaml, and one file per model
 
 
 def shipped() -> dict[str, Path]:
@@ -266,7 +266,7 @@ def _is_of_texts(path: Path) -> bool:
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return key.subkey → value of a command line's `key.subkey=value`; values are read as YAML, nothing is null.
+    """Return key.subkey → value of a command line's `key.subkey=value`; values are read as YAML, an empty one is null.
 
     Raises:
         UserError: for an argument without "=", a value that is no YAML, or a key that is given alone and within its section.

@@ -178,7 +178,7 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "bfloat16",
-        description="dtype of the base weights; auto: bfloat16 where the processor has instructions for it, else float32",
+        description="dtype of the base weights; auto: bfloat16 where the device has instructions for it, else float32",
     )
     quantization: str | None = Field(
         None, description="nf4 or int8: how bitsandbytes stores the linears' weights; none when not given"
@@ -433,7 +433,7 @@ class CalibrationSection(CalibrationSource):
     samples: int = Field(256, ge=1, description="number of windows")
     max_length: int = Field(1024, ge=8, description="tokens of a window, at most")
     mode: Literal["packed", "separate"] = Field(
-        "packed", description="texts joined and cut, or one text a window (what the model writes: always)"
+        "packed", description="texts joined and cut, or one text per window (what the model writes: always)"
     )
     seed: Seed | None = Field(None, description="of the draw of the texts; the recipe's seed when not given")
     cache: bool = Field(True, description="reuse an equal initialization from the cache, and keep this one there")
@@ -519,7 +519,7 @@ class LmEvalEntry(Section):
 
 
 class AnswersEntry(Section):
-    """Likelihood of known answers: NLL a token, and the KL from the base model."""
+    """Likelihood of known answers: NLL per token, and the KL from the base model."""
 
     answers: str = Field(min_length=1, description="a name for the columns")
     path: str = PATH
@@ -683,10 +683,12 @@ class BudgetSection(Section):
         None,
         description="a metric of eval.retention, such as 'NQ kl'; when not given its first KL, else the first metric of its first entry",
     )
-    at_most: float = Field(gt=0, description="KL or rise of an NLL in nats a token, fall of an accuracy as a fraction")
+    at_most: float = Field(
+        gt=0, description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction"
+    )
     then: Literal["scale", "stop", "rewind"] = Field(
         "scale",
-        description="scale: train to the end, then take the largest strength within it; stop: end the training where a "
+        description="scale: train to the end, then take the largest strength that stays within the budget; stop: end the training where a "
         "probe reaches it; rewind: the same, and go back to the last state within it",
     )
 
@@ -719,12 +721,12 @@ class EvalSection(Section):
     )
     bf16: bool | Literal["auto"] = Field(
         False,
-        description="evaluate under bf16 autocast instead of in the model's own dtype; auto: where the processor has bf16 "
+        description="evaluate under bf16 autocast instead of in the model's own dtype; auto: where the device has bf16 "
         "instructions",
     )
     probe: ProbeSection | None = Field(None, description="measured while training too")
     strengths: list[Annotated[float, Field(ge=0, le=2)]] = Field(
-        [], description="strengths of the adapter to evaluate as well, 1 being as it is saved"
+        [], description="factors of ΔW, its strengths, to evaluate as well; 1 is the adapter as saved"
     )
 
     @field_validator("retention", "task", mode="before")
@@ -845,11 +847,11 @@ class Recipe(Section):
     training: dict[str, Any] = Field(
         {},
         description="any argument of TRL's SFTConfig or DPOConfig but those listed below; total_batch_size, sequences of "
-        "one optimizer step over all processes; bf16: auto, where the processor has bf16 instructions",
+        "one optimizer step over all processes; bf16: auto, where the device has bf16 instructions",
     )
     preflight: Literal["error", "warn", "off"] = Field(
         "error",
-        description="a finding in model or rows, such as answers without an end token: stop, print it and go on, or do not look",
+        description="what to do about a problem in model or rows, such as answers without an end token: stop, warn, or skip the check",
     )
     eval: EvalSection = EvalSection()
     budget: BudgetSection | None = Field(None, description="how much may be forgotten")

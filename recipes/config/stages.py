@@ -29,7 +29,7 @@ def join_recipes(recipes: Sequence[Recipe]) -> Recipe:
     """
     first, names = recipes[0], [recipe.name for recipe in recipes]
     if len(recipes) < 2:
-        raise UserError("--sequence: takes two recipes or more, one a task")
+        raise UserError("--sequence: takes two recipes or more, one per task")
     if inner := next((recipe for recipe in recipes if recipe.sequence), None):
         raise UserError(f"--sequence: {inner.name} is a sequence itself; give the recipes of its tasks")
     for recipe in recipes[1:]:

@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration windows, lists of token ids, and what they cover, one line a source."""
+    """Calibration windows, lists of token ids, and what they cover, one line per source."""
 
     ids: list[list[int]]
     covered: list[str]

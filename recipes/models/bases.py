@@ -47,7 +47,7 @@ SHAPES = Path(__file__).parent / "shapes.json"
 
 
 def resolve_name(model: ModelSection) -> str:
-    """Return the whole path of the folder, or the hub id, to load; the quick start's model is fetched here, once a machine.
+    """Return the whole path of the folder, or the hub id, to load; the quick start's model is fetched here, once per machine.
 
     Raises:
         UserError: a local folder that holds no model, or weights that cannot be fetched.

@@ -257,13 +257,13 @@ def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
 
 
 ACTIVATION_FACTOR = {"cpu": 2, "gpu": 1}
-LOGIT_BYTES = {"cpu": 24, "gpu": 16}  # bytes a token and word; measured on SmolLM2 (8 × 380 tokens) and on an H200
+LOGIT_BYTES = {"cpu": 24, "gpu": 16}  # bytes per token and word; measured on SmolLM2 (8 × 380 tokens) and on an H200
 
 
 def activation_bytes(model_config: Any, training: SFTConfig | DPOConfig) -> int:
     """Estimate the activations and logits of one training step in one process, in bytes.
 
-    With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths a token inside a
+    With checkpointing every block keeps its input and one block is recomputed; about 34 hidden-widths per token inside a
     block (the usual count for a Llama block with a fused attention, in 16 bits; in 32 on a CPU). Without it every block
     keeps them all. The loss keeps logits in several copies (`LOGIT_BYTES`).
     """

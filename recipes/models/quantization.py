@@ -40,7 +40,7 @@ def require_bitsandbytes(model: ModelSection) -> None:
         state = f"version {found} is installed" if found else "it is not installed"
         raise UserError(
             f"model.quantization: {model.quantization} needs bitsandbytes>={MINIMUM}, {state}; "
-            'pip install "lora-null[quantized]"'
+            f'pip install "bitsandbytes>={MINIMUM}"'
         )
 
 
@@ -74,6 +74,6 @@ def _stored_bytes(weight: torch.Tensor, quantization: str) -> int:
     """Return the bytes of one quantized weight with its scales."""
     count = weight.numel()
     if quantization == "int8":
-        return count + 4 * max(weight.shape[0], 1)  # one float32 scale a row
+        return count + 4 * max(weight.shape[0], 1)  # one float32 scale per row
     scales = -(-count // NF4_BLOCK)
     return -(-count // 2) + scales + 4 * -(-scales // NF4_SECOND_BLOCK)

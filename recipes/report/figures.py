@@ -148,7 +148,7 @@ def plane_points(kept: Measure | None, learned: Measure | None) -> dict[int, tup
 
 
 def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: str) -> Picture | None:
-    """A logged quantity against the step, one panel a method; None where no log has it.
+    """A logged quantity against the step, one panel per method; None where no log has it.
 
     Args:
         logs: one per row of `results`, the base's included (it is empty).

@@ -156,7 +156,7 @@ def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
     apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * first.upper
     if not apart:
         return []
-    sentence = f"Calibrate {label} on more texts like those of {metric_title(name.rpartition(' ')[0])}: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats a token) as on {metric_title(kls[0].rpartition(' ')[0])}."
+    sentence = f"Calibrate {label} on more texts like those of {metric_title(name.rpartition(' ')[0])}: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats per token) as on {metric_title(kls[0].rpartition(' ')[0])}."
     return [Advice(1 - first.value / estimate.value, sentence)]
 
 

@@ -120,7 +120,7 @@ def grid_content(results: Results, evaluations: Evaluations) -> dict[str, object
 def _equal_tables(
     results: Results, kept: Sequence[str], task: str, evaluations: Evaluations
 ) -> list[dict[str, object]]:
-    """A table for each level of learning, one row a method, its forgetting of every kind; who is not read there is listed."""
+    """A table for each level of learning, one row per method, its forgetting of every kind; who is not read there is listed."""
     each = [equal_learning(results, name, task, evaluations) for name in kept]
     units = [results.metric(name).unit for name in kept]
     tables = []

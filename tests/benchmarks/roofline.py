@@ -85,7 +85,7 @@ def initialization(shape: Shape, machine: Machine, tokens: int, length: int, ran
 
 
 def _forward(shape: Shape, tokens: int, length: int) -> float:
-    """FLOPs of a layer: each weight once a token, and causal attention over `length` tokens."""
+    """FLOPs of a layer: each weight once per token, and causal attention over `length` tokens."""
     return tokens * (2 * shape.weights + 2 * length * shape.width)
 
 
@@ -95,7 +95,7 @@ def _exact(w: int, tokens: int) -> int:
 
 
 def _gram(w: int, machine: Machine, tokens: int) -> float:
-    """Seconds for one triangle of X Xᵀ: w² FLOPs a token."""
+    """Seconds for one triangle of X Xᵀ: w² FLOPs per token."""
     exact = _exact(w, tokens)
     return w**2 * (exact / machine.float64 + (tokens - exact) / machine.model)
 
@@ -116,7 +116,7 @@ def _solve(w: int, rank: int, crossover: Crossover) -> float:
 
 
 def step(shape: Shape, machine: Machine, length: int, rank: int) -> dict[str, float]:
-    """Return tokens a second, at most: a weight costs 2 FLOPs forward, 2 for the input's gradient, 2 for its own."""
+    """Return tokens per second, at most: a weight costs 2 FLOPs forward, 2 for the input's gradient, 2 for its own."""
     base = shape.layers * shape.weights + shape.vocabulary * shape.width  # the head's too
     A, B = (shape.layers * rank * sum(sizes) for sizes in zip(*((w, out) for out, w in shape.linears)))
     attention = 3 * shape.layers * 2 * length * shape.width
@@ -172,7 +172,7 @@ def main() -> None:
     common.print_table(f"H100: seconds for {tokens:,} tokens at r {rank}, at least", ["", *SHAPES], rows)
     steps = {name: step(shape, H100, length, rank) for name, shape in SHAPES.items()}
     rows = [[name, *(f"{found[name]:,.0f}" for found in steps.values())] for name in steps["7B"]]
-    common.print_table(f"H100: tokens a second in a training step, {length} long, at most", ["", *SHAPES], rows)
+    common.print_table(f"H100: tokens per second in a training step, {length} long, at most", ["", *SHAPES], rows)
 
 
 def _print_measured(results: dict) -> None:

@@ -146,7 +146,7 @@ def curve(sizes: Sequence[int], times: list[list[float]], expected: float) -> di
 
 
 def gram_part(sizes: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Time adding rows to a Gram matrix, in the float32 form (at least two tokens a dimension)."""
+    """Time adding rows to a Gram matrix, in the float32 form (at least two tokens per dimension)."""
 
     def measure(d: int, tokens: int) -> list[float]:
         rows = torch.randn(tokens, d, generator=torch.Generator().manual_seed(0))

@@ -559,7 +559,7 @@ def read_arguments() -> Any:
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of llama-7b and tiny")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--length", type=int, default=224, help="tokens a sequence")
+    parser.add_argument("--length", type=int, default=224, help="tokens per sequence")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--cases", default=DEFAULT_CASES, help="precision[+ckpt][:rounds], by commas; see above")
     parser.add_argument("--contenders", default=DEFAULT_CONTENDERS, help=f"of {', '.join(CONTENDERS)}")
@@ -617,7 +617,7 @@ def main() -> None:
     }
     write_json(options.out / "step.json", payload)
     title = (
-        f"{setting.model}, {setting.batch} × {setting.length} tokens a step, rank {setting.rank}\n{headline(facts)}"
+        f"{setting.model}, {setting.batch} × {setting.length} tokens per step, rank {setting.rank}\n{headline(facts)}"
     )
     draw(summary, title, options.out / "step.png")
     print(title)

@@ -280,7 +280,7 @@ def test_a_base_without_a_right_answer_is_compared_and_a_distance_from_it_is_not
 
 
 def test_what_is_not_the_mean_of_its_samples_is_not_compared():
-    """A perplexity, or nats a token of an evaluation that kept no token counts."""
+    """A perplexity, or nats per token of an evaluation that kept no token counts."""
 
     def one(value):
         metrics = {"perplexity": Metric(math.exp(value), 0.1, 3, False, "task", "perplexity")}

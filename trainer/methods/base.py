@@ -333,7 +333,7 @@ def check_no_ranks(name: str, adapter: Mapping[str, Any]) -> None:
 
 
 def distinct_inputs(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one layer an input.
+    """Return one layer per input.
 
     Which modules share one is only known when tokens flow; by their names q/k/v and gate/up of one block count once.
     """

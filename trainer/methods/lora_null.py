@@ -87,7 +87,7 @@ class NBLoRA(LoRANullV1):
         return LoraNullConfig(variant=self.variant, **options, **adapter)
 
     def held_bytes(self, model: nn.Module) -> int:
-        """Return the bytes of the bases, float16, one an input."""
+        """Return the bytes of the bases, float16, one per input."""
         adapter, held = active_adapter(model), 0
         for layer in distinct_inputs(self.layers(model)).values():
             d_in = int(layer.in_features)
