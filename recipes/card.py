@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_null.adapters.plain import CONFIG_FILE
-from lora_null.recipes.config.load import resume_command
+from lora_null.recipes.config.run_folder import resume_command
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe, parse_section
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan

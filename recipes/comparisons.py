@@ -25,7 +25,7 @@ from lora_null.eval_harness.statistics import (
     t_tests,
     weighted_mean,
 )
-from lora_null.recipes.config.load import whole_of
+from lora_null.recipes.config.run_folder import whole_of
 from lora_null.recipes.results import EVAL_FILE, Estimate, Paired, Results, kind_of, variant_of
 
 Evaluations = Mapping[int, Mapping[int, Evaluation]]  # row → seed → what was measured

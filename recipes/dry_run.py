@@ -13,7 +13,7 @@ from trl import DPOConfig, SFTConfig
 from lora_null.eval_harness.probe import rows_of
 from lora_null.recipes import output
 from lora_null.recipes.checks import is_rehearsed
-from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE
+from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid

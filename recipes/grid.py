@@ -25,7 +25,8 @@ from accelerate import PartialState
 from lora_null.recipes import output, processes
 from lora_null.recipes.checks import rehearse
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations, set_errors
-from lora_null.recipes.config.load import CELLS_FOLDER, apply_overrides, set_key
+from lora_null.recipes.config.load import apply_overrides, set_key
+from lora_null.recipes.config.run_folder import CELLS_FOLDER
 from lora_null.recipes.config.schema import GridSection, Recipe, parse_recipe
 from lora_null.recipes.environment import environment
 from lora_null.recipes.job import (

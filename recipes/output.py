@@ -15,17 +15,15 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import RootModel
 
-from lora_null.recipes.config.load import (
+from lora_null.recipes.config.load import dump, paths_here, whole_paths
+from lora_null.recipes.config.run_folder import (
     CELLS_FOLDER,
     MARK,
     RECIPE_FILE,
     TASKS_FOLDER,
-    dump,
     is_of_run,
-    paths_here,
     resume_command,
     whole_of,
-    whole_paths,
 )
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_results, validated

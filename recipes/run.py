@@ -40,7 +40,7 @@ from lora_null.recipes.callbacks import (
 )
 from lora_null.recipes.card import CARD_FILE, write_run_card
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
-from lora_null.recipes.config.load import CELLS_FOLDER
+from lora_null.recipes.config.run_folder import CELLS_FOLDER
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows

@@ -15,7 +15,8 @@ from lora_null.adapters.base_hash import same_base
 from lora_null.adapters.inspection import check_copies, check_modules
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, read_yaml
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
 from lora_null.utils.errors import UserError, first_line, nearest

@@ -16,7 +16,8 @@ from lora_null.eval_harness.documents import CHUNK_CHARACTERS, chunks
 from lora_null.recipes import caches
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands import main as command
-from lora_null.recipes.config.load import MARK, load_recipe
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.config.schema import CalibrationSection, ModelSection
 from lora_null.recipes.data.calibration import (
     GENERAL_MIX,

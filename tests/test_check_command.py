@@ -19,7 +19,8 @@ from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.recipes.card import license_of, write_run_card
 from lora_null.recipes.commands.arguments import build_parser
-from lora_null.recipes.config.load import MARK, load_recipe
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.trained import find_trained
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")

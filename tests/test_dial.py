@@ -21,7 +21,7 @@ from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes import measure, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
-from lora_null.recipes.config.load import MARK
+from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.report.dial import dial_summary, read_dial, table_rows, write_dial
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.errors import UserError

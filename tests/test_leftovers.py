@@ -21,7 +21,8 @@ from lora_null.__main__ import main as command
 from lora_null.recipes import environment, grid, output, run, training
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
-from lora_null.recipes.config.load import MARK, dump, load_recipe, read_yaml, resume_command
+from lora_null.recipes.config.load import dump, load_recipe, read_yaml
+from lora_null.recipes.config.run_folder import MARK, resume_command
 from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
 from lora_null.recipes.models.bases import resolve_name

@@ -18,7 +18,7 @@ from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
 from lora_null.recipes.budget import scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.config.load import CELLS_FOLDER, RECIPE_FILE, whole_of
+from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.environment import prepare_cpu

@@ -20,7 +20,7 @@ from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, Documents
 from lora_null.recipes.commands.preview import show_samples
-from lora_null.recipes.config.load import Dumper, load_recipe
+from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import (
     YAML_SUFFIXES,
     CalibrationSection,
@@ -30,6 +30,7 @@ from lora_null.recipes.config.schema import (
     parse_recipe,
     parse_section,
 )
+from lora_null.recipes.config.yaml_text import Dumper
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import (
     MAX_BAD_SHARE,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_null.eval_harness import Evaluation
-from lora_null.recipes.config.load import RECIPE_FILE, read_yaml, whole_of
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.run_folder import RECIPE_FILE, whole_of
 from lora_null.recipes.config.stages import stage_folder
 from lora_null.recipes.output import PAGE_FILE, check_place
 from lora_null.recipes.report import write_report

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.recipes.commands.arguments import ALLOW
-from lora_null.recipes.config.load import RECIPE_FILE, dump, load_recipe, resume_command, shipped
+from lora_null.recipes.config.load import dump, load_recipe, shipped
+from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.utils.errors import WORKERS, UserError

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
+from lora_null.recipes.config.run_folder import RECIPE_FILE, files_below, is_of_run
 from lora_null.recipes.config.schema import (
     DATA_FILES,
     YAML_SUFFIXES,
@@ -24,18 +24,13 @@ from lora_null.recipes.config.schema import (
     shape_error,
     split_names,
 )
-from lora_null.utils.errors import UserError, first_line, launched_rank, nearest
+from lora_null.recipes.config.yaml_text import Dumper, parse_value, parse_yaml, yaml_reason
+from lora_null.utils.errors import UserError, launched_rank, nearest
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parents[1]
-RECIPE_FILE = "recipe.yaml"  # the resolved recipe in a run's folder; it begins with MARK
-MARK = "# Written by a run of lora-null: every default is written out, and this folder is its output_dir.\n"
 SECTIONS = ("model", "method", "data", "training", "eval")  # which the recipe of every run has
-TASKS_FOLDER = "tasks"  # of a sequence
-CELLS_FOLDER = "cells"  # of a grid
-NUMBER = re.compile(r"([-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
-INT64_END = 2.0**63  # beyond which PyTorch takes no whole number
 PAIR = ("prompt", "response", "rejected")
 # Key → the keys of the lower layer that it replaces, since both say the same thing.
 REPLACES = {
@@ -77,68 +72,6 @@ def find(name: str) -> Path:
     raise UserError(f"recipe: none is called {name!r}{nearest(name, recipes)}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last, and one that is no text, as `on` and `no` are.
-
-    Numbers are read as they are meant: 1e-4 is one, and 010, 12:30 and 2024-01-01, to YAML 1.1 eight, 750 and a date, are
-    texts.
-    """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float", ":timestamp"))]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            where = f"line {key.start_mark.line + 1}: the key {key.value!r}"
-            if (key.tag, str(key.value)) in seen:
-                raise yaml.YAMLError(f"{where} is given twice")
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith((":str", ":merge")):
-                raise yaml.YAMLError(f"{where} is no text to YAML; put it in quotes")
-            seen.add((key.tag, str(key.value)))
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node: Any) -> int | float:
-        text = self.construct_scalar(node).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
-        number = float(text)
-        small = abs(number) < INT64_END
-        if text.lstrip("+-").isdecimal():
-            if not small:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {text[:20]} is beyond 2^63")
-            return int(text)
-        return int(number) if "e" in text and small and number.is_integer() else number  # 1e3
-
-
-class Dumper(yaml.SafeDumper):
-    """Puts in quotes also those texts that only a recipe's loader would read as numbers."""
-
-
-for kind in (_Loader, Dumper):
-    kind.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-
-
-def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds; raise a YAMLError for one that is none, or has a key twice or one that is no text."""
-    return yaml.load(text, _Loader)  # which is a safe one
-
-
-def parse_value(text: str) -> Any:
-    """Return what a value on the command line means. It is read as YAML, except where YAML would drop part of it.
-
-    "|", "####" and "a #b" are themselves, not an empty block or a comment, and a space or a line break is kept.
-    """
-    if text and (text.isspace() or (len(text) == 1 and text != "~" and not text.isalnum())):
-        return text
-    value, bare = parse_yaml(text), text.strip()
-    if value is not None and not isinstance(value, str):
-        return value
-    says_nothing = bare.lower() in ("", "null", "~", "''", '""')
-    return value if says_nothing or (value and bare[0] in "'\"!&|>") else bare
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, safely.
 
@@ -148,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({_yaml_reason(error)})") from None
+        raise UserError(f"{path}: not valid YAML ({yaml_reason(error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
     if is_of_run(path):  # whose commands read it without the schema, so that older runs can be read
@@ -159,13 +92,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if (told := shape_error(raw)) is not None:
             raise UserError(f"{path}: {told}")
     return raw
-
-
-def _yaml_reason(error: Exception) -> str:
-    """Return what is wrong with a text that is no YAML, and in which line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
-        return f"line {error.problem_mark.line + 1}: {first_line(Exception(error.problem))}"
-    return first_line(error)
 
 
 def presets() -> dict[str, Path]:
@@ -279,7 +205,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             value = parse_value(text)
         except yaml.YAMLError as error:
-            reason = _yaml_reason(error)
+            reason = yaml_reason(error)
             if not is_text(key):
                 raise UserError(f"argument {assignment!r}: the value is not valid YAML ({reason})") from None
             value = text
@@ -433,43 +359,6 @@ def _resolve_method_files(method: Any, folder: Path) -> None:
             method[key] = [_resolve_path(v, folder) if str(v).endswith(".py") else v for v in entries]
 
 
-def is_of_run(path: Path) -> bool:
-    """Return whether a file is the recipe that a run left in its folder, and not one that a user wrote."""
-    if path.name != RECIPE_FILE or not path.is_file():
-        return False
-    return path.read_text(encoding="utf-8", errors="replace").startswith(MARK)
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Return the files in a folder and its folders, sorted; nothing hidden, and nothing of a run whose folder is among them.
-
-    Folders that links lead to are among them, each once, unless they lie in this one, or it in them.
-    """
-    root, seen, found = folder.resolve(), set(), []
-    for name, folders, files in os.walk(folder, followlinks=True):
-        place = Path(name)
-        real = place.resolve()
-        around = place.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
-        if real in seen or (place != folder and (around or is_of_run(place / RECIPE_FILE))):
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
-        found += [place / file for file in files if not file.startswith(".") and (place / file).is_file()]
-    return sorted(found)
-
-
-def whole_of(folder: Path) -> Path:
-    """Return the folder of the sequence or the grid that a run's folder is a part of; a run's own by itself."""
-    wholes = (parent.parent for parent in folder.absolute().parents if parent.name in (TASKS_FOLDER, CELLS_FOLDER))
-    return next((whole for whole in wholes if is_of_run(whole / RECIPE_FILE)), folder)
-
-
-def resume_command(folder: Path, launcher: str = "lora-null train") -> str:
-    """Return the command that goes on with the run, sequence or grid to which a folder belongs."""
-    return f"{launcher} {shlex.quote(str(whole_of(folder) / RECIPE_FILE))} --resume"
-
-
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe, every default written out, as YAML."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
@@ -508,7 +397,7 @@ def _swept_values(text: str) -> list[Any]:
             return parse_yaml(f"[{text}]")  # within quotes and lists a comma parts no values
         return [parse_value(value) for value in text.split(",")]
     except yaml.YAMLError as error:
-        raise UserError(f"{text!r} is no list of values, such as 1,2 ({_yaml_reason(error)})") from None
+        raise UserError(f"{text!r} is no list of values, such as 1,2 ({yaml_reason(error)})") from None
 
 
 def _expanded(path: str) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_null.recipes.config.load import TASKS_FOLDER, merge
+from lora_null.recipes.config.load import merge
+from lora_null.recipes.config.run_folder import TASKS_FOLDER
 from lora_null.recipes.config.schema import Recipe, parse_recipe
 from lora_null.utils.errors import UserError
 

@@ -12,7 +12,7 @@ import datasets
 
 from lora_null.eval_harness.chat_exports import is_export
 from lora_null.eval_harness.documents import FILE_KINDS, Documents, from_arrow, read_documents
-from lora_null.recipes.config.load import files_below
+from lora_null.recipes.config.run_folder import files_below
 from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest

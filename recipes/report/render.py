@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
-from lora_null.recipes.config.load import RECIPE_FILE
+from lora_null.recipes.config.run_folder import RECIPE_FILE
 from lora_null.recipes.report.drawing import palette, variable
 from lora_null.recipes.report.figures import (
     card_png,

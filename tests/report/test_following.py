@@ -6,7 +6,7 @@ import pytest
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
-from lora_null.recipes.config.load import MARK
+from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.render import write_report
