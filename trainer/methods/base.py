@@ -18,6 +18,7 @@ from lora_null.adapters.plain import save_plain_adapter
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.layer import active_adapter, adapted_layers, freeze_factor
+from lora_null.targets import check_fits
 from lora_null.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -297,6 +298,17 @@ def refuse_dora(method: Method, model: nn.Module) -> None:
     """Raise a UserError for a method that keeps directions of W0, whose rows DoRA rescales."""
     if getattr(model.peft_config[active_adapter(model)], "use_dora", False):
         raise UserError(f"use_dora: {method.name} keeps directions of W0, and DoRA rescales its rows; leave it out")
+
+
+def check_columns(method: Method, model: nn.Module, k: int) -> None:
+    """Raise a UserError where a layer is smaller than the k directions that a method takes of its inputs and outputs."""
+    for name, layer in method.layers(model).items():
+        check_fits(name, layer, k, f"method.options.{method.name}.k")
+
+
+def column_bytes(method: Method, model: nn.Module, k: int) -> int:
+    """Return the bytes of two float32 matrices of k columns per layer, one for its inputs and one for its outputs."""
+    return 4 * k * sum(layer.in_features + layer.out_features for layer in method.layers(model).values())
 
 
 def check_count(holder: Method, *names: str) -> None:

@@ -10,8 +10,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.targets import check_fits
-from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
+from lora_null.trainer.methods.base import (
+    Method,
+    MicroBatch,
+    Term,
+    check_columns,
+    check_count,
+    check_option,
+    column_bytes,
+    method,
+)
 
 
 @method
@@ -43,7 +51,7 @@ class CLoRA(Method):
         check_columns(self, model, self.k)
 
     def held_bytes(self, model: nn.Module) -> int:
-        return 4 * self.k * sum(layer.in_features + layer.out_features for layer in self.layers(model).values())
+        return column_bytes(self, model, self.k)
 
     def callbacks(self) -> list[TrainerCallback]:
         return [_DrawAnew(self)]
@@ -78,9 +86,3 @@ class _DrawAnew(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.method.bases.clear()
-
-
-def check_columns(method: Method, model: nn.Module, k: int) -> None:
-    """Raise a UserError where a layer is smaller than the k directions that a method takes of its inputs and outputs."""
-    for name, layer in method.layers(model).items():
-        check_fits(name, layer, k, f"method.options.{method.name}.k")

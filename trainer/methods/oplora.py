@@ -9,8 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, check_count, method, refuse_dora
-from lora_null.trainer.methods.clora import check_columns
+from lora_null.trainer.methods.base import Method, check_columns, check_count, column_bytes, method, refuse_dora
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import need_float64
 from lora_null.utils.quantized import weight_of, why_unreadable
@@ -46,7 +45,7 @@ class OPLoRA(Method):
                 raise UserError(f"target_modules: {name} {reason}")
 
     def held_bytes(self, model: nn.Module) -> int:
-        return 4 * self.k * sum(layer.in_features + layer.out_features for layer in self.layers(model).values())
+        return column_bytes(self, model, self.k)
 
     def callbacks(self) -> list[TrainerCallback]:
         return [_Project(self)]
