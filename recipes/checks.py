@@ -30,7 +30,7 @@ from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import require_vllm
 from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
-from lora_null.recipes.data.examples import TrainingData, tokenize
+from lora_null.recipes.data.examples import Example, TrainingData, tokenize
 from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
 from lora_null.recipes.models.quantization import require_bitsandbytes
@@ -147,17 +147,29 @@ def check_last_batch(training: SFTConfig | DPOConfig, data: TrainingData) -> Non
         )
 
 
-def tell_of_shared_rows(recipe: Recipe) -> None:
-    """Warn where rows that are trained or calibrated on are measured as well, as far as paths and ranges of rows tell."""
+def tell_of_shared_rows(recipe: Recipe, examples: Sequence[Example], tasks: Sequence[Task]) -> None:
+    """Warn where rows that are trained or calibrated on are measured as well.
+
+    Paths and ranges of rows tell, and of known answers the text of the question, wherever its row lies.
+    """
+    starts = (example.written.text[: min(example.written.spans)[0]] for example in examples if example.written.spans)
+    asked = {start.strip() for start in starts} - {""}
+    answers = {task.name: task for task in tasks if isinstance(task, AnswerTask)}
     trained = [("trained on", recipe.data)]
     calibrated = [("calibrated on", source) for source in recipe.calibration.each if source.path is not None]
     for role, read in (("task", trained), ("retention", trained + calibrated)):
         for entry in getattr(recipe.eval, role):
-            for used, section in read:
-                if _share_rows(entry, section, recipe.eval.limit):
-                    logger.warning(
-                        f"eval.{role}: rows of {entry.path} that are {used} are measured too; offset and limit set them apart"
-                    )
+            shared = [used for used, section in read if _share_rows(entry, section, recipe.eval.limit)]
+            for used in shared:
+                logger.warning(
+                    f"eval.{role}: rows of {entry.path} that are {used} are measured too; offset and limit set them apart"
+                )
+            task = answers.get(getattr(entry, "answers", ""))
+            if task is not None and "trained on" not in shared:
+                pairs = task.pairs[: task.effective_limit(recipe.eval.limit)]
+                known = sum(prompt.strip() in asked for prompt, _ in pairs)
+                if known:
+                    logger.warning(f"eval.{role}: {known} of {len(pairs)} questions of {task.name} are trained on too")
 
 
 def _share_rows(entry: Any, section: Any, most: int | None) -> bool:

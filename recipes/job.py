@@ -145,7 +145,7 @@ class Job:
 def check_run(recipe: Recipe, **options: Any) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
     job = inspect_recipe(recipe, **options)
-    tell_of_shared_rows(recipe)
+    tell_of_shared_rows(recipe, job.data.examples if job.data else [], job.tasks)
     check_judge(recipe, job.tasks)
     if not recipe.eval.before and any(task.reference_file for task in job.tasks):
         logger.warning("eval.before=false: no KL and no forgetting, which are counted from the base")

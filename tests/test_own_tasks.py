@@ -15,6 +15,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.checks import tell_of_shared_rows
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
+from lora_null.recipes.job import check_run
 from lora_null.utils.errors import UserError
 
 TASK = """
@@ -345,8 +346,17 @@ def test_measuring_what_was_read_is_told(own, caplog, monkeypatch, words, told):
         write_rows(own / f"{name}.jsonl", [{"question": f"{i}?", "answer": str(i)} for i in range(8)])
     data = "data={path: rows.jsonl, prompt: question, response: answer}"
     nothing = [f"{key}=" for key in ("eval.retention", "eval.task") if not words[0].startswith(key)]
-    tell_of_shared_rows(load_recipe(str(own / "tiny.yaml"), [*nothing, data, *words]))
+    tell_of_shared_rows(load_recipe(str(own / "tiny.yaml"), [*nothing, data, *words]), [], [])
     assert all(word in caplog.text for word in told) and bool(caplog.text) == bool(told)
+
+
+def test_questions_of_a_copy_that_are_trained_on_are_told(own, caplog):
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(8)]
+    write_rows(own / "rows.jsonl", rows)
+    write_rows(own / "copy.jsonl", [*rows[5:], {"question": "9?", "answer": "9"}])
+    words = [f"data={{path: {own}/rows.jsonl, prompt: question, response: answer}}", "eval.retention="]
+    check_run(load_recipe(str(own / "tiny.yaml"), [*words, f"eval.task=[{own}/copy.jsonl]"]))
+    assert "eval.task: 3 of 4 questions of copy are trained on too" in caplog.text
 
 
 @pytest.mark.parametrize(
