@@ -87,6 +87,7 @@ from lora_null.trainer.preflight import (
     why_not_measured,
 )
 from lora_null.utils.distributed import (
+    all_gather,
     get_logger,
     is_launched_with_fsdp2,
     on_first_rank,
@@ -270,6 +271,7 @@ class LoraNullMixin(SavingMixin):
             self._weights, self._given_model = _leave_in_files(given)
         self._construct(given)
         self.add_callback(_Begin(self))
+        self.something_moved = True  # whether the last training changed anything of what trains, on any process
         self._watch = TrainingWatch()
         self.add_callback(self._watch)
         self._take_method(method, given.get("optimizers"))
@@ -628,6 +630,7 @@ class LoraNullMixin(SavingMixin):
             for callback in self.callback_handler.callbacks:
                 if hasattr(callback, "release_hooks"):
                     callback.release_hooks()
+        self.something_moved = any(all_gather(self._watch.moved(self.model)))
         if self._preflight != "off" and not self.something_moved:
             logger.warning(
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
@@ -872,11 +875,6 @@ class LoraNullMixin(SavingMixin):
             f"output_dir: {folder} no longer holds what this trainer started from, without which a checkpoint could not be "
             "resumed; give each trainer a folder of its own"
         )
-
-    @property
-    def something_moved(self) -> bool:
-        """Whether training changed anything of what trains."""
-        return self._watch.moved(self.model)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

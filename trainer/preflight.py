@@ -472,11 +472,10 @@ class TrainingWatch(TrainerCallback):
             self.pushed = any(bool(_local(gradient).any()) for gradient in gradients)
 
     def moved(self, model: nn.Module) -> bool:
-        """Return whether anything that trains differs from its start; also where no step was seen, or only empty shards."""
+        """Return whether anything that this process holds of what trains differs from its start, or no step was seen."""
         now = _sample(model)
-        return not (self.steps and self.start) or any(
-            not torch.equal(now[name], then) for name, then in self.start.items() if name in now
-        )
+        moved = (not torch.equal(now[name], then) for name, then in self.start.items() if name in now)
+        return not self.steps or any(moved)
 
     def why_not(self) -> str:
         """Return why nothing moved, as far as the steps tell."""
