@@ -253,7 +253,10 @@ def test_a_rank_alone_silences_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert exit_status(mistaken) == 2 and "error: a mistake" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_status(mistaken) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first process of another machine
+    assert exit_status(mistaken) == 2 and "error: a mistake" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])

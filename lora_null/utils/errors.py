@@ -62,7 +62,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
     for Ctrl-C.
 
-    On many ranks it is told once. Any other exception is a fault of ours and keeps its traceback.
+    Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback.
     """
     try:
         return command() or 0
@@ -89,7 +89,9 @@ def launched_rank() -> int:
 
 
 def _tell(message: str, head: str = "error: ") -> None:
-    if launched_rank() == int(os.environ.get(WORKER, 0)) == 0:
+    """Print a message once per machine: a mistake may be one machine's alone, as a file that is not there."""
+    first = launched_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    if first and int(os.environ.get(WORKER, 0)) == 0:
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 
