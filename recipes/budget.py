@@ -286,7 +286,7 @@ class Measurement:
 def largest_strength(forgets: Callable[[float], Estimate], at_most: float) -> float:
     """Return the largest strength up to 1 found by bisection that keeps a bound; 0 where not even the smallest does.
 
-    Halved is the interval of its logarithm, so that a small strength is found as closely as a large one.
+    It bisects the logarithm of the strength, so that a small one is found with the same relative error as a large.
 
     Args:
         forgets: strength → what is forgotten at it.

@@ -52,7 +52,7 @@ REHEARSAL |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1
 
 
 def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
-    """Check that what the recipe asks for beside the model is installed, and that whoever is to be told can be.
+    """Check that the packages the recipe needs are installed, and that its trackers (`report_to`) can be set up.
 
     Raises:
         UserError: naming the key and what to install.

@@ -333,7 +333,7 @@ def _answers(root: Path, cells: Sequence[Cell]) -> Answers | None:
 
 
 def mean_row(rows: Sequence[Row], variant: str | None) -> Row:
-    """Return the means over the seeds; a diverged run leaves the mean undefined; such runs, and those that are the base again, are counted.
+    """Return the means over the seeds, undefined where a run diverged; runs that ended as the base again are counted.
 
     `stderr` adds in squares the seeds' error, s/√n, and the mean error over questions, as if each seed had the same ones;
     `set_errors` does it question by question where these are known.

@@ -75,7 +75,7 @@ class Job:
         tasks: of `eval.retention` and `eval.task`.
         max_length: tokens of a training sequence; None where rows are not cut.
         allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
-        base_key: of the base's kept evaluation; None where none is to be kept.
+        base_key: cache key of the base's evaluation; None where `eval.cache` is false.
         reference_bytes: what the base's predictions will take on the disk.
         probe: what is measured while it trains.
         probe_key: of the base's kept evaluation on the probed rows.
@@ -305,7 +305,7 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
 
 
 def check_asked_alike(own: Job, base: Job, where: str) -> None:
-    """Check that a run's evaluations ask what they ask the base that it is compared with.
+    """Check that a run's evaluations use the same prompts and cuts as those of the base that it is compared with.
 
     Raises:
         UserError: a task whose prompts or cuts depend on the run's template or max_length, and so differ from the base's.

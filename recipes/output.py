@@ -238,7 +238,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def what_is_kept(folder: Path) -> str:
-    """Say what of a run that was stopped goes on where it was: methods that are finished, and the last checkpoint."""
+    """Return as text what a stopped run resumes with: finished methods, last checkpoints, the base's evaluation."""
     finished = sorted(path.parent for path in folder.rglob(ROW_FILE))
     names = [str(path.relative_to(folder)) for path in finished]
     named = f"{', '.join(names[:MAX_LISTED])}{', …' if len(names) > MAX_LISTED else ''}"

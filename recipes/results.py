@@ -187,7 +187,7 @@ class Row(BaseModel):
         return self.budget is not None and self.budget.left_nothing and self.budget.task is None
 
     def is_ranked(self, *, forgetting: bool) -> bool:
-        """Whether it takes part where methods are ranked: not as the base again; of forgetting, with no seed of a grid."""
+        """Whether to rank it: not if it is the base again; by forgetting, not if any seed of a grid is."""
         return not (self.is_base_again or (forgetting and self.base_again))
 
     def estimate(self, name: str) -> Estimate | None:
@@ -539,7 +539,7 @@ class TrainLog(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The training's tokens per second, probes left out, which go on over a resumed run."""
+        """Tokens per second of training, without the time of probes; both counts continue in a resumed run."""
         last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
         before = (entry for entry in self.entries if entry["step"] <= last.get("step", 0))
         seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in before)

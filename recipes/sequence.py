@@ -113,7 +113,7 @@ def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:
 
 
 def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
-    """Check what the tasks are to each other.
+    """Check that each task can go on from the one before, and that all are evaluated alike.
 
     Raises:
         UserError: a method upon which no task can go on, or a task whose evaluations would be asked otherwise after another
@@ -176,7 +176,7 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
 
 
 def _goes_on(folder: Path) -> bool:
-    """Return whether a later task can go on from METHOD, which has not diverged: its evaluation may have after it was saved."""
+    """Return whether a later task can go on from METHOD: saved, and diverged neither in training nor evaluation."""
 
     def goes_on() -> bool:
         row = read_row(folder)
