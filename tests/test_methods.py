@@ -39,7 +39,7 @@ from lora_null.trainer.methods import (
     make_method,
 )
 from lora_null.trainer.methods.base import distinct_inputs
-from lora_null.trainer.methods.residual import CorDA, PiSSA
+from lora_null.trainer.methods.residual import CorDA, MiLoRA, PiSSA
 from lora_null.trainer.methods.roselora import _cut_moments, top_mask
 
 PAPER = ("full", "lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
@@ -258,6 +258,31 @@ def test_corda_raises_lambda_until_the_inverse_is_good():
     x = torch.linspace(1, 2, 30, dtype=torch.float64)[:, None]
     A, B = corda_factors(torch.eye(30, dtype=torch.float64), 3, InputStats([], x @ x.T, x, 1))  # rank one
     assert A.isfinite().all() and B.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["milora", "corda"])
+def test_a_start_from_which_nothing_would_ever_train_is_refused(tmp_path, name):
+    """A = B = 0: of a weight of 16 rows, of which 8 are zero, the r = 4 smallest directions hold nothing."""
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight.data[8:] = 0
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: the part .* that \w+ trains is zero") as told:
+        started(tmp_path, name, model=model)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("method, zero", [(MiLoRA(), True), (CorDA(), True), (PiSSA(), False)])
+def test_zero_to_the_rounding_of_the_weight_is_zero(method, zero):
+    """Rows that are there twice; PiSSA of a weight of rank 2 trains its r = 4 largest, of which two are zero."""
+    generator = torch.Generator().manual_seed(0)
+    rows, x = (torch.randn(8, 32, generator=generator), torch.randn(32, 90, generator=generator).double())
+    weight = rows.repeat(2, 1) if zero else rows[[0, 1] * 8]
+    start = method.of_input(InputStats([], x @ x.T, x, 90))
+    if zero:
+        with pytest.raises(ValueError, match="is zero"):
+            start(weight, 4, 1.0)
+        return
+    found = start(weight, 4, 1.0)
+    torch.testing.assert_close(found.B @ found.A, weight.double())
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-fa", "roselora"])

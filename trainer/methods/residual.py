@@ -59,7 +59,12 @@ class ResidualMethod(Method):
         return None if self.computes_whole else self
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
-        """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`."""
+        """Return what gives the start of a layer that reads this input; see `lora_null.solver.Rule`.
+
+        Raises:
+            ValueError: by what is returned, for a weight with numbers that are NaN or infinite, and where both A and B
+                are zero to float64's rounding of W0: neither would ever get a gradient.
+        """
         prepared = self.prepare_input(inputs)
 
         def start(weight: torch.Tensor, r: int, scaling: float) -> LayerStart:
@@ -68,6 +73,11 @@ class ResidualMethod(Method):
             if not whole.isfinite():
                 raise ValueError("its weight has numbers that are NaN or infinite")
             A, B = self.factors(weight, r, prepared)
+            rounding = min(weight.shape) * torch.finfo(weight.dtype).eps * whole.sqrt()
+            if not rounding < torch.maximum(A.norm(), B.norm()).square() < float("inf"):  # NaN too: CorDA's 0 / 0
+                raise ValueError(
+                    f"the part of its weight that {self.name} trains is zero, so nothing would ever train"
+                )
             root = scaling**0.5
             energy = ((A @ A.T) * (B.T @ B)).sum() / whole  # ‖BA‖² from two r × r products
             return LayerStart(A / root, B / root, self.name, energy=float(energy))
