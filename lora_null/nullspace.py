@@ -47,7 +47,8 @@ class Eigenspace:
 
     Attributes:
         vectors: (d, r) float64, orthonormal columns.
-        rank: the numerical rank of C: its eigenvalues above d·ε·λ_max.
+        rank: the numerical rank of C: its eigenvalues above d·ε·‖C‖_F, ε of float64, whichever solver counts them.
+            Along the others the leakage ‖A X‖ / (‖A‖ ‖X‖) is at most √(d·ε).
         solver: "eigh" or "krylov", the one that gave the answer.
         exact: whether C is zero on all of `vectors`, to its rounding.
     """
@@ -105,7 +106,7 @@ def outer_eigenspace(gram: torch.Tensor, energy: float) -> Eigenspace:
         ValueError: for a `gram` that is not finite or zero.
     """
     values, vectors = torch.linalg.eigh(_scaled(gram))
-    null = int((values <= _tolerance(gram) * values[-1]).sum())
+    null = int((values <= _tolerance(gram)).sum())
     held = values.clamp(min=0).flip(0).cumsum(0)  # by the 1, 2, … largest
     left_out = int((held < energy * held[-1]).sum()) + 1
     k = len(values) - left_out
@@ -113,7 +114,7 @@ def outer_eigenspace(gram: torch.Tensor, energy: float) -> Eigenspace:
 
 
 def _scaled(gram: torch.Tensor) -> torch.Tensor:
-    """Return C / ‖C‖_F: Frobenius is an upper bound of λ_max, exact for rank one."""
+    """Return C / ‖C‖_F: Frobenius is an upper bound of λ_max, exact for rank one, and needs no eigenvalues."""
     top = torch.linalg.matrix_norm(gram).item()
     if not 0 < top < float("inf"):
         raise ValueError("the Gram matrix is zero or not finite")
@@ -121,12 +122,13 @@ def _scaled(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _tolerance(gram: torch.Tensor) -> float:
+    """Return d·ε, up to which an eigenvalue of C / ‖C‖_F counts as zero."""
     return gram.shape[0] * torch.finfo(gram.dtype).eps
 
 
 def _full_eigh(gram: torch.Tensor, r: int, frame: torch.Tensor) -> Eigenspace:
     values, vectors = torch.linalg.eigh(gram)
-    null = int((values <= _tolerance(gram) * values[-1]).sum())
+    null = int((values <= _tolerance(gram)).sum())
     bottom = vectors[:, :r]
     if null > r:
         kernel = vectors[:, :null]

@@ -3,7 +3,7 @@ import oracle
 import pytest
 import torch
 
-from lora_null.nullspace import EXCESS, bottom_eigenspace
+from lora_null.nullspace import EXCESS, bottom_eigenspace, outer_eigenspace
 
 
 def inputs(d, n, decay=6.0, seed=0):
@@ -54,6 +54,20 @@ def test_exact_null_space_larger_than_r_is_chosen_the_same_after_a_rotation_of_r
     noise = torch.randn(400, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 1e-17
     again = bottom_eigenspace(gram + noise @ noise.T, 8, solver=solver)
     assert same_space(found.vectors.numpy(), again.vectors.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("level", [1e-14, 3e-13, 1e-11])
+def test_both_solvers_count_the_same_directions_as_empty(level):
+    """480 eigenvalues of 1, 40 far below: between d·ε·λ_max = 1.2e-13 and d·ε·‖C‖_F = 2.5e-12 the solvers differed."""
+    Q, _ = torch.linalg.qr(torch.randn(520, 520, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    gram = (Q * torch.ones(520).double().masked_fill(torch.arange(520) < 40, level)) @ Q.T
+    gram = (gram + gram.T) / 2
+    values = np.linalg.eigvalsh(gram.numpy())
+    rank = int((values > 520 * np.finfo(np.float64).eps * np.sqrt((values**2).sum())).sum())
+    for solver in ("eigh", "krylov"):
+        found = bottom_eigenspace(gram, 8, solver=solver)
+        assert (found.solver, found.rank, found.exact) == (solver, rank, rank == 480)
+    assert outer_eigenspace(gram, 0.5).rank == rank
 
 
 def test_same_input_same_bits():
