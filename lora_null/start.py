@@ -258,6 +258,8 @@ def compute_start(
         }
         report = LayerReport(count_tokens(measured), base, key, name, seconds, [lines[name] for name in adapted])
         on_first_rank(lambda: _finish(report, path, folder))
+    if isinstance(getattr(rule, "inner", rule), NullSpace):
+        _report_small(report, layers)
     return _start_of(report, parts)
 
 
@@ -482,6 +484,28 @@ def _report_reuse(done: Mapping[str, LayerResult], adapted: Mapping[str, LoraLay
         logger.info(f"initialization: reused, model, calibration and settings are the same ({path})")
     elif done:
         logger.info(f"initialization: continued, {found} of {len(adapted)} modules are there already ({path})")
+
+
+def _report_small(report: LayerReport, layers: Mapping[str, LoraLayer]) -> None:
+    """Say in a line which weights have no more along the null space than the rounding of their own dtype.
+
+    Rounding, of half an ε of each entry at most, puts a share below ε² · r / d_in of ‖W0‖² into r of d_in directions.
+    They are directions like others, so such a layer is started all the same.
+    """
+
+    def rounding(line: LayerStats) -> float:
+        dtype = layers[line.name].get_base_layer().weight.dtype
+        return (
+            torch.finfo(dtype).eps ** 2 * line.r / line.shape[1] if dtype.is_floating_point else 0.0
+        )  # a quantized one
+
+    small = [line.name for line in report.layers if line.energy is not None and line.energy <= rounding(line)]
+    if small:
+        more = f" and of {len(small) - 1} more" if small[1:] else ""
+        logger.warning(
+            f"initialization: the weight of {small[0]}{more} holds only rounding along the null space, so A starts near "
+            "zero and the layer hardly learns; exclude_modules leaves modules out"
+        )
 
 
 def _measured(

@@ -69,6 +69,26 @@ def test_a_weight_without_anything_along_the_null_space_is_named():
         started(model, target_modules=["q_proj"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", [{"variant": "v2"}, {"variant": "nb", "null_multiple": 2}])
+def test_a_weight_with_only_rounding_along_the_null_space_is_told(dtype, basis, caplog):
+    """It reads the span of its inputs alone: in float64 W0 U = 0, stored in 16 or 32 bits it is their rounding."""
+    names, batches = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], random_batches(vocab_size=20)
+    for only_rounding in (False, True):
+        model = tiny_model().to(dtype).eval()
+        X = oracle.capture_inputs(model, names, batches)[names[0]]  # of 16 distinct tokens, in 32 dimensions
+        U = np.linalg.svd(X)[0][:, 16:]
+        weight = model.get_submodule(names[0]).weight
+        if only_rounding:
+            weight.data.copy_(torch.from_numpy((W := weight.detach().double().numpy()) - W @ U @ U.T))
+        W = weight.detach().double().numpy()
+        share = np.linalg.norm(W @ U) ** 2 / np.linalg.norm(W) ** 2
+        _, report, _ = started(model, batches=batches, target_modules=["q_proj"], **basis)
+        told = f"the weight of {names[0]} holds only rounding along the null space" in caplog.text
+        assert told == only_rounding == (share < torch.finfo(dtype).eps ** 2)
+        assert report.layers[0].energy <= share and names[1] not in caplog.text
+
+
 @pytest.mark.parametrize("alpha", [0, -4, math.inf, math.nan, "8"])
 def test_a_scaling_that_is_not_above_zero_is_refused(alpha):
     for wrong in (dict(lora_alpha=alpha), dict(alpha_pattern={"q_proj": alpha})):
