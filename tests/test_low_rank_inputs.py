@@ -121,6 +121,22 @@ def test_float32_products_begin_once_the_matrix_is_resolved():
         assert ((gram.result() - truth).abs() / (x.double().abs().T @ x.double().abs())).max() < 2**-21
 
 
+@pytest.mark.parametrize("times", [10, 1000])
+@pytest.mark.parametrize("d, decades", [(128, 0), (128, 3), (512, 3)])
+def test_louder_tokens_than_those_that_resolved_the_matrix_do_not_fill_its_small_directions(d, decades, times):
+    """4,096 tokens along one direction, which is no channel, after 1,024 ordinary ones."""
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator))
+    ordinary = torch.randn(1024, d, generator=generator) * torch.logspace(0, -decades, d) @ Q
+    direction = nn.functional.normalize(torch.randn(d, generator=generator), dim=0)
+    rows = torch.cat([ordinary, times * torch.randn(4096, 1, generator=generator) * direction])
+    gram = Gram(d, rows.device, tokens=len(rows))
+    gram.add(rows)
+    assert not gram.exact and gram._multipliable(ordinary).dtype == torch.float32
+    U, X = bottom_eigenspace(gram.result(), 8).vectors.numpy(), rows.double().numpy().T
+    assert np.linalg.norm(U.T @ X) ** 2 <= 1.001 * (np.linalg.svd(X, compute_uv=False)[-8:] ** 2).sum()
+
+
 def by_the_older_switch(on):
     torch.set_float32_matmul_precision("medium" if on else "highest")
 
