@@ -2,12 +2,14 @@
 
 A task that is learned after others has to leave both the knowledge and the others alone: its null space is that of
 C = w₀ C₀/N₀ + Σ w_j C_j/N_j, of the inputs of the knowledge (0) and of every earlier task j over their N tokens each. The
-texts of the tasks are not needed again: C_j is d² numbers per layer, or a sketch F (d, q) with C_j ≈ F Fᵀ.
+texts of the tasks are not needed again: of C_j its d(d+1)/2 distinct numbers are kept in float64, since its eigenvalues
+are squares, or a sketch F (d, q) with C_j ≈ F Fᵀ in float32, whose singular values are none.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -51,6 +53,21 @@ def sketch_of(gram: torch.Tensor, width: int) -> torch.Tensor:
     return U * (S.square() - shift).clamp(min=0).sqrt()
 
 
+def lower_triangle(gram: torch.Tensor) -> torch.Tensor:
+    """Return the entries of C (d, d) on and below the diagonal, row after row, (d(d+1)/2,) on the CPU."""
+    return torch.cat([row[: i + 1] for i, row in enumerate(gram.cpu())])
+
+
+def from_lower_triangle(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return C (d, d), symmetric, of what `lower_triangle` returned."""
+    d = math.isqrt(2 * len(values))
+    lower = values.new_zeros(d, d)
+    for row, part in zip(lower, values.split(list(range(1, d + 1)))):
+        row[: len(part)] = part
+    lower = lower.to(device)
+    return lower + lower.tril(-1).T
+
+
 @torch.no_grad()
 def keep_grams(
     folder: Path,
@@ -66,11 +83,11 @@ def keep_grams(
     Under torch.distributed all ranks call it together; each Gram is written by the rank that holds it.
 
     Args:
-        folder: complete when `grams.json` is there; float32 numbers.
+        folder: complete when `grams.json` is there; `lower` float64, or `sketch` float32.
         model: a plain model, the earlier tasks in its weights.
         layers: names of its linears.
         batches: dicts with `input_ids` and `attention_mask`.
-        sketch: q of `sketch_of`; None keeps whole Grams.
+        sketch: q of `sketch_of`; None keeps the Grams.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     if is_first_process():  # what lies there may be of another model
@@ -81,9 +98,11 @@ def keep_grams(
         for stats in (stats for _, part in parts for stats in part.inputs):
             if stats.gram is None or stats.owner != rank_and_world()[0]:
                 continue
-            kept = {"gram": stats.gram} if sketch is None else {"sketch": sketch_of(stats.gram, sketch)}
-            tensors = {name: tensor.float().contiguous().cpu() for name, tensor in kept.items()}
-            write_safetensors(folder / f"{stats.modules[0]}.safetensors", tensors, {"tokens": str(stats.tokens)})
+            if sketch is None:
+                kept = {"lower": lower_triangle(stats.gram)}
+            else:
+                kept = {"sketch": sketch_of(stats.gram, sketch).float()}
+            write_safetensors(folder / f"{stats.modules[0]}.safetensors", kept, {"tokens": str(stats.tokens)})
             stats.gram = None
     all_gather(None)  # every rank has written
     if is_first_process():
@@ -120,7 +139,9 @@ class Earlier:
         """
         tensors, metadata = read_safetensors(self._file(modules))
         tokens = int(metadata["tokens"])
-        if "gram" in tensors:
+        if "lower" in tensors:
+            return from_lower_triangle(tensors["lower"], device) / tokens
+        if "gram" in tensors:  # kept before, whole in float32
             return tensors["gram"].to(device, torch.float64) / tokens
         factor = tensors["sketch"].to(device, torch.float64)
         return factor @ factor.T / tokens

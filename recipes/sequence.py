@@ -108,7 +108,8 @@ def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:
     for number, plan in ((number, plan) for number, job in enumerate(jobs) for plan in job.plans):
         size += plan.written_bytes + 4 * plan.saved * number
         if number + 1 < len(jobs) and _uses_grams(recipe, plan.name):
-            size += sum(4 * width * min(width, recipe.sequence.sketch or width) for width in plan.input_widths)
+            sketch = recipe.sequence.sketch  # float32; of the Gram a triangle in float64
+            size += sum(4 * width * (min(width, sketch) if sketch else width + 1) for width in plan.input_widths)
     return size
 
 

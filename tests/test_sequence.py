@@ -22,6 +22,7 @@ from lora_null.calibration import InputStats
 from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.layer import adapted_layers, factors_of
+from lora_null.nullspace import bottom_eigenspace
 from lora_null.recipes import measure, run, sequence
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import parse_recipe
@@ -32,6 +33,7 @@ from lora_null.recipes.results import Row, Seconds, load_results, write_results
 from lora_null.recipes.sequence import check_stages, collect, space_of_sequence, training_ids, transfer, with_earlier
 from lora_null.solver import NullSpace
 from lora_null.utils.errors import UserError
+from lora_null.utils.files import write_safetensors
 
 METHODS = "lora,lora-null-v1,lora-null-v2"
 WORDS = ["training.max_steps=3", "training.save_steps=1", "--method", METHODS]
@@ -136,6 +138,25 @@ def test_grams_are_added_with_their_weights(tmp_path):
         Earlier(tmp_path / "whole").mean(["elsewhere"], torch.device("cpu"))
     with pytest.raises(UserError, match="no complete Grams"):
         Earlier(tmp_path).key  # noqa: B018
+
+
+def test_an_exact_null_space_of_an_earlier_task_is_kept_as_exact(tmp_path):
+    """Its small directions are squared in C, below what 32 bits can tell from zero; files of before have 32 bits."""
+    name, batches = (
+        "model.layers.0.self_attn.q_proj",
+        random_batches(vocab_size=20),
+    )  # 16 distinct tokens, 32 dimensions
+    keep_grams(tmp_path, tiny_model(), [name], batches, progress=False)
+    X = oracle.capture_inputs(tiny_model(), [name], batches)[name]
+    C, path, task = X @ X.T / X.shape[1], tmp_path / f"{name}.safetensors", Earlier(tmp_path)
+    found = task.mean([name], torch.device("cpu"))
+    np.testing.assert_allclose(found, C, rtol=1e-12, atol=1e-14 * np.trace(C))
+    space = bottom_eigenspace(found, 8)
+    assert space.exact and space.rank == 16 and oracle.leak(space.vectors.numpy().T, X) < 1e-14
+    assert path.stat().st_size < 4 * 32 * 33 + 200
+    whole = torch.from_numpy(X @ X.T).float()
+    write_safetensors(path, {"gram": whole}, {"tokens": str(X.shape[1])})
+    assert torch.equal(task.mean([name], torch.device("cpu")), whole.double() / X.shape[1])
 
 
 def test_grams_kept_over_those_of_another_model_are_the_new_ones_alone(tmp_path, monkeypatch):
@@ -479,8 +500,13 @@ def test_a_sequence_keeps_sketches_where_it_is_asked_to(finished, tmp_path):
     shutil.rmtree(tmp_path / kept.parent)
     recipe.sequence.sketch = 4
     sequence._keep_grams(recipe, job, job.plans[0])
-    F, gram = load_file(tmp_path / kept)["sketch"], load_file(finished / "out" / "tasks" / "1-numbers" / kept)["gram"]
-    wanted = sketch_of(gram.double(), 4).float()
+    F, lower = (
+        load_file(tmp_path / kept)["sketch"],
+        load_file(finished / "out" / "tasks" / "1-numbers" / kept)["lower"],
+    )
+    gram = torch.zeros(48, 48, dtype=torch.float64)
+    gram[np.tril_indices(48)] = lower
+    wanted = sketch_of(gram + gram.tril(-1).T, 4).float()
     assert F.shape == (48, 4) and torch.dist(F @ F.T, wanted @ wanted.T) < 1e-4 * (wanted @ wanted.T).norm()
 
 
@@ -490,7 +516,7 @@ def test_the_space_of_a_sequence_counts_what_every_task_writes(finished):
     null = jobs[0].plans[1]
     runs = sum(4 * plan.saved * 3 + 2 * 3 * plan.extra_bytes for plan in jobs[0].plans)
     assert null.input_widths and space_of_sequence(recipe, jobs) == (
-        jobs[0].reference_bytes + runs + 4 * sum(width**2 for width in null.input_widths)
+        jobs[0].reference_bytes + runs + 8 * sum(width * (width + 1) // 2 for width in null.input_widths)
     )
     recipe.sequence.sketch = 4
     assert space_of_sequence(recipe, jobs) == jobs[0].reference_bytes + runs + 16 * sum(null.input_widths)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lora_null.earlier import sketch_of
+from lora_null.earlier import from_lower_triangle, sketch_of
 from lora_null.nullspace import bottom_eigenspace
 from lora_null.recipes.commands import main as commands
 from lora_null.recipes.report.dial import read_dial
@@ -160,14 +160,14 @@ def sketch(out: Path, methods: str, toy: bool) -> None:
     )
     shares: dict[str, list[float]] = {}
     for path in files:
-        gram = read_safetensors(path)[0]["gram"].double()
+        gram = from_lower_triangle(read_safetensors(path)[0]["lower"], torch.device("cpu"))
         for width in (None, 512, 256, 128, 64):
             if width is not None and width > len(gram):
                 continue
             factor = None if width is None else sketch_of(gram, width)
             known = gram if factor is None else factor @ factor.T
             U = bottom_eigenspace(known, 32).vectors
-            size = 4 * (len(gram) ** 2 if factor is None else factor.numel())
+            size = 4 * (len(gram) * (len(gram) + 1) if factor is None else factor.numel())
             key = "Gram" if width is None else f"{width} columns"
             shares.setdefault(key, []).append(float((U.T @ gram @ U).trace() / gram.trace()))
             shares.setdefault(f"{key} bytes", []).append(size)
