@@ -75,7 +75,8 @@ class NullBasis:
 
     Attributes:
         vectors: N, orthonormal columns rounded to float16 (float64 for an A of float64): half of the memory, and on
-            SmolLM2 less than 1.004 times the leakage. It follows A from device to device.
+            SmolLM2 less than 1.004 times the leakage; an exact null space leaks 8.6e-6. It follows A from device to
+            device.
     """
 
     def __init__(self, vectors: torch.Tensor) -> None:
@@ -88,7 +89,7 @@ class NullBasis:
 
     @torch.no_grad()
     def project_(self, A: torch.Tensor) -> None:
-        """Project A (r, d_in) onto the span of N, in place: exact to the rounding of A's dtype, float32 at best.
+        """Project A (r, d_in) onto the span of N, in place: exact, for N as stored, to A's rounding, float32 at best.
 
         Rounded columns are not quite orthonormal: N Nᵀ is the projection but for an error E of about 1e-4. A second round,
         on what the first one missed, leaves E².

@@ -110,6 +110,26 @@ def test_training_is_adamw_and_a_projection_under_decay_clipping_and_accumulatio
         np.testing.assert_allclose(p.detach().numpy(), ours[name], atol=1e-9)
 
 
+@pytest.mark.parametrize("decades, exact, kept", [(4, 6.7e-5, 6.8e-5), (6, 1.9e-6, 8.8e-6), (None, 1.1e-9, 8.6e-6)])
+def test_what_the_rounding_of_n_lets_through(decades, exact, kept):
+    """The figures of lora_null/README.md: 128 of 576 directions; singular values over decades, or 300 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(576, 576 if decades else 300, generator=generator, dtype=torch.float64)
+    if decades:
+        X = torch.linalg.qr(X)[0] * torch.logspace(0, -decades, 576, dtype=torch.float64)
+    X = X.numpy()
+    U = torch.from_numpy(oracle.null_space(X, 128).copy())
+    A = torch.randn(32, 576, generator=generator, dtype=torch.float64)
+    inside, projected = (A @ U @ U.T).float().numpy().astype(float), A.float()
+    NullBasis.for_factor(U, projected).project_(projected)
+    projected = projected.numpy().astype(float)
+    share = np.linalg.norm(projected - projected @ U.numpy() @ U.numpy().T) / np.linalg.norm(projected)
+    assert share == pytest.approx(1.8e-4, rel=0.05)
+    assert (oracle.leak(inside, X), oracle.leak(projected, X)) == pytest.approx((exact, kept), rel=0.05)
+    in_bfloat16 = torch.from_numpy(projected).bfloat16().double().numpy()
+    assert oracle.leak(in_bfloat16, X) == pytest.approx(7e-5 if decades != 4 else 9.7e-5, rel=0.05)
+
+
 def test_what_was_written_past_autograd_is_put_back_too():
     peft_model = started()
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
