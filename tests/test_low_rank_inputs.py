@@ -77,6 +77,33 @@ def test_full_rank_is_as_true(dtype):
     assert reported[1:] == pytest.approx(truth[1:], rel=1e-3)
 
 
+@pytest.mark.parametrize("distinct, leaks, under_autocast", [(100, 1.6e-9, 1.0e-4), (1000, None, None)])
+def test_autocast_rounds_a_and_so_bounds_what_an_exact_null_space_leaks(distinct, leaks, under_autocast):
+    """The figures of lora_null/README.md; its leakage and the drift are those of the float32 A."""
+    model = tiny_model(vocab_size=distinct + 4, hidden_size=256).bfloat16()
+    batches = random_batches(count=12, size=16, length=24, vocab_size=distinct + 4)
+    X = oracle.capture_inputs(model, [FIRST], batches)[FIRST]
+    peft_model, report, calibration = started(model, batches, r=16)
+    layer = adapted_layers(peft_model)[FIRST]
+    A = layer.lora_A["default"]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        seen = A(torch.from_numpy(X.T).bfloat16()).double().numpy()
+    A = A.weight.detach().double().numpy()
+    forward = np.linalg.norm(seen) / (np.linalg.norm(A) * np.linalg.norm(X))
+    assert report.layers[0].leakage == pytest.approx(oracle.leak(A, X), rel=0.02)
+    if leaks is None:
+        assert forward == pytest.approx(oracle.leak(A, X), rel=1e-3)
+        return
+    assert (oracle.leak(A, X), forward) == pytest.approx((leaks, under_autocast), rel=0.1)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    drift, B = (
+        DriftMeter(peft_model, calibration).measure()[FIRST],
+        layer.lora_B["default"].weight.detach().double().numpy(),
+    )
+    W = layer.get_base_layer().weight.detach().double().numpy()
+    assert drift < 1e-3 * np.linalg.norm(B @ seen.T) / np.linalg.norm(W @ X)
+
+
 def test_the_choice_within_the_null_space_is_the_same_however_tokens_are_batched():
     whole = few_tokens(6)
     rows = [
