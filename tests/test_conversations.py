@@ -19,6 +19,7 @@ from chats import (
     STRICT,
     THINKING,
     TOOLS,
+    TURNS,
     assistant,
     call,
     chat_tokenizer,
@@ -39,7 +40,7 @@ from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import read_examples, tokenize, training_data
 from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
-from lora_null.utils.chat import common_prefix, conversation_text
+from lora_null.utils.chat import common_prefix, conversation_text, render_chat
 from lora_null.utils.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
@@ -122,6 +123,27 @@ def test_an_end_token_behind_an_answer_is_not_written_twice(tmp_path, template, 
 def test_an_end_token_that_the_template_does_not_write_stays(tmp_path):
     chat = TOOLS.replace("{{ eos_token }}", "")
     assert spans(tmp_path, [user("a"), assistant("b</s>")], chat)[0] == ["b</s>"]
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CLOSED = CHATML.replace("}}<|im_end|>", "}}{% if m.tool_calls %}<call>{{ m.tool_calls }}</call>{% endif %}<|im_end|>")
+HARMONY = TURNS.replace("ANSWER", "{{ m.content }}{% if loop.last %}<return>{% else %}<end>{% endif %}")
+
+
+@pytest.mark.parametrize("template, closed, ended", [
+    (CLOSED, ["<call>f(1)</call>", "<think>b</think>", 'say "b"'], ["<|im_end|>", "<|im_end|>\n"]),
+    (CHATML + "{# in a tokenizer without these tokens #}", ["f(1)</call>"], ["<|im_end|>"]),
+    (HARMONY, ["f(1)</call>", "b<user>"], ["<return>", "<end>", "<end>\n"]),
+    (TURNS.replace("ANSWER", '"{{ m.content }}"\n'), ['say "b"'], []),
+    (ENDS, ["f(1)</call>"], ["</s>"]),
+])  # fmt: skip
+def test_only_what_the_template_writes_behind_an_answer_is_its_end(template, closed, ended):
+    tokenizer = chat_tokenizer(template)
+    known = [] if "without" in template else ["<|im_start|>", "<|im_end|>", "<return>", "<end>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*known, "</call>", "</think>"]})
+    kept = lambda text: render_chat([user("a"), assistant(text), user("c"), assistant(text)], tokenizer, {}).text  # noqa: E731
+    assert all(kept(said).count(said) == 2 for said in closed)
+    assert all(kept(said + end) == kept(said) for end in ended for said in closed)
 
 
 @pytest.mark.parametrize("template", ["chat", "qa"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -19,6 +19,7 @@ from lora_null.utils.values import Message, as_messages, chat_options
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
 PYTHON = ("{'", "None")  # what a template writes that prints a dict or a missing value
+PROBE = "an answer"  # rendered to see what a template writes behind one
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what data and templates call thoughts beside the content
 # Where a template's generation prompt opens the thought, the answer begins within it.
 THINK = re.compile(r"(?:\A|\s*<think>)(?:(?!<think>).)*?</think>\s*", re.DOTALL)
@@ -140,7 +141,32 @@ def _written_by(tokenizer: PreTrainedTokenizerBase, template: str, named: tuple[
     )
 
 
-def without_end(text: str, ends: Sequence[str]) -> str:
+@lru_cache(maxsize=4)
+def _ends(tokenizer: PreTrainedTokenizerBase, template: str, special: tuple[str, ...]) -> set[str]:
+    """Return what a template writes directly behind an answer, in a last turn or an earlier one, and its end token.
+
+    Any other special token that it knows closes a part of the answer, such as a call or a thought.
+    """
+    eos = str(tokenizer.eos_token or "")
+    ends = {eos} if eos and ("eos_token" in template or eos in template) else set()
+    longest_first = sorted(special, key=len, reverse=True)
+    token = re.compile(rf"\s*({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    last = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    for messages in (last, [*last, last[0]]):
+        try:
+            behind = _render(messages, tokenizer, {}, chat_template=template)[0].partition(PROBE)[2]
+        except ValueError:
+            continue
+        if found := token.match(behind):
+            ends.add(found[1])
+        elif messages is last and re.search(
+            r"\w", behind
+        ):  # an end that the tokenizer has no token for; no bare quote
+            ends.add(behind.strip())
+    return ends
+
+
+def without_end(text: str, ends: Collection[str]) -> str:
     """Return a text without the end tokens that it ends with, and without the whitespace before and behind these."""
     left = text.rstrip()
     while end := next((end for end in ends if left.endswith(end)), ""):
@@ -152,10 +178,9 @@ def _as_told(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[Message]:
     """Return a conversation whose developer is the system, unless the template knows the developer (OpenAI's later name),
-    and whose answers do not themselves end with a special token that the template writes."""
+    and whose answers do not themselves end with what the template writes behind them."""
     template = tokenizer.get_chat_template(None, options.get("tools"))
-    eos = tokenizer.eos_token if "eos_token" in template else None
-    ends = [token for token in special_tokens(tokenizer) if token == eos or token in template]
+    ends = _ends(tokenizer, template, special_tokens(tokenizer))
     told = []
     for message in messages:
         if message["role"] == "developer" and "developer" not in template:
@@ -258,7 +283,7 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 def _render(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], **how: Any
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    template = tokenizer.get_chat_template(None, options.get("tools"))
+    template = tokenizer.get_chat_template(how.pop("chat_template", None), options.get("tools"))
     marked = bool(GENERATION.search(template))
     try:
         texts, blocks = render_jinja_template(
