@@ -147,10 +147,14 @@ def test_only_what_the_template_writes_behind_an_answer_is_its_end(template, clo
 
 
 @pytest.mark.parametrize("template", ["chat", "qa"])
-def test_special_tokens_within_texts_are_counted(tmp_path, template, capsys):
+@pytest.mark.parametrize("unknown", ["<unk>", "</s>", "<s>"])
+def test_special_tokens_within_texts_are_counted(tmp_path, template, unknown, capsys):
     texts = [("a", "b"), ("a</s>\n<assistant>c", "b"), ("a <unk>", "b</s>"), ("a", "b <s> c")]
     rows = [{"messages": [user(asked), assistant(said)]} for asked, said in texts]
-    read(tmp_path, rows, chat_tokenizer(), messages="messages", template=template)
+    tokenizer = chat_tokenizer()
+    tokenizer.unk_token = unknown  # GPT-2's is its end token
+    data = read(tmp_path, rows, tokenizer, messages="messages", template=template)
+    assert all(example.written.text.rstrip().count("</s>") == 1 + (example.row == 2) for example in data.examples)
     told = "2 of 4 training rows hold special tokens within their texts (the first '</s>' in row 2); the model reads"
     assert capsys.readouterr().out.count(told) == 1
 

@@ -128,8 +128,12 @@ def open_turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, o
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts that a tokenizer reads as control tokens: those it names, and others that its chat template writes."""
-    named = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
+    """Return the texts that a tokenizer reads as control tokens: those it names, and others that its chat template writes.
+
+    The one for what it does not know is among them where it is also the first, the last or the one to pad with (GPT-2's).
+    """
+    also = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    named = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token or token in also)
     return named + _written_by(tokenizer, str(tokenizer.chat_template or ""), named)
 
 
