@@ -40,7 +40,7 @@ from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import read_examples, tokenize, training_data
 from lora_null.recipes.job import inputs_beside_the_base, inspect_recipe
-from lora_null.utils.chat import common_prefix, conversation_text, render_chat
+from lora_null.utils.chat import common_prefix, conversation_text, render_chat, turn_spans
 from lora_null.utils.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "sums", "parameters": {"type": "object"}}}
@@ -91,6 +91,34 @@ def test_what_stands_before_a_first_turn_of_the_assistant_is_not_learned(tmp_pat
     found, text = spans(tmp_path, [assistant("Hello!"), *later], template)
     assert [said.strip(" ") for said in found] == ["Hello!" + end, "b" + end][: len(found)]
     assert len(found) == 1 + bool(later) and text.startswith(("<system>Be good.\n<assistant>Hello!", "<s>"))
+
+
+VICUNA = (
+    "{% if messages[0].role != 'system' %}A chat of USER: and ASSISTANT: x. {% endif %}{% for m in messages %}"
+    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] }}{{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+NAMES_ITSELF = DEFAULT_SYSTEM.replace("Be good.", "You answer after <assistant>")
+EMPTY_THOUGHT = THINKING.replace("<assistant>{% endif %}", "<assistant><think></think>{% endif %}")
+
+
+@pytest.mark.parametrize("template, before", [
+    (VICUNA, "A chat of USER: and ASSISTANT: x. ASSISTANT: "),
+    (VICUNA.replace("x. ", "Hello!</s> "), "A chat of USER: and ASSISTANT: Hello!</s> ASSISTANT: "),
+    (NAMES_ITSELF, "<system>You answer after <assistant>\n<assistant>"),
+    (NAMES_ITSELF.replace("<assistant>\n", "<assistant>Hello!\n"), "<system>You answer after <assistant>Hello!\n<assistant>"),
+    (EMPTY_THOUGHT, "<assistant>"),
+    (THINKING, "<assistant>"),
+])  # fmt: skip
+@pytest.mark.parametrize("later", [[], [user("a"), assistant("Hello!")]], ids=["alone", "goes on"])
+def test_a_first_turn_begins_behind_its_own_head(tmp_path, template, before, later):
+    tokenizer, messages = chat_tokenizer(template), [assistant("Hello!"), *later]
+    chat = render_chat(messages, tokenizer, {})
+    first, *others = turn_spans(chat, range(0, len(messages), 2), tokenizer, {})
+    alone = "<think></think>" if "think" in template and not later else ""
+    assert chat.text.startswith(before + alone + "Hello!</s>")
+    assert first[0] == len(before + (alone if template == EMPTY_THOUGHT else "")) and len(others) == len(later) // 2
+    assert all(chat.text[start:end].strip().endswith("Hello!</s>") for start, end in (first, *others))
 
 
 @pytest.mark.parametrize("chat", [TOOLS, DEFAULT_SYSTEM, DEFAULT_SYSTEM + "{# developer #}"])

@@ -240,19 +240,24 @@ def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, option
 
 
 def _first_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int:
-    """Return where the first turn of a text begins. Its head is the one that the same turn has after a question; what a
-    template writes before its first message (a default system text) shows in no conversation without messages."""
-    question, said = [*chat.messages[:turn], {"role": "user", "content": "?"}], chat.messages[turn]
-    asked, (text, _) = [*question, said], _render([*question, said], tokenizer, options)
-    told, _ = _render(question, tokenizer, options)
+    """Return where the first turn of a text begins: as far from its end as where a question is put before that turn.
+
+    What a template writes before its first message (a default system text) shows in no conversation without messages. Where
+    it writes later turns otherwise too (the system in the first question), the turn's head and content are looked for.
+    """
+    question = [*chat.messages[:turn], {"role": "user", "content": "?"}]
+    asked = [*question, *chat.messages[turn:]]
+    told = _render(question, tokenizer, options)[0]
     if told not in ("", tokenizer.bos_token):
+        text, _ = _render(asked, tokenizer, options)
         start = turn_start(Chat(text, asked, None), len(question), tokenizer, options)
-        content = said.get("content", "").strip()
-        head = text[len(told) : start]
-        sought = head if head.strip() or not content else text[start : text.find(content, start) + len(content)]
-        at = chat.text.find(sought)
-        if sought and at >= 0:
-            return at + len(head) if sought == head else at
+        if chat.text.endswith(text[start:]):
+            return len(chat.text) - len(text[start:])
+        head, content = text[len(told) : start], chat.messages[turn].get("content", "").strip()
+        written = text[start : text.find(content, start) + len(content)]
+        for said in (written, content):
+            if content and (at := chat.text.find(head + said)) >= 0:
+                return at + len(head)
     raise ValueError("a first turn of the assistant of which the chat template does not show where it begins")
 
 
