@@ -98,6 +98,7 @@ VICUNA = (
     "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] }}{{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
+NEEDS_PROMPT = "{% if messages[-1].role == 'user' and not add_generation_prompt %}{{ raise_exception('') }}{% endif %}"
 NAMES_ITSELF = DEFAULT_SYSTEM.replace("Be good.", "You answer after <assistant>")
 EMPTY_THOUGHT = THINKING.replace("<assistant>{% endif %}", "<assistant><think></think>{% endif %}")
 
@@ -110,9 +111,10 @@ EMPTY_THOUGHT = THINKING.replace("<assistant>{% endif %}", "<assistant><think></
     (EMPTY_THOUGHT, "<assistant>"),
     (THINKING, "<assistant>"),
 ])  # fmt: skip
+@pytest.mark.parametrize("refuses", ["", NEEDS_PROMPT])
 @pytest.mark.parametrize("later", [[], [user("a"), assistant("Hello!")]], ids=["alone", "goes on"])
-def test_a_first_turn_begins_behind_its_own_head(tmp_path, template, before, later):
-    tokenizer, messages = chat_tokenizer(template), [assistant("Hello!"), *later]
+def test_a_first_turn_begins_behind_its_own_head(template, before, later, refuses):
+    tokenizer, messages = chat_tokenizer(refuses + template), [assistant("Hello!"), *later]
     chat = render_chat(messages, tokenizer, {})
     first, *others = turn_spans(chat, range(0, len(messages), 2), tokenizer, {})
     alone = "<think></think>" if "think" in template and not later else ""
@@ -314,6 +316,10 @@ class TestTheTemplateDecides:
         assert found == ["2</s>\n", "<think></think>3</s>\n"] and text.count("think>") == 2
         found, _ = spans(tmp_path, [user("1+1?"), call(), tool("2"), assistant("2")], THINKING)
         assert found == ['[add {"a": 1}]</s>\n', "<think></think>2</s>\n"]
+
+    @pytest.mark.parametrize("template", [TOOLS, EMPTY_THOUGHT, OPENS_THOUGHT])
+    def test_a_refusal_of_a_question_without_the_generation_prompt(self, tmp_path, template):
+        assert spans(tmp_path, CHAT, NEEDS_PROMPT + template) == spans(tmp_path, CHAT, template)
 
     def test_an_end_token_of_the_whole_conversation(self, tmp_path):
         assert spans(tmp_path, CHAT, ENDS)[0] == ["2\n", "3\n</s>"]

@@ -227,16 +227,25 @@ def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, option
 
     The prompt may end in what the answer does not repeat (an empty thought); then the turn begins where they part.
     """
-    told = _render(chat.messages[:turn], tokenizer, options)[0] if turn else ""
+    told = _told(chat.messages[:turn], tokenizer, options)
     if told in ("", tokenizer.bos_token):
         return _first_start(chat, turn, tokenizer, options)
     opened = open_turn(chat.messages[:turn], tokenizer, options)
     if chat.text.startswith(opened):
         return len(opened)
     start = common_prefix(opened, chat.text)
-    if start < len(told) or not chat.text.startswith(told):
+    parts_in_turn = "think>" in opened[start:] if told is None else start >= len(told)
+    if not parts_in_turn or not chat.text.startswith(told or ""):
         raise ValueError(_CHANGES)
     return start
+
+
+def _told(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str | None:
+    """Return the text before a turn of the assistant, without what opens it; None where the template refuses to end there."""
+    try:
+        return _render(messages, tokenizer, options)[0] if messages else ""
+    except ValueError:
+        return None
 
 
 def _first_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int:
@@ -247,13 +256,16 @@ def _first_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, opti
     """
     question = [*chat.messages[:turn], {"role": "user", "content": "?"}]
     asked = [*question, *chat.messages[turn:]]
-    told = _render(question, tokenizer, options)[0]
+    told = _told(question, tokenizer, options)
     if told not in ("", tokenizer.bos_token):
         text, _ = _render(asked, tokenizer, options)
         start = turn_start(Chat(text, asked, None), len(question), tokenizer, options)
         if chat.text.endswith(text[start:]):
             return len(chat.text) - len(text[start:])
-        head, content = text[len(told) : start], chat.messages[turn].get("content", "").strip()
+        head, content = (
+            text[start if told is None else len(told) : start],
+            chat.messages[turn].get("content", "").strip(),
+        )
         written = text[start : text.find(content, start) + len(content)]
         for said in (written, content):
             if content and (at := chat.text.find(head + said)) >= 0:
