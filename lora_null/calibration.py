@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -103,7 +104,6 @@ class TokenBatch:
         kept: (tokens,) int64, which of the batch · length positions are no padding; None where all are.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
         draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
-        packed: whether rows hold several texts, each with positions from 0.
         counted: False for a batch that only has to run.
     """
 
@@ -113,15 +113,13 @@ class TokenBatch:
     kept: torch.Tensor | None
     omega: torch.Tensor
     draw: Callable[[int], torch.Tensor]
-    packed: bool = False
     counted: bool = True
 
     def run(self, decoder: nn.Module) -> None:
-        """Run a forward pass. Without a mask models see by the positions where a packed text begins, with one they do not."""
-        inputs = {key: value for key, value in self.inputs.items() if not (self.packed and key == "attention_mask")}
+        """Run a forward pass."""
         takes = inspect.signature(decoder.forward).parameters
         has_cache = "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        decoder(**inputs, **({"use_cache": False} if has_cache else {}))
+        decoder(**self.inputs, **({"use_cache": False} if has_cache else {}))
 
     def flat(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return x, one row per token, as (batch · length, d) in the order of `kept`; None where that is not its shape.
@@ -186,7 +184,7 @@ def pieces(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index + call * 2_654_435_761)  # of 32 bits
         return (torch.randn(ends[-1], SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5).to(runs_on)
 
-    omega, packed = draw(0), bool(_begins_again(batch).any())
+    omega = draw(0)
     parts = zip(*(value.split(rows) for value in inputs.values()), masks, [0, *ends], ends)
     return [
         TokenBatch(
@@ -196,19 +194,43 @@ def pieces(
             None if mask.all() else mask.nonzero()[:, 0].to(runs_on),
             omega[start:end],
             lambda call, start=start, end=end: draw(call)[start:end],
-            packed,
             counted,
         )
         for i, (*values, mask, start, end) in enumerate(parts)
     ]
 
 
-def _begins_again(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return where a token of a row has a position no higher than the one before it, (batch, length − 1) bool."""
-    masks = torch.as_tensor(batch["attention_mask"]).cpu().bool()
-    if "position_ids" not in batch:
-        return torch.zeros_like(masks[:, 1:])
-    return masks[:, 1:] & masks[:, :-1] & (torch.as_tensor(batch["position_ids"]).cpu().diff() <= 0)
+def texts_in(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Return the texts of a batch without their padding, `input_ids` and maybe `position_ids`, (length,) each.
+
+    A row holds several where positions begin again.
+    """
+    given = {key: torch.as_tensor(batch[key]).cpu() for key in INPUTS if batch.get(key) is not None}
+    masks, texts = given.pop("attention_mask").bool(), []
+    for mask, *values in zip(masks, *given.values()):
+        kept = {key: value[mask] for key, value in zip(given, values)}
+        begins = (kept.get("position_ids", torch.arange(len(kept["input_ids"]))).diff() <= 0).nonzero()[:, 0] + 1
+        texts += [dict(zip(kept, text)) for text in zip(*(value.tensor_split(begins) for value in kept.values()))]
+    return [text for text in texts if len(text["input_ids"])]
+
+
+def _one_text_a_row(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return a batch whose rows hold several texts as batches of one text a row, padded at the end and none larger than it.
+
+    Not every model sees by the positions where a text begins: convolutions, states and tables do not.
+    """
+    texts = texts_in(batch)
+    if len(texts) == int(batch["attention_mask"].any(1).sum()):
+        return [batch]
+    texts.sort(key=lambda text: len(text["input_ids"]))
+    size, found = batch["input_ids"].numel(), []
+    while texts:
+        count = next(n for n in range(len(texts), 0, -1) if n * len(texts[n - 1]["input_ids"]) <= size)
+        group, texts = texts[:count], texts[count:]
+        rows = {key: pad_sequence([text[key] for text in group], batch_first=True) for key in group[0]}
+        mask = pad_sequence([torch.ones_like(text["input_ids"]) for text in group], batch_first=True)
+        found.append({"input_ids": rows.pop("input_ids"), "attention_mask": mask, **rows})
+    return found
 
 
 def measure_inputs(
@@ -280,7 +302,7 @@ def check_architecture(model: nn.Module) -> None:
 def checked_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], min_tokens: int = 1
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the batches as int64 tensors on the CPU, with positions that padding on the left does not move.
+    """Return the batches as int64 tensors on the CPU, one text a row, with positions that padding on the left does not move.
 
     A model that looks positions up counts them from the first column; where that is padding, the tokens are counted.
 
@@ -298,11 +320,12 @@ def checked_batches(
     checked = []
     for number, batch in enumerate(batches, start=1):
         try:
-            checked.append(_checked_batch(batch, vocabulary, limit, counts=counts))
+            found = _checked_batch(batch, vocabulary, limit, counts=counts)
             if other := next((key for key in batch if key in others and is_input(batch[key])), None):
                 raise ValueError(f"has {other}, which changes what is read and is not measured; give text alone")
-            if "position_ids" in checked[-1] and not takes:
+            if "position_ids" in found and not takes:
                 raise ValueError(f"has position_ids, which {type(inner).__name__} does not take; leave them out")
+            checked += _one_text_a_row(found)
         except ValueError as reason:
             raise UserError(f"calibration: batch {number} {reason}") from None
     if not checked:
@@ -345,8 +368,6 @@ def _checked_batch(
     positions = found.get("position_ids", columns)
     if positions.min() < 0:
         raise ValueError("has negative position_ids")
-    if _begins_again(found).any() and ((1 - mask[:, :-1]) * mask[:, 1:] * (positions.diff() == 1)).any():
-        raise ValueError("has texts packed behind padding whose positions they continue; put the padding at the end")
     if limit is not None and limit.hard and positions.max() >= limit.tokens:
         raise ValueError(f"has {positions.max() + 1} positions, {limit}")
     return found

@@ -73,18 +73,29 @@ GRANITE = tf.GraniteMoeHybridConfig(
     layer_types=["mamba"], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, intermediate_size=48,
     shared_intermediate_size=48, num_local_experts=0,
 )  # fmt: skip
+NOT_BY_POSITIONS = {  # whose layers or masks do not see by the positions where a text begins
+    "lfm2": tf.Lfm2Config(**GATED, layer_types=["conv", "full_attention"], block_multiple_of=8, conv_L_cache=3),
+    "jamba": tf.JambaConfig(
+        **GATED, attn_layer_period=2, attn_layer_offset=1, num_experts=1, use_mamba_kernels=False, mamba_d_state=4,
+        mamba_dt_rank=4,
+    ),
+    "xglm": tf.XGLMConfig(
+        vocab_size=101, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+    ),
+    "biogpt": tf.BioGptConfig(**{**SMALL, "max_position_embeddings": 64}, intermediate_size=48),
+}  # fmt: skip
 MASKED = ("albert",)  # has no causal form
 FLOAT32 = {"xlnet", "gptj", "gpt_neo", "codegen"}  # their attention, whatever the model's dtype
 EAGER = {"mixtral", "qwen3_moe"}  # whose faster experts know no float64
-UNCALLED = {"mamba": "dt_proj"}  # multiplied with, not called
+UNCALLED = {"mamba": "dt_proj", "jamba": "dt_proj"}  # multiplied with, not called
 
 
 def model_of(name):
     torch.manual_seed(0)
     kind = tf.AutoModelForMaskedLM if name in MASKED else tf.AutoModelForCausalLM
     eager = {"experts_implementation": "eager"} if name in EAGER else {}
-    dtype = torch.float32 if name == "xlnet" else torch.float64  # XLNet makes float32 masks of its own
-    model = kind.from_config((LAYERS | HOOKS)[name], dtype=dtype, **eager).eval()
+    dtype = torch.float32 if name in ("xlnet", "xglm", "jamba") else torch.float64  # which make float32 of their own
+    model = kind.from_config((LAYERS | HOOKS | NOT_BY_POSITIONS)[name], dtype=dtype, **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms that matter
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -243,6 +254,28 @@ def test_padding_on_the_left_moves_no_position(name, form):
         found.append({stats.modules[0]: stats.gram for part in parts for stats in part.inputs})
     for key, gram in found[0].items():
         assert torch.allclose(found[1][key], gram, rtol=1e-5, atol=1e-6 * float(gram.trace())), key
+
+
+@pytest.mark.parametrize("form", ["layers", "hooks"])
+@pytest.mark.parametrize("padding", [[], [0, 1], [7, 8, 18]], ids=["whole", "before", "between and behind"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neo", "bert", "llama", "gemma3", *NOT_BY_POSITIONS])
+def test_texts_packed_into_one_row_do_not_read_each_other(name, padding, form):
+    model = model_of(name)
+    modules = {key: x for key, x in targets(model).items() if not key.endswith(UNCALLED.get(name, "-"))}
+    texts = [part["input_ids"][:, :length] for part, length in zip(BATCHES, (7, 3, 6))]
+    mask = torch.ones(4, 16 + len(padding), dtype=torch.long)
+    mask[:, padding] = 0
+    packed = {"input_ids": mask * 5, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    packed["input_ids"][mask.bool()] = torch.cat(texts, 1).flatten()
+    packed["position_ids"][mask.bool()] = torch.cat([torch.arange(ids.shape[1]) for ids in texts]).repeat(4)
+    found = []
+    for batches in ([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts], [packed]):
+        walked = walk_layers(model, modules, batches, progress=False) if form == "layers" else ()
+        parts = [part for _, part in walked] or [measure_inputs(model, modules, batches, progress=False)]
+        found.append({stats.modules[0]: (stats.gram, stats.tokens) for part in parts for stats in part.inputs})
+    for key, (gram, tokens) in found[0].items():
+        assert torch.allclose(found[1][key][0], gram, rtol=1e-5, atol=1e-6 * float(gram.trace())), key
+        assert tokens == found[1][key][1] == 64
 
 
 def test_positions_that_a_batch_gives_are_read():

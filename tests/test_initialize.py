@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
-from lora_null.calibration import InputMeter, measure_inputs
+from lora_null.calibration import InputMeter, checked_batches, measure_inputs
 from lora_null.earlier import Earlier, keep_grams
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
@@ -374,7 +374,6 @@ def test_mistakes_are_said_before_anything_changes(message):
 
 
 IDS, MASK = PROBE["input_ids"], PROBE["attention_mask"]
-BEHIND = torch.tensor([0, 0] + [1] * 10).expand(8, 12)
 
 
 @pytest.mark.parametrize("form", ["auto", "hooks"])
@@ -392,13 +391,6 @@ BEHIND = torch.tensor([0, 0] + [1] * 10).expand(8, 12)
         ({"attention_mask": None}, "has no attention_mask"),
         ({"position_ids": MASK - 1}, "has negative position_ids"),
         (
-            {
-                "attention_mask": BEHIND,
-                "position_ids": torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]).expand(8, 12),
-            },
-            "has texts packed behind padding whose positions they continue; put the padding at the end",
-        ),
-        (
             {"inputs_embeds": torch.ones(8, 12, 32)},
             "has inputs_embeds, which changes what is read and is not measured",
         ),
@@ -411,16 +403,29 @@ def test_what_is_no_batch_for_the_model_is_named(second, message, form):
         initialize_lora_null_weights(wrapped(), [PROBE, second], min_tokens=1, form=form)
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_texts_packed_into_one_row_do_not_read_each_other(padding):
+def test_packed_batches_get_no_larger():
+    ids, positions = torch.arange(5, 45)[None], torch.cat([torch.arange(30), torch.zeros(10, dtype=torch.long)])[None]
+    packed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    one_each, long = checked_batches(tiny_model(), [packed])
+    assert one_each["input_ids"].tolist() == [[i] for i in range(35, 45)]
+    assert long["input_ids"].tolist() == [[*range(5, 35)]]
+    again = checked_batches(tiny_model(), [one_each, long])
+    assert all(torch.equal(a[key], b[key]) for a, b in zip((one_each, long), again, strict=True) for key in packed)
+
+
+@pytest.mark.parametrize("padding, before", [(0, 0), (3, 0), (3, 2)])
+def test_texts_packed_into_one_row_do_not_read_each_other(padding, before):
     model = tiny_model().double()
     modules = {name: model.get_submodule(name) for name in linears(model)}
     texts = [part["input_ids"][:, :length] for part, length in zip(BATCHES, (7, 5, 6))]
     apart = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
     ids, positions = torch.cat(texts, 1), torch.cat([torch.arange(ids.shape[1]) for ids in texts])
     end = nn.functional.pad
-    packed = {"input_ids": end(ids, (0, padding)), "attention_mask": end(torch.ones_like(ids), (0, padding))}
-    packed["position_ids"] = end(positions.expand_as(ids), (0, padding))
+    around = (before, padding)  # what stands before has positions that the first text may go on from
+    packed = {"input_ids": end(ids, around), "attention_mask": end(torch.ones_like(ids), around)}
+    packed["position_ids"] = end(positions.expand_as(ids), around)
+    packed["position_ids"][:, : before + 7] = torch.arange(before + 7)
+    apart[0]["position_ids"] = torch.arange(before, before + 7).expand_as(texts[0])
     of_each = measure_inputs(model, modules, apart, progress=False)
     walked = [part for _, part in walk_layers(model, modules, [packed], progress=False)]
     for part in (measure_inputs(model, modules, [packed], progress=False), *walked):

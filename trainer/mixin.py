@@ -24,7 +24,7 @@ from transformers.utils import is_liger_kernel_available
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
-from lora_null.calibration import checked_batches
+from lora_null.calibration import checked_batches, texts_in
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, checkpoint_name, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
@@ -836,9 +836,7 @@ class LoraNullMixin(SavingMixin):
     @property
     def calibration_texts(self) -> list[list[int]]:
         """The calibration windows as token ids, without padding."""
-        batches = self.calibration_batches
-        pairs = (pair for batch in batches for pair in zip(batch["input_ids"], batch["attention_mask"]))
-        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+        return [text["input_ids"].tolist() for batch in self.calibration_batches for text in texts_in(batch)]
 
     def _batches(self) -> list[dict[str, Any]]:
         batches = as_batches(self._calibration_dataset, self.processing_class, self._calibration_args)
