@@ -8,7 +8,9 @@ from chats import assistant, chat_tokenizer, user
 from datasets import Dataset, DatasetDict, IterableDataset
 from tiny import tiny_tokenizer
 from torch.utils.data import DataLoader
+from trl import pack_dataset
 
+from lora_null.calibration import texts_in
 from lora_null.trainer import CalibrationArgs, calibration_windows
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.utils.errors import UserError
@@ -81,6 +83,18 @@ class TestMasksOfReadyRowsCount:
             list(rows[1]["position_ids"])
         ]
 
+    @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+    def test_rows_that_trl_has_packed(self, strategy):
+        rows = pack_dataset(Dataset.from_dict({"input_ids": IDS}), seq_length=64, strategy=strategy)
+        assert len(rows) < len(IDS)
+        assert same(rows) == same(list(rows)) == same(rows.with_format("torch")) == sorted(map(tuple, IDS))
+        batches = as_batches(DataLoader(rows.with_format("torch"), batch_size=1), tiny_tokenizer(), CUT)
+        assert sorted(tuple(text["input_ids"].tolist()) for x in batches for text in texts_in(x)) == same(rows)
+        behind = [{key: x[::-1] for key, x in row.items()} for row in padded("left")]
+        cut = [{**row, "seq_lengths": [2, len(ids) - 2]} for row, ids in zip(behind, IDS)]
+        cut[0]["attention_mask"] = [bool(x) for x in cut[0]["attention_mask"]]
+        assert same(cut) == sorted(tuple(part) for ids in IDS for part in (ids[::-1][:2], ids[::-1][2:]))
+
     def test_what_a_tokenizer_gives(self):
         encoded = tiny_tokenizer()(TEXTS, padding=True)
         assert (
@@ -113,6 +127,9 @@ class TestMasksOfReadyRowsCount:
             ({"input_ids": None}, "row 2: "),
             ({"input_ids": [5, 6], "position_ids": [0]}, r"row 2: input_ids \[2\] with position_ids \[1\]"),
             ({"input_ids": [[5, 6]]}, "row 2: "),
+            ({"input_ids": [5, 6], "seq_lengths": [1]}, "row 2 has seq_lengths that do not add up to its tokens"),
+            ({"input_ids": [5, 6], "seq_lengths": [3, -1]}, "row 2 has seq_lengths that do not add up to its tokens"),
+            ({"input_ids": [5, 6], "seq_lengths": 2}, "row 2 has seq_lengths that do not add up to its tokens"),
             ({"input_ids": [5, 6], "token_type_ids": [0, 1]}, "row 2 has token_type_ids, which changes what is read"),
             ({"input_ids": [5, 6], "pixel_values": torch.rand(3, 4, 4)}, "row 2 has pixel_values"),
             ({"text": "a"}, "row 2 has no input_ids"),

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.calibration import is_input
+from lora_null.calibration import is_input, texts_in
 from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
@@ -175,11 +175,11 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
     Args:
         dataset: rows of one kind: texts; conversations (lists of messages), which the model's chat template writes; dicts
             with one of either in a field `text`, `messages` or `conversations`; windows, dicts with `input_ids`, where
-            they are padded `attention_mask`, and maybe `position_ids`; or batches of windows, (batch, length) each. In a
-            list, a data set (of a `DatasetDict` the only split or "train"), a `DataFrame`, a dict of lists, or anything that
-            can be iterated. A single string is one text. Of a stream, which has no length, no more is read than is needed: `args.samples`
-            windows; or 16 texts for each, from which they are drawn, and more only until these fill them. Of a large
-            `Dataset` of texts as many, at random.
+            they are padded `attention_mask`, and maybe `position_ids`, or the `seq_lengths` of texts that TRL has packed;
+            or batches of windows, (batch, length) each. In a list, a data set (of a `DatasetDict` the only split or
+            "train"), a `DataFrame`, a dict of lists, or anything that can be iterated. A single string is one text. Of a
+            stream, which has no length, no more is read than is needed: `args.samples` windows; or 16 texts for each, from
+            which they are drawn, and more only until these fill them. Of a large `Dataset` of texts as many, at random.
         tokenizer: for texts, and for its padding token; or a processor that holds it. None goes with ready windows.
         args: how windows are cut from texts. Ready windows are used as they are, without their padding.
 
@@ -207,9 +207,14 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
         return padded_batches(calibration_windows(rows, tokenizer, args), pad)
     batches, windows, dimensions = [], 0, 0
     for number, row in enumerate(rows, start=1):
-        batches.append(_batch(row, number, pad_token_id, dimensions))
-        dimensions = batches[-1]["input_ids"].dim()
-        windows += len(batches[-1]["input_ids"]) if dimensions == 2 else 1
+        batch = _batch(row, number, pad_token_id, dimensions)
+        dimensions = batch["input_ids"].dim()
+        if dimensions == 1 and row.get("seq_lengths") is not None:
+            texts = [text["input_ids"] for text in texts_in({key: x[None] for key, x in batch.items()})]
+            batches += [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in texts]
+        else:
+            batches.append(batch)
+        windows = len(batches) if dimensions == 1 else windows + len(batch["input_ids"])
         if is_stream and windows >= args.samples:
             logger.warning(f"calibration: the first {windows} windows of the stream are taken")
             break
@@ -327,9 +332,25 @@ def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str,
             raise UserError(f"{where} is padded (token {pad}) and has no attention_mask, so padding would be measured")
     if not mask.any():
         raise UserError(f"{where} has no tokens")
+    if (lengths := row.get("seq_lengths")) is not None:
+        positions = _positions(lengths, mask, where)
     found = {"input_ids": ids, "attention_mask": mask}
     if positions is None:
         return found
     if positions.shape != ids.shape:
         raise UserError(f"{where}: input_ids {list(ids.shape)} with position_ids {list(positions.shape)}")
     return found | {"position_ids": positions}
+
+
+def _positions(lengths: Any, mask: torch.Tensor, where: str) -> torch.Tensor:
+    """Return the positions of a window, or of a batch of them, whose texts TRL has packed: they begin again with each."""
+    try:
+        sizes = [[int(n) for n in row] for row in ([lengths] if mask.dim() == 1 else lengths)]
+    except (TypeError, ValueError):
+        sizes = []
+    tokens = mask.reshape(-1, mask.shape[-1]).sum(1).tolist()
+    if [sum(row) for row in sizes] != tokens or any(n < 0 for row in sizes for n in row):
+        raise UserError(f"{where} has seq_lengths that do not add up to its tokens")
+    positions = torch.zeros(mask.shape, dtype=torch.int64)
+    positions[mask.bool()] = torch.cat([torch.arange(n) for row in sizes for n in row])
+    return positions
