@@ -32,6 +32,9 @@ from lora_null.utils.quantized import base_layer_of, weight_of
 SKETCH_COLUMNS = 64
 ENERGY_ROWS = 1024
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the last may be absent
+# What a forward pass takes that changes nothing in its layers.
+NOT_READ = ("labels", "logits_to_keep", "num_logits_to_keep", "return_dict", "use_cache")
+NOT_READ += ("output_attentions", "output_hidden_states", "output_router_logits")
 CPU_TOKENS = 1024  # of one forward pass on a CPU: more, and the activations leave its caches (10% slower at 4,096)
 logger = get_logger(__name__)
 
@@ -315,8 +318,7 @@ def checked_batches(
     limit = position_limit(config) if isinstance(config, PreTrainedConfig) else None
     takes = "position_ids" in inspect.signature(backbone(model).forward).parameters
     counts = takes and isinstance(config, PreTrainedConfig) and is_shifted_by_padding(config)
-    others = {name for part in (inner, backbone(model)) for name in inspect.signature(part.forward).parameters}
-    others -= {*INPUTS, "labels"}
+    others = other_inputs(model)
     checked = []
     for number, batch in enumerate(batches, start=1):
         try:
@@ -371,6 +373,18 @@ def _checked_batch(
     if limit is not None and limit.hard and positions.max() >= limit.tokens:
         raise ValueError(f"has {positions.max() + 1} positions, {limit}")
     return found
+
+
+def other_inputs(model: nn.Module) -> set[str]:
+    """Return what a model reads beside tokens, by the signatures of its forward passes: images, token types, …"""
+    forwards = (inspect.signature(part.forward) for part in (base_model_of(model), backbone(model)))
+    named = {
+        p.name
+        for taken in forwards
+        for p in taken.parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    return named - {*INPUTS, *NOT_READ}
 
 
 def is_input(value: Any) -> bool:

@@ -6,12 +6,15 @@ import pytest
 import torch
 from chats import assistant, chat_tokenizer, user
 from datasets import Dataset, DatasetDict, IterableDataset
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
-from trl import pack_dataset
+from trainers import ROWS, quick
+from transformers import LlamaForCausalLM
+from trl import SFTConfig, pack_dataset
 
+from lora_null import LoraNullConfig
 from lora_null.calibration import texts_in
-from lora_null.trainer import CalibrationArgs, calibration_windows
+from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.utils.errors import UserError
 
@@ -112,6 +115,26 @@ class TestMasksOfReadyRowsCount:
     def test_without_a_mask_nothing_is_padding(self):
         assert same([{"input_ids": ids} for ids in IDS]) == sorted(map(tuple, IDS))
         assert same([{"input_ids": torch.tensor([ids])} for ids in IDS]) == sorted(map(tuple, IDS))
+
+    def test_what_this_model_reads_beside_tokens_is_refused_and_other_columns_are_not(self, tmp_path):
+        class Reads(LlamaForCausalLM):
+            def forward(self, input_ids=None, visual=None, image_embeds=None, **kwargs):
+                return super().forward(input_ids, **kwargs)
+
+        beside = dict(source="web", images=["a.png"], labels=[5] * 8, completion_mask=[1] * 8, kwargs=3, use_cache=True, logits_to_keep=1)  # fmt: skip
+        rows = [{"input_ids": list(range(5, 13)), **beside, "visual": 0, "image_embeds": None} for _ in range(40)]
+
+        def batches(*more):
+            model = Reads(tiny_model().config)
+            return LoraNullSFTTrainer(
+                model=model, args=SFTConfig(**quick(tmp_path)), train_dataset=ROWS, calibration_dataset=[*rows, *more],
+                peft_config=LoraNullConfig(r=4, target_modules=["q_proj"]), processing_class=tiny_tokenizer(),
+            ).calibration_batches  # fmt: skip
+
+        assert sum(len(batch["input_ids"]) for batch in batches()) == 40
+        for name in ("visual", "image_embeds"):
+            with pytest.raises(UserError, match=f"calibration: row 41 has {name}, which changes what is read"):
+                batches({**rows[0], name: torch.ones(3, 4)})
 
     @pytest.mark.parametrize(
         "row, reason",

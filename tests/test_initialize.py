@@ -403,6 +403,17 @@ def test_what_is_no_batch_for_the_model_is_named(second, message, form):
         initialize_lora_null_weights(wrapped(), [PROBE, second], min_tokens=1, form=form)
 
 
+def test_what_changes_nothing_in_the_layers_may_stand_in_a_batch():
+    beside = {
+        "use_cache": torch.tensor(True),
+        "logits_to_keep": 1,
+        "labels": IDS,
+        "output_attentions": torch.tensor(1),
+    }
+    (found,) = checked_batches(tiny_model(), [{**PROBE, **beside}])
+    assert found.keys() == PROBE.keys() and all(torch.equal(found[key], PROBE[key]) for key in PROBE)
+
+
 def test_packed_batches_get_no_larger():
     ids, positions = torch.arange(5, 45)[None], torch.cat([torch.arange(30), torch.zeros(10, dtype=torch.long)])[None]
     packed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}

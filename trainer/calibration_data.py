@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from numbers import Integral
@@ -29,7 +29,8 @@ TOKENS_PER_BATCH = 4096
 STREAM = 16  # texts of a stream that are read for each window, before the draw
 MODES = ("packed", "separate")
 FIELDS = ("text", "messages", "conversations")  # of a row that is no window
-OTHER_INPUTS = ("pixel_values", "inputs_embeds", "input_features", "token_type_ids")  # beside the tokens of a window
+# Beside the tokens of a window, whatever the model.
+OTHER_INPUTS = ("pixel_values", "inputs_embeds", "input_features", "token_type_ids")
 logger = get_logger(__name__)
 
 
@@ -169,7 +170,9 @@ def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield group
 
 
-def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict[str, Any]]:
+def as_batches(
+    dataset: Any, tokenizer: Any, args: CalibrationArgs, reads: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Turn what a user may pass as `calibration_dataset` into batches.
 
     Args:
@@ -182,6 +185,7 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
             which they are drawn, and more only until these fill them. Of a large `Dataset` of texts as many, at random.
         tokenizer: for texts, and for its padding token; or a processor that holds it. None goes with ready windows.
         args: how windows are cut from texts. Ready windows are used as they are, without their padding.
+        reads: what the model takes beside tokens, see `other_inputs`. A window that holds it is refused.
 
     Raises:
         UserError: rows of any other kind, by number; or none.
@@ -207,7 +211,7 @@ def as_batches(dataset: Any, tokenizer: Any, args: CalibrationArgs) -> list[dict
         return padded_batches(calibration_windows(rows, tokenizer, args), pad)
     batches, windows, dimensions = [], 0, 0
     for number, row in enumerate(rows, start=1):
-        batch = _batch(row, number, pad_token_id, dimensions)
+        batch = _batch(row, number, pad_token_id, dimensions, {*OTHER_INPUTS, *reads})
         dimensions = batch["input_ids"].dim()
         if dimensions == 1 and row.get("seq_lengths") is not None:
             texts = [text["input_ids"] for text in texts_in({key: x[None] for key, x in batch.items()})]
@@ -307,12 +311,14 @@ def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
         raise UserError(f"calibration: row {number} cannot be used: {name}{error}") from None
 
 
-def _batch(row: Any, number: int, pad: int | None, dimensions: int) -> dict[str, torch.Tensor]:
+def _batch(
+    row: Any, number: int, pad: int | None, dimensions: int, others: Collection[str]
+) -> dict[str, torch.Tensor]:
     """Return ids, mask and positions of a window or a batch; a mask of ones where there is none and no padding is seen."""
     where = f"calibration: row {number}"
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise UserError(f"{where} has no input_ids, as the first has")
-    if other := next((key for key in OTHER_INPUTS if key in row and is_input(row[key])), None):
+    if other := next((key for key in row if key in others and is_input(row[key])), None):
         raise UserError(f"{where} has {other}, which changes what is read and is not measured; give text alone")
     given, positions = row.get("attention_mask"), row.get("position_ids")
     try:

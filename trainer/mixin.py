@@ -24,7 +24,7 @@ from transformers.utils import is_liger_kernel_available
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path
 
-from lora_null.calibration import checked_batches, texts_in
+from lora_null.calibration import checked_batches, other_inputs, texts_in
 from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, checkpoint_name, open_to_shard
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
@@ -839,7 +839,8 @@ class LoraNullMixin(SavingMixin):
         return [text["input_ids"].tolist() for batch in self.calibration_batches for text in texts_in(batch)]
 
     def _batches(self) -> list[dict[str, Any]]:
-        batches = as_batches(self._calibration_dataset, self.processing_class, self._calibration_args)
+        reads = other_inputs(self.model)
+        batches = as_batches(self._calibration_dataset, self.processing_class, self._calibration_args, reads)
         if self._preflight != "off":
             check_windows(batches, self.model.config, self._preflight)
         return batches
