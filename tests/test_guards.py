@@ -26,9 +26,13 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     LlamaForTokenClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
     Trainer,
     TrainingArguments,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 from world import make_world
 
@@ -440,6 +444,37 @@ class TestEndToken:
         )
         trainer.train()
         assert trainer.state.global_step == 1
+
+    @pytest.mark.parametrize(
+        "labels, said", [([-100] * 3, "every label is masked"), ([-100, 6, -100], "is in no label")]
+    )
+    def test_next_tokens_of_a_model_whose_head_has_another_name(self, tmp_path, labels, said):
+        class Own(LlamaPreTrainedModel):
+            def __init__(self, config):
+                super().__init__(config)
+                self.model, self.output_layer = LlamaModel(config), torch.nn.Linear(config.hidden_size, 101)
+                self.post_init()
+
+            def forward(self, input_ids=None, attention_mask=None, labels=None, **_):
+                logits = self.output_layer(self.model(input_ids, attention_mask=attention_mask).last_hidden_state)
+                return CausalLMOutput(ForCausalLMLoss(logits, labels, 101), logits)
+
+        def train(labels):
+            trainer = PlainTrainer(
+                model=get_peft_model(Own(tiny_model().config), LoraConfig(r=4, target_modules=["q_proj"])),
+                args=TrainingArguments(**quick(tmp_path, max_steps=1)),
+                train_dataset=Dataset.from_dict({"input_ids": [[5, 6, END]] * 8, "labels": [labels] * 8}),
+                data_collator=DataCollatorForTokenClassification(tiny_tokenizer()),
+                processing_class=tiny_tokenizer(),
+            )
+            trainer.train()
+            return trainer.state.global_step
+
+        with pytest.raises(UserError, match=said):
+            train(labels)
+        assert (
+            train([-100, 6, END]) == train([-100, 1, 0]) == 1
+        )  # the latter are those of a token classifier of one's own
 
 
 class _MaskingCollator(DataCollatorForLanguageModeling):

@@ -803,13 +803,15 @@ class LoraNullMixin(SavingMixin):
     def labels_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the tokens that a collated batch teaches, (rows, length), −100 where none; None where labels are none.
 
-        As those of a token classifier, or of a model that fills gaps, whose answers have no end.
+        As those of a token classifier, or of a model that fills gaps, whose answers have no end. A model whose head is not
+        found may be one of these, or a language model that calls it otherwise: then labels are the tokens where they stand.
         """
-        head = getattr(base_model_of(self.model), "get_output_embeddings", lambda: None)()
-        if head is None or why_unsupported(self.model.config):
-            return None
         ids, labels = batch.get("input_ids"), batch.get("labels")
-        return labels if torch.is_tensor(ids) and torch.is_tensor(labels) and ids.shape == labels.shape else None
+        if not (torch.is_tensor(ids) and torch.is_tensor(labels) and ids.shape == labels.shape):
+            return None
+        head = getattr(base_model_of(self.model), "get_output_embeddings", lambda: None)()
+        differ = head is None and bool(((labels != ids) & (labels != -100)).any())
+        return None if differ or why_unsupported(self.model.config) else labels
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
