@@ -18,7 +18,7 @@ from test_dpo import LoraNullGRPOTrainer
 from test_dpo import make as make_dpo
 from test_trainer import losses, make
 from tiny import logits, random_batches, tiny_model, tiny_tokenizer
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Sampler
 from trainers import CUT, PAIRS, ROWS, TEXTS, quick
 from transformers import (
     AutoModelForCausalLM,
@@ -290,6 +290,27 @@ def test_rows_that_several_processes_repeat_are_told(caplog, rows, repeated, cha
     told = f"{rows} rows do not fill the last batches of 2 processes, which take {repeated} of the first rows again"
     assert (told in caplog.text) == bool(repeated) and bool(caplog.text) == bool(repeated)
     assert changes or len(taken) - rows == repeated
+
+
+class _Unsized(Sampler):
+    def __iter__(self):
+        return iter(range(48))
+
+
+class _NotSaying(_Unsized):
+    def __len__(self):
+        raise TypeError
+
+
+@pytest.mark.parametrize("sampler", [None, _Unsized(), _NotSaying()], ids=["none", "unsized", "says not"])
+def test_a_sampler_that_does_not_say_how_many_it_takes(tmp_path, sampler, caplog, monkeypatch):
+    monkeypatch.setattr(LoraNullSFTTrainer, "_get_train_sampler", lambda *_: sampler)
+    trainer = make(tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    trainer.accelerator = SimpleNamespace(num_processes=5)
+    check_last_batches(trainer, "error")
+    assert "48 rows do not fill the last batches of 5 processes" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["sft", "a second trainer", "dpo", "full"])

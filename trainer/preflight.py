@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, factors_of
 from lora_null.targets import refuse_experts, warn_about_fused_experts
@@ -280,7 +281,8 @@ def check_last_batches(trainer: Any, mode: Mode) -> None:
     if not isinstance(rows, Sized):
         return
     of_its_own = type(trainer)._get_train_sampler is not Trainer._get_train_sampler
-    taken = len(trainer._get_train_sampler(rows) if of_its_own else rows)
+    sampler = trainer._get_train_sampler(rows) if of_its_own else None
+    taken = len(sampler) if has_length(sampler) else len(rows)  # a sampler that does not say takes each row once
     pass_over_all = processes * args.train_batch_size
     if not taken:
         raise_or_warn(mode, f"training data: its {len(rows)} rows do not fill a batch; give more, or smaller batches")
