@@ -248,7 +248,8 @@ class LoraNullLinear(Linear):
     started: frozenset[str] = frozenset()
     bases: Mapping[str, NullBasis] = MappingProxyType({})
     projected_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
-    _projected_versions: Mapping[str, int] = MappingProxyType({})
+    # Adapter → the id of its A, and A's version when it lay in its span; None where what was written lies there.
+    _projected: Mapping[str, tuple[int, int | None]] = MappingProxyType({})
     _not_trained_yet: frozenset[str] = frozenset()  # adapters of a LoraNullConfig, until their first training pass
     _of_null_basis: frozenset[str] = frozenset()  # adapters of variant nb
     _base_is_merging = False
@@ -288,39 +289,43 @@ class LoraNullLinear(Linear):
         super().__setstate__(state)
         if self.bases:  # a copy, or one that was pickled
             _LAYERS_WITH_BASIS.add(self)
+            self._take_as_projected()
 
     def set_basis(self, adapter_name: str, basis: NullBasis) -> None:
         """Keep A, which lies in the span of a basis, there from now on."""
         self.bases = {**self.bases, adapter_name: basis}
-        self._projected_versions = {}
+        self._take_as_projected()
         _LAYERS_WITH_BASIS.add(self)
+
+    def _take_as_projected(self) -> None:
+        """Take each A that is kept in a basis, as it is and as it is written until the next pass, for one inside."""
+        self._projected = {name: (id(factors_of(self, name)[0]), None) for name in self.bases}
 
     def project_A(self, adapter_name: str) -> None:
         """Put A, whole on this rank, back into the span of its basis."""
         A = factors_of(self, adapter_name)[0]
         self.bases[adapter_name].project_(A)
-        self._projected_versions = {**self._projected_versions, adapter_name: A._version}
+        self._projected = {**self._projected, adapter_name: (id(A), A._version)}
 
     def is_projected(self, adapter_name: str) -> bool:
         """Return whether an optimizer's step has put A back, and nobody has written to it since."""
-        version = factors_of(self, adapter_name)[0]._version
-        return adapter_name in self.projected_by_step and self._projected_versions.get(adapter_name) == version
+        A = factors_of(self, adapter_name)[0]
+        return adapter_name in self.projected_by_step and self._projected.get(adapter_name) == (id(A), A._version)
 
     def _project_moved(self) -> None:
         """Put those A back that something else than an optimizer has moved since.
 
-        What was written or loaded just now is inside; its very bits stay.
+        What was written or loaded just now is inside; its very bits stay. What stands in for A in this pass alone, as in
+        `torch.func.functional_call`, is its owner's.
         """
         for name in self.bases if self.training and not torch.compiler.is_compiling() else ():
             A = factors_of(self, name)[0]
-            if name not in self._projected_versions:
-                self._projected_versions = {**self._projected_versions, name: A._version}
-            elif (
-                isinstance(A, nn.Parameter)
-                and A.requires_grad
-                and not is_sharded(A)
-                and A._version != self._projected_versions[name]
-            ):
+            own, version = self._projected.get(name, (id(A), None))
+            if own != id(A) or not isinstance(A, nn.Parameter):
+                continue
+            if version is None:
+                self._projected = {**self._projected, name: (own, A._version)}
+            elif A.requires_grad and not is_sharded(A) and A._version != version:
                 self.project_A(name)
 
     def _warn_if_not_initialized(self) -> None:
@@ -587,7 +592,9 @@ class LoraNullLinear(Linear):
             A = state_dict.get(f"{prefix}lora_A.{name}.weight")
             if A is not None and A.numel() and A.shape == factors_of(self, name)[0].shape:
                 self._check_inside(name, A, module)
-        self._projected_versions = {}
+        self._take_as_projected()
+        if args and args[0].get("assign_to_params_buffers"):  # another tensor will be A
+            self._projected = {}
         self.started |= {name for name in self.lora_A if f"{prefix}lora_A.{name}.weight" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

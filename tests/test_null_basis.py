@@ -142,14 +142,31 @@ def test_what_was_written_past_autograd_is_put_back_too():
     assert outside(peft_model) < 1e-6
 
 
-def test_tensors_that_stand_in_for_the_parameters_are_left_alone():
+@pytest.mark.parametrize("kind", [torch.Tensor.detach, torch.nn.Parameter])
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_tensors_that_stand_in_for_the_parameters_are_left_alone(kind, trained_before, copied):
     """As in evolution strategies, which try many at once."""
-    peft_model = started()
-    given = {name: p.detach() + 1 for name, p in peft_model.named_parameters() if p.requires_grad}
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    for _ in range(2):
+    peft_model = copy.deepcopy(started()) if copied else started()
+    if trained_before:
+        peft_model(**BATCHES[0])
+    given = {name: kind(p.detach() + 1) for name, p in peft_model.named_parameters() if p.requires_grad}
+    for _ in range(3):
+        before = {name: tensor.detach().clone() for name, tensor in given.items()}
         torch.func.functional_call(peft_model, given, (), dict(BATCHES[0]))
-    assert all(torch.equal(given[name], before[name]) for name in given)
+        assert all(torch.equal(given[name], before[name]) for name in given)
+        with torch.no_grad():
+            for tensor in given.values():
+                tensor.add_(1)
+    if not trained_before:
+        peft_model(**BATCHES[0])
+    with torch.no_grad():
+        for layer in adapted_layers(peft_model).values():
+            factors_of(layer)[0].add_(1)
+    torch.func.functional_call(peft_model, given, (), dict(BATCHES[0]))
+    assert outside(peft_model) > 0.01
+    peft_model(**BATCHES[0])  # the model's own are put back as ever
+    assert outside(peft_model) < 1e-6
 
 
 ROUNDED = {"float32": 1e-6, "bfloat16": 0.01}
