@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
+from types import CodeType
 from typing import Any, get_args
 
 import torch
@@ -45,6 +46,7 @@ from lora_null.utils.model_state import (
     base_model_of,
     foreign_code_in,
     foreign_functions,
+    home_of,
     is_of_library,
     own_code_at,
     own_precision,
@@ -435,21 +437,33 @@ def _key(
 def _code_of(start: Rule | WholeModel | None, model: nn.Module) -> str:
     """Return a hash of the class of every module, and of the files that decide a start and may be edited.
 
-    These are of a method or a model of one's own, and of functions that were put into classes of libraries.
+    These are of a method or a model of one's own, and of functions that were put into classes of libraries. Of a function
+    that was made without a module (torch.fx) its code counts.
     """
+    fresh = broadcast(uuid.uuid4().bytes)  # for what has no file: in a notebook it is new each time
+    return together(lambda: _digest_of(start, model, fresh))
+
+
+def _digest_of(start: Rule | WholeModel | None, model: nn.Module, fresh: bytes) -> str:
     method = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
     of_modules = dict(_kinds(base_model_of(model)))
     functions = [function for kind in {*of_modules.values()} for function in foreign_code_in(kind)]
     functions += [f for name in _attentions(model) for f in foreign_functions(AttentionInterface().get(name))]
     kinds = {base for kind in (*of_modules.values(), method) for base in kind.__mro__}
-    names = {kind.__module__ for kind in kinds} | {function.__globals__["__name__"] for function in functions}
-    own = sorted(name for name in names if not is_of_library(name))
-    called = sorted(f"{f.__globals__['__name__']}.{f.__qualname__}" for f in functions)
+    names = {kind.__module__ for kind in kinds} | {home_of(function) for function in functions}
+    own = sorted(name for name in names if name and not is_of_library(name))
+    called = sorted(f"{home_of(f)}.{f.__qualname__}{'' if home_of(f) else _code_text(f.__code__)}" for f in functions)
     digest = hashlib.sha256(repr([sorted((name, str(kind)) for name, kind in of_modules.items()), called]).encode())
     for name in own:
-        path = getattr(sys.modules.get(name), "__file__", None)  # None in a notebook: new each time
-        digest.update(broadcast(uuid.uuid4().bytes) if path is None else Path(path).read_bytes())
+        path = getattr(sys.modules.get(name), "__file__", None)
+        digest.update(fresh if path is None or not Path(path).is_file() else Path(path).read_bytes())
     return f" {digest.hexdigest()[:16]}"
+
+
+def _code_text(code: CodeType) -> str:
+    """Return what a function does as text, without where it was written."""
+    constants = (sorted(map(repr, x)) if isinstance(x, frozenset) else x for x in code.co_consts)
+    return repr([code.co_code, code.co_names, *(_code_text(x) if isinstance(x, CodeType) else x for x in constants)])
 
 
 def _kinds(module: nn.Module, name: str = "") -> Iterator[tuple[str, type[nn.Module]]]:

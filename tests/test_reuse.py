@@ -5,10 +5,11 @@ import functools
 import importlib
 import json
 import sys
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+import torch.fx
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
@@ -231,6 +232,32 @@ def test_a_model_that_computes_otherwise_has_an_initialization_of_its_own(name, 
     plain, changed = computed(True), computed(True, OWN_CODE[name])
     assert same(changed, computed(False, OWN_CODE[name])) and not same(plain, changed)
     assert same(changed, computed(True, OWN_CODE[name]))
+
+
+def traced_activation(compute):
+    class Activation(nn.Module):
+        def forward(self, x):
+            return compute(x)
+
+    return torch.fx.symbolic_trace(Activation())
+
+
+@pytest.mark.parametrize("made", ["by torch.fx", "without a module", "from a file that is gone"])
+def test_code_of_no_file_has_an_initialization_of_its_own(made, fresh_cache, tmp_path, monkeypatch):
+    def key(compute, name):
+        peft_model, activation = wrapped(), traced_activation(compute)
+        if made != "by torch.fx":
+            home = {} if made == "without a module" else {"__name__": "gone"}
+            exec(f"def forward(self, x):\n    return x.{name}()", home)
+            activation = type("Own", (nn.ReLU,), {"__module__": "torch.own", "forward": home["forward"]})()
+        for layer in peft_model.get_base_model().model.layers:
+            layer.mlp.act_fn = activation
+        report, _ = start_adapter(peft_model, BATCHES, InitOptions(min_tokens=1, progress=False, cache=True))
+        return report.key
+
+    monkeypatch.setitem(sys.modules, "gone", SimpleNamespace(__file__=str(tmp_path / "gone.py")))
+    one, other, again = key(torch.relu, "relu"), key(torch.tanh, "tanh"), key(torch.relu, "relu")
+    assert one != other and (one == again) == (made != "from a file that is gone")
 
 
 def factors_loaded(folder):

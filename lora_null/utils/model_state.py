@@ -63,7 +63,12 @@ def foreign_functions(code: Any) -> Iterator[FunctionType]:
     for outer in filter(isfunction, _with_what_it_wraps(code)):
         called = (outer.__globals__.get(name) for name in outer.__code__.co_names)
         found = filter(isfunction, (outer, *called))
-        yield from (function for function in found if not is_of_library(function.__globals__["__name__"]))
+        yield from (function for function in found if not is_of_library(home_of(function)))
+
+
+def home_of(function: FunctionType) -> str:
+    """Return the name of the Python module whose globals a function reads; "" where it was made without one, as torch.fx does."""
+    return str(function.__globals__.get("__name__") or "")
 
 
 def _with_what_it_wraps(code: Any) -> Iterator[Any]:
