@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers import PreTrainedConfig
 
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.calibration import backbone, check_architecture
@@ -144,11 +145,19 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         )
     if config.starts_from_residual:
         refuse_head(peft_model, layers)
-    decoder = {id(module) for module in backbone(peft_model).modules()}
+    language_model = language_model_of(peft_model.get_base_model())
+    decoder = {id(module) for module in (language_model or backbone(peft_model)).modules()}
     if outside := next((name for name, layer in layers.items() if id(layer) not in decoder), None):
         raise UserError(
             f"target_modules: {outside} is no part of the decoder, which calibration runs; leave it out (exclude_modules)"
         )
+
+
+def language_model_of(base: nn.Module) -> nn.Module | None:
+    """Return the part that reads text in a model that reads more than text; None of a language model."""
+    config = getattr(base, "config", None)
+    text = config.get_text_config(decoder=True) if isinstance(config, PreTrainedConfig) else config
+    return None if text is config else base.get_decoder()
 
 
 def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:

@@ -381,6 +381,16 @@ def test_what_text_does_not_reach_is_named_before_work(tmp_path):
     )
 
 
+@pytest.mark.parametrize("targets, named", [(["q_proj"], "model.vision_tower"), (r".*(layers.0.self_attn.q_proj|linear_1)", "model.")])  # fmt: skip
+def test_nor_does_a_start_measure_first(targets, named, monkeypatch):
+    monkeypatch.setattr("lora_null.fingerprint.fingerprint", None)
+    peft_model = get_peft_model(SEEING["llava"](), LoraNullConfig(r=2, target_modules=targets))
+    with pytest.raises(
+        UserError, match=f"target_modules: {named}.* is no part of the decoder, which calibration runs"
+    ):
+        initialize_lora_null_weights(peft_model, random_batches(), min_tokens=1)
+
+
 UNABLE = {
     "t5": (
         lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer,
 from transformers.trainer_utils import has_length
 
 from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, factors_of
-from lora_null.targets import refuse_experts, warn_about_fused_experts
+from lora_null.targets import language_model_of, refuse_experts, warn_about_fused_experts
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, position_limit, why_unsupported
@@ -175,7 +175,8 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
     refuse_experts(base, layers)
     warn_about_fused_experts(base)
-    decoder = _language_model(base)
+    language_model = language_model_of(base)
+    decoder = next((name for name, module in base.named_modules() if module is language_model), "")
     outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
     if outside:
         inside = sorted({name.rpartition(".")[2] for name in layers.keys() - set(outside)})
@@ -185,15 +186,6 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
             f"{type(base).__name__}, no text reaches them; "
             f"target_modules=r'{re.escape(decoder)}.*({'|'.join(inside or linears)})' names those inside",
         )
-
-
-def _language_model(base: PreTrainedModel) -> str:
-    """Return the name of the part that reads text in a model that reads more than text; "" of a language model."""
-    config = base.config
-    if config.get_text_config(decoder=True) is config:
-        return ""
-    decoder = base.get_decoder()
-    return next((name for name, module in base.named_modules() if module is decoder), "")
 
 
 @dataclass
