@@ -292,6 +292,53 @@ def test_rows_that_several_processes_repeat_are_told(caplog, rows, repeated, cha
     assert changes or len(taken) - rows == repeated
 
 
+SPLIT = {"near": ROWS.select(range(4)), "far": ROWS.select(range(4, 8))}
+
+
+@pytest.mark.parametrize("kind, rows, options, said", [
+    ("sft", SPLIT, {"load_best_model_at_end": True}, r"'eval_loss' \(.*eval_(far|near)_loss"),
+    ("sft", SPLIT, {"metric_for_best_model": "eval_near_loss"}, None),
+    ("sft", SPLIT["far"], {"metric_for_best_model": "mean_token_accuracy"}, None),
+    ("sft", SPLIT["far"], {"metric_for_best_model": "no_such", "eval_strategy": "no"}, None),
+    ("plain", SPLIT["far"], {"metric_for_best_model": "eval_los"}, r"'eval_los' \(did you mean 'eval_loss'\?\)"),
+    ("plain", SPLIT["far"], {"metric_for_best_model": "loss"}, None),
+    ("plain", SPLIT["far"], {"metric_for_best_model": "f1"}, r"'eval_f1' \("),
+    ("computes", SPLIT["far"], {"metric_for_best_model": "f1"}, None),
+    ("evaluates", SPLIT, {"metric_for_best_model": "f1"}, None),
+])  # fmt: skip
+def test_a_best_metric_that_no_evaluation_gives(tmp_path, kind, rows, options, said):
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 2,
+        **options,
+    }
+    if kind == "plain" or kind == "computes":
+        tokenize = lambda row: {"input_ids": [5, 6, END], "labels": [-100, 6, END], "attention_mask": [1, 1, 1]}  # noqa: E731
+        trainer = PlainTrainer(
+            model=get_peft_model(tiny_model(), LoraNullConfig(r=4)),
+            args=TrainingArguments(**quick(tmp_path, **options)),
+            train_dataset=ROWS.map(tokenize, remove_columns=ROWS.column_names),
+            eval_dataset=rows.map(tokenize, remove_columns=ROWS.column_names),
+            processing_class=tiny_tokenizer(),
+            calibration_dataset=TEXTS,
+            calibration_args=CUT,
+            compute_metrics=(lambda _: {"f1": 1.0}) if kind == "computes" else None,
+        )
+    else:
+        trainer = make(tmp_path, eval_rows=rows, **options)
+    if kind == "evaluates":
+        trainer.evaluate = lambda **_: {"eval_f1": 1.0}
+    if said is None:
+        trainer.train()
+        return
+    trainer._prepare = None
+    with pytest.raises(UserError, match=f"metric_for_best_model: no evaluation gives {said}"):
+        trainer.train()
+
+
 class _Unsized(Sampler):
     def __iter__(self):
         return iter(range(48))

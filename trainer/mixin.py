@@ -72,6 +72,7 @@ from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
     TrainingWatch,
+    check_best_metric,
     check_last_batches,
     check_linears,
     check_mode,
@@ -609,6 +610,7 @@ class LoraNullMixin(SavingMixin):
             check_processes(checkpoint, *self._trained_by())
         if not self._prepared:
             self._check_optimizer()
+            check_best_metric(self)
             start = time.perf_counter()
             self._prepare(resuming=checkpoint)
             self._prepared = True

@@ -26,7 +26,7 @@ from lora_null.targets import language_model_of, refuse_experts, warn_about_fuse
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, position_limit, why_unsupported
-from lora_null.utils.model_state import preserve, start_that_rewrites, trains_biases
+from lora_null.utils.model_state import is_of_library, preserve, start_that_rewrites, trains_biases
 from lora_null.utils.quantized import why_unreadable
 from lora_null.utils.tokens import end_ids, tokenizer_of
 
@@ -34,6 +34,7 @@ logger = get_logger(__name__)
 
 Mode = Literal["error", "warn", "off"]
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
+EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")  # what every evaluation gives
 SAMPLED = 4096  # numbers of a tensor that are compared before and after training
 
 
@@ -294,6 +295,28 @@ def check_last_batches(trainer: Any, mode: Mode) -> None:
             f"training data: {taken} rows do not fill the last batches of {processes} processes, which take {repeated} of the "
             "first rows again in every epoch; dataloader_drop_last leaves the last rows out"
         )
+
+
+def check_best_metric(trainer: Any) -> None:
+    """Raise a UserError for a `metric_for_best_model` that the first evaluation would miss, where that is known before it.
+
+    An evaluation gives its loss and speed, of several data sets under the name of each; what `compute_metrics`, TRL's log
+    lines and code of one's own add is left to it.
+    """
+    asked, data = trainer.args.metric_for_best_model, trainer.eval_dataset
+    parts = [*type(trainer).__mro__, *map(type, trainer.callback_handler.callbacks)]
+    changed = {name for kind in parts if not is_of_library(kind.__module__) for name in vars(kind)} | vars(
+        trainer
+    ).keys()
+    if asked is None or trainer.args.eval_strategy == "no" or changed & {"evaluate", "evaluation_loop", "on_evaluate"}:
+        return
+    name = asked if asked.startswith("eval_") else f"eval_{asked}"
+    prefixes = [f"eval_{key}" for key in data] if isinstance(data, dict) else ["eval"]
+    given = [f"{prefix}_{metric}" for prefix in prefixes for metric in EVALUATED]
+    of_trl = any("log" in vars(kind) and kind.__module__.startswith("trl.") for kind in parts)
+    adds = of_trl or "log" in changed or trainer.compute_metrics is not None
+    if name not in given and (not adds or name.removeprefix("eval_") in EVALUATED):
+        raise UserError(f"metric_for_best_model: no evaluation gives {name!r}{nearest(name, given)}")
 
 
 def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, Any]]]:
