@@ -531,6 +531,21 @@ def test_gguf_says_what_it_misses(world, tmp_path, monkeypatch, capsys):
         lora_null.adapters.gguf.gguf_architecture(GPT2Config(architectures=["GPT2LMHeadModel"]))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_of_an_output_layer_that_is_the_input_embedding_is_refused(tied, tmp_path, capsys):
+    """llama.cpp holds it once, as token_embd.weight, and knows no output.weight that an adapter could be added to."""
+    pytest.importorskip("gguf")
+    base = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    asked = ["export", str(tmp_path / "adapter"), "--base", str(base), "--out", str(tmp_path / "out")]
+    assert main([*asked, "--form", "gguf"]) == (2 if tied else 0)
+    told = "--form gguf: llama.cpp has no tensor for lm_head, which is the input embedding; use --form merged"
+    assert (told in capsys.readouterr().err) == tied != (tmp_path / "out").exists()
+    assert not tied or main([*asked, "--form", "merged"]) == 0
+
+
 def test_pushed_only_where_asked(world, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "GEMMA2",
     "Phi3ForCausalLM": "PHI3",
 }
+OUTPUT = "output.weight"
 
 
 def load_gguf() -> Any:
@@ -70,7 +71,7 @@ def write_gguf(path: Path, pairs: Mapping[str, Pair], scaling: float, config: An
     Raises:
         UserError: gguf is not installed, or does not know the architecture or a module.
     """
-    gguf, names = load_gguf(), names_of(config)
+    gguf, names = load_gguf(), gguf_names(pairs, config)
     architecture = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, gguf_architecture(config))]
     rank = len(next(iter(pairs.values()))[0])
     with replacing(path) as temporary:
@@ -82,7 +83,7 @@ def write_gguf(path: Path, pairs: Mapping[str, Pair], scaling: float, config: An
             writer.add_base_model_count(1)
             writer.add_base_model_name(0, base_name)
         for module, (A, B) in pairs.items():
-            name = _gguf_name(names, module)
+            name = names[module]
             B = to_gguf_rows(B, heads_of(module, config))
             writer.add_tensor(f"{name}.lora_a", A.float().contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", B.float().contiguous().numpy())
@@ -92,11 +93,19 @@ def write_gguf(path: Path, pairs: Mapping[str, Pair], scaling: float, config: An
         writer.close()
 
 
-def _gguf_name(names: Any, module: str) -> str:
-    name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
-    if name is None:
-        raise UserError(f"--form gguf: llama.cpp has no tensor for {module}; use --form merged")
-    return name
+def gguf_names(modules: Iterable[str], config: Any) -> dict[str, str]:
+    """Return gguf's name of each module, without its ending.
+
+    Raises:
+        UserError: for a module that llama.cpp has no tensor for, as an output layer that is the input embedding.
+    """
+    names, found = names_of(config), {}
+    for module in modules:
+        found[module] = name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None or (name == OUTPUT and config.get_text_config().tie_word_embeddings):
+            shared = "" if name is None else ", which is the input embedding"
+            raise UserError(f"--form gguf: llama.cpp has no tensor for {module}{shared}; use --form merged")
+    return found
 
 
 def heads_of(module: str, config: Any) -> int | None:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
-from lora_null.adapters.gguf import gguf_architecture, load_gguf, read_gguf, write_gguf
+from lora_null.adapters.gguf import gguf_names, load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import read_adapter
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rank is not None:
         check_rank(read_adapter(source.folder).pairs(), arguments.rank)
     if arguments.form == "gguf":
-        gguf_architecture(source.base.config)
+        gguf_names(read_adapter(source.folder).pairs(), source.base.config)
     holds = source.base.folder if arguments.form == "merged" and source.kind == "adapter" else source.folder
     check_space(arguments.out, sum(file.stat().st_size for file in holds.glob("*.safetensors")), "--out")
     strength, note = _strength(source, arguments)
