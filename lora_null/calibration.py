@@ -217,8 +217,8 @@ def texts_in(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     return [text for text in texts if len(text["input_ids"])]
 
 
-def _one_text_a_row(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return a batch whose rows hold several texts as batches of one text a row, padded at the end and none larger than it.
+def _one_text_per_row(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return a batch whose rows hold several texts as batches of one text per row, padded at the end and none larger than it.
 
     Not every model sees by the positions where a text begins: convolutions, states and tables do not.
     """
@@ -305,7 +305,7 @@ def check_architecture(model: nn.Module) -> None:
 def checked_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], min_tokens: int = 1
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the batches as int64 tensors on the CPU, one text a row, with positions that padding on the left does not move.
+    """Return the batches as int64 tensors on the CPU, one text per row, with positions that padding on the left does not move.
 
     A model that looks positions up counts them from the first column; where that is padding, the tokens are counted.
 
@@ -327,7 +327,7 @@ def checked_batches(
                 raise ValueError(f"has {other}, which changes what is read and is not measured; give text alone")
             if "position_ids" in found and not takes:
                 raise ValueError(f"has position_ids, which {type(inner).__name__} does not take; leave them out")
-            checked += _one_text_a_row(found)
+            checked += _one_text_per_row(found)
         except ValueError as reason:
             raise UserError(f"calibration: batch {number} {reason}") from None
     if not checked:
