@@ -101,13 +101,13 @@ class TokenBatch:
 
     Attributes:
         index: the batch's place among all batches.
-        first: the batch's row that is the first here.
+        first: number of the batch's row, from 0, that is row 0 here.
         inputs: `input_ids`, `attention_mask` and maybe `position_ids`, (batch, length) each, on the device of the
             model's inputs.
-        kept: (tokens,) int64, which of the batch · length positions are no padding; None where all are.
+        kept: (tokens,) int64, positions in (batch · length) that are not padding; None where none is padding.
         omega: (tokens, k) float32, the Gaussian of these tokens' sketch over √k.
-        draw: the same of a module's second (1), third, … call in the forward pass: the columns of X are others there.
-        counted: False for a batch that only has to run.
+        draw: call → omega of a module's second (1), third (2), … call in one forward pass, which adds columns to X.
+        counted: False where nothing is added up: the batch only shows which modules share an input.
     """
 
     index: int
@@ -570,7 +570,7 @@ class InputMeter:
 
 
 def to_floats(scalars: Iterable[torch.Tensor]) -> list[float]:
-    """Return the values of tensors of one element, wherever they are, waiting for the first one's device once."""
+    """Return the values of one-element tensors, stacked first so that their device is waited for once."""
     found = list(scalars)
     return torch.stack([scalar.to(found[0].device) for scalar in found]).tolist() if found else []
 

@@ -186,7 +186,7 @@ class WeightFiles:
             return file.get_tensor(key)
 
     def of(self, owned: Owned) -> torch.Tensor | None:
-        """Return what the files hold for a tensor of the model; None where it is not theirs, and the model's own right."""
+        """Return what the files hold for a tensor; None where they hold nothing and the model's own value is right."""
         if not owned.saved or not (owned.tensor.is_meta or owned.key in self.key_of):
             return None
         return self.read(owned)

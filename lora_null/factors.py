@@ -20,7 +20,7 @@ class LayerStart:
         solver: what found them.
         energy, condition: see `LayerStats`; None where the rule does not tell.
         gram_rank: numerical rank of C = X Xᵀ; None where the rule does not tell.
-        kernel: U (d_in, r), where the inputs have nothing along it at all; see `projected_inputs`.
+        kernel: U, orthonormal, if Uᵀ X = 0 to the rounding of C; else None. See `projected_inputs`.
         basis: N (d_in, k), orthonormal, in whose span A is to stay; None where it is free. Layers that read the same
             input have the same tensor.
     """

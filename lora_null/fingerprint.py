@@ -150,7 +150,7 @@ def initialization_key(
 
 
 def computation(config: Any, numbers: Mapping[str, int | float] = MappingProxyType({})) -> str:
-    """Return what, besides weights, decides what a model's layers compute: rotary positions, norms, activations, windows.
+    """Return, as JSON, the settings that decide what layers compute: rotary positions, norms, activations, windows.
 
     Args:
         config: the model's.

@@ -3,9 +3,9 @@
 The eigenvalues of C are squares, so a float32 sum cannot see directions below 3e-4 of the largest. What rounds here is
 only the product of one chunk of tokens: entry (i, j) errs by at most a few 2⁻²⁴ of Σ|x_i x_j| over that chunk, which
 is small where either channel is small, and the errors of the chunks average out. Products of bfloat16 numbers are exact
-in float32, so for them it is the additions alone; those of tensor cores are cut off, and `gram_kernel` is for that. An
-exact null space such errors would fill: with few tokens, with few distinct ones (what the first layer reads), with texts
-that repeat. So everything is float64 until C has no direction that they could fill. Asking costs as much as about d
+in float32, so only their sums are rounded; tensor cores truncate sums, which `gram_kernel` avoids. Such errors
+would fill an exact null space, which C has with few tokens, few distinct tokens (the first layer) or texts that repeat.
+So everything is float64 until C has no direction that they could fill; that test (`_is_resolved`) costs as much as d
 tokens. Later chunks err by their own size: on a CPU those that are much louder than C was then are float64 too. An
 accelerator would have to be waited for: there later tokens are taken to be about as loud as those before.
 """

@@ -31,7 +31,7 @@ OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than roundi
 # Parts that activation checkpointing and torch.compile insert into module names.
 RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 READ_THE_BASE = ("use_dora", "arrow_config")  # options that compute with W0' alone, or with BA without B0A0
-TAKEN_OUT = "residual_taken_out_of_base"  # entry of a state dict
+TAKEN_OUT = "residual_taken_out_of_base"  # key of a state dict whose base weights are W0', not W0
 NO_BASIS = (
     "variant: a saved nb adapter is a plain LoRA without the basis that its A was kept in; go on with variant='v2', "
     "which freezes A, or give the original model a new adapter"
@@ -112,7 +112,7 @@ def keep_in_null_basis(peft_model: nn.Module, *, after_step: bool = False) -> No
 
     Args:
         peft_model: the model, or a module of it that holds adapted layers; adapters without a basis stay as they are.
-        after_step: whether nothing but a step has moved A since it was called last; what that has projected is left alone.
+        after_step: whether only an optimizer has moved A since the last call; an A that its hook projected is skipped.
     """
     for layer in peft_model.modules():
         if not isinstance(layer, LoraNullLinear):
@@ -164,7 +164,7 @@ def factors_of(layer: nn.Module, adapter_name: str = "default") -> tuple[nn.Para
 
 
 def residual_of(layer: nn.Module, adapter_name: str = "default") -> Residual | None:
-    """Return the residual that an adapter of a layer counts from; None where it starts at the original weight."""
+    """Return A0, B0 of an adapter whose change of W0 is s·(BA − B0A0); None where it is s·BA."""
     counts = isinstance(layer, LoraNullLinear) and adapter_name in layer.residual_adapters
     return cast("Residual | None", layer.residual) if counts else None
 
@@ -198,7 +198,7 @@ def check_beside_residual(adapter_name: str, config: Any, *, started: bool = Fal
 
     Args:
         adapter_name, config: of the adapter that does not count from the residual.
-        started: whether it is there already: how it started no longer matters.
+        started: whether the adapter exists already; then its init_lora_weights is not checked.
     """
     reads = next((name for name in READ_THE_BASE if getattr(config, name, None)), None)
     if not started and (start := rewriting(getattr(config, "init_lora_weights", None))):
@@ -404,7 +404,7 @@ class LoraNullLinear(Linear):
         return not self.residual_adapters.isdisjoint(self.merged_adapters)
 
     def _missing_scale(self) -> float:
-        """Return c, where c·B0A0 x is to be added to what base and adapters give now."""
+        """Return c, where base and adapters together now lack c·B0A0 x, which `forward` adds."""
         if self.residual is None:
             return 0.0
         if self.disable_adapters or self.merged:
@@ -472,7 +472,7 @@ class LoraNullLinear(Linear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return ΔW, in the layout and dtype of PEFT's: the change of the original weight by one adapter.
 
-        While merging, it is what makes W0' (or a base with another such adapter merged) the merged weight.
+        While merging, return what to add to the base as it is: W0', or one with another such adapter merged.
         """
         residual, share = residual_of(self, adapter), 0.0
         if residual is not None:

@@ -52,11 +52,11 @@ MEMORY_SHARE = 0.25  # of the free memory, at most, for hidden states
 
 
 class DoesNotFit(Exception):
-    """The model's forward pass is not a chain of decoder layers that hand one tensor on."""
+    """The forward pass is not a chain of decoder layers that hand one tensor on; callers may fall back to hooks."""
 
 
 class NotAChain(UserError):
-    """A model has to be read layer by layer, and is no chain of decoder layers."""
+    """What `DoesNotFit` becomes where hooks are no way out: the model has to be read layer by layer."""
 
 
 @dataclass

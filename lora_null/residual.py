@@ -86,7 +86,7 @@ class ResidualLoraModel(LoraModel):
 
     @contextlib.contextmanager
     def _plain(self, adapter_name: str) -> Iterator[None]:
-        """Have [A; A0], [B, −B0] and their config in the place of an adapter's own."""
+        """Inside the block, give an adapter the plain factors [A; A0], [B, −B0] and a plain config of rank 2r."""
         config = self.peft_config[adapter_name]
         live = [
             (layer, residual, *factors_of(layer, adapter_name))

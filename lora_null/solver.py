@@ -43,10 +43,10 @@ class Rule(Protocol):
     needs_gram: ClassVar[bool]
 
     def of_input(self, inputs: InputStats) -> Callable[[torch.Tensor, int, float], LayerStart]:
-        """Return what gives the start of a layer that reads this input, from (W0 (d_out, d_in), r, scaling).
+        """Return a function (W0 (d_out, d_in), r, scaling) → start of a layer that reads this input.
 
         Raises:
-            ValueError: by what is returned, for a weight that it cannot factor.
+            ValueError: raised by the returned function when called, for a weight that it cannot factor.
         """
         ...
 

@@ -168,7 +168,7 @@ class WholeModel:
         label: its name and settings, a part of what an initialization is known by.
         batches: what it looks at, which decides the result: training batches, and calibration batches where it reads them.
         compute: returns the tensors that start the model again in the same bits.
-        method: the class whose code does.
+        method: the class whose code `compute` runs; its source is hashed into the initialization's key.
     """
 
     label: str

@@ -152,7 +152,7 @@ def copy_store(source: Path, target: Path) -> None:
 
 
 def clear(folder: Path, *, parts: bool = True) -> None:
-    """Remove an initialization from a folder, the report first, and leave what else lies there; `parts` goes with it."""
+    """Remove an initialization's report from a folder, and with `parts` then its part files; other files stay."""
     (folder / REPORT_FILE).unlink(missing_ok=True)
     for path in parts_in(folder) if parts else ():
         path.unlink()

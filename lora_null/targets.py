@@ -304,7 +304,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 
 def check_fits(name: str, layer: LoraLayer, count: int, what: str = "r", times: int = 1) -> None:
-    """Raise a UserError where a layer has fewer inputs or outputs than `times` as many directions as are asked of it."""
+    """Raise a UserError, naming the option `what`, where times · count exceeds min(d_in, d_out) of a layer."""
     smallest = min(layer.in_features, layer.out_features)
     if times * count > smallest:
         held = "" if times == 1 else f", and {times} times as many are needed"

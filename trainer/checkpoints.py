@@ -43,7 +43,7 @@ BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
 JIT_FILE = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint, which removes it after the save
 # Of an output folder: large; the base's predictions on held-out rows; a pickle, with any token in it.
 NOT_PUSHED = ("init/*", "probe/*", TRAINING_ARGS_NAME)
-# Of an optimizer's group: what a checkpoint holds in the place of what the training arguments ask for.
+# Entry of an optimizer's param group → the training argument that a checkpoint's value overrides on resuming.
 KEPT_BY_OPTIMIZER = {
     "initial_lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -250,7 +250,7 @@ class SavingMixin(Base):
     """Put before a Trainer class: complete checkpoints and adapters, and a resume that takes no step too many."""
 
     model: Any  # a PeftModel, or a PreTrainedModel where every weight trains
-    resumed_from: Path | None = None  # the checkpoint that the training that is going on went on from
+    resumed_from: Path | None = None  # the checkpoint that the current training resumed from
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is either whole or not there for `last_checkpoint`; only then let older ones go."""
@@ -421,7 +421,7 @@ class SavingMixin(Base):
         self.state.best_model_checkpoint = found
 
     def _take_trained(self, checkpoint: Path) -> TrainOutput:
-        """Restore what a run that was killed after its last step had trained, as it would have ended: with its best model."""
+        """Restore the result of a run killed after its last step, the best model where `load_best_model_at_end`."""
         start = time.time()
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.find_best()

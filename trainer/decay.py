@@ -29,7 +29,7 @@ OFF = "decay_to_start=False lets weight decay pull to zero"
 def decays_to_start(
     asked: bool | None, model: nn.Module, args: Any, optimizer: Any, *, deepspeed: bool, kind: type | None = None
 ) -> bool:
-    """Return whether decay goes to the start: where a residual base and weight decay come together, if it is not asked.
+    """Return whether decay goes to the start: as asked, else where the base is residual and the optimizer allows it.
 
     Args:
         asked: the trainer's `decay_to_start`.

@@ -164,9 +164,9 @@ def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
 
 
 def _only_what_is_taught() -> contextlib.AbstractContextManager[None]:
-    """Have TRL's loss multiply the model's head with taught positions alone on a CPU or a Mac too, as where Triton runs.
+    """Make TRL's loss apply the LM head to labeled positions alone on CPU and MPS too, as it does where Triton runs.
 
-    Elsewhere it takes all, for accelerators that compile anew for every shape; at the others, loss and gradient are zero.
+    By default it applies it to all, since some accelerators recompile for every shape; unlabeled ones add nothing.
     """
     runs_triton = trl_utils._use_triton
     return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
@@ -303,9 +303,9 @@ class LoraNullMixin(SavingMixin):
 
         Args:
             given: the parent trainer's arguments, by name.
-            method: of this trainer's.
-            start: those of this trainer's that decide the start, by name; None for what is not given.
-            preflight: likewise.
+            method: the trainer's `method`.
+            start: the mixin's own arguments that decide the start, by name; None for one not given.
+            preflight: the trainer's `preflight`.
         """
         if method is not None and not isinstance(method, Method):
             name = getattr(method, "name", method)
@@ -658,7 +658,7 @@ class LoraNullMixin(SavingMixin):
             self.get_optimizer_cls_and_kwargs(args, self.model)
 
     def _place(self, *, in_pieces: bool) -> None:
-        """Put the model where training would: engines do it with the first step, which does not come any more."""
+        """Place or shard the model as training would: no step follows here that would make the engine do it."""
         if parameters_are_sharded(self.model):
             return
         if in_pieces:
@@ -890,7 +890,7 @@ class LoraNullMixin(SavingMixin):
         step, before = self.state.global_step, self._micro_batch
         index = before.index + 1 if before is not None and before.step == step else 0
         self._micro_batch = MicroBatch(step, index, self.current_gradient_accumulation_steps)
-        # Where the trainer goes on to divide by the passes of a step, a share of the term must not be divided again.
+        # `Trainer.training_step` divides an unscaled loss by the accumulation steps; a term is a share: undo that.
         scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._micro_batch.count
         loss, *rest = found if return_outputs else (found,)
         for name, term in self.method.extra_loss(self, model, self._micro_batch).items():

@@ -60,7 +60,7 @@ def plain_adapter(peft_model: PeftModel, adapter_name: str = "default") -> tuple
 
 
 def uniform(factors: Mapping[str, Pair], scalings: Mapping[str, float]) -> tuple[dict[str, Pair], int, float]:
-    """Give all layers one rank and one scaling, by zeros and by factors on B; return them with both.
+    """Pad all layers to one rank and fold differing scalings into B; return (factors, rank, scaling).
 
     Where scalings differ, factors of 16 bits become float32: what is multiplied into B would be rounded away otherwise.
     """
@@ -78,7 +78,7 @@ def uniform(factors: Mapping[str, Pair], scalings: Mapping[str, float]) -> tuple
 
 
 def state_of(factors: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
-    """Return module name → (A, B) under PEFT's names."""
+    """Return the state dict, under PEFT's names, of pairs by module name."""
     state = {f"base_model.model.{name}.lora_A.weight": A for name, (A, _) in factors.items()}
     return state | {f"base_model.model.{name}.lora_B.weight": B for name, (_, B) in factors.items()}
 

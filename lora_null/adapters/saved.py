@@ -58,7 +58,7 @@ class SavedAdapter:
         """Return module name → A (r, d_in) and B (d_out, r).
 
         Raises:
-            UserError: the file holds something else besides than copies of the base's weights, half a pair, or factors that do not fit together or are no
+            UserError: tensors other than A, B and base copies; half a pair; A and B that misfit or hold no
                 finite numbers; or they are no change of the original weights.
         """
         if start := self.base_is_rewritten():
@@ -76,7 +76,7 @@ class SavedAdapter:
         return {name: (pair["A"], pair["B"]) for name, pair in factors.items()}
 
     def base_is_rewritten(self) -> str | None:
-        """Return the start of PEFT's that takes A and B out of the base wherever the adapter is loaded; or None."""
+        """Return the `init_lora_weights` by which PEFT rewrites the base on loading the adapter; else None."""
         return rewriting(self.config.get("init_lora_weights"))
 
     def scaling(self, module: str) -> float:

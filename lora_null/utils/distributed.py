@@ -74,7 +74,7 @@ def own_piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have every group of FSDP2 in pieces again; all ranks call it before one of them saves.
+    """Shard again every FSDP2 group that a forward pass gathered; all ranks call it before one of them saves.
 
     A forward pass without a backward pass leaves the last group whole. What reads the state dict of one rank would put that
     rank's back in pieces alone.
@@ -275,7 +275,7 @@ def together(compute: Callable[[], Any], *, alike: type[Exception] | tuple[type[
 
     Args:
         compute: has no collective of its own.
-        alike: what is raised on every rank when it is raised on one: a mistake, which rank 0 then tells.
+        alike: exceptions that every rank raises when one rank does, such as a user's mistake.
 
     Raises:
         Exception: what `compute` raised here, or `alike` on another rank, or a RuntimeError naming the rank where it

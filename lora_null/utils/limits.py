@@ -1,4 +1,4 @@
-"""What a model can do, by its configuration alone (how many positions it takes, what does not train it), and a device."""
+"""Limits of a model, by its configuration alone (positions, why it cannot train here), and of a device (float64)."""
 
 from __future__ import annotations
 

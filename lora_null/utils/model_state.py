@@ -52,7 +52,7 @@ def is_of_library(module: str) -> bool:
 
 
 def foreign_code_in(kind: type[nn.Module]) -> Iterator[FunctionType]:
-    """Yield what is of no such library in the forward of a class that is: put there, or in place of what it calls."""
+    """Yield user-defined functions in a library class's forward: patched in as the forward, or as what it calls."""
     home = next(k for k in kind.__mro__ if "forward" in vars(k))
     if is_of_library(home.__module__):
         yield from foreign_functions(vars(home)["forward"])

@@ -225,7 +225,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _weight(message: Message) -> bool:
-    """Take out what a message says of it, and return whether the turn is learned."""
+    """Pop a message's `weight`, `loss` and `train` keys; return whether the loss counts its turn."""
     role, given = message["role"], {key: message.pop(key, None) for key in WEIGHTS}
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():

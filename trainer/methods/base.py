@@ -198,7 +198,7 @@ class Method:
 
     @property
     def can_stop_early(self) -> bool:
-        """Whether it is what its options ask for after any step, not only after all that were planned."""
+        """Whether training may stop at any step; False where an option, such as a sparsity, holds at its end only."""
         return True
 
     def compute(self, trainer: Trainer, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -213,7 +213,7 @@ class Method:
         raise NotImplementedError
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make the model what it is before the first step: its factors are those of `rule_for`, or write `tensors`.
+        """Make the model what it is before the first step: factors of `rule_for` are in it; write `tensors`.
 
         Args:
             model: with its adapter.
@@ -319,7 +319,7 @@ def check_count(holder: Method, *names: str) -> None:
 
 
 def taken_by(kind: type[PeftConfig], name: str, adapter: Mapping[str, Any], *, but: str = "") -> dict[str, Any]:
-    """Return the arguments of `peft.LoraConfig` for another config of PEFT's, which has no rank and scaling of that kind.
+    """Return `peft.LoraConfig`'s arguments as another PEFT config takes them: without rank and scaling.
 
     Args:
         kind: the other config.

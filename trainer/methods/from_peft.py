@@ -88,7 +88,7 @@ class EVA(Method):
             gather_distributed_inputs=False,
             show_progress_bar=not trainer.args.disable_tqdm,
         )
-        return broadcast({name: tensor.cpu() for name, tensor in found.items()})  # a rounding may deal ranks otherwise
+        return broadcast({name: tensor.cpu() for name, tensor in found.items()})  # processes may round differently
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         initialize_lora_eva_weights(model, eva_state_dict=dict(tensors), adapter_name=active_adapter(model))

@@ -31,7 +31,7 @@ class ResidualMethod(Method):
     """What these methods have in common; a subclass computes `factors`."""
 
     supports_quantized_base = False
-    room: ClassVar[int] = 1  # times r that a layer has to have room for
+    room: ClassVar[int] = 1  # room · r may not exceed a layer's d_in or d_out
 
     @property
     def label(self) -> str:
