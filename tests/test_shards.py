@@ -25,7 +25,7 @@ from lora_null.store import REPORT_FILE
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.methods import make_method
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.trainer.mixin import _leave_in_files
+from lora_null.trainer.weights_in_files import leave_in_files
 from lora_null.utils.distributed import broadcast_like, for_collective
 
 METHODS = ("lora-null-v1", "lora-null-v2", "pissa", "full")
@@ -258,7 +258,7 @@ def test_what_trl_loads_by_more_than_a_path_is_loaded_whole(tmp_path, given, cap
     arguments = SFTConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", model_init_kwargs=given
     )
-    assert _leave_in_files({"model": path, "args": arguments}) == (None, path)
+    assert leave_in_files({"model": path, "args": arguments}) == (None, path)
     assert f"model_init_kwargs sets {next(iter(given))}" in caplog.text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import inspect
@@ -11,21 +10,17 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel, TrainerCallback, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
-from trl.trainer import utils as trl_utils
-from trl.trainer.utils import create_model_from_path
 
 from lora_null.calibration import checked_batches, other_inputs, texts_in
-from lora_null.checkpoint_reader import WeightFiles, adapters_in_memory, checkpoint_name, open_to_shard
+from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.earlier import after_earlier
@@ -87,6 +82,8 @@ from lora_null.trainer.preflight import (
     has_reference,
     why_not_measured,
 )
+from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute, loss_of_labeled_positions
+from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
 from lora_null.utils.distributed import (
     all_gather,
     get_logger,
@@ -99,7 +96,7 @@ from lora_null.utils.distributed import (
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
-from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory, replaced
+from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
 
 if TYPE_CHECKING:
@@ -118,79 +115,6 @@ DECIDES_NOTHING = (
 )
 DECIDES_NOTHING += ("runtime_config", "lora_dropout", "module_dropout")
 DECIDES_NOTHING += ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
-
-
-def _by_name(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a trainer's arguments by name, those too that its constructor only hands on to its parent's."""
-    named: dict[str, Any] = {}
-    after = kind.__mro__[kind.__mro__.index(LoraNullMixin) + 1 :]
-    for parent in (parent for parent in after if "__init__" in vars(parent)):
-        parameters = inspect.signature(parent.__init__).parameters
-        found = inspect.signature(parent.__init__).bind_partial(None, *args, **kwargs).arguments
-        found.pop(next(iter(parameters)))  # self
-        rest = {parameter.kind: name for name, parameter in parameters.items()}
-        args = found.pop(rest.get(inspect.Parameter.VAR_POSITIONAL), ())
-        kwargs = found.pop(rest.get(inspect.Parameter.VAR_KEYWORD), {})
-        named |= found
-        if not args and not kwargs:
-            break
-    return named
-
-
-def _leave_in_files(given: dict[str, Any]) -> tuple[WeightFiles | None, Any]:
-    """Put a model without weights in the place of a model's path among a TRL trainer's arguments; return its files.
-
-    Where its files do not fit its weights, name by name, every process loads it whole, and a line says so.
-    """
-    args, path = given.get("args"), given.get("model")
-    if not isinstance(path, str) or given.get("quantization_config") is not None:
-        return None, path
-    options = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
-    options |= getattr(args, "model_init_kwargs", None) or {}
-    if options.pop("device_map", None) or "quantization_config" in options:
-        return None, path
-    if told := next((key for key in NOT_ONLY_WEIGHTS if key in options), None):
-        logger.warning(f"every process loads the whole model: model_init_kwargs sets {told}")
-        return None, path
-    found = open_to_shard(create_model_from_path, path, **options)
-    if found is None:
-        return None, path
-    if getattr(args, "model_init_kwargs", None) is not None:
-        given["args"] = copy.copy(args)
-        given["args"].model_init_kwargs = None
-    given["model"], weights = found
-    return weights, given["model"]
-
-
-def _only_what_is_taught() -> contextlib.AbstractContextManager[None]:
-    """Make TRL's loss apply the LM head to labeled positions alone on CPU and MPS too, as it does where Triton runs.
-
-    By default it applies it to all, since some accelerators recompile for every shape; unlabeled ones add nothing.
-    """
-    runs_triton = trl_utils._use_triton
-    return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
-
-
-def _let_copies_compute(model: nn.Module) -> None:
-    """Let a copy of a model that TRL has given its fused head compute with its own weights.
-
-    TRL's forward keeps the one that it replaces in a closure, bound to the model, which a copy would call too.
-    """
-    base = base_model_of(model)
-    fused = getattr(vars(base).get("forward"), "__func__", None)
-    if not inspect.isfunction(fused) or "original_forward" not in fused.__code__.co_freevars:  # not TRL's
-        return
-    original = dict(zip(fused.__code__.co_freevars, fused.__closure__ or ()))["original_forward"].cell_contents
-    if getattr(original, "__self__", None) is not base:  # accelerate's hooks, which a copy takes along
-        return
-    plain = original.__func__
-
-    @functools.wraps(plain)
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(self, *args, **kwargs)
-
-    base.forward = MethodType(forward, base)
 
 
 class _Begin(TrainerCallback):
@@ -214,7 +138,7 @@ class _Begin(TrainerCallback):
             self.trainer.check_passes()
 
 
-class LoraNullMixin(SavingMixin):
+class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
     """Put before a TRL trainer class: `class MyTrainer(LoraNullMixin, SomeTrainer): pass`.
 
     `train()` first initializes the adapter (`LoraNullConfig`) in all processes together, once, and writes the factors and
@@ -261,7 +185,7 @@ class LoraNullMixin(SavingMixin):
         **kwargs: Any,
     ) -> None:
         check_mode(preflight)
-        given = _by_name(type(self), args, kwargs)
+        given = arguments_by_name(type(self), LoraNullMixin, args, kwargs)
         start = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
         start |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
         self._check_given(given, method, start, preflight)
@@ -269,7 +193,7 @@ class LoraNullMixin(SavingMixin):
         self._weights, self._given_model = init_options and init_options.weights, given.get("model")
         in_files = can_start_in_files(given.get("peft_config"), method, given.get("args"))
         if self._weights is None and is_launched_with_fsdp2() and in_files:
-            self._weights, self._given_model = _leave_in_files(given)
+            self._weights, self._given_model = leave_in_files(given)
         self._construct(given)
         self.add_callback(_Begin(self))
         self.something_moved = True  # whether the last training changed anything of what trains, on any process
@@ -283,8 +207,6 @@ class LoraNullMixin(SavingMixin):
         self.layer_report: LayerReport | None = None
         self.init_seconds = 0.0
         self.drift_meter: DriftMeter | WeightDriftMeter | None = None
-        # Of weights in files that train: their names, by the optimizer's groups.
-        self._optimizer_names: list[list[str]] = []
         self.forget_terms()
         self._calibration_dataset = calibration_dataset
         limit = position_limit(self.model.config) if self._has_method and calibration_dataset is not None else None
@@ -356,7 +278,7 @@ class LoraNullMixin(SavingMixin):
                 check_names(model, given.get("peft_config"))
             super().__init__(**given)
         for copied in filter(None, (self.model, getattr(self, "ref_model", None))):
-            _let_copies_compute(copied)
+            let_copies_compute(copied)
         for parameter, data in exact:  # which TRL rounds to bfloat16 on a quantized base
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -508,27 +430,10 @@ class LoraNullMixin(SavingMixin):
             found["decay_to_start"] = decays_to_start
         return as_json(found)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """As the parent trainer; now that the engine is known, weights stay in their files only for FSDP2 to shard them."""
-        super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self._weights is not None and plugin is not None and plugin.fsdp_version == 2:
-            plugin.cpu_ram_efficient_loading = False  # rank 0 has no weights to send: each rank reads its own
-        elif self._weights is not None:
-            self._read_whole()
-
-    def _read_whole(self) -> None:
-        self._weights.fill(self._given_model, torch.device("cpu"))
-        self._weights = None
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent trainer; weights that train and are still in their files are remembered by their names."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        self._made_optimizer = optimizer
-        if self._weights is not None and any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
-            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        return optimizer
+        """As the parent trainer; it is remembered as the trainer's own."""
+        self._made_optimizer = super().create_optimizer(*args, **kwargs)
+        return self._made_optimizer
 
     def forget_terms(self) -> None:
         """Forget which pass it was, and what the method added to the loss of the steps since the last log line."""
@@ -549,25 +454,6 @@ class LoraNullMixin(SavingMixin):
                 f"call once per pass (passes of this step: {passes}, calls: {calls}); call super().compute_loss so, or take a "
                 "method without a term, such as lora"
             )
-
-    def read_shards(self) -> None:
-        """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
-        if self._weights is None or not any(parameter.is_meta for parameter in self.model.parameters()):
-            return
-        offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
-        device = torch.device("cpu") if offloaded else self.accelerator.device
-        together(lambda: self._weights.fill(self.model, device))
-        if isinstance(self.drift_meter, WeightDriftMeter):
-            self.drift_meter.begin()
-        if self._optimizer_names:  # accelerate finds shards by their address, which these did not have yet
-            shards = {checkpoint_name(name): parameter for name, parameter in self.model.named_parameters()}
-            for group, names in zip(self.optimizer.param_groups, self._optimizer_names):
-                group["params"] = [shards[checkpoint_name(name)] for name in names]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As the parent trainer; what it loads over has to be there."""
-        self.read_shards()
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -735,7 +621,7 @@ class LoraNullMixin(SavingMixin):
             if self._weights is None:  # asked for by `form`
                 raise
             logger.warning(f"{reason}; every process loads it whole")
-            self._read_whole()
+            self.read_whole()
             return compute(replace(options, weights=None))
 
     def _check_trainable(self) -> None:
@@ -883,7 +769,7 @@ class LoraNullMixin(SavingMixin):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the parent trainer's loss; in training with what the method adds, see `Method.extra_loss`."""
-        with _only_what_is_taught():
+        with loss_of_labeled_positions():
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.method.terms or not self.model.training:
             return found

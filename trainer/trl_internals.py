@@ -1,0 +1,67 @@
+"""What reaches into TRL: its constructors' arguments, its loss of labeled positions, its fused head."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from trl.trainer import utils as trl_utils
+
+from lora_null.utils.model_state import base_model_of, replaced
+
+
+def arguments_by_name(kind: type, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a trainer's arguments by name, those too that its constructor only hands on to its parent's.
+
+    Args:
+        kind: the trainer's class.
+        mixin: the class before TRL's among its parents; the constructors behind it are read.
+        args, kwargs: as they were given.
+    """
+    named: dict[str, Any] = {}
+    after = kind.__mro__[kind.__mro__.index(mixin) + 1 :]
+    for parent in (parent for parent in after if "__init__" in vars(parent)):
+        parameters = inspect.signature(parent.__init__).parameters
+        found = inspect.signature(parent.__init__).bind_partial(None, *args, **kwargs).arguments
+        found.pop(next(iter(parameters)))  # self
+        rest = {parameter.kind: name for name, parameter in parameters.items()}
+        args = found.pop(rest.get(inspect.Parameter.VAR_POSITIONAL), ())
+        kwargs = found.pop(rest.get(inspect.Parameter.VAR_KEYWORD), {})
+        named |= found
+        if not args and not kwargs:
+            break
+    return named
+
+
+def loss_of_labeled_positions() -> contextlib.AbstractContextManager[None]:
+    """Make TRL's loss apply the LM head to labeled positions alone on CPU and MPS too, as it does where Triton runs.
+
+    By default it applies it to all, since some accelerators recompile for every shape; unlabeled ones add nothing.
+    """
+    runs_triton = trl_utils._use_triton
+    return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
+
+
+def let_copies_compute(model: nn.Module) -> None:
+    """Let a copy of a model that TRL has given its fused head compute with its own weights.
+
+    TRL's forward keeps the one that it replaces in a closure, bound to the model, which a copy would call too.
+    """
+    base = base_model_of(model)
+    fused = getattr(vars(base).get("forward"), "__func__", None)
+    if not inspect.isfunction(fused) or "original_forward" not in fused.__code__.co_freevars:  # not TRL's
+        return
+    original = dict(zip(fused.__code__.co_freevars, fused.__closure__ or ()))["original_forward"].cell_contents
+    if getattr(original, "__self__", None) is not base:  # accelerate's hooks, which a copy takes along
+        return
+    plain = original.__func__
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(self, *args, **kwargs)
+
+    base.forward = MethodType(forward, base)
