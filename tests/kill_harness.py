@@ -10,6 +10,7 @@ stretches between them. Runs are forked, one at a time, from a process that has 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -54,6 +55,7 @@ def run(recipe: Path, out: Path, *words: str, kill_after: float | None = None, k
 def _command(words: list[str], log: Path, kill_at: int | None) -> None:
     from lora_null.recipes.__main__ import main
 
+    gc.freeze()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

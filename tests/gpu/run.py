@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -352,6 +353,7 @@ def _call_in_fork(words: Sequence[str], log: Path, limit: float) -> int | None:
 
 
 def _in_fork(words: list[str], log: Path) -> None:
+    gc.freeze()
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
