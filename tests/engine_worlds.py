@@ -1,11 +1,10 @@
 """Runs of the real command in worlds of several processes, forked from one that has imported everything and done nothing.
 
-    python tests/engine_worlds.py RECIPE FOLDER NAME…     # leaves FOLDER/NAME, and FOLDER/NAME.txt with what was said
-
 accelerate (1.15) takes FSDP and DeepSpeed for GPUs alone and silently runs DDP on a CPU. `AcceleratorState` is told otherwise
 here; everything behind it, accelerate's `fsdp2_prepare_model`, torch's `fully_shard`, DeepSpeed's engine, is the real one.
 """
 
+import gc
 import multiprocessing
 import os
 import re
@@ -13,9 +12,13 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from launched import environment_of
@@ -66,17 +69,30 @@ def on_cpu(engine: str) -> None:
     os.environ.update(environment_of(engine), ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
 
 
-def world(
-    count: int, words: list[str], said: Path, engine: str | None = None, run: Callable[[list[str]], int] = main
-) -> list[int]:
-    """Run the command, or another function of words, in `count` forked processes; return their exit statuses."""
+def begin(
+    count: int,
+    words: list[str],
+    said: Path,
+    engine: str | None = None,
+    run: Callable[[list[str]], int] = main,
+    context: BaseContext = FORK,
+) -> list[BaseProcess]:
+    """Start the command, or another function of words, in `count` forked processes, which write into `said`."""
     port = free_port()
     children = [
-        FORK.Process(target=_rank, args=(rank, count, port, words, said, engine, run)) for rank in range(count)
+        context.Process(target=_rank, args=(rank, count, port, words, said, engine, run)) for rank in range(count)
     ]
     for child in children:
         child.start()
+    return children
+
+
+def world(*args: Any, **options: Any) -> list[int]:
+    """Begin processes and return their exit statuses; one that takes longer than five minutes is ended."""
+    children, until = begin(*args, **options), time.monotonic() + 300
     for child in children:
+        child.join(max(0, until - time.monotonic()))
+        child.kill()
         child.join()
     return [child.exitcode for child in children]
 
@@ -84,6 +100,8 @@ def world(
 def _rank(
     rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None, run: Callable[[list[str]], int]
 ) -> None:
+    gc.freeze()  # a run makes several collections, which take half a second each with all that is imported
+    torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     if count > 1:
@@ -109,17 +127,27 @@ def unfinished(source: Path, folder: Path, *, half: bool = True) -> None:
         shutil.rmtree(path)
 
 
-if __name__ == "__main__":
-    recipe, folder = sys.argv[1], Path(sys.argv[2])
-    for name in sys.argv[3:]:
+def worlds_of(recipe: Path, folder: Path, names: Sequence[str], context: BaseContext = FORK) -> dict[str, list[int]]:
+    """Run the command in worlds one after another; leave FOLDER/NAME of each, and FOLDER/NAME.txt with what was said.
+
+    Args:
+        recipe: the YAML.
+        folder: for all of them.
+        names: such as "fsdp2-2", whose last number is that of the processes.
+        context: how processes are made.
+
+    Returns:
+        The exit statuses of each.
+    """
+    found = {}
+    for name in names:
         engine, *_, count = re.split("[_-]", name)
-        words = [recipe, "--output-dir", str(folder / ("one-1" if name == REFUSED else name))]
+        words = [str(recipe), "--output-dir", str(folder / ("one-1" if name == REFUSED else name))]
         if name in RESUMED or name in KILLED:
             unfinished(folder / (RESUMED | KILLED)[name], folder / name, half=name in RESUMED)
             words.append("--resume")
-        start = time.perf_counter()
         if name in FEWER_METHODS:
             words += ["--method", "lora-null-v1,nb-lora"]  # enough, and half as long
-        found = world(int(count), words, folder / f"{name}.txt", engine if engine in ENGINES else None)
-        print("world", name, found, flush=True)
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        engine = engine if engine in ENGINES else None
+        found[name] = world(int(count), words, folder / f"{name}.txt", engine, context=context)
+    return found

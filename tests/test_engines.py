@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from engine_worlds import FEWER_METHODS, REFUSED
+from engine_worlds import FEWER_METHODS, REFUSED, world, worlds_of
 from launched import CONFIGURATIONS, arguments_of, environment_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -27,6 +25,7 @@ from world import make_world
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, start
 from lora_null.adapters.plain import check_saved_adapter, save_plain_adapter
 from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.processes import join_processes
 from lora_null.recipes.training import training_arguments
 from lora_null.trainer.checkpoints import check_processes, record_processes
 from lora_null.utils.errors import exit_status
@@ -34,7 +33,6 @@ from lora_null.utils.errors import exit_status
 METHODS = ("lora-null-v1", "nb-lora", "lora-null-v2", "full")
 FEWER = METHODS[:2]
 NAMES = sorted(path.stem for path in CONFIGURATIONS.glob("*.yaml"))
-CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -103,13 +101,10 @@ def run_worlds(folder: Path, *names: str, decay: float) -> None:
         kept = [{"answers": "facts", "path": str(folder / "facts.jsonl"), "limit": 4}]
         changes = {"training": training, "eval": {"batch_size": 4, "cache": False, "retention": kept}}
         make_world(folder, method={"name": ",".join(METHODS), "rank": 4}, **changes)
-    command = [sys.executable, str(Path(__file__).parent / "engine_worlds.py"), str(recipe), str(folder), *names]
-    ran = subprocess.run(command, capture_output=True, text=True, env=CPU)
+    ended = worlds_of(recipe, folder, names)
     said = "".join(f"\n== {path.name}\n{path.read_text()[-3000:]}" for path in folder.glob("*.txt"))
-    ended = dict(line.split(" ", 2)[1:] for line in ran.stdout.splitlines() if line.startswith("world "))
-    assert list(ended) == list(names), ran.stderr[-2000:] + said
     expected = {name: {2} if name == REFUSED else {0} for name in names}
-    assert {name: set(json.loads(statuses)) for name, statuses in ended.items()} == expected, said
+    assert {name: set(statuses) for name, statuses in ended.items()} == expected, said
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +129,7 @@ def weights_of(folder: Path, method: str) -> list[Path]:
 def assert_same_weights(folder: Path, name: str) -> None:
     """Compare what a world leaves with the one process's: names, shapes, bytes on disk, and values to rounding."""
     for method in methods_of(name):
-        for ours, theirs in zip(*(weights_of(folder / world, method) for world in (name, "one-1"))):
+        for ours, theirs in zip(*(weights_of(folder / each, method) for each in (name, "one-1"))):
             assert ours.stat().st_size == theirs.stat().st_size
             a, b = load_file(ours), load_file(theirs)
             for key in b:
@@ -146,7 +141,7 @@ def assert_same_weights(folder: Path, name: str) -> None:
 def test_every_world_ends_in_the_weights_of_one_process(worlds, name):
     assert_same_weights(worlds, name)
     for method in methods_of(name):
-        rows = [json.loads((worlds / world / "results.json").read_text())["rows"] for world in (name, "one-1")]
+        rows = [json.loads((worlds / each / "results.json").read_text())["rows"] for each in (name, "one-1")]
         ours, theirs = (next(row for row in found if row["method"] == method) for found in rows)
         assert ours["trainable_params"] == theirs["trainable_params"]
         assert ours["drift"]["max"] == pytest.approx(theirs["drift"]["max"], rel=1e-3)
@@ -197,26 +192,30 @@ def test_other_batches_or_deepspeeds_pieces_are_refused(tmp_path, capsys):
         check_processes(tmp_path, 2, 8, "FSDP")
 
 
-def refusal_of(place):
+def join(words):
+    """Join the processes of an environment."""
+    os.environ.update(word.split("=", 1) for word in words)
+    return exit_status(join_processes)
+
+
+@pytest.fixture
+def refusal_of(tmp_path):
     """Return the one line that ends a process which is launched so."""
-    script = """
-from lora_null.utils.errors import exit_status
-from lora_null.recipes.processes import join_processes
-raise SystemExit(exit_status(join_processes))
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**CPU, **place}, timeout=60
-    )
-    assert ended.returncode == 2, ended.stderr[-2000:]
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in ended.stderr
-    return line
+
+    def refused(place):
+        said = tmp_path / "said.txt"
+        status = world(1, [f"{key}={value}" for key, value in place.items()], said, run=join)
+        assert status == [2] and "Traceback" not in said.read_text(), said.read_text()[-2000:]
+        (line,) = [line for line in said.read_text().splitlines() if line.startswith("error:")]
+        return line
+
+    return refused
 
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def test_a_port_in_use_is_one_line():
+def test_a_port_in_use_is_one_line(refusal_of):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -225,7 +224,7 @@ def test_a_port_in_use_is_one_line():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_that_is_not_there_is_one_line():
+def test_deepspeed_that_is_not_there_is_one_line(refusal_of):
     place = {**LAUNCHED, "WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
     assert "DeepSpeed, which is not installed" in refusal_of(place)
 
@@ -242,7 +241,7 @@ def test_deepspeed_that_is_not_there_is_one_line():
         ),
     ],
 )
-def test_what_a_launcher_has_left_is_named(left, missing):
+def test_what_a_launcher_has_left_is_named(refusal_of, left, missing):
     assert missing in refusal_of(left)
 
 

@@ -6,11 +6,13 @@ python tests/gpu/engines.py --engine fsdp2 --device cpu --out DIR       # two pr
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from engine_worlds import worlds_of
 from launched import CONFIGURATIONS
 from safetensors.torch import load_file
 from world import make_world
@@ -56,8 +58,7 @@ def on_gpus(folder: Path, recipe: Path, given: argparse.Namespace) -> Path:
 
 
 def on_cpu(folder: Path, recipe: Path, engine: str) -> Path:
-    worlds = Path(__file__).resolve().parents[1] / "engine_worlds.py"
-    subprocess.run([sys.executable, str(worlds), str(recipe), str(folder), "one-1", f"{engine}-2"], check=True)
+    worlds_of(recipe, folder, ["one-1", f"{engine}-2"], multiprocessing.get_context("fork"))
     return folder / f"{engine}-2"
 
 
