@@ -1,10 +1,9 @@
 """`lora-null init`, through the real command: whole or from files, continued, and continued by others."""
 
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 
+import engine_worlds
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -94,20 +93,10 @@ def test_a_second_init_is_reused_from_the_cache(world, tmp_path, capsys):
 def test_two_processes_give_the_factors_of_one(world, tmp_path):
     words = ["--calibration", str(world / "facts.jsonl"), "--dtype", "float32", "--rank", "4", "--max-length", "64"]
     words += ["--model", str(world / "model"), "--out", str(tmp_path / "two"), "--device", "cpu", "--no-cache"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "lora_null",
-        "init",
-        *words,
-    ]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("written:") == 1
+    said = tmp_path / "said.txt"
+    ended = engine_worlds.world(2, ["init", *words], said, run=main)
+    assert ended == [0, 0], said.read_text()[-2000:]
+    assert said.read_text().count("written:") == 1
     assert init(world, tmp_path / "one", "--no-cache") == 0
     one, two = (load_file(tmp_path / form / "adapter" / "adapter_model.safetensors") for form in ("one", "two"))
     for key in one:  # a forward pass on one thread rounds otherwise than on two, by 2e-5 of a factor's entries

@@ -5,23 +5,22 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_worlds import world
 from filelock import FileLock
 from kill_harness import harness, outcome, run
 from transformers import TrainerControl
 from world import make_world
 
+from lora_null.recipes import run as recipes_run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.callbacks import SaveOnSignal
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import exit_status
-
-CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
@@ -38,17 +37,15 @@ def test_the_harness_sees_a_difference(tmp_path):
     assert one.keys() == two.keys() and not set(one.values()) & set(two.values())
 
 
+def end_before_training(words):
+    recipes_run.evaluate_base = lambda job: os.kill(os.getpid(), signal.SIGTERM)
+    return main(words)
+
+
 def test_sigterm_outside_training_ends_at_once(tmp_path):
-    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
-    script = f"""
-import os, signal
-from lora_null.recipes import run
-run.evaluate_base = lambda job: os.kill(os.getpid(), signal.SIGTERM)
-from lora_null.recipes.__main__ import main
-main([{str(recipe)!r}])
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
-    assert ended.returncode == 143 and "Traceback" not in ended.stderr
+    recipe, said = make_world(tmp_path, method={"name": "lora", "rank": 4}), tmp_path / "said.txt"
+    assert world(1, [str(recipe)], said, run=end_before_training) == [143]
+    assert "Traceback" not in said.read_text()
 
 
 def test_a_training_that_begins_twice_gives_the_signals_back():
@@ -225,23 +222,24 @@ def test_two_runs_never_write_one_folder(tmp_path, capsys):
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch, capfd):
-    recipe = make_world(tmp_path, method={"name": "lora", "rank": 4})
-    script = f"""
-import torch
-from lora_null.recipes.__main__ import main
-save = torch.save
-def full(value, path, *rest, **options):
-    if "checkpoint-4" in str(path):
-        raise OSError(28, "No space left on device")
-    return save(value, path, *rest, **options)
-torch.save = full
-raise SystemExit(main([{str(recipe)!r}]))
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=CPU)
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: no space left on the disk")]
-    assert ended.returncode == 1 and len(told) == 1, ended.stderr[-2000:]
-    assert "Traceback" not in ended.stderr
+def on_a_full_disk(words):
+    save = torch.save
+
+    def full(value, path, *rest, **options):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(value, path, *rest, **options)
+
+    torch.save = full
+    return main(words)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    recipe, said = make_world(tmp_path, method={"name": "lora", "rank": 4}), tmp_path / "said.txt"
+    status = world(1, [str(recipe)], said, run=on_a_full_disk)
+    told = [line for line in said.read_text().splitlines() if line.startswith("error: no space left on the disk")]
+    assert status == [1] and len(told) == 1, said.read_text()[-2000:]
+    assert "Traceback" not in said.read_text()
     assert last_checkpoint(tmp_path / "out" / "lora").name == "checkpoint-2"
 
 

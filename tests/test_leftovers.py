@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_worlds import begin
 from tiny import save_tiny
 from trl import DPOConfig, SFTConfig
 from world import make_world
@@ -46,14 +45,13 @@ def line_of(capsys, *words):
 
 def interrupted(recipe, words, method, number):
     """Send a run a signal as soon as it trains; return its exit status and what it has said."""
-    command = [sys.executable, "-m", "lora_null.recipes", str(recipe), *words]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    log = method / "train_log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+    said, log = recipe.with_name("said.txt"), method / "train_log.jsonl"
+    (process,) = begin(1, [str(recipe), *words], said)
+    while process.is_alive() and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(number)
-    return process.wait(60), process.communicate()[1]
+    os.kill(process.pid, number)
+    process.join(60)
+    return process.exitcode, said.read_text()
 
 
 def test_every_folder_holds_our_card(finished):

@@ -1,15 +1,11 @@
 """A mistake found on any process of several ends all of them in the same line, and none waits for one that is gone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from engine_worlds import free_port
+from engine_worlds import world
 
-HERE = Path(__file__).parent
 SAME = {
     "NaN, layers": "sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0.self_attn.q_proj",
     "NaN, hooks": "sample 3 of batch 2 gives NaN or infinite inputs at model.layers.0",
@@ -30,23 +26,19 @@ SAME = {
 }
 
 
+def tell(words):
+    import rank_mistakes  # which asks for its rank as it is imported
+
+    rank_mistakes.main(Path(words[0]))
+    return 0
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "rank_mistakes.py"), str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        return [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = world(2, [str(folder)], folder / "said.txt", run=tell)
+    assert ended == [0, 0], (folder / "said.txt").read_text()[-3000:]
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", SAME)

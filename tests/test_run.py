@@ -2,16 +2,17 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import weakref
 
 import pytest
 import torch
 import yaml
+from engine_worlds import world
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
+from transformers import TrainerCallback
 from world import base, make_world, results
 
 from lora_null.eval_harness import AnswerTask, evaluate
@@ -20,7 +21,6 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import shipped
 
 METHODS = ("lora", "lora-null-v1", "lora-null-v2")
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -125,29 +125,34 @@ def test_a_finished_run_is_kept_and_overwrite_replaces_it(finished, tmp_path):
     assert results(tmp_path)["seed"] == 5
 
 
-def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
-    recipe = make_world(tmp_path)
-    script = f"""
-import os, signal
-from transformers import TrainerCallback
-from lora_null.recipes import run
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3 and "lora-null-v1" in args.output_dir:
             os.kill(os.getpid(), signal.SIGKILL)
-original = run._make_trainer
-def with_kill(job, plan, folder):
-    trainer = original(job, plan, folder)
-    trainer.add_callback(Kill())
-    return trainer
-run._make_trainer = with_kill
-from lora_null.recipes.__main__ import main
-main([{str(recipe)!r}])
-"""
-    killed = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env=CPU | {"LORA_NULL_CACHE": str(tmp_path / "cache")}
-    )
-    assert killed.returncode == -9 and not (tmp_path / "out" / "results.json").exists()
+
+
+def with_own_cache(words):
+    """Run the command with another cache than the tests', the first word."""
+    os.environ["LORA_NULL_CACHE"] = words[0]
+    return main(words[1:])
+
+
+def with_kill(words):
+    original = run._make_trainer
+
+    def make_trainer(job, plan, folder):
+        trainer = original(job, plan, folder)
+        trainer.add_callback(Kill())
+        return trainer
+
+    run._make_trainer = make_trainer
+    return with_own_cache(words)
+
+
+def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
+    recipe = make_world(tmp_path)
+    assert world(1, [str(tmp_path / "cache"), str(recipe)], tmp_path / "said.txt", run=with_kill) == [-9]
+    assert not (tmp_path / "out" / "results.json").exists()
     assert main([str(recipe), "--resume"]) == 0
     for method in METHODS:
         for name in ("adapter/adapter_model.safetensors", "eval.json"):
@@ -160,14 +165,10 @@ main([{str(recipe)!r}])
 
 
 def test_two_processes_start_alike_and_write_once(finished, tmp_path):
-    recipe = make_world(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["-m", "lora_null.recipes", str(recipe)]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, env=CPU | {"LORA_NULL_CACHE": str(tmp_path / "cache")}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("report:") == 1
+    recipe, said = make_world(tmp_path), tmp_path / "said.txt"
+    ended = world(2, [str(tmp_path / "cache"), str(recipe)], said, run=with_own_cache)
+    assert ended == [0, 0], said.read_text()[-2000:]
+    assert said.read_text().count("report:") == 1
     for method in METHODS[1:]:
         one, two = (
             load_file(folder / "out" / method / "init" / "factors.model.layers.0.safetensors")

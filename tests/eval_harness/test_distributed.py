@@ -1,23 +1,13 @@
 """Two processes share the work and report what one process reports."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import two_ranks
+from engine_worlds import world
 from safetensors.torch import load_file
 
 from lora_null.eval_harness import Evaluation
-
-SCRIPT = Path(__file__).with_name("two_ranks.py")
-
-
-def start(folder, **variables):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")} | variables
-    return subprocess.Popen([sys.executable, SCRIPT, folder], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -36,16 +26,10 @@ def folder(saved, tmp_path, pairs, nq_file, sciq_file, write):
 
 
 def test_two_ranks_equal_one_and_compute_each_request_once(folder, pairs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [start(folder, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    single = start(folder)
-    assert single.wait(120) == 0, single.stderr.read()
-
+    for count in (1, 2):
+        ended = world(count, [str(folder)], folder / "said.txt", run=two_ranks.main)
+        errors = [(folder / f"said-{rank}.txt").read_text() for rank in range(count)]
+        assert ended == [0] * count, errors
     one = json.loads((folder / "rank0-of-1.json").read_text())
     two = [json.loads((folder / f"rank{rank}-of-2.json").read_text()) for rank in range(2)]
     assert sorted(two[0]["requests"] + two[1]["requests"]) == sorted(one["requests"])

@@ -1,11 +1,11 @@
-"""One rank of test_distributed.py: `RANK=0 WORLD_SIZE=2 … python two_ranks.py FOLDER`."""
+"""One rank of eval_harness/test_distributed.py."""
 
 import json
 import os
 import sys
 from pathlib import Path
 
-import torch
+import datasets
 import torch.distributed as dist
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
@@ -30,12 +30,13 @@ def count(name):
     setattr(HFLM, name, counted)
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(words: list[str]) -> int:
+    folder, rank = Path(words[0]), int(os.environ.get("RANK", 0))
+    os.dup2(os.open(folder / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     disable_progress_bar()
     for name in ("generate_until", "loglikelihood"):
         count(name)
-    rank = int(os.environ.get("RANK", 0))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -75,6 +76,7 @@ def main(folder: Path) -> None:
         check_sharded(base, tokenizer, pairs)
         check_failures(rank, model, tokenizer)
         dist.destroy_process_group()
+    return 0
 
 
 def check_sharded(model, tokenizer, pairs) -> None:
@@ -95,7 +97,3 @@ def check_failures(rank, model, tokenizer) -> None:
         assert rank == 1 or str(error).startswith("rank 1 failed: "), error
     else:
         raise AssertionError("no failure")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
