@@ -54,7 +54,7 @@ LAYER_GB, ADAPTED_GB, ACTIVE_GB, OTHER_GB = 0.41, 0.16, 1.75, 8
 COMPILED_LAYERS = 4  # a minute's work for the compiler
 STUDY_STEPS = 1000
 TOY_STUDY = ["eval.limit=2", "calibration.samples=16", "method.rank=4", "training.bf16=false"]
-TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1"]
+TOY_STUDY += ["training.max_length=1024", "training.per_device_train_batch_size=1", "training.total_batch_size=1"]
 TOY_STUDY += ["eval.retention=[{answers: NQ, path: samples/nq_open_test.jsonl, prompt: question, response: answer}]"]
 
 
