@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def write_report(output_dir: str | Path, results: Results | None = None, name: s
             temporary.write_bytes(data)
 
 
+@functools.cache
 def templates_in(*folders: Path, escape: bool = False) -> jinja2.Environment:
     """Return the environment of the templates in the folders; `md` is the filter for literal Markdown.
 
