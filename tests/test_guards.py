@@ -92,7 +92,10 @@ def test_the_adapter_of_an_earlier_trainer_is_not_trained_over(tmp_path, name):
     base = tiny_model()
     make(tmp_path / "first", LoraNullConfig(r=4), model=base, max_steps=1).train()
     method = make_method(name)
-    with pytest.raises(UserError, match=r"^model: still holds the adapter that an earlier trainer put into it"):
+    with pytest.raises(
+        UserError,
+        match=r"^model: still holds the adapter that an earlier trainer, or inject_adapter_in_model, put into it",
+    ):
         make(tmp_path, method.config(r=4, target_modules=["q_proj"]) or "none", method=method, model=base)
 
 
@@ -385,6 +388,23 @@ class HandsOn(SFTTrainer):
 
 class OwnTrainer(LoraNullMixin, HandsOn):
     learns_next_token = True
+
+
+@pytest.mark.parametrize("given", [{"method": make_method("full")}, {"calibration_dataset": TEXTS}])
+def test_a_model_that_is_made_when_training_begins_is_refused(tmp_path, given):
+    with pytest.raises(UserError, match="^model_init: makes a new model when training begins"):
+        PlainTrainer(model_init=tiny_model, args=TrainingArguments(str(tmp_path), report_to="none"), **given)
+
+
+def test_a_checkpoint_of_another_trainer_tells_that_no_drift_is_reported(tmp_path, caplog):
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    given = {"train_dataset": ROWS, "processing_class": tiny_tokenizer(), "peft_config": config}
+    theirs = SFTTrainer(tiny_model(), args=SFTConfig(**quick(tmp_path, **changes)), **given)
+    theirs.train()
+    ours = make(tmp_path / "ours", config, **changes)
+    ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "no drift is reported" in caplog.text and "holds no start" in caplog.text
 
 
 class PlainTrainer(LoraNullMixin, Trainer):

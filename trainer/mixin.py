@@ -242,6 +242,10 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if getattr(given.get("args"), "sync_ref_model", False):
             raise UserError("sync_ref_model: moves the reference, which no checkpoint holds; leave it out")
         model, peft_config = given.get("model"), given.get("peft_config")
+        if given.get("model_init") is not None and (method is not None or any(v is not None for v in start.values())):
+            raise UserError(
+                "model_init: makes a new model when training begins, which nothing would have prepared or measured; give model"
+            )
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
             check_rows_given(name, given.get(name))
@@ -593,7 +597,13 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if self.args.should_save:  # what an earlier run started from goes, but for parts that this one may continue
             clear(self.init_dir, parts=options.cache)
         self.accelerator.wait_for_everyone()
-        return None if resuming else self._compute(options, layers, rule)
+        if not resuming:
+            return self._compute(options, layers, rule)
+        if self._calibration_dataset is not None:
+            logger.warning(
+                f"calibration_dataset: no drift is reported, {resuming} holds no start; another trainer wrote it"
+            )
+        return None
 
     def _compute(self, options: InitOptions, layers: Mapping[str, nn.Module], rule: Rule | None) -> Start | None:
         """Measure and compute what the model starts from; None where there is nothing to measure or to compute."""
