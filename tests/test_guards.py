@@ -392,7 +392,7 @@ class OwnTrainer(LoraNullMixin, HandsOn):
 
 @pytest.mark.parametrize("given", [{"method": make_method("full")}, {"calibration_dataset": TEXTS}])
 def test_a_model_that_is_made_when_training_begins_is_refused(tmp_path, given):
-    with pytest.raises(UserError, match="^model_init: makes a new model when training begins"):
+    with pytest.raises(UserError, match=r"^model_init: makes a new model when training begins"):
         PlainTrainer(model_init=tiny_model, args=TrainingArguments(str(tmp_path), report_to="none"), **given)
 
 
