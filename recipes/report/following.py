@@ -86,7 +86,7 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
             free.append(log)
     if found:
         return max(found, key=lambda advice: advice.gain).sentence
-    judged = ["another rate or an earlier end"] if any(_learned(results, log) for log in free) else []
+    judged = ["an earlier end"] if any(_learned(results, log) for log in free) else []
     judged += ["a lower strength"] if any(dial.shares() for dial in dials if dial) else []
     if not judged and not free:
         return (
@@ -97,7 +97,8 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
             "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD. For "
             "the next run: eval.probe or eval.strengths."
         )
-    return f"By the measured curves nothing is to be gained by {', nor by '.join(judged)}."
+    gained = f"By the measured curves nothing is to be gained by {' or '.join(judged)}"
+    return f"{gained}; of another learning rate or a longer schedule they tell nothing."
 
 
 def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:
