@@ -323,6 +323,7 @@ class Results(BaseModel):
         noise: by how much each metric of the base changes when it is measured again in other batches.
         paired: every two rows compared; None in a file of a version that did not compare.
         answers: some questions, answered by the base and every method.
+        state: how far a run is that is not finished, as a sentence.
     """
 
     recipe: str
@@ -334,6 +335,7 @@ class Results(BaseModel):
     noise: dict[str, float] = {}
     paired: list[Paired] | None = None
     answers: Answers | None = None
+    state: str = ""
     grid: Grid | None = None
     sequence: SequenceResults | None = None
 

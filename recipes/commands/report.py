@@ -92,8 +92,10 @@ def results_so_far(folder: Path) -> Results:
     evaluated = whole_of(folder) / "base" / EVAL_FILE
     base = Evaluation.read(evaluated).metrics if evaluated.is_file() else {}
     rows = [Row(method="base", metrics=base)]
-    for name in raw.get("method", {}).get("name", []):
+    named, done = raw.get("method", {}).get("name", []), 0
+    for name in named:
         found = read_row(folder / name)
+        done += found is not None
         if found is None and (folder / name / LOG_FILE).is_file():
             step = max((entry["step"] for entry in load_log(folder / name / LOG_FILE).entries), default=0)
             found = Row(method=name, variant=f"not finished, at step {step:g}")
@@ -105,6 +107,7 @@ def results_so_far(folder: Path) -> Results:
         seed=raw.get("seed"),
         settings=settings,
         rows=rows,
+        state=f"Not finished: {done} of {len(named)} method{'s' * (len(named) != 1)}.",
     )
 
 

@@ -70,7 +70,12 @@ class Advice:
 
 
 def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> str:
-    """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained."""
+    """Say in one sentence what to do next, from measured curves alone; the one by which most is to be gained.
+
+    Nothing where there is only the base.
+    """
+    if len(results.rows) == 1:
+        return ""
     found, free = [], []
     dials = [None if row.method == "base" else read_dial(output_dir / row.method) for row in results.rows]
     for row, log, dial, label in zip(results.rows, logs, dials, results.labels()):

@@ -193,8 +193,14 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def headline(results: Results) -> str:
     """The finding in a sentence or three."""
+    return " ".join(filter(None, [results.state, *_findings(results)]))
+
+
+def _findings(results: Results) -> list[str]:
+    """The sentences of the headline."""
     if len(results.rows) == 1:
-        return "Only the untouched base was evaluated: there is no method to compare yet."
+        evaluated = "Only the untouched base" if results.base.metrics else "Nothing"
+        return [f"{evaluated} was evaluated: there is no method to compare yet."]
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
     sentences = _sentences(verdicts(results), results) + sentences
@@ -203,7 +209,7 @@ def headline(results: Results) -> str:
         sentences.append("Forgetting was not measured: there is no retention metric with a value.")
     if learned is None:
         sentences.append("Learning was not measured: there is no task metric with a value.")
-    return " ".join(sentences)
+    return sentences
 
 
 def _left_nothing(row: Row, label: str) -> str:

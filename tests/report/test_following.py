@@ -1,6 +1,7 @@
 """What a report says beyond one finished run: what to do next, runs that go on, several runs on one page."""
 
 import json
+import shutil
 
 import pytest
 
@@ -195,9 +196,24 @@ def test_a_run_that_goes_on_is_reported_and_stays_unfinished(tmp_path, capsys):
     folder = unfinished(tmp_path / "run")
     assert main(["report", str(folder)]) == 0
     page = (folder / "unfinished.md").read_text()
+    assert "**Not finished: 1 of 3 methods. LoRA: KL to base on NQ" in page
     assert "PiSSA (not finished, at step 5)" in page and "| LoRA " in page and "LoRA-FA" not in page
     assert not (folder / "report.html").exists() and not (folder / "results.json").exists()
     assert capsys.readouterr().out.strip().endswith("unfinished.html")
+
+
+def test_before_any_method_ends_nothing_is_said_of_a_budget(tmp_path):
+    """Of a run that has not evaluated its base either: of all of no methods anything is true."""
+    folder = unfinished(tmp_path / "run")
+    for gone, said in (
+        (("lora", "pissa"), "Only the untouched base was evaluated"),
+        (("base",), "Nothing was evaluated"),
+    ):
+        for name in gone:
+            shutil.rmtree(folder / name)
+        assert main(["report", str(folder)]) == 0
+        page = (folder / "unfinished.md").read_text()
+        assert f"**Not finished: 0 of 3 methods. {said}" in page and "Next:" not in page
 
 
 def test_several_runs_on_one_page(tmp_path, capsys):
