@@ -22,6 +22,7 @@ from lora_null.recipes.report.table import format_column, metric_title
 from lora_null.recipes.results import FROM_BASE, Estimate, Results, display_name, kind_of, variant_of
 
 SAFE = 0.02  # of the base's value: how much worse a retention metric may be where a learning rate counts as safe
+OF_SEEDS_ALONE = "over seeds alone, as the answers are not in this folder"
 
 
 def grid_headline(results: Results, evaluations: Evaluations) -> str:
@@ -41,11 +42,18 @@ def grid_headline(results: Results, evaluations: Evaluations) -> str:
     where = f" with {target.where}" if target.where else ""
     level = f"At the learning that LoRA reaches{where} ({metric_title(task)} {level_text(results, task, target)})"
     rows = sorted((row for row in target.rows if row.value), key=lambda row: row.value.value)
-    never = "".join(f" {sentence}" for sentence in _not_read(target))
+    alone = [] if has_answers(evaluations) else [f"Errors and p-values: {OF_SEEDS_ALONE}."]
+    never = "".join(f" {sentence}" for sentence in [*_not_read(target), *alone])
     lora = next((row for row in rows if row.name == "lora"), None)
     if lora is None:
         return f"{level} no single seed of LoRA can be compared.{never}"
-    return f"{level}, {_against(rows, lora, metric_title(kept), results.metric(kept).unit)}{never}"
+    common = "seeds" if alone else "questions or seeds"
+    return f"{level}, {_against(rows, lora, metric_title(kept), results.metric(kept).unit, common)}{never}"
+
+
+def has_answers(evaluations: Evaluations) -> bool:
+    """Return whether the answers of the base and of a method were found, by which errors count questions."""
+    return 0 in evaluations and len(evaluations) > 1
 
 
 def _not_read(target: Target) -> list[str]:
@@ -53,12 +61,13 @@ def _not_read(target: Target) -> list[str]:
     below, beyond = (
         [r.label for r in target.rows if not r.value and r.beyond_first_run == more] for more in (False, True)
     )
-    said = [f"{listed(below)} never learned that much."] if below else []
+    do = "does" if len(below) == 1 else "do"
+    said = [f"{listed(below)} {do} not reach that level (by the estimates alone)."] if below else []
     their = "its" if len(beyond) == 1 else "their"
     return said + ([f"{listed(beyond)} learned more than that already in {their} first run."] if beyond else [])
 
 
-def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, unit: str | None) -> str:
+def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, unit: str | None, common: str) -> str:
     others = [row for row in rows if row is not lora]
     less, more, same = ([row for row in others if row.p is not None and row.sign == sense] for sense in (-1, 1, 0))
     untested = [row for row in others if row.p is None]
@@ -84,7 +93,7 @@ def _against(rows: Sequence[MethodAtLevel], lora: MethodAtLevel, title: str, uni
     if same:
         said += f" Not distinguishable from LoRA: {listed([row.label for row in same])}."
     if untested:
-        said += f" Not compared with LoRA (too few questions or seeds in common): {listed([row.label for row in untested])}."
+        said += f" Not compared with LoRA (too few {common} in common): {listed([row.label for row in untested])}."
     return said
 
 
@@ -108,6 +117,7 @@ def grid_content(results: Results, evaluations: Evaluations) -> dict[str, object
         "done": len(results.grid.cells),
         "planned": results.grid.planned,
         "seeds": results.grid.seeds,
+        "of_seeds_alone": None if has_answers(evaluations) else OF_SEEDS_ALONE,
         "tables": [
             *(_equal_tables(results, kept, pair[1], evaluations) if pair else ()),
             *(_safe_table(results, *pair) if pair else ()),

@@ -11,7 +11,7 @@ from test_grid import made
 from lora_null.recipes.report import paper, write_report
 from lora_null.recipes.report.grid_page import grid_content
 from lora_null.recipes.report.paper import comparable, paper_average, paper_name, paper_rows, paper_table
-from lora_null.recipes.results import load_results, parse_results
+from lora_null.recipes.results import load_results, parse_results, write_results
 
 STUDY = Path(__file__).parents[1] / "benchmarks/study"
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -187,6 +187,16 @@ def test_a_rate_that_diverged_was_tried():
     table = grid_content(found, {})["tables"][-1]
     assert table["rows"][1][:2] == ["mine", "1 (1 of 2)"]
     assert table["note"].endswith("worse than the base's, by the estimates alone.")
+
+
+def test_a_grid_without_its_answers_says_that_errors_are_of_seeds_alone(tmp_path):
+    points = {"lora": [[(1.5, 0.1), (1.0, 0.3)]] * 2, "mine": [[(1.4, 0.05), (0.9, 0.2)]] * 2}
+    write_results(tmp_path, made(points))
+    write_report(tmp_path)
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        assert text.count("over seeds alone, as the answers are not in this folder") >= 2  # headline, paragraph
+        assert "paired with LoRA by seed," in text and "all 0 differences" not in text
 
 
 def test_the_letters_of_every_drawing_follow_the_page(tmp_path):
