@@ -204,15 +204,17 @@ def _findings(results: Results) -> list[str]:
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
     sentences = _sentences(verdicts(results), results) + sentences
-    sentences += filter(None, map(_left_nothing, results.rows, results.labels()))
-    if kept is None:
-        sentences.append("Forgetting was not measured: there is no retention metric with a value.")
+    sentences += filter(None, map(left_nothing, results.rows, results.labels()))
+    rows = zip(results.rows, results.labels())
+    sentences += [f"{label} diverged at step {row.diverged}." for row, label in rows if row.diverged is not None]
+    if kept is None or not kept.measured:
+        sentences.append("Forgetting was not measured: no method has a value of a retention metric.")
     if learned is None:
-        sentences.append("Learning was not measured: there is no task metric with a value.")
+        sentences.append("Learning was not measured: no method has a value of a task metric.")
     return sentences
 
 
-def _left_nothing(row: Row, label: str) -> str:
+def left_nothing(row: Row, label: str) -> str:
     """The sentence for a row that a budget has made the base again, or left nothing of a later task; else empty."""
     if row.base_again or row.is_base_again:
         some = f" with {row.base_again} of {row.runs} seeds" if row.base_again != row.runs else ""
@@ -246,7 +248,8 @@ def _verdict(
         return None
     labels, ranked = results.labels(), measure.ranked
     best, *rest = ranked
-    absent = [labels[i] for i in range(1, len(labels)) if i not in measure.measured]
+    without = set(range(1, len(labels))) - set(measure.measured)
+    absent = [labels[i] for i in sorted(without) if results.rows[i].diverged is None]
     unmeasured = f" No value of {measure.title} for {listed(absent)}." if absent else ""
     ends = [f"{measure.text(i)} ({labels[i]})" for i in (best, ranked[-1])]
     extremes = f"{measure.title} from {ends[0]} to {ends[1]}"

@@ -423,6 +423,15 @@ def test_headline_of_the_base_alone_and_without_metrics():
     assert say(base={}, lora={}).startswith("Forgetting was not measured")
 
 
+def test_a_method_that_diverged_is_in_the_headline():
+    raw_results = measured(lora={})
+    raw_results["rows"][1]["diverged"] = 35
+    said = headline(parsed(raw_results))
+    assert said.endswith(" LoRA diverged at step 35.") and "No value" not in said
+    alone = headline(parsed(raw_results | {"rows": raw_results["rows"][:2]}))
+    assert alone.startswith("LoRA diverged at step 35. Forgetting was not measured: no method has a value")
+
+
 def test_headline_without_retention_or_task():
     without_retention = say(base=nll(1.5), lora=nll(0.8), pissa=nll(1.0))
     assert "LoRA learned most" in without_retention and "Forgetting was not measured" in without_retention
