@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
 from lora_null.recipes.report import render
 from lora_null.recipes.report.dial import read_dial
-from lora_null.recipes.report.table import build_table
+from lora_null.recipes.report.headline import left_nothing
+from lora_null.recipes.report.table import build_table, escape_markdown
 from lora_null.recipes.results import RESULTS_FILE, Results, Row, display_name, load_results
 from lora_null.recipes.trained import QUANTIZED_NOTE, Trained
 from lora_null.trainer.methods import METHODS
@@ -52,25 +52,40 @@ def write_card(export: Any, difference: Any, *, license_id: str | None = None) -
 
 def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Results | None) -> None:
     """Write `README.md` into RUN/METHOD, and into what the method has saved there; `results` is None while it trains."""
-    state = f"Not finished: `{resume_command(folder.parent)}` goes on."
     plain, kept = METHODS[plan.name].saves_plain_lora, folder / plan.saves
-    exports = f"; `lora-null export {shlex.quote(str(folder))} --out DIR` verifies and copies it" if plain else ""
-    saved = f"The {plan.saves} is in `{plan.saves}/`{exports}." if kept.is_dir() else "Its weights were not kept."
     config = kept / CONFIG_FILE  # of an adapter
     quantized = recipe.model.quantization and f"{QUANTIZED_NOTE.format(recipe.model.quantization).capitalize()}."
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
-    text = _render(
-        recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
-        terms=license_of(name, Path(name) / CARD_FILE),
-        rank=read_json(config).get("r") if config.is_file() else None,
-        plain=plain,
-        revision=recipe.model.revision,
-        table=results and _table_of(results),
-        notes=[saved if results else state, *filter(None, [quantized])],
-        difference=None,
-    )  # fmt: skip
+    terms = license_of(name, Path(name) / CARD_FILE)
+    notes = [*filter(None, [quantized]), *(_kept_of(results.rows[-1]) if results else ())]
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
+        state = _where(place, kept, plain) if results else f"Not finished: `{resume_command(folder.parent)}` goes on."
+        text = _render(
+            recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
+            terms=terms,
+            rank=read_json(config).get("r") if config.is_file() else None,
+            plain=plain,
+            revision=recipe.model.revision,
+            table=results and _table_of(results),
+            notes=[state, *notes],
+            difference=None,
+        )  # fmt: skip
         write_text(place / CARD_FILE, text)
+
+
+def _where(place: Path, kept: Path, plain: bool) -> str:
+    """Say on the card in `place` where a method's weights are and what exports them; `kept` is their folder."""
+    if not kept.is_dir():
+        return "Its weights were not kept."
+    found = f"The {kept.name} is in {'this folder' if place == kept else f'`{kept.name}/`'}"
+    exports = f"; `lora-null export RUN/{kept.parent.name} --out DIR` verifies and copies it" if plain else ""
+    return f"{found}{exports}."
+
+
+def _kept_of(row: Row) -> list[str]:
+    """Say what a budget of forgetting has left of a method."""
+    kept = row.budget and f"The budget of forgetting: {row.budget.sentence()}."
+    return [escape_markdown(said) for said in (left_nothing(row, display_name(row.method)), kept) if said]
 
 
 def _render(

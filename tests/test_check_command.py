@@ -21,6 +21,7 @@ from lora_null.recipes.card import license_of, write_run_card
 from lora_null.recipes.commands.arguments import build_parser
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.run_folder import MARK
+from lora_null.recipes.results import Budget, Results, Row
 from lora_null.recipes.trained import find_trained
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
@@ -265,6 +266,20 @@ def test_the_card_of_a_run_on_a_quantized_base_under_a_license_with_a_name(tmp_p
     assert "Trained on the base quantized to nf4; on the base as it is, figures differ." in card.text
     (tmp_path / "base" / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n")
     assert license_of("base", tmp_path / "base" / "README.md") == {"license": "llama3"}
+
+
+def test_the_cards_of_a_run_tell_of_the_budget_and_of_no_folder_of_this_machine(tmp_path):
+    home, plan = tmp_path / "run" / "lora", SimpleNamespace(name="lora", saves="adapter")
+    (home / "adapter").mkdir(parents=True)
+    held = {"measure": "a_b kl", "at_most": 0.1, "then": "scale", "step": 9, "steps": 9, "value": 0.0, "n": 9}
+    for strength, again in ((0.0865, False), (0.0, True)):
+        rows = [Row(method="base"), Row(method="lora", budget=Budget(strength=strength, kept=True, **held))]
+        write_run_card(home, load_recipe("quickstart", []), plan, Results(recipe="r", model="m", rows=rows))
+        cards = [(folder / "README.md").read_text() for folder in (home, home / "adapter")]
+        for card, where in zip(cards, ("`adapter/`", "this folder")):
+            assert f"The adapter is in {where}; `lora-null export RUN/lora --out DIR`" in card
+            assert f"(strength {strength:g})" in card and r"a\_b" in card and str(tmp_path) not in card
+            assert ("LoRA is the base again: the budget left nothing of its training." in card) == again
 
 
 def test_the_hash_of_another_revision_is_left_out(base, tmp_path, monkeypatch):
