@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,14 @@ MAX_METRIC = 1e100  # of a metric: far beyond float32, and still room for what i
 RESULTS_FILE, ROW_FILE, LOG_FILE = "results.json", "row.json", "train_log.jsonl"
 MIN_ROWS = 8  # rows that a limit of forgetting needs: fewer give no standard error worth the name
 EVAL_FILE = "eval.json"  # an `Evaluation`, of the base or of a method
+TITLES = {
+    "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
+    "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
+    "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
+    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "metamath_rule": "MetaMath's rule", "exact_match": "exact match",
+    "string_match": "string rule",
+    "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
+}  # fmt: skip
 
 
 class Estimate(NamedTuple):
@@ -70,6 +79,11 @@ class Magnitude(BaseModel):
 def kind_of(metric: str) -> str:
     """Return what a metric measures, the last word of its name: "kl" of "NQ kl", "margin" of "pairs reward margin"."""
     return metric.split()[-1].lower()
+
+
+def metric_title(name: str) -> str:
+    """`gsm8k/strict-match` as a reader would write it: `GSM8K strict-match`."""
+    return " ".join(TITLES.get(word.lower(), word) for word in re.split(r"[ /]+", name))
 
 
 class Seconds(BaseModel):
@@ -131,15 +145,21 @@ class Budget(BaseModel):
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
-        told = f"{change.get(kind_of(self.measure), 'fall of ')}{self.measure} {self.value:.3g}{error} "
-        told += f"on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
+        told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} {self.value:.3g}{error}"
+        told += f"{_nats(self.measure)} on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         if self.first_check is not None:
             told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"
         for name, change in self.learned.items() if how else ():
             error = "" if change.stderr is None else f" ± {change.stderr:.2g}"
-            told += f"; given up: {change.lost:.3g}{error} of {name} ({change.kept:.3g}, {change.full:.3g} where training ended)"
+            told += f"; given up: {change.lost:.3g}{error}{_nats(name)} of {metric_title(name)} "
+            told += f"({change.kept:.3g} as saved, {change.full:.3g} where training ended)"
         return told + ("" if self.kept else "; the budget is NOT kept")
+
+
+def _nats(metric: str) -> str:
+    """The unit of what is measured per token, to stand behind a number."""
+    return " nats per token" if kind_of(metric) in ("kl", "nll", "loss", "forgetting") else ""
 
 
 class Row(BaseModel):

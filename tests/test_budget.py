@@ -234,16 +234,16 @@ def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
 @pytest.mark.parametrize(
     ("measure", "said"),
     [
-        ("facts kl", "facts kl"),
-        ("facts nll", "rise of facts nll"),
-        ("nq", "fall of nq"),
-        ("pairs reward margin", "fall of pairs reward margin"),
+        ("facts kl", "facts KL 0.02 nats per token"),
+        ("facts nll", "rise of facts NLL 0.02 nats per token"),
+        ("nq", "fall of NQ 0.02"),
+        ("pairs reward margin", "fall of pairs reward margin 0.02"),
     ],
 )
 def test_what_is_lost_is_told_as_a_change(measure, said):
     facts = {"strength": 1, "step": 1, "steps": 1, "value": 0.02, "n": 9, "kept": True}
     told = Budget(measure=measure, at_most=0.1, then="scale", **facts).sentence()
-    assert told.startswith(f"{said} 0.02 on 9 rows that no probe used, at most 0.1 allowed")
+    assert told.startswith(f"{said} on 9 rows that no probe used, at most 0.1 allowed")
 
 
 def recipe(folder, **changes):

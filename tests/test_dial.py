@@ -229,7 +229,7 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     words = ["--out", str(tmp_path / "a"), "--max-forgetting", str(at_most), *files]
     assert main(["export", str(world / "elsewhere"), *words]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "rows that no probe used" in said and re.search(r"given up: \S+ ± \S+ of numbers nll", said)
+    assert "rows that no probe used" in said and re.search(r"given up: \S+ ± \S+ nats per token of numbers NLL", said)
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
         assert 0.2 < float(file.metadata()["strength"]) < 0.8
     assert (

@@ -16,18 +16,10 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in
+from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in, metric_title
 
 MISSING = "–"
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
-TITLES = {
-    "nq": "NQ", "nq_open": "NQ open", "triviaqa": "TriviaQA", "webqs": "WebQS", "wikitext": "WikiText",
-    "gsm8k": "GSM8K", "minerva_math": "MATH", "hendrycks_math": "MATH", "math": "MATH", "humaneval": "HumanEval",
-    "mbpp": "MBPP", "metamath_gsm8k": "MetaMath GSM8K", "metamath_math": "MetaMath MATH",
-    "sandbox_humaneval": "HumanEval", "sandbox_mbpp": "MBPP", "math_verify": "math-verify", "metamath_rule": "MetaMath's rule", "exact_match": "exact match",
-    "string_match": "string rule",
-    "ifeval": "IFEval", "mmlu": "MMLU", "kl": "KL", "nll": "NLL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,11 +110,6 @@ def reference_row(results: Results, variant: str | None = None) -> int | None:
 def escape_markdown(text: object) -> str:
     """`text` as literal Markdown on one line, safe inside a table cell."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
-
-
-def metric_title(name: str) -> str:
-    """`gsm8k/strict-match` as a reader would write it: `GSM8K strict-match`."""
-    return " ".join(TITLES.get(word.lower(), word) for word in re.split(r"[ /]+", name))
 
 
 def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
