@@ -100,7 +100,7 @@ def results_so_far(folder: Path) -> Results:
             step = max((entry["step"] for entry in load_log(folder / name / LOG_FILE).entries), default=0)
             found = Row(method=name, variant=f"not finished, at step {step:g}")
         rows += [found] if found is not None else []
-    settings = {"training": raw.get("training", {}), "training_data": raw.get("data", {}).get("path")}
+    settings = raw.get("training", {}) | {"training_data": raw.get("data", {}).get("path")}
     return Results(
         recipe=raw.get("name") or folder.name,
         model=raw.get("model", {}).get("name_or_path", ""),
@@ -141,17 +141,25 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
             if not results.grid and (folder / row.method / LOG_FILE).is_file():
                 link(folder / row.method / LOG_FILE, own)
             rows.append(row.model_copy(update={"variant": variant}))
-    same, differing = shared_and_differing(results.settings for results in found)
+    settings = _settings_of(found)
+    same, differing = shared_and_differing(settings)
     results = Results(
         recipe="comparison",
         model=found[0].model,
         environment={"runs": ", ".join(names)},
-        settings=same | {f"differs: {k}": ", ".join(str(r.settings.get(k)) for r in found) for k in differing},
+        settings=same | {f"differs: {k}": ", ".join(str(each.get(k)) for each in settings) for k in differing},
         rows=[base.model_copy(update={"metrics": of_base}), *rows],
     )
     write_results(out, results)
     write_report(out)
     return out / PAGE_FILE
+
+
+def _settings_of(found: Sequence[Results]) -> list[dict[str, Any]]:
+    """Return each run's settings with its seeds; beside a run that is not finished only those that all have."""
+    settings = [results.settings | {"seed": results.grid.seeds if results.grid else results.seed} for results in found]
+    known = set.intersection(*map(set, settings)) if any(results.state for results in found) else None
+    return [{key: value for key, value in each.items() if known is None or key in known} for each in settings]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

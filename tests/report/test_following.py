@@ -247,6 +247,17 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     assert "measured sums nll differently (the base has 2 on 50, 2.5 on 50)" in capsys.readouterr().err
 
 
+def test_the_settings_of_a_finished_run_and_of_one_that_goes_on_are_compared_alike(tmp_path):
+    one, other = unfinished(tmp_path / "one"), tmp_path / "other"
+    text = (one / "recipe.yaml").read_text()
+    (one / "recipe.yaml").write_text(f"{text[:-1]}, training: {{learning_rate: 0.01, optim: sgd, max_length: 64}}}}")
+    settings = {"learning_rate": 0.01, "max_length": 32, "batch": 4}
+    write_results(other, results().model_copy(update={"settings": settings, "seed": 1}))
+    assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0
+    shown = load_results(tmp_path / "page").settings
+    assert shown == {"learning_rate": 0.01, "differs: max_length": "64, 32", "differs: seed": "0, 1"}
+
+
 def test_a_page_of_several_runs_has_every_base_and_no_adapter_that_is_not_there(tmp_path):
     of_run = {"a": ["NQ kl"], "b": ["NQ kl", "sums nll"], "c": ["other nll"]}
     known = metrics(2.0, 0.0) | {"other nll": Metric(3.0, 0.01, 50, False, "task", "nats")}
