@@ -123,15 +123,16 @@ def _along(measure: Measure, i: int, reference: int) -> str:
 
 
 def _moved(measure: Measure, points: Mapping[int, tuple[float, float]], i: int, reference: int) -> str:
-    word = "moved" if kind_of(measure.comparison_name) == "kl" else "lost"
     gap, ours, theirs = measure.gap(i, reference), points[i][1], points[reference][1]
+    gained = max(ours, theirs) < 0  # of what was to be kept
+    word = "moved" if kind_of(measure.comparison_name) == "kl" else "gained" if gained else "lost"
     if gap is None or measure.untested([i, reference]):
         return f"{word}: not compared"
     if not gap.significant:
         return f"{word} the same within the error"
     less = gap.favors(measure.higher_is_better)
     if min(ours, theirs) <= measure.noise_floor:
-        return f"{word} {'less' if less else 'more'}"
+        return f"{word} {'less' if less != (word == 'gained') else 'more'}"
     return f"{word} {times(max(ours, theirs) / min(ours, theirs))} {'less' if less else 'more'}"
 
 

@@ -620,6 +620,16 @@ def test_the_loss_of_an_accuracy_has_the_sign_of_a_loss(several):
     assert "paired difference -9.00 ± " in verdicts(found)[0].detail.replace("−", "-")
 
 
+def test_what_improved_was_not_lost():
+    def found(*values):
+        rows = {name: share("nq", value) | nll(0.9) for name, value in zip(("lora", "lora_null_v2"), values)}
+        return distances(parsed(raw(base=share("nq", 0.1) | nll(1.5), **rows)))[0][1]
+
+    assert found(0.5, 0.2).endswith(", gained less") and found(0.2, 0.5).endswith(", gained more")
+    assert found(0.5, 0.5).endswith(", gained the same within the error")
+    assert found(0.5, 0.05).endswith(", lost more")
+
+
 def test_the_plane_has_a_linear_and_a_logarithmic_axis():
     far = parsed(measured(lora_null_v2=kl(0.0005, 0.00004) | nll(0.95)))
     assert [name for name, _ in forgetting_picture(far).drawings] == ["log", "linear"]
