@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
+from lora_null.eval_harness.results import Metric
 from lora_null.recipes.report.dial import DIAL_FOLDER, Dial, dial_summary, read_dial, table_rows
-from lora_null.recipes.report.table import format_estimate, metric_title, scale_of
+from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
 LESS = 0.6  # of the forgetting that it may have
 STILL = 0.1  # of all the fall that lies in a curve's last quarter, and the curve still falls
-TRANSFERS = ["Backward transfer", "Forward transfer", "Mean at the end"]
 ELSEWHERE = 3.0  # times the forgetting in the form that was calibrated on
 
 
@@ -171,31 +171,47 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     found = results.sequence
     if found is None:
         return None
-    head = ["base", *(f"after {task}" for task in found.tasks), "forgotten by the end", "gained before training on it"]
+    head = ["base", *(f"after {task}" for task in found.tasks), "forgotten by the end ↓"]
+    head.append("gained before training on it ↑")
     units = [found.base[name].unit for name in found.metrics]
     tables = []
     for t in found.transfers:
         lost, ahead = [*map(_signed, t.lost, units), ""], ["", *map(_signed, t.ahead, units[1:])]
         rows = [
-            [metric_title(name), _cell(found.base[name]), *map(_cell, after), lost[j], ahead[j]]
+            [
+                _titled(found.base[name], metric_title(name)),
+                _cell(found.base[name]),
+                *map(_cell, after),
+                lost[j],
+                ahead[j],
+            ]
             for j, (name, after) in enumerate(zip(found.metrics, t.matrix))
         ]
         for name, values in found.knowledge.get(t.method, {}).items():
-            rows.append([metric_title(name), _cell(results.base.metrics.get(name)), *map(_cell, values), "", ""])
+            title = _titled(results.metric(name), metric_title(name))
+            rows.append([title, _cell(results.base.metrics.get(name)), *map(_cell, values), "", ""])
         tables.append({"title": display_name(t.method), "rows": rows})
     summary = []
     for t in found.transfers:
-        average = "–" if t.average is None else f"{scale_of(units[0]) * t.average:.4g}"
+        average = "–" if t.average is None else _signed(Estimate(t.average), units[0]).lstrip("+")
         changes = (_signed(estimate, units[0]) for estimate in (t.backward, t.forward))  # which are of one unit
         summary.append([display_name(t.method), *changes, average])
-    return {"head": head, "tables": tables, "transfers": TRANSFERS, "summary": summary}
+    alike = len({(metric.unit, metric.higher_is_better) for metric in found.base.values()}) == 1
+    points = {"fraction": ", points", "nats": ", nats"}.get(units[0] or "", "") if alike else ""
+    transfers = [f"{which} transfer{points} ↑" for which in ("Backward", "Forward")]
+    average = "Mean at the end"
+    transfers.append(_titled(found.base[found.metrics[0]], average) if alike else average)
+    return {"head": head, "tables": tables, "transfers": transfers, "summary": summary}
 
 
-def _cell(metric: Any) -> str:
-    if metric is None:
-        return "–"
-    digits = 1 if metric.unit == "fraction" else 3 if abs(metric.value) >= 0.1 else 5
-    return str(format_estimate(Estimate(metric.value, metric.stderr), metric.unit, digits))
+def _titled(metric: Metric, title: str) -> str:
+    """A title with the metric's unit and its better direction."""
+    unit = {"fraction": " %", "nats": ", nats"}.get(metric.unit or "", "")
+    return f"{title}{unit} {ARROWS[metric.higher_is_better]}".strip()
+
+
+def _cell(metric: Metric | None) -> str:
+    return str(format_column([metric and Estimate(metric.value, metric.stderr)], metric and metric.unit)[0])
 
 
 def _signed(estimate: Estimate | None, unit: str | None) -> str:

@@ -209,6 +209,11 @@ def _findings(results: Results) -> list[str]:
     sentences += [f"{label} diverged at step {row.diverged}." for row, label in rows if row.diverged is not None]
     if kept is None or not kept.measured:
         sentences.append("Forgetting was not measured: no method has a value of a retention metric.")
+    if learned and results.sequence:
+        metrics, tasks = results.sequence.metrics, results.sequence.tasks
+        of_metric = dict(zip(metrics, tasks)) if len(metrics) == len(tasks) else {}
+        task = of_metric.get(learned.comparison_name, learned.title)
+        sentences.append(f"Learning here is that of {task} alone.")
     if learned is None:
         sentences.append("Learning was not measured: no method has a value of a task metric.")
     return sentences

@@ -10,6 +10,7 @@ from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, write_dial
 from lora_null.recipes.report.following import next_step, sequence_tables
+from lora_null.recipes.report.headline import headline
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
     Budget,
@@ -166,9 +167,40 @@ def test_a_sequences_fractions_are_percent_everywhere():
         }
     )
     shown = sequence_tables(found)
-    assert shown["head"][-2:] == ["forgotten by the end", "gained before training on it"]
+    assert shown["head"][-2:] == ["forgotten by the end ↓", "gained before training on it ↑"]
     assert [row[-2:] for row in shown["tables"][0]["rows"]] == [["+5.1 ± 2.0", ""], ["", "-3.0"]]
-    assert shown["tables"][0]["rows"][0][1] == "40.0 ± 2.0" and shown["summary"] == [["LoRA", "-5.1 ± 2.0", "–", "40"]]
+    assert shown["tables"][0]["rows"][0][1] == "40.0 ± 2.0" and shown["summary"] == [
+        ["LoRA", "-5.1 ± 2.0", "–", "40.0"]
+    ]
+
+
+def test_a_sequences_tables_have_units_and_directions():
+    def cell(value):
+        return Metric(value, 0.01, 50, False, "task", "nats")
+
+    found = results()
+    found.sequence = SequenceResults(
+        tasks=["sums", "names"],
+        metrics=["sums nll", "names nll"],
+        base={"sums nll": cell(2.0), "names nll": cell(3.0)},
+        transfers=[
+            Transfer(
+                method="lora",
+                matrix=[[cell(1.0), cell(1.27)]] * 2,
+                lost=[(0.27, None)],
+                ahead=[(0.1, None)],
+                average=1.27,
+            )
+        ],
+        knowledge={"lora": {"NQ kl": [Metric(0.02, 0.001, 50, False, "retention", "nats")] * 2}},
+    )
+    found.base.metrics["NQ kl"] = Metric(0.0, 0.0, 50, False, "retention", "nats")
+    shown = sequence_tables(found)
+    assert shown["transfers"] == ["Backward transfer, nats ↑", "Forward transfer, nats ↑", "Mean at the end, nats ↓"]
+    assert shown["summary"][0][-1] == "1.270"
+    assert shown["tables"][0]["rows"][0][:2] == ["sums NLL, nats ↓", "2.000 ± 0.010"]
+    assert shown["tables"][0]["rows"][-1][:3] == ["NQ KL, nats ↓", "0.000", "0.020 ± 0.001"]
+    assert headline(found).endswith("Learning here is that of sums alone.")
 
 
 def unfinished(folder):
