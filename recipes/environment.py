@@ -35,7 +35,9 @@ OPTIONAL = ("bitsandbytes",)
 def environment() -> dict[str, Any]:
     """Return versions, git state of the package's source, device and platform, ready for results.json."""
     state = PartialState()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     packages = [*PACKAGES, *(name for name in OPTIONAL if importlib.util.find_spec(name))]
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {

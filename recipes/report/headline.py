@@ -301,7 +301,9 @@ def _times_less(measure: Measure, best: int, against: int) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio to two digits: 250 ×, 12 ×, 3.4 ×."""
+    """A ratio to two digits, 250 ×, 12 ×, 3.4 ×, up to a million: no measurement reaches further."""
+    if ratio > 1e6:
+        return "over 1,000,000 ×"
     return f"{float(f'{ratio:.2g}'):,.{1 if ratio < 9.95 else 0}f} ×"
 
 

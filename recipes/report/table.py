@@ -19,6 +19,7 @@ from lora_null.recipes.comparisons import MEANS, averaged
 from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in, metric_title
 
 MISSING = "–"
+MOST_DIGITS = 6  # of a decimal fraction; what is smaller is written as a power of ten
 ARROWS = {True: "↑", False: "↓", None: ""}  # the better direction, by `higher_is_better`
 
 
@@ -121,7 +122,7 @@ def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
     if unit in ("fraction", "points"):
         return 1 if errors and min(errors) >= 0.0095 else 2
     smallest = [2 * min(errors)] if errors else [abs(e.value) / 10 for e in estimates if e and e.value]
-    return min(6, max(3, -math.floor(math.log10(min(smallest))))) if smallest else 3
+    return min(MOST_DIGITS, max(3, -math.floor(math.log10(min(smallest))))) if smallest else 3
 
 
 def scale_of(unit: str | None) -> int:
@@ -137,6 +138,8 @@ def format_estimate(estimate: Estimate, unit: str | None, digits: int) -> Cell:
     scale = scale_of(unit)
     error = f"{scale * estimate.stderr:.{digits}f}" if estimate.stderr else ""
     text = f"{scale * estimate.value:.{digits}f}"
+    if float(text) == 0 and digits == MOST_DIGITS and estimate.value:
+        return Cell(f"{scale * estimate.value:.1g}", f"{scale * estimate.stderr:.1g}" if estimate.stderr else "")
     return Cell(text.removeprefix("-") if float(text) == 0 else text, error)
 
 
@@ -215,7 +218,7 @@ def _mean_column(results: Results, role: Role) -> list[Column]:
     estimates = [mean_in(row, names) for row in results.rows]
     titles = ", ".join(metric_title(name) for name in names)
     cells = _marked_cells(results, estimates, "fraction", MEANS[role], True, role)
-    return [Column("Mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]
+    return [Column(f"{role.capitalize()} mean %", role.capitalize(), f"mean of {titles}.", cells, "↑")]
 
 
 def _marked_cells(

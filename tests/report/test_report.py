@@ -8,11 +8,13 @@ import struct
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from rich.console import Console
 from scipy import stats
 
 from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
+from lora_null.recipes.environment import environment
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.drawing import COLORS
 from lora_null.recipes.report.figures import (
@@ -24,7 +26,15 @@ from lora_null.recipes.report.figures import (
     forgetting_png,
     row_colors,
 )
-from lora_null.recipes.report.headline import against_reference, forgetting, headline, learning, task_metric, verdicts
+from lora_null.recipes.report.headline import (
+    against_reference,
+    forgetting,
+    headline,
+    learning,
+    task_metric,
+    times,
+    verdicts,
+)
 from lora_null.recipes.report.table import (
     build_table,
     decimals,
@@ -216,8 +226,10 @@ def test_numbers_as_the_errors_warrant():
 def test_a_small_value_without_an_error_is_not_printed_as_the_bases_zero():
     """The KL of a single question, or at the lowest strength of a dial."""
     column = estimates((0.0, 0.0), (4e-4,), (-3e-5, 0.0), (1e-9,), (0.0456,), (4.5,))
-    texts = ["0.000", "0.00040", "-0.000030", "0.000000", "0.046", "4.500"]
+    texts = ["0.000", "0.00040", "-0.000030", "1e-09", "0.046", "4.500"]
     assert list(map(str, format_column(column, "nats"))) == texts
+    assert str(format_column(estimates((1e-9, 3e-10)), "nats")[0]) == "1e-09 ± 3e-10"
+    assert (times(1e9), times(3e5)) == ("over 1,000,000 ×", "300,000 ×")
 
 
 def test_nats_are_shown_each_to_its_own_error_percentages_alike():
@@ -261,7 +273,7 @@ def test_a_value_that_is_not_finite_is_said_and_not_ranked(tmp_path):
 def means(metrics):
     """The columns of means: title, group and the cell of the method."""
     table = build_table(parsed(raw(base=metrics, lora=metrics)))
-    return [(column.group, str(column.cells[1])) for column in table.columns if column.title == "Mean %"]
+    return [(c.group, str(c.cells[1])) for c in table.columns if c.title == f"{c.group} mean %"]
 
 
 def test_means_are_of_one_unit_and_one_role():
@@ -285,7 +297,7 @@ def test_a_task_with_several_metrics_counts_once_in_the_mean():
 def test_no_mean_over_a_missing_value():
     both = share("nq_open", 0.2) | share("webqs", 0.4)
     table = build_table(parsed(raw(base=both, lora=share("nq_open", 0.2), pissa=both)))
-    assert [str(cell) for c in table.columns if c.title == "Mean %" for cell in c.cells][1] == "–"
+    assert [str(cell) for c in table.columns if c.title == "Retention mean %" for cell in c.cells][1] == "–"
 
 
 def test_labels_tell_rows_of_one_method_apart():
@@ -618,6 +630,21 @@ def test_the_loss_of_an_accuracy_has_the_sign_of_a_loss(several):
     assert distances(found)[0] == (2, "same learning within the error, lost 10 × less")
     assert "LoRA-Null-v2 forgot least" in headline(found)
     assert "paired difference -9.00 ± " in verdicts(found)[0].detail.replace("−", "-")
+
+
+def test_a_recipe_is_named_where_it_is(tmp_path):
+    raw_results = measured()
+    raw_results["environment"]["command"] = "lora-null train quickstart"
+    assert "is `recipe.yaml`" not in write(tmp_path, raw_results)[1]
+    (tmp_path / "recipe.yaml").write_text("name: quickstart\n")
+    assert "is `recipe.yaml`" in write(tmp_path, raw_results)[1]
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_one_thread_is_one(threads, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert environment()["device"] == said
 
 
 def test_what_improved_was_not_lost():
