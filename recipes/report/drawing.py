@@ -139,6 +139,11 @@ def wrapped(text: str, width: int = 24) -> str:
     return "\n".join(line.strip() for line in lines)
 
 
+def axis_title(text: str, width: int = 36) -> str:
+    """An axis' title in lines that fit beside the axis, with an arrow to its further end; `$` would start a formula."""
+    return f"{wrapped(text, width)}  →"
+
+
 def variable(color: str) -> str:
     """The variable of the page's style sheet that stands for a color."""
     named = {INK: "ink", FAINT: "faint", "#ffffff": "card", "#9ca3af": "soft"}

@@ -22,6 +22,7 @@ from lora_null.recipes.report.drawing import (
     INK,
     MARKERS,
     Picture,
+    axis_title,
     colors_of,
     dress,
     escape_math,
@@ -215,7 +216,7 @@ def _draw_card(figure: Figure, results: Results) -> bool:
     points = {} if results.grid else plane_points(kept, learned)
     if not found and not points:
         return False
-    axes = figure.add_axes((0.62, 0.13, 0.355, 0.79))
+    axes = figure.add_axes((0.62, 0.15, 0.355, 0.77))
     dress(axes, 11)
     if kept and learned and points:
         _draw_plane(axes, results, kept, learned, log=is_wide([y for _, y in points.values()]))
@@ -224,7 +225,8 @@ def _draw_card(figure: Figure, results: Results) -> bool:
         axes.plot(x, y, "o-", color=path.color, label=escape_math(path.label))
     if found:
         axes.set_yscale("log" if found.log else "linear")
-        axes.set(xlabel=escape_math(found.titles[0]), ylabel=escape_math(found.titles[1]))
+        across, up = (axis_title(title.removesuffix("  →")) for title in found.titles)
+        axes.set(xlabel=across, ylabel=up)
         axes.legend(frameon=False, fontsize=10)
     return True
 
@@ -270,8 +272,8 @@ def _errors(kept: Measure, learned: Measure, i: int) -> dict[str, float]:
 
 def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "", scale: str = "") -> None:
     direction = "rise" if learned.higher_is_better else "fall"
-    axes.set_xlabel(f"Learned: {direction} of {escape_math(learned.title)}{since}{_unit(learned, change=True)}  →")
-    axes.set_ylabel(f"Forgotten: {escape_math(kept.title)}{_unit(kept, change=True)}{scale}  →")
+    axes.set_xlabel(axis_title(f"Learned: {direction} of {learned.title}{since}{_unit(learned, change=True)}"))
+    axes.set_ylabel(axis_title(f"Forgotten: {kept.title}{_unit(kept, change=True)}{scale}"))
 
 
 def _name_points(
@@ -361,7 +363,7 @@ def _strips(results: Results, measures: list[Measure], *, narrow: bool = False) 
         axes.set_yticks(range(len(rows)), [wrapped(labels[i]) for i in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         better = "→ higher is better" if measure.higher_is_better else "← lower is better"
-        axes.set_xlabel(f"{escape_math(measure.title)}{_unit(measure)}  {better}{note}")
+        axes.set_xlabel(f"{wrapped(f'{measure.title}{_unit(measure)}', 36)}  {better}{note}")
     return figure
 
 

@@ -17,6 +17,7 @@ from lora_null.recipes.report.drawing import (
     INK,
     MARKERS,
     Picture,
+    axis_title,
     colors_of,
     escape_math,
     is_wide,
@@ -120,8 +121,9 @@ def frontier_png(results: Results) -> bytes:
         axes.set_visible(False)
     for axes in panels[count - wide : count]:
         axes.tick_params(labelbottom=True)
-    figure.supxlabel(escape_math(found.titles[0]), fontsize=10)
-    figure.supylabel(escape_math(found.titles[1]), fontsize=10)
+    across, up = (title.removesuffix("  →") for title in found.titles)
+    figure.supxlabel(axis_title(across, 72), fontsize=10)
+    figure.supylabel(axis_title(up, 36 if tall == 1 else 54), fontsize=10)
     handles = [
         panels[0].plot([], [], line, color=color, label=escape_math(text))[0] for color, line, text in found.legend
     ]
@@ -220,8 +222,8 @@ def magnitude_png(results: Results) -> bytes | None:
     figure, panels = new_figure(8.0, 4.2, columns=2, sharey=True)
     for axes, across in zip(panels, ACROSS):
         found.draw_panel(axes, across)
-        axes.set_xlabel(escape_math(found.titles[across]).replace(", ", ",\n", 1) + "  →")
-    panels[0].set_ylabel(f"{escape_math(found.titles['forgotten'])}  →")
+        axes.set_xlabel(axis_title(found.titles[across]))
+    panels[0].set_ylabel(axis_title(found.titles["forgotten"]))
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return png(figure)
 

@@ -758,8 +758,21 @@ def test_a_long_legend_leaves_the_plane_its_room():
     rows = {f"a method with a name of two lines {i}": kl(0.01 * (i + 1)) | nll(1 - 0.01 * i) for i in range(30)}
     results = parsed(raw(base=kl(0, 0) | nll(1.5), **rows))
     figure = _plane(results, forgetting(results), learning(results))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.axes[0].get_position().height > 0.6
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_axis_titles_of_long_names_stay_inside(narrow):
+    name = "general knowledge (German), from a folder of notes kl"
+    rows = {"base": kl(0, 0) | nll(1.5), "lora": kl(0.2) | nll(0.9), "lora_null_v2": kl(0.01) | nll(0.9)}
+    results = parsed(raw(**{row: {name: of["nq kl"], "gsm8k nll": of["gsm8k nll"]} for row, of in rows.items()}))
+    figure = _plane(results, forgetting(results), learning(results), narrow=narrow, log=True)
+    figure.draw_without_rendering()
+    titles = [axis.label.get_window_extent() for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis)]
+    for box in titles:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert not titles[0].overlaps(titles[1])
 
 
 def test_a_row_that_was_not_measured_takes_no_marks_away():
