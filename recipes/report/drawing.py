@@ -5,9 +5,11 @@ SVG of the page has its width, its font, and its light and dark colors as variab
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -25,16 +27,26 @@ from matplotlib.figure import Figure
 COLORS = {
     "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
     "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
-    "lora-null-v2": "#0072b2", "osf": "#44aa99", "mica": "#332288", "eva": "#a6761d", "lora-ga": "#117733",
-    "nb-lora": "#0b3c6f", "sc-lora": "#e377c2", "kl-anchor": "#8c2d04", "replay": "#7fbf3f", "clora": "#8073ac",
-    "oft": "#c9a000", "oplora": "#b2182b", "keeplora": "#00897b",
+    "lora-null-v2": "#0072b2", "osf": "#54acb1", "mica": "#332288", "eva": "#ae7d2e", "lora-ga": "#13602b",
+    "nb-lora": "#0b3c6f", "sc-lora": "#ed5eae", "kl-anchor": "#782a12", "replay": "#7fbf3f", "clora": "#8073ac",
+    "oft": "#b9af00", "oplora": "#b2182b", "keeplora": "#00766d",
+}  # fmt: skip
+# The same on the ground of the dark page, with a contrast of 4.5 to it. Mixing with white brings dark colors together.
+ON_DARK = {
+    "base": "#8d929d", "full": "#e3e5e9", "lora": "#e8772a", "lora-fa": "#b87f91", "pissa": "#dd7bbe",
+    "milora": "#e69f00", "corda": "#14be7d", "roselora": "#939946", "lora-null-v1": "#8ad4ff",
+    "lora-null-v2": "#3f94e4", "osf": "#489fae", "mica": "#b68dee", "eva": "#b28438", "lora-ga": "#96b489",
+    "nb-lora": "#8e90c7", "sc-lora": "#fc53af", "kl-anchor": "#e0957a", "replay": "#7fbf3f", "clora": "#dfc0f7",
+    "oft": "#bdad03", "oplora": "#e66573", "keeplora": "#23a690",
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
 
-GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
+GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}
 MARKERS = tuple(GLYPHS)
+NEAR = 20  # a distance in CIELAB below which two colors are easily taken for each other
 LOG_FROM = 30  # a span of values beyond this factor is drawn on a logarithmic axis
+READABLE = 4.5  # the least contrast of text to its ground (WCAG 2, AA)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,30 @@ def colors_of(methods: Iterable[str]) -> dict[str, str]:
     """Return a color a method: fixed for those we know, from a cycle for others."""
     names, cycle = dict.fromkeys(methods), itertools.cycle(OTHER_COLORS)
     return {name: COLORS.get(name) or next(cycle) for name in names}
+
+
+def markers_of(colors: Sequence[str]) -> list[str]:
+    """Return a marker a color: each in turn, past those of colors that are near in light or in dark."""
+    found: list[str] = []
+    for i, color in enumerate(colors):
+        start = i % len(MARKERS)
+        turn = MARKERS[start:] + MARKERS[:start]
+        taken = {marker for marker, other in zip(found, colors) if distance(color, other) < NEAR}
+        found.append(next((marker for marker in turn if marker not in taken), turn[0]))
+    return found
+
+
+def distance(color: str, other: str) -> float:
+    """Return how far two colors are apart in CIELAB (1976), in light or in dark, where they are nearer."""
+    return min(math.dist(_lab(a), _lab(b)) for a, b in ((color, other), (on_dark(color), on_dark(other))))
+
+
+@functools.cache
+def _lab(color: str) -> tuple[float, ...]:
+    """Return L*, a* and b* of a color of sRGB, whose white is D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.maximum(np.dot(to_xyz, _linear(color)) / (0.9505, 1, 1.089), 0.0))
+    return float(116 * y - 16), float(500 * (x - y)), float(200 * (y - z))
 
 
 def is_wide(values: Sequence[float]) -> bool:
@@ -151,21 +187,25 @@ def variable(color: str) -> str:
 
 
 def palette(page_colors: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(variable, on white, on a dark ground) of every color of a method: lightened until it stands out there."""
+    """(variable, on white, on a dark ground) of every color of a method."""
     colors = dict.fromkeys([*page_colors, *COLORS.values(), *OTHER_COLORS, GOOD])
-    return [(f"--c{color[1:]}", color, _lighter(color)) for color in colors]
+    return [(f"--c{color[1:]}", color, on_dark(color)) for color in colors]
 
 
-def _lighter(color: str) -> str:
-    """`color`, mixed with as much white as gives a contrast of 4.5 to the ground of the dark page."""
-    for share in np.arange(0, 1, 0.05):
-        mixed = to_hex([(1 - share) * channel + share for channel in to_rgb(color)])
-        if (_luminance(mixed) + 0.05) / (_luminance(DARK_CARD) + 0.05) >= 4.5:
-            return mixed
-    return "#ffffff"
+@functools.cache
+def on_dark(color: str) -> str:
+    """Return what `color` is on the dark page: its own there, or mixed with as much white as stands out."""
+    own = next((ON_DARK[name] for name, light in COLORS.items() if light == color), None)
+    mixed = (to_hex([(1 - share) * c + share for c in to_rgb(color)]) for share in np.arange(0, 1, 0.05))
+    return own or next((shade for shade in mixed if contrast(shade, DARK_CARD) >= READABLE), "#ffffff")
 
 
-def _luminance(color: str) -> float:
-    """The relative luminance of WCAG 2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+def contrast(color: str, ground: str) -> float:
+    """Return the contrast of WCAG 2, from 1 to 21."""
+    darker, lighter = sorted(float(np.dot(_linear(c), (0.2126, 0.7152, 0.0722))) for c in (color, ground))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _linear(color: str) -> list[float]:
+    """Return red, green and blue as amounts of light."""
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]

@@ -20,13 +20,13 @@ from lora_null.recipes.report.drawing import (
     GLYPHS,
     GOOD,
     INK,
-    MARKERS,
     Picture,
     axis_title,
     colors_of,
     dress,
     escape_math,
     is_wide,
+    markers_of,
     new_figure,
     png,
     sentence,
@@ -50,9 +50,8 @@ def row_colors(results: Results) -> list[str]:
 
 
 def row_markers(results: Results) -> list[str]:
-    """A marker per row, which tells apart the rows of one method, since they share its color."""
-    seen = [sum(other.method == row.method for other in results.rows[:i]) for i, row in enumerate(results.rows)]
-    return [MARKERS[times % len(MARKERS)] for times in seen]
+    """A marker per row, which tells apart the rows of one method and of methods whose colors are near."""
+    return ["o", *markers_of(row_colors(results)[1:])]  # the base's is hollow
 
 
 def forgetting_png(results: Results) -> bytes:

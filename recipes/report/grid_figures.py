@@ -15,12 +15,12 @@ from lora_null.recipes.report.drawing import (
     FAINT,
     GLYPHS,
     INK,
-    MARKERS,
     Picture,
     axis_title,
     colors_of,
     escape_math,
     is_wide,
+    markers_of,
     new_figure,
     png,
     sentence,
@@ -182,16 +182,14 @@ class Sizes:
                 points.setdefault(row.method, []).append(SizePoint(learned, forgotten, 100 * row.magnitude.total))
         if pair is None or not points:
             return None
-        colors, log = (
-            colors_of(points),
-            is_wide([point.forgotten for of_method in points.values() for point in of_method]),
-        )
+        colors = colors_of(points)
+        log = is_wide([point.forgotten for of_method in points.values() for point in of_method])
         titles = {
             "learned": f"learned: {metric_title(pair[1])}, improvement on the base",
             "forgotten": f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}",
             "size": "size of the change: ‖ΔW‖ / ‖W₀‖, %, logarithmic",
         }
-        styles = {name: (colors[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(points)}
+        styles = dict(zip(points, zip(colors.values(), markers_of(list(colors.values())))))
         return cls(points, styles, titles, log)
 
     def draw_panel(self, axes: Axes, across: Literal["learned", "size"]) -> None:

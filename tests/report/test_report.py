@@ -16,7 +16,7 @@ from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.environment import environment
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.drawing import COLORS
+from lora_null.recipes.report.drawing import COLORS, DARK_CARD, ON_DARK, contrast, distance
 from lora_null.recipes.report.figures import (
     _plane,
     card_png,
@@ -25,6 +25,7 @@ from lora_null.recipes.report.figures import (
     forgetting_picture,
     forgetting_png,
     row_colors,
+    row_markers,
 )
 from lora_null.recipes.report.headline import (
     against_reference,
@@ -56,6 +57,7 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
 
 
@@ -786,6 +788,25 @@ def test_colors_belong_to_methods():
     assert row_colors(parsed(measured()))[1:] == [COLORS[m] for m in ("lora", "lora-null-v1", "lora-null-v2")]
     colors = row_colors(parsed(raw(base={}, mine={}, lora={}, yours={})))
     assert len(set(colors)) == 4
+
+
+def test_all_methods_are_told_apart_in_light_and_in_dark():
+    assert set(COLORS) == set(ON_DARK) and set(METHODS) <= set(COLORS)
+    assert min(distance(a, b) for a, b in itertools.combinations(COLORS.values(), 2)) >= 20
+    assert min(contrast(color, DARK_CARD) for color in ON_DARK.values()) >= 4.5
+
+
+def test_markers_tell_near_colors_apart():
+    rows = {f"mine_{i}": kl(0.1) | nll(0.9) for i in range(8)}  # more than there are colors for methods of one's own
+    results = parsed(raw(base=kl(0, 0) | nll(1.5), lora=kl(0.1) | nll(0.9), lora_null_v2=kl(0.1) | nll(0.9), **rows))
+    drawn = list(zip(row_colors(results), row_markers(results)))[1:]
+    assert len({marker for _, marker in drawn[:9]}) == 9
+    near = [(a, b) for (c, a), (d, b) in itertools.combinations(drawn, 2) if distance(c, d) < 20]
+    assert near and all(a != b for a, b in near)
+    raw_results = measured()
+    raw_results["rows"] += [raw_results["rows"][1] | {"variant": f"rank {rank}"} for rank in range(4)]
+    markers = row_markers(parse_results(raw_results))
+    assert len({markers[1], *markers[4:]}) == 5  # of one method
 
 
 def write_log(folder, entries, tail=""):
