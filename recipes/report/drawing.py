@@ -41,6 +41,7 @@ ON_DARK = {
 }  # fmt: skip
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
+SHADE = "#bddbc9"  # of the better corner, where it is darkest
 
 GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}
 MARKERS = tuple(GLYPHS)
@@ -187,9 +188,17 @@ def variable(color: str) -> str:
 
 
 def palette(page_colors: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(variable, on white, on a dark ground) of every color of a method."""
+    """(variable, on white, on a dark ground) of every color of a method, and of it as text, which is darker on white."""
     colors = dict.fromkeys([*page_colors, *COLORS.values(), *OTHER_COLORS, GOOD])
-    return [(f"--c{color[1:]}", color, on_dark(color)) for color in colors]
+    shown = {readable(color): on_dark(color) for color in colors} | {color: on_dark(color) for color in colors}
+    return [(f"--c{color[1:]}", color, dark) for color, dark in shown.items()]
+
+
+@functools.cache
+def readable(color: str) -> str:
+    """Return a color of text on white and on the shade of the better corner: mixed with as much black as it needs."""
+    mixed = (to_hex([(1 - share) * c for c in to_rgb(color)]) for share in np.arange(0, 1, 0.05))
+    return next(shade for shade in mixed if contrast(shade, SHADE) >= READABLE)
 
 
 @functools.cache

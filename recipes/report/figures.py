@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from lora_null.recipes.report.drawing import (
     COLORS,
@@ -29,6 +31,7 @@ from lora_null.recipes.report.drawing import (
     markers_of,
     new_figure,
     png,
+    readable,
     sentence,
     svg,
     wrapped,
@@ -39,6 +42,15 @@ from lora_null.recipes.report.table import reference_row, scale_of
 from lora_null.recipes.results import Results, TrainLog, kind_of
 
 NAMED = 5  # the most points that are named in the picture
+AROUND = ((7, 5), (-7, 5), (0, -8), (0, 8), (7, -5), (-7, -5))  # where a name may be, in points from its own
+BESIDE = (
+    (6, 0),
+    (-6, 0),
+    (6, 14),
+    (-6, 14),
+    (6, -14),
+    (-6, -14),
+)  # the same of the ratio, from the middle of its line
 BASE = {"marker": "o", "linestyle": "", "label": "base", "color": "white", "markeredgecolor": COLORS["base"]}
 BASE |= {"markeredgewidth": 2, "markersize": 9, "zorder": 4}
 
@@ -219,6 +231,8 @@ def _draw_card(figure: Figure, results: Results) -> bool:
     dress(axes, 11)
     if kept and learned and points:
         _draw_plane(axes, results, kept, learned, log=is_wide([y for _, y in points.values()]))
+        if not _name_points(axes, results, kept, learned):
+            axes.legend(loc="upper left", frameon=False, fontsize=9)
     for path in found.paths if found else ():
         x, y = ([point[i].value for point in path.points] for i in (0, 1))
         axes.plot(x, y, "o-", color=path.color, label=escape_math(path.label))
@@ -238,6 +252,7 @@ def _plane(results: Results, kept: Measure, learned: Measure, *, narrow: bool = 
     if not narrow:
         axes.set_title("Learned much, forgot little: lower right is better", loc="left", fontweight="bold")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10)
+    _name_points(axes, results, kept, learned)
     return figure
 
 
@@ -253,8 +268,6 @@ def _draw_plane(axes: Axes, results: Results, kept: Measure, learned: Measure, *
             *place, **_errors(kept, learned, i), fmt=markers[i], color=colors[i], markersize=9,
             markeredgecolor="white", elinewidth=1.4, zorder=3, label=wrapped(labels[i]),
         )  # fmt: skip
-    _name_points(axes, points, labels, colors)
-    _draw_distance(axes, results, kept, points)
     _plane_titles(axes, kept, learned, scale=", log" if log else "")
 
 
@@ -275,49 +288,103 @@ def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "
     axes.set_ylabel(axis_title(f"Forgotten: {kept.title}{_unit(kept, change=True)}{scale}"))
 
 
-def _name_points(
-    axes: Axes, points: Mapping[int, tuple[float, float]], labels: Sequence[str], colors: Sequence[str]
-) -> None:
-    """Write the names beside the points, where there are few: the legend alone would have to be matched by color."""
-    if len(points) > NAMED:
-        return
-    to_axes = axes.transData + axes.transAxes.inverted()
-    placed = {i: to_axes.transform(point) for i, point in points.items()}
-    for i, (x, y) in placed.items():
-        above = any(abs(x - u) < 0.3 and 0 <= v - y < 0.15 for j, (u, v) in placed.items() if j != i)
-        side = "center" if above else "right" if x > 0.5 else "left"
-        offset = (0, -8) if above else ({"right": -7, "left": 7}[side], 5)
-        axes.annotate(
-            wrapped(labels[i]), points[i], offset, textcoords="offset points", ha=side, va="top" if above else "bottom",
-            fontsize=9, color=colors[i], fontweight="bold", zorder=5,
+def _name_points(axes: Axes, results: Results, kept: Measure, learned: Measure) -> bool:
+    """Write names, where there are few, and the ratio beside its line, where they cover nothing; return if all names are there.
+
+    It is the last thing that is drawn: where the points are is known only then. Other names are in the legend alone.
+    """
+    axes.figure.draw_without_rendering()
+    points, labels, colors = _scaled(kept, learned), results.labels(), row_colors(results)
+    boxes = {i: _boxes(axes, place, _errors(kept, learned, i)) for i, place in points.items()}
+    taken = [marker for marker, _ in boxes.values()] + [text.get_window_extent() for text in axes.texts]
+    ratio = _draw_distance(axes, results, kept, points)
+    if ratio:
+        ends = axes.transData.transform(ratio.ends)
+        taken.append(Bbox([ends[0] - 2, ends[1] + 2]))
+    unnamed = set(points)
+    for i in points if len(points) <= NAMED else ():
+        style = {"fontsize": 9, "color": readable(colors[i]), "fontweight": "bold"}
+        to_left = axes.transAxes.inverted().transform(axes.transData.transform(points[i]))[0] > 0.5
+        sides = sorted(AROUND, key=lambda side: to_left == (side[0] > 0))
+        bars = [box for j, (_, of_bars) in boxes.items() if j != i for box in of_bars]
+        box = _place(axes, wrapped(labels[i]), points[i], sides, [*taken, *bars], style)
+        if box:
+            taken.append(box)
+            unnamed.discard(i)
+    if ratio and ratio.text:
+        bars = [box for _, of_bars in boxes.values() for box in of_bars]
+        _place(axes, ratio.text, ratio.at, BESIDE, [*taken, *bars], {"fontsize": 9, "color": INK})
+    return not unnamed
+
+
+def _boxes(axes: Axes, place: tuple[float, float], errors: Mapping[str, float]) -> tuple[Bbox, list[Bbox]]:
+    """Return what a point's marker and its two error bars cover, in pixels."""
+    (x, y), reach = place, 5 * axes.figure.dpi / 72
+    x_error, y_error = errors["xerr"], errors["yerr"]
+    bottom = y - y_error if axes.get_yscale() == "linear" or y > y_error else axes.get_ylim()[0]
+    ends = axes.transData.transform([(x, y), (x - x_error, y), (x + x_error, y), (x, bottom), (x, y + y_error)])
+    marker = Bbox([ends[0] - reach, ends[0] + reach])
+    return marker, [Bbox([ends[1] - 1, ends[2] + 1]), Bbox([ends[3] - 1, ends[4] + 1])]
+
+
+def _place(
+    axes: Axes,
+    text: str,
+    point: tuple[float, float],
+    sides: Sequence[tuple[int, int]],
+    taken: Sequence[Bbox],
+    style: Mapping[str, object],
+) -> Bbox | None:
+    """Write beside a point, at the first of some sides that covers nothing of `taken`; return where, None if nowhere."""
+    for x, y in sides:
+        across, up = (
+            ("left" if x > 0 else "right" if x else "center"),
+            ("bottom" if y > 0 else "top" if y else "center"),
+        )
+        written = axes.annotate(
+            text, point, (x, y), textcoords="offset points", ha=across, va=up, zorder=5, **style
         )  # fmt: skip
+        written.set_in_layout(False)
+        box, room = written.get_window_extent(), axes.bbox
+        inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+        if inside and not box.count_overlaps(taken):
+            return box
+        written.remove()
+    return None
 
 
-def _draw_distance(axes: Axes, results: Results, kept: Measure, points: Mapping[int, tuple[float, float]]) -> None:
+class Distance(NamedTuple):
+    """The dotted line of `_draw_distance`: its ends, what is written beside it, and where."""
+
+    ends: tuple[tuple[float, float], tuple[float, float]]
+    text: str
+    at: tuple[float, float]
+
+
+def _draw_distance(
+    axes: Axes, results: Results, kept: Measure, points: Mapping[int, tuple[float, float]]
+) -> Distance | None:
     """A dotted line from the reference's forgetting down to that of the method that forgot least, with the ratio."""
     reference, ranked = reference_row(results), [i for i in kept.ranked if i in points]
     if reference not in ranked or not kept.beats(best := ranked[0], reference):
-        return
+        return None
     (x, low), high = points[best], points[reference][1]
     axes.plot([x, x], [low, high], ":", color=INK, linewidth=1.2, zorder=2)
-    if low > scale_of(kept.unit) * kept.noise_floor:
-        middle = (low * high) ** 0.5 if axes.get_yscale() == "log" else (low + high) / 2
-        right = x < np.mean(axes.get_xlim())
-        axes.annotate(
-            f"{times(high / low)} less", (x, middle), (6 if right else -6, 0), color=INK,
-            textcoords="offset points", ha="left" if right else "right", va="center", fontsize=9, zorder=5,
-        )  # fmt: skip
+    middle = (low * high) ** 0.5 if axes.get_yscale() == "log" else (low + high) / 2
+    known = low > scale_of(kept.unit) * kept.noise_floor
+    return Distance(((x, low), (x, high)), f"{times(high / low)} less" if known else "", (x, middle))
 
 
 def _plane_limits(
     axes: Axes, kept: Measure, learned: Measure, points: Mapping[int, tuple[float, float]], log: bool
 ) -> None:
-    """Fit points and error bars, with the base at the corner: below it only what improved on it, and a margin."""
-    for axis, key, set_limits in ((0, "xerr", axes.set_xlim), (1, "yerr", axes.set_ylim)):
+    """Fit points and error bars, with the base at the corner: below it only what improved on it, and a margin for names."""
+    across = 0.3 if len(points) <= NAMED else 0.14
+    for axis, key, set_limits, room in ((0, "xerr", axes.set_xlim, across), (1, "yerr", axes.set_ylim, 0.14)):
         ends = [(place[axis], _errors(kept, learned, i)[key]) for i, place in points.items()]
         low, high = min(0, *(v - e for v, e in ends)), max(0, *(v + e for v, e in ends))
         span = (high - low) or 1
-        set_limits(low - 0.12 * span, high + 0.14 * span)
+        set_limits(low - 0.12 * span, high + room * span)
     if log:
         values = [y for _, y in points.values()]
         axes.set_yscale("log")

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lora_null.recipes.report.drawing import (
@@ -23,6 +22,7 @@ from lora_null.recipes.report.drawing import (
     markers_of,
     new_figure,
     png,
+    readable,
     sentence,
     svg,
     wrapped,
@@ -115,8 +115,7 @@ def frontier_png(results: Results) -> bytes:
     panels = np.atleast_1d(panels).ravel()
     for axes, path in zip(panels, found.paths):
         found.draw_panel(axes, path)
-        dark = to_hex([0.72 * channel for channel in to_rgb(path.color)])  # to be read as text on white
-        axes.set_title(wrapped(path.label, 18), fontsize=10, fontweight="bold", color=dark, loc="left")
+        axes.set_title(wrapped(path.label, 18), fontsize=10, fontweight="bold", color=readable(path.color), loc="left")
     for axes in panels[count:]:
         axes.set_visible(False)
     for axes in panels[count - wide : count]:

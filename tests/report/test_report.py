@@ -16,7 +16,7 @@ from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.statistics import holm
 from lora_null.recipes.environment import environment
 from lora_null.recipes.report import print_table, write_report
-from lora_null.recipes.report.drawing import COLORS, DARK_CARD, ON_DARK, contrast, distance
+from lora_null.recipes.report.drawing import COLORS, DARK_CARD, ON_DARK, contrast, distance, palette, wrapped
 from lora_null.recipes.report.figures import (
     _plane,
     card_png,
@@ -807,6 +807,23 @@ def test_markers_tell_near_colors_apart():
     raw_results["rows"] += [raw_results["rows"][1] | {"variant": f"rank {rank}"} for rank in range(4)]
     markers = row_markers(parse_results(raw_results))
     assert len({markers[1], *markers[4:]}) == 5  # of one method
+
+
+def test_names_in_the_plane_cover_nothing_and_can_be_read():
+    near = measured(lora_null_v1=kl(0.051) | nll(0.956), milora=kl(0.05) | nll(0.957), replay=kl(0.124) | nll(0.98))
+    close = {f"method_{i}": kl(0.1 + i / 1e4) | nll(1) for i in range(5)}
+    for raw_results, known in ((measured(), 3), (near, 3), (raw(base=kl(0, 0) | nll(1.5), **close), 2)):
+        results = parsed(raw_results)
+        figure = _plane(results, forgetting(results), learning(results))
+        figure.draw_without_rendering()
+        texts, labels = figure.axes[0].texts, {wrapped(label) for label in results.labels()}
+        names = [text for text in texts if text.get_text() in labels]
+        assert len(names) >= known
+        for one, other in itertools.combinations(texts, 2):
+            assert not one.get_window_extent().overlaps(other.get_window_extent())
+        for name in names:
+            assert contrast(name.get_color(), "#ffffff") >= 4.5
+            assert {f"--c{name.get_color()[1:]}"} <= {variable for variable, _, _ in palette(row_colors(results))}
 
 
 def write_log(folder, entries, tail=""):
