@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from markupsafe import Markup
 from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
-from lora_null.recipes.report.figures import dial_png
+from lora_null.recipes.report.drawing import colors_of
+from lora_null.recipes.report.figures import dial_png, dial_svg
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import build_table, escape_markdown
 from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
@@ -87,11 +89,19 @@ class Dial(BaseModel):
 
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
-    label = display_name(dial.method)
+    label, color = display_name(dial.method), colors_of([dial.method])[dial.method]
     with replacing(folder / "dial.png") as temporary:
-        temporary.write_bytes(dial_png(*dial.measures(), [point.strength for point in dial.points], label))
+        temporary.write_bytes(dial_png(*dial.measures(), [point.strength for point in dial.points], label, color))
     write_text(folder / "dial.md", markdown(dial))
     write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
+
+
+def dial_picture(method_folder: Path, color: str) -> Markup | None:
+    """Return the picture of what lies in METHOD/dial, for the page; None where there is none, or no frontier."""
+    dial = read_dial(method_folder)
+    if dial is None:
+        return None
+    return dial_svg(*dial.measures(), [point.strength for point in dial.points], display_name(dial.method), color)
 
 
 def read_dial(method_folder: Path) -> Dial | None:

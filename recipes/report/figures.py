@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -43,6 +44,7 @@ from lora_null.recipes.results import Results, TrainLog, kind_of
 
 NAMED = 5  # the most points that are named in the picture
 AROUND = ((7, 5), (-7, 5), (0, -8), (0, 8), (7, -5), (-7, -5))  # where a name may be, in points from its own
+DIAL_AROUND = ((8, -5), (0, -8), (0, 8))  # the same of a strength
 BESIDE = (
     (6, 0),
     (-6, 0),
@@ -188,21 +190,43 @@ def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: 
     return Picture(drawings, panels=True, title=title)
 
 
-def dial_png(kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str) -> bytes:
+def dial_png(
+    kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str, color: str
+) -> bytes:
     """The frontier of one adapter: a point a strength, joined from the base on; bars are one standard error."""
     if kept is None or learned is None:
         return png(sentence("Only one of learning and forgetting was measured: there is no frontier to draw."))
-    points, color = _scaled(kept, learned), COLORS["lora-null-v2"]
-    figure, axes = new_figure(7.4, 4.6)
+    return png(_dial(kept, learned, strengths, color, f"{escape_math(label)} by its strength"))
+
+
+def dial_svg(
+    kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str, color: str
+) -> Markup | None:
+    """The same for the page, which has the title; None where there is no frontier to draw."""
+    if kept is None or learned is None:
+        return None
+    alt = f"{label}: learned against forgotten, one point a strength; the numbers are in the table below."
+    return svg(_dial(kept, learned, strengths, color), alt)
+
+
+def _dial(kept: Measure, learned: Measure, strengths: Sequence[float], color: str, title: str = "") -> Figure:
+    """Draw the frontier, with the title that a file of its own has; strengths that would cover others are in the table."""
+    points = _scaled(kept, learned)
+    figure, axes = new_figure(*((7.4, 4.6) if title else (4.1, 3.2)), size=10 if title else 9)
     axes.plot(*zip((0, 0), *points.values()), color=color, linewidth=1.5, zorder=2)
     axes.plot(0, 0, **BASE)
-    axes.annotate("base", (0, 0), xytext=(12, -5), textcoords="offset points", fontsize=10, color=INK)
     for i, place in points.items():
         axes.errorbar(*place, **_errors(kept, learned, i), fmt="o", color=color, elinewidth=1, zorder=3)
-        axes.annotate(f"{strengths[i]:g}", place, xytext=(6, -14), textcoords="offset points", fontsize=10, color=INK)
+    axes.margins(0.1)
     _plane_titles(axes, kept, learned, since=" from the base")
-    axes.set_title(f"{escape_math(label)} by its strength", loc="left", fontweight="bold")
-    return png(figure)
+    axes.set_title(title, loc="left", fontweight="bold")
+    figure.draw_without_rendering()
+    named = [((0.0, 0.0), "base"), *((points[i], f"{strengths[i]:g}") for i in reversed(points))]
+    taken = [_boxes(axes, place, {"xerr": 0, "yerr": 0})[0] for place, _ in named]
+    for place, text in named:
+        box = _place(axes, text, place, DIAL_AROUND, taken, {"fontsize": 10 if title else 9, "color": INK})
+        taken += [box] if box else []
+    return figure
 
 
 def card_png(results: Results, headline: str) -> bytes:

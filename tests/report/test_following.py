@@ -1,6 +1,7 @@
 """What a report says beyond one finished run: what to do next, runs that go on, several runs on one page."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, write_dial
+from lora_null.recipes.report.drawing import COLORS
 from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.headline import headline
 from lora_null.recipes.report.render import write_report
@@ -121,6 +123,11 @@ def test_a_strength_that_keeps_the_learning(tmp_path):
         and "Take strength 0.6" in page
         and "Take strength 0.6" in (tmp_path / "report.md").read_text()
     )
+    drawing = re.search(
+        r'<svg [^>]*aria-label="LoRA: learned against forgotten, one point a strength.*?</svg>', page, re.DOTALL
+    )
+    assert f"var(--c{COLORS['lora'][1:]})" in drawing[0] and all(f">{s:g}</text>" in drawing[0] for s in (0.6, 1))
+    assert "<img" not in page and (tmp_path / "lora" / "dial" / "dial.png").is_file()
 
 
 def test_no_share_of_a_learning_that_was_none(tmp_path):
