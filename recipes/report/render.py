@@ -193,13 +193,14 @@ def _references(results: Results, labels: Sequence[str]) -> str:
 def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dict[str, Any]:
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
     table, colors, labels = build_table(results), row_colors(results), results.labels()
-    recipe = output_dir / RECIPE_FILE
+    recipe, (paired_head, paired) = output_dir / RECIPE_FILE, _paired(results)
     return EMPTY | {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
         "headline": _headline(results, evaluations),
         "labels": labels,
         "colors": [variable(color) for color in colors],
+        "answer_colors": _answer_colors(results, labels, colors),
         "variable": variable,
         "palette": palette(colors),
         "table": table,
@@ -210,7 +211,8 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
         "noise": _noise(results),
         "distances": [] if results.grid else distances(results),
         "reference": _references(results, labels),
-        "paired": against_reference(results),
+        "paired": paired,
+        "paired_head": paired_head,
         "tests": len([pair for pair in results.paired or () if pair.p is not None]),
         "paper": paper_table(results),
         "command": results.environment.get("command"),
@@ -218,6 +220,19 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
         "settings": _flat({"model": results.model, "seed": results.seed} | results.settings),
         "environment": _flat({k: v for k, v in results.environment.items() if k != "command"}),
     }
+
+
+def _paired(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of differences; without settings where no row has any."""
+    head, rows = ["Method", "Settings", "Metric", "Difference", "p"], against_reference(results)
+    kept = [j for j, name in enumerate(head) if name != "Settings" or any(row[j] != "–" for row in rows)]
+    return [head[j] for j in kept], [[row[j] for j in kept] for row in rows]
+
+
+def _answer_colors(results: Results, labels: Sequence[str], colors: Sequence[str]) -> dict[str, str]:
+    """The color of everyone who answered, by row or, in a grid, whose answers are of one of its runs, by method."""
+    by_method = {display_name(row.method): variable(color) for row, color in zip(results.rows, colors)}
+    return by_method | {label: variable(color) for label, color in zip(labels, colors)}
 
 
 def _noise(results: Results) -> list[tuple[str, str]]:

@@ -586,6 +586,25 @@ def test_questions_are_answered_side_by_side(tmp_path):
     assert r"what is 1\|2 (median change, 0.02 nats)" in text and "| 42 |" in text
 
 
+def test_answers_have_the_color_of_their_method(tmp_path):
+    """Also where a grid's rows, of several settings, are named otherwise."""
+    results = measured() | {"answers": ANSWERS}
+    results["rows"][1]["variant"] = "lr 0.01"
+    html, _ = write(tmp_path, results)
+    assert f'<div style="border-color: var(--c{COLORS["lora"][1:]})"><dt>LoRA</dt>' in html
+
+
+def test_the_table_of_differences_has_no_empty_column(tmp_path):
+    html, text = write(tmp_path, measured())
+    assert '<th scope="col" class="left">Metric</th>' in html and "Settings</th>" not in html
+    assert "| Method | Metric | Difference | p |\n|:--|:--|--:|--:|" in text
+    results = measured()
+    for row in results["rows"][1:]:
+        row["variant"] = "lr 0.01"
+    html, text = write(tmp_path, results)
+    assert '<th scope="col" class="left">Settings</th>' in html and "| Method | Settings | Metric |" in text
+
+
 LEFT_NOTHING = {"measure": "nq kl", "at_most": 0.1, "then": "rewind", "strength": 1, "step": 0, "steps": 9}
 LEFT_NOTHING |= {"value": 0.0, "n": 9, "kept": True}
 
