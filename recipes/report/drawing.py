@@ -177,7 +177,7 @@ def wrapped(text: str, width: int = 24) -> str:
 
 
 def axis_title(text: str, width: int = 36) -> str:
-    """An axis' title in lines that fit beside the axis, with an arrow to its further end; `$` would start a formula."""
+    """An axis' title in lines that fit beside it, with an arrow to its further end; `$` would start a formula."""
     return f"{wrapped(text, width)}  →"
 
 
@@ -188,7 +188,7 @@ def variable(color: str) -> str:
 
 
 def palette(page_colors: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(variable, on white, on a dark ground) of every color of a method, and of it as text, which is darker on white."""
+    """(variable, on white, on a dark ground) of every color of a method, and as text, darker on white."""
     colors = dict.fromkeys([*page_colors, *COLORS.values(), *OTHER_COLORS, GOOD])
     shown = {readable(color): on_dark(color) for color in colors} | {color: on_dark(color) for color in colors}
     return [(f"--c{color[1:]}", color, dark) for color, dark in shown.items()]

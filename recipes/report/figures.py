@@ -210,7 +210,7 @@ def dial_svg(
 
 
 def _dial(kept: Measure, learned: Measure, strengths: Sequence[float], color: str, title: str = "") -> Figure:
-    """Draw the frontier, with the title that a file of its own has; strengths that would cover others are in the table."""
+    """Draw the frontier, with a title in a file of its own; strengths that cover others are in the table."""
     points = _scaled(kept, learned)
     figure, axes = new_figure(*((7.4, 4.6) if title else (4.1, 3.2)), size=10 if title else 9)
     axes.plot(*zip((0, 0), *points.values()), color=color, linewidth=1.5, zorder=2)
@@ -313,7 +313,7 @@ def _plane_titles(axes: Axes, kept: Measure, learned: Measure, *, since: str = "
 
 
 def _name_points(axes: Axes, results: Results, kept: Measure, learned: Measure) -> bool:
-    """Write names, where there are few, and the ratio beside its line, where they cover nothing; return if all names are there.
+    """Write names, where there are few, and the ratio, where they cover nothing; return whether all names are there.
 
     It is the last thing that is drawn: where the points are is known only then. Other names are in the legend alone.
     """
@@ -359,7 +359,7 @@ def _place(
     taken: Sequence[Bbox],
     style: Mapping[str, object],
 ) -> Bbox | None:
-    """Write beside a point, at the first of some sides that covers nothing of `taken`; return where, None if nowhere."""
+    """Write beside a point, at the first side that covers nothing of `taken`; return where, None if nowhere."""
     for x, y in sides:
         across, up = (
             ("left" if x > 0 else "right" if x else "center"),
@@ -402,7 +402,7 @@ def _draw_distance(
 def _plane_limits(
     axes: Axes, kept: Measure, learned: Measure, points: Mapping[int, tuple[float, float]], log: bool
 ) -> None:
-    """Fit points and error bars, with the base at the corner: below it only what improved on it, and a margin for names."""
+    """Fit points and error bars, the base at the corner: below it only what improved on it, and a margin for names."""
     across = 0.3 if len(points) <= NAMED else 0.14
     for axis, key, set_limits, room in ((0, "xerr", axes.set_xlim, across), (1, "yerr", axes.set_ylim, 0.14)):
         ends = [(place[axis], _errors(kept, learned, i)[key]) for i, place in points.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.eval_harness.results import Metric
-from lora_null.recipes.report.dial import DIAL_FOLDER, Dial, dial_summary, read_dial, table_rows
+from lora_null.recipes.report.dial import Dial, dial_summary, read_dial, table_rows
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
@@ -36,14 +35,8 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
     for row in results.rows[1:] if not results.grid else []:
         found = read_dial(output_dir / row.method)
         if found is not None:
-            picture, title = output_dir / row.method / DIAL_FOLDER / "dial.png", display_name(row.method)
-            data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
-            shown = {
-                "title": title,
-                "picture": data and f"data:image/png;base64,{data}",
-                "summary": dial_summary(found),
-            }
             head, *rows = table_rows(found)
+            shown = {"title": display_name(row.method), "summary": dial_summary(found)}
             dials.append(shown | {"head": head, "rows": rows})
     kept = results.grid.cells if results.grid else results.rows
     budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
