@@ -509,9 +509,8 @@ def _report_small(report: LayerReport, layers: Mapping[str, LoraLayer]) -> None:
 
     def rounding(line: LayerStats) -> float:
         dtype = layers[line.name].get_base_layer().weight.dtype
-        return (
-            torch.finfo(dtype).eps ** 2 * line.r / line.shape[1] if dtype.is_floating_point else 0.0
-        )  # a quantized one
+        eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0  # of a quantized weight nothing is known
+        return eps**2 * line.r / line.shape[1]
 
     small = [line.name for line in report.layers if line.energy is not None and line.energy <= rounding(line)]
     if small:

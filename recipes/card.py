@@ -56,20 +56,19 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     config = kept / CONFIG_FILE  # of an adapter
     quantized = recipe.model.quantization and f"{QUANTIZED_NOTE.format(recipe.model.quantization).capitalize()}."
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
-    terms = license_of(name, Path(name) / CARD_FILE)
     notes = [*filter(None, [quantized]), *(_kept_of(results.rows[-1]) if results else ())]
+    shown = {
+        "terms": license_of(name, Path(name) / CARD_FILE),
+        "rank": read_json(config).get("r") if config.is_file() else None,
+        "plain": plain,
+        "revision": recipe.model.revision,
+        "table": results and _table_of(results),
+        "difference": None,
+    }
+    values = recipe.model_dump(mode="json")
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
         state = _where(place, kept, plain) if results else f"Not finished: `{resume_command(folder.parent)}` goes on."
-        text = _render(
-            recipe.model_dump(mode="json"), plan.name, plan.saves, form, name,
-            terms=terms,
-            rank=read_json(config).get("r") if config.is_file() else None,
-            plain=plain,
-            revision=recipe.model.revision,
-            table=results and _table_of(results),
-            notes=[state, *notes],
-            difference=None,
-        )  # fmt: skip
+        text = _render(values, plan.name, plan.saves, form, name, notes=[state, *notes], **shown)
         write_text(place / CARD_FILE, text)
 
 

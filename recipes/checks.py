@@ -152,9 +152,9 @@ def tell_of_shared_rows(recipe: Recipe, examples: Sequence[Example], tasks: Sequ
 
     Paths and ranges of rows tell, and of known answers the text of the question, wherever its row lies.
     """
-    starts = (example.written.text[: min(example.written.spans)[0]] for example in examples if example.written.spans)
-    asked = {start.strip() for start in starts} - {""}
     answers = {task.name: task for task in tasks if isinstance(task, AnswerTask)}
+    written = [example.written for example in examples if example.written.spans] if answers else []
+    asked = {each.text[: min(each.spans)[0]].strip() for each in written} - {""}
     trained = [("trained on", recipe.data)]
     calibrated = [("calibrated on", source) for source in recipe.calibration.each if source.path is not None]
     for role, read in (("task", trained), ("retention", trained + calibrated)):

@@ -209,9 +209,9 @@ def as_batches(
             order = np.random.default_rng(args.seed or 0).permutation(len(source))
             rows = _enough(((i + 1, source[i]) for i in map(int, order)), tokenizer, args)
         return padded_batches(calibration_windows(rows, tokenizer, args), pad)
-    batches, windows, dimensions = [], 0, 0
+    batches, windows, dimensions, others = [], 0, 0, {*OTHER_INPUTS, *reads}
     for number, row in enumerate(rows, start=1):
-        batch = _batch(row, number, pad_token_id, dimensions, {*OTHER_INPUTS, *reads})
+        batch = _batch(row, number, pad_token_id, dimensions, others)
         dimensions = batch["input_ids"].dim()
         if dimensions == 1 and row.get("seq_lengths") is not None:
             texts = [text["input_ids"] for text in texts_in({key: x[None] for key, x in batch.items()})]

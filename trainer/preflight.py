@@ -305,9 +305,8 @@ def check_best_metric(trainer: Any) -> None:
     """
     asked, data = trainer.args.metric_for_best_model, trainer.eval_dataset
     parts = [*type(trainer).__mro__, *map(type, trainer.callback_handler.callbacks)]
-    changed = {name for kind in parts if not is_of_library(kind.__module__) for name in vars(kind)} | vars(
-        trainer
-    ).keys()
+    changed = {name for kind in parts if not is_of_library(kind.__module__) for name in vars(kind)}
+    changed |= vars(trainer).keys()
     if asked is None or trainer.args.eval_strategy == "no" or changed & {"evaluate", "evaluation_loop", "on_evaluate"}:
         return
     name = asked if asked.startswith("eval_") else f"eval_{asked}"

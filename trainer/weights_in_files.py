@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import Trainer
 from trl.trainer.utils import create_model_from_path
 
 from lora_null.checkpoint_reader import WeightFiles, checkpoint_name, open_to_shard
 from lora_null.drift import DriftMeter, WeightDriftMeter
+from lora_null.trainer.checkpoints import Base
 from lora_null.utils.distributed import get_logger, together
 
 logger = get_logger(__name__)
-Base = Trainer if TYPE_CHECKING else object
 NOT_ONLY_WEIGHTS = ("revision", "cache_dir", "token", "subfolder")  # by which TRL loads more than the model
 
 

@@ -19,6 +19,7 @@ from lora_null.utils.values import Message, as_messages, chat_options
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks in a template what the assistant says
 PYTHON = ("{'", "None")  # what a template writes that prints a dict or a missing value
+SYSTEM = ("system", "developer")
 PROBE = "an answer"  # rendered to see what a template writes behind one
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what data and templates call thoughts beside the content
 # Where a template's generation prompt opens the thought, the answer begins within it.
@@ -227,13 +228,17 @@ def turn_start(chat: Chat, turn: int, tokenizer: PreTrainedTokenizerBase, option
 
     The prompt may end in what the answer does not repeat (an empty thought); then the turn begins where they part.
     """
-    told = _told(chat.messages[:turn], tokenizer, options)
-    if told in ("", tokenizer.bos_token):
+    before, nothing = chat.messages[:turn], ("", tokenizer.bos_token)
+    # Behind a question what stands before need not be rendered: there is something.
+    begins = all(message["role"] in SYSTEM for message in before)
+    if begins and _told(before, tokenizer, options) in nothing:
         return _first_start(chat, turn, tokenizer, options)
-    opened = open_turn(chat.messages[:turn], tokenizer, options)
-    if chat.text.startswith(opened):
+    opened = open_turn(before, tokenizer, options)
+    if opened not in nothing and chat.text.startswith(opened):
         return len(opened)
-    start = common_prefix(opened, chat.text)
+    start, told = common_prefix(opened, chat.text), _told(before, tokenizer, options)
+    if told in nothing:
+        return _first_start(chat, turn, tokenizer, options)
     parts_in_turn = "think>" in opened[start:] if told is None else start >= len(told)
     if not parts_in_turn or not chat.text.startswith(told or ""):
         raise ValueError(_CHANGES)

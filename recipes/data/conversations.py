@@ -9,11 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.recipes.data.templates import CHAT, render
-from lora_null.utils.chat import open_turn, render_chat, thought_of, turn_spans, turn_start, without_end
+from lora_null.utils.chat import SYSTEM, open_turn, render_chat, thought_of, turn_spans, turn_start, without_end
 from lora_null.utils.errors import UserError
 from lora_null.utils.values import Message
-
-SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)

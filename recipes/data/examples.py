@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.conversations import (
-    SYSTEM,
     Written,
     need_chat_template,
     write_conversation,
@@ -32,6 +31,7 @@ from lora_null.recipes.data.conversations import (
 from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
 from lora_null.recipes.data.templates import CHAT, trimmed, trimmed_prompt
 from lora_null.utils.chat import (
+    SYSTEM,
     common_prefix,
     special_tokens,
     thought_of,
@@ -117,7 +117,7 @@ def training_data(
         long = [(example, tokens.ids[:max_length]) for example, tokens in kept if len(tokens.ids) > max_length]
         others = tokenize([example for example, _ in long], data.template, tokenizer, rejected=True)
         equal = [example.row for (example, ids), other in zip(long, others) if other.ids[:max_length] == ids]
-        too_long += [BadRow(row, f"chosen equal to rejected within max_length ({max_length} tokens)") for row in equal]
+        too_long += [BadRow(row, f"{EQUAL} within max_length ({max_length} tokens)") for row in equal]
         kept = [(example, tokens) for example, tokens in kept if example.row not in set(equal)]
     bad = sorted([*bad, *too_long], key=lambda row: row.row)
     leave_out(bad, total, "training rows", data.on_bad_row)

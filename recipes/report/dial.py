@@ -87,6 +87,11 @@ class Dial(BaseModel):
         return next((point for point in self.points if abs(point.strength - strength) < 1e-9), None)
 
 
+def dial_picture(dial: Dial, color: str) -> Markup | None:
+    """Return the picture of a dial, for the page; None where it has no frontier."""
+    return dial_svg(*dial.measures(), [point.strength for point in dial.points], display_name(dial.method), color)
+
+
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
     label, color = display_name(dial.method), colors_of([dial.method])[dial.method]
@@ -94,14 +99,6 @@ def write_dial(folder: Path, dial: Dial) -> None:
         temporary.write_bytes(dial_png(*dial.measures(), [point.strength for point in dial.points], label, color))
     write_text(folder / "dial.md", markdown(dial))
     write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
-
-
-def dial_picture(method_folder: Path, color: str) -> Markup | None:
-    """Return the picture of what lies in METHOD/dial, for the page; None where there is none, or no frontier."""
-    dial = read_dial(method_folder)
-    if dial is None:
-        return None
-    return dial_svg(*dial.measures(), [point.strength for point in dial.points], display_name(dial.method), color)
 
 
 def read_dial(method_folder: Path) -> Dial | None:

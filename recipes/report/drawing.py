@@ -76,7 +76,7 @@ def colors_of(methods: Iterable[str]) -> dict[str, str]:
 
 
 def markers_of(colors: Sequence[str]) -> list[str]:
-    """Return a marker a color: each in turn, past those of colors that are near in light or in dark."""
+    """Return a marker per color: each in turn, past those of colors that are near in light or in dark."""
     found: list[str] = []
     for i, color in enumerate(colors):
         start = i % len(MARKERS)

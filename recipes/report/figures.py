@@ -45,14 +45,8 @@ from lora_null.recipes.results import Results, TrainLog, kind_of
 NAMED = 5  # the most points that are named in the picture
 AROUND = ((7, 5), (-7, 5), (0, -8), (0, 8), (7, -5), (-7, -5))  # where a name may be, in points from its own
 DIAL_AROUND = ((8, -5), (0, -8), (0, 8))  # the same of a strength
-BESIDE = (
-    (6, 0),
-    (-6, 0),
-    (6, 14),
-    (-6, 14),
-    (6, -14),
-    (-6, -14),
-)  # the same of the ratio, from the middle of its line
+# The same of the ratio, from the middle of its line.
+BESIDE = ((6, 0), (-6, 0), (6, 14), (-6, 14), (6, -14), (-6, -14))
 BASE = {"marker": "o", "linestyle": "", "label": "base", "color": "white", "markeredgecolor": COLORS["base"]}
 BASE |= {"markeredgewidth": 2, "markersize": 9, "zorder": 4}
 
@@ -262,8 +256,7 @@ def _draw_card(figure: Figure, results: Results) -> bool:
         axes.plot(x, y, "o-", color=path.color, label=escape_math(path.label))
     if found:
         axes.set_yscale("log" if found.log else "linear")
-        across, up = (axis_title(title.removesuffix("  →")) for title in found.titles)
-        axes.set(xlabel=across, ylabel=up)
+        axes.set(xlabel=axis_title(found.titles[0]), ylabel=axis_title(found.titles[1]))
         axes.legend(frameon=False, fontsize=10)
     return True
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.eval_harness.results import Metric
-from lora_null.recipes.report.dial import Dial, dial_summary, read_dial, table_rows
+from lora_null.recipes.report.dial import Dial, dial_picture, dial_summary, read_dial, table_rows
+from lora_null.recipes.report.figures import row_colors
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
@@ -32,12 +33,12 @@ def probe_curves(logs: Sequence[TrainLog]) -> list[tuple[str, str]]:
 def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> dict[str, Any]:
     """Return what the templates `following.*` show; what a run does not have is empty."""
     dials = []
-    for row in results.rows[1:] if not results.grid else []:
+    for row, color in zip(results.rows[1:], row_colors(results)[1:]) if not results.grid else ():
         found = read_dial(output_dir / row.method)
         if found is not None:
             head, *rows = table_rows(found)
-            shown = {"title": display_name(row.method), "summary": dial_summary(found)}
-            dials.append(shown | {"head": head, "rows": rows})
+            shown = {"title": display_name(row.method), "summary": dial_summary(found), "head": head, "rows": rows}
+            dials.append(shown | {"picture": dial_picture(found, color)})
     kept = results.grid.cells if results.grid else results.rows
     budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
     return {

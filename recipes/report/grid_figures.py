@@ -66,8 +66,8 @@ class Frontiers:
         if not paths:
             return None
         log = is_wide([y.value for path in paths for _, y in path.points])
-        learned = f"learned: {metric_title(pair[1])}, improvement on the base  →"
-        return cls(paths, (learned, f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}  →"), log)
+        learned = f"learned: {metric_title(pair[1])}, improvement on the base"
+        return cls(paths, (learned, f"forgotten: {metric_title(pair[0])}{', logarithmic' * log}"), log)
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
@@ -120,7 +120,7 @@ def frontier_png(results: Results) -> bytes:
         axes.set_visible(False)
     for axes in panels[count - wide : count]:
         axes.tick_params(labelbottom=True)
-    across, up = (title.removesuffix("  →") for title in found.titles)
+    across, up = found.titles
     figure.supxlabel(axis_title(across, 72), fontsize=10)
     figure.supylabel(axis_title(up, 36 if tall == 1 else 54), fontsize=10)
     handles = [
@@ -141,7 +141,7 @@ def frontier_picture(results: Results) -> Picture:
         found.set_limits(axes)
         points = "; ".join(f"learned {x.value:.3g}, forgotten {y.value:.3g}" for x, y in path.points)
         drawings.append((path.label, svg(figure, f"{path.label}: {points}.")))
-    across, up = (title.replace("  →", "") for title in found.titles)
+    across, up = found.titles
     caption = f"Across, {across}; up, {up}. Lower and further right is better."
     return Picture(drawings, caption, panels=True, legend=found.legend)
 

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
 from lora_null.recipes.config.run_folder import RECIPE_FILE
-from lora_null.recipes.report.dial import dial_picture
 from lora_null.recipes.report.drawing import palette, variable
 from lora_null.recipes.report.figures import (
     card_png,
@@ -46,7 +45,7 @@ from lora_null.utils.files import replacing
 STYLES = {"best": "bold", "second": "underline", None: ""}
 # What only the report of a run has, or only that of a grid.
 EMPTY = {"verdicts": [], "grid": None, "curves": [], "without_log": [], "unreadable": [], "snippet": None}
-EMPTY |= {"adapter_folders": [], "dial_pictures": {}}
+EMPTY |= {"adapter_folders": []}
 CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' outputs"))
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
 
@@ -168,10 +167,6 @@ def _content(results: Results, evaluations: Evaluations, output_dir: Path) -> di
     return shared | {
         "follows": following(results, output_dir, logs),
         "picture": forgetting_picture(results),
-        "dial_pictures": {
-            display_name(name): dial_picture(output_dir / name, color)
-            for name, color in zip(folders[1:], row_colors(results)[1:])
-        },
         "verdicts": claims,
         "curves": [curve for curve in curves if curve],
         "without_log": [labels[i] for i in range(1, len(labels)) if not logs[i].entries],

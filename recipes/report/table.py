@@ -82,7 +82,7 @@ def build_table(results: Results) -> Table:
 def rank_marks(
     results: Results, estimates: Sequence[Estimate | None], name: str, higher_is_better: bool, role: Role = "task"
 ) -> list[Literal["best", "second"] | None]:
-    """Mark the method that is `better` than every other, and below it the one that is better than all the rest.
+    """Mark the method that is better than every other, and below it the one that is better than all the rest.
 
     Of a grid's settings none is marked: that which learned least would win. Nor is a method that stands alone, or one
     that was not compared with each of the others, or that is the base again.
