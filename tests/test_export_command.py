@@ -25,7 +25,7 @@ from lora_null.adapters.base_hash import base_fingerprint
 from lora_null.adapters.merge import deltas_of, write_checkpoint
 from lora_null.adapters.plain import state_of
 from lora_null.adapters.saved import read_adapter
-from lora_null.adapters.truncate import balanced_where_they_cancel, lost_in_16_bits
+from lora_null.adapters.truncate import balanced_where_they_cancel, lost_in_16_bits, truncate
 from lora_null.adapters.verify import compare
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.__main__ import main as recipes
@@ -130,6 +130,19 @@ def test_only_factors_that_cancel_are_written_anew():
     wanted = near[1].double() @ near[0].double()
     assert torch.dist(found["three"][1].double() @ found["three"][0].double(), wanted) < 1e-5 * wanted.norm()
     assert lost_in_16_bits(*found["three"]) < 0.01
+
+
+@pytest.mark.parametrize("d_out, d_in", [(4, 16), (16, 4), (4, 3)])
+@pytest.mark.parametrize("k", [2, 6, 8])
+def test_a_linear_narrower_than_the_rank_is_truncated(d_out, d_in, k):
+    """A residual's factors have rank 2r, which may be more than a narrow layer's width: of SmolLM2's keys at rank 128."""
+    torch.manual_seed(0)
+    A, B = torch.randn(8, d_in), torch.randn(d_out, 8)
+    A_k, B_k, error = truncate(A, B, k)
+    U, S, Vh = np.linalg.svd((B.double() @ A.double()).numpy(), full_matrices=False)
+    assert (A_k.shape, B_k.shape) == ((k, d_in), (d_out, k))
+    assert np.allclose((B_k.double() @ A_k.double()).numpy(), U[:, :k] * S[:k] @ Vh[:k], atol=1e-5)
+    assert error == pytest.approx(np.linalg.norm(S[k:]) / np.linalg.norm(S), abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-null-v1"])

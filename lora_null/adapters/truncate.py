@@ -29,7 +29,7 @@ def truncate(A: torch.Tensor, B: torch.Tensor, k: int) -> tuple[torch.Tensor, to
     """
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(RB @ RA.T)
+    U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
     root = S[:k].sqrt()
     whole = float(S.norm())
     error = float(S[k:].norm()) / whole if whole else 0.0
