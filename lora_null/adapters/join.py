@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_null.adapters.merge import deltas_of
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
 from lora_null.adapters.saved import SavedAdapter, read_adapter
 from lora_null.factors import Pair
-from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json, write_safetensors
 
 
@@ -54,19 +50,3 @@ def join_onto(before: Path, folder: Path) -> int:
     write_safetensors(folder / WEIGHTS_FILE, state_of(pairs), after.metadata)
     write_json(folder / CONFIG_FILE, after.config | fields)
     return sum(A.numel() + B.numel() for A, B in pairs.values())
-
-
-@torch.no_grad()
-def add_to_weights(model: nn.Module, adapter: SavedAdapter) -> None:
-    """Add s·BA to the weights of a plain model, in place: in float32, rounded once to each weight's dtype.
-
-    Raises:
-        UserError: it has no such linear.
-    """
-    modules = dict(model.named_modules())
-    deltas = deltas_of(adapter.pairs(), adapter.scaling, lambda name: isinstance(modules.get(name), Conv1D))
-    for name, delta in deltas.items():
-        if name not in modules:
-            raise UserError(f"{adapter.folder}: made for another base, which has no {name}")
-        weight = modules[name].weight
-        weight.copy_((weight.float() + delta.dense().to(weight.device)).to(weight.dtype))

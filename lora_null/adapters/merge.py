@@ -1,4 +1,4 @@
-"""Write W0 + s·BA as a checkpoint, read and written a shard at a time: added in float32, cast once."""
+"""W0 + s·BA, added in float32 and cast once: as a checkpoint, read and written a shard at a time, or in a live model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from lora_null.adapters.saved import SavedAdapter
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.factors import Pair
 from lora_null.utils.errors import UserError
@@ -137,3 +139,19 @@ def deltas_of(
 ) -> dict[str, Delta]:
     """Return module name → its change."""
     return {name: Delta(A, B, scaling(name), transposed(name)) for name, (A, B) in pairs.items()}
+
+
+@torch.no_grad()
+def add_to_weights(model: nn.Module, adapter: SavedAdapter) -> None:
+    """Add s·BA to the weights of a plain model, in place: in float32, rounded once to each weight's dtype.
+
+    Raises:
+        UserError: it has no such linear.
+    """
+    modules = dict(model.named_modules())
+    deltas = deltas_of(adapter.pairs(), adapter.scaling, lambda name: isinstance(modules.get(name), Conv1D))
+    for name, delta in deltas.items():
+        if name not in modules:
+            raise UserError(f"{adapter.folder}: made for another base, which has no {name}")
+        weight = modules[name].weight
+        weight.copy_((weight.float() + delta.dense().to(weight.device)).to(weight.dtype))

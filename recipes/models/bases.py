@@ -30,7 +30,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from lora_null.adapters.join import add_to_weights
+from lora_null.adapters.merge import add_to_weights
 from lora_null.adapters.saved import read_adapter
 from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
 from lora_null.recipes.config.schema import ModelSection
