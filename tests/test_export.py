@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import logits, random_batches, tiny_model
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.adapters.base_hash import base_fingerprint
-from lora_null.adapters.join import join_onto
+from lora_null.adapters.join import join, join_onto
 from lora_null.adapters.merge import write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_factors, save_plain_adapter
 from lora_null.adapters.saved import read_adapter
@@ -64,6 +65,12 @@ def test_factors_of_16_bits_lose_nothing_to_another_scaling(tmp_path):
         exact = own.scaling["default"] * own.lora_B["default"].weight.double() @ own.lora_A["default"].weight.double()
         found = saved.scaling(name) * B.double() @ A.double()
         assert torch.dist(found, exact) < 1e-6 * exact.norm()
+    sixteen = replace(saved, tensors={key: tensor.bfloat16() for key, tensor in saved.tensors.items()})
+    both = {"before": replace(sixteen, config=saved.config | {"lora_alpha": 7}), "after": sixteen}
+    joined, scaling = join(both)
+    for name, (A, B) in joined.items():
+        exact = sum(x.scaling(name) * b.double() @ a.double() for x in both.values() for a, b in [x.pairs()[name]])
+        assert torch.dist(scaling * B.double() @ A.double(), exact) < 1e-6 * exact.norm()
 
 
 def test_a_bias_of_b_is_scaled_as_b_is(tmp_path):

@@ -16,7 +16,7 @@ from lora_null.utils.files import write_json, write_safetensors
 def join(adapters: Mapping[str, SavedAdapter]) -> tuple[dict[str, Pair], float]:
     """Return the pairs of Σ s_i B_i A_i and their one scaling: [A_1; A_2; …] and [B_1, B_2, …], of the sum of the ranks.
 
-    Where all scalings are the same these are copies, no arithmetic.
+    Where all scalings are the same these are copies, no arithmetic; else factors of 16 bits become float32, as in `uniform`.
 
     Args:
         adapters: by any names, in order.
@@ -33,7 +33,9 @@ def join(adapters: Mapping[str, SavedAdapter]) -> tuple[dict[str, Pair], float]:
         for pairs, rank, own in parts:
             A, B = pairs.get(name, (torch.zeros(rank, d_in), torch.zeros(d_out, rank)))
             rows.append(A)
-            columns.append(B if own == scaling else B * (own / scaling))
+            columns.append(
+                B if own == scaling else B.to(torch.promote_types(B.dtype, torch.float32)) * (own / scaling)
+            )
         joined[name] = torch.cat(rows), torch.cat(columns, dim=1)
     return joined, scaling
 

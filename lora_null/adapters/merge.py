@@ -32,10 +32,11 @@ class Delta:
     scaling: float
     transposed: bool = False
 
-    def dense(self) -> torch.Tensor:
-        """Return the change in float32, in the shape of the weight."""
-        dense = (self.B.float() @ self.A.float()) * self.scaling
-        return dense.T if self.transposed else dense
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return weight + s·BA before it is rounded: in float32, in float64 where the weight is."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        change = (self.B.to(exact) @ self.A.to(exact)) * self.scaling
+        return weight.to(exact) + (change.T if self.transposed else change).to(weight.device)
 
 
 @dataclass
@@ -130,7 +131,7 @@ def merged(files: WeightFiles, source: Source, dtype: torch.dtype) -> torch.Tens
     with opened(files.folder / files.file_of[source.key]) as stored:
         tensor = stored.get_tensor(source.key)
     if source.delta is not None:
-        tensor = tensor.float() + source.delta.dense()
+        tensor = source.delta.added_to(tensor)
     return tensor.to(dtype)
 
 
@@ -143,7 +144,7 @@ def deltas_of(
 
 @torch.no_grad()
 def add_to_weights(model: nn.Module, adapter: SavedAdapter) -> None:
-    """Add s·BA to the weights of a plain model, in place: in float32, rounded once to each weight's dtype.
+    """Add s·BA to the weights of a plain model, in place, rounded once to each weight's dtype.
 
     Raises:
         UserError: it has no such linear.
@@ -154,4 +155,4 @@ def add_to_weights(model: nn.Module, adapter: SavedAdapter) -> None:
         if name not in modules:
             raise UserError(f"{adapter.folder}: made for another base, which has no {name}")
         weight = modules[name].weight
-        weight.copy_((weight.float() + delta.dense().to(weight.device)).to(weight.dtype))
+        weight.copy_(delta.added_to(weight))
