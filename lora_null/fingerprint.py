@@ -1,4 +1,4 @@
-"""Hashes by which an initialization is known: of the base's weights, and of all else that decides the result."""
+"""Hashes by which an initialization is known: of the base's weights and code, and of all else that decides the result."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import functools
 import hashlib
 import json
 import re
+import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
+from pathlib import Path
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AttentionInterface
 
 from lora_null.calibration import INPUTS
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
-from lora_null.utils.distributed import all_gather, is_sharded, together
+from lora_null.layer import plain_name
+from lora_null.utils.distributed import all_gather, broadcast, is_sharded, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import base_model_of
+from lora_null.utils.model_state import (
+    base_model_of,
+    foreign_code_in,
+    foreign_functions,
+    home_of,
+    is_of_library,
+    own_code_at,
+)
 from lora_null.utils.quantized import is_quantized, stored_statistics
 
 FORMAT = "3"  # a change of what the files mean makes old caches unused
@@ -147,6 +160,63 @@ def initialization_key(
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def hook_in(model: nn.Module) -> str | None:
+    """Return the first forward hook of somebody's own, on any rank, and where: what it computes has no fingerprint."""
+    inner = base_model_of(model)
+    found = (f"{code} at {plain_name(name)}" for name, x in inner.named_modules() if (code := own_code_at(x)))
+    return next(filter(None, all_gather(next(found, None))), None)
+
+
+def code_of(method: type, model: nn.Module) -> str:
+    """Return a hash of the class of every module, and of the files that decide a start and may be edited.
+
+    These are of a method or a model of one's own, and of functions that were put into classes of libraries. Of a function
+    that was made without a module (torch.fx) its code counts.
+
+    Args:
+        method: the class whose code computes the start.
+        model: the base, or a PEFT model around it.
+    """
+    fresh = broadcast(uuid.uuid4().bytes)  # for what has no file: in a notebook it is new each time
+    return together(lambda: _digest_of(method, model, fresh))
+
+
+def _digest_of(method: type, model: nn.Module, fresh: bytes) -> str:
+    of_modules = dict(_kinds(base_model_of(model)))
+    functions = [function for kind in {*of_modules.values()} for function in foreign_code_in(kind)]
+    functions += [f for name in _attentions(model) for f in foreign_functions(AttentionInterface().get(name))]
+    kinds = {base for kind in (*of_modules.values(), method) for base in kind.__mro__}
+    names = {kind.__module__ for kind in kinds} | {home_of(function) for function in functions}
+    own = sorted(name for name in names if name and not is_of_library(name))
+    called = sorted(f"{home_of(f)}.{f.__qualname__}{'' if home_of(f) else _code_text(f.__code__)}" for f in functions)
+    digest = hashlib.sha256(repr([sorted((name, str(kind)) for name, kind in of_modules.items()), called]).encode())
+    for name in own:
+        path = getattr(sys.modules.get(name), "__file__", None)
+        digest.update(fresh if path is None or not Path(path).is_file() else Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _code_text(code: CodeType) -> str:
+    """Return what a function does as text, without where it was written."""
+    constants = (sorted(map(repr, x)) if isinstance(x, frozenset) else x for x in code.co_consts)
+    return repr([code.co_code, code.co_names, *(_code_text(x) if isinstance(x, CodeType) else x for x in constants)])
+
+
+def _kinds(module: nn.Module, name: str = "") -> Iterator[tuple[str, type[nn.Module]]]:
+    """Yield the name and the class of every module of a base, without what PEFT has put beside them."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    yield name, type(module)
+    for child, inner in module.named_children():
+        yield from _kinds(inner, f"{name}.{child}")
+
+
+def _attentions(model: nn.Module) -> set[str]:
+    """Return the names of the kinds of attention that a model computes."""
+    configs = (getattr(module, "config", None) for module in base_model_of(model).modules())
+    return {str(getattr(config, "_attn_implementation", None)) for config in configs}
 
 
 def computation(config: Any, numbers: Mapping[str, int | float] = MappingProxyType({})) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,14 +15,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from types import CodeType
 from typing import Any, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AttentionInterface
 
 from lora_null import store
 from lora_null.calibration import Calibration, InputStats, LoadBalance, NotFinite, checked_batches, count_tokens
@@ -32,8 +27,8 @@ from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.earlier import Earlier
 from lora_null.factors import LayerStats
-from lora_null.fingerprint import fingerprint_of, initialization_key
-from lora_null.layer import factors_of, plain_name
+from lora_null.fingerprint import code_of, fingerprint_of, hook_in, initialization_key
+from lora_null.layer import factors_of
 from lora_null.layerwise import ALL, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
@@ -42,15 +37,7 @@ from lora_null.utils.distributed import all_gather, broadcast, device_of, get_lo
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import need_float64
-from lora_null.utils.model_state import (
-    base_model_of,
-    foreign_code_in,
-    foreign_functions,
-    home_of,
-    is_of_library,
-    own_code_at,
-    own_precision,
-)
+from lora_null.utils.model_state import own_precision
 
 logger = get_logger(__name__)
 
@@ -234,8 +221,9 @@ def compute_start(
     measured = together(checked)
     name, adapted = (rule.label, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
-    key = _key(base, layers, adapter_name, measured, options, whole, f"{name}{_code_of(whole or rule, model)}")
-    if hook := _hook_in(model):
+    method = whole.method if whole is not None else type(getattr(rule, "inner", rule))
+    key = _key(base, layers, adapter_name, measured, options, whole, f"{name} {code_of(method, model)}")
+    if hook := hook_in(model):
         key = broadcast(uuid.uuid4().hex[:24])  # which no other run asks for
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
     cached = options.cache and hook is None and _can_write_cache()
@@ -391,13 +379,6 @@ def check_made_for(
             )
 
 
-def _hook_in(model: nn.Module) -> str | None:
-    """Return the first forward hook of somebody's own, on any rank, and where: what it computes has no fingerprint."""
-    inner = base_model_of(model)
-    found = (f"{code} at {plain_name(name)}" for name, x in inner.named_modules() if (code := own_code_at(x)))
-    return next(filter(None, all_gather(next(found, None))), None)
-
-
 def _finished_parts(path: Path | None, key: str) -> dict[str, LayerResult]:
     """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
     if path is None:
@@ -432,53 +413,6 @@ def _key(
             "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
         )
     return keys[0]
-
-
-def _code_of(start: Rule | WholeModel | None, model: nn.Module) -> str:
-    """Return a hash of the class of every module, and of the files that decide a start and may be edited.
-
-    These are of a method or a model of one's own, and of functions that were put into classes of libraries. Of a function
-    that was made without a module (torch.fx) its code counts.
-    """
-    fresh = broadcast(uuid.uuid4().bytes)  # for what has no file: in a notebook it is new each time
-    return together(lambda: _digest_of(start, model, fresh))
-
-
-def _digest_of(start: Rule | WholeModel | None, model: nn.Module, fresh: bytes) -> str:
-    method = start.method if isinstance(start, WholeModel) else type(getattr(start, "inner", start))
-    of_modules = dict(_kinds(base_model_of(model)))
-    functions = [function for kind in {*of_modules.values()} for function in foreign_code_in(kind)]
-    functions += [f for name in _attentions(model) for f in foreign_functions(AttentionInterface().get(name))]
-    kinds = {base for kind in (*of_modules.values(), method) for base in kind.__mro__}
-    names = {kind.__module__ for kind in kinds} | {home_of(function) for function in functions}
-    own = sorted(name for name in names if name and not is_of_library(name))
-    called = sorted(f"{home_of(f)}.{f.__qualname__}{'' if home_of(f) else _code_text(f.__code__)}" for f in functions)
-    digest = hashlib.sha256(repr([sorted((name, str(kind)) for name, kind in of_modules.items()), called]).encode())
-    for name in own:
-        path = getattr(sys.modules.get(name), "__file__", None)
-        digest.update(fresh if path is None or not Path(path).is_file() else Path(path).read_bytes())
-    return f" {digest.hexdigest()[:16]}"
-
-
-def _code_text(code: CodeType) -> str:
-    """Return what a function does as text, without where it was written."""
-    constants = (sorted(map(repr, x)) if isinstance(x, frozenset) else x for x in code.co_consts)
-    return repr([code.co_code, code.co_names, *(_code_text(x) if isinstance(x, CodeType) else x for x in constants)])
-
-
-def _kinds(module: nn.Module, name: str = "") -> Iterator[tuple[str, type[nn.Module]]]:
-    """Yield the name and the class of every module of a base, without what PEFT has put beside them."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    yield name, type(module)
-    for child, inner in module.named_children():
-        yield from _kinds(inner, f"{name}.{child}")
-
-
-def _attentions(model: nn.Module) -> set[str]:
-    """Return the names of the kinds of attention that a model computes."""
-    configs = (getattr(module, "config", None) for module in base_model_of(model).modules())
-    return {str(getattr(config, "_attn_implementation", None)) for config in configs}
 
 
 def _can_write_cache() -> bool:
