@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AttentionInterface
 
-from lora_null.calibration import INPUTS
+from lora_null.batches import INPUTS
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.layer import plain_name
 from lora_null.utils.distributed import all_gather, broadcast, is_sharded, together

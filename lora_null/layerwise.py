@@ -20,22 +20,17 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from tqdm import tqdm
 
-from lora_null.calibration import (
-    Calibration,
-    InputMeter,
-    LoadBalance,
+from lora_null.batches import (
     TokenBatch,
     backbone,
     check_architecture,
     checked_batches,
     count_tokens,
     input_device,
-    measure_inputs,
-    measuring,
     pieces,
-    sum_over_ranks,
     token_batches,
 )
+from lora_null.calibration import Calibration, InputMeter, LoadBalance, measure_inputs, measuring, sum_over_ranks
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.distributed import device_of, get_logger, is_first_process, processes_here, together
 from lora_null.utils.errors import UserError

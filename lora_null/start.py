@@ -22,7 +22,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_null import store
-from lora_null.calibration import Calibration, InputStats, LoadBalance, NotFinite, checked_batches, count_tokens
+from lora_null.batches import checked_batches, count_tokens
+from lora_null.calibration import Calibration, InputStats, LoadBalance, NotFinite
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.earlier import Earlier

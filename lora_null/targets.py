@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lora_null.adapters.plain import CONFIG_FILE
-from lora_null.calibration import backbone, check_architecture
+from lora_null.batches import backbone, check_architecture
 from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
 from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started, plain_name

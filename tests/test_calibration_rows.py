@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from trl import SFTConfig, pack_dataset
 
 from lora_null import LoraNullConfig
-from lora_null.calibration import texts_in
+from lora_null.batches import texts_in
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.utils.errors import UserError

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_null.recipes
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.adapters.plain import save_plain_adapter
-from lora_null.calibration import token_batches
+from lora_null.batches import token_batches
 from lora_null.layer import adapted_layers
 from lora_null.recipes.models import smollm2
 from lora_null.trainer import CalibrationArgs, calibration_windows

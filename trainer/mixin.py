@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
 
-from lora_null.calibration import checked_batches, other_inputs, texts_in
+from lora_null.batches import checked_batches, other_inputs, texts_in
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
