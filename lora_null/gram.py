@@ -30,6 +30,7 @@ CHUNK_TOKENS = 1024
 # inputs, 32 directions: of 20 inputs 19 are resolved at 2, the first layer's, of few distinct tokens, at 4.
 EXACT_BELOW = 2
 ROUNDING = 2**-24
+FAINT = 1e-30  # a channel's mean square below which float32 products round more, and at last to zero
 # How many times a channel's energy when C was resolved a chunk may hold in float32. Measured at width 576, SmolLM2's
 # chunks hold 0.6 (median) to 3.5 times it. With singular values over three decades, 512 wide, chunks of 4 times it catch
 # 1.01 times the least energy, those of 24 times it 1.3 times.
@@ -75,12 +76,14 @@ class Gram:
                     part += _product(chunk[:, block], chunk[:, : block.stop])
 
     def _is_resolved(self) -> bool:
-        """Return whether C is so far from singular that float32 products can be added to it.
+        """Return whether C is so far from singular, and from what float32 cannot hold, that float32 products can be added to it.
 
         Their error is a matrix of about 2⁻²⁴ √(C_ii C_jj), of norm √d 2⁻²⁴ where every channel is scaled to 1. Measured
         on SmolLM2 (`EXACT_BELOW`): with a smallest eigenvalue of twice that norm, on that scale, float32 catches 1.0001
         times the energy.
         """
+        if self.total.diagonal().min() < FAINT * self.seen:
+            return False
         shifted = self.total.clone()
         shifted.diagonal().mul_(1 - len(shifted) ** 0.5 * ROUNDING)
         return not torch.linalg.cholesky_ex(shifted).info

@@ -140,7 +140,14 @@ def test_rank_and_null_space_against_a_float64_svd(distinct, d, r):
 def test_float32_products_begin_once_the_matrix_is_resolved():
     rows = torch.randn(8 * CHUNK_TOKENS, 64, generator=torch.Generator().manual_seed(0))
     few = rows[torch.arange(len(rows)) % 40]
-    for x, exact in ((rows, False), (few, True), (torch.cat([few[:4096], rows]), False), (rows[:100], True)):
+    faint = rows * torch.logspace(0, -20, 64)
+    for x, exact in (
+        (rows, False),
+        (few, True),
+        (torch.cat([few[:4096], rows]), False),
+        (rows[:100], True),
+        (faint, True),
+    ):
         gram = Gram(64, x.device, tokens=len(x))
         gram.add(x)
         assert gram.exact == exact
