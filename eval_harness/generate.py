@@ -24,10 +24,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lora_null.utils.distributed import device_of, get_logger, is_first_process, merge_shares, my_share
+from lora_null.utils.distributed import device_of, get_logger, is_first_process, merge_shares
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import base_model_of
+from lora_null.utils.sharding import my_share
 from lora_null.utils.tokens import end_ids, pad_left
 
 logger = get_logger(__name__)

@@ -24,20 +24,12 @@ from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.chat import common_prefix
-from lora_null.utils.distributed import (
-    device_of,
-    gather,
-    get_logger,
-    is_first_process,
-    merge_shares,
-    my_share,
-    on_first_rank,
-    parameters_are_sharded,
-)
+from lora_null.utils.distributed import device_of, gather, get_logger, is_first_process, merge_shares, on_first_rank
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import base_model_of
+from lora_null.utils.sharding import my_share, parameters_are_sharded
 
 logger = get_logger(__name__)
 

@@ -22,10 +22,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lora_null.layer import LoraNullLinear, plain_name
-from lora_null.utils.distributed import get_logger, own_piece, together
+from lora_null.utils.distributed import get_logger, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened, read_json
 from lora_null.utils.model_state import base_model_of, replaced
+from lora_null.utils.sharding import own_piece
 
 logger = get_logger(__name__)
 

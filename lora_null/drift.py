@@ -15,9 +15,9 @@ from torch import nn
 from lora_null.calibration import Calibration, to_floats
 from lora_null.factors import projected_inputs
 from lora_null.layer import adapted_layers, factors_of, residual_of
-from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
+from lora_null.utils.sharding import whole_parameters
 
 
 def token_kl(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

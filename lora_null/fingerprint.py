@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from lora_null.batches import INPUTS
 from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_tensors
 from lora_null.layer import plain_name
-from lora_null.utils.distributed import all_gather, broadcast, is_sharded, together
+from lora_null.utils.distributed import all_gather, broadcast, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import (
     base_model_of,
@@ -33,6 +33,7 @@ from lora_null.utils.model_state import (
     own_code_at,
 )
 from lora_null.utils.quantized import is_quantized, stored_statistics
+from lora_null.utils.sharding import is_sharded
 
 FORMAT = "3"  # a change of what the files mean makes old caches unused
 WORDS = 1 << 16  # of 8 bytes, summed up to one number: their weights stay in a processor's cache

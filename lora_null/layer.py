@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_null.utils.distributed import get_logger, is_sharded, own_piece, whole_parameters
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import full_precision, replaced, rewriting
 from lora_null.utils.quantized import is_quantized, weight_of
+from lora_null.utils.sharding import is_sharded, own_piece, whole_parameters
 
 logger = get_logger(__name__)
 

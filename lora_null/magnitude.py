@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_null.layer import LoraNullLinear, factors_of, residual_of
-from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.quantized import weight_of
+from lora_null.utils.sharding import whole_parameters
 
 
 class Change(NamedTuple):

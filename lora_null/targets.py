@@ -26,10 +26,11 @@ from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_la
 from lora_null.residual import refuse_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
-from lora_null.utils.distributed import get_logger, is_sharded
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.model_state import base_model_of
 from lora_null.utils.quantized import why_unreadable
+from lora_null.utils.sharding import is_sharded
 
 logger = get_logger(__name__)
 

@@ -27,9 +27,10 @@ from lora_null.recipes.comparisons import paired_gain
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import MIN_ROWS, Budget, Estimate, GivenUp, kind_of
-from lora_null.utils.distributed import is_first_process, on_first_rank, whole_parameters
+from lora_null.utils.distributed import is_first_process, on_first_rank
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.files import read_safetensors, write_safetensors
+from lora_null.utils.sharding import whole_parameters
 
 STATE_FILE = "budget.safetensors"
 MIN_STRENGTH = 2**-10  # strength: after a training that went far a thousandth of it may be all that is within

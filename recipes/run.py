@@ -73,16 +73,10 @@ from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.utils.distributed import (
-    count,
-    get_logger,
-    is_first_process,
-    is_launched_with_fsdp2,
-    on_first_rank,
-    together,
-)
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, replacing_folder, write_json
+from lora_null.utils.sharding import count, is_launched_with_fsdp2
 
 logger = get_logger(__name__)
 

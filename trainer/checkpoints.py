@@ -24,16 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed
 
 from lora_null.adapters.plain import CONFIG_FILE, check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.utils.distributed import (
-    get_logger,
-    parameters_are_sharded,
-    reshard,
-    whole_parameters,
-    without_checkpointing,
-)
+from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import flush, read_json, write_json
 from lora_null.utils.model_state import replaced
+from lora_null.utils.sharding import parameters_are_sharded, reshard, whole_parameters, without_checkpointing
 
 logger = get_logger(__name__)
 

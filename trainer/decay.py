@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from lora_null.config import starts_from_residual
 from lora_null.layer import active_adapter, adapted_layers, factors_of, is_started, residual_of
-from lora_null.utils.distributed import whole_parameters
 from lora_null.utils.errors import UserError
+from lora_null.utils.sharding import whole_parameters
 
 OFF = "decay_to_start=False lets weight decay pull to zero"
 

@@ -84,20 +84,13 @@ from lora_null.trainer.preflight import (
 )
 from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute, loss_of_labeled_positions
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
-from lora_null.utils.distributed import (
-    all_gather,
-    get_logger,
-    is_launched_with_fsdp2,
-    on_first_rank,
-    parameters_are_sharded,
-    shard_layers,
-    together,
-)
+from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
 from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory
 from lora_null.utils.quantized import keep_layout, quantized_layers
+from lora_null.utils.sharding import is_launched_with_fsdp2, parameters_are_sharded, shard_layers
 
 if TYPE_CHECKING:
     from lora_null.solver import Rule

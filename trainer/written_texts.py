@@ -11,10 +11,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_null.utils.chat import without_bos
-from lora_null.utils.distributed import device_of, get_logger, merge_shares, my_share, rank_and_world
+from lora_null.utils.distributed import device_of, get_logger, merge_shares, rank_and_world
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import base_model_of, preserve, replaced
+from lora_null.utils.sharding import my_share
 from lora_null.utils.tokens import end_ids, pad_left, tokenizer_of
 
 logger = get_logger(__name__)

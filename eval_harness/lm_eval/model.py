@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness.lm_eval.private_names import RowwiseLM, no_document_bars
-from lora_null.utils.distributed import is_first_process, merge_shares, my_share
+from lora_null.utils.distributed import is_first_process, merge_shares
 from lora_null.utils.model_state import replaced
+from lora_null.utils.sharding import my_share
 
 
 class ShardedLM(RowwiseLM):

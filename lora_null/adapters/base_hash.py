@@ -17,9 +17,9 @@ from peft import PeftModel
 from torch import nn
 
 from lora_null.checkpoint_reader import WeightFiles, base_tensors
-from lora_null.utils.distributed import is_sharded
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import opened
+from lora_null.utils.sharding import is_sharded
 
 FINGERPRINT, DTYPE, QUANTIZATION = "base_fingerprint", "base_dtype", "base_quantization"
 ROWS = 16  # of each tensor, evenly spaced: another checkpoint differs everywhere, and 7B hash in a second

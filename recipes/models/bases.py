@@ -38,10 +38,11 @@ from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options, weight_bytes
 from lora_null.recipes.private_names import complete_at_load
 from lora_null.targets import check_unadapted
-from lora_null.utils.distributed import all_gather, is_launched_with_fsdp2, processes_here, shard_layers, together
+from lora_null.utils.distributed import all_gather, processes_here, together
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
 from lora_null.utils.limits import architecture_of, why_unsupported
 from lora_null.utils.quantized import keep_layout, weight_of
+from lora_null.utils.sharding import is_launched_with_fsdp2, shard_layers
 
 SHAPES = Path(__file__).parent / "shapes.json"
 
