@@ -25,7 +25,7 @@ from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import need_float64
+from lora_null.utils.limits import check_float64
 from lora_null.utils.model_state import own_precision, preserve
 from lora_null.utils.tokens import tokenizer_of
 
@@ -121,7 +121,7 @@ def evaluate(
     for name, value in {"limit": limit, "batch_size": batch_size}.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name}: must be a whole number of at least 1, not {value!r}")
-    need_float64(model.device)
+    check_float64(model.device)
     if record_reference and reference_dir is None:
         raise UserError("record_reference needs reference_dir, the folder to record into")
     options = RunOptions(

@@ -28,7 +28,7 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
             nothing is changed then.
     """
     layers = adapted_layers(peft_model, adapter_name)
-    refuse_head(peft_model, layers)
+    check_no_head(peft_model, layers)
     for name, layer in layers.items():
         if reason := why_unreadable(layer.get_base_layer()) or why_hooked(layer.get_base_layer()):
             raise UserError(f"target_modules: {name} {reason}")
@@ -44,7 +44,7 @@ def subtract_residuals(peft_model: PeftModel, adapter_name: str = "default") -> 
     peft_model.base_model.__class__ = ResidualLoraModel
 
 
-def refuse_head(peft_model: PeftModel, layers: Mapping[str, nn.Module]) -> None:
+def check_no_head(peft_model: PeftModel, layers: Mapping[str, nn.Module]) -> None:
     """Raise a UserError where the model's head, which PEFT saves beside an adapter of it, would be saved as W0 − s·B0A0."""
     head = getattr(peft_model.get_base_model(), "get_output_embeddings", lambda: None)()
     for name, layer in layers.items():

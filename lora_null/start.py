@@ -37,7 +37,7 @@ from lora_null.store import LayerResult
 from lora_null.utils.distributed import all_gather, broadcast, device_of, get_logger, on_first_rank, together
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
-from lora_null.utils.limits import need_float64
+from lora_null.utils.limits import check_float64
 from lora_null.utils.model_state import own_precision
 
 logger = get_logger(__name__)
@@ -211,7 +211,7 @@ def compute_start(
             device without float64.
     """
     start = time.perf_counter()
-    need_float64(options.device or device_of(model))
+    check_float64(options.device or device_of(model))
     needs_gram = rule is not None and rule.needs_gram
 
     def checked() -> list[dict[str, torch.Tensor]]:
@@ -338,7 +338,7 @@ def load_start(
     Raises:
         UserError: the folder is incomplete, or was written for another base, rule, other modules, ranks or scalings.
     """
-    need_float64(device_of(model))
+    check_float64(device_of(model))
     report = together(lambda: LayerReport.from_json(store.read_report(folder)))
     if len(set(all_gather(report.key))) > 1:
         raise UserError(

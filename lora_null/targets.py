@@ -23,7 +23,7 @@ from lora_null.batches import backbone, check_architecture
 from lora_null.checkpoint_reader import base_modules, checkpoint_name
 from lora_null.config import LoraNullConfig
 from lora_null.layer import NO_BASIS, LoraNullLinear, active_adapter, adapted_layers, is_started, plain_name
-from lora_null.residual import refuse_head, why_hooked
+from lora_null.residual import check_no_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
 from lora_null.utils.distributed import get_logger
@@ -122,9 +122,9 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
     if not layers:
         raise UserError(f"target_modules: no linear of the model matches {config.target_modules!r}")
     check_names(peft_model.get_base_model(), config)
-    refuse_experts(peft_model.get_base_model(), layers)  # for which PEFT has written patterns of its own
+    check_no_experts(peft_model.get_base_model(), layers)  # for which PEFT has written patterns of its own
     check_patterns(config, layers)
-    refuse_bypassed(peft_model.get_base_model(), layers)
+    check_not_bypassed(peft_model.get_base_model(), layers)
     if is_started(peft_model, adapter_name):
         raise UserError(
             f"adapter {adapter_name!r} is started already (initialized, trained or loaded), and initializing it would "
@@ -145,7 +145,7 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
             f"{out} (exclude_modules)"
         )
     if config.starts_from_residual:
-        refuse_head(peft_model, layers)
+        check_no_head(peft_model, layers)
     language_model = language_model_of(peft_model.get_base_model())
     decoder = {id(module) for module in (language_model or backbone(peft_model)).modules()}
     if outside := next((name for name, layer in layers.items() if id(layer) not in decoder), None):
@@ -161,7 +161,7 @@ def language_model_of(base: nn.Module) -> nn.Module | None:
     return None if text is config else base.get_decoder()
 
 
-def refuse_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+def check_no_experts(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Refuse adapters that PEFT put on parameters: fused experts, each of which reads tokens of its own, and routers.
 
     Raises:
@@ -192,7 +192,7 @@ def bypassed_linears(base: nn.Module, names: Iterable[str]) -> list[str]:
     return found
 
 
-def refuse_bypassed(base: nn.Module, names: Iterable[str]) -> None:
+def check_not_bypassed(base: nn.Module, names: Iterable[str]) -> None:
     """Refuse adapters on what `bypassed_linears` finds.
 
     Raises:
@@ -226,7 +226,7 @@ def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftMode
         check_names(base, config)
         model = get_peft_model(base, config, **options)
     layers = adapted_layers(model, active_adapter(model))
-    refuse_experts(base_model_of(model), layers)
+    check_no_experts(base_model_of(model), layers)
     check_patterns(config, layers)
     return model
 

@@ -28,7 +28,7 @@ from lora_null.adapters.saved import CONFIG_FILE
 from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
-from lora_null.eval_harness.lm_eval.vllm import require_vllm
+from lora_null.eval_harness.lm_eval.vllm import check_vllm
 from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import Example, TrainingData, tokenize
 from lora_null.recipes.models.bases import attention, load_config
@@ -58,7 +58,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         UserError: naming the key and what to install.
     """
     if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # else `check_methods` refuses it
-        require_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
+        check_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     require_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:

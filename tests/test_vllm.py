@@ -14,7 +14,7 @@ from lora_null.adapters.plain import CONFIG_FILE, state_of
 from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.truncate import MOST_LOST, lost_in_16_bits
 from lora_null.eval_harness.lm_eval.model import BlankLM
-from lora_null.eval_harness.lm_eval.vllm import open_vllm, require_vllm
+from lora_null.eval_harness.lm_eval.vllm import check_vllm, open_vllm
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.measure import _as_it_is_served
 from lora_null.utils.errors import UserError
@@ -107,9 +107,9 @@ def test_its_keys_are_not_for_another_engine(tmp_path, capsys):
 
 
 def test_ranks(engine, tmp_path):
-    require_vllm()
+    check_vllm()
     with pytest.raises(UserError, match=r"eval.vllm.tensor_parallel: asks for 64 GPUs, and \d are here"):
-        require_vllm(64)
+        check_vllm(64)
     options = {"dtype": "bfloat16", "revision": None}
     open_vllm("m", tmp_path, rank=256, **options)
     open_vllm("m", tmp_path, rank=257, **options)

@@ -32,8 +32,8 @@ from lora_null.store import REPORT_FILE, cached_folder, clear, copy_store, find_
 from lora_null.targets import (
     check_basis,
     check_names,
+    check_not_bypassed,
     check_unadapted,
-    refuse_bypassed,
     refusing_in_one_line,
     warn_about_fused_experts,
 )
@@ -291,7 +291,7 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if self._has_method:
             self._keep_quantized_base()
             if isinstance(self.model, PeftModel):
-                refuse_bypassed(self.model.get_base_model(), self.method.layers(self.model))
+                check_not_bypassed(self.model.get_base_model(), self.method.layers(self.model))
             if not self._already_trained:
                 if method is not None:
                     check_linears(method, self.model)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer,
 from transformers.trainer_utils import has_length
 
 from lora_null.layer import LoraNullLinear, active_adapter, adapted_layers, factors_of
-from lora_null.targets import language_model_of, refuse_experts, warn_about_fused_experts
+from lora_null.targets import check_no_experts, language_model_of, warn_about_fused_experts
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import PositionLimit, position_limit, why_unsupported
@@ -174,7 +174,7 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
     """
     base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
     linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
-    refuse_experts(base, layers)
+    check_no_experts(base, layers)
     warn_about_fused_experts(base)
     language_model = language_model_of(base)
     decoder = next((name for name, module in base.named_modules() if module is language_model), "")

@@ -33,7 +33,7 @@ def max_lora_rank(rank: int, whose: str) -> int:
     return fitting
 
 
-def require_vllm(tensor_parallel: int = 1) -> None:
+def check_vllm(tensor_parallel: int = 1) -> None:
     """Raise a UserError, before anything is spent, where vLLM cannot be used."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("eval.backend: vllm is not installed here; eval.backend=hf evaluates without it")

@@ -112,7 +112,7 @@ def has_float64(device: torch.device) -> bool:
         return False
 
 
-def need_float64(device: torch.device) -> None:
+def check_float64(device: torch.device) -> None:
     """Refuse a device without float64, such as Apple's mps (UserError)."""
     if not has_float64(device):
         raise UserError(

@@ -19,7 +19,7 @@ from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored
-from lora_null.targets import add_adapter, refuse_bypassed
+from lora_null.targets import add_adapter, check_not_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
 from lora_null.trainer.methods.base import distinct_inputs
@@ -162,7 +162,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     if isinstance(model, PeftModel):
         check_linears(method, model)
         check_targets(model, recipe.preflight)
-        refuse_bypassed(model.get_base_model(), method.layers(model))
+        check_not_bypassed(model.get_base_model(), method.layers(model))
         if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise UserError(
                 "target_modules: TRL's loss reads the weights of lm_head themselves, so that an adapter there would "

@@ -294,7 +294,7 @@ def check_option(holds: bool, where: str, what: str, value: Any) -> None:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
 
 
-def refuse_dora(method: Method, model: nn.Module) -> None:
+def check_no_dora(method: Method, model: nn.Module) -> None:
     """Raise a UserError for a method that keeps directions of W0, whose rows DoRA rescales."""
     if getattr(model.peft_config[active_adapter(model)], "use_dora", False):
         raise UserError(f"use_dora: {method.name} keeps directions of W0, and DoRA rescales its rows; leave it out")

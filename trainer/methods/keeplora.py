@@ -14,7 +14,7 @@ from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
-from lora_null.trainer.methods.base import check_option, method, refuse_dora
+from lora_null.trainer.methods.base import check_no_dora, check_option, method
 from lora_null.trainer.methods.gradients import FromGradient, take_gradients
 from lora_null.utils.distributed import broadcast_like, rank_and_world, together
 from lora_null.utils.errors import UserError
@@ -55,7 +55,7 @@ class KeepLoRA(FromGradient):
         return f"before it trains, a backward pass over the first {self.rows} training rows and two over the calibration texts"
 
     def check(self, model: nn.Module) -> None:
-        refuse_dora(self, model)
+        check_no_dora(self, model)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return A0 of every layer, the same on every rank; each input is solved by the rank that has its Gram."""

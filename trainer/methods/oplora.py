@@ -9,9 +9,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.layer import active_adapter, factors_of
-from lora_null.trainer.methods.base import Method, check_columns, check_count, column_bytes, method, refuse_dora
+from lora_null.trainer.methods.base import Method, check_columns, check_count, check_no_dora, column_bytes, method
 from lora_null.utils.errors import UserError
-from lora_null.utils.limits import need_float64
+from lora_null.utils.limits import check_float64
 from lora_null.utils.quantized import weight_of, why_unreadable
 
 
@@ -39,7 +39,7 @@ class OPLoRA(Method):
 
     def check(self, model: nn.Module) -> None:
         check_columns(self, model, self.k)
-        refuse_dora(self, model)
+        check_no_dora(self, model)
         for name, layer in self.layers(model).items():
             if reason := why_unreadable(layer.get_base_layer()):
                 raise UserError(f"target_modules: {name} {reason}")
@@ -63,7 +63,7 @@ class _Project(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         self.release_hooks()
         adapter = active_adapter(model)
-        need_float64(model.device)
+        check_float64(model.device)
         for layer in self.method.layers(model).values():
             A, B = factors_of(layer, adapter)
             U, _S, Vh = torch.linalg.svd(weight_of(layer).double(), full_matrices=False)

@@ -19,7 +19,7 @@ from lora_null.calibration import InputStats
 from lora_null.config import ResidualLoraConfig
 from lora_null.factors import LayerStart
 from lora_null.layer import active_adapter
-from lora_null.residual import refuse_head, subtract_residuals
+from lora_null.residual import check_no_head, subtract_residuals
 from lora_null.solver import Rule
 from lora_null.start import InitOptions
 from lora_null.targets import check_fits, modules_sharing_weight
@@ -51,7 +51,7 @@ class ResidualMethod(Method):
             raise UserError(
                 f"target_modules: {name} shares its weight with {', '.join(others)}, {self.name} needs its own"
             )
-        refuse_head(model, layers)
+        check_no_head(model, layers)
         for name, layer in layers.items():
             check_fits(name, layer, layer.r[adapter], times=self.room)
 
