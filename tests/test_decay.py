@@ -198,6 +198,23 @@ def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, tmp_path):
             assert (A - A @ N @ N.T).norm() < 1e-3 * A.norm()
 
 
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (dict(optimizer_class=(torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3})), "0.3 among the options of AdamW, and 0.0"),
+        (dict(optim="sgd", optim_args="weight_decay=0.3"), "0.3 among the options of SGD"),
+        (dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], weight_decay=0.3), "0.3 would not be read by galore"),
+        (dict(optimizer_class=(torch.optim.AdamW, {"params": []}), weight_decay=0.3), "0.3 would not be read by AdamW"),
+        (dict(optimizer_class=(lambda model, **_: None, {"weight_decay": 0.1}), weight_decay=0.3), "0.1 among the options"),
+    ],
+)  # fmt: skip
+def test_a_decay_that_would_not_be_read_is_refused_before_the_initialization(options, line, tmp_path):
+    trainer = make(tmp_path, KINDS["v2"], save_strategy="no", **options)
+    with pytest.raises(UserError, match=f"^weight_decay: {line}"):
+        trainer.train()
+    assert not trainer.init_dir.exists()
+
+
 def test_gradients_that_are_gone_cannot_be_read(tmp_path):
     method, options = make_method("roselora"), dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
     trainer = make(tmp_path, method.config(r=4, target_modules="all-linear"), method=method, **options)

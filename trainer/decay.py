@@ -11,6 +11,7 @@ untouched base, decay to zero is decay of the change already.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lora_null.layer import active_adapter, adapted_layers, factors_of, is_start
 from lora_null.utils.errors import UserError
 from lora_null.utils.sharding import whole_parameters
 
+OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options by which transformers lets an optimizer make its groups
 OFF = "decay_to_start=False lets weight decay pull to zero"
 
 
@@ -107,6 +109,33 @@ def check_decay_to_start(asked: bool | None, config: Any, decay: float, *, resid
         raise UserError(f"decay_to_start: there is no residual base to go back to; {why}, leave it out")
     if not decay:
         raise UserError("decay_to_start: there is no decay, weight_decay is 0")
+
+
+def check_decay_is_read(args: Any, kind: Any, options: Mapping[str, Any]) -> None:
+    """Raise a UserError where an optimizer would not read the weight decay that is asked for.
+
+    Transformers puts the arguments' decay into the optimizer's groups, over any among its options. What makes groups of its
+    own reads its options alone.
+
+    Args:
+        args: the training arguments.
+        kind: the optimizer's class, or what makes it; None for a layerwise one of `args.optim`.
+        options: what it is made with.
+    """
+    is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    makes_groups = not is_class or bool(OWN_GROUPS & options.keys())
+    found = options.get("weight_decay", 0.0 if makes_groups else args.weight_decay)
+    if found == args.weight_decay:
+        return
+    name = optimizer_name(args, None, kind if is_class else None)
+    if "weight_decay" not in options:
+        raise UserError(
+            f"weight_decay: {args.weight_decay} would not be read by {name}; set it to 0, or use adamw_torch"
+        )
+    raise UserError(
+        f"weight_decay: {found} among the options of {name}, and {args.weight_decay} in the training arguments; set it to "
+        f"{found} there, which is what trains"
+    )
 
 
 class DecayToStart(TrainerCallback):

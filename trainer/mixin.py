@@ -49,7 +49,7 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint,
     warn_without_optimizer,
 )
-from lora_null.trainer.decay import DecayToStart, averages, decays_to_start, optimizer_name
+from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
 from lora_null.trainer.methods import (
     METHODS,
     Method,
@@ -535,10 +535,14 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
             raise UserError("use_liger_kernel: needs the package liger-kernel; pip install liger-kernel")
         if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
             self._check_own_optimizer(self.optimizer)
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        hooks = "layerwise" in optimizer_name(args, None, None)  # which it puts on the model
-        if not given and not hooks and not self.is_deepspeed_enabled:
-            self.get_optimizer_cls_and_kwargs(args, self.model)
+        if self.optimizer is not None or self.is_deepspeed_enabled:
+            return
+        made = self.optimizer_cls_and_kwargs
+        if made is None and "layerwise" not in optimizer_name(
+            args, None, None
+        ):  # which is made with hooks on the model
+            made = self.get_optimizer_cls_and_kwargs(args, self.model)
+        check_decay_is_read(args, *made or (None, {}))
 
     def _place(self, *, in_pieces: bool) -> None:
         """Place or shard the model as training would: no step follows here that would make the engine do it."""
