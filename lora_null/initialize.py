@@ -20,6 +20,7 @@ from lora_null.utils.distributed import together
 from lora_null.utils.errors import UserError, nearest
 
 
+@torch.inference_mode(False)  # tensors that are made in it cannot train
 def initialize_lora_null_weights(
     peft_model: PeftModel, batches: Iterable[Mapping[str, Any]], *, adapter_name: str = "default", **options: Any
 ) -> LayerReport:

@@ -336,8 +336,7 @@ class LoraNullLinear(Linear):
             UserError: one whose A is to be kept in a basis was loaded or combined without it.
         """
         for name in self._of_null_basis.intersection(self.active_adapters) - self.bases.keys():
-            B = factors_of(self, name)[1]
-            if name in self.started or (not (is_sharded(B) or B.is_meta) and B.any()):  # or combined from others
+            if name in self.started or self._is_zero(name) is False:  # or combined from others
                 raise UserError(NO_BASIS)
         for name in self._not_trained_yet.intersection(self.active_adapters):
             frozen = self.frozen_peft_weight_names.get(name, ())
@@ -347,13 +346,18 @@ class LoraNullLinear(Linear):
                     "space; take the parameters whose requires_grad is set already"
                 )
         for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
-            B = factors_of(self, name)[1]
-            if B.requires_grad and not (is_sharded(B) or B.is_meta) and not B.any():  # a combination has its B already
+            if factors_of(self, name)[1].requires_grad and self._is_zero(name):  # a combination has its B already
                 _say_once(
                     f"adapter {name!r}: a LoraNullConfig that was never initialized trains from a random A; use "
                     "LoraNullSFTTrainer, or initialize_lora_null_weights first"
                 )
         self._not_trained_yet -= {*self.active_adapters}
+
+    def _is_zero(self, adapter_name: str) -> bool | None:
+        """Return whether what this process holds of B is 0, without a collective; None where it holds nothing of it."""
+        B = factors_of(self, adapter_name)[1]
+        held = own_piece(getattr(B, "ds_tensor", B))[0]  # of ZeRO-3, its piece
+        return None if held.is_meta or not held.numel() else not held.any()
 
     def subtract_residual(self, adapter_name: str) -> None:
         """Turn the base W0 into W0 − s·BA of the adapter: its weight, in place, computed in float64 and rounded once.

@@ -116,6 +116,8 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
     """
     check_architecture(peft_model)
     check_unadapted(peft_model)
+    if made := next((name for name, parameter in peft_model.named_parameters() if parameter.is_inference()), None):
+        raise UserError(f"model: {made} was made under torch.inference_mode(), so nothing can train; load it outside")
     config = peft_model.peft_config[adapter_name]
     if not isinstance(config, LoraNullConfig):
         raise UserError(f"adapter {adapter_name!r} has a {type(config).__name__}, not a LoraNullConfig")

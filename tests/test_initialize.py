@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
-from tiny import PROBE, load_initialization, logits, random_batches, tiny_model
+from tiny import PROBE, load_initialization, logits, losses_over, random_batches, tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -221,6 +221,18 @@ def test_a_callers_autocast_does_not_round_what_is_measured(form):
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = factors()
     assert all(map(torch.equal, plain, under_autocast))
+
+
+def test_what_is_started_in_a_callers_inference_mode_trains_and_what_is_made_there_is_refused():
+    peft_model = wrapped("v1")
+    with torch.inference_mode():
+        initialize_lora_null_weights(peft_model, BATCHES, min_tokens=1, progress=False)
+        made = tiny_model()
+    for layer in adapted_layers(peft_model).values():
+        layer.set_scale("default", 0.5)  # so that the residual has a part in the loss
+    losses_over(peft_model, BATCHES, steps=1)
+    with pytest.raises(UserError, match="was made under"):
+        initialize_lora_null_weights(wrapped("v1", made), BATCHES)
 
 
 def test_v2_keeps_a_frozen_through_adapter_switching():

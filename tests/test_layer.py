@@ -149,6 +149,17 @@ def test_a_frozen_factor_that_was_made_to_train_is_told_once(make, tmp_path, cap
     assert caplog.text.count("adapter 'default': v2 keeps A frozen, and requires_grad was set on it") == 1
 
 
+def test_what_was_never_initialized_is_told_of_by_the_pieces_that_zero_3_leaves(caplog):
+    _say_once.cache_clear()
+    for peft_model in (started("."), never_started(".")):
+        assert "never initialized" not in caplog.text
+        for layer in adapted_layers(peft_model).values():
+            B = layer.lora_B["default"].weight
+            B.ds_id, B.ds_tensor = 0, torch.zeros(4)
+            layer.train()._warn_if_not_initialized()
+    assert caplog.text.count("never initialized") == 1
+
+
 @pytest.mark.parametrize("make", [never_started, started, loaded])
 def test_training_what_was_never_initialized_is_told_once(make, tmp_path, caplog):
     _say_once.cache_clear()
