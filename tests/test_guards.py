@@ -119,6 +119,18 @@ def test_what_is_of_another_kind_is_one_line_before_a_model_loads(given, said):
         LoraNullSFTTrainer(model="not loaded", peft_config=LoraNullConfig(r=4), calibration_dataset=TEXTS, **given)
 
 
+@pytest.mark.parametrize("count, here", [(4, 2), (4, 4), (1, 1)])
+def test_saving_on_each_of_several_nodes_is_one_line_before_a_model_loads(count, here, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr(SFTConfig, "world_size", count)
+    expected = (
+        "^save_on_each_node: what a training starts from" if here < count else "^calibration_dataset: LoRA-Null needs"
+    )
+    with pytest.raises(UserError, match=expected):
+        args = SFTConfig(tmp_path, save_on_each_node=True, use_cpu=True)
+        LoraNullSFTTrainer("not loaded", args, peft_config=LoraNullConfig(r=4))
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_of_no_adapted_module_is_refused(tmp_path, field):
     """The key is a regular expression of the end of a name, as PEFT reads it."""

@@ -84,7 +84,7 @@ from lora_null.trainer.preflight import (
 )
 from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute, loss_of_labeled_positions
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
-from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, together
+from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, processes_here, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
@@ -232,8 +232,13 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         for name, kind in (("calibration_args", CalibrationArgs), ("init_options", InitOptions)):
             if start[name] is not None and not isinstance(start[name], kind):
                 raise UserError(f"{name}: takes {kind.__name__}(…), not a {type(start[name]).__name__}")
-        if getattr(given.get("args"), "sync_ref_model", False):
+        args = given.get("args")
+        if getattr(args, "sync_ref_model", False):
             raise UserError("sync_ref_model: moves the reference, which no checkpoint holds; leave it out")
+        if getattr(args, "save_on_each_node", False) and args.world_size > processes_here():
+            raise UserError(
+                "save_on_each_node: what a training starts from is written once, into a folder that all nodes share; leave it out"
+            )
         model, peft_config = given.get("model"), given.get("peft_config")
         if given.get("model_init") is not None and (method is not None or any(v is not None for v in start.values())):
             raise UserError(
@@ -246,7 +251,7 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
             raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
         if self.learns_next_token and preflight != "off":
-            check_model(model, given.get("args"), preflight)
+            check_model(model, args, preflight)
         if method is not None:
             check_trainer(method, pairs=self.learns_pairs)
             check_adapter(method, model, peft_config)
@@ -262,7 +267,7 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
                 )
         if start["calibration_args"] is not None and not texts:
             raise UserError("calibration_args: would not be read, there is no calibration_dataset")
-        if has_reference(type(self), given.get("args")):
+        if has_reference(type(self), args):
             check_reference(given, takes_it="ref_model" in inspect.signature(super().__init__).parameters)
 
     def _construct(self, given: dict[str, Any]) -> None:
