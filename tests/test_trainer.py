@@ -282,6 +282,13 @@ def test_an_evaluation_that_would_round_the_model_is_refused(tmp_path):
         make(tmp_path, bf16_full_eval=True)
 
 
+@pytest.mark.parametrize("whole", [[], ["lm_head"]])
+def test_what_trains_in_the_low_precision_of_the_base_is_told(tmp_path, whole, capsys):
+    make(tmp_path, LoraNullConfig(r=4, modules_to_save=whole), model=tiny_model().bfloat16())
+    said = "lm_head.modules_to_save.default.weight (1 of 15 parameters that train) is torch.bfloat16, in which small steps"
+    assert (said in capsys.readouterr().err) == bool(whole)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError), ({"optim": "galore_adamw"}, Exception)],

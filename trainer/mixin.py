@@ -350,10 +350,18 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
             reference.to(self.model.dtype)
 
     def _check_precision(self) -> None:
-        """Refuse what would round the model for good: an evaluation before or after the training casts it in place."""
-        trained = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
+        """Say what PEFT trains in the base's low precision, such as `modules_to_save`; refuse what would round the model for
+        good: an evaluation before or after the training casts it in place.
+        """
+        trained = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        low = [name for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)]
+        if low and isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:  # which steps in float32
+            logger.warning(
+                f"model: {low[0]} ({len(low)} of {len(trained)} parameters that train) is {trained[low[0]]}, in which small "
+                "steps are lost to rounding; load the model in float32, or leave it out of what trains"
+            )
         for key, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)):
-            if getattr(self.args, key) and trained - {dtype}:
+            if getattr(self.args, key) and {*trained.values()} - {dtype}:
                 raise UserError(
                     f"{key}: an evaluation would round what trains for good; leave it out, bf16 evaluates so too"
                 )
