@@ -546,7 +546,12 @@ class TestEndToken:
         assert trainer.state.global_step == 1
 
     @pytest.mark.parametrize(
-        "labels, said", [([-100] * 3, "every label is masked"), ([-100, 6, -100], "is in no label")]
+        "labels, said",
+        [
+            ([-100] * 3, "every label is masked"),
+            ([-100, 6, -100], "is in no label"),
+            ([6, -100, -100], "is in no label"),  # shifted by the collator
+        ],
     )
     def test_next_tokens_of_a_model_whose_head_has_another_name(self, tmp_path, labels, said):
         class Own(LlamaPreTrainedModel):
@@ -572,9 +577,8 @@ class TestEndToken:
 
         with pytest.raises(UserError, match=said):
             train(labels)
-        assert (
-            train([-100, 6, END]) == train([-100, 1, 0]) == 1
-        )  # the latter are those of a token classifier of one's own
+        assert train([-100, 6, END]) == train([-100, END, -100]) == 1
+        assert train([-100, 1, 0]) == train([-100, -100, 1]) == 1  # those of a token classifier of one's own
 
 
 class _MaskingCollator(DataCollatorForLanguageModeling):

@@ -712,14 +712,16 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         """Return the tokens that a collated batch teaches, (rows, length), −100 where none; None where labels are none.
 
         As those of a token classifier, or of a model that fills gaps, whose answers have no end. A model whose head is not
-        found may be one of these, or a language model that calls it otherwise: then labels are the tokens where they stand.
+        found may be one of these, or a language model that calls it otherwise: then labels are the tokens where they stand,
+        or, where the collator shifts them, the next ones.
         """
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if not (torch.is_tensor(ids) and torch.is_tensor(labels) and ids.shape == labels.shape):
             return None
         head = getattr(base_model_of(self.model), "get_output_embeddings", lambda: None)()
-        differ = head is None and bool(((labels != ids) & (labels != -100)).any())
-        return None if differ or why_unsupported(self.model.config) else labels
+        shifted = (labels[..., :-1] != -100).any() and _are_tokens(labels[..., :-1], ids[..., 1:])
+        unknown = head is None and not (shifted or _are_tokens(labels, ids))
+        return None if unknown or why_unsupported(self.model.config) else labels
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
@@ -826,3 +828,8 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
             drift = self.drift_meter.summary()
             logs |= {"drift_mean": drift["mean"], "drift_max": drift["max"]}
         super().log(logs, *args, **kwargs)
+
+
+def _are_tokens(labels: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Return whether all labels but −100 are those tokens."""
+    return bool(((labels == ids) | (labels == -100)).all())
