@@ -37,8 +37,9 @@ from lora_null.recipes.models.quantization import require_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
+from lora_null.trainer.collated_rows import check_labels
 from lora_null.trainer.methods import METHODS, check_engine
-from lora_null.trainer.preflight import check_labels, raise_or_warn
+from lora_null.trainer.preflight import raise_or_warn
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
 

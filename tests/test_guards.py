@@ -44,9 +44,10 @@ from lora_null.recipes.models.bases import load_base, load_tokenizer
 from lora_null.start import InitOptions
 from lora_null.targets import add_adapter
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer
+from lora_null.trainer.collated_rows import check_last_batches
 from lora_null.trainer.decay import DecayToStart
 from lora_null.trainer.methods import METHODS, adapter_parameters, make_method
-from lora_null.trainer.preflight import check_last_batches, has_reference
+from lora_null.trainer.reference import has_reference
 
 END = 2
 

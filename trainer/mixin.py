@@ -49,6 +49,7 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint,
     warn_without_optimizer,
 )
+from lora_null.trainer.collated_rows import check_last_batches, check_rows, check_rows_given, check_windows
 from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
 from lora_null.trainer.methods import (
     METHODS,
@@ -66,22 +67,16 @@ from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
 from lora_null.trainer.preflight import (
     Mode,
-    TrainingWatch,
     check_best_metric,
-    check_last_batches,
     check_linears,
     check_mode,
     check_model,
-    check_reference,
-    check_reference_stays,
-    check_rows,
-    check_rows_given,
     check_targets,
     check_trainable,
-    check_windows,
-    has_reference,
     why_not_measured,
 )
+from lora_null.trainer.reference import check_reference, check_reference_stays, has_reference
+from lora_null.trainer.training_watch import TrainingWatch
 from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute, loss_of_labeled_positions
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
 from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, processes_here, together
