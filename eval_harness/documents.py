@@ -108,10 +108,10 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     return from_arrow(table.to_pylist())
 
 
-def _need_distinct(names: Sequence[str]) -> None:
+def _need_distinct(names: Sequence[str], what: str = "columns") -> None:
     """Raise a ValueError where two columns have one name, of which the second would hide the first."""
     if len(set(names)) < len(names):
-        raise ValueError(f"two columns are called {next(name for name in names if names.count(name) > 1)!r}")
+        raise ValueError(f"two {what} are called {next(name for name in names if names.count(name) > 1)!r}")
 
 
 def from_arrow(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -137,7 +137,9 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     bare = re.sub(r'"(?:[^"]|"")*"', "", header)
     marks = ["\t"] if path.suffix.lower() == ".tsv" else [mark for mark in DELIMITERS if mark in bare] or [","]
     delimiter = max(marks, key=lambda mark: _rows_like_the_header(text, mark))
-    lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
+    spaced = re.fullmatch(rf"[^{delimiter}]*({re.escape(delimiter)} [^{delimiter}]*)+", bare) is not None
+    table = io.StringIO(text, newline="")
+    lines = list(csv.reader(table, strict=True, delimiter=delimiter, skipinitialspace=spaced))
     names, *cells = [line for line in lines if line]
     _need_distinct(names)
     if not cells:
@@ -214,7 +216,7 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
     data, value, wrong = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), None, None
     if data.lstrip().startswith((b"[", b"{")):
         try:
-            value = json.loads(data)
+            value = _parsed(data)
         except RecursionError:
             pass
         except ValueError as error:  # then it is one value per line
@@ -222,13 +224,30 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
     if value is None:
         entries = data.splitlines()
         is_lines = path.suffix.lower() == ".jsonl"
-        if wrong and not is_lines and all(isinstance(_row(line), str) for line in entries if line.strip()):
+        is_array = data.lstrip().startswith(b"[")
+        if (
+            wrong
+            and not is_lines
+            and (is_array or all(isinstance(_row(line), str) for line in entries if line.strip()))
+        ):
             raise wrong
     elif isinstance(value, list):
         entries = value
     else:
         entries = [value] if path.suffix.lower() == ".jsonl" else _rows_of_object(value)
     return [None if isinstance(entry, bytes) and not entry.strip() else _row(entry) for entry in entries]
+
+
+def _parsed(data: bytes | str) -> Any:
+    """Return what JSON says; raise a ValueError where an object has a key twice, of which the second would hide the first."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            _need_distinct([name for name, _ in pairs], "keys of an object")
+        return found
+
+    return json.loads(data, object_pairs_hook=distinct)
 
 
 def _rows_of_object(value: dict[str, Any]) -> list[Any]:
@@ -252,11 +271,13 @@ def _row(entry: Any) -> dict[str, Any] | str:
     """Return the row of a line or an array's entry, or what is wrong with it."""
     if isinstance(entry, bytes):
         try:
-            entry = json.loads(entry.decode("utf-8"))
+            entry = _parsed(entry.decode("utf-8"))
         except UnicodeDecodeError as error:
             return f"not UTF-8 at byte {error.start}"
-        except (ValueError, RecursionError):
+        except (json.JSONDecodeError, RecursionError):
             return "no complete JSON"
+        except ValueError as error:  # a key that is there twice, a number of thousands of digits
+            return str(error)
     if not isinstance(entry, dict) or not entry:
         return "no JSON object"
     turns = exported_turns(entry)

@@ -183,6 +183,7 @@ BAD = {  # a line of the file → what is wrong with it
     json.dumps({**GOOD, "response": "caf\ufffd"}): "wrong encoding (the replacement character U+FFFD)",
     json.dumps({**GOOD, "response": "\ud83d"}): "half a character (a lone surrogate)",
     '{"prompt": "what", "respon': "no complete JSON",
+    '{"prompt": "what", "response": "that", "prompt": "why"}': "two keys of an object are called 'prompt'",
     '["what", "that"]': "no JSON object",
 }
 

@@ -122,6 +122,24 @@ class TestFilesAsTheyWereWritten:
         assert rows == [{"n": 1, "zip": "01", "big": "12345678901234567890"}, {"n": -2, "zip": "10", "big": "1"}]
 
     @pytest.mark.parametrize(
+        "text, last",
+        [
+            ('a, b, c d\nx, "y, z", w\n', "w"),
+            ('a; b; "c d"\nx; y, z; w\n', "w"),
+            ('a,b,c d\nx,"y, z", w\n', " w"),  # where the header has none, it is the cell's own
+        ],
+    )
+    def test_a_space_after_each_comma_is_no_part_of_a_cell(self, tmp_path, text, last):
+        (tmp_path / "a.csv").write_text(text)
+        assert read_documents([tmp_path / "a.csv"], "x").rows == [{"a": "x", "b": "y, z", "c d": last}]
+
+    @pytest.mark.parametrize("text", ['[\n{"a": 1, "a": 2},\n{"a": 1}\n]', '{"a": [1], "b": {"x": 1, "x": 2}}'])
+    def test_a_key_that_is_there_twice(self, tmp_path, text):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=r"as json \(two keys of an object are called '[ax]'\)"):
+            read_documents([tmp_path / "a.json"], "x", keep_bad=True)
+
+    @pytest.mark.parametrize(
         "text, reason",
         [
             ("a,b\n1,2\n1\n", "row 2: 1 cells under 2 columns"),
