@@ -33,7 +33,7 @@ from lora_null.recipes.commands import dial
 from lora_null.recipes.commands import export as command
 from lora_null.recipes.trained import find_trained
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import check_free, replacing_folder, write_safetensors
+from lora_null.utils.files import beside, check_free, replacing_folder, write_safetensors
 
 ADAPTERS = ("lora", "lora-fa", "pissa", "milora", "corda", "roselora", "lora-null-v1", "lora-null-v2")
 ADAPTERS += ("mica", "eva", "lora-ga")
@@ -670,3 +670,10 @@ def test_an_out_that_cannot_be_replaced_is_told_before_the_work(tmp_path, monkey
     monkeypatch.setattr("os.path.ismount", lambda path: True)
     with pytest.raises(UserError, match="out: is a mount point, which cannot be replaced; give a folder inside it"):
         check_free(tmp_path / "out")
+
+
+def test_what_a_killed_export_left_beside_its_folder_is_named(tmp_path, capsys):
+    left = beside(tmp_path / "out[1]")
+    left.mkdir()
+    assert main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out[1]")]) == 2
+    assert str(left) in capsys.readouterr().out and left.is_dir()

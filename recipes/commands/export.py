@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ from lora_null.recipes.trained import (
     find_trained,
 )
 from lora_null.utils.errors import UserError, first_line
-from lora_null.utils.files import check_free, opened, read_json, replacing_folder, write_json, write_safetensors
+from lora_null.utils.files import (
+    PART,
+    check_free,
+    opened,
+    read_json,
+    replacing_folder,
+    write_json,
+    write_safetensors,
+)
 
 GGUF_FILE, GENERATION_FILE = "adapter.gguf", "generation_config.json"
 MUCH_ROUNDING = 0.25  # of what training changed, lost by rounding
@@ -187,6 +196,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
     check_place(arguments.out.parent, "--out")
     check_free(arguments.out)
+    out = arguments.out.resolve()
+    for left in out.parent.glob(f".{escape(out.name)}.*{PART}"):  # another one that runs may still fill it
+        print(f"left behind by an export to this folder that was killed, and not removed: {left}")
     if arguments.form == "gguf":
         load_gguf()
 
