@@ -30,13 +30,12 @@ def grid_headline(results: Results, evaluations: Evaluations) -> str:
     pair = metric_pair(results)
     targets = equal_learning(results, *pair, evaluations) if pair else []
     if pair is None or not targets:
-        done = f"{len(results.grid.cells)} of {results.grid.planned} runs are done"
         lora = next((f for f in frontiers(results, *pair) if f.name == "lora" and f.points), None) if pair else None
         if pair and lora:
             every = " with every seed" if len(lora.points) > 1 else ""
             above = f"LoRA did not{every} learn more than the base knew ({metric_title(pair[1])})"
-            return f"{done}; {above}, so there is no equal learning at which to compare forgetting."
-        return f"{done}; forgetting at equal learning needs LoRA among them, with a task and a retention metric."
+            return f"{above}, so there is no equal learning at which to compare forgetting."
+        return "Forgetting at equal learning needs LoRA among the runs, with a task and a retention metric."
     kept, task = pair
     target = targets[len(targets) // 2]
     where = f" with {target.where}" if target.where else ""
@@ -49,6 +48,12 @@ def grid_headline(results: Results, evaluations: Evaluations) -> str:
         return f"{level} no single seed of LoRA can be compared.{never}"
     common = "seeds" if alone else "questions or seeds"
     return f"{level}, {_against(rows, lora, metric_title(kept), results.metric(kept).unit, common)}{never}"
+
+
+def diverged_rows(results: Results) -> str:
+    """Say which settings of a grid have no figures because a run diverged; nothing where none did."""
+    found = [label for label, row in zip(results.labels(), results.rows) if row.diverged is not None]
+    return f"{listed(found)} diverged." if found else ""
 
 
 def has_answers(evaluations: Evaluations) -> bool:

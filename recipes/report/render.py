@@ -27,7 +27,7 @@ from lora_null.recipes.report.figures import (
 )
 from lora_null.recipes.report.following import following, probe_curves
 from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png, magnitude_picture, magnitude_png
-from lora_null.recipes.report.grid_page import grid_content, grid_headline
+from lora_null.recipes.report.grid_page import diverged_rows, grid_content, grid_headline
 from lora_null.recipes.report.headline import against_reference, headline, verdicts
 from lora_null.recipes.report.paper import paper_table
 from lora_null.recipes.report.table import (
@@ -119,7 +119,13 @@ def print_table(results: Results, console: Console | None = None, *, evaluations
 
 
 def _headline(results: Results, evaluations: Evaluations) -> str:
-    return headline(results) if _one_setting(results) else grid_headline(results, evaluations)
+    grid = results.grid
+    unfinished = grid and len(grid.cells) < grid.planned and f"{len(grid.cells)} of {grid.planned} runs are done."
+    if _one_setting(results):
+        found = [headline(results)]
+    else:
+        found = [grid_headline(results, evaluations), diverged_rows(results)]
+    return " ".join(filter(None, [unfinished, *found]))
 
 
 def _one_setting(results: Results) -> bool:

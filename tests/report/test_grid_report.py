@@ -8,7 +8,7 @@ from statistics import fmean, geometric_mean
 
 from test_grid import made
 
-from lora_null.recipes.report import paper, write_report
+from lora_null.recipes.report import paper, print_table, write_report
 from lora_null.recipes.report.grid_page import grid_content
 from lora_null.recipes.report.paper import comparable, paper_average, paper_name, paper_rows, paper_table
 from lora_null.recipes.results import load_results, parse_results, write_results
@@ -145,6 +145,7 @@ def test_a_grids_settings_are_not_marked_best(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<strong>Bold</strong>" in page and "No row is marked best here" not in page  # of one setting
+    assert "0 of 9 runs are done." in page
     raw["rows"][2]["variant"] = "lr 0.1"
     (tmp_path / "results.json").write_text(json.dumps(raw))
     write_report(tmp_path)
@@ -181,12 +182,15 @@ def test_our_average_by_the_papers_definition_stands_beside_the_papers():
     assert cells_of(table)["LoRA-Null-v2 (r = 128), table 1a"][column].endswith(f" / {ours:.2f}")
 
 
-def test_a_rate_that_diverged_was_tried():
+def test_a_rate_that_diverged_was_tried(tmp_path, capsys):
     points = {"lora": [[(1.5, 1.01), (1.0, 1.03)]], "mine": [[(1.4, 0.99), (0.9, 1.019)], [(1.4, 0.99)]]}
     found = made(points, base=(2.0, 1.0), kept="q nll", diverged={("mine", 2)})
     table = grid_content(found, {})["tables"][-1]
     assert table["rows"][1][:2] == ["mine", "1 (1 of 2)"]
     assert table["note"].endswith("worse than the base's, by the estimates alone.")
+    found.rows[-1].diverged = 3
+    print_table(found)
+    assert f"{found.labels()[-1]} diverged." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_grid_without_its_answers_says_that_errors_are_of_seeds_alone(tmp_path):
