@@ -336,6 +336,7 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
     after = measured.learned_on_probe()
     return Budget(
         measure=measured.budget.measure,
+        unit=measured.whole.metrics[measured.budget.measure].unit,
         at_most=at_most,
         then=section.then,
         strength=strength.value,
@@ -369,13 +370,13 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     found = {}
     for task in measured.learning:
         for name in (name for name in after.metrics if task.measures(name)):
-            better = after.metrics[name].higher_is_better
+            better, unit = after.metrics[name].higher_is_better, after.metrics[name].unit
             if better is None or not all(is_mean_of_samples(one, name) for one in (before, after)):
                 continue
             lost = paired_gain(name, before, after)
             metrics = (measured.probed.metrics.get(name), before.metrics[name], after.metrics[name])
             base, full, kept = (metric.value if metric else None for metric in metrics)
-            found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr)
+            found[name] = GivenUp(base=base, full=full, kept=kept, lost=lost.value, stderr=lost.stderr, unit=unit)
     return found
 
 

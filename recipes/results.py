@@ -86,6 +86,11 @@ def metric_title(name: str) -> str:
     return " ".join(TITLES.get(word.lower(), word) for word in re.split(r"[ /]+", name))
 
 
+def scale_of(unit: str | None) -> int:
+    """100 for what is shown as percent, fractions and differences of fractions ("points"); else 1."""
+    return 100 if unit in ("fraction", "points") else 1
+
+
 class Seconds(BaseModel):
     """Wall-clock seconds of the three phases."""
 
@@ -95,20 +100,21 @@ class Seconds(BaseModel):
 
 
 class GivenUp(BaseModel):
-    """What a budget cost of one task metric, on the probed rows: of the base, at full strength, and as saved."""
+    """What a budget cost of one task metric of a `unit`, on the probed rows: of the base, at full strength, and as saved."""
 
     base: float | None = None
     full: float
     kept: float
     lost: float
     stderr: float | None = None
+    unit: str | None = None
 
 
 class Budget(BaseModel):
     """How a method kept its budget of forgetting.
 
     Attributes:
-        measure, at_most, then: the budget.
+        measure, unit, at_most, then: the budget, and the unit of its metric.
         strength: of the adapter that is saved, 1 being as it was trained.
         step: the state that is saved, of `steps` planned.
         reached: the step at which a probe was beyond the budget and ended the training.
@@ -120,6 +126,7 @@ class Budget(BaseModel):
     """
 
     measure: str
+    unit: str | None = None
     at_most: float
     then: str
     strength: float
@@ -141,25 +148,29 @@ class Budget(BaseModel):
 
     def sentence(self) -> str:
         """Say how it was kept, and what was given up."""
-        error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
-        told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} {self.value:.3g}{error}"
-        told += f"{_nats(self.measure)} on {self.n} rows that no probe used, at most {self.at_most:g} allowed"
+        told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
+        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} rows that no probe used, "
+        told += f"at most {scale_of(self.unit) * self.at_most:g} allowed"
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         if self.first_check is not None:
-            told += f"; these rows first gave {self.first_check:.3g}, so the strength was lowered once more"
+            first = f"{scale_of(self.unit) * self.first_check:.3g}"
+            told += f"; these rows first gave {first}, so the strength was lowered once more"
         for name, change in self.learned.items() if how else ():
-            error = "" if change.stderr is None else f" ± {change.stderr:.2g}"
-            told += f"; given up: {change.lost:.3g}{error}{_nats(name)} of {metric_title(name)} "
-            told += f"({change.kept:.3g} as saved, {change.full:.3g} where training ended)"
+            scale, lost = scale_of(change.unit), _amount(change.lost, change.stderr, name, change.unit)
+            told += f"; given up: {lost} of {metric_title(name)} "
+            told += f"({scale * change.kept:.3g} as saved, {scale * change.full:.3g} where training ended)"
         return told + ("" if self.kept else "; the budget is NOT kept")
 
 
-def _nats(metric: str) -> str:
-    """The unit of what is measured per token, to stand behind a number."""
-    return " nats per token" if kind_of(metric) in ("kl", "nll", "loss", "forgetting") else ""
+def _amount(value: float, stderr: float | None, metric: str, unit: str | None) -> str:
+    """A difference with its error and its unit: nats per token, or points, hundredths of a fraction."""
+    error = "" if stderr is None else f" ± {scale_of(unit) * stderr:.2g}"
+    per_token = kind_of(metric) in ("kl", "nll", "loss", "forgetting")
+    named = " nats per token" if per_token else " points" if unit == "fraction" else ""
+    return f"{scale_of(unit) * value:.3g}{error}{named}"
 
 
 class Row(BaseModel):

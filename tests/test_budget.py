@@ -32,7 +32,7 @@ from lora_null.recipes.budget import (
 )
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.stages import stage_recipes
-from lora_null.recipes.results import Budget, Estimate
+from lora_null.recipes.results import Budget, Estimate, GivenUp
 from lora_null.utils.errors import UserError
 
 
@@ -232,18 +232,22 @@ def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
 
 
 @pytest.mark.parametrize(
-    ("measure", "said"),
+    ("measure", "unit", "said", "most"),
     [
-        ("facts kl", "facts KL 0.02 nats per token"),
-        ("facts nll", "rise of facts NLL 0.02 nats per token"),
-        ("nq", "fall of NQ 0.02"),
-        ("pairs reward margin", "fall of pairs reward margin 0.02"),
+        ("facts kl", "nats", "facts KL 0.02 nats per token", "0.1"),
+        ("facts nll", None, "rise of facts NLL 0.02 nats per token", "0.1"),  # of a version that kept no unit
+        ("nq", "fraction", "fall of NQ 2 points", "10"),
+        ("pairs reward margin", "margin", "fall of pairs reward margin 0.02", "0.1"),
     ],
 )
-def test_what_is_lost_is_told_as_a_change(measure, said):
-    facts = {"strength": 1, "step": 1, "steps": 1, "value": 0.02, "n": 9, "kept": True}
-    told = Budget(measure=measure, at_most=0.1, then="scale", **facts).sentence()
-    assert told.startswith(f"{said} on 9 rows that no probe used, at most 0.1 allowed")
+def test_what_is_lost_is_told_as_a_change(measure, unit, said, most):
+    facts = {"strength": 0.5, "step": 1, "steps": 1, "value": 0.02, "n": 9, "kept": True}
+    given_up = GivenUp(full=0.5, kept=0.375, lost=0.125, stderr=0.02, unit="fraction")
+    told = Budget(
+        measure=measure, unit=unit, at_most=0.1, then="scale", learned={"gsm8k": given_up}, **facts
+    ).sentence()
+    assert told.startswith(f"{said} on 9 rows that no probe used, at most {most} allowed")
+    assert told.endswith("given up: 12.5 ± 2 points of GSM8K (37.5 as saved, 50 where training ended)")
 
 
 def recipe(folder, **changes):

@@ -16,7 +16,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in, metric_title
+from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in, metric_title, scale_of
 
 MISSING = "–"
 MOST_DIGITS = 6  # of a decimal fraction; what is smaller is written as a power of ten
@@ -123,11 +123,6 @@ def decimals(unit: str | None, estimates: Sequence[Estimate | None]) -> int:
         return 1 if errors and min(errors) >= 0.0095 else 2
     smallest = [2 * min(errors)] if errors else [abs(e.value) / 10 for e in estimates if e and e.value]
     return min(MOST_DIGITS, max(3, -math.floor(math.log10(min(smallest))))) if smallest else 3
-
-
-def scale_of(unit: str | None) -> int:
-    """100 for what is shown as percent, fractions and differences of fractions ("points"); else 1."""
-    return 100 if unit in ("fraction", "points") else 1
 
 
 def format_estimate(estimate: Estimate, unit: str | None, digits: int) -> Cell:
