@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_null.adapters.plain import CONFIG_FILE
-from lora_null.recipes.config.run_folder import resume_command
+from lora_null.recipes.config.run_folder import RECIPE_FILE
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe, parse_section
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.plan import MethodPlan
@@ -24,6 +24,7 @@ from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
 
 TEMPLATE, CARD_FILE = "model_card.md.j2", "README.md"
+RESUME = f"lora-null train RUN/{RECIPE_FILE} --resume"  # RUN: a card may be read on another machine
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAMPLES = {"gsm8k_": "openai/gsm8k", "nq_open_": "google-research-datasets/nq_open"}  # drawn from these, on the hub
 
@@ -67,7 +68,7 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     }
     values = recipe.model_dump(mode="json")
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
-        state = _where(place, kept, plain) if results else f"Not finished: `{resume_command(folder.parent)}` goes on."
+        state = _where(place, kept, plain) if results else f"Not finished: `{RESUME}` goes on."
         text = _render(values, plan.name, plan.saves, form, name, notes=[state, *notes], **shown)
         write_text(place / CARD_FILE, text)
 

@@ -261,6 +261,7 @@ def test_the_card_of_a_run_on_a_quantized_base_under_a_license_with_a_name(tmp_p
     plan = SimpleNamespace(name="lora", saves="adapter")
     write_run_card(tmp_path / "run" / "lora", load_recipe("quickstart", words), plan, None)
     card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
+    assert "`lora-null train RUN/recipe.yaml --resume` goes on" in card.text and str(tmp_path) not in card.text
     assert card.data.to_dict() | head == card.data.to_dict()
     assert "The base is under some-research, which" in card.text
     assert "Trained on the base quantized to nf4; on the base as it is, figures differ." in card.text
