@@ -141,7 +141,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
             if not results.grid and (folder / row.method / LOG_FILE).is_file():
                 link(folder / row.method / LOG_FILE, own)
             rows.append(row.model_copy(update={"variant": variant}))
-    settings = _settings_of(found)
+    settings, unfinished = _settings_of(found), [name for name, each in zip(names, found) if each.state]
     same, differing = shared_and_differing(settings)
     results = Results(
         recipe="comparison",
@@ -149,6 +149,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
         environment={"runs": ", ".join(names)},
         settings=same | {f"differs: {k}": ", ".join(str(each.get(k)) for each in settings) for k in differing},
         rows=[base.model_copy(update={"metrics": of_base}), *rows],
+        state=f"Not finished: {', '.join(unfinished)}." if unfinished else "",
     )
     write_results(out, results)
     write_report(out)

@@ -42,7 +42,7 @@ def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> d
     kept = results.grid.cells if results.grid else results.rows
     budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
     return {
-        "next": "" if results.grid or results.sequence else next_step(results, output_dir, logs),
+        "next": "" if results.grid or results.sequence or results.state else next_step(results, output_dir, logs),
         "budgets": budgets,
         "dials": dials,
         "sequence": sequence_tables(results),

@@ -237,6 +237,7 @@ def test_a_run_that_goes_on_is_reported_and_stays_unfinished(tmp_path, capsys):
     page = (folder / "unfinished.md").read_text()
     assert "**Not finished: 1 of 3 methods. LoRA: KL to base on NQ" in page
     assert "PiSSA (not finished, at step 5)" in page and "| LoRA " in page and "LoRA-FA" not in page
+    assert "Next:" not in page  # whose curve still falls: what to do next is to let it end
     assert not (folder / "report.html").exists() and not (folder / "results.json").exists()
     assert capsys.readouterr().out.strip().endswith("unfinished.html")
 
@@ -262,6 +263,7 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     page = (tmp_path / "page" / "report.md").read_text()
     for row in ("LoRA (a/run)", "PiSSA (a/run, not finished, at step 5)", "LoRA (b/run)"):
         assert f"| {row.replace('_', chr(92) + '_')} |" in page
+    assert "**Not finished: a/run." in page and "Next:" not in page
     (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
     assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
