@@ -50,11 +50,11 @@ def check_launcher() -> None:
             )
 
 
-def join_processes(seconds: float = MEETING_SECONDS) -> None:
+def join_processes(seconds: float | None = None) -> None:
     """Join the other processes of this run, if there are any, on the device that it computes on.
 
     Args:
-        seconds: for which they may wait for each other.
+        seconds: for which they may wait for each other (`training.ddp_timeout`); MEETING_SECONDS when not given.
 
     Raises:
         UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
@@ -63,7 +63,7 @@ def join_processes(seconds: float = MEETING_SECONDS) -> None:
     check_launcher()
     choose_device()
     try:
-        PartialState(timeout=timedelta(seconds=seconds))
+        PartialState(timeout=timedelta(seconds=seconds or MEETING_SECONDS))
     except ImportError as error:
         if "deepspeed" not in str(error).lower():
             raise

@@ -21,6 +21,7 @@ from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes import measure, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
+from lora_null.recipes.commands import dial
 from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.report.dial import dial_summary, read_dial, table_rows, write_dial
 from lora_null.recipes.results import EVAL_FILE
@@ -302,6 +303,16 @@ def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, ca
 def test_mistakes_of_an_export(world, tmp_path, capsys, words, message):
     assert main(["export", str(world / "out" / "lora-null-v1"), "--out", str(tmp_path / "x"), *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_processes_wait_for_each_other_as_long_as_in_the_run(tmp_path, monkeypatch):
+    waits, method = [], tmp_path / "run" / "lora"
+    monkeypatch.setattr(dial, "join_processes", waits.append)
+    (method / "adapter").mkdir(parents=True)
+    (method.parent / "recipe.yaml").write_text(f"{MARK}training: {{ddp_timeout: 7200}}\n")
+    for folder in (method, method / "adapter", tmp_path):
+        assert main(["dial", str(folder)]) == 2
+    assert waits == [7200, 7200, None]
 
 
 def test_two_files_of_one_name(world, tmp_path):

@@ -18,7 +18,8 @@ from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
 from lora_null.recipes.budget import scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, whole_of
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, is_of_run, whole_of
 from lora_null.recipes.config.schema import BudgetSection, parse_recipe
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.environment import prepare_cpu
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: not an adapter, an adapter for another base, nothing to measure.
     """
     prepare_cpu()
-    join_processes()
+    join_processes(_timeout_of_run(arguments.source.resolve()))
 
     def check() -> tuple[Trained, Job]:
         source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
@@ -69,6 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     Console(markup=False, emoji=False).print(table)  # names of files are no markup
     print(dial_summary(found, arguments.max_forgetting))
     print(f"written: {out}")
+
+
+def _timeout_of_run(source: Path) -> float | None:
+    """Return `training.ddp_timeout` of the run that RUN/METHOD, or a folder in it, belongs to."""
+    recipes = (folder / RECIPE_FILE for folder in source.parents[:2])
+    training = next((read_yaml(recipe).get("training") for recipe in recipes if is_of_run(recipe)), None)
+    return (training or {}).get("ddp_timeout")
 
 
 def folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
