@@ -119,6 +119,15 @@ def grid_cells(recipe: Recipe) -> list[Cell]:
     return cells
 
 
+def written_otherwise(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the runs of a grid that may write the rows in different ways, one of each, by the settings that do so."""
+    found: dict[str, Recipe] = {}
+    for cell in grid_cells(recipe):
+        of_rows = {k: v for k, v in cell.point if k.startswith(("data.", "training.")) and k not in STEPS_ONLY}
+        found.setdefault(settings_text(of_rows), cell.recipe(recipe, Path(recipe.output_dir)))
+    return found
+
+
 def run_grid(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_code_execution: bool | str = False
 ) -> Path:

@@ -286,6 +286,10 @@ def test_the_preview_colors_what_is_learned(tmp_path, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "numbers.jsonl, template qa" in out and "letters.jsonl, template qa" in out and out.count("⟦:") == 2
+    words = ["grid.sweep={data.template: [qa, alpaca], training.learning_rate: [0.1, 0.2]}", "--seeds", "0,1"]
+    assert main([str(recipe), *words, "--show-samples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("row 1") == 2 and "template qa:\n" in out and "numbers.jsonl, template alpaca" in out
 
 
 def test_the_preview_of_preferences_and_of_what_is_cut(tmp_path):

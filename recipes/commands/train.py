@@ -46,9 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(dump(recipe), end="")
     elif arguments.show_samples is not None:
         from lora_null.recipes.commands.preview import show_samples
+        from lora_null.recipes.grid import written_otherwise
+        from lora_null.utils.distributed import print_once
 
-        for each in stage_recipes(recipe) if recipe.sequence else [recipe]:
-            show_samples(each, arguments.show_samples)
+        settings = written_otherwise(recipe) if recipe.grid else {"": recipe}
+        for told, setting in settings.items():
+            if told:
+                print_once(f"{told}:")
+            for each in stage_recipes(setting) if recipe.sequence else [setting]:
+                show_samples(each, arguments.show_samples)
     else:
         _start(recipe, arguments)
 
@@ -68,7 +74,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.environment import choose_precision, prepare_cpu
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.output import check_output_folder, check_space
-    from lora_null.recipes.processes import MEETING_SECONDS, check_launcher, join_processes, work_alone
+    from lora_null.recipes.processes import check_launcher, join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
@@ -76,7 +82,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     prepare_cpu()
     if recipe.grid and recipe.grid.spread and not recipe.sequence:
         work_alone()
-    join_processes(recipe.training.get("ddp_timeout") or MEETING_SECONDS)
+    join_processes(recipe.training.get("ddp_timeout"))
     choose_precision(recipe)
     options = {name: getattr(arguments, name) for name in ("resume", "overwrite", "allow_code_execution")}
     if arguments.dry_run:
