@@ -21,8 +21,9 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.values import as_conversation, is_conversation
+from lora_null.utils.values import as_conversation, as_written, is_conversation, is_written
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
@@ -125,8 +126,19 @@ def _without_filler(value: Any) -> Any:
     return [_without_filler(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _csv_value(cell: str) -> Any:
-    return as_conversation(cell) if is_conversation(cell) else cell
+def _csv_column(name: str, cells: Sequence[str]) -> Sequence[Any]:
+    """Return the values of a column: integers, lists and dicts where all its cells are, and conversations; else texts."""
+    if all(map(_is_integer, cells)):
+        return [int(cell) for cell in cells]
+    given = [cell for cell in cells if cell.strip()]
+    found = {cell: as_written(cell) for cell in given} if all(map(is_written, given)) else {}
+    if not found or any(found[cell] is cell for cell in found):
+        return [as_conversation(cell) if is_conversation(cell) else cell for cell in cells]
+    if any(isinstance(value, list) and isinstance(value[0], str) for value in found.values() if value):
+        print_once(
+            f"the column {name!r} holds lists written as text, read as lists; of several answers the first is meant"
+        )
+    return [found.get(cell, cell) for cell in cells]
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
@@ -145,13 +157,9 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     if not cells:
         raise ValueError("a header and no rows")
     complete = [row for row in cells if len(row) == len(names)]
-    numbers = [all(_is_integer(row[i]) for row in complete) for i in range(len(names))]
-    return [
-        {name: int(cell) if number else _csv_value(cell) for name, number, cell in zip(names, numbers, row)}
-        if len(row) == len(names)
-        else f"{len(row)} cells under {len(names)} columns"
-        for row in cells
-    ]
+    columns = [_csv_column(name, column) for name, column in zip(names, zip(*complete))]
+    rows = (dict(zip(names, values)) for values in zip(*columns))
+    return [next(rows) if len(row) == len(names) else f"{len(row)} cells under {len(names)} columns" for row in cells]
 
 
 def _rows_like_the_header(text: str, delimiter: str) -> int:

@@ -65,6 +65,11 @@ NO_TEXT = [
     ([{"a": 1}], "holds a dict"),
     ([float("nan")], "holds NaN"),
     ({"a"}, "is a set"),
+    ("{'text': array(['k0'], dtype=object), 'answer_start': array([0])}", "is answers as Python prints them"),
+    ("{'role': 'assistant', 'content': 'a0'}", "is messages as Python prints them"),
+    ("{'messages': [{'role': 'user'}]}", "is messages as Python prints them"),
+    (["[{'weight': 1, 'role': 'user', 'content': 'a'}]"], "holds messages as Python prints them"),
+    ("[{'type': 'text', 'text': 'q0'}]", "is messages as Python prints them"),
 ]
 
 
@@ -105,10 +110,52 @@ MIXED = [
 ]
 
 
+COLUMNS = [  # what a cell of a csv may hold as text
+    ["k0", "K 0", 'it\'s (array([1]) "so")'],
+    ["k0"],
+    {"text": ["k0", "K0)"], "answer_start": [0, 3]},
+    {"value": "k0", "aliases": ["k0", "K0"]},
+    {"messages": [user("x"), assistant("y")]},
+    [{"weight": 1, **user("x")}, {"weight": 0, **assistant("y\n} {")}],
+    assistant("y"),
+    [{"type": "text", "text": "q0"}],
+]
+
+
+def as_arrays(value):
+    """Return a value as pandas gives what it read from parquet: lists as arrays of objects, at any depth."""
+    if isinstance(value, dict):
+        return {key: as_arrays(inner) for key, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    array = np.array(value) if isinstance(value[0], int) else np.empty(len(value), dtype=object)
+    array[:] = [as_arrays(inner) for inner in value]
+    return array
+
+
 class TestFilesAsTheyWereWritten:
     def test_a_csv_keeps_its_cells(self, tmp_path):
         pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
         assert read_documents([tmp_path / "a.csv"], "x").rows == ROWS
+
+    @pytest.mark.parametrize("value", COLUMNS, ids=lambda value: str(value)[:24])
+    @pytest.mark.parametrize("how", ["pandas", "NumPy", "JSON"])
+    def test_a_column_of_lists_or_dicts_in_a_csv(self, tmp_path, value, how, capsys):
+        written = {"pandas": str, "JSON": json.dumps, "NumPy": lambda value: str(as_arrays(value))}[how](value)
+        pd.DataFrame({"q": ["[x", "y", "z"], "a": [written, "", written]}).to_csv(tmp_path / "a.csv", index=False)
+        rows = read_documents([tmp_path / "a.csv"], "x").rows
+        assert rows == [{"q": "[x", "a": value}, {"q": "y", "a": ""}, {"q": "z", "a": value}]
+        told = "the column 'a' holds lists written as text" in capsys.readouterr().out
+        assert told == (isinstance(value, list) and isinstance(value[0], str))
+
+    @pytest.mark.parametrize(
+        "cell",
+        ['{"name": "f", "arguments": {}}', '[{"name": "f"}]', "[1, 2]", "[True, None]", "{'a', 'b'}", "[('a', 'b')]", "[x]"],
+    )  # fmt: skip
+    def test_a_column_that_may_well_be_texts(self, tmp_path, cell):
+        for cells in ([cell, cell], ["['a']", "b"]):
+            pd.DataFrame({"q": ["x", "y"], "a": cells}).to_csv(tmp_path / "a.csv", index=False)
+            assert [row["a"] for row in read_documents([tmp_path / "a.csv"], "x").rows] == cells
 
     def test_two_columns_of_one_name_in_a_parquet(self, tmp_path):
         table = pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 2, names=["a", "a"])

@@ -9,7 +9,7 @@ The one boundary for training rows, calibration texts, evaluation documents and 
     {"text": …}, {"value": …} where an answer is meant: SQuAD's and TriviaQA's
     list of messages          a conversation: {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT)
     {"messages": […]}         the same, with its tools beside it (OpenAI's pairs)
-    a list of messages as text  the same, in JSON, or as Python prints it where that can be read
+    a list of messages as text  the same, in JSON, or as Python or NumPy prints it where that can be read
     all else                  refused: truth values, bytes, dates, other dicts, lists in lists
 """
 
@@ -37,7 +37,18 @@ CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift: t
 OPTIONS = ("tools", "functions", "chat_template_kwargs")  # what a chat template gets of a row beside the messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
-PRINTED = re.compile(r"\s*\[\s*\{'(role|from|content|value)'\s*:")  # a list of messages, as Python prints it
+ANSWERS = ({"text", "answer_start"}, {"value", "aliases"})  # keys of SQuAD's and TriviaQA's dicts of accepted answers
+STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+# What NumPy and pandas print other than Python: array([…], dtype=object), and no comma between two strings or dicts.
+ARRAYS = re.compile(
+    rf"({STRING})(\s+(?=['\"]))?|(\}})(\s+(?=\{{))|\barray\((?=\[)|(?<=\])(?:,\s*dtype=\w+)?\)", re.DOTALL
+)
+# The beginning of messages, their parts or SQuAD's answers, as Python prints them.
+PRINTED = re.compile(
+    r"\s*(\[\s*\{'(role|from|content|value)'\s*:|\[\s*\{[^{}\[\]]*'(role|from)'\s*:|\[\s*\{'type'\s*:\s*'\w*text'"
+    r"|\{'messages'\s*:\s*\[|\{'(role|from)'\s*:.*'(content|value)'\s*:|\{'text'\s*:.*'answer_start'\s*:)",
+    re.DOTALL,
+)
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
 Message = dict[str, Any]
 
@@ -75,7 +86,8 @@ def _plain(value: Any) -> Any:
 def _scalar(value: Any, verb: str) -> str:
     value = _plain(value)
     if isinstance(value, str) and PRINTED.match(value):
-        raise ValueError(f"{verb}messages as Python prints them, not text; write them as JSON")
+        what = "answers" if "'answer_start'" in value else "messages"
+        raise ValueError(f"{verb}{what} as Python prints them, not text; write them as JSON")
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Real | Decimal) and not isinstance(value, bool):
@@ -108,16 +120,45 @@ def messages_in(value: Any) -> Any:
 def as_conversation(value: Any) -> Any:
     """Return a conversation that a file holds as text, as a csv must, as what it says; anything else as it is.
 
-    The text is JSON, or what Python prints of it, as pandas writes into a csv.
+    The text is JSON, or what Python or NumPy prints of it, as pandas writes into a csv.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+    if not isinstance(value, str) or not is_written(value):
         return value
     found = _from_json(value)
-    if found is not value or not PRINTED.match(value):
+    return _from_print(value) if found is value and PRINTED.match(value) else found
+
+
+def is_written(text: str) -> bool:
+    """Whether a text begins as a list or a dict does that was written as text."""
+    return text.lstrip().startswith(("[", "{"))
+
+
+def as_written(text: str) -> Any:
+    """Return the list or dict that a cell of a csv stands for, or the text itself where that is meant, as far as one can tell.
+
+    A list of strings is one, and so are dicts that Python or NumPy has printed, alone or in a list. Dicts in JSON are a text
+    (which may well be an answer), but for messages, their parts, and SQuAD's and TriviaQA's dicts of accepted answers.
+    """
+    found = _from_json(text)
+    printed = found is text
+    found = _from_print(text) if printed else found
+    if isinstance(found, list) and all(isinstance(item, str) for item in found):
         return found
+    first = found[0] if isinstance(found, list) else found
+    if not isinstance(first, Mapping):
+        return text
+    says = {"role", "from"} & first.keys() and {"content", "value", "tool_calls"} & first.keys()
+    accepted = isinstance(found, Mapping) and any(keys <= found.keys() for keys in ANSWERS)
+    is_part = isinstance(found, list) and first.get("type") in TEXT_PARTS
+    return found if printed or says or accepted or is_part or is_conversation(found) else text
+
+
+def _from_print(text: str) -> Any:
+    """Return the list or dict of which a text is what Python, NumPy or pandas prints; the text where it cannot be read."""
+    plain = ARRAYS.sub(lambda it: (it[1] or it[3] or "") + ("," if it[2] or it[4] else ""), text.strip())
     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        return ast.literal_eval(value.strip())
-    return value
+        return ast.literal_eval(plain)
+    return text
 
 
 def as_messages(value: Any) -> tuple[list[Message], list[bool]]:
