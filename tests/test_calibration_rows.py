@@ -226,7 +226,7 @@ REFUSED = [
     ([*TEXTS, float("nan")], "row 41 cannot be used: is NaN, not text"),
     ([b"a"], "row 1 cannot be used: is a bytes, not text"),
     ([["a", "b"]], "row 1 cannot be used: is a list of several texts"),
-    ([[5, 6]], "row 1 cannot be used: is a list of several texts"),
+    ([[5, 6]], "row 1 cannot be used: is a list of several numbers"),
     ([{"text": {"a": 1}}], "row 1 cannot be used: 'text' is a dict, not text"),
     ([True], "row 1 cannot be used: is a bool"),
     (["a", {"question": "b"}], "row 2 needs a field text, messages, conversations or input_ids, found question"),

@@ -73,7 +73,8 @@ def as_text(value: Any, *, answer: bool = False) -> str:
     if isinstance(value, list | tuple):
         texts = [_scalar(item, "holds ") for item in value]
         if not answer and len(set(texts)) > 1:
-            raise ValueError("is a list of several texts, not one")
+            of = "texts" if any(isinstance(_plain(item), str) for item in value) else "numbers"
+            raise ValueError(f"is a list of several {of}, not one text")
         return texts[0] if texts else ""
     return _scalar(value, "is ")
 
