@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.batches import backbone, check_architecture
@@ -94,9 +95,16 @@ def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> 
         )
     for wanted in sorted(targets) if isinstance(targets, list | tuple | set) else ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            fitting = (name for name, x in modules.items() if key == "modules_to_save" or hasattr(x, "in_features"))
+            fitting = (name for name, x in modules.items() if key == "modules_to_save" or shape_of(x))
             leaves = {name.rpartition(".")[2] for name in fitting} - {""}
             raise UserError(f"{key}: no module matches {wanted!r}{nearest(wanted, leaves)}")
+
+
+def shape_of(module: Any) -> tuple[int, int] | None:
+    """Return (d_out, d_in) of a linear, however its weight is stored; None of another module."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return (module.out_features, module.in_features) if hasattr(module, "in_features") else None
 
 
 def check_patterns(config: PeftConfig, layers: Mapping[str, Any]) -> None:

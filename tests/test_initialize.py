@@ -29,6 +29,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
 from lora_null.store import KEPT
+from lora_null.targets import check_named
 
 BATCHES = random_batches()
 CANINE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_hash_buckets=64)
@@ -493,6 +494,9 @@ def test_a_hook_at_a_target_is_refused(variant, where):
 def test_a_target_that_names_nothing_is_refused_though_others_do():
     with pytest.raises(UserError, match=r"no module matches 'upp_proj' .did you mean 'up_proj'"):
         start(target_modules=["q_proj", "upp_proj"])
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(UserError, match=r"no module matches 'q_proj' .did you mean 'c_proj'"):
+        check_named(gpt2, ["c_fc", "q_proj"])
 
 
 def test_a_classifiers_head_is_no_target():

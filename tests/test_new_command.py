@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from chats import THINKING, assistant, call, chat_tokenizer, system, tool, user
 from tiny import save_tiny
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from world import write_rows
 
 from lora_null.recipes.commands import main, new
@@ -275,6 +275,15 @@ def test_a_narrow_gate_does_not_hold_the_rank_down(world):
     assert recipe.method.rank == 16
     assert set(recipe.method.target_modules) >= {"q_proj", "gate_proj", "down_proj"}
     assert "shared_expert_gate" not in recipe.method.target_modules
+
+
+def test_weights_that_are_stored_as_d_in_by_d_out_have_a_width(world):
+    config = GPT2Config(
+        vocab_size=101, n_embd=64, n_layer=1, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    )
+    GPT2LMHeadModel(config).save_pretrained("model")
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(50)))
+    assert make().method.rank == 16
 
 
 def test_a_model_without_chat_template(world):

@@ -50,7 +50,7 @@ from lora_null.recipes.models.quantization import weight_bytes
 from lora_null.recipes.output import check_place
 from lora_null.recipes.report.render import templates_in
 from lora_null.recipes.results import MIN_ROWS
-from lora_null.targets import bypassed_linears
+from lora_null.targets import bypassed_linears, shape_of
 from lora_null.trainer.preflight import check_predicts_next_token
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
@@ -367,9 +367,9 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
         for name in bypassed_linears(empty, [name for name, _ in empty.named_modules() if name])
     }
     for name, module in empty.named_modules():
-        if hasattr(module, "in_features") and module is not empty.get_output_embeddings():
+        if (shape := shape_of(module)) and module is not empty.get_output_embeddings():
             leaf = name.rpartition(".")[2]
-            widths[leaf] = min(module.in_features, module.out_features, widths.get(leaf, module.in_features))
+            widths[leaf] = min(*shape, widths.get(leaf, shape[0]))
     wide = {leaf: width for leaf, width in widths.items() if width >= least and leaf not in past} or widths
     rank = {"rank": min(64, 2 ** max(int(math.log2(min(wide.values()))) - 2, 0))}
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}

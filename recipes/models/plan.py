@@ -19,7 +19,7 @@ from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored
-from lora_null.targets import add_adapter, check_not_bypassed
+from lora_null.targets import add_adapter, check_not_bypassed, shape_of
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
 from lora_null.trainer.methods.base import distinct_inputs
@@ -231,7 +231,7 @@ def _count(model: PreTrainedModel, names: set[str]) -> int:
 
 
 def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
-    linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if hasattr(module, "in_features")}
+    linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if shape_of(module)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match")  # add_adapter says it
