@@ -248,7 +248,7 @@ def test_decay_of_an_overridden_methods_optimizer_goes_to_the_start(tmp_path, mo
 
 
 def test_what_transformers_would_refuse_late_is_refused_before_the_initialization(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_null.trainer.mixin.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("lora_null.trainer.optimizers.is_liger_kernel_available", lambda: False)
     for options, message in (
         ({"use_liger_kernel": True}, "use_liger_kernel: needs the package liger-kernel"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 1000}, "dataloader_drop_last: leaves no row"),

@@ -16,8 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, get_scheduler, set_seed
-from transformers.utils import is_liger_kernel_available
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lora_null.batches import checked_batches, other_inputs, texts_in
 from lora_null.checkpoint_reader import adapters_in_memory
@@ -50,11 +49,10 @@ from lora_null.trainer.checkpoints import (
     warn_without_optimizer,
 )
 from lora_null.trainer.collated_rows import check_last_batches, check_rows, check_rows_given, check_windows
-from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
+from lora_null.trainer.loss_terms import LossTermsMixin
 from lora_null.trainer.methods import (
     METHODS,
     Method,
-    MicroBatch,
     adapts_plainly,
     check_adapter,
     check_base,
@@ -64,7 +62,7 @@ from lora_null.trainer.methods import (
     method_of,
 )
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.trainer.methods.lora_null import KeepInNullBasis
+from lora_null.trainer.optimizers import OptimizerMixin
 from lora_null.trainer.preflight import (
     Mode,
     check_best_metric,
@@ -77,10 +75,10 @@ from lora_null.trainer.preflight import (
 )
 from lora_null.trainer.reference import check_reference, check_reference_stays, has_reference
 from lora_null.trainer.training_watch import TrainingWatch
-from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute, loss_of_labeled_positions
+from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
 from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, processes_here, together
-from lora_null.utils.errors import UserError, first_line
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
 from lora_null.utils.model_state import base_model_of, preserve, release_freed_memory
@@ -126,7 +124,7 @@ class _Begin(TrainerCallback):
             self.trainer.check_passes()
 
 
-class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
+class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingMixin):
     """Put before a TRL trainer class: `class MyTrainer(LoraNullMixin, SomeTrainer): pass`.
 
     `train()` first initializes the adapter (`LoraNullConfig`) in all processes together, once, and writes the factors and
@@ -311,28 +309,6 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if self._given_optimizer is not None:
             self._check_own_optimizer(self._given_optimizer)
 
-    def _check_own_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
-        if self.method.new_parameters and not self._already_trained:
-            raise UserError(
-                f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
-                "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
-            )
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        trained = {name: id(parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        missing = [name for name, parameter in trained.items() if parameter not in held]
-        if missing and len(missing) == len(trained):
-            adapted = isinstance(self.model, PeftModel)
-            why, instead = (", it was made before the adapter", "the PEFT model") if adapted else ("", "its own model")
-            raise UserError(
-                f"optimizers: holds nothing that trains{why}; give its class by optimizer_cls_and_kwargs, or {instead}"
-            )
-        if missing:
-            logger.warning(
-                f"optimizers: {missing[0]} ({len(missing)} of {len(trained)} parameters that train) is not in it and "
-                "stays as it is"
-            )
-
     def _take_reference_along(self, before: torch.dtype) -> None:
         """Give the reference the dtype that a method has given the model, without which rewards do not start at 0."""
         if getattr(self.args, "precompute_ref_log_probs", False):
@@ -360,45 +336,6 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
                 raise UserError(
                     f"{key}: an evaluation would round what trains for good; leave it out, bf16 evaluates so too"
                 )
-
-    def add_callback(self, callback: Any) -> None:
-        """As the parent trainer; a second `DecayToStart`, which would act twice, is left out."""
-        kind = callback if isinstance(callback, type) else type(callback)
-        there = (isinstance(other, DecayToStart) for other in self.callback_handler.callbacks)
-        if not (issubclass(kind, DecayToStart) and any(there)):
-            super().add_callback(callback)
-
-    def _add_step_callbacks(self, asked: bool | None) -> bool:
-        """Add the callbacks that correct a step; return whether weight decay pulls to the start.
-
-        Raises:
-            UserError: an optimizer whose steps cannot be corrected.
-        """
-        self._asked_to_start = asked
-        to_start = self._decays_to_start(self.optimizer)
-        decay = [DecayToStart()] if to_start else []
-        for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
-            self.add_callback(callback)
-        return to_start
-
-    def _decays_to_start(self, optimizer: torch.optim.Optimizer | None) -> bool:
-        """Return whether the weight decay of an optimizer, or of the one to be made, pulls to the start.
-
-        Raises:
-            UserError: one whose steps cannot be corrected.
-        """
-        kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
-        name = optimizer_name(self.args, optimizer, kind)
-        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
-        if averages(name) and getattr(config, "variant", None) == "nb":
-            raise UserError(f"optim: {name} averages weights, and nb-lora's A would leave its basis; use adamw_torch")
-        return decays_to_start(self._asked_to_start, self.model, self.args, optimizer, deepspeed=deepspeed, kind=kind)
-
-    def check_stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer that the trainer did not make itself, such as that of an overridden `create_optimizer`."""
-        is_own = any(optimizer is one for one in (self._given_optimizer, self._made_optimizer))
-        if not is_own and not self.is_deepspeed_enabled and self._decays_to_start(optimizer):
-            self.add_callback(DecayToStart())
 
     def _check_start(self) -> None:
         """Check that what decides the start is there and will be read, now that the method is known."""
@@ -434,31 +371,6 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
         if self.args.weight_decay:
             found["decay_to_start"] = decays_to_start
         return as_json(found)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent trainer; it is remembered as the trainer's own."""
-        self._made_optimizer = super().create_optimizer(*args, **kwargs)
-        return self._made_optimizer
-
-    def forget_terms(self) -> None:
-        """Forget which pass it was, and what the method added to the loss of the steps since the last log line."""
-        self._micro_batch: MicroBatch | None = None
-        self._terms: dict[str, dict[int, torch.Tensor]] = {}  # name → step → its value
-
-    def check_passes(self) -> None:
-        """Check that each pass of a step called our `compute_loss` once, without which a term enters in part or not at all.
-
-        Raises:
-            UserError: a trainer that computes its loss elsewhere, or in several calls.
-        """
-        passes, last = self.current_gradient_accumulation_steps, self._micro_batch
-        calls = last.index + 1 if last is not None else 0
-        if self.method.terms and calls != passes:
-            raise UserError(
-                f"method: {self.method.name} adds its term in LoraNullMixin.compute_loss, which {type(self).__name__} does not "
-                f"call once per pass (passes of this step: {passes}, calls: {calls}); call super().compute_loss so, or take a "
-                "method without a term, such as lora"
-            )
 
     def _keep_quantized_base(self) -> None:
         """On a quantized base, leave its weights as they are stored, and the adapter in float32 as on any other.
@@ -529,28 +441,6 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
                 f"training: after {self.state.global_step} steps nothing has changed, {self._watch.why_not()}"
             )
         return output
-
-    def _check_optimizer(self) -> None:
-        """Make the schedule once, and look for the optimizer: what Transformers refuses, it refuses before the initialization."""
-        args, probe = self.args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
-        if self.lr_scheduler is None and not self.is_deepspeed_enabled:
-            options = dict(args.lr_scheduler_kwargs or {})
-            try:
-                get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"lr_scheduler_type: {first_line(error)}") from error
-        if args.use_liger_kernel and not is_liger_kernel_available():
-            raise UserError("use_liger_kernel: needs the package liger-kernel; pip install liger-kernel")
-        if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
-            self._check_own_optimizer(self.optimizer)
-        if self.optimizer is not None or self.is_deepspeed_enabled:
-            return
-        made = self.optimizer_cls_and_kwargs
-        if made is None and "layerwise" not in optimizer_name(
-            args, None, None
-        ):  # which is made with hooks on the model
-            made = self.get_optimizer_cls_and_kwargs(args, self.model)
-        check_decay_is_read(args, *made or (None, {}))
 
     def _place(self, *, in_pieces: bool) -> None:
         """Place or shard the model as training would: no step follows here that would make the engine do it."""
@@ -781,39 +671,6 @@ class LoraNullMixin(WeightsInFilesMixin, SavingMixin):
             f"output_dir: {folder} no longer holds what this trainer started from, without which a checkpoint could not be "
             "resumed; give each trainer a folder of its own"
         )
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the parent trainer's loss; in training with what the method adds, see `Method.extra_loss`."""
-        with loss_of_labeled_positions():
-            found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.method.terms or not self.model.training:
-            return found
-        step, before = self.state.global_step, self._micro_batch
-        index = before.index + 1 if before is not None and before.step == step else 0
-        self._micro_batch = MicroBatch(step, index, self.current_gradient_accumulation_steps)
-        # `Trainer.training_step` divides an unscaled loss by the accumulation steps; a term is a share: undo that.
-        scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._micro_batch.count
-        loss, *rest = found if return_outputs else (found,)
-        for name, term in self.method.extra_loss(self, model, self._micro_batch).items():
-            loss = loss + (scale * term.weight) * term.value.to(loss.device)
-            steps = self._terms.setdefault(name, {})
-            steps[step] = steps.get(step, 0.0) + term.value.detach()
-        return (loss, *rest) if return_outputs else loss
-
-    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Return whether the loss is one over all passes of a step already, as `Trainer.training_step` asks."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return counted or self.compute_loss_func is not None
-
-    def _logged_terms(self) -> dict[str, float]:
-        """Return the means of the loss's terms over the steps since the last log line that had them, and over all ranks."""
-        means = {name: torch.stack([*steps.values()]).mean() for name, steps in self._terms.items()}
-        self._terms = {}
-        return {name: float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the knowledge drift (mean and max over the layers), and the loss's terms, to every training log line."""

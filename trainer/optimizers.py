@@ -1,0 +1,121 @@
+"""The optimizer that the trainer makes or is given: whether it fits what trains, and what corrects its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import get_scheduler
+from transformers.utils import is_liger_kernel_available
+
+from lora_null.trainer.checkpoints import SavingMixin
+from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
+from lora_null.trainer.methods import Method
+from lora_null.trainer.methods.lora_null import KeepInNullBasis
+from lora_null.utils.distributed import get_logger
+from lora_null.utils.errors import UserError, first_line
+
+logger = get_logger(__name__)
+
+
+class OptimizerMixin(SavingMixin):
+    """Put before a Trainer class: an optimizer that cannot train here is refused early, and its steps are corrected.
+
+    Attributes:
+        _given_optimizer, _made_optimizer: the user's, and the one that the trainer has made; None for none.
+        _asked_to_start: the trainer's `decay_to_start`.
+    """
+
+    method: Method
+    _already_trained: bool
+    _given_optimizer: torch.optim.Optimizer | None
+    _made_optimizer: torch.optim.Optimizer | None
+
+    def _check_own_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
+        if self.method.new_parameters and not self._already_trained:
+            raise UserError(
+                f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
+                "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
+            )
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {name: id(parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = [name for name, parameter in trained.items() if parameter not in held]
+        if missing and len(missing) == len(trained):
+            adapted = isinstance(self.model, PeftModel)
+            why, instead = (", it was made before the adapter", "the PEFT model") if adapted else ("", "its own model")
+            raise UserError(
+                f"optimizers: holds nothing that trains{why}; give its class by optimizer_cls_and_kwargs, or {instead}"
+            )
+        if missing:
+            logger.warning(
+                f"optimizers: {missing[0]} ({len(missing)} of {len(trained)} parameters that train) is not in it and "
+                "stays as it is"
+            )
+
+    def _check_optimizer(self) -> None:
+        """Make the schedule once, and look for the optimizer: what Transformers refuses, it refuses before the initialization."""
+        args, probe = self.args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
+        if self.lr_scheduler is None and not self.is_deepspeed_enabled:
+            options = dict(args.lr_scheduler_kwargs or {})
+            try:
+                get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=options)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"lr_scheduler_type: {first_line(error)}") from error
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("use_liger_kernel: needs the package liger-kernel; pip install liger-kernel")
+        if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
+            self._check_own_optimizer(self.optimizer)
+        if self.optimizer is not None or self.is_deepspeed_enabled:
+            return
+        made = self.optimizer_cls_and_kwargs
+        if made is None and "layerwise" not in optimizer_name(
+            args, None, None
+        ):  # which is made with hooks on the model
+            made = self.get_optimizer_cls_and_kwargs(args, self.model)
+        check_decay_is_read(args, *made or (None, {}))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent trainer; it is remembered as the trainer's own."""
+        self._made_optimizer = super().create_optimizer(*args, **kwargs)
+        return self._made_optimizer
+
+    def check_stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check an optimizer that the trainer did not make itself, such as that of an overridden `create_optimizer`."""
+        is_own = any(optimizer is one for one in (self._given_optimizer, self._made_optimizer))
+        if not is_own and not self.is_deepspeed_enabled and self._decays_to_start(optimizer):
+            self.add_callback(DecayToStart())
+
+    def add_callback(self, callback: Any) -> None:
+        """As the parent trainer; a second `DecayToStart`, which would act twice, is left out."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        there = (isinstance(other, DecayToStart) for other in self.callback_handler.callbacks)
+        if not (issubclass(kind, DecayToStart) and any(there)):
+            super().add_callback(callback)
+
+    def _add_step_callbacks(self, asked: bool | None) -> bool:
+        """Add the callbacks that correct a step; return whether weight decay pulls to the start.
+
+        Raises:
+            UserError: an optimizer whose steps cannot be corrected.
+        """
+        self._asked_to_start = asked
+        to_start = self._decays_to_start(self.optimizer)
+        decay = [DecayToStart()] if to_start else []
+        for callback in (*decay, *self.method.callbacks(), KeepInNullBasis()):
+            self.add_callback(callback)
+        return to_start
+
+    def _decays_to_start(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Return whether the weight decay of an optimizer, or of the one to be made, pulls to the start.
+
+        Raises:
+            UserError: one whose steps cannot be corrected.
+        """
+        kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
+        name = optimizer_name(self.args, optimizer, kind)
+        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        if averages(name) and getattr(config, "variant", None) == "nb":
+            raise UserError(f"optim: {name} averages weights, and nb-lora's A would leave its basis; use adamw_torch")
+        return decays_to_start(self._asked_to_start, self.model, self.args, optimizer, deepspeed=deepspeed, kind=kind)
