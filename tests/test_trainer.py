@@ -282,6 +282,12 @@ def test_an_evaluation_that_would_round_the_model_is_refused(tmp_path):
         make(tmp_path, bf16_full_eval=True)
 
 
+@pytest.mark.parametrize("given", [{}, {"lr": 1e-3}])
+def test_a_rate_that_the_optimizers_options_lack_is_told(tmp_path, given, capsys):
+    make(tmp_path, LoraConfig(r=4), optimizer_class=(torch.optim.AdamW, given), max_steps=1).train()
+    assert ("learning_rate: 0.01 is not read by AdamW" in capsys.readouterr().err) == (not given)
+
+
 @pytest.mark.parametrize("whole", [[], ["lm_head"]])
 def test_what_trains_in_the_low_precision_of_the_base_is_told(tmp_path, whole, capsys):
     make(tmp_path, LoraNullConfig(r=4, modules_to_save=whole), model=tiny_model().bfloat16())

@@ -69,12 +69,16 @@ class OptimizerMixin(SavingMixin):
             self._check_own_optimizer(self.optimizer)
         if self.optimizer is not None or self.is_deepspeed_enabled:
             return
-        made = self.optimizer_cls_and_kwargs
-        if made is None and "layerwise" not in optimizer_name(
-            args, None, None
-        ):  # which is made with hooks on the model
-            made = self.get_optimizer_cls_and_kwargs(args, self.model)
-        check_decay_is_read(args, *made or (None, {}))
+        layerwise = "layerwise" in optimizer_name(args, None, None)  # which is made with hooks on the model
+        if (made := self.optimizer_cls_and_kwargs) is None:
+            made = (None, {}) if layerwise else self.get_optimizer_cls_and_kwargs(args, self.model)
+        kind, options = made
+        check_decay_is_read(args, kind, options)
+        if kind is not None and "lr" not in options:
+            logger.warning(
+                f"learning_rate: {args.learning_rate} is not read by {optimizer_name(args, None, kind)}, which takes its own; "
+                "give lr among the options of optimizer_cls_and_kwargs"
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent trainer; it is remembered as the trainer's own."""
