@@ -297,7 +297,11 @@ def test_what_trains_in_the_low_precision_of_the_base_is_told(tmp_path, whole, c
 
 @pytest.mark.parametrize(
     ("wrong", "error"),
-    [({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError), ({"optim": "galore_adamw"}, Exception)],
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError),
+        ({"optim": "galore_adamw"}, Exception),
+        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, UserError),
+    ],
 )
 def test_a_schedule_or_optimizer_that_cannot_be_is_found_before_the_initialization(
     tmp_path, monkeypatch, wrong, error

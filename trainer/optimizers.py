@@ -69,10 +69,14 @@ class OptimizerMixin(SavingMixin):
             self._check_own_optimizer(self.optimizer)
         if self.optimizer is not None or self.is_deepspeed_enabled:
             return
-        layerwise = "layerwise" in optimizer_name(args, None, None)  # which is made with hooks on the model
-        if (made := self.optimizer_cls_and_kwargs) is None:
-            made = (None, {}) if layerwise else self.get_optimizer_cls_and_kwargs(args, self.model)
-        kind, options = made
+        made, name = self.optimizer_cls_and_kwargs, optimizer_name(args, None, None)
+        if made is None and "layerwise" in name:  # making it puts hooks on the model
+            made = (None, {})
+            if args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
+                raise UserError(
+                    f"optim: {name} steps in each backward pass, so it takes one process and gradient_accumulation_steps=1"
+                )
+        kind, options = made or self.get_optimizer_cls_and_kwargs(args, self.model)
         check_decay_is_read(args, kind, options)
         if kind is not None and "lr" not in options:
             logger.warning(
