@@ -158,10 +158,12 @@ class Budget(BaseModel):
         if self.first_check is not None:
             first = f"{scale_of(self.unit) * self.first_check:.3g}"
             told += f"; these rows first gave {first}, so the strength was lowered once more"
+        # `export` scales what a run has saved, and knows of no training.
+        now, before = ("as saved", "where training ended") if self.steps else ("at this strength", "at strength 1")
         for name, change in self.learned.items() if how else ():
             scale, lost = scale_of(change.unit), _amount(change.lost, change.stderr, name, change.unit)
             told += f"; given up: {lost} of {metric_title(name)} "
-            told += f"({scale * change.kept:.3g} as saved, {scale * change.full:.3g} where training ended)"
+            told += f"({scale * change.kept:.3g} {now}, {scale * change.full:.3g} {before})"
         return told + ("" if self.kept else "; the budget is NOT kept")
 
 

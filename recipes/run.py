@@ -403,12 +403,16 @@ def _settings(job: Job) -> dict[str, Any]:
     batch = total_batch(training)
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
     texts = job.windows  # none where the start and the drift are those of method.init
+    budget = (
+        job.budget and f"at most {job.budget.section.at_most:g} of {job.budget.measure}, {job.budget.section.then}"
+    )
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
         "optimizer_steps": optimizer_steps(training, len(job.data.rows)),
         "weight_decay": training.weight_decay,
         "batch": batch,
+        "budget": budget,
         "max_length": training.max_length,
         "training_rows": len(job.data.rows),
         "rows_left_out": describe_bad_rows(job.data.bad) or None,

@@ -251,8 +251,9 @@ def test_refused_by_type(data, reason):
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_a_path_is_no_text(tmp_path, kind):
     (tmp_path / "texts.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="the path of a file; pass the rows"):
-        as_batches(kind(tmp_path / "texts.jsonl"), tiny_tokenizer(), CUT)
+    for path in (tmp_path / "texts.jsonl", tmp_path):
+        with pytest.raises(UserError, match="a path; pass the rows"):
+            as_batches(kind(path), tiny_tokenizer(), CUT)
 
 
 class Endless:

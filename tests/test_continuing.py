@@ -386,6 +386,16 @@ class TestWhatTrainsIsWhatIsKept:
             resumed.save_model(tmp_path / "saved")
             assert far(PeftModel.from_pretrained(tiny_model(), tmp_path / "saved"), resumed.model) < 1e-4
 
+    @pytest.mark.parametrize("kind", ["v1", "v2", "nb"])
+    def test_resumes_without_the_texts(self, kind, tmp_path):
+        whole = make(tmp_path / "whole", CONFIGS[kind](), save_strategy="steps", save_steps=3)
+        whole.train()
+        checkpoint = tmp_path / "whole" / "checkpoint-3"
+        resumed = make(tmp_path / "new", CONFIGS[kind](), calibration=None, init_folder=checkpoint / "init")
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+            assert torch.equal(a, b), name
+
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_the_best_is_loaded_whatever_trains(self, kind, tmp_path):
         options = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)

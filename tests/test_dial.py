@@ -73,11 +73,15 @@ def test_a_run_measures_the_strengths_of_its_recipe(world):
 
 def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "base_to_run", lambda *_: pytest.fail("the base was evaluated again"))
+    monkeypatch.setenv("COLUMNS", "40")
     method = world / "out" / "lora-null-v1"
     assert (
         main(["dial", str(method), "--strengths", "1,0.5,1.25", "--out", str(tmp_path), "--max-forgetting", "5"]) == 0
     )
     told, found, before = capsys.readouterr().out, points(tmp_path), points(method)
+    assert (
+        sum(line.startswith("Strength ") for line in told.splitlines()) > 1 and "…" not in told
+    )  # in as many tables as fit
     assert list(found) == [0.0, 0.5, 1.0, 1.25] and "strength 1.25 keeps" in told
     for strength, metrics in before.items():
         for name, metric in metrics.items():
@@ -230,7 +234,9 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     words = ["--out", str(tmp_path / "a"), "--max-forgetting", str(at_most), *files]
     assert main(["export", str(world / "elsewhere"), *words]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "rows that no probe used" in said and re.search(r"given up: \S+ ± \S+ nats per token of numbers NLL", said)
+    assert "rows that no probe used" in said
+    given_up = r"given up: \S+ ± \S+ nats per token of numbers NLL \(\S+ at this strength, \S+ at strength 1\)"
+    assert re.search(given_up, said) and "training ended" not in said
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
         assert 0.2 < float(file.metadata()["strength"]) < 0.8
     assert (

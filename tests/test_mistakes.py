@@ -126,7 +126,10 @@ CASES = [
     (["eval.task=[{answers: n, path: nowhere.jsonl}]"], "eval.task.path: no file or folder nowhere.jsonl"),
     (["data.path={0}/sets"], "sets holds 'train' in main and socratic; name one of these folders"),
     (["data.path={0}/sets", "data.subset=man"], "data.subset: no folder 'man' in {0}/sets (did you mean 'main'?)"),
-    (["data.path={0}/paragraphs.jsonl", "data.text=text"], "2 'text' is a list of several texts, not one text (rows 1, 2)"),
+    (
+        ["data.path={0}/paragraphs.jsonl", "data.text=text"],
+        "2 'text' is a list of several texts, not one text (rows 1, 2)",
+    ),
     (["training.save_strategy=best"], "training.save_strategy: 'best' has no rows to evaluate while it trains"),
     (
         ["training.dataloader_drop_last=true", "data.limit=1"],

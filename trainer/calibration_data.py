@@ -238,10 +238,10 @@ def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
         dataset = dataset["train" if "train" in splits else splits[0]]
     if isinstance(dataset, pandas.DataFrame):
         dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # None as it was written
-    if isinstance(dataset, str) and not _is_file(dataset):
+    if isinstance(dataset, str) and not _is_path(dataset):
         dataset = [dataset]
     if isinstance(dataset, str | Path | bytes | set | frozenset) or not isinstance(dataset, Iterable):
-        kind = "the path of a file" if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
+        kind = "a path" if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
         raise UserError(f"calibration: {kind}; pass the rows, such as datasets.load_dataset('json', data_files=PATH)")
     if isinstance(dataset, Mapping):
         return _columns(dataset), False
@@ -251,9 +251,9 @@ def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
         return dataset, True
 
 
-def _is_file(text: str) -> bool:
+def _is_path(text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return Path(text).exists()
     except (OSError, ValueError):  # too long for a path, or with a null character
         return False
 

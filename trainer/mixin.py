@@ -242,7 +242,10 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             check_rows_given(name, given.get(name))
         texts = start["calibration_dataset"] is not None
         if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
-            raise UserError("calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep")
+            raise UserError(
+                "calibration_dataset: LoRA-Null needs texts that carry the knowledge to keep; to resume without them, give "
+                "init_folder=CHECKPOINT/init"
+            )
         if self.learns_next_token and preflight != "off":
             check_model(model, args, preflight)
         if method is not None:

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
@@ -27,7 +26,8 @@ from lora_null.recipes.job import Job, evaluation_job
 from lora_null.recipes.measure import budget_measurement, differing_settings, evaluate_base, measure_strengths
 from lora_null.recipes.output import check_place
 from lora_null.recipes.processes import join_processes
-from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, read_dial, table_rows
+from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, dial_table, read_dial
+from lora_null.recipes.report.render import print_columns
 from lora_null.recipes.results import EVAL_FILE, MIN_ROWS
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
@@ -63,11 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = measure_strengths(job, source.method, model, out, arguments.strengths)
     if not is_first_process():
         return
-    head, *rows = table_rows(found)
-    table = Table(*head, show_edge=False, header_style="")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, emoji=False).print(table)  # names of files are no markup
+    print_columns(dial_table(found), "Strength", Console())
     print(dial_summary(found, arguments.max_forgetting))
     print(f"written: {out}")
 

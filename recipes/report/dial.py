@@ -11,7 +11,7 @@ from lora_null.eval_harness import Metric
 from lora_null.recipes.report.drawing import colors_of
 from lora_null.recipes.report.figures import dial_png, dial_svg
 from lora_null.recipes.report.headline import Measure, forgetting, learning
-from lora_null.recipes.report.table import build_table, escape_markdown
+from lora_null.recipes.report.table import Table, build_table, escape_markdown
 from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
@@ -117,12 +117,17 @@ def markdown(dial: Dial) -> str:
     return "\n".join([*lines, "", "![Learned against forgotten, one point a strength](dial.png)", ""])
 
 
+def dial_table(dial: Dial) -> Table:
+    """Return the metrics, a row for each strength."""
+    columns = [column for column in build_table(dial.results()).columns if column.group]
+    return Table([f"{point.strength:g}" for point in dial.points], columns)
+
+
 def table_rows(dial: Dial) -> list[list[str]]:
-    """Return the head and one row a strength, as text."""
-    table = build_table(dial.results())
-    columns = [column for column in table.columns if column.group]
-    head = ["Strength", *(column.heading for column in columns)]
-    return [head, *([f"{p.strength:g}", *(str(c.cells[i]) for c in columns)] for i, p in enumerate(dial.points))]
+    """Return the head and one row for each strength, as text."""
+    table = dial_table(dial)
+    head = ["Strength", *(column.heading for column in table.columns)]
+    return [head, *([label, *(str(c.cells[i]) for c in table.columns)] for i, label in enumerate(table.labels))]
 
 
 def dial_summary(dial: Dial, at_most: float | None = None) -> str:

@@ -104,12 +104,18 @@ def templates_in(*folders: Path, escape: bool = False) -> jinja2.Environment:
 
 
 def print_table(results: Results, console: Console | None = None, *, evaluations: Evaluations | None = None) -> None:
-    """Print the headline and the table; columns that do not fit the terminal go into further tables below."""
-    console, table = console or Console(), build_table(results)
+    """Print the headline and the table."""
+    console = console or Console()
     console.print(Text(_headline(results, evaluations or {}), style="bold"))
-    for columns in _fitting(table, console.width):
+    print_columns(build_table(results), "Method", console)
+
+
+def print_columns(table: Table, head: str, console: Console) -> None:
+    """Print a table under `head`, of its labels; columns that do not fit the terminal go into further tables below."""
+    width = table.label_width(head)
+    for columns in _fitting(table, console.width - width):
         drawn = RichTable(show_edge=False, pad_edge=False, header_style="")
-        drawn.add_column("Method", overflow="fold", min_width=_name_width(table), max_width=_name_width(table))
+        drawn.add_column(head, overflow="fold", min_width=width, max_width=width)
         for column in columns:
             drawn.add_column(Text(column.heading), justify="right", overflow="fold")
         for i, label in enumerate(table.labels):
@@ -133,13 +139,8 @@ def _one_setting(results: Results) -> bool:
     return not results.grid or len({row.variant for row in results.rows[1:]}) == 1
 
 
-def _name_width(table: Table) -> int:
-    return min(24, max(map(len, [*table.labels, "Method"])))
-
-
-def _fitting(table: Table, width: int) -> list[list[Column]]:
-    """The columns, split into as few runs as fit `width` beside the method's name."""
-    room = width - _name_width(table)
+def _fitting(table: Table, room: int) -> list[list[Column]]:
+    """The columns, split into as few runs as fit the room beside the labels."""
     runs: list[list[Column]] = [[]]
     left = room
     for column in table.columns:
@@ -195,6 +196,8 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
     """What the report of a run and that of a grid have in common; what only a run has is empty."""
     table, colors, labels = build_table(results), row_colors(results), results.labels()
     recipe, (paired_head, paired) = output_dir / RECIPE_FILE, _paired(results)
+    tests = len([pair for pair in results.paired or () if pair.p is not None])
+    compared = _one_setting(results) and bool(results.grid or tests)
     return EMPTY | {
         "results": results,
         "title": f"{results.recipe}: what was learned, what was forgotten",
@@ -205,16 +208,16 @@ def _shared(results: Results, evaluations: Evaluations, output_dir: Path) -> dic
         "variable": variable,
         "palette": palette(colors),
         "table": table,
-        "marked": _one_setting(results) or any(cell.mark for column in table.columns for cell in column.cells),
+        "marked": compared or any(cell.mark for column in table.columns for cell in column.cells),
         "few_seeds": any("†" in cell.error for column in table.columns for cell in column.cells),
-        "name_width": _name_width(table),
+        "name_width": table.label_width("Method"),
         "alt": plane_alt(results),
         "noise": _noise(results),
         "distances": [] if results.grid else distances(results),
         "reference": _references(results, labels),
         "paired": paired,
         "paired_head": paired_head,
-        "tests": len([pair for pair in results.paired or () if pair.p is not None]),
+        "tests": tests,
         "paper": paper_table(results),
         "command": results.environment.get("command"),
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,

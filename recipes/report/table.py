@@ -57,6 +57,10 @@ class Table:
     labels: list[str]
     columns: list[Column] = field(default_factory=list)
 
+    def label_width(self, head: str) -> int:
+        """Characters of a column of the labels under `head`, at most 24."""
+        return min(24, max(map(len, [*self.labels, head])))
+
     def groups(self) -> list[tuple[str, int]]:
         """Runs of neighboring columns with the same group, as (group, number of columns)."""
         return [(group, len(list(run))) for group, run in groupby(self.columns, key=lambda column: column.group)]

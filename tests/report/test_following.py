@@ -264,6 +264,8 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     for row in ("LoRA (a/run)", "PiSSA (a/run, not finished, at step 5)", "LoRA (b/run)"):
         assert f"| {row.replace('_', chr(92) + '_')} |" in page
     assert "**Not finished: a/run." in page and "Next:" not in page
+    html = (tmp_path / "page" / "report.html").read_text()
+    assert "(Holm)" not in page + html and "Bold" not in html  # as nothing was compared question by question
     (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
     assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
