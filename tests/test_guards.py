@@ -436,6 +436,16 @@ def test_a_constructor_that_hands_its_arguments_on(tmp_path):
         OwnTrainer(tiny_model(), SFTConfig(str(tmp_path), **options), peft_config=LoraNullConfig(r=4))
 
 
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_new_tokens_of_tied_embeddings_are_refused_where_trl_cannot_read_them(variant, tmp_path):
+    new = LoraNullConfig(r=4, target_modules=["q_proj"], variant=variant, trainable_token_indices=[5, 6])
+    with pytest.raises(UserError, match=r"trainable_token_indices: with tied embeddings .* ensure_weight_tying=True"):
+        make(tmp_path, new, model=tiny_model(tie_word_embeddings=True))
+    instead = dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    tied = LoraNullConfig(r=4, target_modules=["q_proj"], variant=variant, **instead)
+    make(tmp_path, tied, model=tiny_model(tie_word_embeddings=True), max_steps=1).train()
+
+
 def test_a_trainer_without_a_tokenizer(tmp_path):
     options = dict(max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
     arguments = TrainingArguments(str(tmp_path), **options)

@@ -75,7 +75,7 @@ from lora_null.trainer.preflight import (
 )
 from lora_null.trainer.reference import check_reference, check_reference_stays, has_reference
 from lora_null.trainer.training_watch import TrainingWatch
-from lora_null.trainer.trl_internals import arguments_by_name, let_copies_compute
+from lora_null.trainer.trl_internals import arguments_by_name, check_fused_head, let_copies_compute
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
 from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, processes_here, together
 from lora_null.utils.errors import UserError
@@ -275,6 +275,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             if isinstance(model, PreTrainedModel):
                 check_names(model, given.get("peft_config"))
             super().__init__(**given)
+        check_fused_head(self.model)
         for copied in filter(None, (self.model, getattr(self, "ref_model", None))):
             let_copies_compute(copied)
         for parameter, data in exact:  # which TRL rounds to bfloat16 on a quantized base

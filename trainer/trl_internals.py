@@ -8,9 +8,12 @@ import inspect
 from types import MethodType
 from typing import Any
 
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 
+from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, replaced
 
 
@@ -46,14 +49,31 @@ def loss_of_labeled_positions() -> contextlib.AbstractContextManager[None]:
     return replaced(trl_utils, "_use_triton", lambda device: device.type in ("cpu", "mps") or runs_triton(device))
 
 
+def check_fused_head(model: nn.Module) -> None:
+    """Raise a UserError where TRL's fused head would read weights of a head that has none: PEFT's of new tokens."""
+    base = base_model_of(model)
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    if _fused_forward(base) is not None and isinstance(head, TrainableTokensWrapper):
+        raise UserError(
+            "trainable_token_indices: with tied embeddings TRL's loss cannot read what trains of the head; give "
+            "modules_to_save=[the embedding] and ensure_weight_tying=True instead"
+        )
+
+
+def _fused_forward(base: nn.Module) -> Any:
+    """Return the function that TRL has put in a model's forward; None where it has put none."""
+    fused = getattr(vars(base).get("forward"), "__func__", None)
+    return fused if inspect.isfunction(fused) and "original_forward" in fused.__code__.co_freevars else None
+
+
 def let_copies_compute(model: nn.Module) -> None:
     """Let a copy of a model that TRL has given its fused head compute with its own weights.
 
     TRL's forward keeps the one that it replaces in a closure, bound to the model, which a copy would call too.
     """
     base = base_model_of(model)
-    fused = getattr(vars(base).get("forward"), "__func__", None)
-    if not inspect.isfunction(fused) or "original_forward" not in fused.__code__.co_freevars:  # not TRL's
+    fused = _fused_forward(base)
+    if fused is None:
         return
     original = dict(zip(fused.__code__.co_freevars, fused.__closure__ or ()))["original_forward"].cell_contents
     if getattr(original, "__self__", None) is not base:  # accelerate's hooks, which a copy takes along
