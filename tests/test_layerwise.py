@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tiny import random_batches, tiny_model
 from torch import nn
 
-from lora_null import LoraNullConfig, UserError, calibration, layerwise
+from lora_null import LoraNullConfig, UserError, layerwise
 from lora_null.calibration import measure_inputs
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
@@ -150,7 +150,7 @@ def test_a_model_on_the_cpu_is_compared_without_flash_attention():
 def test_a_few_rows_at_a_time_measure_the_same(monkeypatch):
     model, found = tiny_model().double().eval(), []
     for tokens in (1024, 30):
-        monkeypatch.setattr(calibration, "CPU_TOKENS", tokens)
+        monkeypatch.setattr("lora_null.batches.CPU_TOKENS", tokens)
         parts = [part for _, part in walk_layers(model, targets(model), BATCHES, progress=False)]
         found.append([stats for part in parts for stats in part.inputs])
     for one, other in zip(*found, strict=True):
@@ -227,7 +227,7 @@ def test_experts_are_named_not_measured_wrong():
 
 @pytest.mark.parametrize("tokens", [1024, 30])  # a batch whole, and two rows at a time
 def test_nan_is_named_by_module_batch_and_sample(monkeypatch, tokens):
-    monkeypatch.setattr(calibration, "CPU_TOKENS", tokens)
+    monkeypatch.setattr("lora_null.batches.CPU_TOKENS", tokens)
     model = tiny_model().eval()
     model.model.embed_tokens.weight.data[77] = float("nan")
     clean = [
