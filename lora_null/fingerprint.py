@@ -24,14 +24,8 @@ from lora_null.checkpoint_reader import Owned, WeightFiles, base_numbers, base_t
 from lora_null.layer import plain_name
 from lora_null.utils.distributed import all_gather, broadcast, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import (
-    base_model_of,
-    foreign_code_in,
-    foreign_functions,
-    home_of,
-    is_of_library,
-    own_code_at,
-)
+from lora_null.utils.model_state import base_model_of
+from lora_null.utils.own_code import foreign_code_in, foreign_functions, home_of, is_of_library, own_code_at
 from lora_null.utils.quantized import is_quantized, stored_statistics
 from lora_null.utils.sharding import is_sharded
 

@@ -13,7 +13,8 @@ from torch import nn
 from lora_null.config import ResidualLoraConfig
 from lora_null.layer import LoraNullLinear, adapted_layers, check_beside_residual, factors_of, residual_of
 from lora_null.utils.errors import UserError
-from lora_null.utils.model_state import own_code_at, replaced
+from lora_null.utils.model_state import replaced
+from lora_null.utils.own_code import own_code_at
 from lora_null.utils.quantized import is_quantized, why_unreadable
 
 

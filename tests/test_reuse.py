@@ -23,7 +23,7 @@ from lora_null import LoraNullConfig, UserError, store
 from lora_null.fingerprint import WORDS, fingerprint, fingerprint_of, initialization_key
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
-from lora_null.utils.model_state import own_code_at
+from lora_null.utils.own_code import own_code_at
 
 BATCHES = random_batches()
 CHANGES = {

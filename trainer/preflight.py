@@ -18,7 +18,8 @@ from lora_null.targets import check_no_experts, language_model_of, warn_about_fu
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import why_unsupported
-from lora_null.utils.model_state import is_of_library, start_that_rewrites
+from lora_null.utils.model_state import start_that_rewrites
+from lora_null.utils.own_code import is_of_library
 from lora_null.utils.quantized import why_unreadable
 
 logger = get_logger(__name__)
