@@ -15,7 +15,9 @@ from torch import nn
 from lora_null.calibration import Calibration, to_floats
 from lora_null.factors import projected_inputs
 from lora_null.layer import adapted_layers, factors_of, residual_of
+from lora_null.utils.distributed import device_of
 from lora_null.utils.errors import UserError
+from lora_null.utils.model_state import full_precision
 from lora_null.utils.quantized import weight_of
 from lora_null.utils.sharding import whole_parameters
 
@@ -85,12 +87,16 @@ class DriftMeter(_Meter):
         """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
-            with whole_parameters(layer.lora_A, layer.lora_B):
+            with whole_parameters(layer.lora_A, layer.lora_B), full_precision(device_of(layer.lora_A)):
                 found[name] = self._layer_drift(layer, self.probes[name])
         return dict(zip(found, to_floats(found.values())))
 
     def _layer_drift(self, layer: LoraLayer, probe: _Probe) -> torch.Tensor:
-        A, B = factors_of(layer, self.adapter_name)
+        # In 16 bits the rounding of the inputs alone would leave the null space as far as A's own does.
+        A, B = (
+            factor.to(torch.promote_types(factor.dtype, torch.float32))
+            for factor in factors_of(layer, self.adapter_name)
+        )
         self.inputs[probe.inputs] = self.inputs[probe.inputs].to(A.device)
         inputs = self.inputs[probe.inputs].to(A.dtype)
         moved = B @ (inputs if probe.projected else A @ inputs)
@@ -139,7 +145,7 @@ class WeightDriftMeter(_Meter):
     def begin(self) -> None:
         """Store W0 S. All ranks of a sharded model call it."""
         for name, layer in self.layers.items():
-            with whole_parameters(layer):
+            with whole_parameters(layer), full_precision(device_of(layer)):
                 self.starts[name] = _outputs(layer, self.sketches[name])
 
     @torch.no_grad()
@@ -147,7 +153,7 @@ class WeightDriftMeter(_Meter):
         """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
-            with whole_parameters(layer):
+            with whole_parameters(layer), full_precision(device_of(layer)):
                 moved = self._moved(name, layer)
             found[name] = self.scales[name] * torch.linalg.matrix_norm(moved)
         return dict(zip(found, to_floats(found.values())))

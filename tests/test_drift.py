@@ -7,9 +7,9 @@ from tiny import random_batches, tiny_model
 
 from lora_null import LoraNullConfig
 from lora_null.calibration import measure_inputs
-from lora_null.drift import DriftMeter
+from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.initialize import InitOptions, start_adapter
-from lora_null.layer import adapted_layers
+from lora_null.layer import adapted_layers, factors_of
 
 BATCHES = random_batches(count=20)
 CONFIGS = {
@@ -73,6 +73,37 @@ def test_the_sketch_is_unbiased_and_close(name, beside):
     ratios = [found[key] / exact_drift(adapted_layers(peft_model)[key], W[key], X[key]) for key in found]
     assert np.mean(np.square(ratios)) == pytest.approx(1, abs=0.15)
     assert all(0.6 < ratio < 1.5 for ratio in ratios)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sketch_is_not_rounded_to_16_bits(dtype, autocast):
+    """Near the null space of 8 distinct tokens, what rounding the sketch would add is as large as the drift."""
+    config = LoraNullConfig(r=4, variant="nb", null_multiple=2, target_modules=["q_proj"], layers_to_transform=[0])
+    peft_model = get_peft_model(tiny_model(), config)
+    (layer,) = adapted_layers(peft_model).values()
+    layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+    few = random_batches(count=20, vocab_size=12)
+    _, calibration = start_adapter(peft_model, few, InitOptions(progress=False, min_tokens=1))
+    meter = DriftMeter(peft_model, calibration)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    A, B = (factor.detach().double() for factor in factors_of(layer))
+    ((name, energy),) = calibration.output_energy.items()
+    expected = torch.linalg.matrix_norm(B @ (A @ calibration.input_of(name).sketch)) / energy**0.5
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert meter.measure()[name] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_whole_weights_are_measured_in_float32_under_autocast():
+    model = tiny_model()
+    layers = {"q": model.model.layers[0].self_attn.q_proj}
+    calibration = measure_inputs(model, layers, BATCHES, gram=False, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        meter = WeightDriftMeter(layers, calibration)
+        with torch.no_grad():
+            layers["q"].weight.mul_(1 + 1e-4)
+        sketch = torch.linalg.matrix_norm(layers["q"].weight.double() @ calibration.input_of("q").sketch).item()
+        assert meter.measure()["q"] == pytest.approx(1e-4 * sketch / calibration.output_energy["q"] ** 0.5, rel=1e-2)
 
 
 def test_v2_does_not_drift_where_the_null_space_is_exact():
