@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_null.eval_harness.probe import PREFIX
+from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.environment import free_memory
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process
@@ -79,14 +79,22 @@ class ReleaseMemory(TrainerCallback):
 
 
 class WriteLog(TrainerCallback):
-    """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats."""
+    """Write METHOD/train_log.jsonl, one line a logging step, each flushed; a resumed run drops the lines it repeats.
+
+    Attributes:
+        seconds: that the training's steps took, in all starts of the run, without probes and saves; known at the end.
+    """
 
     def __init__(self, path: Path, terms: tuple[str, ...]) -> None:
         self.path = path
         self.logged = LOGGED | {name: name for name in terms}  # of the loss, see `Method.terms`
-        self.seconds_before = 0.0
+        self.seconds = self.seconds_before = self.probing = 0.0
         self.tokens_before = 0
-        self.start = time.perf_counter()
+        self.start = self.saving = time.perf_counter()
+
+    def _until_now(self) -> float:
+        """Return the seconds of the training's steps and probes, without saves."""
+        return self.seconds_before + time.perf_counter() - self.start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -97,6 +105,7 @@ class WriteLog(TrainerCallback):
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:  # TRL counts tokens from zero in every process; the log goes on
             self.seconds_before = kept[-1]["seconds"]
+            self.probing = sum(line.get(SECONDS, 0.0) for line in kept)
             self.tokens_before = max(line.get("tokens", 0) for line in kept)
         self.start = time.perf_counter()
 
@@ -116,9 +125,18 @@ class WriteLog(TrainerCallback):
         line = {"step": state.global_step, **line}
         if "tokens" in line:
             line["tokens"] += self.tokens_before
-        line["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 3)
+        line["seconds"] = round(self._until_now(), 3)
+        self.probing += line.get(SECONDS, 0.0)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.saving = time.perf_counter()  # a save is logged right before
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        now = time.perf_counter()
+        self.start, self.saving = self.start + now - self.saving, now
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = self._until_now() - self.probing
 
 
 class Trackers:

@@ -92,7 +92,7 @@ def scale_of(unit: str | None) -> int:
 
 
 class Seconds(BaseModel):
-    """Wall-clock seconds of the three phases."""
+    """Wall-clock seconds of the start, of the training's steps (without probes and saves), and of the evaluation."""
 
     init: float | None = None
     train: float | None = None
@@ -574,7 +574,7 @@ class TrainLog(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens per second of training, without the time of probes; both counts continue in a resumed run."""
+        """Tokens per second of the training's steps, without probes and saves; both counts continue in a resumed run."""
         last = next((entry for entry in reversed(self.entries) if "tokens" in entry), {})
         before = (entry for entry in self.entries if entry["step"] <= last.get("step", 0))
         seconds = last.get("seconds", 0) - sum(entry.get("probe/seconds", 0) for entry in before)

@@ -7,7 +7,6 @@ import functools
 import math
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -159,9 +158,8 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     trainer = _make_trainer(job, plan, folder)
     probe = _add_probe(job, trainer, folder)
     trackers = Trackers(trainer)
-    start = time.perf_counter()
     checkpoint = on_first_rank(lambda: last_checkpoint(folder))
-    init_before, train_before = _spent_before(job, plan, checkpoint)
+    init_before = 0.0 if checkpoint is None else _init_before(job, plan, folder)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except (pickle.UnpicklingError, SafetensorError) as error:  # pickled code in a checkpoint is never run
@@ -170,7 +168,7 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
         raise UserError(
             f"{checkpoint}: cannot be read ({first_line(error)}); remove it and --resume takes the one before"
         ) from None
-    train = train_before + time.perf_counter() - start - trainer.init_seconds
+    train = next(c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, WriteLog))
     seconds = Seconds(init=init_before + trainer.init_seconds, train=train, eval=None)
     row = _save_and_evaluate(job, plan, trainer, probe, seconds)
     trackers.finish(base, row)
@@ -184,15 +182,10 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     return row
 
 
-def _spent_before(job: Job, plan: MethodPlan, checkpoint: Path | None) -> tuple[float, float]:
-    """Return the seconds of start and training before the checkpoint that a method goes on from; zeros without one."""
-    if checkpoint is None:
-        return 0.0, 0.0
-    folder, step = checkpoint.parent, int(checkpoint.name.rpartition("-")[2])
-    logged = [entry for entry in load_log(folder / LOG_FILE).entries if entry["step"] <= step]
+def _init_before(job: Job, plan: MethodPlan, folder: Path) -> float:
+    """Return the seconds of the initialization that a method has computed before it was killed; zero of a shared one."""
     own = plan.name not in job.shared_init and (folder / "init" / REPORT_FILE).is_file()
-    init = read_report(folder / "init").get("seconds", {}).get("all", 0.0) if own else 0.0
-    return init, max((entry.get("seconds", 0.0) for entry in logged), default=0.0)
+    return read_report(folder / "init").get("seconds", {}).get("all", 0.0) if own else 0.0
 
 
 def _save_and_evaluate(job: Job, plan: MethodPlan, trainer: AnyTrainer, probe: Probe | None, seconds: Seconds) -> Row:

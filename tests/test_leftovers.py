@@ -17,7 +17,7 @@ from trl import DPOConfig, SFTConfig
 from world import make_world
 
 from lora_null.__main__ import main as command
-from lora_null.recipes import environment, grid, output, run, training
+from lora_null.recipes import callbacks, environment, grid, output, run, training
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import dump, load_recipe, read_yaml
@@ -311,15 +311,30 @@ def test_the_command_that_goes_on_starts_as_many_processes_of_the_same_engine(tm
     assert goes_on == f"{launcher} {tmp_path}/recipe.yaml --resume"
 
 
-def test_seconds_before_a_checkpoint_count(tmp_path):
+def test_seconds_before_a_checkpoint_count(tmp_path, monkeypatch):
     job, plan = SimpleNamespace(shared_init={}), SimpleNamespace(name="lora")
-    assert run._spent_before(job, plan, None) == (0, 0)
+    assert run._init_before(job, plan, tmp_path) == 0
     (tmp_path / "init").mkdir()
     (tmp_path / "init" / "layers.json").write_text('{"key": "k", "seconds": {"all": 7.0}}')
-    (tmp_path / "train_log.jsonl").write_text("".join(f'{{"step": {i}, "seconds": {10 * i}}}\n' for i in (1, 2, 3)))
-    assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (7, 20)
+    assert run._init_before(job, plan, tmp_path) == 7
     job.shared_init["lora"] = tmp_path  # copied, not computed
-    assert run._spent_before(job, plan, tmp_path / "checkpoint-2") == (0, 20)
+    assert run._init_before(job, plan, tmp_path) == 0
+    path, clock = tmp_path / "train_log.jsonl", [100.0]
+    lines = [{"step": 1, "seconds": 10, "probe/seconds": 4}, {"step": 2, "seconds": 20}, {"step": 3, "seconds": 30}]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
+    log, state = callbacks.WriteLog(path, ()), SimpleNamespace(global_step=2, is_world_process_zero=True)
+    log.on_train_begin(None, state, None)
+    clock[0] += 5  # a step
+    state.global_step = 3
+    log.on_log(None, state, None, {"loss": 1.0})
+    clock[0] += 100  # a save
+    log.on_save(None, state, None)
+    clock[0] += 3
+    log.on_log(None, state, None, {"probe/x": 1.0, "probe/seconds": 3.0})
+    log.on_train_end(None, state, None)
+    assert log.seconds == 20 - 4 + 5
+    assert [json.loads(line)["seconds"] for line in path.read_text().splitlines()] == [10, 20, 25, 28]
 
 
 def test_resume_names_what_differs(finished, tmp_path, capsys):
