@@ -393,7 +393,9 @@ def _copy_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
 def _settings(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     training = training_arguments(recipe, job.folder)
-    batch = total_batch(training)
+    batch, rows = total_batch(training), len(job.data.rows)
+    own_rows = {name: recipe_method(recipe, name).rows_trained_on(rows) for name in recipe.method.name}
+    steps = {name: optimizer_steps(training, count) for name, count in own_rows.items() if count != rows}
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
     texts = job.windows  # none where the start and the drift are those of method.init
     budget = (
@@ -402,12 +404,13 @@ def _settings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
-        "optimizer_steps": optimizer_steps(training, len(job.data.rows)),
+        "optimizer_steps": optimizer_steps(training, rows),
+        **{f"optimizer_steps_of_{name}": count for name, count in steps.items() if training.max_steps <= 0},
         "weight_decay": training.weight_decay,
         "batch": batch,
         "budget": budget,
         "max_length": training.max_length,
-        "training_rows": len(job.data.rows),
+        "training_rows": rows,
         "rows_left_out": describe_bad_rows(job.data.bad) or None,
         "rows_cut": job.data.cut or None,
         "training_data": recipe.data.path,

@@ -20,6 +20,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.grid import Cell, grid_cells
 from lora_null.recipes.models.bases import attention, load_base
+from lora_null.recipes.run import _settings
 from lora_null.recipes.training import optimizer_steps, training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.errors import UserError
@@ -388,6 +389,16 @@ def test_packed_rows_take_fewer_steps_than_there_are_rows_for():
     assert optimizer_steps(training, 1000) is None
     training.max_steps = 3
     assert optimizer_steps(training, 1000) == 3
+
+
+def test_a_method_that_trains_on_more_rows_has_steps_of_its_own_among_the_settings():
+    words = ["training.num_train_epochs=1", "training.total_batch_size=8", "method.options={replay: {share: 0.5}}"]
+    data = SimpleNamespace(rows=[{}] * 80, bad=[], cut=0)
+    for limit, own in (([], 20), (["training.max_steps=7"], None)):
+        recipe = load_recipe("math", [*words, *limit], methods="lora,replay")
+        job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, windows=None, config=None, tasks=[])
+        found = _settings(job)
+        assert (found["optimizer_steps"], found.get("optimizer_steps_of_replay")) == (7 if limit else 10, own)
 
 
 def test_paths_mean_what_lies_beside_the_recipe(tmp_path, monkeypatch):

@@ -468,6 +468,7 @@ def test_replay_takes_texts_again_cuts_them_and_makes_epochs_longer(tmp_path):
     trainer = make(tmp_path, "replay", options={"share": 0.75}, max_length=12, max_steps=-1, num_train_epochs=1)
     trainer.train()
     assert len(trainer.train_dataset) == 192 and trainer.state.max_steps == 48  # 144 texts of 64
+    assert trainer.method.rows_trained_on(48) == 192
     assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 12
 
 

@@ -220,6 +220,10 @@ class Method:
             tensors: what `compute` returned, now or, on resuming, in an earlier process.
         """
 
+    def rows_trained_on(self, rows: int) -> int:
+        """Return how many rows `training_data` makes of so many."""
+        return rows
+
     def training_data(self, trainer: Trainer, windows: list[list[int]]) -> Any:
         """Return the prepared rows to train on, for a method that changes them; the trainer's own by default.
 

@@ -41,6 +41,9 @@ class Replay(Method):
     def costs(self) -> str:
         return f"{self.share:.0%} of the rows are calibration texts, so an epoch has {1 / (1 - self.share):.3g} times the steps"
 
+    def rows_trained_on(self, rows: int) -> int:
+        return rows + max(1, round(rows * self.share / (1 - self.share)))
+
     def training_data(self, trainer: Any, windows: list[list[int]]) -> Dataset:
         rows = trainer.train_dataset
         if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
@@ -49,7 +52,7 @@ class Replay(Method):
                 "method: replay mixes texts among tokenized rows (input_ids) of a datasets.Dataset, and the training "
                 f"data is a {type(rows).__name__}" + (f" of {', '.join(columns)}" if columns else "")
             )
-        count = max(1, round(len(rows) * self.share / (1 - self.share)))
+        count = self.rows_trained_on(len(rows)) - len(rows)
         drawn = random.Random(trainer.args.seed).sample(windows, len(windows))
         longest = getattr(trainer.args, "max_length", None)  # which Transformers' own arguments have not
         texts = [window[:longest] for window in islice(cycle(drawn), count)]
