@@ -203,10 +203,10 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
 
 
 def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
-    """Return the bytes that the grid may write: of every run, or, where no weights are kept, of the largest."""
+    """Return the bytes that the grid may write: of every run, or, where no weights are kept, of the largest at a time."""
     sizes = {plan.name: plan.written_bytes for plan in job.plans}
     runs = [sizes[name] for cell in cells for name in cell.methods]
-    return job.reference_bytes + (sum(runs) if recipe.grid.keep_weights else max(runs))
+    return job.reference_bytes + (sum(runs) if recipe.grid.keep_weights else sum(sorted(runs)[-processes.workers() :]))
 
 
 def check_grid(

@@ -30,7 +30,7 @@ from lora_null.recipes.comparisons import read_evaluations
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import GridSection
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
-from lora_null.recipes.grid import Cell, grid_cells, mean_row, starts_alike
+from lora_null.recipes.grid import Cell, grid_cells, mean_row, space_of_grid, starts_alike
 from lora_null.recipes.job import check_asked_alike
 from lora_null.recipes.processes import hold_grid_folder, work_alone
 from lora_null.recipes.report import render, write_report
@@ -209,6 +209,15 @@ def test_a_method_may_have_values_of_its_own(tmp_path, capsys):
         str(make_world(tmp_path, grid=raw)), methods="lora,full", sweeps=["training.learning_rate=5e-3"]
     )
     assert [cell.methods for cell in grid_cells(swept)] == [("lora", "full")]  # asked for on the command line
+
+
+def test_the_space_of_a_grid_without_weights_is_that_of_the_runs_at_a_time(monkeypatch):
+    recipe = load_recipe("quickstart", ["grid.keep_weights=false"], methods="lora,full", seeds="0,1,2")
+    plans = [SimpleNamespace(name=name, written_bytes=size) for name, size in (("lora", 5), ("full", 70))]
+    job = SimpleNamespace(plans=plans, reference_bytes=1)
+    for workers, size in (("1", 71), ("2", 141), ("9", 226)):
+        monkeypatch.setenv(WORKERS, workers)
+        assert space_of_grid(recipe, grid_cells(recipe), job) == size
 
 
 def test_only_what_starts_alike_shares_its_start():
@@ -739,7 +748,7 @@ def test_lora_that_learned_nothing_is_not_said_to_be_missing():
     assert "LoRA did not learn more than the base knew (t NLL), so there is no equal learning" in said
     seeds = [[(1.5, 0.1)], [(2.1, 0.1)]]
     assert "LoRA did not with every seed learn more" in grid_headline(made({"lora": seeds}), {})
-    assert "needs LoRA among them" in grid_headline(made({"mine": seeds}), {})
+    assert "needs LoRA among the runs" in grid_headline(made({"mine": seeds}), {})
 
 
 def test_a_diverged_run_leaves_its_frontier_shorter():
