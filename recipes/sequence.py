@@ -121,7 +121,15 @@ def check_stages(recipe: Recipe, jobs: Sequence[Job]) -> None:
             task, or that nothing follows.
     """
     section = recipe.sequence
-    weighted = section.knowledge != 1 or any(weight not in (0, 1) for weight in section.weights(len(jobs) - 1))
+    weights = section.weights(len(jobs) - 1)
+    weighted = section.knowledge != 1 or any(weight not in (0, 1) for weight in weights)
+    of_grams = [_uses_grams(recipe, plan.name) for plan in jobs[0].plans]
+    of_texts = [recipe_method(recipe, plan.name).rereads_texts for plan in jobs[0].plans]
+    given = {"sketch": section.sketch is not None, "knowledge": section.knowledge != 1, "earlier": set(weights) != {1}}
+    idle = next((key for key, is_given in given.items() if is_given), None)
+    if idle and not any(of_grams) and (idle == "sketch" or not any(of_texts)) and is_first_process():
+        names = ", ".join(plan.name for plan in jobs[0].plans)
+        logger.warning(f"sequence.{idle}: changes nothing for {names}; methods that start from Gram matrices read it")
     for plan in jobs[0].plans:
         method = recipe_method(recipe, plan.name)
         if weighted and method.rereads_texts:

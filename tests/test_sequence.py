@@ -459,12 +459,16 @@ def test_words_hold_for_tasks_that_say_otherwise(tmp_path):
     assert [(r.data.limit, r.data.prompt, r.data.text, r.trainer) for r in (one, two)] == [(5, "p", None, "dpo")] * 2
 
 
-def test_a_weight_of_zero_leaves_out_the_texts_too(finished, tmp_path):
+def test_a_weight_of_zero_leaves_out_the_texts_too(finished, tmp_path, caplog):
     recipe = join_recipes([load_recipe(path, methods="replay,keeplora,lora") for path in recipes_in(finished)])
     jobs = [check_run(stage) for stage in stage_recipes(recipe)]
     for weight in (0.0, 1.0):
         recipe.sequence.earlier = weight
         check_stages(recipe, jobs)
+    assert "changes nothing" not in caplog.text  # these read the texts again, and keep no Gram
+    recipe.sequence.sketch = 4
+    check_stages(recipe, jobs)
+    assert "sequence.sketch: changes nothing for replay, keeplora, lora" in caplog.text
     recipe.sequence.earlier = 0.5
     with pytest.raises(
         UserError, match="replay reads texts, the knowledge's and those of earlier tasks with a weight of"
