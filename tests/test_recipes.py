@@ -18,6 +18,7 @@ from lora_null.recipes.config.load import dump, load_recipe, merge, presets, rea
 from lora_null.recipes.config.parsed_sources import method_options
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.config.stages import stage_recipes
+from lora_null.recipes.data.calibration import Windows
 from lora_null.recipes.grid import Cell, grid_cells
 from lora_null.recipes.models.bases import attention, load_base
 from lora_null.recipes.run import _settings
@@ -396,8 +397,12 @@ def test_a_method_that_trains_on_more_rows_has_steps_of_its_own_among_the_settin
     data = SimpleNamespace(rows=[{}] * 80, bad=[], cut=0)
     for limit, own in (([], 20), (["training.max_steps=7"], None)):
         recipe = load_recipe("math", [*words, *limit], methods="lora,replay")
-        job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, windows=None, config=None, tasks=[])
+        job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, config=None, tasks=[])
+        job.windows, job.sources = Windows([[1, 2]], ["x"]), [SimpleNamespace(texts=None)]
         found = _settings(job)
+        assert (
+            found["calibration_mode"] == "separate" != recipe.calibration.mode
+        )  # what the model writes is not packed
         assert (found["optimizer_steps"], found.get("optimizer_steps_of_replay")) == (7 if limit else 10, own)
 
 
