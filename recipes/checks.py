@@ -264,10 +264,20 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
 
 
 def check_judge(recipe: Recipe, tasks: Sequence[Task]) -> None:
-    """Ask the judge's endpoint once whether it is there and knows the key and the model; no grade is asked for."""
-    asked = (*recipe.eval.retention, *recipe.eval.task)
-    if recipe.eval.judge is not None and not any(isinstance(entry, MTBenchEntry) for entry in asked):
+    """Ask the judge's endpoint once whether it is there and knows the key and the model; no grade is asked for.
+
+    Keys of `eval` that none of its entries reads are named.
+    """
+    section, probe = recipe.eval, recipe.eval.probe
+    probed = (
+        [entry for own in (probe.retention, probe.task) if isinstance(own, list) for entry in own] if probe else []
+    )
+    asked = {type(entry) for entry in (*section.retention, *section.task, *probed)}
+    if section.judge is not None and MTBenchEntry not in asked:
         logger.warning("eval.judge: has nothing to grade, since no evaluation is MT-Bench")
+    for key in ("backend", "include_path", "code"):
+        if getattr(section, key) != type(section).model_fields[key].default and LmEvalEntry not in asked:
+            logger.warning(f"eval.{key}: changes nothing, since no evaluation is a task of lm-eval")
     for judge in {task.judge for task in tasks if isinstance(task, MTBenchTask) and task.judge is not None}:
         judge.check_endpoint()
 

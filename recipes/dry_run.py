@@ -90,7 +90,9 @@ def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows:
         stored = f"linears in {recipe.model.quantization}, computed in {stored}"
     console.print(f"model       {recipe.model.name_or_path}, {size / 1e6:,.0f}M parameters, {stored}")
     _print_training(console, recipe, training, rows)
-    cut = "joined and cut" if recipe.calibration.mode == "packed" else "each alone"
+    cut = " or ".join(
+        {"packed": "joined and cut", "separate": "each alone"}[mode] for mode in recipe.calibration.modes
+    )
     console.print(
         f"calibrate   {recipe.calibration.title}, {_windows_of(recipe, job)} of at most {recipe.calibration.max_length} "
         f"tokens, {cut}"

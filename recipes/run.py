@@ -397,9 +397,6 @@ def _settings(job: Job) -> dict[str, Any]:
     own_rows = {name: recipe_method(recipe, name).rows_trained_on(rows) for name in recipe.method.name}
     steps = {name: optimizer_steps(training, count) for name, count in own_rows.items() if count != rows}
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
-    modes = {
-        recipe.calibration.mode if source.texts else "separate" for source in job.sources
-    }  # what the model writes
     texts = job.windows  # none where the start and the drift are those of method.init
     budget = (
         job.budget and f"at most {job.budget.section.at_most:g} of {job.budget.measure}, {job.budget.section.then}"
@@ -424,7 +421,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "calibration_data": "; ".join(texts.covered) if texts else f"that of {recipe.method.init}",
         "calibration_windows": len(texts.ids) if texts else None,
         "calibration_tokens": sum(map(len, texts.ids)) if texts else None,
-        "calibration_mode": ", ".join(sorted(modes)) if texts else None,
+        "calibration_mode": ", ".join(recipe.calibration.modes) if texts else None,
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,

@@ -394,11 +394,12 @@ def test_packed_rows_take_fewer_steps_than_there_are_rows_for():
 
 def test_a_method_that_trains_on_more_rows_has_steps_of_its_own_among_the_settings():
     words = ["training.num_train_epochs=1", "training.total_batch_size=8", "method.options={replay: {share: 0.5}}"]
+    words.append("calibration=self")
     data = SimpleNamespace(rows=[{}] * 80, bad=[], cut=0)
     for limit, own in (([], 20), (["training.max_steps=7"], None)):
         recipe = load_recipe("math", [*words, *limit], methods="lora,replay")
         job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, config=None, tasks=[])
-        job.windows, job.sources = Windows([[1, 2]], ["x"]), [SimpleNamespace(texts=None)]
+        job.windows = Windows([[1, 2]], ["x"])
         found = _settings(job)
         assert (
             found["calibration_mode"] == "separate" != recipe.calibration.mode

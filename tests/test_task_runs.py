@@ -305,9 +305,12 @@ def test_a_judge_without_a_key(tmp_path, capsys, monkeypatch):
 
 
 def test_a_judge_with_nothing_to_grade_is_said(tmp_path, capsys):
-    command = [str(world(tmp_path)), "--dry-run", "eval.judge.model=gpt-4"]
-    assert main(command) == 0
-    assert "eval.judge: has nothing to grade, since no evaluation is MT-Bench" in capsys.readouterr().err
+    command = [str(world(tmp_path)), "--dry-run", "eval.judge.model=gpt-4", f"eval.include_path={tmp_path}"]
+    assert main([*command, "calibration={self: bos, mode: packed}"]) == 0
+    out, said = capsys.readouterr()
+    assert "eval.judge: has nothing to grade, since no evaluation is MT-Bench" in said
+    assert "eval.include_path: changes nothing, since no evaluation is a task of lm-eval" in said
+    assert "tokens, each alone" in out  # what the model writes is not packed
 
 
 def test_what_is_counted_from_a_base_that_is_not_measured(tmp_path, capsys):

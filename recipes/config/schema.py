@@ -445,6 +445,11 @@ class CalibrationSection(CalibrationSource):
         return self.sources or [WeightedSource(**one)]
 
     @property
+    def modes(self) -> list[str]:
+        """How the windows are cut: what the model writes is never packed."""
+        return sorted({"separate" if source.source == "self" else self.mode for source in self.each})
+
+    @property
     def title(self) -> str:
         """What it is, in a few words."""
         return ", ".join(source.title for source in self.sources) or super().title
