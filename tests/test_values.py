@@ -150,7 +150,7 @@ class TestFilesAsTheyWereWritten:
 
     @pytest.mark.parametrize(
         "cell",
-        ['{"name": "f", "arguments": {}}', '[{"name": "f"}]', "[1, 2]", "[True, None]", "{'a', 'b'}", "[('a', 'b')]", "[x]"],
+        ['{"name": "f", "arguments": {}}', '[{"name": "f"}]', "[1, 2]", "[True, None]", "{'a', 'b'}", "[('a', 'b')]", "[x]", r"['\d']"],
     )  # fmt: skip
     def test_a_column_that_may_well_be_texts(self, tmp_path, cell):
         for cells in ([cell, cell], ["['a']", "b"]):
