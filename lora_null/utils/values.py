@@ -159,7 +159,7 @@ def _from_print(text: str) -> Any:
     """Return the list or dict of which a text is what Python, NumPy or pandas prints; the text where it cannot be read."""
     plain = ARRAYS.sub(lambda it: (it[1] or it[3] or "") + ("," if it[2] or it[4] else ""), text.strip())
     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
-        warnings.simplefilter("error", SyntaxWarning)  # an escape that Python never prints
+        warnings.simplefilter("error")  # of an escape that Python never prints
         return ast.literal_eval(plain)
     return text
 
