@@ -21,7 +21,6 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
-from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import as_conversation, as_written, is_conversation, is_written
 
@@ -126,19 +125,15 @@ def _without_filler(value: Any) -> Any:
     return [_without_filler(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _csv_column(name: str, cells: Sequence[str]) -> Sequence[Any]:
+def _csv_column(cells: Sequence[str]) -> Sequence[Any]:
     """Return the values of a column: integers, lists and dicts where all its cells are, and conversations; else texts."""
     if all(map(_is_integer, cells)):
         return [int(cell) for cell in cells]
-    given = [cell for cell in cells if cell.strip()]
-    found = {cell: as_written(cell) for cell in given} if all(map(is_written, given)) else {}
-    if not found or any(found[cell] is cell for cell in found):
-        return [as_conversation(cell) if is_conversation(cell) else cell for cell in cells]
-    if any(isinstance(value, list) and isinstance(value[0], str) for value in found.values() if value):
-        print_once(
-            f"the column {name!r} holds lists written as text, read as lists; of several answers the first is meant"
-        )
-    return [found.get(cell, cell) for cell in cells]
+    if all(is_written(cell) for cell in cells if cell.strip()):
+        found = [as_written(cell) if cell.strip() else cell for cell in cells]
+        if not any(value is cell for value, cell in zip(found, cells) if cell.strip()):
+            return found
+    return [as_conversation(cell) if is_conversation(cell) else cell for cell in cells]
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
@@ -157,7 +152,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     if not cells:
         raise ValueError("a header and no rows")
     complete = [row for row in cells if len(row) == len(names)]
-    columns = [_csv_column(name, column) for name, column in zip(names, zip(*complete))]
+    columns = [_csv_column(column) for column in zip(*complete)]
     rows = (dict(zip(names, values)) for values in zip(*columns))
     return [next(rows) if len(row) == len(names) else f"{len(row)} cells under {len(names)} columns" for row in cells]
 

@@ -21,10 +21,10 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, DataSection
 from lora_null.recipes.data.calibration import calibration_sources
 from lora_null.recipes.data.examples import training_data
-from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.data.rows import field_text, load_documents
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import as_text
+from lora_null.utils.values import as_text, is_conversation
 
 TEXTS = [
     ("text", "text"),
@@ -49,6 +49,16 @@ ANSWERS = [
     ({"text": np.array(["it"], dtype=object), "answer_start": np.array([0])}, "it"),
     ({"value": "it", "aliases": ["It"]}, "it"),
 ]
+ANSWERS_IN_PYTHON = [
+    "[{'name': 'Ann', 'role': 'manager'}]",
+    "[{'city': 'Paris', 'from': '10:00', 'value': 3}]",
+    "{'from': 'USD', 'to': 'EUR', 'value': 10}",
+    "[{'type': 'text', 'name': 'email'}]",
+    "[{'type': 'context'}]",
+    "{'role': 'admin'}\nprint({'value': 1})",
+    "{'role': 'admin', 'value': 1}",
+    "{'name': 'f'}",
+]
 NO_TEXT = [
     (True, "is a bool"),
     (np.bool_(True), "is a bool"),
@@ -67,10 +77,16 @@ NO_TEXT = [
     ({"a"}, "is a set"),
     ("{'text': array(['k0'], dtype=object), 'answer_start': array([0])}", "is answers as Python prints them"),
     ("{'role': 'assistant', 'content': 'a0'}", "is messages as Python prints them"),
+    ("{'value': 'a', 'aliases': ['a']}", "is answers as Python prints them"),
     ("{'messages': [{'role': 'user'}]}", "is messages as Python prints them"),
     (["[{'weight': 1, 'role': 'user', 'content': 'a'}]"], "holds messages as Python prints them"),
     ("[{'type': 'text', 'text': 'q0'}]", "is messages as Python prints them"),
 ]
+
+
+@pytest.mark.parametrize("text", ANSWERS_IN_PYTHON)
+def test_what_python_prints_may_well_be_an_answer(text):
+    assert as_text(text) == as_text(text, answer=True) == text and not is_conversation(text)
 
 
 @pytest.mark.parametrize("value, text", TEXTS, ids=lambda value: repr(value)[:20])
@@ -144,18 +160,22 @@ class TestFilesAsTheyWereWritten:
         written = {"pandas": str, "JSON": json.dumps, "NumPy": lambda value: str(as_arrays(value))}[how](value)
         pd.DataFrame({"q": ["[x", "y", "z"], "a": [written, "", written]}).to_csv(tmp_path / "a.csv", index=False)
         rows = read_documents([tmp_path / "a.csv"], "x").rows
+        if isinstance(value[0] if isinstance(value, list) else None, str):
+            assert [as_text(row["a"]) for row in rows] == [written, "", written]
+            assert field_text(rows[2], "a", answer=True) == value[0]
+            assert "'a' holds lists written as text; the first" in capsys.readouterr().out
+            rows = [{**row, "a": getattr(row["a"], "items", "")} for row in rows]
         assert rows == [{"q": "[x", "a": value}, {"q": "y", "a": ""}, {"q": "z", "a": value}]
-        told = "the column 'a' holds lists written as text" in capsys.readouterr().out
-        assert told == (isinstance(value, list) and isinstance(value[0], str))
 
     @pytest.mark.parametrize(
         "cell",
-        ['{"name": "f", "arguments": {}}', '[{"name": "f"}]', "[1, 2]", "[True, None]", "{'a', 'b'}", "[('a', 'b')]", "[x]", r"['\d']"],
+        ['{"name": "f", "arguments": {}}', "{'name': 'f'}", '[{"name": "f"}]', "[1, 2]", "[True, None]", "{'a', 'b'}", "[('a', 'b')]", "[x]", r"['\d']"],
     )  # fmt: skip
     def test_a_column_that_may_well_be_texts(self, tmp_path, cell):
-        for cells in ([cell, cell], ["['a']", "b"]):
-            pd.DataFrame({"q": ["x", "y"], "a": cells}).to_csv(tmp_path / "a.csv", index=False)
-            assert [row["a"] for row in read_documents([tmp_path / "a.csv"], "x").rows] == cells
+        for cells in ([cell, cell], ["['a']", "b", "b"], ["['a']", cell, cell]):
+            pd.DataFrame({"q": "x", "a": cells}).to_csv(tmp_path / "a.csv", index=False)
+            found = [row["a"] for row in read_documents([tmp_path / "a.csv"], "x").rows]
+            assert found == cells == [as_text(value, answer=True) for value in found]
 
     def test_two_columns_of_one_name_in_a_parquet(self, tmp_path):
         table = pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 2, names=["a", "a"])

@@ -44,18 +44,25 @@ STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 ARRAYS = re.compile(
     rf"({STRING})(\s+(?=['\"]))?|(\}})(\s+(?=\{{))|\barray\((?=\[)|(?<=\])(?:,\s*dtype=\w+)?\)", re.DOTALL
 )
-# The beginning of messages, their parts or SQuAD's answers, as Python prints them.
-PRINTED = re.compile(
-    r"\s*(\[\s*\{'(role|from|content|value)'\s*:|\[\s*\{[^{}\[\]]*'(role|from)'\s*:|\[\s*\{'type'\s*:\s*'\w*text'"
-    r"|\{'messages'\s*:\s*\[|\{'(role|from)'\s*:.*'(content|value)'\s*:|\{'text'\s*:.*'answer_start'\s*:)",
-    re.DOTALL,
-)
+PRINTED = re.compile(r"\s*(?:\[\s*)?\{\s*'")  # a dict, or a list that begins with one, as Python prints it
+PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{'(role|from|content|value)'\s*:")  # even where they cannot be read
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
 Message = dict[str, Any]
 
 
 class EmptyValue(ValueError):
     """A field of a row that is there and holds nothing."""
+
+
+class TextOfList(str):
+    """A cell of a csv that is written as a list of texts: itself where a text is meant, one of them where an answer is."""
+
+    items: list[str]
+
+    def __new__(cls, text: str, items: list[str]) -> TextOfList:
+        self = super().__new__(cls, text)
+        self.items = items
+        return self
 
 
 def as_text(value: Any, *, answer: bool = False) -> str:
@@ -68,7 +75,7 @@ def as_text(value: Any, *, answer: bool = False) -> str:
     Raises:
         ValueError: why it is no text, to be put behind the field's name: "is a dict, not text".
     """
-    value = _plain(value)
+    value = value.items if answer and isinstance(value, TextOfList) else _plain(value)
     if answer and isinstance(value, Mapping):
         value = _plain(next((value[key] for key in ("text", "value") if key in value), value))
     if isinstance(value, list | tuple):
@@ -87,8 +94,8 @@ def _plain(value: Any) -> Any:
 
 def _scalar(value: Any, verb: str) -> str:
     value = _plain(value)
-    if isinstance(value, str) and PRINTED.match(value):
-        what = "answers" if "'answer_start'" in value else "messages"
+    if isinstance(value, str) and (PRINTED_MESSAGES.match(value) or _from_print(value) is not value):
+        what = "answers" if "'answer_start'" in value or "'aliases'" in value else "messages"
         raise ValueError(f"{verb}{what} as Python prints them, not text; write them as JSON")
     if value is None or isinstance(value, str):
         return value or ""
@@ -127,7 +134,9 @@ def as_conversation(value: Any) -> Any:
     if not isinstance(value, str) or not is_written(value):
         return value
     found = _from_json(value)
-    return _from_print(value) if found is value and PRINTED.match(value) else found
+    if found is value:
+        return _literal(value) if PRINTED_MESSAGES.match(value) else _from_print(value)
+    return found
 
 
 def is_written(text: str) -> bool:
@@ -136,27 +145,46 @@ def is_written(text: str) -> bool:
 
 
 def as_written(text: str) -> Any:
-    """Return the list or dict that a cell of a csv stands for, or the text itself where that is meant, as far as one can tell.
+    """Return the list or dict that a cell of a csv stands for, in JSON or as Python or NumPy prints it; else the text itself.
 
-    A list of strings is one, and so are dicts that Python or NumPy has printed, alone or in a list. Dicts in JSON are a text
-    (which may well be an answer), but for messages, their parts, and SQuAD's and TriviaQA's dicts of accepted answers.
+    These are lists of texts, messages, their parts, and SQuAD's and TriviaQA's dicts of accepted answers. Any other dict may
+    well be an answer, and a list of numbers too.
     """
     found = _from_json(text)
-    printed = found is text
-    found = _from_print(text) if printed else found
+    found = _literal(text) if found is text else found
     if isinstance(found, list) and all(isinstance(item, str) for item in found):
-        return found
-    first = found[0] if isinstance(found, list) else found
-    if not isinstance(first, Mapping):
-        return text
-    says = {"role", "from"} & first.keys() and {"content", "value", "tool_calls"} & first.keys()
-    accepted = isinstance(found, Mapping) and any(keys <= found.keys() for keys in ANSWERS)
-    is_part = isinstance(found, list) and first.get("type") in TEXT_PARTS
-    return found if printed or says or accepted or is_part or is_conversation(found) else text
+        return TextOfList(text, found)
+    return found if _is_meant(found) or is_conversation(text) else text
 
 
 def _from_print(text: str) -> Any:
-    """Return the list or dict of which a text is what Python, NumPy or pandas prints; the text where it cannot be read."""
+    """Return the messages, parts or accepted answers of which a text is what Python or NumPy prints; else the text itself."""
+    found = _literal(text) if PRINTED.match(text) else text
+    return found if _is_meant(found) else text
+
+
+def _is_meant(value: Any) -> bool:
+    """Whether a list or dict is one of messages, of their parts, or of accepted answers."""
+    if isinstance(value, Mapping) and (
+        isinstance(messages_in(value), list) or any(k <= value.keys() for k in ANSWERS)
+    ):
+        return True
+    found = value if isinstance(value, list) else [value]
+    return bool(found) and (all(map(_is_message, found)) or all(map(_is_part, found)))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not {"content", "value", "tool_calls", "function_call"} & value.keys():
+        return False
+    return str(value.get("role", value.get("from"))).lower() in (*KNOWN, *CALLS)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type") in TEXT_PARTS and "text" in value
+
+
+def _literal(text: str) -> Any:
+    """Return what a text is that Python, NumPy or pandas prints; the text where it cannot be read."""
     plain = ARRAYS.sub(lambda it: (it[1] or it[3] or "") + ("," if it[2] or it[4] else ""), text.strip())
     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
         warnings.simplefilter("error")  # of an escape that Python never prints

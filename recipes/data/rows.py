@@ -16,7 +16,7 @@ from lora_null.recipes.config.run_folder import files_below
 from lora_null.recipes.data.templates import fill, split_fields
 from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, hub_error, nearest
-from lora_null.utils.values import as_text
+from lora_null.utils.values import TextOfList, as_text
 
 # Files that describe a data set, and pictures, which are skipped.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
@@ -172,8 +172,11 @@ class RowText:
 
 def field_text(row: Mapping[str, Any], field: str, *, answer: bool = False) -> str:
     """Return the text of a field, see `as_text`; raise a ValueError that names it where it is no text."""
+    value = row.get(field)
+    if answer and isinstance(value, TextOfList):
+        print_once(f"{field!r} holds lists written as text; the first text of each is taken for the answer")
     try:
-        return as_text(row.get(field), answer=answer)
+        return as_text(value, answer=answer)
     except ValueError as error:
         raise ValueError(f"{field!r} {error}") from None
 
