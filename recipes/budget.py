@@ -380,7 +380,7 @@ def _given_up(measured: Measurement, before: Evaluation, after: Evaluation) -> d
     return found
 
 
-def require_strength(name: str, config: Any) -> None:
+def check_strength(name: str, config: Any) -> None:
     """Refuse a method whose result has no strength: whole weights, or an adapter that is no plain LoRA.
 
     Raises:

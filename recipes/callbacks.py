@@ -100,6 +100,7 @@ class WriteLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = []
+        self.seconds_before, self.probing, self.tokens_before = 0.0, 0.0, 0  # a smaller batch begins anew
         if state.global_step:
             kept = [line for line in load_log(self.path).entries if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -263,7 +263,7 @@ def reference_bytes(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, l
     return size
 
 
-def check_judge(recipe: Recipe, tasks: Sequence[Task]) -> None:
+def check_evaluation(recipe: Recipe, tasks: Sequence[Task]) -> None:
     """Ask the judge's endpoint once whether it is there and knows the key and the model; no grade is asked for.
 
     Keys of `eval` that none of its entries reads are named.

@@ -75,6 +75,7 @@ STEPS_ONLY = {
     )
 }  # fmt: skip
 # Keys of which any valid value trains: no rehearsal for them.
+OF_ROWS = {f"training.{key}" for key in ("max_length", "truncation_mode", "packing", "packing_strategy")}
 NUMBERS = STEPS_ONLY - {"training.lr_scheduler_type"}
 
 
@@ -123,7 +124,7 @@ def written_otherwise(recipe: Recipe) -> dict[str, Recipe]:
     """Return the runs of a grid that may write the rows in different ways, one of each, by the settings that do so."""
     found: dict[str, Recipe] = {}
     for cell in grid_cells(recipe):
-        of_rows = {k: v for k, v in cell.point if k.startswith(("data.", "training.")) and k not in STEPS_ONLY}
+        of_rows = {k: v for k, v in cell.point if k.startswith(("data.", "model.")) or k in OF_ROWS}
         found.setdefault(settings_text(of_rows), cell.recipe(recipe, Path(recipe.output_dir)))
     return found
 
@@ -277,7 +278,10 @@ def _finished(root: Path, cells: Sequence[Cell]) -> dict[tuple[Cell, str], Row]:
 
 
 def _progress(done: Mapping[tuple[Cell, str], Row], cells: Sequence[Cell], cell: Cell, row: Row, spent: float) -> str:
-    """Return the line of a method just done: where the grid stands, what came out, the time left by what took how long."""
+    """Return the line of a method just done: where the grid stands, what came out, the time left by what took how long.
+
+    Of probes, saves and loading, which no row's seconds hold, the others are taken to have as large a share as this one.
+    """
     seconds: dict[str, list[float]] = {}
     for (_, name), other in done.items():
         seconds.setdefault(name, []).append(sum(value for _, value in other.seconds if value))
@@ -285,10 +289,11 @@ def _progress(done: Mapping[tuple[Cell, str], Row], cells: Sequence[Cell], cell:
     planned = [(other, name) for other in cells for name in other.methods]
     waiting = [statistics.mean(seconds.get(name, every)) for other, name in planned if (other, name) not in done]
     metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
+    beside = max(1.0, spent / (sum(value for _, value in row.seconds if value) or spent))
     outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
     return (
         f"[{len(done)}/{len(planned)}] {row.method}, {cell.title}: {outcome}; {time_text(spent)}, "
-        f"about {time_text(sum(waiting) / processes.workers())} left"
+        f"about {time_text(beside * sum(waiting) / processes.workers())} left"
     )
 
 

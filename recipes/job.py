@@ -19,11 +19,11 @@ from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
 from lora_null.earlier import Earlier
 from lora_null.eval_harness import PreferenceTask, Task, validate_tasks
 from lora_null.recipes import caches
-from lora_null.recipes.budget import BudgetPlan, plan_budget, require_strength
+from lora_null.recipes.budget import BudgetPlan, check_strength, plan_budget
 from lora_null.recipes.checks import (
     check_answers_end,
     check_engines,
-    check_judge,
+    check_evaluation,
     check_last_batch,
     check_packages,
     check_start,
@@ -146,7 +146,7 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
     """Check everything that a single run will touch, before a model loads; nothing is written. As `inspect_recipe`."""
     job = inspect_recipe(recipe, **options)
     tell_of_shared_rows(recipe, job.data.examples if job.data else [], job.tasks)
-    check_judge(recipe, job.tasks)
+    check_evaluation(recipe, job.tasks)
     if not recipe.eval.before and any(task.reference_file for task in job.tasks):
         logger.warning("eval.before=false: no KL and no forgetting, which are counted from the base")
     if not job.unreached:
@@ -339,7 +339,7 @@ def _plan_measures(job: Job) -> None:
     job.budget = plan_budget(recipe, tasks, job.probe)
     for plan in job.plans if job.budget or recipe.eval.strengths else ():
         method = recipe_method(recipe, plan.name)
-        require_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
+        check_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
         if job.budget and job.budget.section.then != "scale" and not method.can_stop_early:
             raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
     if recipe.eval.cache:

@@ -92,7 +92,10 @@ def scale_of(unit: str | None) -> int:
 
 
 class Seconds(BaseModel):
-    """Wall-clock seconds of the start, of the training's steps (without probes and saves), and of the evaluation."""
+    """Wall-clock seconds of the initialization, of the training's steps, and of the evaluation.
+
+    Left out are probes, saves, and what else a method computes before the first step (OPLoRA's SVDs).
+    """
 
     init: float | None = None
     train: float | None = None

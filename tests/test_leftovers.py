@@ -335,6 +335,11 @@ def test_seconds_before_a_checkpoint_count(tmp_path, monkeypatch):
     log.on_train_end(None, state, None)
     assert log.seconds == 20 - 4 + 5
     assert [json.loads(line)["seconds"] for line in path.read_text().splitlines()] == [10, 20, 25, 28]
+    state.global_step = 0
+    log.on_train_begin(None, state, None)  # in the same process, with a smaller batch (auto_find_batch_size)
+    clock[0] += 7
+    log.on_train_end(None, state, None)
+    assert log.seconds == 7
 
 
 def test_resume_names_what_differs(finished, tmp_path, capsys):

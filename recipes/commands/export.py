@@ -198,7 +198,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     check_free(arguments.out)
     out = arguments.out.resolve()
     for left in out.parent.glob(f".{escape(out.name)}.*{PART}"):  # another one that runs may still fill it
-        print(f"left behind by an export to this folder that was killed, and not removed: {left}")
+        print(f"left behind by a killed export to this folder, or being written by another one: {left}")
     if arguments.form == "gguf":
         load_gguf()
 

@@ -141,7 +141,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
             if not results.grid and (folder / row.method / LOG_FILE).is_file():
                 link(folder / row.method / LOG_FILE, own)
             rows.append(row.model_copy(update={"variant": variant}))
-    settings, unfinished = _settings_of(found), [name for name, each in zip(names, found) if each.state]
+    settings, unfinished = _settings_of(found), [name for name, each in zip(names, found) if _goes_on(each)]
     same, differing = shared_and_differing(settings)
     results = Results(
         recipe="comparison",
@@ -154,6 +154,11 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
     write_results(out, results)
     write_report(out)
     return out / PAGE_FILE
+
+
+def _goes_on(results: Results) -> bool:
+    """Whether a run is not finished, or a grid has runs that are not."""
+    return bool(results.state) or (results.grid is not None and len(results.grid.cells) < results.grid.planned)
 
 
 def _settings_of(found: Sequence[Results]) -> list[dict[str, Any]]:

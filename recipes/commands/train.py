@@ -49,11 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
         from lora_null.recipes.grid import written_otherwise
         from lora_null.utils.distributed import print_once
 
+        stages = stage_recipes(recipe) if recipe.sequence else []
         settings = written_otherwise(recipe) if recipe.grid else {"": recipe}
         for told, setting in settings.items():
             if told:
                 print_once(f"{told}:")
-            for each in stage_recipes(setting) if recipe.sequence else [setting]:
+            for each in stages or [setting]:
                 show_samples(each, arguments.show_samples)
     else:
         _start(recipe, arguments)

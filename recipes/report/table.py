@@ -77,7 +77,7 @@ def build_table(results: Results) -> Table:
     columns += [
         _plain("Drift", "", "mean over the adapted layers of ‖ΔW X‖ / ‖W₀ X‖ on calibration inputs X.", results, lambda r: _percent(r.drift and r.drift.mean)),
         _plain("‖ΔW‖/‖W₀‖", "", "size of the change of the adapted weights as one, Frobenius norms.", results, lambda r: _percent(r.magnitude and r.magnitude.total)),
-        _plain("Init / train / eval", "Cost", "wall-clock time of the start, of the training's steps (without probes and saves), and of the evaluation.", results, _times),
+        _plain("Init / train / eval", "Cost", "wall-clock time of the initialization, of the training's steps (without probes, saves, and what else comes before the first step, as OPLoRA's SVDs do), and of the evaluation.", results, _times),
         _plain("Memory", "Cost", "peak accelerator or process memory.", results, _memory),
     ]  # fmt: skip
     return Table(results.labels(), [c for c in columns if any(cell.text != MISSING for cell in c.cells)])
