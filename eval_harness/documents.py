@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.values import as_conversation, as_written, is_conversation, is_written
+from lora_null.utils.values import TextOfList, as_conversation, as_written, is_conversation, is_written
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
@@ -104,14 +104,19 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     table = pyarrow.parquet.ParquetFile(path).read()
-    _need_distinct(table.column_names)
+    _check_distinct(table.column_names)
     return from_arrow(table.to_pylist())
 
 
-def _need_distinct(names: Sequence[str], what: str = "columns") -> None:
+def _check_distinct(names: Sequence[str], what: str = "columns") -> None:
     """Raise a ValueError where two columns have one name, of which the second would hide the first."""
     if len(set(names)) < len(names):
         raise ValueError(f"two {what} are called {next(name for name in names if names.count(name) > 1)!r}")
+
+
+def with_lists(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose texts of lists, as a csv has them, are lists."""
+    return {name: value.items if isinstance(value, TextOfList) else value for name, value in row.items()}
 
 
 def from_arrow(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -129,10 +134,13 @@ def _csv_column(cells: Sequence[str]) -> Sequence[Any]:
     """Return the values of a column: integers, lists and dicts where all its cells are, and conversations; else texts."""
     if all(map(_is_integer, cells)):
         return [int(cell) for cell in cells]
-    if all(is_written(cell) for cell in cells if cell.strip()):
-        found = [as_written(cell) if cell.strip() else cell for cell in cells]
-        if not any(value is cell for value, cell in zip(found, cells) if cell.strip()):
-            return found
+    found: list[Any] = []
+    for cell in cells:
+        found.append(as_written(cell) if is_written(cell) else cell)
+        if cell.strip() and found[-1] is cell:  # a text among them
+            break
+    else:
+        return found
     return [as_conversation(cell) if is_conversation(cell) else cell for cell in cells]
 
 
@@ -148,7 +156,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     table = io.StringIO(text, newline="")
     lines = list(csv.reader(table, strict=True, delimiter=delimiter, skipinitialspace=spaced))
     names, *cells = [line for line in lines if line]
-    _need_distinct(names)
+    _check_distinct(names)
     if not cells:
         raise ValueError("a header and no rows")
     complete = [row for row in cells if len(row) == len(names)]
@@ -247,7 +255,7 @@ def _parsed(data: bytes | str) -> Any:
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            _need_distinct([name for name, _ in pairs], "keys of an object")
+            _check_distinct([name for name, _ in pairs], "keys of an object")
         return found
 
     return json.loads(data, object_pairs_hook=distinct)

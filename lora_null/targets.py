@@ -104,7 +104,8 @@ def shape_of(module: Any) -> tuple[int, int] | None:
     """Return (d_out, d_in) of a linear, however its weight is stored; None of another module."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
-    return (module.out_features, module.in_features) if hasattr(module, "in_features") else None
+    is_linear = hasattr(module, "out_features") and hasattr(module, "in_features")
+    return (module.out_features, module.in_features) if is_linear else None
 
 
 def check_patterns(config: PeftConfig, layers: Mapping[str, Any]) -> None:

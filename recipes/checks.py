@@ -33,7 +33,7 @@ from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSec
 from lora_null.recipes.data.examples import Example, TrainingData, tokenize
 from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
-from lora_null.recipes.models.quantization import require_bitsandbytes
+from lora_null.recipes.models.quantization import check_bitsandbytes
 from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
 from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
@@ -60,7 +60,7 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     """
     if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # else `check_methods` refuses it
         check_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
-    require_bitsandbytes(recipe.model)
+    check_bitsandbytes(recipe.model)
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             raise UserError("model.attn_implementation: flash-attn is not installed; pip install flash-attn")

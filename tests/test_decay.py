@@ -1,5 +1,7 @@
 """Weight decay on a residual base pulls to the start; an oracle of AdamW in numpy tells by how much."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers, factors_of, residual_of
-from lora_null.trainer.decay import DecayToStart, decays_to_start
+from lora_null.trainer.decay import DecayToStart, check_decay_is_read, decays_to_start
 from lora_null.trainer.methods import make_method
 
 KINDS = {
@@ -201,11 +203,11 @@ def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, tmp_path):
 @pytest.mark.parametrize(
     "options, line",
     [
-        (dict(optimizer_class=(torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3})), "0.3 among the options of AdamW, and 0.0"),
-        (dict(optim="sgd", optim_args="weight_decay=0.3"), "0.3 among the options of SGD"),
-        (dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], weight_decay=0.3), "0.3 would not be read by galore"),
-        (dict(optimizer_class=(torch.optim.AdamW, {"params": []}), weight_decay=0.3), "0.3 would not be read by AdamW"),
-        (dict(optimizer_class=(lambda model, **_: None, {"weight_decay": 0.1}), weight_decay=0.3), "0.1 among the options"),
+        (dict(optimizer_class=(torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3})), "0.3 of AdamW and 0.0 of"),
+        (dict(optim="sgd", optim_args="weight_decay=0.3"), "0.3 of SGD and 0.0 of"),
+        (dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], weight_decay=0.3), "0.0 of galore_adamw_layerwise and 0.3 of"),
+        (dict(optimizer_class=(torch.optim.AdamW, {"params": []}), weight_decay=0.3), "0.01 of AdamW and 0.3 of"),
+        (dict(optimizer_class=(lambda model, **_: None, {"weight_decay": 0.1}), weight_decay=0.3), "0.1 of <lambda> and 0.3 of"),
     ],
 )  # fmt: skip
 def test_a_decay_that_would_not_be_read_is_refused_before_the_initialization(options, line, tmp_path):
@@ -213,6 +215,18 @@ def test_a_decay_that_would_not_be_read_is_refused_before_the_initialization(opt
     with pytest.raises(UserError, match=f"^weight_decay: {line}"):
         trainer.train()
     assert not trainer.init_dir.exists()
+
+
+def test_a_decay_that_is_read_is_not_refused():
+    args, weight = SimpleNamespace(weight_decay=0.1, optim="adamw_torch"), torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    for kind, options in (
+        (torch.optim.AdamW, {"lr": 1.0}),
+        (torch.optim.AdamW, {"params": groups}),
+        (torch.optim.AdamW, {"params": [weight], "weight_decay": 0.1}),
+        (lambda model, decay: None, {"decay": 0.1}),
+    ):
+        check_decay_is_read(args, kind, options)
 
 
 def test_gradients_that_are_gone_cannot_be_read(tmp_path):

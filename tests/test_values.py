@@ -1,5 +1,6 @@
 """Values that are not text never become text unseen: files of every kind, fields of every kind, evaluation documents."""
 
+import copy
 import json
 from decimal import Decimal
 
@@ -14,7 +15,7 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from world import make_world, write_rows
 
-from lora_null.eval_harness.documents import FILE_KINDS, read_documents
+from lora_null.eval_harness.documents import FILE_KINDS, read_documents, with_lists
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
@@ -24,7 +25,7 @@ from lora_null.recipes.data.examples import training_data
 from lora_null.recipes.data.rows import field_text, load_documents
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.errors import UserError
-from lora_null.utils.values import as_text, is_conversation
+from lora_null.utils.values import as_text, as_written, is_conversation
 
 TEXTS = [
     ("text", "text"),
@@ -162,7 +163,8 @@ class TestFilesAsTheyWereWritten:
         rows = read_documents([tmp_path / "a.csv"], "x").rows
         if isinstance(value[0] if isinstance(value, list) else None, str):
             assert [as_text(row["a"]) for row in rows] == [written, "", written]
-            assert field_text(rows[2], "a", answer=True) == value[0]
+            assert field_text(rows[2], "a", answer=True) == value[0] and copy.deepcopy(rows[2]["a"]).items == value
+            assert with_lists(rows[2])["a"] == value and type(as_text(rows[2]["a"])) is str
             assert "'a' holds lists written as text; the first" in capsys.readouterr().out
             rows = [{**row, "a": getattr(row["a"], "items", "")} for row in rows]
         assert rows == [{"q": "[x", "a": value}, {"q": "y", "a": ""}, {"q": "z", "a": value}]
@@ -176,6 +178,11 @@ class TestFilesAsTheyWereWritten:
             pd.DataFrame({"q": "x", "a": cells}).to_csv(tmp_path / "a.csv", index=False)
             found = [row["a"] for row in read_documents([tmp_path / "a.csv"], "x").rows]
             assert found == cells == [as_text(value, answer=True) for value in found]
+
+    def test_what_cannot_be_read_is_given_up_at_once(self):
+        """Escaped JSON, LaTeX and nests as deep as a page, which took minutes."""
+        for cell in (r"{\"a\": \"b\", " * 4000, r"[\'" * 20_000, "[" * 100_000):
+            assert as_written(cell) is cell
 
     def test_two_columns_of_one_name_in_a_parquet(self, tmp_path):
         table = pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 2, names=["a", "a"])

@@ -11,6 +11,7 @@ untouched base, decay to zero is decay of the change already.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,28 +115,29 @@ def check_decay_to_start(asked: bool | None, config: Any, decay: float, *, resid
 def check_decay_is_read(args: Any, kind: Any, options: Mapping[str, Any]) -> None:
     """Raise a UserError where an optimizer would not read the weight decay that is asked for.
 
-    Transformers puts the arguments' decay into the optimizer's groups, over any among its options. What makes groups of its
-    own reads its options alone.
+    Transformers puts the arguments' decay into the optimizer's groups, over any among its options. An optimizer that makes
+    groups of its own takes that of each, else its option, else its default.
 
     Args:
         args: the training arguments.
-        kind: the optimizer's class, or what makes it; None for a layerwise one of `args.optim`.
+        kind: the optimizer's class, or a function that makes it; None for a layerwise one of `args.optim`.
         options: what it is made with.
     """
     is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    makes_groups = not is_class or bool(OWN_GROUPS & options.keys())
-    found = options.get("weight_decay", 0.0 if makes_groups else args.weight_decay)
-    if found == args.weight_decay:
-        return
-    name = optimizer_name(args, None, kind if is_class else None)
-    if "weight_decay" not in options:
+    groups = [group for group in options.get("params", ()) if isinstance(group, dict)] or [{}]
+    default = 0.0
+    if is_class:
+        parameter = inspect.signature(kind).parameters.get("weight_decay")
+        default = parameter.default if parameter and OWN_GROUPS & options.keys() else args.weight_decay
+    elif kind is not None:
+        default = args.weight_decay  # what a function of the user's takes is not known
+    found = [group.get("weight_decay", options.get("weight_decay", default)) for group in groups]
+    if args.weight_decay not in found:
+        name = getattr(kind, "__name__", None) or optimizer_name(args, None, None)
         raise UserError(
-            f"weight_decay: {args.weight_decay} would not be read by {name}; set it to 0, or use adamw_torch"
+            f"weight_decay: {found[0]} of {name} and {args.weight_decay} of the training arguments differ; set the latter "
+            f"to {found[0]}"
         )
-    raise UserError(
-        f"weight_decay: {found} among the options of {name}, and {args.weight_decay} in the training arguments; set it to "
-        f"{found} there, which is what trains"
-    )
 
 
 class DecayToStart(TrainerCallback):

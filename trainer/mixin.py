@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -77,7 +78,7 @@ from lora_null.trainer.reference import check_reference, check_reference_stays, 
 from lora_null.trainer.training_watch import TrainingWatch
 from lora_null.trainer.trl_internals import arguments_by_name, check_fused_head, let_copies_compute
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
-from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, processes_here, together
+from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
@@ -228,7 +229,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         args = given.get("args")
         if getattr(args, "sync_ref_model", False):
             raise UserError("sync_ref_model: moves the reference, which no checkpoint holds; leave it out")
-        if getattr(args, "save_on_each_node", False) and args.world_size > processes_here():
+        here = os.environ.get("LOCAL_WORLD_SIZE")  # not every launcher says it
+        if here and getattr(args, "save_on_each_node", False) and args.world_size > int(here):
             raise UserError(
                 "save_on_each_node: what a training starts from is written once, into a folder that all nodes share; leave it out"
             )
@@ -330,7 +332,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         """
         trained = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
         low = [name for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)]
-        if low and isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:  # which steps in float32
+        in_float32 = self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no")
+        if low and isinstance(self.model, PeftModel) and not in_float32:  # as these engines step
             logger.warning(
                 f"model: {low[0]} ({len(low)} of {len(trained)} parameters that train) is {trained[low[0]]}, in which small "
                 "steps are lost to rounding; load the model in float32, or leave it out of what trains"

@@ -23,12 +23,11 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from lora_null.eval_harness.code.jails import UNSAFE
-from lora_null.eval_harness.documents import read_documents
+from lora_null.eval_harness.documents import read_documents, with_lists
 from lora_null.eval_harness.lm_eval.model import lm_eval_silenced
 from lora_null.eval_harness.lm_eval.private_names import files_of, full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError, first_line, hub_error
-from lora_null.utils.values import TextOfList
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -353,7 +352,7 @@ def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
     """Return the documents of a local file under the task's field names; none may lack a field that the rules name."""
     with lm_eval_silenced(logging.ERROR):
         found = read_documents([Path(path)], str(task))
-    rows = [{k: v.items if isinstance(v, TextOfList) else v for k, v in row.items()} for row in found.rows]
+    rows = [with_lists(row) for row in found.rows]
     columns = {name: [row.get(name) for row in rows] for name in found.columns}
     try:
         documents = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")

@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_null.eval_harness.documents import with_lists
 from lora_null.eval_harness.generate import check_room, generate_texts
 from lora_null.eval_harness.mt_bench.judge import NEED_REFERENCE, Judge, JudgeError, judge_answers
 from lora_null.eval_harness.results import Metric, Role, TaskResult
@@ -55,7 +56,7 @@ def as_questions(
     except (LookupError, TypeError):
         raise UserError("MT-Bench: the references are not in FastChat's format (question_id, choices)") from None
     questions = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(map(with_lists, rows), start=1):
         identity, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))
         if identity is None or "category" not in row or not isinstance(turns, list) or len(turns) != 2:
             raise UserError(f"MT-Bench: row {number} is no question with question_id, category and two turns")

@@ -34,7 +34,7 @@ class Delta:
 
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
         """Return weight + s·BA before it is rounded: in float32, in float64 where the weight is."""
-        exact = torch.promote_types(weight.dtype, torch.float32)
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         change = (self.B.to(exact) @ self.A.to(exact)) * self.scaling
         return weight.to(exact) + (change.T if self.transposed else change).to(weight.device)
 

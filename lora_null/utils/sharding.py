@@ -1,4 +1,4 @@
-"""Models whose weights an engine has shared out over the processes: told, cut up, and had whole for a while."""
+"""Weights that an engine shares out over the processes: recognized, sharded, and gathered for a while."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ANSWERS = ({"text", "answer_start"}, {"value", "aliases"})  # keys of SQuAD's an
 STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 # What NumPy and pandas print other than Python: array([…], dtype=object), and no comma between two strings or dicts.
 ARRAYS = re.compile(
-    rf"({STRING})(\s+(?=['\"]))?|(\}})(\s+(?=\{{))|\barray\((?=\[)|(?<=\])(?:,\s*dtype=\w+)?\)", re.DOTALL
+    rf"({STRING})(\s+(?=['\"]))?|(\}})(\s+(?=\{{))|(\\.)|\barray\((?=\[)|(?<=\])(?:,\s*dtype=\w+)?\)", re.DOTALL
 )
 PRINTED = re.compile(r"\s*(?:\[\s*)?\{\s*'")  # a dict, or a list that begins with one, as Python prints it
 PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{'(role|from|content|value)'\s*:")  # even where they cannot be read
@@ -63,6 +63,9 @@ class TextOfList(str):
         self = super().__new__(cls, text)
         self.items = items
         return self
+
+    def __getnewargs__(self) -> tuple[str, list[str]]:  # for copies
+        return str(self), self.items
 
 
 def as_text(value: Any, *, answer: bool = False) -> str:
@@ -98,7 +101,7 @@ def _scalar(value: Any, verb: str) -> str:
         what = "answers" if "'answer_start'" in value or "'aliases'" in value else "messages"
         raise ValueError(f"{verb}{what} as Python prints them, not text; write them as JSON")
     if value is None or isinstance(value, str):
-        return value or ""
+        return str(value or "")
     if isinstance(value, Real | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ValueError(f"{verb}{'NaN' if math.isnan(value) else 'infinite'}, not text")
@@ -185,7 +188,7 @@ def _is_part(value: Any) -> bool:
 
 def _literal(text: str) -> Any:
     """Return what a text is that Python, NumPy or pandas prints; the text where it cannot be read."""
-    plain = ARRAYS.sub(lambda it: (it[1] or it[3] or "") + ("," if it[2] or it[4] else ""), text.strip())
+    plain = ARRAYS.sub(lambda it: (it[1] or it[3] or it[5] or "") + ("," if it[2] or it[4] else ""), text.strip())
     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
         warnings.simplefilter("error")  # of an escape that Python never prints
         return ast.literal_eval(plain)
@@ -291,7 +294,7 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return value
 

@@ -249,7 +249,7 @@ class MethodSection(Section):
     @classmethod
     def _check_names(cls, names: list[str]) -> list[str]:
         for name in names:
-            _need_method(name)
+            _check_method(name)
         if len(set(names)) != len(names):
             raise ValueError("a method is named twice")
         return names
@@ -265,7 +265,7 @@ class MethodSection(Section):
     @classmethod
     def _check_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, chosen in options.items():
-            _need_method(name)
+            _check_method(name)
             known = method_options()[name]
             for key in chosen:
                 if key not in known:
@@ -325,7 +325,7 @@ def _training_value(key: str, value: Any, kind: str) -> Any:
     return value
 
 
-def _need_method(name: str) -> None:
+def _check_method(name: str) -> None:
     if name not in method_options():
         raise ValueError(f"no method {name!r}{nearest(name, method_options())}")
 
@@ -494,11 +494,11 @@ class DataSection(Section):
         other = other or (f"template: {self.template}" if self.template not in ("alpaca", "plain") else None)
         if self.text is not None and other:
             raise ValueError(f"data.text is learned as it stands, without data.{other}")
-        _need_one_way(self, "messages" if self.text is None else "text")
+        _check_one_way(self, "messages" if self.text is None else "text")
         return self
 
 
-def _need_one_way(section: BaseModel, alone: str) -> None:
+def _check_one_way(section: BaseModel, alone: str) -> None:
     """Raise a ValueError where both a field that holds all of a row and those of a prompt and a response are given."""
     fields = type(section).model_fields
     pair = [key for key in ("prompt", "response") if getattr(section, key) not in (None, fields[key].default)]
@@ -555,7 +555,7 @@ class AnswersEntry(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> AnswersEntry:
-        _need_one_way(self, "messages")
+        _check_one_way(self, "messages")
         return self
 
 
@@ -785,7 +785,7 @@ class SequenceSection(Section):
         return self.earlier[:count] if isinstance(self.earlier, list) else [self.earlier] * count
 
 
-def _need_distinct(key: str, values: list[Scalar]) -> None:
+def _check_distinct(key: str, values: list[Scalar]) -> None:
     """Raise a ValueError unless the values of a swept key differ also in the names of their runs' folders."""
     names = {f"{value:g}" if isinstance(value, float) else str(value).replace("/", "_") for value in values}
     if not values or len(names) < len(values):
@@ -811,7 +811,7 @@ class GridSection(Section):
                 meant = KEY_OF_ALIAS.get(key.rpartition(".")[2].lower())
                 instead = f" (did you mean {meant!r}?)" if meant else f", only keys of {', '.join(SWEEPABLE)}"
                 raise ValueError(f"{key!r} cannot be swept{instead}")
-            _need_distinct(key, values)
+            _check_distinct(key, values)
         return sweep
 
     @field_validator("seeds")
@@ -826,13 +826,13 @@ class GridSection(Section):
         if not (self or self.keep_weights):
             raise ValueError("keep_weights: a single run keeps its weights; give seeds or sweep, or leave it out")
         for name, sweep in self.per_method.items():
-            _need_method(name)
+            _check_method(name)
             for key, values in sweep.items():
                 if key not in self.sweep:
                     raise ValueError(
                         f"per_method.{name}: grid.sweep lacks {key!r}; give the value that the other methods take"
                     )
-                _need_distinct(key, values)
+                _check_distinct(key, values)
         return self
 
     def __bool__(self) -> bool:

@@ -24,11 +24,11 @@ from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.conversations import (
     Written,
-    need_chat_template,
+    check_chat_template,
     write_conversation,
     write_preference,
 )
-from lora_null.recipes.data.rows import RowText, field_text, load_documents, need_field
+from lora_null.recipes.data.rows import RowText, check_field, field_text, load_documents
 from lora_null.recipes.data.templates import CHAT, trimmed, trimmed_prompt
 from lora_null.utils.chat import (
     SYSTEM,
@@ -179,7 +179,7 @@ def read_examples(
         UserError: as `load_documents`, a missing field, an offset that leaves no row, or a model without the chat template
             that is asked for.
     """
-    need_chat_template(data.template, tokenizer)
+    check_chat_template(data.template, tokenizer)
     last = None if data.limit is None else data.offset + data.limit
     documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=last)
     numbers = [*documents.numbers, *(row.row for row in documents.bad)]
@@ -227,18 +227,18 @@ class RowReader:
         self.prompt = None
         if data.system:
             of_data = preferences and where != "data"  # an entry of held-out pairs has no such key
-            need_field(columns, data.system, f"data.system, also in {where}" if of_data else f"{where}.system")
+            check_field(columns, data.system, f"data.system, also in {where}" if of_data else f"{where}.system")
         if data.messages or data.text:
             key = "messages" if data.messages else "text"
-            need_field(columns, str(getattr(data, key)), f"{where}.{key}")
+            check_field(columns, str(getattr(data, key)), f"{where}.{key}")
             return
         default = data.prompt == DataSection.model_fields["prompt"].default
         implicit = preferences and default and data.prompt not in columns and is_conversation(first.get(data.response))
         if data.prompt is not None and not implicit:
             self.prompt = RowText(data.prompt, columns, f"{where}.prompt")
-        need_field(columns, data.response, f"{where}.response")
+        check_field(columns, data.response, f"{where}.response")
         if preferences:
-            need_field(columns, data.rejected, f"{where}.rejected")
+            check_field(columns, data.rejected, f"{where}.rejected")
 
     def example(self, number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         """Return the example of a row.

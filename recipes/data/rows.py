@@ -156,7 +156,7 @@ class RowText:
         if not self.names:
             raise UserError(f"{where}: {spec!r} names no field, such as {{{columns[0]}}}")
         for name in self.names:
-            need_field(columns, name, where)
+            check_field(columns, name, where)
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the text of a row; the empty text where every field in it is empty.
@@ -181,7 +181,7 @@ def field_text(row: Mapping[str, Any], field: str, *, answer: bool = False) -> s
         raise ValueError(f"{field!r} {error}") from None
 
 
-def need_field(columns: Sequence[str], field: str, where: str) -> None:
+def check_field(columns: Sequence[str], field: str, where: str) -> None:
     """Raise a UserError that names the fields there are, unless `field` is one of them."""
     if field not in columns:
         raise UserError(f"{where}: the data has no field {field!r}{nearest(field, columns)}")

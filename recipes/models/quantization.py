@@ -31,7 +31,7 @@ def check_stored(model: ModelSection, model_config: Any) -> None:
     )
 
 
-def require_bitsandbytes(model: ModelSection) -> None:
+def check_bitsandbytes(model: ModelSection) -> None:
     """Raise a UserError where `model.quantization` asks for bitsandbytes and it is missing or too old."""
     if model.quantization is None:
         return
@@ -49,7 +49,7 @@ def loading_options(model: ModelSection, device: torch.device) -> dict[str, Any]
 
     The output head stays as it is, tied or not. nf4 is QLoRA's form: double quantization, computed in `model.dtype`.
     """
-    require_bitsandbytes(model)
+    check_bitsandbytes(model)
     if model.quantization is None:
         return {}
     if model.quantization == "int8":
