@@ -336,7 +336,7 @@ class LoraNullLinear(Linear):
             UserError: one whose A is to be kept in a basis was loaded or combined without it.
         """
         for name in self._of_null_basis.intersection(self.active_adapters) - self.bases.keys():
-            whole = not hasattr(factors_of(self, name)[1], "ds_tensor")  # ZeRO-3 pads a piece with any numbers
+            whole = not is_sharded(factors_of(self, name)[1])  # of pieces some processes alone would raise
             if name in self.started or (whole and self._is_zero(name) is False):  # or combined from others
                 raise UserError(NO_BASIS)
         for name in self._not_trained_yet.intersection(self.active_adapters):
