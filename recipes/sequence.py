@@ -76,7 +76,7 @@ def run_sequence(
 
     def check() -> list[Job]:
         options = {"base": root / "base", "allow_code_execution": allow_code_execution}
-        jobs = [check_run(stage, **options) for stage in stage_recipes(recipe)]
+        jobs = [_check_task(stage, options) for stage in stage_recipes(recipe)]
         check_stages(recipe, jobs)
         return jobs
 
@@ -100,6 +100,14 @@ def run_sequence(
         if is_first_process():
             _write_results(recipe, root, jobs)
     return root
+
+
+def _check_task(recipe: Recipe, options: dict[str, Any]) -> Job:
+    """Return the job of a task; a UserError names it."""
+    try:
+        return check_run(recipe, **options)
+    except UserError as error:
+        raise UserError(f"sequence.tasks, {recipe.name}: {error}") from None
 
 
 def space_of_sequence(recipe: Recipe, jobs: Sequence[Job]) -> int:

@@ -74,9 +74,13 @@ class Judge:
     wait: float = 2.0
 
     @property
-    def host(self) -> str | None:
-        """The machine that judges: of two that know a judge by the same name, each gives grades of its own."""
-        return urlsplit(self.base_url).hostname
+    def endpoint(self) -> str:
+        """Machine and path: of two that know a judge by the same name, each gives grades of its own.
+
+        Not the port, which another start of a server, or a tunnel to it, may change.
+        """
+        parts = urlsplit(self.base_url)
+        return f"{parts.hostname}{parts.path.rstrip('/')}"
 
     def key(self) -> str | None:
         """Return the key, None where there is none.
@@ -95,7 +99,7 @@ class Judge:
     def check(self) -> None:
         """Raise a UserError for a missing package or key, an address that is none, or prompts that cannot be used."""
         try:
-            sound = urlsplit(self.base_url).scheme in ("http", "https") and self.host
+            sound = urlsplit(self.base_url).scheme in ("http", "https") and urlsplit(self.base_url).hostname
         except ValueError:
             sound = False
         if not sound:
@@ -237,9 +241,11 @@ def judge_answers(
     answered = [question for question in questions if question["question_id"] in answers]
     requests = [r for question in answered for r in _requests(question, answers[question["question_id"]], prompts)]
     digest = judge.digest()
-    known = _read_grades(path, (judge.model, digest, judge.host))
+    known = _read_grades(path, (judge.model, digest, judge.endpoint))
     grades = {r.key: known[r.user_prompt] for r in requests if r.user_prompt in known}
     todo = [request for request in requests if request.key not in grades]
+    if grades:
+        logger.warning(f"judge: {len(grades)} of {len(requests)} grades are kept from before ({path})")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and path.stat().st_nlink > 1:  # shared with a kept evaluation, which stays as it is
         os.replace(shutil.copyfile(path, path.with_suffix(".part")), path)
@@ -252,7 +258,7 @@ def judge_answers(
             text, score = client.grade(request)
             line = {"question_id": request.question_id, "model": model_id, "judge": [judge.model, request.prompt_name]}
             line |= {"user_prompt": request.user_prompt, "turn": request.turn, "judgment": text, "score": score}
-            line |= {"tstamp": time.time(), "prompts": digest, "host": judge.host}
+            line |= {"tstamp": time.time(), "prompts": digest, "host": judge.endpoint}
             with lock:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -302,8 +308,8 @@ def _requests(
     return requests
 
 
-def _read_grades(path: Path, judge: tuple[str, str, str | None]) -> dict[str, float]:
-    """Return {user prompt: grade} of what a judge (model, digest of its prompts, host) has graded; half a line is left aside."""
+def _read_grades(path: Path, judge: tuple[str, str, str]) -> dict[str, float]:
+    """Return {user prompt: grade} of what a judge (model, digest of its prompts, endpoint) has graded; half a line is left aside."""
     grades = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -34,6 +34,9 @@ def run(given: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')}: must be more than 0, not {value:g}")
     judge.check()
     answered = Path(given.answers)
+    if answered.is_dir():
+        found = next(answered.rglob(ANSWERS_FILE), answered / ANSWERS_FILE)
+        raise UserError(f"{answered}: is a folder; give the file of its answers, such as {found}")
     beside = answered.with_name(QUESTIONS_FILE)
     if given.questions is None and not beside.is_file():
         raise UserError(f"--questions: {beside} is not there; give MT-Bench's questions")

@@ -48,10 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: a folder holds no results that this version reads, or runs that cannot be compared.
     """
     folders = list(map(Path, arguments.words))
+    for folder in (folder for folder in folders if not folder.exists()):
+        raise UserError(f"{folder}: no such folder; give the folders of runs")
+    page = compare_runs(folders, arguments.out) if len(folders) > 1 else None  # what cannot be compared is told first
     for folder in folders:
         print(report(folder))
-    if len(folders) > 1:
-        print(compare_runs(folders, arguments.out))
+    if page is not None:
+        print(page)
 
 
 def report(folder: Path) -> Path:

@@ -185,7 +185,7 @@ def test_without_the_openai_package_one_line_names_the_extra(monkeypatch):
         Judge("m", "http://localhost").check()
 
 
-def test_it_goes_on_where_it_stopped(tmp_path):
+def test_it_goes_on_where_it_stopped(tmp_path, caplog):
     with (
         serving(*[(200, "[[5]]")] * 4, (401, "")) as stub,
         pytest.raises(JudgeError, match="check the key in OPENAI_API_KEY"),
@@ -198,6 +198,7 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert len(stub.seen) == 2 and sorted(grades.values()) == [5, 5, 5, 5, 9, 9]
     with serving((200, "[[1]]")) as stub:
         assert sorted(grade(stub, tmp_path).values()) == [5, 5, 5, 5, 9, 9] and not stub.seen
+        assert "judge: 6 of 6 grades are kept from before" in caplog.text
         other = judge_answers(judge(stub), QUESTIONS, {81: ["another", "poem"]}, tmp_path / "j.jsonl", model_id="m")
     assert other == {(81, 1): 1, (81, 2): 1}
 
@@ -236,6 +237,11 @@ def test_a_turn_that_is_refused_ends_no_other(tmp_path):
         grades = grade(stub, tmp_path, parallel=1, attempts=1)
     assert len(grades) == 5 and {body["max_tokens"] for _, body in stub.seen} == {2048}
     assert sorted(line["score"] for line in lines(tmp_path / "j.jsonl")) == [-1, 5, 5, 5, 5, 5]
+
+
+def test_judges_of_one_name_behind_one_gateway_are_two():
+    one, same, other = (Judge("m", f"http://here:{place}") for place in ("8000/a/v1", "8001/a/v1/", "8000/b/v1"))
+    assert one.endpoint == same.endpoint == "here/a/v1" != other.endpoint
 
 
 def test_an_address_with_a_password_is_refused(monkeypatch):

@@ -281,7 +281,7 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     for words, message in (
         ([str(one), str(other)], "have different bases (m, another)"),
         ([str(one), str(one)], "is named twice"),
-        ([str(one), str(tmp_path / "nowhere")], "cannot be read"),
+        ([str(one), str(tmp_path / "nowhere")], "no such folder"),
     ):
         assert main(["report", *words, "--out", str(tmp_path / "new")]) == 2
         assert message in capsys.readouterr().err
