@@ -224,9 +224,11 @@ def test_a_decay_that_is_read_is_not_refused():
         (torch.optim.AdamW, {"lr": 1.0}),
         (torch.optim.AdamW, {"params": groups}),
         (torch.optim.AdamW, {"params": [weight], "weight_decay": 0.1}),
+        (torch.optim.AdamW, {"params": iter([weight]), "weight_decay": 0.1}),
         (lambda model, decay: None, {"decay": 0.1}),
     ):
         check_decay_is_read(args, kind, options)
+        assert list(options.get("params", [weight]))  # still to be read by the optimizer
 
 
 def test_gradients_that_are_gone_cannot_be_read(tmp_path):

@@ -124,7 +124,9 @@ def check_decay_is_read(args: Any, kind: Any, options: Mapping[str, Any]) -> Non
         options: what it is made with.
     """
     is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    groups = [group for group in options.get("params", ()) if isinstance(group, dict)] or [{}]
+    params = options.get("params")
+    params = params if isinstance(params, list | tuple) else []  # a generator can be read only once
+    groups = [group for group in params if isinstance(group, dict)] or [{}]
     default = 0.0
     if is_class:
         parameter = inspect.signature(kind).parameters.get("weight_decay")
