@@ -268,11 +268,8 @@ def check_evaluation(recipe: Recipe, tasks: Sequence[Task]) -> None:
 
     Keys of `eval` that none of its entries reads are named.
     """
-    section, probe = recipe.eval, recipe.eval.probe
-    probed = (
-        [entry for own in (probe.retention, probe.task) if isinstance(own, list) for entry in own] if probe else []
-    )
-    asked = {type(entry) for entry in (*section.retention, *section.task, *probed)}
+    section = recipe.eval
+    asked = {type(entry) for entry in section.entries}
     if section.judge is not None and MTBenchEntry not in asked:
         logger.warning("eval.judge: has nothing to grade, since no evaluation is MT-Bench")
     for key in ("backend", "include_path", "code"):

@@ -125,7 +125,8 @@ def written_otherwise(recipe: Recipe) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     for cell in grid_cells(recipe):
         of_rows = {k: v for k, v in cell.point if k.startswith(("data.", "model.")) or k in OF_ROWS}
-        found.setdefault(settings_text(of_rows), cell.recipe(recipe, Path(recipe.output_dir)))
+        if (told := settings_text(of_rows)) not in found:
+            found[told] = cell.recipe(recipe, Path(recipe.output_dir))
     return found
 
 
@@ -284,12 +285,12 @@ def _progress(done: Mapping[tuple[Cell, str], Row], cells: Sequence[Cell], cell:
     """
     seconds: dict[str, list[float]] = {}
     for (_, name), other in done.items():
-        seconds.setdefault(name, []).append(sum(value for _, value in other.seconds if value))
+        seconds.setdefault(name, []).append(other.seconds.total)
     every = [value for values in seconds.values() for value in values]
     planned = [(other, name) for other in cells for name in other.methods]
     waiting = [statistics.mean(seconds.get(name, every)) for other, name in planned if (other, name) not in done]
     metrics = ", ".join(f"{name} {metric.value:.4g}" for name, metric in row.metrics.items())
-    beside = max(1.0, spent / (sum(value for _, value in row.seconds if value) or spent))
+    beside = max(1.0, spent / (row.seconds.total or spent))
     outcome = f"diverged at step {row.diverged}" if row.diverged else metrics or "not evaluated"
     return (
         f"[{len(done)}/{len(planned)}] {row.method}, {cell.title}: {outcome}; {time_text(spent)}, "

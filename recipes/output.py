@@ -47,7 +47,7 @@ def is_finished(folder: Path) -> bool:
     if not (folder / PAGE_FILE).is_file():
         return False
     grid = load_results(folder).grid if (folder / RESULTS_FILE).is_file() else None
-    return grid is None or len(grid.cells) == grid.planned
+    return grid is None or grid.is_finished
 
 
 @contextlib.contextmanager

@@ -101,6 +101,11 @@ class Seconds(BaseModel):
     train: float | None = None
     eval: float | None = None
 
+    @property
+    def total(self) -> float:
+        """The sum of what was measured."""
+        return sum(value for _, value in self if value)
+
 
 class GivenUp(BaseModel):
     """What a budget cost of one task metric of a `unit`, on the probed rows: of the base, at full strength, and as saved."""
@@ -313,6 +318,11 @@ class Grid(BaseModel):
     planned: int
     differing: dict[str, list[Any]] = {}
     cells: list[Run] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every planned training is there."""
+        return len(self.cells) == self.planned
 
 
 class Transfer(BaseModel):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from lora_null.layer import LoraNullLinear, factors_of
+from lora_null.utils.sharding import own_piece
 
 SAMPLED = 4096  # numbers of a tensor that are compared before and after training
 
@@ -32,7 +32,7 @@ class TrainingWatch(TrainerCallback):
         if not self.pushed:
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
             self.reached |= bool(gradients)
-            self.pushed = any(bool(_local(gradient).any()) for gradient in gradients)
+            self.pushed = any(bool(own_piece(gradient)[0].any()) for gradient in gradients)
 
     def moved(self, model: nn.Module) -> bool:
         """Return whether anything that this process holds of what trains differs from its start, or no step was seen."""
@@ -59,9 +59,5 @@ def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
     pairs = [factors_of(layer, name) for layer in layers for name in layer.bases]
     projected = {id(A) for A, B in pairs if B.requires_grad}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in projected}
-    tensors = {name: _local(p.detach()).flatten() for name, p in trained.items()}
+    tensors = {name: own_piece(p.detach())[0].flatten() for name, p in trained.items()}
     return {name: flat[:: max(1, len(flat) // SAMPLED)].clone() for name, flat in tensors.items() if len(flat)}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

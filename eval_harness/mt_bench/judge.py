@@ -99,7 +99,8 @@ class Judge:
     def check(self) -> None:
         """Raise a UserError for a missing package or key, an address that is none, or prompts that cannot be used."""
         try:
-            sound = urlsplit(self.base_url).scheme in ("http", "https") and urlsplit(self.base_url).hostname
+            parts = urlsplit(self.base_url)
+            sound = parts.scheme in ("http", "https") and parts.hostname
         except ValueError:
             sound = False
         if not sound:

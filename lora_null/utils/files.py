@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def beside(path: Path) -> Path:
     """Return a temporary name that no other thread, process or host takes: they may share one network file system."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
+
+
+def left_beside(path: Path) -> list[Path]:
+    """Return what is at such names of a path: writes to it that were killed, or that still run."""
+    return list(path.parent.glob(f".{escape(path.name)}.*{PART}"))
 
 
 def flush(path: Path) -> None:

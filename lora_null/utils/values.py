@@ -137,9 +137,7 @@ def as_conversation(value: Any) -> Any:
     if not isinstance(value, str) or not is_written(value):
         return value
     found = _from_json(value)
-    if found is value:
-        return _literal(value) if PRINTED_MESSAGES.match(value) else _from_print(value)
-    return found
+    return _from_print(value) if found is value else found
 
 
 def is_written(text: str) -> bool:
@@ -163,7 +161,7 @@ def as_written(text: str) -> Any:
 def _from_print(text: str) -> Any:
     """Return the messages, parts or accepted answers of which a text is what Python or NumPy prints; else the text itself."""
     found = _literal(text) if PRINTED.match(text) else text
-    return found if _is_meant(found) else text
+    return found if _is_meant(found) or PRINTED_MESSAGES.match(text) else text
 
 
 def _is_meant(value: Any) -> bool:

@@ -12,7 +12,6 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ from lora_null.recipes.trained import (
 )
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import (
-    PART,
     check_free,
+    left_beside,
     opened,
     read_json,
     replacing_folder,
@@ -196,8 +195,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--strength: at 0 there is nothing to export, it is the base")
     check_place(arguments.out.parent, "--out")
     check_free(arguments.out)
-    out = arguments.out.resolve()
-    for left in out.parent.glob(f".{escape(out.name)}.*{PART}"):  # another one that runs may still fill it
+    for left in left_beside(arguments.out.resolve()):
         print(f"left behind by a killed export to this folder, or being written by another one: {left}")
     if arguments.form == "gguf":
         load_gguf()

@@ -161,7 +161,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
 
 def _goes_on(results: Results) -> bool:
     """Whether a run is not finished, or a grid has runs that are not."""
-    return bool(results.state) or (results.grid is not None and len(results.grid.cells) < results.grid.planned)
+    return bool(results.state) or (results.grid is not None and not results.grid.is_finished)
 
 
 def _settings_of(found: Sequence[Results]) -> list[dict[str, Any]]:

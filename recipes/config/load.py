@@ -453,11 +453,9 @@ def paths_here(recipe: Recipe) -> list[Path]:
 
 def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
     """Replace every path in a recipe by what it means, in place."""
-    probe, calibration = recipe.eval.probe, recipe.calibration
+    calibration = recipe.calibration
     sections = [recipe.model, recipe.method, calibration, *calibration.sources, recipe.data, recipe.eval]
-    sections += [*recipe.eval.retention, *recipe.eval.task, *([recipe.eval.judge] if recipe.eval.judge else [])]
-    for held in (probe.retention, probe.task) if probe else ():
-        sections += held if isinstance(held, list) else []
+    sections += [*recipe.eval.entries, *([recipe.eval.judge] if recipe.eval.judge else [])]
     for values in (*map(vars, sections), recipe.training):
         _put_paths(values, resolve)
     recipe.method.files = [resolve(path) for path in recipe.method.files]

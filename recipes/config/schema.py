@@ -734,6 +734,12 @@ class EvalSection(Section):
         [], description="factors of ΔW, its strengths, to evaluate as well; 1 is the adapter as saved"
     )
 
+    @property
+    def entries(self) -> list[Any]:
+        """The entries of all evaluations, also of those that `probe` names itself."""
+        own = (self.probe.retention, self.probe.task) if self.probe else ()
+        return [*self.retention, *self.task, *(entry for held in own if isinstance(held, list) for entry in held)]
+
     @field_validator("retention", "task", mode="before")
     @classmethod
     def _take_null_for_no_tasks(cls, entries: Any) -> Any:

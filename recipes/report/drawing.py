@@ -23,22 +23,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-# One color a method, in every picture and table. From Okabe-Ito and Tol's muted palette, told apart by color-blind eyes.
-COLORS = {
-    "base": "#6b7280", "full": "#333333", "lora": "#d55e00", "lora-fa": "#882255", "pissa": "#cc79a7",
-    "milora": "#e69f00", "corda": "#009e73", "roselora": "#999933", "lora-null-v1": "#56b4e9",
-    "lora-null-v2": "#0072b2", "osf": "#54acb1", "mica": "#332288", "eva": "#ae7d2e", "lora-ga": "#13602b",
-    "nb-lora": "#0b3c6f", "sc-lora": "#ed5eae", "kl-anchor": "#782a12", "replay": "#7fbf3f", "clora": "#8073ac",
-    "oft": "#b9af00", "oplora": "#b2182b", "keeplora": "#00766d",
+# One color a method, in every picture and table, and the same on the ground of the dark page, with a contrast of 4.5 to it. From
+# Okabe-Ito and Tol's muted palette, told apart by color-blind eyes; mixing with white brings dark colors together.
+METHOD_COLORS = {
+    "base": ("#6b7280", "#8d929d"), "full": ("#333333", "#e3e5e9"), "lora": ("#d55e00", "#e8772a"),
+    "lora-fa": ("#882255", "#b87f91"), "pissa": ("#cc79a7", "#dd7bbe"), "milora": ("#e69f00", "#e69f00"),
+    "corda": ("#009e73", "#14be7d"), "roselora": ("#999933", "#939946"), "lora-null-v1": ("#56b4e9", "#8ad4ff"),
+    "lora-null-v2": ("#0072b2", "#3f94e4"), "osf": ("#54acb1", "#489fae"), "mica": ("#332288", "#b68dee"),
+    "eva": ("#ae7d2e", "#b28438"), "lora-ga": ("#13602b", "#96b489"), "nb-lora": ("#0b3c6f", "#8e90c7"),
+    "sc-lora": ("#ed5eae", "#fc53af"), "kl-anchor": ("#782a12", "#e0957a"), "replay": ("#7fbf3f", "#7fbf3f"),
+    "clora": ("#8073ac", "#dfc0f7"), "oft": ("#b9af00", "#bdad03"), "oplora": ("#b2182b", "#e66573"),
+    "keeplora": ("#00766d", "#23a690"),
 }  # fmt: skip
-# The same on the ground of the dark page, with a contrast of 4.5 to it. Mixing with white brings dark colors together.
-ON_DARK = {
-    "base": "#8d929d", "full": "#e3e5e9", "lora": "#e8772a", "lora-fa": "#b87f91", "pissa": "#dd7bbe",
-    "milora": "#e69f00", "corda": "#14be7d", "roselora": "#939946", "lora-null-v1": "#8ad4ff",
-    "lora-null-v2": "#3f94e4", "osf": "#489fae", "mica": "#b68dee", "eva": "#b28438", "lora-ga": "#96b489",
-    "nb-lora": "#8e90c7", "sc-lora": "#fc53af", "kl-anchor": "#e0957a", "replay": "#7fbf3f", "clora": "#dfc0f7",
-    "oft": "#bdad03", "oplora": "#e66573", "keeplora": "#23a690",
-}  # fmt: skip
+COLORS = {name: light for name, (light, _) in METHOD_COLORS.items()}
+ON_DARK = {name: dark for name, (_, dark) in METHOD_COLORS.items()}
 OTHER_COLORS = ("#aa4499", "#6699cc", "#661100", "#88a000", "#7b6fd0", "#c0504d")
 INK, FAINT, GOOD, DARK_CARD = "#1f2937", "#c3c9d2", "#15803d", "#1b2537"
 SHADE = "#bddbc9"  # of the better corner, where it is darkest
@@ -204,7 +202,7 @@ def readable(color: str) -> str:
 @functools.cache
 def on_dark(color: str) -> str:
     """Return what `color` is on the dark page: its own there, or mixed with as much white as stands out."""
-    own = next((ON_DARK[name] for name, light in COLORS.items() if light == color), None)
+    own = dict(METHOD_COLORS.values()).get(color)
     mixed = (to_hex([(1 - share) * c + share for c in to_rgb(color)]) for share in np.arange(0, 1, 0.05))
     return own or next((shade for shade in mixed if contrast(shade, DARK_CARD) >= READABLE), "#ffffff")
 

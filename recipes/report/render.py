@@ -126,7 +126,7 @@ def print_columns(table: Table, head: str, console: Console) -> None:
 
 def _headline(results: Results, evaluations: Evaluations) -> str:
     grid = results.grid
-    unfinished = grid and len(grid.cells) < grid.planned and f"{len(grid.cells)} of {grid.planned} runs are done."
+    unfinished = grid and not grid.is_finished and f"{len(grid.cells)} of {grid.planned} runs are done."
     if _one_setting(results):
         found = [headline(results)]
     else:
